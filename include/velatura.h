@@ -1,0 +1,134 @@
+/* velatura.h: fine-tune text-to-image diffusion models and make images with them.
+ *
+ * This is the whole stable interface. One vel_ctx per thread of control; objects made from a
+ * context are used only with it. Functions that can fail return a vel_status; the message is
+ * vel_ctx_error(ctx). The library never prints, exits or aborts: progress, metrics, images and
+ * messages arrive as events.
+ *
+ * Settings go by name (vel_params_set), so a new option never changes a struct. */
+#ifndef VELATURA_H
+#define VELATURA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define VEL_VERSION_MAJOR 0
+#define VEL_VERSION_MINOR 1
+#define VEL_VERSION_PATCH 0
+
+#if defined(__GNUC__)
+#define VEL_API __attribute__((visibility("default")))
+#else
+#define VEL_API
+#endif
+
+typedef enum vel_status {
+    VEL_OK = 0,
+    VEL_NO_MEMORY,   /* an allocation failed */
+    VEL_BAD_FILE,    /* a file is damaged, hostile or of an unknown kind */
+    VEL_BAD_VALUE,   /* a setting or argument is out of bounds */
+    VEL_BAD_GRAPH,   /* a model and its weights or inputs do not fit together */
+    VEL_NOT_FOUND,   /* a file, folder, tensor or name does not exist */
+    VEL_IO,          /* reading or writing failed: full disk, no permission */
+    VEL_UNSUPPORTED, /* understood, but not offered */
+    VEL_DIVERGED,    /* a loss, gradient or weight became NaN or infinite */
+    VEL_INTERRUPTED, /* vel_ctx_interrupt was called; the work was saved where there was any */
+    VEL_BUG          /* an internal invariant does not hold: please report */
+} vel_status;
+
+typedef struct vel_ctx vel_ctx;
+typedef struct vel_params vel_params; /* named settings of one command */
+
+/* 8-bit RGB, rows from the top, no padding. */
+typedef struct vel_image {
+    int width, height, channels;
+    uint8_t *pixels; /* owned; vel_image_finish frees it */
+} vel_image;
+
+/* ---- events ------------------------------------------------------------------------------ */
+
+typedef enum vel_event_kind {
+    VEL_EVENT_LOG,      /* text; level 1 error, 2 once a run, 3 once a phase, 4 a step, 5 a node */
+    VEL_EVENT_PROGRESS, /* phase, done, total, seconds elapsed and left, rate */
+    VEL_EVENT_METRIC,   /* name, step, value: loss, lr, grad_norm, validation_loss ... */
+    VEL_EVENT_IMAGE     /* an image was made: path (may be NULL) and pixels */
+} vel_event_kind;
+
+typedef struct vel_event {
+    vel_event_kind kind;
+    int level;              /* LOG */
+    const char *text;       /* LOG: the message; PROGRESS: the phase; METRIC: the name; IMAGE: path */
+    int64_t done, total;    /* PROGRESS: units; METRIC: done is the step */
+    double value;           /* METRIC; PROGRESS: last loss where there is one, else NaN */
+    double seconds, eta;    /* PROGRESS */
+    double rate;            /* PROGRESS: units a second */
+    int64_t memory;         /* PROGRESS: resident bytes of the process, 0 if unknown */
+    const vel_image *image; /* IMAGE; borrowed */
+} vel_event;
+
+typedef void (*vel_event_fn)(void *user, const vel_event *event);
+
+/* ---- contexts ---------------------------------------------------------------------------- */
+
+/* device: "cpu", "cuda", "cuda:1"; NULL picks the best there is. NULL when memory is short. */
+VEL_API vel_ctx *vel_ctx_create(const char *device);
+VEL_API void vel_ctx_destroy(vel_ctx *ctx);
+VEL_API const char *vel_ctx_error(const vel_ctx *ctx); /* borrowed, until the next call on ctx */
+VEL_API void vel_ctx_on_event(vel_ctx *ctx, vel_event_fn fn, void *user);
+VEL_API void vel_ctx_interrupt(vel_ctx *ctx); /* async-signal-safe: stop at the next step */
+VEL_API const char *vel_status_name(vel_status status);
+VEL_API const char *vel_version(void);
+
+VEL_API void vel_image_finish(vel_image *image);
+
+/* ---- settings ---------------------------------------------------------------------------- */
+
+/* command: "train", "generate", "grid", "score". NULL with an error in ctx when it is unknown. */
+VEL_API vel_params *vel_params_create(vel_ctx *ctx, const char *command);
+VEL_API void vel_params_destroy(vel_params *p);
+VEL_API vel_status vel_params_set(vel_params *p, const char *name, const char *value);
+VEL_API const char *vel_params_get(const vel_params *p, const char *name); /* borrowed; NULL unset */
+
+typedef struct vel_param_info {
+    const char *name;    /* as in --name */
+    const char *type;    /* "int", "float", "text", "flag", "choice", "list" */
+    const char *initial; /* default, as text; NULL when there is none */
+    const char *choices; /* comma separated; NULL unless a choice */
+    const char *group;   /* heading in the help */
+    const char *help;
+    const char *aliases; /* other names of it, comma separated; NULL when there are none */
+} vel_param_info;
+
+/* The i-th setting of a command; false past the end. All strings live as long as the program. */
+VEL_API bool vel_params_describe(const char *command, int i, vel_param_info *out);
+/* The setting that vel_params_set would take name for: by its name, an alias or a unique beginning. */
+VEL_API bool vel_params_find(const char *command, const char *name, vel_param_info *out);
+
+/* ---- the work ---------------------------------------------------------------------------- */
+
+/* Trains as the settings say; files are left in --output_dir. */
+VEL_API vel_status vel_train(vel_ctx *ctx, const vel_params *p);
+/* Draws; files are left where --output says. on IMAGE events the pixels can be taken. */
+VEL_API vel_status vel_generate(vel_ctx *ctx, const vel_params *p);
+/* Draws prompts x adapter weights x seeds on one sheet, the base model as a column. */
+VEL_API vel_status vel_grid(vel_ctx *ctx, const vel_params *p);
+/* Draws the prompts of a folder with true pictures and measures the distances to them. */
+VEL_API vel_status vel_score(vel_ctx *ctx, const vel_params *p);
+/* Describes a model folder, checkpoint or adapter; *text is owned, vel_text_free. */
+VEL_API vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text);
+/* Runs every reference file of a folder against a model; *passed and *failed count values. */
+VEL_API vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder,
+                                    int *passed, int *failed);
+/* Checks and times one op or one training step; *text is owned, vel_text_free. */
+VEL_API vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text);
+VEL_API void vel_text_free(char *text);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,104 @@
+/* api.c: the public functions, each a check of its arguments and one call. */
+#include "params.h"
+
+typedef vel_status (*command_fn)(vel_ctx *ctx, const vel_params *p);
+
+static vel_status checked(vel_ctx *ctx, const vel_params *p, command_fn run)
+{
+    ctx->error[0] = 0;
+    ctx->interrupted = 0;
+    VEL_TRY(vel_params_check(p));
+    return run(ctx, p);
+}
+
+static vel_status run_train(vel_ctx *ctx, const vel_params *p)
+{
+    return vel_train_run(ctx, &p->o.train, p->set);
+}
+
+static vel_status run_generate(vel_ctx *ctx, const vel_params *p)
+{
+    return vel_generate_run(ctx, &p->o.generate);
+}
+
+static vel_status run_grid(vel_ctx *ctx, const vel_params *p)
+{
+    return vel_grid_run(ctx, &p->o.grid);
+}
+
+static vel_status run_score(vel_ctx *ctx, const vel_params *p)
+{
+    return vel_score_run(ctx, &p->o.score);
+}
+
+vel_status vel_train(vel_ctx *ctx, const vel_params *p)
+{
+    return checked(ctx, p, run_train);
+}
+
+vel_status vel_generate(vel_ctx *ctx, const vel_params *p)
+{
+    return checked(ctx, p, run_generate);
+}
+
+vel_status vel_grid(vel_ctx *ctx, const vel_params *p)
+{
+    return checked(ctx, p, run_grid);
+}
+
+vel_status vel_score(vel_ctx *ctx, const vel_params *p)
+{
+    return checked(ctx, p, run_score);
+}
+
+/* The text's owner is the caller, who has no context for it: it keeps one in front of itself. */
+static vel_status hand_out(vel_text *t, vel_status st, char **text)
+{
+    *text = NULL;
+    if (st == VEL_OK && t->failed)
+        st = VEL_NO_MEMORY;
+    if (st == VEL_OK) {
+        *text = vel_alloc(t->ctx, t->n + 1 + sizeof(vel_ctx *));
+        if (*text) {
+            memcpy(*text, &t->ctx, sizeof t->ctx);
+            *text += sizeof t->ctx;
+            memcpy(*text, t->s ? t->s : "", t->n);
+        } else {
+            st = VEL_NO_MEMORY;
+        }
+    }
+    vel_text_finish(t);
+    return st;
+}
+
+void vel_text_free(char *text)
+{
+    if (!text)
+        return;
+    vel_ctx *ctx;
+    memcpy(&ctx, text - sizeof ctx, sizeof ctx);
+    vel_free(ctx, text - sizeof ctx);
+}
+
+vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text)
+{
+    vel_text t;
+    vel_text_init(&t, ctx);
+    return hand_out(&t, vel_inspect_run(ctx, path, &t), text);
+}
+
+vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text)
+{
+    vel_text t;
+    vel_text_init(&t, ctx);
+    vel_status st = vel_params_check(p);
+    if (st == VEL_OK)
+        st = vel_bench_run(ctx, &p->o.bench, &t);
+    return hand_out(&t, st, text);
+}
+
+vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder, int *passed, int *failed)
+{
+    *passed = *failed = 0;
+    return vel_golden_run(ctx, model, folder, passed, failed);
+}

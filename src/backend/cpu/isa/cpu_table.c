@@ -1,0 +1,17 @@
+/* cpu_table.c: the table of kernels of one instruction set (see ../kernels.h, which holds the list). */
+#include "backend/cpu/kernels.h"
+
+#define NAME(op) #op "_" VEL_ISA_TEXT(VEL_ISA)
+#define K(op, function, input)                                                                     \
+    [VEL_OP_##op] = {.name = NAME(op), .run = VEL_ISA_NAME(function), .inplace = input},
+#define KS(op, function, input)                                                                    \
+    [VEL_OP_##op] = {.name = NAME(op),                                                             \
+                     .run = VEL_ISA_NAME(function),                                                \
+                     .scratch = VEL_ISA_NAME(function##_scratch),                                  \
+                     .inplace = input},
+
+const vel_cpu_kernels VEL_ISA_NAME(kernels) = {
+    .entry = {VEL_CPU_KERNEL_LIST(K, KS)},
+    .adamw = VEL_ISA_NAME(adamw),
+    .sum_squares = VEL_ISA_NAME(sum_squares),
+};

@@ -1,0 +1,109 @@
+/* kernels.h: what the own kernels (isa/) and their frame (own.c, cpu.c) share: one table of kernels
+ * per instruction set. Each file of isa/ is compiled once per set, with VEL_ISA naming it; its symbols
+ * carry that name (VEL_ISA_NAME), and isa/cpu_table.c gathers them.
+ *
+ * A kernel gets a job: a launch whose types and shapes the graph has checked and whose pointers are
+ * 64-byte aligned; activations are float32 or bfloat16 and are computed in float32. It must not
+ * allocate: it says how much scratch it wants. Whatever the timing, the same number of threads gives
+ * the same bytes. */
+#ifndef VEL_CPU_KERNELS_H
+#define VEL_CPU_KERNELS_H
+
+#include "backend/backend.h"
+
+typedef struct vel_cpu_job {
+    const vel_launch *launch; /* for scratch(): types and node only */
+    const vel_node *node;
+    int threads;
+    bool amx;
+} vel_cpu_job;
+
+typedef struct vel_cpu_entry {
+    const char *name; /* NULL: no kernel */
+    void (*run)(const vel_cpu_job *job);
+    size_t (*scratch)(const vel_cpu_job *job); /* NULL: none */
+    int inplace; /* 1 + the input whose buffer the first output may take when types agree; 0 none */
+} vel_cpu_entry;
+
+typedef struct vel_cpu_kernels {
+    vel_cpu_entry entry[VEL_OP_COUNT];
+    void (*adamw)(float *value, const float *grad, float *m, float *v, float scale,
+                  const vel_adamw_segment *segments, int n, int threads);
+    double (*sum_squares)(const float *x, int64_t n, int threads);
+} vel_cpu_kernels;
+
+extern const vel_cpu_kernels vel_cpu_kernels_base;
+#if defined(__x86_64__)
+extern const vel_cpu_kernels vel_cpu_kernels_avx2, vel_cpu_kernels_avx512, vel_cpu_kernels_bf16;
+#endif
+
+#ifdef VEL_ISA /* inside isa/ */
+
+#define VEL_ISA_JOIN_(name, isa) vel_cpu_##name##_##isa
+#define VEL_ISA_JOIN(name, isa) VEL_ISA_JOIN_(name, isa)
+#define VEL_ISA_NAME(name) VEL_ISA_JOIN(name, VEL_ISA)
+#define VEL_ISA_TEXT_(isa) #isa
+#define VEL_ISA_TEXT(isa) VEL_ISA_TEXT_(isa)
+
+/* Every kernel of isa/, once: op, function, scratch function or none, 1 + in-place input. Expanded
+ * into declarations here and into the table in cpu_table.c. */
+#define VEL_CPU_KERNEL_LIST(K, KS)                                                                 \
+    K(fill, fill, 0)                                                                               \
+    K(cast, cast, 0)                                                                               \
+    K(affine, affine, 1)                                                                           \
+    K(unary, unary, 1)                                                                             \
+    K(act, act, 1)                                                                                 \
+    K(act_grad, act_grad, 2)                                                                       \
+    K(add, binary, 1)                                                                              \
+    K(sub, binary, 1)                                                                              \
+    K(mul, binary, 1)                                                                              \
+    K(div, binary, 1)                                                                              \
+    KS(sum, reduce, 0)                                                                             \
+    KS(max, reduce, 0)                                                                             \
+    KS(bias_grad, reduce, 0)                                                                       \
+    K(reshape, move, 1)                                                                            \
+    K(expand, move, 0)                                                                             \
+    K(permute, move, 0)                                                                            \
+    K(slice, move, 0)                                                                              \
+    K(unslice, move, 0)                                                                            \
+    K(concat, move, 0)                                                                             \
+    K(upsample, move, 0)                                                                           \
+    K(upsample_grad, upsample_grad, 0)                                                             \
+    K(dropout, dropout, 1)                                                                         \
+    KS(matmul, gemm, 0)                                                                            \
+    KS(linear, gemm, 0)                                                                            \
+    KS(linear_grad_x, gemm, 0)                                                                     \
+    KS(linear_grad_w, gemm, 0)                                                                     \
+    KS(conv2d, gemm, 0)                                                                            \
+    KS(conv2d_grad_x, gemm, 0)                                                                     \
+    KS(conv2d_grad_w, gemm, 0)                                                                     \
+    KS(group_norm, group_norm, 1)                                                                  \
+    KS(group_norm_grad, group_norm_grad, 0)                                                        \
+    KS(group_norm_grad_w, group_norm_grad_w, 0)                                                    \
+    K(layer_norm, layer_norm, 1)                                                                   \
+    K(layer_norm_grad, layer_norm_grad, 4)                                                         \
+    KS(layer_norm_grad_w, layer_norm_grad_w, 0)                                                    \
+    K(softmax, softmax, 1)                                                                         \
+    KS(attention, attention, 0)                                                                    \
+    KS(attention_grad, attention_grad, 0)                                                          \
+    K(geglu, geglu, 0)                                                                             \
+    K(geglu_grad, geglu_grad, 0)                                                                   \
+    K(embed, embed, 0)                                                                             \
+    K(embed_grad, embed_grad, 0)                                                                   \
+    K(time_embed, time_embed, 0)                                                                   \
+    KS(mse, mse, 0)                                                                                \
+    K(mse_grad, mse_grad, 0)
+
+#define K_(op, function, inplace) void VEL_ISA_NAME(function)(const vel_cpu_job *job);
+#define KS_(op, function, inplace)                                                                 \
+    void VEL_ISA_NAME(function)(const vel_cpu_job *job);                                           \
+    size_t VEL_ISA_NAME(function##_scratch)(const vel_cpu_job *job);
+VEL_CPU_KERNEL_LIST(K_, KS_)
+#undef K_
+#undef KS_
+void VEL_ISA_NAME(adamw)(float *value, const float *grad, float *m, float *v, float scale,
+                         const vel_adamw_segment *segments, int n, int threads);
+double VEL_ISA_NAME(sum_squares)(const float *x, int64_t n, int threads);
+
+#endif
+#endif

@@ -1,0 +1,209 @@
+/* base.h: what every folder may use: context, memory, errors, events, arenas, strings, files,
+ * hashes, random numbers, half types. Nothing here knows about tensors.
+ *
+ * Conventions: functions that fail return a vel_status and leave the message in the context
+ * (vel_fail). Whoever creates destroys; a pointer from anything but create/open/load is borrowed.
+ * Destructors take NULL and half-made objects. */
+#ifndef VEL_BASE_H
+#define VEL_BASE_H
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "velatura.h"
+
+#if defined(__GNUC__)
+#define VEL_PRINTF(f, a) __attribute__((format(printf, f, a)))
+#else
+#define VEL_PRINTF(f, a)
+#endif
+
+#define VEL_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+#define VEL_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define VEL_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Passes a failure on at once; only in functions that own nothing yet. */
+#define VEL_TRY(call)                                                                              \
+    do {                                                                                           \
+        vel_status try_status_ = (call);                                                           \
+        if (try_status_)                                                                           \
+            return try_status_;                                                                    \
+    } while (0)
+
+/* Our own bugs only, never anything a user or file can cause. On unless NDEBUG. */
+#ifdef NDEBUG
+#define VEL_ASSERT(x) ((void)0)
+#else
+#define VEL_ASSERT(x) ((x) ? (void)0 : vel_assert_failed(#x, __FILE__, __LINE__))
+#endif
+void vel_assert_failed(const char *what, const char *file, int line);
+
+/* ---- context: memory, errors, events (ctx.c) ---------------------------------------------- */
+
+struct vel_ctx {
+    char device[32];
+    char error[2048];
+    vel_event_fn on_event;
+    void *on_event_user;
+    volatile int interrupted;
+    int64_t bytes_in_use, bytes_peak, allocations; /* counted by vel_alloc */
+    int64_t fail_after; /* test hook: the n-th next allocation fails; 0 never */
+};
+
+/* Zeroed memory, 64-byte aligned; NULL (with the error set) when there is none. */
+void *vel_alloc(vel_ctx *ctx, size_t bytes);
+void *vel_realloc(vel_ctx *ctx, void *p, size_t bytes); /* growth is zeroed; p may be NULL */
+void vel_free(vel_ctx *ctx, void *p);                   /* p may be NULL */
+/* Takes p out of its context's count: it may be freed with vel_free(NULL, p) after the context is
+ * gone. For what the caller of the public interface frees. Returns p. */
+void *vel_hand_out(void *p);
+char *vel_strdup(vel_ctx *ctx, const char *s);
+char *vel_strf(vel_ctx *ctx, const char *format, ...) VEL_PRINTF(2, 3); /* owned; vel_free */
+
+/* Stores the message and returns status. The first words name the file or setting at fault, the
+ * last the remedy where there is one. */
+vel_status vel_fail(vel_ctx *ctx, vel_status status, const char *format, ...) VEL_PRINTF(3, 4);
+/* Puts "prefix: " before the stored message and returns status. */
+vel_status vel_fail_in(vel_ctx *ctx, vel_status status, const char *format, ...) VEL_PRINTF(3, 4);
+
+void vel_log(vel_ctx *ctx, int level, const char *format, ...) VEL_PRINTF(3, 4);
+void vel_metric(vel_ctx *ctx, const char *name, int64_t step, double value);
+void vel_emit(vel_ctx *ctx, const vel_event *event);
+
+/* Progress with ETA and resident memory; emits at most ten events a second, and always the last. */
+typedef struct vel_progress {
+    vel_ctx *ctx;
+    const char *phase; /* borrowed */
+    int64_t total;
+    int64_t first; /* units that were done before: set after begin by who resumes; for rate and ETA */
+    double started, last_emit;
+} vel_progress;
+void vel_progress_begin(vel_progress *p, vel_ctx *ctx, const char *phase, int64_t total);
+void vel_progress_at(vel_progress *p, int64_t done, double value); /* value: NaN when none */
+double vel_now(void);              /* monotonic seconds */
+int64_t vel_resident_bytes(void);  /* of this process; 0 if unknown */
+int64_t vel_peak_resident_bytes(void);
+
+/* ---- arenas (arena.c): many small things with one lifetime --------------------------------- */
+
+typedef struct vel_arena vel_arena;
+vel_arena *vel_arena_create(vel_ctx *ctx);
+void vel_arena_destroy(vel_arena *a);
+void *vel_arena_alloc(vel_arena *a, size_t bytes); /* zeroed; NULL when memory is short */
+char *vel_arena_strdup(vel_arena *a, const char *s);
+char *vel_arena_strf(vel_arena *a, const char *format, ...) VEL_PRINTF(2, 3);
+size_t vel_arena_bytes(const vel_arena *a);
+
+/* ---- growing text (text.c) ------------------------------------------------------------------ */
+
+typedef struct vel_text {
+    vel_ctx *ctx;
+    char *s;     /* NUL-terminated once anything was added; NULL when empty */
+    size_t n, room;
+    bool failed; /* memory ran out: sticky, checked once at the end */
+} vel_text;
+void vel_text_init(vel_text *t, vel_ctx *ctx);
+void vel_text_addf(vel_text *t, const char *format, ...) VEL_PRINTF(2, 3);
+void vel_text_add(vel_text *t, const char *s);
+void vel_text_add_bytes(vel_text *t, const void *bytes, size_t n);
+void vel_text_finish(vel_text *t);
+
+/* '*' matches any run, '?' one character; several patterns may be joined with ','. */
+bool vel_glob(const char *patterns, const char *text);
+bool vel_has_prefix(const char *s, const char *prefix);
+bool vel_has_suffix(const char *s, const char *suffix); /* ASCII case is ignored */
+int vel_edit_distance(const char *a, const char *b);
+bool vel_utf8_valid(const char *s, size_t n);
+const char *vel_bytes_text(int64_t bytes, char out[32]); /* "3.2 GiB" */
+
+/* ---- files (file.c) -------------------------------------------------------------------------- */
+
+typedef struct vel_map { /* a file mapped read-only */
+    const uint8_t *bytes;
+    size_t size;
+    void *base; /* private */
+} vel_map;
+vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path);
+void vel_map_close(vel_map *map);
+
+/* A file that appears whole or not at all: written to a temporary name beside it, synced, renamed. */
+typedef struct vel_writer {
+    vel_ctx *ctx;
+    FILE *f;
+    char *path, *temporary;
+} vel_writer;
+vel_status vel_writer_open(vel_ctx *ctx, vel_writer *w, const char *path);
+vel_status vel_writer_write(vel_writer *w, const void *bytes, size_t n);
+vel_status vel_writer_commit(vel_writer *w); /* ends w, whatever it returns */
+void vel_writer_discard(vel_writer *w);      /* ends w; nothing is left behind; fine after commit */
+vel_status vel_write_file(vel_ctx *ctx, const char *path, const void *bytes, size_t n);
+
+/* Whole file, NUL-terminated; refuses more than limit bytes. */
+vel_status vel_read_file(vel_ctx *ctx, const char *path, size_t limit, char **out, size_t *n);
+vel_status vel_make_folder(vel_ctx *ctx, const char *path); /* with its parents */
+bool vel_is_file(const char *path);
+bool vel_is_folder(const char *path);
+int64_t vel_file_size(const char *path); /* -1 when there is none */
+char *vel_path_join(vel_ctx *ctx, const char *a, const char *b); /* owned */
+/* Names in a folder, sorted bytewise, without "." and ".."; free with vel_names_free. */
+vel_status vel_list_folder(vel_ctx *ctx, const char *path, char ***names, int *n);
+void vel_names_free(vel_ctx *ctx, char **names, int n);
+/* Bytes free on the file system of path (its nearest existing parent); -1 if unknown. */
+int64_t vel_free_space(const char *path);
+
+/* ---- hashes (hash.c) ------------------------------------------------------------------------- */
+
+uint64_t vel_hash64(const void *bytes, size_t n, uint64_t seed); /* fast, not cryptographic */
+typedef struct vel_sha256 vel_sha256;
+vel_sha256 *vel_sha256_create(vel_ctx *ctx);
+void vel_sha256_add(vel_sha256 *h, const void *bytes, size_t n);
+void vel_sha256_end(vel_sha256 *h, char hex[65]); /* destroys h */
+
+/* ---- random numbers (random.c, torch_random.c) ---------------------------------------------- */
+
+/* Philox4x32-10 (Salmon et al. 2011): everything is a function of (seed, stream, counter), so a
+ * resumed run draws what an uninterrupted one draws, with any number of threads. */
+uint64_t vel_random_u64(uint64_t seed, uint64_t stream, uint64_t counter);
+double vel_random_uniform(uint64_t seed, uint64_t stream, uint64_t counter); /* [0, 1) */
+void vel_random_normal(uint64_t seed, uint64_t stream, uint64_t counter, float *out, int64_t n);
+void vel_random_fill_uniform(uint64_t seed, uint64_t stream, float lo, float hi, float *out, int64_t n);
+/* A permutation of 0..n-1 (Fisher-Yates on the stream). */
+void vel_random_shuffle(uint64_t seed, uint64_t stream, int32_t *out, int32_t n);
+
+/* torch.Generator("cpu"): MT19937, with the normal transform of torch.randn, bit for bit. */
+typedef struct vel_torch_rng {
+    uint32_t mt[624];
+    int at;
+    bool has_next;     /* of the scalar path, for tensors under 16 elements */
+    double next;
+} vel_torch_rng;
+void vel_torch_seed(vel_torch_rng *r, uint64_t seed);
+void vel_torch_randn(vel_torch_rng *r, float *out, int64_t n); /* torch.randn(n, generator=r) */
+
+/* ---- half types (half.c) ---------------------------------------------------------------------- */
+
+typedef uint16_t vel_bf16;
+typedef uint16_t vel_f16;
+static inline float vel_bf16_f32(vel_bf16 h)
+{
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+/* Round to nearest, ties to even; NaN stays NaN. */
+static inline vel_bf16 vel_f32_bf16(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u)
+        return (vel_bf16)((u >> 16) | 0x40);
+    return (vel_bf16)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+float vel_f16_f32(vel_f16 h);
+vel_f16 vel_f32_f16(float f); /* nearest even; overflow gives infinity */
+
+#endif

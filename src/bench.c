@@ -1,0 +1,433 @@
+/* bench.c: checks first, then times. A step or a part of a model runs on made-up inputs of the true
+ * shapes; it is checked by running it twice (equal bits) and for finite values. An op is checked
+ * against its meaning in float64. Times are medians with the smallest and the largest. */
+#include <stdlib.h>
+
+#include "params.h"
+
+enum { MOST_REPEATS = 10000 };
+
+typedef struct bench {
+    vel_ctx *ctx;
+    const vel_bench_options *o;
+    vel_text *out;
+    vel_model *model;
+    double started;
+} bench;
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static void report(bench *b, const char *what, double *seconds, int n)
+{
+    qsort(seconds, (size_t)n, sizeof *seconds, by_value);
+    vel_text_addf(b->out, "%s: median %.2f ms, min %.2f, max %.2f, %d runs\n", what, seconds[n / 2] * 1e3, seconds[0] * 1e3,
+                  seconds[n - 1] * 1e3, n);
+}
+
+static float *random_values(vel_ctx *ctx, uint64_t stream, int64_t n)
+{
+    float *out = vel_alloc(ctx, (size_t)n * sizeof *out);
+    if (out)
+        vel_random_normal(7, stream, 0, out, n);
+    return out;
+}
+
+static void latent_size(const bench *b, int *h, int *w)
+{
+    const vel_latent_info *info = vel_model_latent(b->model);
+    *w = (b->o->width ? b->o->width : info->picture) / info->down;
+    *h = (b->o->height ? b->o->height : info->picture) / info->down;
+}
+
+/* Calls run until repeats are timed; the first call warms up and is reported apart. */
+typedef vel_status (*run_fn)(void *user);
+
+static vel_status time_runs(bench *b, const char *what, run_fn run, void *user)
+{
+    int n = VEL_MIN(b->o->repeats, MOST_REPEATS);
+    double *seconds = vel_alloc(b->ctx, (size_t)n * sizeof *seconds);
+    if (!seconds)
+        return VEL_NO_MEMORY;
+    double start = vel_now();
+    vel_status st = run(user);
+    vel_text_addf(b->out, "first run ends %.2f s after the start, itself %.2f s\n", vel_now() - b->started, vel_now() - start);
+    for (int i = 0; i < n && st == VEL_OK; i++) {
+        start = vel_now();
+        st = run(user);
+        seconds[i] = vel_now() - start;
+    }
+    if (st == VEL_OK)
+        report(b, what, seconds, n);
+    vel_free(b->ctx, seconds);
+    return st;
+}
+
+/* ---- a training step --------------------------------------------------------------------------------- */
+
+typedef struct step_bench {
+    bench *b;
+    vel_trainer *trainer;
+    vel_batch batch;
+    double loss, first_loss;
+    int64_t t;
+} step_bench;
+
+static double bench_rate(void *user, int i)
+{
+    (void)user, (void)i;
+    return 1e-4;
+}
+
+static vel_status run_step(void *user)
+{
+    step_bench *s = user;
+    VEL_TRY(vel_trainer_run(s->trainer, &s->batch, true, &s->loss, NULL));
+    vel_engine *e = vel_model_engine(s->b->model);
+    double norm = vel_engine_gradient_norm(e);
+    vel_adamw_options a = {0.9, 0.999, 1e-8, 0.01, ++s->t, norm > 1 ? 1 / norm : 1, bench_rate, NULL};
+    return vel_engine_adamw(e, &a);
+}
+
+static void init_sites(bench *b, const vel_adapter_site *sites, int n)
+{
+    vel_engine *e = vel_model_engine(b->model);
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        float *values = vel_alloc(b->ctx, (size_t)t->count * sizeof *values);
+        for (int k = 0; values && k < n; k++)
+            for (int leaf = 0; vel_adapter_lora.leaves[leaf]; leaf++) {
+                size_t stem = strlen(sites[k].path);
+                if (strncmp(t->path, sites[k].path, stem) == 0 && t->path[stem] == '.' &&
+                    strcmp(t->path + stem + 1, vel_adapter_lora.leaves[leaf]) == 0)
+                    vel_adapter_lora.init(&sites[k], leaf, 0, values, t->count);
+            }
+        if (values)
+            vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
+        vel_free(b->ctx, values);
+    }
+}
+
+static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *adaption)
+{
+    bench *b = s->b;
+    const vel_bench_options *o = b->o;
+    vel_train_options how = {.targets = o->targets, .text_targets = "attn+mlp", .rank = o->rank, .network = "lora",
+                             .train_unet = true, .train_text_encoder = o->train_text_encoder};
+    vel_adapter_site *sites;
+    int n;
+    VEL_TRY(vel_train_sites(b->ctx, arena, b->model, &how, &sites, &n));
+    *adaption = (vel_adaption){&vel_adapter_lora, sites, n};
+    vel_trainer_options t = {.compute = vel_model_compute(b->model), .smallest = o->gradient_checkpointing,
+                             .train_text_encoder = o->train_text_encoder, .clip_skip = 1, .adaptions = adaption,
+                             .n_adaptions = 1};
+    VEL_TRY(vel_trainer_create(b->model, &t, &s->trainer));
+    int h, w;
+    latent_size(b, &h, &w);
+    VEL_TRY(vel_trainer_register(s->trainer, o->batch, h, w));
+    init_sites(b, sites, n);
+    vel_text_info text[2];
+    vel_model_family(b->model)->texts(vel_model_config(b->model), text);
+    int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;
+    int64_t states = (int64_t)o->batch * text[0].length * text[0].width;
+    float *latent = vel_arena_alloc(arena, (size_t)count * 4), *noise = vel_arena_alloc(arena, (size_t)count * 4);
+    float *context = vel_arena_alloc(arena, (size_t)states * 4), *weight = vel_arena_alloc(arena, (size_t)o->batch * 4);
+    int32_t *time = vel_arena_alloc(arena, (size_t)o->batch * 4);
+    int32_t *ids = vel_arena_alloc(arena, (size_t)(o->batch * text[0].length) * 4);
+    if (!latent || !noise || !context || !weight || !time || !ids)
+        return VEL_NO_MEMORY;
+    vel_random_normal(7, 1, 0, latent, count);
+    vel_random_normal(7, 2, 0, noise, count);
+    vel_random_normal(7, 3, 0, context, states);
+    for (int i = 0; i < o->batch; i++) {
+        weight[i] = 1;
+        time[i] = 100 + 200 * i % 800;
+    }
+    s->batch = (vel_batch){.n = o->batch, .h = h, .w = w, .latent = latent, .noise = noise, .timestep = time,
+                           .context = context, .ids = ids, .weight = weight};
+    return VEL_OK;
+}
+
+static vel_status check_step(step_bench *s)
+{
+    double again;
+    VEL_TRY(vel_trainer_run(s->trainer, &s->batch, true, &s->first_loss, NULL));
+    VEL_TRY(vel_trainer_run(s->trainer, &s->batch, true, &again, NULL));
+    if (!isfinite(again) || again != s->first_loss)
+        return vel_fail(s->b->ctx, VEL_BUG, "bench: the loss was %.9g, then %.9g", s->first_loss, again);
+    vel_text_addf(s->b->out, "check: loss %.6f twice, equal bits\n", again);
+    return VEL_OK;
+}
+
+static vel_status bench_step(bench *b)
+{
+    step_bench s = {.b = b};
+    vel_adaption adaption;
+    vel_arena *arena = vel_arena_create(b->ctx);
+    vel_status st = arena ? prepare_step(&s, arena, &adaption) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = check_step(&s);
+    vel_plan *plan = st == VEL_OK ? vel_trainer_plan(s.trainer, s.batch.n, s.batch.h, s.batch.w) : NULL;
+    if (plan)
+        st = time_runs(b, "step", run_step, &s);
+    if (plan && st == VEL_OK) {
+        char a[32], w[32], r[32];
+        vel_text_addf(b->out, "working memory %s (recomputation level %d), weights %s, peak of the process %s\n",
+                      vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
+                      vel_bytes_text(vel_plan_weight_bytes(plan), w), vel_bytes_text(vel_peak_resident_bytes(), r));
+        if (b->o->profile) {
+            vel_plan_profile(plan, true);
+            for (int i = 0; i < 3 && st == VEL_OK; i++)
+                st = run_step(&s);
+            vel_plan_profile_text(plan, b->out);
+        }
+    }
+    vel_trainer_destroy(s.trainer);
+    vel_arena_destroy(arena);
+    return st;
+}
+
+/* ---- parts of a model ---------------------------------------------------------------------------------- */
+
+typedef struct part_bench {
+    bench *b;
+    float *in, *time, *context, *out;
+    int n, h, w;
+} part_bench;
+
+static vel_status run_unet(void *user)
+{
+    part_bench *p = user;
+    return vel_model_denoise(p->b->model, p->in, p->time, p->context, p->n, p->h, p->w, p->out);
+}
+
+static vel_status run_decode(void *user)
+{
+    part_bench *p = user;
+    return vel_model_decode(p->b->model, p->in, p->n, p->h, p->w, p->out);
+}
+
+static vel_status run_encode(void *user)
+{
+    part_bench *p = user;
+    int down = vel_model_latent(p->b->model)->down;
+    return vel_model_encode(p->b->model, p->in, p->n, p->h * down, p->w * down, p->out);
+}
+
+static vel_status run_text(void *user)
+{
+    part_bench *p = user;
+    static const char *const prompts[64] = {"a photograph of an astronaut riding a horse"};
+    const char *all[64];
+    for (int i = 0; i < p->n; i++)
+        all[i] = prompts[0];
+    return vel_model_encode_text(p->b->model, all, p->n, p->out);
+}
+
+static const struct {
+    const char *name;
+    run_fn run;
+} parts[] = {{"unet", run_unet}, {"vae_decode", run_decode}, {"vae_encode", run_encode}, {"text", run_text}};
+
+static vel_status bench_part(bench *b, run_fn run)
+{
+    part_bench p = {.b = b, .n = b->o->batch};
+    latent_size(b, &p.h, &p.w);
+    vel_text_info text[2];
+    vel_model_family(b->model)->texts(vel_model_config(b->model), text);
+    int down = vel_model_latent(b->model)->down;
+    int64_t pixels = (int64_t)p.n * p.h * p.w * down * down * 3, states = (int64_t)p.n * text[0].length * text[0].width;
+    p.in = random_values(b->ctx, 1, pixels);
+    p.context = random_values(b->ctx, 2, states);
+    p.time = vel_alloc(b->ctx, (size_t)p.n * sizeof *p.time);
+    p.out = vel_alloc(b->ctx, (size_t)VEL_MAX(pixels, states) * sizeof *p.out);
+    vel_status st = p.in && p.context && p.time && p.out ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; st == VEL_OK && i < p.n; i++)
+        p.time[i] = 500;
+    if (st == VEL_OK)
+        st = time_runs(b, b->o->what, run, &p);
+    char r[32];
+    vel_text_addf(b->out, "peak of the process %s\n", vel_bytes_text(vel_peak_resident_bytes(), r));
+    float *owned[] = {p.in, p.context, p.time, p.out};
+    for (int i = 0; i < VEL_COUNT(owned); i++)
+        vel_free(b->ctx, owned[i]);
+    return st;
+}
+
+/* ---- an op ------------------------------------------------------------------------------------------------ */
+
+static int find_op(const char *name)
+{
+    for (int i = 1; i < VEL_OP_COUNT; i++)
+        if (strcmp(vel_op_name((vel_op)i), name) == 0)
+            return i;
+    return 0;
+}
+
+/* "1x4096x320,320x320" */
+static int parse_shapes(const char *text, vel_shape *out, int room)
+{
+    int n = 0;
+    while (text && *text && n < room) {
+        vel_shape s = {0};
+        while (*text && *text != ',' && s.rank < VEL_MAX_RANK) {
+            char *end;
+            s.dim[s.rank++] = strtoll(text, &end, 10);
+            if (end == text)
+                return 0;
+            text = end + (*end == 'x');
+        }
+        out[n++] = s;
+        text += *text == ',';
+    }
+    return n;
+}
+
+static vel_attr default_attributes(vel_op op, const vel_shape *s, int n)
+{
+    vel_attr a = {{0}};
+    int heads = 8;
+    switch (op) {
+    case VEL_OP_attention: a.attention.heads = heads; a.attention.scale = 1 / sqrt((double)s[0].dim[2] / heads); break;
+    case VEL_OP_group_norm: a.group_norm.groups = 32; a.group_norm.eps = 1e-5; a.group_norm.act = VEL_ACT_SILU; break;
+    case VEL_OP_layer_norm: a.layer_norm.eps = 1e-5; break;
+    case VEL_OP_act: a.act.kind = VEL_ACT_SILU; break;
+    case VEL_OP_upsample: a.upsample.factor = 2; break;
+    case VEL_OP_conv2d:
+        a.conv2d.stride = 1;
+        for (int i = 0; i < 4; i++)
+            a.conv2d.pad[i] = n > 1 ? (int)s[1].dim[2] / 2 : 0;
+        break;
+    default: break;
+    }
+    return a;
+}
+
+typedef struct op_bench {
+    vel_plan *plan;
+    float **values;
+    vel_shape *shapes;
+    int n;
+} op_bench;
+
+static vel_status run_op(void *user)
+{
+    op_bench *p = user;
+    for (int i = 0; i < p->n; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "in%d", i);
+        VEL_TRY(vel_plan_set(p->plan, name, p->values[i], (size_t)vel_shape_count(p->shapes[i]) * sizeof(float)));
+    }
+    return vel_plan_run(p->plan);
+}
+
+/* Weights of products are frozen leaves, so that they are packed as they are in a model. */
+static bool bench_source(void *user, const char *path, vel_source_tensor *out);
+
+typedef struct op_weights {
+    const vel_shape *shapes;
+    float **values;
+} op_weights;
+
+static void read_values(void *user, int64_t first, int64_t n, float *out)
+{
+    memcpy(out, (const float *)user + first, (size_t)n * sizeof *out);
+}
+
+static bool bench_source(void *user, const char *path, vel_source_tensor *out)
+{
+    const op_weights *w = user;
+    int i = path[0] == 'w' ? atoi(path + 1) : -1;
+    if (i < 0)
+        return false;
+    *out = (vel_source_tensor){.shape = w->shapes[i], .file = "bench", .user = w->values[i], .read = read_values};
+    return true;
+}
+
+static vel_status make_op_plan(bench *b, vel_op op, vel_engine *e, const vel_shape *shapes, int n, op_bench *p)
+{
+    vel_graph *g = vel_graph_create(b->ctx);
+    vel_ref in[VEL_MAX_IN] = {{0}};
+    bool product = op == VEL_OP_linear || op == VEL_OP_conv2d || op == VEL_OP_linear_grad_x || op == VEL_OP_conv2d_grad_x;
+    int weight = op == VEL_OP_conv2d_grad_x ? 0 : 1;
+    vel_attr a = default_attributes(op, shapes, n);
+    if (!g)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < n; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "%s%d", product && (i == weight || i == 2) ? "w" : "in", i);
+        in[i] = name[0] == 'w' ? vel_weight(g, name, shapes[i]) : vel_input(g, name, VEL_F32, shapes[i]);
+    }
+    vel_output(g, "out", vel_build(g, op, in, VEL_MAX(n, vel_op_inputs(op)), &a));
+    bool bf16 = strcmp(b->o->precision, "no") != 0 && vel_engine_best_compute(e) == VEL_BF16;
+    vel_plan_options o = {.compute = bf16 ? VEL_BF16 : VEL_F32};
+    return vel_plan_create(e, g, &o, &p->plan);
+}
+
+static vel_status bench_op(bench *b, vel_op op)
+{
+    vel_shape shapes[VEL_MAX_IN];
+    int n = parse_shapes(b->o->shapes, shapes, VEL_MAX_IN);
+    if (n == 0)
+        return vel_fail(b->ctx, VEL_BAD_VALUE, "--shapes: give the inputs' shapes, such as 1x4096x320,320x320");
+    float *values[VEL_MAX_IN] = {NULL};
+    for (int i = 0; i < n; i++)
+        if (!(values[i] = random_values(b->ctx, (uint64_t)i + 1, vel_shape_count(shapes[i]))))
+            return VEL_NO_MEMORY;
+    vel_engine *e;
+    VEL_TRY(vel_engine_create(b->ctx, b->o->device, &e));
+    op_weights w = {shapes, values};
+    op_bench p = {.values = values, .shapes = shapes, .n = n};
+    vel_status st = vel_engine_add_source(e, bench_source, &w);
+    if (st == VEL_OK)
+        st = make_op_plan(b, op, e, shapes, n, &p);
+    for (int i = 0; i < n && st == VEL_OK; i++) { /* weights are not inputs */
+        char name[16];
+        snprintf(name, sizeof name, "in%d", i);
+        if (!vel_plan_has_input(p.plan, name)) {
+            p.n = i;
+            break;
+        }
+    }
+    if (st == VEL_OK)
+        st = time_runs(b, b->o->what, run_op, &p);
+    if (st == VEL_OK) {
+        vel_plan_profile(p.plan, true);
+        for (int i = 0; i < b->o->repeats && st == VEL_OK; i++)
+            st = run_op(&p);
+        vel_plan_profile_text(p.plan, b->out);
+    }
+    vel_plan_destroy(p.plan);
+    vel_engine_destroy(e);
+    for (int i = 0; i < n; i++)
+        vel_free(b->ctx, values[i]);
+    return st;
+}
+
+/* ---- the command -------------------------------------------------------------------------------------------- */
+
+vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out)
+{
+    bench b = {.ctx = ctx, .o = o, .out = out, .started = vel_now()};
+    int op = find_op(o->what);
+    if (op)
+        return bench_op(&b, (vel_op)op);
+    run_fn run = NULL;
+    for (int i = 0; i < VEL_COUNT(parts); i++)
+        if (strcmp(parts[i].name, o->what) == 0)
+            run = parts[i].run;
+    if (!run && strcmp(o->what, "step") != 0)
+        return vel_fail(ctx, VEL_BAD_VALUE, "bench: '%s' is not step, unet, text, vae_decode, vae_encode or an op", o->what);
+    if (!o->model)
+        return vel_fail(ctx, VEL_BAD_VALUE, "bench %s needs --model", o->what);
+    vel_model_options m = {.device = o->device, .precision = o->precision, .clip_skip = 1};
+    VEL_TRY(vel_model_open(ctx, o->model, &m, &b.model));
+    vel_text_addf(out, "%s on %s, %s\n", o->what, vel_engine_describe(vel_model_engine(b.model)),
+                  vel_model_compute(b.model) == VEL_F32 ? "float32" : "bfloat16");
+    vel_status st = run ? bench_part(&b, run) : bench_step(&b);
+    vel_model_close(b.model);
+    return st;
+}

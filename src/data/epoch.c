@@ -1,0 +1,236 @@
+/* epoch.c: what is shown when: the batches of an epoch, and how each picture is cut and mirrored.
+ *
+ * All of it is a function of (seed, epoch, sample): no state, no clock, no threads. As with kohya
+ * the items of a bucket (each picture as often as it repeats) are shuffled and cut into batches of
+ * one bucket, then the batches are shuffled. Held-out pictures are in no batch and are always shown
+ * the same way, cut from the middle, so that their loss compares between epochs. */
+#include "data/parts.h"
+
+#include <stdlib.h>
+
+/* One stream of random numbers for each use. */
+enum { USE_ITEMS = 0x64617401, USE_BATCHES, USE_CROP_X, USE_CROP_Y, USE_FLIP };
+
+static uint64_t stream_of(uint64_t use, int64_t epoch, vel_size bucket)
+{
+    uint64_t words[] = {use, (uint64_t)epoch, (uint64_t)bucket.width, (uint64_t)bucket.height};
+    return vel_hash64(words, sizeof words, 0);
+}
+
+/* ---- order ---- */
+
+typedef struct by_bucket {
+    vel_size bucket;
+    int32_t sample;
+} by_bucket;
+
+static int compare_by_bucket(const void *a, const void *b)
+{
+    const by_bucket *x = a, *y = b;
+    int order = vel_size_compare(x->bucket, y->bucket);
+    return order ? order : (x->sample > y->sample) - (x->sample < y->sample);
+}
+
+/* What is being put together: items in order of buckets, and where each batch begins. */
+typedef struct plan {
+    const vel_dataset *d;
+    uint64_t seed;
+    int64_t epoch;
+    int batch;
+    bool fill;
+    int32_t *item, *begin; /* [n_items], [n_batches + 1] */
+    int32_t *order;        /* scratch, [most items of a bucket] */
+    int32_t *repeated;     /* scratch, as long */
+    int64_t n_items;
+    int n_batches;
+} plan;
+
+/* The items of one bucket: shuffled, then cut; with fill the last batch draws from the first items
+ * again. */
+static void plan_bucket(plan *p, const by_bucket *first, int n_samples)
+{
+    int32_t n = 0;
+    for (int i = 0; i < n_samples; i++)
+        for (int k = 0; k < p->d->samples[first[i].sample].repeats; k++)
+            p->repeated[n++] = first[i].sample;
+    vel_random_shuffle(p->seed, stream_of(USE_ITEMS, p->epoch, first->bucket), p->order, n);
+    int64_t rest = n % p->batch;
+    int64_t total = p->fill && rest ? n + p->batch - rest : n;
+    for (int64_t i = 0; i < total; i++) {
+        if (i % p->batch == 0)
+            p->begin[p->n_batches++] = (int32_t)p->n_items;
+        p->item[p->n_items++] = p->repeated[p->order[i % n]];
+    }
+}
+
+/* One past the last entry of the bucket that begins at `first`. */
+static int bucket_end(const by_bucket *entry, int n, int first)
+{
+    int end = first;
+    while (end < n && vel_size_compare(entry[end].bucket, entry[first].bucket) == 0)
+        end++;
+    return end;
+}
+
+static int64_t items_of(const vel_dataset *d, const by_bucket *entry, int n)
+{
+    int64_t items = 0;
+    for (int i = 0; i < n; i++)
+        items += d->samples[entry[i].sample].repeats;
+    return items;
+}
+
+/* Puts the batches in a shuffled order into e. */
+static vel_status shuffle_batches(const plan *p, vel_epoch *e)
+{
+    int32_t *order = vel_alloc(e->ctx, (size_t)p->n_batches * sizeof *order);
+    if (!order)
+        return VEL_NO_MEMORY;
+    uint64_t stream = stream_of(USE_BATCHES, p->epoch, (vel_size){0});
+    vel_random_shuffle(p->seed, stream, order, p->n_batches);
+    int32_t at = 0;
+    for (int i = 0; i < p->n_batches; i++) {
+        int32_t from = p->begin[order[i]], n = p->begin[order[i] + 1] - from;
+        e->begin[i] = at;
+        memcpy(e->sample + at, p->item + from, (size_t)n * sizeof *e->sample);
+        at += n;
+    }
+    e->begin[p->n_batches] = at;
+    e->n_batches = p->n_batches;
+    vel_free(e->ctx, order);
+    return VEL_OK;
+}
+
+/* Allocates and fills p and e from the entries, sorted by bucket. */
+static vel_status plan_epoch(plan *p, const by_bucket *entry, int n, vel_epoch *e)
+{
+    int64_t items = 0, most = 0, batches = 0;
+    for (int i = 0, end; i < n; i = end) {
+        end = bucket_end(entry, n, i);
+        int64_t here = items_of(p->d, entry + i, end - i);
+        int64_t here_batches = (here + p->batch - 1) / p->batch;
+        batches += here_batches;
+        items += p->fill ? here_batches * p->batch : here;
+        most = VEL_MAX(most, here);
+    }
+    if (items > INT32_MAX)
+        return vel_fail(e->ctx, VEL_BAD_VALUE,
+                        "--dataset_repeats: %" PRId64 " items are too many for an epoch; repeat "
+                        "less and train more epochs",
+                        items);
+    p->item = vel_alloc(e->ctx, (size_t)items * sizeof *p->item);
+    p->begin = vel_alloc(e->ctx, (size_t)(batches + 1) * sizeof *p->begin);
+    p->order = vel_alloc(e->ctx, (size_t)most * sizeof *p->order);
+    p->repeated = vel_alloc(e->ctx, (size_t)most * sizeof *p->repeated);
+    e->sample = vel_alloc(e->ctx, (size_t)items * sizeof *e->sample);
+    e->begin = vel_alloc(e->ctx, (size_t)(batches + 1) * sizeof *e->begin);
+    if (!p->item || !p->begin || !p->order || !p->repeated || !e->sample || !e->begin)
+        return VEL_NO_MEMORY;
+    for (int i = 0, end; i < n; i = end) {
+        end = bucket_end(entry, n, i);
+        plan_bucket(p, entry + i, end - i);
+    }
+    p->begin[p->n_batches] = (int32_t)p->n_items;
+    return shuffle_batches(p, e);
+}
+
+vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int64_t epoch,
+                            bool fill, vel_epoch **out)
+{
+    vel_ctx *ctx = d->ctx;
+    *out = NULL;
+    if (batch < 1)
+        return vel_fail(ctx, VEL_BAD_VALUE, "--train_batch_size: %d is below 1", batch);
+    plan p = {.d = d, .seed = seed, .epoch = epoch, .batch = batch, .fill = fill};
+    vel_epoch *e = vel_alloc(ctx, sizeof *e);
+    by_bucket *entry = vel_alloc(ctx, (size_t)d->n_train * sizeof *entry);
+    vel_status status = e && entry ? VEL_OK : VEL_NO_MEMORY;
+    if (!status) {
+        e->ctx = ctx;
+        int n = 0;
+        for (int i = 0; i < d->n; i++)
+            if (!d->samples[i].held_out)
+                entry[n++] = (by_bucket){vel_sample_bucket(&d->samples[i]), i};
+        qsort(entry, (size_t)n, sizeof *entry, compare_by_bucket);
+        status = plan_epoch(&p, entry, n, e);
+    }
+    void *scratch[] = {entry, p.item, p.begin, p.order, p.repeated};
+    for (int i = 0; i < VEL_COUNT(scratch); i++)
+        vel_free(ctx, scratch[i]);
+    if (status)
+        vel_epoch_destroy(e);
+    else
+        *out = e;
+    return status;
+}
+
+void vel_epoch_destroy(vel_epoch *e)
+{
+    if (!e)
+        return;
+    vel_free(e->ctx, e->sample);
+    vel_free(e->ctx, e->begin);
+    vel_free(e->ctx, e);
+}
+
+/* ---- how a picture is shown ---- */
+
+int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t epoch)
+{
+    if (!d->options.flip || d->samples[index].held_out)
+        return 0;
+    return (int)(vel_random_u64(seed, stream_of(USE_FLIP, epoch, (vel_size){0}), (uint64_t)index) &
+                 1);
+}
+
+/* Where the bucket begins in what is left over of one side. */
+static int crop_at(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, uint64_t use,
+                   int left_over)
+{
+    if (d->options.center_crop || d->samples[index].held_out)
+        return left_over / 2;
+    uint64_t stream = stream_of(use, epoch, (vel_size){0});
+    return (int)(vel_random_uniform(seed, stream, (uint64_t)index) * (left_over + 1));
+}
+
+/* As torchvision's ToTensor and Normalize(0.5, 0.5) round it. */
+static float to_unit(uint8_t value)
+{
+    return ((float)value / 255.0f - 0.5f) / 0.5f;
+}
+
+vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+                             float *out)
+{
+    const vel_sample *s = &d->samples[index];
+    vel_size bucket, scaled, source = {s->source_width, s->source_height};
+    vel_bucket_choose(&vel_dataset_inside(d)->table, source, &bucket, &scaled);
+    /* The picture is read at the very size it is scaled to, so that cutting is ours, in pixels. */
+    vel_picture_load how = {.width = scaled.width,
+                            .height = scaled.height,
+                            .crop_x = 0.5,
+                            .crop_y = 0.5,
+                            .background = {255, 255, 255},
+                            .strict_peer = d->options.strict_peer};
+    if (how.strict_peer && source.width > scaled.width && source.height > scaled.height)
+        how.filter = "area"; /* kohya shrinks with OpenCV's INTER_AREA */
+    vel_image image;
+    VEL_TRY(vel_picture_read(d->ctx, s->image, &how, &image));
+    if (image.width != scaled.width || image.height != scaled.height || image.channels != 3) {
+        vel_image_finish(&image);
+        return vel_fail(d->ctx, VEL_BUG, "%s: was not read as %dx%d", s->image, scaled.width,
+                        scaled.height);
+    }
+    int x0 = crop_at(d, index, seed, epoch, USE_CROP_X, scaled.width - bucket.width);
+    int y0 = crop_at(d, index, seed, epoch, USE_CROP_Y, scaled.height - bucket.height);
+    bool flip = vel_sample_flipped(d, index, seed, epoch);
+    for (int y = 0; y < bucket.height; y++) {
+        for (int x = 0; x < bucket.width; x++) {
+            int64_t from = (int64_t)(y0 + y) * image.width + x0 + (flip ? bucket.width - 1 - x : x);
+            for (int c = 0; c < 3; c++)
+                *out++ = to_unit(image.pixels[3 * from + c]);
+        }
+    }
+    vel_image_finish(&image);
+    return VEL_OK;
+}

@@ -1,0 +1,93 @@
+/* parts.h: what the files of data/ share and nobody else sees: the inside of a dataset, captions,
+ * lists of pictures (metadata.jsonl, metadata.csv), buckets. */
+#ifndef VEL_DATA_PARTS_H
+#define VEL_DATA_PARTS_H
+
+#include "data/data.h"
+
+/* ---- captions (captions.c) ------------------------------------------------------------------ */
+
+typedef struct vel_caption {
+    const char *text; /* in the arena; NULL when there is no caption file, "" when it is empty */
+    const char *extension; /* of the file it came from */
+    int n_lines;           /* with words in them; the first one is used */
+} vel_caption;
+
+/* The text of a caption file from its bytes; path is for messages. VEL_BAD_FILE when it is no
+ * UTF-8, with the offset of the first bad byte. */
+vel_status vel_caption_parse(vel_ctx *ctx, const char *path, const char *bytes, size_t n,
+                             vel_arena *a, vel_caption *out);
+/* Looks for the side-car of a picture; out->text stays NULL when there is none. */
+vel_status vel_caption_find(vel_ctx *ctx, const vel_data_options *o, const char *picture,
+                            vel_arena *a, vel_caption *out);
+/* The i-th ending that is looked for, without its dot; NULL past the end. */
+const char *vel_caption_ending(const vel_data_options *o, int i);
+/* Fails, naming the offset, unless the bytes are UTF-8 without NUL. */
+vel_status vel_check_utf8(vel_ctx *ctx, const char *path, const char *bytes, size_t n);
+/* Bytes of a leading byte order mark: 3 or 0. */
+size_t vel_bom_bytes(const char *bytes, size_t n);
+/* Length of a path without its ending: "a/b.c.png" gives that of "a/b.c". */
+size_t vel_stem_length(const char *path);
+
+/* ---- lists of pictures (metadata.c) -----------------------------------------------------------
+ */
+
+typedef struct vel_listed {
+    const char *file;    /* inside the folder of the list; in the arena */
+    const char *caption; /* NULL when the row has none */
+    int line;
+} vel_listed;
+
+/* metadata.jsonl, or metadata.csv when path ends so; *rows is vel_free'd by the caller. */
+vel_status vel_metadata_parse(vel_ctx *ctx, const char *path, const char *bytes, size_t n,
+                              const vel_data_options *o, vel_arena *a, vel_listed **rows,
+                              int *n_rows);
+
+/* ---- buckets (buckets.c) ------------------------------------------------------------------------
+ */
+
+typedef struct vel_size {
+    int width, height;
+} vel_size;
+
+typedef struct vel_bucket_table {
+    vel_size *size; /* sorted by width, then height; in the arena; none with no_upscale */
+    int n;
+    bool no_upscale;
+    int step;
+    int64_t max_area;
+} vel_bucket_table;
+
+/* Checks the sizes among the options and lists the buckets there may be. */
+vel_status vel_bucket_table_make(vel_ctx *ctx, const vel_data_options *o, vel_arena *a,
+                                 vel_bucket_table *out);
+/* The bucket of a picture, and the size to which it is scaled before the bucket is cut out of it.
+ * A bucket of width 0: the picture is smaller than the smallest bucket. */
+void vel_bucket_choose(const vel_bucket_table *table, vel_size picture, vel_size *bucket,
+                       vel_size *scaled);
+int vel_size_compare(vel_size a, vel_size b); /* by width, then height */
+
+/* ---- the inside of a dataset (dataset.c; read by dataset_describe.c and epoch.c)
+ * ------------------- */
+
+typedef struct vel_dataset_inner {
+    vel_dataset shown; /* first: a vel_dataset * of ours is a vel_dataset_inner * */
+    vel_arena *arena;  /* every string of the dataset */
+    vel_bucket_table table;
+    int samples_room, skipped_room;
+    int from_ending[2];  /* captions by vel_caption_ending */
+    int empty_captions;  /* a file or row is there, but no word in it */
+    int cut_captions;    /* files with further lines, which are not read */
+    bool class_captions; /* the folder's words stand in for captions that are missing */
+} vel_dataset_inner;
+
+static inline const vel_dataset_inner *vel_dataset_inside(const vel_dataset *d)
+{
+    return (const vel_dataset_inner *)d;
+}
+static inline vel_size vel_sample_bucket(const vel_sample *s)
+{
+    return (vel_size){s->width, s->height};
+}
+
+#endif

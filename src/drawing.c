@@ -1,0 +1,415 @@
+/* drawing.c: prompts, adapters and the model for the commands that draw. Everything that can be wrong
+ * without the model is found before it is loaded. What is drawn in which order is left to each command;
+ * how a picture is drawn, to sample/. */
+#include "drawing.h"
+
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PROMPT_FILE_LIMIT = 16 << 20, AUTO_BATCH = 4, AUTO_BATCH_SIDE = 256 };
+
+static const char *const picture_endings[] = {".png", ".jpg", ".jpeg", ".webp"};
+
+bool vel_drawing_is_picture_name(const char *path)
+{
+    for (int i = 0; i < VEL_COUNT(picture_endings); i++)
+        if (vel_has_suffix(path, picture_endings[i]))
+            return true;
+    return false;
+}
+
+const char *vel_drawing_base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static char *part_of(vel_arena *a, const char *s, size_t n)
+{
+    char *copy = vel_arena_alloc(a, n + 1);
+    if (copy)
+        memcpy(copy, s, n);
+    return copy;
+}
+
+/* ---- adapters --------------------------------------------------------------------------------------- */
+
+/* A file first, then the file with its usual ending, then a folder. NULL: none of them. */
+static const char *existing(vel_arena *a, const char *folder, const char *name)
+{
+    const char *path = folder[0] && name[0] != '/' ? vel_arena_strf(a, "%s/%s", folder, name) : name;
+    const char *file = path ? vel_arena_strf(a, "%s.safetensors", path) : NULL;
+    if (!file)
+        return NULL;
+    return vel_is_file(path) ? path : vel_is_file(file) ? file : vel_is_folder(path) ? path : NULL;
+}
+
+static const char *folder_of(vel_arena *a, const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? part_of(a, path, (size_t)VEL_MAX(slash - path, 1)) : ".";
+}
+
+/* As given, else beside the files of --lora. */
+static vel_status find_adapter_file(vel_drawing *d, const char *name, const char **out)
+{
+    *out = existing(d->arena, "", name);
+    for (int i = 0; i < d->n_adapters && !*out; i++) {
+        const char *folder = folder_of(d->arena, d->adapters[i].path);
+        *out = folder && d->adapters[i].everywhere ? existing(d->arena, folder, name) : NULL;
+    }
+    if (*out)
+        return VEL_OK;
+    return vel_fail(d->ctx, VEL_NOT_FOUND, "adapter '%s': neither it nor %s.safetensors is a file here%s", name, name,
+                    d->n_adapters ? " or beside the other adapters" : "; give its path");
+}
+
+static bool name_taken(const vel_drawing *d, const char *name)
+{
+    for (int i = 0; i < d->n_adapters; i++)
+        if (strcmp(d->adapters[i].name, name) == 0)
+            return true;
+    return false;
+}
+
+static const char *adapter_name(vel_drawing *d, const char *path)
+{
+    char *name = vel_arena_strdup(d->arena, vel_drawing_base_name(path));
+    if (name && vel_has_suffix(name, ".safetensors"))
+        name[strlen(name) - strlen(".safetensors")] = 0;
+    const char *unique = name;
+    for (int i = 2; unique && (name_taken(d, unique) || !unique[0]); i++)
+        unique = vel_arena_strf(d->arena, "%s-%d", name, i);
+    return unique;
+}
+
+/* The index of the adapter called name, which is added when it is new; *index. */
+static vel_status want_adapter(vel_drawing *d, const char *name, int *index)
+{
+    const char *path;
+    for (int i = 0; i < d->n_adapters; i++)
+        if (strcmp(d->adapters[i].name, name) == 0) {
+            *index = i;
+            return VEL_OK;
+        }
+    VEL_TRY(find_adapter_file(d, name, &path));
+    for (int i = 0; i < d->n_adapters; i++)
+        if (strcmp(d->adapters[i].path, path) == 0) {
+            *index = i;
+            return VEL_OK;
+        }
+    if (d->n_adapters == VEL_MOST_ADAPTERS)
+        return vel_fail(d->ctx, VEL_UNSUPPORTED, "adapter '%s': more than %d at once", name, VEL_MOST_ADAPTERS);
+    vel_drawing_adapter a = {.path = vel_arena_strdup(d->arena, path), .name = adapter_name(d, path)};
+    if (!a.path || !a.name)
+        return VEL_NO_MEMORY;
+    *index = d->n_adapters;
+    d->adapters[d->n_adapters++] = a;
+    return VEL_OK;
+}
+
+/* "name:0.8" or "name": the last colon counts when a number follows it. */
+static vel_status split_strength(vel_drawing *d, const char *text, size_t n, const char **name, double *weight)
+{
+    char *copy = part_of(d->arena, text, n);
+    if (!copy)
+        return VEL_NO_MEMORY;
+    char *colon = strrchr(copy, ':'), *end;
+    *weight = 1;
+    if (colon && colon[1]) {
+        double value = strtod(colon + 1, &end);
+        while (*end == ' ')
+            end++;
+        if (!*end && isfinite(value)) {
+            *weight = value;
+            *colon = 0;
+        }
+    }
+    *name = copy;
+    return copy[0] ? VEL_OK : vel_fail(d->ctx, VEL_BAD_VALUE, "adapter '%.*s': has no name", (int)n, text);
+}
+
+static vel_status add_lora(vel_drawing *d, const char *text, size_t n)
+{
+    const char *name;
+    double weight;
+    int index;
+    while (n && text[0] == ' ') {
+        text++;
+        n--;
+    }
+    VEL_TRY(split_strength(d, text, n, &name, &weight));
+    VEL_TRY(want_adapter(d, name, &index));
+    d->adapters[index].weight = weight;
+    d->adapters[index].everywhere = true;
+    return VEL_OK;
+}
+
+/* --lora: a comma separated list; a path with a comma in it may stand alone. */
+static vel_status read_loras(vel_drawing *d, const char *list)
+{
+    if (!list || !list[0])
+        return VEL_OK;
+    if (vel_is_file(list))
+        return add_lora(d, list, strlen(list));
+    for (const char *at = list; *at;) {
+        size_t n = strcspn(at, ",");
+        VEL_TRY(add_lora(d, at, n));
+        at += n + (at[n] == ',');
+    }
+    return VEL_OK;
+}
+
+/* ---- prompts ---------------------------------------------------------------------------------------- */
+
+/* Takes <lora:name:0.8> out of text, in place, and notes the strengths in w. */
+static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
+{
+    static const char opening[] = "<lora:";
+    char *tag, *end;
+    while ((tag = strstr(text, opening)) && (end = strchr(tag, '>'))) {
+        const char *name;
+        double weight;
+        int index;
+        char *inside = tag + sizeof opening - 1;
+        VEL_TRY(split_strength(d, inside, (size_t)(end - inside), &name, &weight));
+        VEL_TRY(want_adapter(d, name, &index));
+        w[index] = weight;
+        given[index] = true;
+        memmove(tag, end + 1, strlen(end + 1) + 1);
+    }
+    for (size_t n = strlen(text); n && text[n - 1] == ' '; n--)
+        text[n - 1] = 0;
+    return VEL_OK;
+}
+
+vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written)
+{
+    if (!vel_utf8_valid(written, strlen(written)))
+        return vel_fail(d->ctx, VEL_BAD_VALUE, "prompt %d: not valid UTF-8", d->n_prompts + 1);
+    vel_drawing_prompt *grown = vel_realloc(d->ctx, d->prompts, sizeof *grown * (size_t)(d->n_prompts + 1));
+    if (!grown)
+        return VEL_NO_MEMORY;
+    d->prompts = grown;
+    vel_drawing_prompt p = {.written = vel_arena_strdup(d->arena, written)};
+    char *text = vel_arena_strdup(d->arena, written);
+    bool given[VEL_MOST_ADAPTERS] = {false};
+    if (!p.written || !text)
+        return VEL_NO_MEMORY;
+    VEL_TRY(take_tags(d, text, p.weights, given));
+    for (int i = 0; i < d->n_adapters; i++)
+        p.weights[i] = (given[i] ? p.weights[i] : d->adapters[i].weight) * d->o->lora_scale;
+    p.text = text;
+    d->prompts[d->n_prompts++] = p;
+    return VEL_OK;
+}
+
+static vel_status read_prompt_file(vel_drawing *d, const char *path)
+{
+    char *text;
+    size_t n;
+    VEL_TRY(vel_read_file(d->ctx, path, PROMPT_FILE_LIMIT, &text, &n));
+    vel_status st = vel_utf8_valid(text, n) && strlen(text) == n
+                        ? VEL_OK
+                        : vel_fail(d->ctx, VEL_BAD_FILE, "%s: not a text in UTF-8", path);
+    for (char *line = text; st == VEL_OK && *line;) {
+        size_t length = strcspn(line, "\r\n");
+        char *next = line + length + (line[length] != 0);
+        line[length] = 0;
+        if (line[strspn(line, " \t")] && line[0] != '#')
+            st = vel_drawing_add_prompt(d, line);
+        line = next;
+    }
+    vel_free(d->ctx, text);
+    if (st == VEL_OK && d->n_prompts == 0)
+        st = vel_fail(d->ctx, VEL_BAD_FILE, "%s: holds no prompt; write one a line", path);
+    return st;
+}
+
+/* ---- life ------------------------------------------------------------------------------------------- */
+
+/* 32 bits, as the web programs have them; the clock and the process make it. */
+static int64_t random_seed(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    int64_t from[3] = {t.tv_sec, t.tv_nsec, getpid()};
+    return (int64_t)(vel_hash64(from, sizeof from, 0) & 0xffffffffu);
+}
+
+vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_options *o, bool prompts)
+{
+    *d = (vel_drawing){.ctx = ctx, .o = o, .arena = vel_arena_create(ctx)};
+    d->seed = o->seed >= 0 ? o->seed : random_seed();
+    if (!d->arena)
+        return VEL_NO_MEMORY;
+    VEL_TRY(read_loras(d, o->lora));
+    if (!prompts)
+        return VEL_OK;
+    if (!o->prompt && !o->prompt_file)
+        return vel_fail(ctx, VEL_BAD_VALUE, "nothing to draw: give --prompt \"a text\", or --prompt_file FILE");
+    if (o->prompt)
+        VEL_TRY(vel_drawing_add_prompt(d, o->prompt));
+    return o->prompt_file ? read_prompt_file(d, o->prompt_file) : VEL_OK;
+}
+
+vel_status vel_drawing_load(vel_drawing *d)
+{
+    const vel_generate_options *o = d->o;
+    vel_model_options m = {o->device, o->precision, o->vae, o->variant, o->clip_skip};
+    VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
+    for (int i = 0; i < d->n_adapters; i++)
+        VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));
+    return VEL_OK;
+}
+
+void vel_drawing_finish(vel_drawing *d)
+{
+    vel_model_close(d->model);
+    vel_free(d->ctx, d->prompts);
+    vel_arena_destroy(d->arena);
+    *d = (vel_drawing){0};
+}
+
+vel_status vel_drawing_set_weights(vel_drawing *d, const double *weights)
+{
+    for (int i = 0; i < d->n_adapters; i++)
+        VEL_TRY(vel_model_set_adapter(d->model, d->adapters[i].name, weights[i]));
+    return VEL_OK;
+}
+
+vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t seed)
+{
+    const vel_generate_options *o = d->o;
+    return (vel_draw){.prompt = prompt, .negative = o->negative, .guidance = o->guidance, .width = o->width,
+                      .height = o->height, .steps = o->steps, .seed = seed, .sampler = o->sampler, .eta = o->eta};
+}
+
+int vel_drawing_batch(const vel_drawing *d)
+{
+    if (d->o->batch)
+        return d->o->batch;
+    int native = vel_model_latent(d->model)->picture;
+    int64_t width = d->o->width ? d->o->width : native, height = d->o->height ? d->o->height : native;
+    return width * height <= AUTO_BATCH_SIDE * AUTO_BATCH_SIDE ? AUTO_BATCH : 1;
+}
+
+/* ---- what is written into pictures ------------------------------------------------------------------- */
+
+/* Our sampler names as A1111 shows them. */
+static const struct {
+    const char *ours, *theirs;
+} sampler_titles[] = {
+    {"ddim", "DDIM"},        {"pndm", "PLMS"},          {"euler", "Euler"},
+    {"euler_a", "Euler a"},  {"heun", "Heun"},          {"lms", "LMS"},
+    {"unipc", "UniPC"},      {"dpmpp_2m", "DPM++ 2M"},  {"dpmpp_2m_sde", "DPM++ 2M SDE"},
+};
+
+static const char *sampler_of(const vel_drawing *d)
+{
+    return d->o->sampler ? d->o->sampler : vel_model_schedule(d->model)->config.sampler;
+}
+
+static void add_sampler_title(vel_text *t, const char *sampler)
+{
+    static const char karras[] = "_karras";
+    bool spaced = vel_has_suffix(sampler, karras);
+    size_t n = strlen(sampler) - (spaced ? sizeof karras - 1 : 0);
+    const char *title = sampler;
+    for (int i = 0; i < VEL_COUNT(sampler_titles); i++)
+        if (strlen(sampler_titles[i].ours) == n && strncmp(sampler, sampler_titles[i].ours, n) == 0)
+            title = sampler_titles[i].theirs;
+    vel_text_addf(t, "%s%s", title, spaced && title != sampler ? " Karras" : "");
+}
+
+/* The name under which people know the model: the last part of what was asked for. */
+static const char *model_name(vel_drawing *d)
+{
+    char *path = vel_arena_strdup(d->arena, d->o->model);
+    for (size_t n = path ? strlen(path) : 0; n > 1 && path[n - 1] == '/'; n--)
+        path[n - 1] = 0;
+    const char *name = path ? vel_drawing_base_name(path) : "";
+    return name[0] && name[0] != '.' ? name : vel_drawing_base_name(vel_model_folder(d->model));
+}
+
+static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image, const vel_drawing_prompt *p,
+                           uint64_t seed)
+{
+    const vel_generate_options *o = d->o;
+    vel_text_add(t, p->text);
+    for (int i = 0; i < d->n_adapters; i++)
+        if (p->weights[i] != 0)
+            vel_text_addf(t, " <lora:%s:%g>", d->adapters[i].name, p->weights[i]);
+    if (o->negative && o->negative[0])
+        vel_text_addf(t, "\nNegative prompt: %s", o->negative);
+    vel_text_addf(t, "\nSteps: %d, Sampler: ", o->steps);
+    add_sampler_title(t, sampler_of(d));
+    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s", o->guidance, seed, image->width,
+                  image->height, model_name(d));
+    if (o->clip_skip > 1)
+        vel_text_addf(t, ", Clip skip: %d", o->clip_skip);
+    if (o->eta > 0)
+        vel_text_addf(t, ", Eta: %g", o->eta);
+    vel_text_addf(t, ", Version: velatura %s", vel_version());
+}
+
+static json_t *adapters_json(const vel_drawing *d, const vel_drawing_prompt *p)
+{
+    json_t *list = json_array();
+    for (int i = 0; i < d->n_adapters; i++)
+        if (p->weights[i] != 0)
+            json_array_append_new(list, json_pack("{s:s, s:f}", "file", vel_drawing_base_name(d->adapters[i].path),
+                                                  "weight", p->weights[i]));
+    return list;
+}
+
+static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_drawing_prompt *p, uint64_t seed)
+{
+    const vel_generate_options *o = d->o;
+    return json_pack("{s:s, s:s, s:s, s:s, s:f, s:i, s:i, s:i, s:I, s:s, s:f, s:i, s:s, s:o}",
+                     "velatura", vel_version(), "model", model_name(d), "prompt", p->text,
+                     "negative", o->negative ? o->negative : "", "guidance", o->guidance, "width", image->width,
+                     "height", image->height, "steps", o->steps, "seed", (json_int_t)seed, "sampler", sampler_of(d),
+                     "eta", o->eta, "clip_skip", o->clip_skip, "precision",
+                     vel_model_compute(d->model) == VEL_F32 ? "no" : "bf16", "adapters", adapters_json(d, p));
+}
+
+vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *image,
+                             const vel_drawing_prompt *prompt, uint64_t seed)
+{
+    vel_text parameters;
+    vel_text_init(&parameters, d->ctx);
+    add_parameters(d, &parameters, image, prompt, seed);
+    json_t *settings = settings_json(d, image, prompt, seed);
+    char *json = settings ? json_dumps(settings, JSON_COMPACT) : NULL;
+    vel_status st = VEL_OK;
+    if (parameters.failed || !json)
+        st = vel_fail(d->ctx, VEL_NO_MEMORY, "%s: no memory for its text", path);
+    const char *pairs[] = {"parameters", parameters.s, "velatura", json};
+    if (st == VEL_OK)
+        st = vel_picture_write(d->ctx, path, image, pairs, 2);
+    free(json);
+    json_decref(settings);
+    vel_text_finish(&parameters);
+    return st;
+}
+
+vel_status vel_drawing_check_output(vel_ctx *ctx, const char *path)
+{
+    if (!vel_drawing_is_picture_name(path))
+        return vel_fail(ctx, VEL_BAD_VALUE, "%s: pictures are written as .png, .jpg or .webp", path);
+    if (vel_is_folder(path))
+        return vel_fail(ctx, VEL_BAD_VALUE, "%s: is a folder", path);
+    const char *slash = strrchr(path, '/');
+    if (slash && slash != path) {
+        char *folder = vel_strf(ctx, "%.*s", (int)(slash - path), path);
+        vel_status st = folder ? vel_make_folder(ctx, folder) : VEL_NO_MEMORY;
+        vel_free(ctx, folder);
+        VEL_TRY(st);
+    }
+    vel_writer w;
+    VEL_TRY(vel_writer_open(ctx, &w, path));
+    vel_writer_discard(&w);
+    return VEL_OK;
+}

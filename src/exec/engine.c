@@ -1,0 +1,390 @@
+/* engine.c: a device with what outlives plans: packed weights, trainable values, the arena. */
+#include "exec/engine.h"
+
+/* The best backend is the first that opens. */
+static const vel_backend *const backends[] = {&vel_backend_cpu};
+
+static vel_status open_device(vel_engine *e, const char *device)
+{
+    for (int i = 0; i < VEL_COUNT(backends); i++) {
+        const vel_backend *b = backends[i];
+        bool named = device && device[0] && strcmp(device, "auto") != 0;
+        if (named && !vel_has_prefix(device, b->name))
+            continue;
+        vel_status st = b->open(e->ctx, device, &e->device);
+        if (st == VEL_OK) {
+            e->backend = b;
+            return VEL_OK;
+        }
+        if (named)
+            return st;
+    }
+    return vel_fail(e->ctx, VEL_BAD_VALUE, "--device: '%s' is not one of cpu, auto", device ? device : "");
+}
+
+vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
+{
+    vel_engine *e = vel_alloc(ctx, sizeof *e);
+    if (!e)
+        return VEL_NO_MEMORY;
+    e->ctx = ctx;
+    vel_status st = open_device(e, device);
+    if (st) {
+        vel_engine_destroy(e);
+        return st;
+    }
+    *out = e;
+    return VEL_OK;
+}
+
+static void free_weight(vel_engine *e, weight_entry *w)
+{
+    if (!w->mapped)
+        e->backend->free(e->device, w->data);
+    vel_free(e->ctx, w->path);
+    vel_free(e->ctx, w);
+}
+
+void vel_engine_destroy(vel_engine *e)
+{
+    if (!e)
+        return;
+    vel_engine_drop_weights(e, "");
+    if (e->device) {
+        float *vectors[] = {e->value, e->grad, e->moment1, e->moment2, e->sum};
+        for (int i = 0; i < VEL_COUNT(vectors); i++)
+            e->backend->free(e->device, vectors[i]);
+        e->backend->free(e->device, e->arena);
+        e->backend->close(e->device);
+    }
+    for (int i = 0; i < e->n_trainables; i++)
+        vel_free(e->ctx, (char *)e->trainables[i].path);
+    vel_free(e->ctx, e->trainables);
+    vel_free(e->ctx, e);
+}
+
+const char *vel_engine_describe(vel_engine *e)
+{
+    return e->backend->describe(e->device);
+}
+
+vel_dtype vel_engine_best_compute(vel_engine *e)
+{
+    return e->backend->best_compute(e->device);
+}
+
+/* ---- frozen weights ------------------------------------------------------------------------------ */
+
+vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user)
+{
+    if (e->n_sources == MAX_SOURCES)
+        return vel_fail(e->ctx, VEL_BUG, "more than %d sources of weights", MAX_SOURCES);
+    e->sources[e->n_sources++] = (source){find, user};
+    return VEL_OK;
+}
+
+void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user)
+{
+    for (int i = 0; i < e->n_sources; i++)
+        if (e->sources[i].find == find && e->sources[i].user == user) {
+            e->sources[i] = e->sources[--e->n_sources];
+            return;
+        }
+}
+
+void vel_engine_drop_weights(vel_engine *e, const char *prefix)
+{
+    for (int b = 0; b < WEIGHT_BUCKETS; b++)
+        for (weight_entry **at = &e->weights[b]; *at;) {
+            weight_entry *w = *at;
+            if (!vel_has_prefix(w->path, prefix)) {
+                at = &w->next;
+                continue;
+            }
+            *at = w->next;
+            e->weight_bytes -= (int64_t)w->bytes;
+            free_weight(e, w);
+        }
+}
+
+int64_t vel_engine_weight_bytes(const vel_engine *e)
+{
+    return e->weight_bytes;
+}
+
+static vel_status find_source(vel_engine *e, const vel_node *leaf, vel_source_tensor *t)
+{
+    char have[96], want[96];
+    for (int i = 0; i < e->n_sources; i++) {
+        memset(t, 0, sizeof *t);
+        if (!e->sources[i].find(e->sources[i].user, leaf->path, t))
+            continue;
+        /* A 1x1 convolution may be stored as a matrix, and the other way round. */
+        bool same = vel_shape_count(t->shape) == vel_shape_count(leaf->out[0].shape) &&
+                    t->shape.rank > 0 && t->shape.dim[0] == leaf->out[0].shape.dim[0];
+        if (same)
+            return VEL_OK;
+        return vel_fail(e->ctx, VEL_BAD_FILE, "%s: tensor '%s' has shape %s, the model needs %s",
+                        t->file ? t->file : "weights", leaf->path, vel_shape_text(t->shape, have),
+                        vel_shape_text(leaf->out[0].shape, want));
+    }
+    return vel_fail(e->ctx, VEL_BAD_FILE,
+                    "the model's files have no tensor '%s' %s: the folder is incomplete, or its "
+                    "config.json belongs to another model",
+                    leaf->path, vel_shape_text(leaf->out[0].shape, want));
+}
+
+/* Row-major values in the leaf's type, in host memory that the caller frees. */
+static vel_status read_plain(vel_engine *e, const vel_node *leaf, const vel_source_tensor *t, void **out)
+{
+    int64_t n = vel_shape_count(leaf->out[0].shape);
+    vel_dtype type = leaf->out[0].dtype;
+    void *plain = vel_alloc(e->ctx, (size_t)n * (size_t)vel_dtype_bytes(type));
+    if (!plain)
+        return VEL_NO_MEMORY;
+    *out = plain;
+    float chunk[2048];
+    for (int64_t at = 0; at < n; at += VEL_COUNT(chunk)) {
+        int64_t some = VEL_MIN(n - at, VEL_COUNT(chunk));
+        t->read(t->user, at, some, chunk);
+        for (int64_t i = 0; i < some; i++)
+            if (!isfinite(chunk[i])) {
+                vel_free(e->ctx, plain);
+                return vel_fail(e->ctx, VEL_BAD_FILE, "%s: tensor '%s' holds %f at element %" PRId64
+                                ": the file is damaged", t->file, leaf->path, (double)chunk[i], at + i);
+            }
+        if (type == VEL_F32)
+            memcpy((float *)plain + at, chunk, (size_t)some * sizeof *chunk);
+        else
+            for (int64_t i = 0; i < some; i++)
+                ((uint16_t *)plain)[at + i] =
+                    type == VEL_BF16 ? vel_f32_bf16(chunk[i]) : vel_f32_f16(chunk[i]);
+    }
+    return VEL_OK;
+}
+
+static bool same_layout(const char *a, const char *b)
+{
+    return a == b || (a && b && strcmp(a, b) == 0);
+}
+
+static weight_entry **weight_bucket(vel_engine *e, const char *path)
+{
+    return &e->weights[vel_hash64(path, strlen(path), 0) % WEIGHT_BUCKETS];
+}
+
+vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
+                             const vel_node *reader, const vel_type *in_type, int i, void **data)
+{
+    const char *layout = k ? k->layout[i] : NULL;
+    weight_entry **bucket = weight_bucket(e, leaf->path);
+    for (weight_entry *w = *bucket; w; w = w->next)
+        if (strcmp(w->path, leaf->path) == 0 && w->dtype == leaf->out[0].dtype &&
+            same_layout(w->layout, layout)) {
+            *data = w->data;
+            return VEL_OK;
+        }
+    vel_source_tensor t;
+    VEL_TRY(find_source(e, leaf, &t));
+    size_t plain_bytes = (size_t)vel_shape_count(leaf->out[0].shape) * (size_t)vel_dtype_bytes(leaf->out[0].dtype);
+    size_t bytes = layout ? k->packed_bytes[i] : plain_bytes;
+    weight_entry *w = vel_alloc(e->ctx, sizeof *w);
+    void *plain = NULL;
+    if (!w)
+        return VEL_NO_MEMORY;
+    *w = (weight_entry){.dtype = leaf->out[0].dtype, .layout = layout, .bytes = bytes};
+    w->path = vel_strdup(e->ctx, leaf->path);
+    vel_status st = w->path ? read_plain(e, leaf, &t, &plain) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = e->backend->alloc(e->device, bytes, &w->data);
+    if (st == VEL_OK && layout)
+        st = e->backend->pack(e->device, k, reader, in_type, i, plain, w->data);
+    else if (st == VEL_OK)
+        e->backend->write(e->device, w->data, plain, bytes);
+    vel_free(e->ctx, plain);
+    if (st) {
+        free_weight(e, w);
+        return st;
+    }
+    w->next = *bucket;
+    *bucket = w;
+    e->weight_bytes += (int64_t)bytes;
+    *data = w->data;
+    return VEL_OK;
+}
+
+/* ---- trainable values ------------------------------------------------------------------------------ */
+
+const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *path)
+{
+    for (int i = 0; i < e->n_trainables; i++)
+        if (strcmp(e->trainables[i].path, path) == 0)
+            return &e->trainables[i];
+    return NULL;
+}
+
+/* Room for count values in the flat vectors; what is there is kept. */
+static vel_status grow_vectors(vel_engine *e, int64_t count)
+{
+    float **vectors[] = {&e->value, &e->grad, &e->moment1, &e->moment2, &e->sum};
+    for (int i = 0; i < VEL_COUNT(vectors); i++) {
+        if (i >= 2 && !*vectors[i])
+            continue; /* not in use yet */
+        void *grown;
+        VEL_TRY(e->backend->alloc(e->device, (size_t)count * sizeof(float), &grown));
+        if (*vectors[i]) {
+            size_t old = (size_t)e->trainable_count * sizeof(float);
+            void *host = vel_alloc(e->ctx, old);
+            if (!host) {
+                e->backend->free(e->device, grown);
+                return VEL_NO_MEMORY;
+            }
+            e->backend->read(e->device, host, *vectors[i], old);
+            e->backend->write(e->device, grown, host, old);
+            vel_free(e->ctx, host);
+            e->backend->free(e->device, *vectors[i]);
+        }
+        *vectors[i] = grown;
+    }
+    e->trainable_room = count;
+    return VEL_OK;
+}
+
+vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g)
+{
+    int64_t total = e->trainable_count;
+    int first = e->n_trainables;
+    for (int32_t id = 1; id < vel_graph_size(g); id++) {
+        const vel_node *n = vel_node_at(g, id);
+        if (n->op != VEL_OP_param || vel_engine_find_trainable(e, n->path))
+            continue;
+        if (e->n_trainables == e->room_trainables) {
+            int room = e->room_trainables ? 2 * e->room_trainables : 256;
+            vel_trainable *grown = vel_realloc(e->ctx, e->trainables, (size_t)room * sizeof *grown);
+            if (!grown)
+                return VEL_NO_MEMORY;
+            e->trainables = grown;
+            e->room_trainables = room;
+        }
+        int64_t count = vel_shape_count(n->out[0].shape);
+        char *path = vel_strdup(e->ctx, n->path);
+        if (!path)
+            return VEL_NO_MEMORY;
+        e->trainables[e->n_trainables++] = (vel_trainable){path, n->out[0].shape, total, count};
+        total += (count + 15) / 16 * 16; /* each starts on a cache line */
+    }
+    if (e->n_trainables == first)
+        return VEL_OK;
+    VEL_TRY(grow_vectors(e, total));
+    e->trainable_count = total;
+    return VEL_OK;
+}
+
+int vel_engine_trainables(const vel_engine *e)
+{
+    return e->n_trainables;
+}
+
+const vel_trainable *vel_engine_trainable_at(const vel_engine *e, int i)
+{
+    return &e->trainables[i];
+}
+
+int64_t vel_engine_trainable_count(const vel_engine *e)
+{
+    int64_t n = 0;
+    for (int i = 0; i < e->n_trainables; i++)
+        n += e->trainables[i].count;
+    return n;
+}
+
+static float **vector_of(vel_engine *e, char which)
+{
+    switch (which) {
+    case 'v': return &e->value;
+    case 'g': return &e->grad;
+    case 'm': return &e->moment1;
+    case 's': return &e->moment2;
+    default: return &e->sum;
+    }
+}
+
+static vel_status need_vector(vel_engine *e, float **vector)
+{
+    return *vector ? VEL_OK
+                   : e->backend->alloc(e->device, (size_t)e->trainable_room * sizeof(float), (void **)vector);
+}
+
+void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_t n, float *out)
+{
+    float *vector = *vector_of(e, which);
+    if (vector)
+        e->backend->read(e->device, out, vector + first, (size_t)n * sizeof *out);
+    else
+        memset(out, 0, (size_t)n * sizeof *out);
+}
+
+void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n, const float *in)
+{
+    float **vector = vector_of(e, which);
+    if (need_vector(e, vector) == VEL_OK)
+        e->backend->write(e->device, *vector + first, in, (size_t)n * sizeof *in);
+}
+
+vel_status vel_engine_accumulate(vel_engine *e, bool first)
+{
+    VEL_TRY(need_vector(e, &e->sum));
+    e->backend->add(e->device, e->sum, e->grad, 1, first ? 0 : 1, e->trainable_count);
+    return VEL_OK;
+}
+
+vel_status vel_engine_take_accumulated(vel_engine *e, int n_runs)
+{
+    VEL_TRY(need_vector(e, &e->sum));
+    e->backend->add(e->device, e->grad, e->sum, 1.0f / (float)n_runs, 0, e->trainable_count);
+    return VEL_OK;
+}
+
+double vel_engine_gradient_norm(vel_engine *e)
+{
+    return sqrt(e->backend->sum_squares(e->device, e->grad, e->trainable_count));
+}
+
+vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o)
+{
+    VEL_TRY(need_vector(e, &e->moment1));
+    VEL_TRY(need_vector(e, &e->moment2));
+    vel_adamw_segment *segments = vel_alloc(e->ctx, (size_t)e->n_trainables * sizeof *segments);
+    if (!segments)
+        return VEL_NO_MEMORY;
+    int n = 0;
+    for (int i = 0; i < e->n_trainables; i++) {
+        const vel_trainable *t = &e->trainables[i];
+        vel_adamw_segment s = {t->offset, t->offset + t->count, (float)o->lr(o->user, i),
+                               (float)o->beta1, (float)o->beta2, (float)o->eps, (float)o->weight_decay,
+                               (float)(1 - pow(o->beta1, (double)o->t)),
+                               (float)(1 - pow(o->beta2, (double)o->t))};
+        /* neighbours with one rate are one segment; the padding between them holds zeros */
+        if (n && segments[n - 1].lr == s.lr)
+            segments[n - 1].end = s.end;
+        else
+            segments[n++] = s;
+    }
+    e->backend->adamw(e->device, e->value, e->grad, e->moment1, e->moment2, (float)o->grad_scale, segments, n);
+    vel_free(e->ctx, segments);
+    return VEL_OK;
+}
+
+/* ---- arena -------------------------------------------------------------------------------------------- */
+
+vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes)
+{
+    if (arena_bytes <= e->arena_bytes)
+        return VEL_OK;
+    e->backend->free(e->device, e->arena);
+    e->arena = NULL;
+    e->arena_bytes = 0;
+    VEL_TRY(e->backend->alloc(e->device, (size_t)arena_bytes, &e->arena));
+    e->arena_bytes = arena_bytes;
+    return VEL_OK;
+}

@@ -1,0 +1,50 @@
+/* engine.h: inside exec: the engine's parts. */
+#ifndef VEL_ENGINE_H
+#define VEL_ENGINE_H
+
+#include "backend/backend.h"
+#include "exec/exec.h"
+#include "passes/passes.h"
+
+typedef struct weight_entry { /* one frozen weight in one form on the device */
+    char *path;
+    vel_dtype dtype;
+    const char *layout;       /* NULL plain; borrowed from the device */
+    void *data;
+    size_t bytes;
+    bool mapped;              /* data is the file's own mapping */
+    struct weight_entry *next;
+} weight_entry;
+
+enum { MAX_SOURCES = 8, WEIGHT_BUCKETS = 4096 };
+
+typedef struct source {
+    vel_source_fn find;
+    void *user;
+} source;
+
+struct vel_engine {
+    vel_ctx *ctx;
+    const vel_backend *backend;
+    vel_device *device;
+    source sources[MAX_SOURCES];
+    int n_sources;
+    weight_entry *weights[WEIGHT_BUCKETS];
+    int64_t weight_bytes;
+    vel_trainable *trainables;
+    int n_trainables, room_trainables;
+    int64_t trainable_count, trainable_room; /* values */
+    float *value, *grad, *moment1, *moment2, *sum; /* device, flat; moments and sum made on first use */
+    void *arena;
+    int64_t arena_bytes;
+    int n_plans;
+};
+
+/* The weight leaf n as input i of kernel k (NULL: plain), loaded and packed on first use. reader and
+ * in_type are the node that reads it. */
+vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
+                             const vel_node *reader, const vel_type *in_type, int i, void **data);
+vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);
+const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *path);
+
+#endif

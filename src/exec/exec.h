@@ -1,0 +1,114 @@
+/* exec.h: runs graphs. An engine owns a device, the frozen weights (packed once, shared by all plans),
+ * the trainable values, and one arena of working memory as large as its largest plan needs. */
+#ifndef VEL_EXEC_H
+#define VEL_EXEC_H
+
+#include "graph/graph.h"
+
+typedef struct vel_engine vel_engine;
+typedef struct vel_plan vel_plan;
+
+vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out); /* NULL: best */
+void vel_engine_destroy(vel_engine *e); /* after its plans */
+const char *vel_engine_describe(vel_engine *e);
+vel_dtype vel_engine_best_compute(vel_engine *e);
+
+/* ---- frozen weights ------------------------------------------------------------------------- */
+
+typedef struct vel_source_tensor {
+    vel_shape shape;
+    const char *file; /* for messages */
+    void *user;       /* for read */
+    /* Values first .. first+n-1 as float32. */
+    void (*read)(void *user, int64_t first, int64_t n, float *out);
+    /* Raw bytes where they are mapped, with their type; NULL data when the type is none of ours. */
+    vel_dtype dtype;
+    const void *data;
+} vel_source_tensor;
+/* Where values come from: looks a path up; false when it has no such tensor. Sources are asked in the
+ * order they were added. */
+typedef bool (*vel_source_fn)(void *user, const char *path, vel_source_tensor *out);
+vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user);
+void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);
+/* Forgets packed weights whose path starts with prefix (an adapter was exchanged, a part is done). No
+ * plan that uses them may be left. */
+void vel_engine_drop_weights(vel_engine *e, const char *prefix);
+int64_t vel_engine_weight_bytes(const vel_engine *e);
+
+/* ---- trainable values: one flat float32 vector, one for the gradient ------------------------- */
+
+typedef struct vel_trainable {
+    const char *path;
+    vel_shape shape;
+    int64_t offset, count; /* in the flat vectors */
+} vel_trainable;
+/* Registers every param of g that is not there yet (zeros). Call before plans are made of g. */
+vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g);
+int vel_engine_trainables(const vel_engine *e);
+const vel_trainable *vel_engine_trainable_at(const vel_engine *e, int i);
+int64_t vel_engine_trainable_count(const vel_engine *e); /* values in all */
+/* Host copies in and out of the flat vectors: which is 'v' value, 'g' gradient, 'm' and 's' the two
+ * moments of the optimizer. */
+void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_t n, float *out);
+void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n, const float *in);
+/* Gradient accumulation: adds the last run's gradient to a sum kept aside; n runs later, the mean
+ * replaces the gradient. A run's gradient overwrites the one before. */
+vel_status vel_engine_accumulate(vel_engine *e, bool first);
+vel_status vel_engine_take_accumulated(vel_engine *e, int n_runs);
+double vel_engine_gradient_norm(vel_engine *e);
+
+typedef struct vel_adamw_options {
+    double beta1, beta2, eps, weight_decay;
+    int64_t t;          /* step, from 1 */
+    double grad_scale;  /* multiplies the gradient: clipping */
+    /* Learning rate of trainable i. */
+    double (*lr)(void *user, int i);
+    void *user;
+} vel_adamw_options;
+vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o);
+
+/* ---- plans -------------------------------------------------------------------------------------- */
+
+typedef struct vel_plan_options {
+    vel_dtype compute;      /* VEL_F32 or VEL_BF16 */
+    bool gradient;          /* differentiate output "loss" first */
+    int64_t memory_budget;  /* bytes of working memory to stay under by recomputing; 0: no limit */
+    bool smallest;          /* recompute as much as there is: the smallest working memory */
+    const char *print_after;/* pass whose graph is printed to *printed; NULL none */
+    vel_text *printed;
+    bool dry;               /* plan on the NULL backend: no memory, no weights, cannot run */
+} vel_plan_options;
+
+/* Takes g (destroys it, also on failure), runs the passes, loads and packs the weights it uses. */
+vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *o, vel_plan **out);
+void vel_plan_destroy(vel_plan *p);
+/* Host memory of the declared type and shape. Inputs are set before each run: another plan's run
+ * may use the same memory. */
+vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t bytes);
+vel_status vel_plan_run(vel_plan *p);
+/* Converted to float32, count values; gradients ("grad:...") are in the trainables instead. */
+vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t count);
+vel_shape vel_plan_output_shape(const vel_plan *p, const char *output);
+bool vel_plan_has_input(const vel_plan *p, const char *input);
+int64_t vel_plan_arena_bytes(const vel_plan *p);
+int64_t vel_plan_weight_bytes(const vel_plan *p); /* of the packed weights it uses */
+int vel_plan_remat_level(const vel_plan *p);
+const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */
+/* One line per kernel name: count, milliseconds, operations, bytes; after runs with profiling on. */
+void vel_plan_profile(vel_plan *p, bool on);
+void vel_plan_profile_text(vel_plan *p, vel_text *out);
+/* Floating-point operations and bytes moved of node id, for profiles and rooflines. */
+double vel_node_flops(const vel_graph *g, int32_t id);
+double vel_node_bytes(const vel_graph *g, int32_t id);
+/* The first output value of the last run that is not finite: its node's path and op, for messages.
+ * NULL when there is none. Runs the plan again, node by node. */
+const char *vel_plan_first_bad(vel_plan *p);
+
+/* ---- the meaning, in numbers (reference.c): tests, and the truth for goldens ------------------- */
+
+/* Evaluates every output of g in float64 with the ops' own meanings. leaf fills a leaf's values. */
+typedef vel_status (*vel_leaf_fn)(void *user, const vel_node *leaf, double *values, int64_t n);
+vel_status vel_reference_run(vel_graph *g, vel_leaf_fn leaf, void *user, vel_ref_tensor *outputs);
+void vel_reference_free(vel_ctx *ctx, vel_ref_tensor *outputs, int n);
+
+#endif

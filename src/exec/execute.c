@@ -1,0 +1,655 @@
+/* execute.c: a plan: the passes in their order, a kernel for each node, memory for each value, and the
+ * run. The table below is the whole pipeline; --print_after and tests stop at its names.
+ *
+ * A plan owns its final graph and kernels; weights, trainable values and working memory are the
+ * engine's. Working memory is shared by all plans of an engine, so inputs are set before each run. */
+#include "exec/engine.h"
+
+enum { MAX_LOWERING_ROUNDS = 8 };
+
+typedef struct plan_input {
+    const char *name;
+    int32_t node;
+} plan_input;
+
+struct vel_plan {
+    vel_engine *engine;
+    const vel_backend *backend; /* the engine's, or NULL's when dry */
+    vel_device *device;
+    vel_graph *g;
+    vel_arena *arena;
+    vel_kernel *kernels;  /* [node] */
+    bool *prepared;       /* [node] */
+    vel_launch *launches; /* [node] */
+    vel_layout layout;
+    const vel_trainable **gradient_at; /* [node]: the gradient that output 0 is, written in place */
+    const void *bound_arena;           /* the launches hold pointers into this */
+    const float *bound_grad;
+    int64_t weight_bytes;
+    int level;
+    bool dry, profiling;
+    double *seconds; /* [node] */
+    int64_t runs;
+};
+
+/* ---- the pipeline ----------------------------------------------------------------------------------- */
+
+typedef vel_status (*pass_fn)(const vel_graph *g, const vel_plan_options *o, vel_graph **out);
+
+static vel_status run_simplify(const vel_graph *g, const vel_plan_options *o, vel_graph **out)
+{
+    (void)o;
+    return vel_pass_simplify(g, out);
+}
+
+static vel_status run_cast(const vel_graph *g, const vel_plan_options *o, vel_graph **out)
+{
+    return vel_pass_cast(g, o->compute, out);
+}
+
+static vel_status run_fuse(const vel_graph *g, const vel_plan_options *o, vel_graph **out)
+{
+    (void)o;
+    return vel_pass_fuse(g, out);
+}
+
+static const struct {
+    const char *name;
+    pass_fn run;
+} pipeline[] = {
+    {"simplify", run_simplify}, {"cast", run_cast}, {"clean", run_simplify}, {"fuse", run_fuse},
+};
+
+static void print_if_asked(const vel_graph *g, const char *name, const vel_plan_options *o)
+{
+    if (o->print_after && o->printed && strcmp(o->print_after, name) == 0)
+        vel_graph_print(g, o->printed);
+}
+
+/* Replaces *g by what the passes make of it. */
+static vel_status run_passes(vel_graph **g, const vel_plan_options *o)
+{
+    VEL_TRY(vel_graph_check(*g));
+    print_if_asked(*g, "build", o);
+    if (o->gradient) {
+        VEL_TRY(vel_pass_grad(*g));
+        print_if_asked(*g, "grad", o);
+    }
+    for (int i = 0; i < VEL_COUNT(pipeline); i++) {
+        vel_graph *next;
+        VEL_TRY(pipeline[i].run(*g, o, &next));
+        vel_graph_destroy(*g);
+        *g = next;
+        print_if_asked(*g, pipeline[i].name, o);
+    }
+    return VEL_OK;
+}
+
+/* ---- kernels ---------------------------------------------------------------------------------------- */
+
+static bool needs_kernel(const vel_node *n)
+{
+    return !(n->op == VEL_OP_input || n->op == VEL_OP_weight || n->op == VEL_OP_param || n->op == VEL_OP_reshape);
+}
+
+static void release_kernels(vel_plan *p)
+{
+    if (!p->prepared)
+        return;
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++)
+        if (p->prepared[id])
+            p->backend->release(p->device, &p->kernels[id]);
+    p->prepared = NULL;
+}
+
+/* A kernel for each node; *refused[id] where the backend has none. */
+static vel_status prepare_kernels(vel_plan *p, bool **refused, int *n_refused)
+{
+    int32_t n = vel_graph_size(p->g);
+    p->kernels = vel_arena_alloc(p->arena, (size_t)n * sizeof *p->kernels);
+    p->prepared = vel_arena_alloc(p->arena, (size_t)n * sizeof *p->prepared);
+    *refused = vel_arena_alloc(p->arena, (size_t)n * sizeof **refused);
+    if (!p->kernels || !p->prepared || !*refused)
+        return VEL_NO_MEMORY;
+    *n_refused = 0;
+    for (int32_t id = 1; id < n; id++) {
+        const vel_node *node = vel_node_at(p->g, id);
+        p->kernels[id].inplace = -1;
+        if (!needs_kernel(node))
+            continue;
+        vel_status st = p->backend->prepare(p->device, p->g, id, &p->kernels[id]);
+        if (st == VEL_UNSUPPORTED) {
+            const vel_opdef *entry = vel_op_entry(node->op);
+            if (!entry->lower)
+                return vel_fail(p->engine->ctx, VEL_UNSUPPORTED, "no kernel for %s %s at '%s'",
+                                vel_op_name(node->op), vel_dtype_name(node->out[0].dtype), node->path);
+            (*refused)[id] = true;
+            ++*n_refused;
+        } else if (st) {
+            return st;
+        } else {
+            p->prepared[id] = true;
+        }
+    }
+    return VEL_OK;
+}
+
+/* The graph with the refused nodes replaced by their meaning, typed again. */
+static vel_status lower_refused(vel_graph *g, const bool *refused, const vel_plan_options *o, vel_graph **out)
+{
+    vel_ctx *ctx = vel_graph_ctx(g);
+    vel_graph *dst = vel_graph_create(ctx);
+    if (!dst)
+        return VEL_NO_MEMORY;
+    int32_t n = vel_graph_size(g);
+    vel_ref(*map)[VEL_MAX_OUT] = vel_arena_alloc(vel_graph_arena(dst), (size_t)n * sizeof *map);
+    vel_status st = map ? VEL_OK : VEL_NO_MEMORY;
+    for (int32_t id = 1; id < n && st == VEL_OK; id++) {
+        vel_node node = *vel_node_at(g, id);
+        for (int i = 0; i < node.n_in; i++)
+            node.in[i] = node.in[i].id ? map[node.in[i].id][node.in[i].out] : (vel_ref){0};
+        if (refused[id]) {
+            vel_graph_place(dst, node.path, node.layer, node.backward);
+            vel_op_entry(node.op)->lower(dst, &node, map[id]);
+            vel_graph_place(dst, NULL, 0, false);
+        } else {
+            vel_ref made = vel_copy_node(dst, &node, node.in);
+            for (int k = 0; k < node.n_out; k++)
+                map[id][k] = (vel_ref){made.id, k};
+        }
+        st = vel_graph_check(dst);
+    }
+    for (int i = 0; i < vel_graph_outputs(g) && st == VEL_OK; i++) {
+        vel_ref r = vel_output_at(g, i);
+        vel_output(dst, vel_output_name(g, i), map[r.id][r.out]);
+    }
+    vel_graph *cast = NULL;
+    if (st == VEL_OK)
+        st = vel_graph_check(dst);
+    if (st == VEL_OK)
+        st = vel_pass_cast(dst, o->compute, &cast);
+    if (st == VEL_OK)
+        st = vel_pass_simplify(cast, out);
+    vel_graph_destroy(cast);
+    vel_graph_destroy(dst);
+    return st;
+}
+
+static vel_status choose_kernels(vel_plan *p, const vel_plan_options *o)
+{
+    for (int round = 0; round < MAX_LOWERING_ROUNDS; round++) {
+        bool *refused;
+        int n_refused;
+        VEL_TRY(prepare_kernels(p, &refused, &n_refused));
+        if (n_refused == 0)
+            return VEL_OK;
+        release_kernels(p);
+        vel_graph *lowered;
+        VEL_TRY(lower_refused(p->g, refused, o, &lowered));
+        vel_graph_destroy(p->g);
+        p->g = lowered;
+    }
+    return vel_fail(p->engine->ctx, VEL_BUG, "lowering did not end");
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------ */
+
+static int64_t query_scratch(void *user, int32_t id)
+{
+    return (int64_t)((vel_plan *)user)->kernels[id].scratch;
+}
+
+static int query_inplace(void *user, int32_t id)
+{
+    return ((vel_plan *)user)->kernels[id].inplace;
+}
+
+static bool query_outside(void *user, int32_t id, int output)
+{
+    const vel_plan *p = user;
+    const vel_node *n = vel_node_at(p->g, id);
+    if (n->op == VEL_OP_weight || n->op == VEL_OP_param)
+        return true;
+    if (n->op == VEL_OP_reshape) { /* of something outside */
+        const vel_node *of = vel_at(p->g, n->in[0]);
+        return query_outside(user, n->in[0].id, n->in[0].out) && of->op != VEL_OP_input;
+    }
+    return output == 0 && p->gradient_at[id];
+}
+
+/* A gradient that one kernel writes whole goes straight into the trainables' vector. */
+static vel_status find_gradients(vel_plan *p)
+{
+    p->gradient_at = vel_arena_alloc(p->arena, (size_t)vel_graph_size(p->g) * sizeof *p->gradient_at);
+    if (!p->gradient_at)
+        return VEL_NO_MEMORY;
+    if (p->dry)
+        return VEL_OK;
+    for (int i = 0; i < vel_graph_outputs(p->g); i++) {
+        const char *name = vel_output_name(p->g, i);
+        vel_ref r = vel_output_at(p->g, i);
+        if (!vel_has_prefix(name, "grad:"))
+            continue;
+        const vel_trainable *t = vel_engine_find_trainable(p->engine, name + 5);
+        if (!t)
+            return vel_fail(p->engine->ctx, VEL_BUG, "'%s' was not registered as trainable", name + 5);
+        const vel_node *n = vel_at(p->g, r);
+        if (r.out == 0 && needs_kernel(n) && n->out[0].dtype == VEL_F32 && !p->gradient_at[r.id])
+            p->gradient_at[r.id] = t;
+    }
+    return VEL_OK;
+}
+
+static vel_status lay_out(vel_plan *p)
+{
+    VEL_TRY(find_gradients(p));
+    vel_plan_query q = {p, query_scratch, query_inplace, query_outside};
+    return vel_pass_plan(p->g, &q, p->arena, &p->layout);
+}
+
+/* Working memory of g at a level of recomputation, on paper. */
+static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, int64_t *bytes)
+{
+    vel_plan probe = {.engine = e, .backend = &vel_backend_null, .dry = true};
+    probe.arena = vel_arena_create(e->ctx);
+    vel_status st = probe.arena ? vel_pass_remat(g, level, &probe.g) : VEL_NO_MEMORY;
+    if (st == VEL_OK) {
+        bool *refused;
+        int n_refused;
+        st = prepare_kernels(&probe, &refused, &n_refused);
+        if (st == VEL_OK)
+            st = lay_out(&probe);
+        *bytes = probe.layout.bytes;
+        vel_graph_destroy(probe.g);
+    }
+    vel_arena_destroy(probe.arena);
+    return st;
+}
+
+/* The first level that stays under the budget; the smallest when none does or when it is asked for. */
+static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
+{
+    if (!o->gradient || (!o->smallest && o->memory_budget <= 0))
+        return VEL_OK;
+    int64_t best = INT64_MAX;
+    for (int level = 0; level < vel_remat_levels(p->g); level++) {
+        int64_t bytes;
+        VEL_TRY(measure_level(p->engine, p->g, level, &bytes));
+        if (bytes < best) {
+            best = bytes;
+            p->level = level;
+        }
+        if (!o->smallest && bytes <= o->memory_budget)
+            break;
+    }
+    return VEL_OK;
+}
+
+static vel_status apply_level(vel_plan *p)
+{
+    if (p->level == 0)
+        return VEL_OK;
+    vel_graph *g;
+    VEL_TRY(vel_pass_remat(p->g, p->level, &g));
+    vel_graph_destroy(p->g);
+    p->g = g;
+    return VEL_OK;
+}
+
+/* ---- launches ------------------------------------------------------------------------------------------ */
+
+static void *address_of(const vel_plan *p, vel_ref r)
+{
+    if (!r.id)
+        return NULL;
+    const vel_node *n = vel_at(p->g, r);
+    vel_place at = p->layout.place[r.id][r.out];
+    if (at.offset >= 0)
+        return (char *)p->engine->arena + at.offset;
+    if (n->op == VEL_OP_reshape)
+        return address_of(p, n->in[0]);
+    if (n->op == VEL_OP_param) {
+        const vel_trainable *t = vel_engine_find_trainable(p->engine, n->path);
+        return t ? p->engine->value + t->offset : NULL;
+    }
+    if (p->gradient_at[r.id] && r.out == 0)
+        return p->engine->grad + p->gradient_at[r.id]->offset;
+    return NULL; /* a weight: filled by load_weights */
+}
+
+/* A weight behind reshapes, which needs the plain form; else NULL. */
+static const vel_node *reshaped_weight(const vel_graph *g, vel_ref r)
+{
+    const vel_node *n = vel_at(g, r);
+    while (n->op == VEL_OP_reshape)
+        n = vel_at(g, n->in[0]);
+    return n->op == VEL_OP_weight ? n : NULL;
+}
+
+static vel_status load_weights(vel_plan *p)
+{
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        const vel_node *n = vel_node_at(p->g, id);
+        if (!needs_kernel(n))
+            continue;
+        vel_launch *l = &p->launches[id];
+        for (int i = 0; i < n->n_in; i++) {
+            const vel_node *direct = vel_at(p->g, n->in[i]);
+            const vel_node *leaf = reshaped_weight(p->g, n->in[i]);
+            if (!leaf)
+                continue;
+            const vel_kernel *k = direct->op == VEL_OP_weight ? &p->kernels[id] : NULL;
+            VEL_TRY(vel_engine_weight(p->engine, leaf, k, n, l->in_type, i, &l->in[i]));
+            p->weight_bytes += k && k->layout[i] ? (int64_t)k->packed_bytes[i]
+                                                 : vel_shape_count(leaf->out[0].shape) *
+                                                       vel_dtype_bytes(leaf->out[0].dtype);
+        }
+    }
+    return VEL_OK;
+}
+
+static vel_status make_launches(vel_plan *p)
+{
+    int32_t n = vel_graph_size(p->g);
+    p->launches = vel_arena_alloc(p->arena, (size_t)n * sizeof *p->launches);
+    p->seconds = vel_arena_alloc(p->arena, (size_t)n * sizeof *p->seconds);
+    if (!p->launches || !p->seconds)
+        return VEL_NO_MEMORY;
+    for (int32_t id = 1; id < n; id++) {
+        const vel_node *node = vel_node_at(p->g, id);
+        vel_launch *l = &p->launches[id];
+        l->kernel = &p->kernels[id];
+        l->node = node;
+        for (int i = 0; i < node->n_in; i++)
+            if (node->in[i].id)
+                l->in_type[i] = vel_type_of(p->g, node->in[i]);
+    }
+    return VEL_OK;
+}
+
+/* Addresses, again whenever the arena or the gradient vector has moved. */
+static void bind(vel_plan *p)
+{
+    if (p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad)
+        return;
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        const vel_node *n = vel_node_at(p->g, id);
+        if (!needs_kernel(n))
+            continue;
+        vel_launch *l = &p->launches[id];
+        for (int i = 0; i < n->n_in; i++)
+            if (!reshaped_weight(p->g, n->in[i]))
+                l->in[i] = address_of(p, n->in[i]);
+        for (int o = 0; o < n->n_out; o++)
+            l->out[o] = address_of(p, (vel_ref){id, o});
+        l->scratch = p->layout.scratch[id] < 0 ? NULL : (char *)p->engine->arena + p->layout.scratch[id];
+    }
+    p->bound_arena = p->engine->arena;
+    p->bound_grad = p->engine->grad;
+}
+
+/* ---- making and ending --------------------------------------------------------------------------------- */
+
+static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
+{
+    VEL_TRY(run_passes(&p->g, o));
+    VEL_TRY(choose_level(p, o));
+    VEL_TRY(apply_level(p));
+    print_if_asked(p->g, "remat", o);
+    VEL_TRY(choose_kernels(p, o));
+    print_if_asked(p->g, "plan", o);
+    VEL_TRY(lay_out(p));
+    if (p->dry)
+        return VEL_OK;
+    VEL_TRY(make_launches(p));
+    VEL_TRY(load_weights(p));
+    return vel_engine_reserve(p->engine, p->layout.bytes);
+}
+
+vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *o, vel_plan **out)
+{
+    vel_plan *p = vel_alloc(e->ctx, sizeof *p);
+    if (!p) {
+        vel_graph_destroy(g);
+        return VEL_NO_MEMORY;
+    }
+    p->engine = e;
+    p->backend = o->dry ? &vel_backend_null : e->backend;
+    p->device = e->device;
+    p->dry = o->dry;
+    p->g = g;
+    p->arena = vel_arena_create(e->ctx);
+    vel_status st = p->arena ? make_plan(p, o) : VEL_NO_MEMORY;
+    if (st) {
+        vel_plan_destroy(p);
+        return st;
+    }
+    *out = p;
+    return VEL_OK;
+}
+
+void vel_plan_destroy(vel_plan *p)
+{
+    if (!p)
+        return;
+    release_kernels(p);
+    vel_graph_destroy(p->g);
+    vel_arena_destroy(p->arena);
+    vel_free(p->engine->ctx, p);
+}
+
+/* ---- running --------------------------------------------------------------------------------------------- */
+
+static int32_t find_input(const vel_plan *p, const char *name)
+{
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        const vel_node *n = vel_node_at(p->g, id);
+        if (n->op == VEL_OP_input && strcmp(n->path, name) == 0)
+            return id;
+    }
+    return 0;
+}
+
+bool vel_plan_has_input(const vel_plan *p, const char *input)
+{
+    return find_input(p, input) != 0;
+}
+
+vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t bytes)
+{
+    int32_t id = find_input(p, input);
+    if (!id)
+        return vel_fail(p->engine->ctx, VEL_BUG, "the plan has no input '%s'", input);
+    vel_type t = vel_node_at(p->g, id)->out[0];
+    size_t want = (size_t)vel_shape_count(t.shape) * (size_t)vel_dtype_bytes(t.dtype);
+    if (bytes != want)
+        return vel_fail(p->engine->ctx, VEL_BUG, "input '%s' has %zu bytes, not %zu", input, want, bytes);
+    p->backend->write(p->device, address_of(p, (vel_ref){id, 0}), data, bytes);
+    return VEL_OK;
+}
+
+/* Gradients that no kernel could write in place. */
+static void copy_gradients(vel_plan *p)
+{
+    for (int i = 0; i < vel_graph_outputs(p->g); i++) {
+        const char *name = vel_output_name(p->g, i);
+        if (!vel_has_prefix(name, "grad:"))
+            continue;
+        vel_ref r = vel_output_at(p->g, i);
+        const vel_trainable *t = vel_engine_find_trainable(p->engine, name + 5);
+        if (p->gradient_at[r.id] == t && r.out == 0)
+            continue;
+        p->backend->add(p->device, p->engine->grad + t->offset, address_of(p, r), 1, 0, t->count);
+    }
+}
+
+vel_status vel_plan_run(vel_plan *p)
+{
+    if (p->dry)
+        return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
+    bind(p);
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        if (!p->prepared[id])
+            continue;
+        double start = p->profiling ? vel_now() : 0;
+        VEL_TRY(p->backend->run(p->device, &p->launches[id]));
+        if (p->profiling)
+            p->seconds[id] += vel_now() - start;
+    }
+    copy_gradients(p);
+    p->runs++;
+    return VEL_OK;
+}
+
+static void to_floats(vel_dtype type, const void *raw, int64_t n, float *out)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = type == VEL_F32    ? ((const float *)raw)[i]
+                 : type == VEL_BF16 ? vel_bf16_f32(((const vel_bf16 *)raw)[i])
+                 : type == VEL_F16  ? vel_f16_f32(((const vel_f16 *)raw)[i])
+                                    : (float)((const int32_t *)raw)[i];
+}
+
+vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t count)
+{
+    vel_ref r = vel_output_find(p->g, output);
+    vel_ctx *ctx = p->engine->ctx;
+    if (!r.id)
+        return vel_fail(ctx, VEL_BUG, "the plan has no output '%s'", output);
+    vel_type t = vel_type_of(p->g, r);
+    if (vel_shape_count(t.shape) != count)
+        return vel_fail(ctx, VEL_BUG, "output '%s' has %" PRId64 " values, not %" PRId64, output,
+                        vel_shape_count(t.shape), count);
+    size_t bytes = (size_t)count * (size_t)vel_dtype_bytes(t.dtype);
+    void *raw = vel_alloc(ctx, bytes);
+    if (!raw)
+        return VEL_NO_MEMORY;
+    p->backend->read(p->device, raw, address_of(p, r), bytes);
+    to_floats(t.dtype, raw, count, out);
+    vel_free(ctx, raw);
+    return VEL_OK;
+}
+
+vel_shape vel_plan_output_shape(const vel_plan *p, const char *output)
+{
+    return vel_shape_at(p->g, vel_output_find(p->g, output));
+}
+
+int64_t vel_plan_arena_bytes(const vel_plan *p)
+{
+    return p->layout.bytes;
+}
+
+int64_t vel_plan_weight_bytes(const vel_plan *p)
+{
+    return p->weight_bytes;
+}
+
+int vel_plan_remat_level(const vel_plan *p)
+{
+    return p->level;
+}
+
+const vel_graph *vel_plan_graph(const vel_plan *p)
+{
+    return p->g;
+}
+
+const char *vel_plan_first_bad(vel_plan *p)
+{
+    bind(p);
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        const vel_node *n = vel_node_at(p->g, id);
+        if (!p->prepared[id] || p->backend->run(p->device, &p->launches[id]))
+            continue;
+        for (int o = 0; o < n->n_out; o++) {
+            int64_t count = vel_shape_count(n->out[o].shape);
+            size_t bytes = (size_t)count * (size_t)vel_dtype_bytes(n->out[o].dtype);
+            void *raw = vel_alloc(p->engine->ctx, bytes);
+            if (!raw)
+                return NULL;
+            p->backend->read(p->device, raw, address_of(p, (vel_ref){id, o}), bytes);
+            bool bad = false;
+            for (int64_t i = 0; i < count && !bad && n->out[o].dtype != VEL_I32; i++) {
+                float v;
+                to_floats(n->out[o].dtype, (char *)raw + i * vel_dtype_bytes(n->out[o].dtype), 1, &v);
+                bad = !isfinite(v);
+            }
+            vel_free(p->engine->ctx, raw);
+            if (bad)
+                return vel_arena_strf(p->arena, "%s at '%s'%s", vel_op_name(n->op), n->path,
+                                      n->backward ? " (backward)" : "");
+        }
+    }
+    return NULL;
+}
+
+/* ---- profile ----------------------------------------------------------------------------------------------- */
+
+void vel_plan_profile(vel_plan *p, bool on)
+{
+    p->profiling = on;
+    p->runs = 0;
+    for (int32_t id = 0; id < vel_graph_size(p->g); id++)
+        p->seconds[id] = 0;
+}
+
+/* Nodes of one kernel and equal shapes are one line; sorted by time. */
+typedef struct profile_row {
+    const char *kernel;
+    char shapes[160];
+    int count;
+    double seconds, flops, bytes;
+} profile_row;
+
+static void describe_shapes(const vel_plan *p, const vel_node *n, char out[160])
+{
+    char text[96];
+    int at = 0;
+    out[0] = 0;
+    for (int i = 0; i < n->n_in && i < 2; i++)
+        if (n->in[i].id)
+            at += snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "%s%s", i ? " " : "",
+                           vel_shape_text(vel_shape_at(p->g, n->in[i]), text));
+    snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), " -> %s", vel_shape_text(n->out[0].shape, text));
+}
+
+void vel_plan_profile_text(vel_plan *p, vel_text *out)
+{
+    int32_t n = vel_graph_size(p->g);
+    profile_row *rows = vel_alloc(p->engine->ctx, (size_t)n * sizeof *rows);
+    int n_rows = 0;
+    double total = 0;
+    if (!rows)
+        return;
+    for (int32_t id = 1; id < n; id++) {
+        if (!p->prepared[id])
+            continue;
+        profile_row row = {.kernel = p->kernels[id].name ? p->kernels[id].name : vel_op_name(vel_node_at(p->g, id)->op)};
+        describe_shapes(p, vel_node_at(p->g, id), row.shapes);
+        int r = 0;
+        while (r < n_rows && (strcmp(rows[r].kernel, row.kernel) || strcmp(rows[r].shapes, row.shapes)))
+            r++;
+        if (r == n_rows)
+            rows[n_rows++] = row;
+        rows[r].count++;
+        rows[r].seconds += p->seconds[id] / (double)VEL_MAX(1, p->runs);
+        rows[r].flops += vel_node_flops(p->g, id);
+        rows[r].bytes += vel_node_bytes(p->g, id);
+        total += p->seconds[id] / (double)VEL_MAX(1, p->runs);
+    }
+    vel_text_addf(out, "%8s %6s %5s %9s %8s  %s\n", "ms", "%", "n", "GFLOP/s", "GB/s", "kernel  shapes");
+    for (int done = 0; done < n_rows; done++) {
+        int best = 0;
+        for (int r = 1; r < n_rows; r++)
+            if (rows[r].seconds > rows[best].seconds)
+                best = r;
+        profile_row *row = &rows[best];
+        vel_text_addf(out, "%8.2f %6.2f %5d %9.1f %8.2f  %s  %s\n", row->seconds * 1e3,
+                      100 * row->seconds / total, row->count, row->flops / row->seconds / 1e9,
+                      row->bytes / row->seconds / 1e9, row->kernel, row->shapes);
+        row->seconds = -1;
+    }
+    vel_text_addf(out, "%8.2f  in all\n", total * 1e3);
+    vel_free(p->engine->ctx, rows);
+}

@@ -1,0 +1,443 @@
+/* adapter_file.c: reading adapter files in every dialect, and their end. Each tensor finds its
+ * module and role or the file is refused with the names that do not fit; so a file that was read is
+ * complete, has the shapes of the model at hand and only finite values.
+ *
+ * The strength is alpha / rank. alpha comes from the module's own tensor, else from what stands
+ * beside the tensors (PEFT's adapter_config.json, diffusers' "lora_adapter_metadata"), else it is
+ * the rank. */
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include "formats/adapter_names.h"
+
+#include <pcre2.h>
+#include <stdlib.h>
+
+enum { SHOWN = 10, LARGEST_RANK = 1 << 16, PATTERN_EFFORT = 100000 };
+static const size_t largest_config = (size_t)16 << 20;
+
+/* Files that a folder's adapter may be called, in order. */
+static const char *const usual_names[] = {"pytorch_lora_weights.safetensors",
+                                          "adapter_model.safetensors"};
+/* What tensors of other kinds of adapters are called. */
+static const struct {
+    const char *piece, *kind;
+} other_kinds[] = {
+    {"hada_", "LoHa"},
+    {"lokr_", "LoKr"},
+    {"dora_scale", "DoRA"},
+    {"lora_magnitude_vector", "DoRA"},
+    {"lora_mid", "a LoRA with Tucker decomposition"},
+    {"oft_", "OFT"},
+    {"bundle_emb", "an embedding bundle"},
+};
+/* Settings of PEFT that change what the tensors mean, and the value that we read. */
+static const struct {
+    const char *key, *value;
+} peft_expected[] = {
+    {"peft_type", "LORA"},
+    {"use_dora", "false"},
+    {"fan_in_fan_out", "false"},
+    {"use_qalora", "false"},
+};
+/* Initialisations that also change the base model. */
+static const char *const changed_base[] = {"pissa*", "olora", "loftq", "corda", "lora_ga"};
+
+typedef struct part { /* a known module, as the file has it */
+    const vel_file_tensor *tensor[VEL_ADAPTER_ROLES];
+} part;
+
+typedef struct reading {
+    vel_ctx *ctx;
+    vel_arena *arena;
+    const char *file;
+    vel_safetensors *sf;
+    const vel_known_module *known;
+    int n_known;
+    part *parts; /* [n_known] */
+    const char *dialect;
+    json_t *config;   /* object or NULL */
+    bool config_flat; /* keys begin with the part: "unet.r" */
+} reading;
+
+/* ---- where the tensors are ---- */
+
+/* The file of a folder: one of the usual names, or the only .safetensors. *out is owned. */
+static vel_status find_in_folder(vel_ctx *ctx, const char *folder, char **out)
+{
+    char **names = NULL;
+    int n = 0, found = 0;
+    const char *name = NULL;
+    VEL_TRY(vel_list_folder(ctx, folder, &names, &n));
+    for (int i = 0; i < n; i++)
+        if (vel_has_suffix(names[i], ".safetensors")) {
+            found++;
+            name = names[i];
+        }
+    for (int u = VEL_COUNT(usual_names) - 1; u >= 0; u--)
+        for (int i = 0; i < n; i++)
+            if (strcmp(names[i], usual_names[u]) == 0) {
+                found = 1;
+                name = usual_names[u];
+            }
+    vel_status st = VEL_OK;
+    *out = found == 1 ? vel_path_join(ctx, folder, name) : NULL;
+    if (found == 1 && !*out)
+        st = VEL_NO_MEMORY;
+    else if (found != 1)
+        st = vel_fail(ctx, VEL_NOT_FOUND, "%s: %s; name the file itself", folder,
+                      found ? "has several .safetensors files"
+                            : "no .safetensors file in this folder");
+    vel_names_free(ctx, names, n);
+    return st;
+}
+
+/* adapter_config.json beside the file; NULL when there is none. */
+static vel_status read_neighbour(reading *r)
+{
+    const char *slash = strrchr(r->file, '/');
+    char *path = slash
+                     ? vel_strf(r->ctx, "%.*s/adapter_config.json", (int)(slash - r->file), r->file)
+                     : vel_strdup(r->ctx, "adapter_config.json");
+    if (!path)
+        return VEL_NO_MEMORY;
+    vel_status st = vel_is_file(path) ? vel_json_load(r->ctx, path, &r->config) : VEL_OK;
+    if (!st && !r->config)
+        vel_log(r->ctx, 2, "%s: no adapter_config.json beside it: alpha is taken to be the rank",
+                r->file);
+    vel_free(r->ctx, path);
+    return st;
+}
+
+static vel_status read_metadata_config(reading *r)
+{
+    const char *text = vel_safetensors_meta(r->sf, "lora_adapter_metadata");
+    json_error_t error;
+    if (!text)
+        return VEL_OK;
+    r->config = strlen(text) < largest_config ? json_loads(text, 0, &error) : NULL;
+    r->config_flat = true;
+    if (!json_is_object(r->config))
+        return vel_fail(r->ctx, VEL_BAD_FILE,
+                        "%s: its metadata \"lora_adapter_metadata\" is no JSON object", r->file);
+    return VEL_OK;
+}
+
+/* ---- what the config says ---- */
+
+static const json_t *config_at(const reading *r, const char *path, const char *key)
+{
+    char name[128];
+    if (!r->config_flat)
+        return json_object_get(r->config, key);
+    snprintf(name, sizeof name, "%.*s.%s", (int)vel_adapter_part(path), path, key);
+    return json_object_get(r->config, name);
+}
+
+static vel_status check_config(const reading *r, const char *path)
+{
+    for (int i = 0; i < VEL_COUNT(peft_expected); i++) {
+        const json_t *value = config_at(r, path, peft_expected[i].key);
+        const char *text = json_is_string(value) ? json_string_value(value)
+                           : json_is_true(value) ? "true"
+                                                 : "false";
+        if (value && !json_is_null(value) && strcmp(text, peft_expected[i].value) != 0)
+            return vel_fail(r->ctx, VEL_UNSUPPORTED, "%s: its \"%s\" is %s: only %s is supported",
+                            r->file, peft_expected[i].key, text, peft_expected[i].value);
+    }
+    const json_t *init = config_at(r, path, "init_lora_weights");
+    for (int i = 0; i < VEL_COUNT(changed_base); i++)
+        if (json_is_string(init) && vel_glob(changed_base[i], json_string_value(init)))
+            return vel_fail(r->ctx, VEL_UNSUPPORTED,
+                            "%s: its \"init_lora_weights\" is %s, which changes the base "
+                            "model too; convert it to a plain LoRA first",
+                            r->file, json_string_value(init));
+    return VEL_OK;
+}
+
+/* PEFT's rule: the key is a regular expression for the end of the module's path. */
+static bool pattern_matches(const char *key, const char *module)
+{
+    char pattern[512];
+    int code, n = snprintf(pattern, sizeof pattern, "^(.*\\.)?(%s)$", key);
+    PCRE2_SIZE at;
+    if (n >= (int)sizeof pattern)
+        return false;
+    pcre2_code *compiled =
+        pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, &code, &at, NULL);
+    if (!compiled)
+        return false;
+    pcre2_match_context *limits = pcre2_match_context_create(NULL);
+    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
+    bool found = false;
+    if (limits && match) {
+        pcre2_set_match_limit(limits, PATTERN_EFFORT); /* the pattern may be hostile */
+        found = pcre2_match(compiled, (PCRE2_SPTR)module, strlen(module), 0, 0, match, limits) >= 0;
+    }
+    pcre2_match_data_free(match);
+    pcre2_match_context_free(limits);
+    pcre2_code_free(compiled);
+    return found;
+}
+
+static double config_alpha(const reading *r, const char *path, int rank)
+{
+    const char *module = path + vel_adapter_part(path) + 1;
+    const json_t *value = config_at(r, path, "lora_alpha"), *entry;
+    json_t *patterns = (json_t *)config_at(r, path, "alpha_pattern");
+    const char *key;
+    json_object_foreach (patterns, key, entry)
+        if (json_is_number(entry) && pattern_matches(key, module)) {
+            value = entry;
+            break;
+        }
+    double alpha = json_is_number(value) ? json_number_value(value) : rank;
+    bool root = json_is_true(config_at(r, path, "use_rslora")); /* alpha / sqrt(rank) */
+    return root ? alpha * sqrt((double)rank) : alpha;
+}
+
+/* ---- placing tensors ---- */
+
+static void list_first(vel_text *list, int n, const char *name)
+{
+    if (n < SHOWN)
+        vel_text_addf(list, "%s%s", n ? ", " : "", name);
+    else if (n == SHOWN)
+        vel_text_add(list, ", ...");
+}
+
+static const char *kind_of(const char *tensor)
+{
+    for (int i = 0; i < VEL_COUNT(other_kinds); i++)
+        if (strstr(tensor, other_kinds[i].piece))
+            return other_kinds[i].kind;
+    return NULL;
+}
+
+static vel_status place_tensors(reading *r, const vel_adapter_names *names)
+{
+    int unknown = 0, total = vel_safetensors_count(r->sf);
+    const char *kind = NULL;
+    vel_text list;
+    vel_text_init(&list, r->ctx);
+    vel_status st = VEL_OK;
+    for (int i = 0; i < total && !st; i++) {
+        const vel_file_tensor *t = vel_safetensors_at(r->sf, i);
+        vel_adapter_role role;
+        const vel_adapter_stem *stem = vel_adapter_names_find(names, t->name, &role);
+        if (!stem) {
+            kind = kind ? kind : kind_of(t->name);
+            list_first(&list, unknown++, t->name);
+            continue;
+        }
+        const vel_file_tensor **slot = &r->parts[stem->module].tensor[role];
+        if (*slot)
+            st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: %s and %s are the same tensor of %s", r->file,
+                          (*slot)->name, t->name, r->known[stem->module].path);
+        *slot = t;
+        r->dialect = r->dialect ? r->dialect : stem->dialect;
+    }
+    if (!st && kind)
+        st = vel_fail(r->ctx, VEL_UNSUPPORTED,
+                      "%s: is %s, which is not supported; tensors without a place: %s", r->file,
+                      kind, list.s ? list.s : "");
+    else if (!st && unknown)
+        st = vel_fail(r->ctx, VEL_BAD_GRAPH,
+                      "%s: %d of its %d tensors have no place in this model; was the "
+                      "adapter made for another one? They are: %s",
+                      r->file, unknown, total, list.s ? list.s : "");
+    else if (!st && !r->dialect)
+        st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: holds no tensors", r->file);
+    vel_text_finish(&list);
+    return st;
+}
+
+/* "[4, 320, 3, 3]" */
+static const char *dims_text(const vel_file_tensor *t, char out[160])
+{
+    int at = snprintf(out, 160, "[");
+    for (int i = 0; i < t->rank; i++)
+        at += snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "%s%" PRId64, i ? ", " : "",
+                       t->dim[i]);
+    snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "]");
+    return out;
+}
+
+/* Are t's axes [first, second] and then those of `rest`, which may be left out where they are 1? */
+static bool has_dims(const vel_file_tensor *t, int64_t first, int64_t second, int64_t height,
+                     int64_t width)
+{
+    bool flat = t->rank == 2 && height == 1 && width == 1;
+    bool full = t->rank == 4 && t->dim[2] == height && t->dim[3] == width;
+    return (flat || full) && t->dim[0] == first && t->dim[1] == second;
+}
+
+static bool shapes_fit(const vel_known_module *m, const part *p, int64_t *rank)
+{
+    const vel_file_tensor *down = p->tensor[VEL_ADAPTER_DOWN], *up = p->tensor[VEL_ADAPTER_UP];
+    bool image = m->weight_rank == 4;
+    *rank = down->rank ? down->dim[0] : 0;
+    return *rank >= 1 && *rank <= LARGEST_RANK &&
+           has_dims(down, *rank, m->weight_dim[1], image ? m->weight_dim[2] : 1,
+                    image ? m->weight_dim[3] : 1) &&
+           has_dims(up, m->weight_dim[0], *rank, 1, 1);
+}
+
+/* Every module complete and of the model's shape; all that are not are named in one message. */
+static vel_status check_modules(const reading *r, int *n_used)
+{
+    int lacking = 0, unfit = 0;
+    char a[160], b[160];
+    vel_text lack, fit;
+    vel_text_init(&lack, r->ctx);
+    vel_text_init(&fit, r->ctx);
+    *n_used = 0;
+    for (int m = 0; m < r->n_known; m++) {
+        const part *p = &r->parts[m];
+        const vel_file_tensor *down = p->tensor[VEL_ADAPTER_DOWN], *up = p->tensor[VEL_ADAPTER_UP];
+        int64_t rank;
+        if (!down && !up && !p->tensor[VEL_ADAPTER_ALPHA])
+            continue;
+        ++*n_used;
+        if (!down || !up)
+            list_first(&lack, lacking++, r->known[m].path);
+        else if (!shapes_fit(&r->known[m], p, &rank)) {
+            list_first(&fit, unfit++, r->known[m].path);
+            if (unfit <= SHOWN)
+                vel_text_addf(&fit, " (%s and %s)", dims_text(down, a), dims_text(up, b));
+        }
+    }
+    vel_status st = VEL_OK;
+    if (lacking)
+        st = vel_fail(r->ctx, VEL_BAD_FILE,
+                      "%s: is incomplete; one of two tensors is missing for: %s", r->file,
+                      lack.s ? lack.s : "");
+    else if (unfit)
+        st = vel_fail(r->ctx, VEL_BAD_GRAPH,
+                      "%s: %d of its %d modules have shapes of another model: %s", r->file, unfit,
+                      *n_used, fit.s ? fit.s : "");
+    vel_text_finish(&lack);
+    vel_text_finish(&fit);
+    return st;
+}
+
+/* ---- values ---- */
+
+static vel_status read_values(const reading *r, const vel_file_tensor *t, float **out, int64_t *n)
+{
+    *n = t->count;
+    *out = vel_alloc(r->ctx, (size_t)t->count * sizeof **out);
+    if (!*out)
+        return VEL_NO_MEMORY;
+    vel_file_tensor_floats(t, 0, t->count, *out);
+    for (int64_t i = 0; i < t->count; i++)
+        if (!isfinite((*out)[i]))
+            return vel_fail(r->ctx, VEL_BAD_FILE,
+                            "%s: %s holds a value that is not finite; the training diverged",
+                            r->file, t->name);
+    return VEL_OK;
+}
+
+static vel_status read_module(const reading *r, int index, vel_adapter_module *out)
+{
+    const vel_known_module *m = &r->known[index];
+    const part *p = &r->parts[index];
+    const vel_file_tensor *alpha = p->tensor[VEL_ADAPTER_ALPHA];
+    int64_t rank;
+    shapes_fit(m, p, &rank);
+    out->path = vel_strdup(r->ctx, m->path);
+    if (!out->path)
+        return VEL_NO_MEMORY;
+    memcpy(out->weight_dim, m->weight_dim, sizeof out->weight_dim);
+    out->weight_rank = m->weight_rank;
+    out->rank = (int)rank;
+    out->alpha = config_alpha(r, m->path, out->rank);
+    if (alpha) {
+        float value = NAN;
+        if (alpha->count == 1)
+            vel_file_tensor_floats(alpha, 0, 1, &value);
+        out->alpha = value;
+    }
+    if (!isfinite(out->alpha))
+        return vel_fail(r->ctx, VEL_BAD_FILE, "%s: the alpha of %s is no number", r->file, m->path);
+    VEL_TRY(read_values(r, p->tensor[VEL_ADAPTER_DOWN], &out->down, &out->n_down));
+    return read_values(r, p->tensor[VEL_ADAPTER_UP], &out->up, &out->n_up);
+}
+
+static vel_status read_modules(const reading *r, int n_used, vel_adapter_file *f)
+{
+    f->modules = vel_alloc(r->ctx, (size_t)n_used * sizeof *f->modules);
+    if (!f->modules)
+        return VEL_NO_MEMORY;
+    for (int m = 0; m < r->n_known; m++) {
+        if (!r->parts[m].tensor[VEL_ADAPTER_DOWN])
+            continue;
+        f->n++; /* counted first, so that a half-read module is freed too */
+        VEL_TRY(check_config(r, r->known[m].path));
+        VEL_TRY(read_module(r, m, &f->modules[f->n - 1]));
+    }
+    return VEL_OK;
+}
+
+static vel_status read_all(reading *r, vel_adapter_file *f)
+{
+    vel_adapter_names names;
+    int n_used;
+    VEL_TRY(vel_safetensors_open(r->ctx, r->file, &r->sf));
+    VEL_TRY(vel_adapter_names_make(r->ctx, r->arena, r->known, r->n_known, &names));
+    r->parts = vel_arena_alloc(r->arena, (size_t)(r->n_known + 1) * sizeof *r->parts);
+    if (!r->parts)
+        return VEL_NO_MEMORY;
+    VEL_TRY(place_tensors(r, &names));
+    VEL_TRY(check_modules(r, &n_used));
+    VEL_TRY(strcmp(r->dialect, "peft") == 0 ? read_neighbour(r) : read_metadata_config(r));
+    f->metadata = json_deep_copy(vel_safetensors_metadata(r->sf));
+    if (!f->metadata)
+        f->metadata = json_object();
+    snprintf(f->kind, sizeof f->kind, "lora");
+    snprintf(f->dialect, sizeof f->dialect, "%s", r->dialect);
+    return read_modules(r, n_used, f);
+}
+
+vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known_module *known,
+                                 int n_known, vel_adapter_file **out)
+{
+    reading r = {.ctx = ctx, .known = known, .n_known = n_known};
+    vel_adapter_file *f = vel_alloc(ctx, sizeof *f);
+    vel_status st = f ? VEL_OK : VEL_NO_MEMORY;
+    *out = NULL;
+    if (!st) {
+        f->ctx = ctx;
+        st = vel_is_folder(path) ? find_in_folder(ctx, path, &f->path) : VEL_OK;
+    }
+    if (!st && !f->path)
+        f->path = vel_strdup(ctx, path);
+    r.arena = st ? NULL : vel_arena_create(ctx);
+    if (!st && (!f->path || !r.arena))
+        st = VEL_NO_MEMORY;
+    if (!st) {
+        r.file = f->path;
+        st = read_all(&r, f);
+    }
+    json_decref(r.config);
+    vel_safetensors_close(r.sf);
+    vel_arena_destroy(r.arena);
+    if (st)
+        vel_adapter_file_destroy(f);
+    else
+        *out = f;
+    return st;
+}
+
+void vel_adapter_file_destroy(vel_adapter_file *f)
+{
+    if (!f)
+        return;
+    for (int i = 0; i < f->n; i++) {
+        vel_free(f->ctx, f->modules[i].path);
+        vel_free(f->ctx, f->modules[i].down);
+        vel_free(f->ctx, f->modules[i].up);
+    }
+    vel_free(f->ctx, f->modules);
+    vel_free(f->ctx, f->path);
+    json_decref(f->metadata);
+    vel_free(f->ctx, f);
+}

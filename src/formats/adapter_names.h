@@ -1,0 +1,37 @@
+/* adapter_names.h: what the ecosystem's dialects call the tensors of an adapter. Private to the
+ * reader and the writer of adapter files. */
+#ifndef VEL_FORMATS_ADAPTER_NAMES_H
+#define VEL_FORMATS_ADAPTER_NAMES_H
+
+#include "formats/adapter_file.h"
+
+typedef enum vel_adapter_role {
+    VEL_ADAPTER_DOWN,
+    VEL_ADAPTER_UP,
+    VEL_ADAPTER_ALPHA
+} vel_adapter_role;
+enum { VEL_ADAPTER_ROLES = 3 };
+
+/* Every name that any dialect has for a known module, made forwards from its path; sorted. */
+typedef struct vel_adapter_stem {
+    const char *stem; /* "lora_unet_mid_block_..._to_q" */
+    int module;       /* index among the known; -1: two modules have this name */
+    const char *dialect;
+} vel_adapter_stem;
+typedef struct vel_adapter_names {
+    vel_adapter_stem *stems;
+    int n;
+} vel_adapter_names;
+/* In the arena. */
+vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_module *known,
+                                  int n_known, vel_adapter_names *out);
+/* The stem of a tensor's name, and its role; NULL when no known module is called so. */
+const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, const char *tensor,
+                                               vel_adapter_role *role);
+/* The tensor's name for writing, in the arena; NULL when the dialect has none for this part. */
+const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
+                             vel_adapter_role role);
+/* "unet" of "unet.down_blocks...": how long the part is. */
+size_t vel_adapter_part(const char *path);
+
+#endif

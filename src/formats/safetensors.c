@@ -1,0 +1,634 @@
+/* safetensors.c: the tensor files of the ecosystem: 8 bytes of header length, a JSON header with
+ * type, shape and place of each tensor, then the data, which is mapped and never copied.
+ *
+ * Once a file is open, every tensor lies inside the mapping, its bytes are exactly its shape times
+ * its type's size, no two tensors share a byte or a name, and no byte of the data belongs to none:
+ * the checks of the reference implementation. Nothing in a header is believed before that. A
+ * sharded part is several such files behind one sorted list of names.
+ *
+ * Values are little-endian in the file and taken to be so in memory. What the tensors mean is left
+ * to the key tables of the models. A file that another program truncates while it is mapped is
+ * beyond our means. */
+#include "formats/formats.h"
+
+#include <stdlib.h>
+
+enum { LARGEST_HEADER = 100000000, LARGEST_RANK = 8, CHUNK = 4096 };
+
+/* rank_in_file: place in the reference implementation's enum, by which its writer sorts. */
+static const struct type_row {
+    const char *name;
+    int bytes, rank_in_file;
+} types[] = {
+    [VEL_FILE_F64] = {"F64", 8, 10},        [VEL_FILE_F32] = {"F32", 4, 9},
+    [VEL_FILE_F16] = {"F16", 2, 6},         [VEL_FILE_BF16] = {"BF16", 2, 7},
+    [VEL_FILE_I64] = {"I64", 8, 11},        [VEL_FILE_I32] = {"I32", 4, 8},
+    [VEL_FILE_I16] = {"I16", 2, 5},         [VEL_FILE_I8] = {"I8", 1, 2},
+    [VEL_FILE_U8] = {"U8", 1, 1},           [VEL_FILE_BOOL] = {"BOOL", 1, 0},
+    [VEL_FILE_F8_E4M3] = {"F8_E4M3", 1, 4}, [VEL_FILE_F8_E5M2] = {"F8_E5M2", 1, 3},
+};
+
+struct vel_safetensors {
+    vel_ctx *ctx;
+    vel_arena *arena; /* names, path */
+    const char *path;
+    vel_map *maps;
+    int n_maps;
+    vel_file_tensor *tensors; /* sorted by name once open */
+    int n, room;
+    json_t *metadata;
+};
+
+int vel_file_type_bytes(vel_file_type t)
+{
+    return (unsigned)t < VEL_COUNT(types) ? types[t].bytes : 0;
+}
+
+const char *vel_file_type_name(vel_file_type t)
+{
+    return (unsigned)t < VEL_COUNT(types) ? types[t].name : "unknown";
+}
+
+/* ---- reading one header ---- */
+
+static bool type_of(const char *name, vel_file_type *out)
+{
+    for (int i = 0; name && i < VEL_COUNT(types); i++) {
+        if (strcmp(types[i].name, name) == 0) {
+            *out = (vel_file_type)i;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Elements of a shape; false when its bytes do not fit into 63 bits. */
+static bool count_of(int rank, const int64_t *dim, int bytes_each, int64_t *count)
+{
+    int64_t n = 1, bytes;
+    for (int i = 0; i < rank; i++)
+        if (dim[i] < 0 || __builtin_mul_overflow(n, dim[i], &n))
+            return false;
+    *count = n;
+    return !__builtin_mul_overflow(n, (int64_t)bytes_each, &bytes);
+}
+
+/* One entry of the header -> *t; size is that of the data section at data. */
+static vel_status read_entry(vel_ctx *ctx, const char *path, const char *name, const json_t *entry,
+                             const uint8_t *data, uint64_t size, vel_file_tensor *t)
+{
+    const char *type = vel_json_string(entry, "dtype", NULL);
+    if (!type_of(type, &t->type))
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s: type '%s' is not known", path, name,
+                        type ? type : "");
+    const json_t *shape = json_object_get(entry, "shape");
+    size_t rank = json_array_size(shape);
+    if (!json_is_array(shape) || rank > LARGEST_RANK)
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s: needs a shape of at most %d numbers",
+                        path, name, LARGEST_RANK);
+    t->rank = (int)rank;
+    for (int i = 0; i < t->rank; i++) {
+        const json_t *dim = json_array_get(shape, (size_t)i);
+        t->dim[i] = json_is_integer(dim) ? json_integer_value(dim) : -1;
+    }
+    if (!count_of(t->rank, t->dim, types[t->type].bytes, &t->count))
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s: impossible shape", path, name);
+    const json_t *place = json_object_get(entry, "data_offsets");
+    const json_t *begin_value = json_array_get(place, 0), *end_value = json_array_get(place, 1);
+    if (json_array_size(place) != 2 || !json_is_integer(begin_value) || !json_is_integer(end_value))
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s: needs two data_offsets", path, name);
+    int64_t begin = json_integer_value(begin_value), end = json_integer_value(end_value);
+    if (begin < 0 || end < begin || (uint64_t)end > size)
+        return vel_fail(ctx, VEL_BAD_FILE,
+                        "%s: tensor %s: bytes %" PRId64 " to %" PRId64 " are not in the %" PRIu64
+                        " bytes of data; is the download complete?",
+                        path, name, begin, end, size);
+    if (end - begin != t->count * types[t->type].bytes)
+        return vel_fail(ctx, VEL_BAD_FILE,
+                        "%s: tensor %s: %" PRId64 " bytes for %" PRId64 " values of type %s", path,
+                        name, end - begin, t->count, types[t->type].name);
+    t->data = data + begin;
+    return VEL_OK;
+}
+
+static int compare_names(const void *a, const void *b)
+{
+    return strcmp(((const vel_file_tensor *)a)->name, ((const vel_file_tensor *)b)->name);
+}
+
+/* By place; an empty tensor before the one that starts where it lies. */
+static int compare_places(const void *a, const void *b)
+{
+    const vel_file_tensor *x = a, *y = b;
+    if (x->data != y->data)
+        return x->data < y->data ? -1 : 1;
+    return (x->count > 0) - (y->count > 0);
+}
+
+/* The tensors of one file must follow one another without a gap, from first byte to last. */
+static vel_status check_cover(vel_ctx *ctx, const char *path, vel_file_tensor *tensors, int n,
+                              const uint8_t *data, uint64_t size)
+{
+    const uint8_t *at = data;
+    if (n)
+        qsort(tensors, (size_t)n, sizeof *tensors, compare_places);
+    for (int i = 0; i < n; i++) {
+        if (tensors[i].data != at)
+            return vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s: its data %s", path, tensors[i].name,
+                            tensors[i].data < at ? "overlaps another tensor's" : "follows a gap");
+        at += tensors[i].count * types[tensors[i].type].bytes;
+    }
+    uint64_t rest = size - (uint64_t)(at - data);
+    if (rest)
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: %" PRIu64 " bytes at its end belong to no tensor",
+                        path, rest);
+    return VEL_OK;
+}
+
+static bool reserve(vel_safetensors *sf, size_t more)
+{
+    if (more > (size_t)(INT32_MAX - sf->n))
+        return false;
+    int need = sf->n + (int)more;
+    if (need <= sf->room)
+        return true;
+    vel_file_tensor *larger = vel_realloc(sf->ctx, sf->tensors, (size_t)need * sizeof *larger);
+    if (!larger)
+        return false;
+    sf->tensors = larger;
+    sf->room = need;
+    return true;
+}
+
+static vel_status read_metadata(vel_safetensors *sf, const char *path, json_t *values)
+{
+    const char *key;
+    json_t *value;
+    if (!json_is_object(values))
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: __metadata__ is no object", path);
+    json_object_foreach (values, key, value)
+        if (!json_is_string(value))
+            return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: __metadata__: '%s' is no text", path, key);
+    if (json_object_update_missing(sf->metadata, values))
+        return vel_fail(sf->ctx, VEL_NO_MEMORY, "%s: no memory for its metadata", path);
+    return VEL_OK;
+}
+
+/* All entries of a parsed header are appended to sf->tensors. */
+static vel_status read_entries(vel_safetensors *sf, const char *path, json_t *header,
+                               const uint8_t *data, uint64_t size)
+{
+    const char *name;
+    json_t *entry;
+    int first = sf->n;
+    if (!json_is_object(header))
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: its header is no object", path);
+    if (!reserve(sf, json_object_size(header)))
+        return VEL_NO_MEMORY;
+    json_object_foreach (header, name, entry) {
+        if (strcmp(name, "__metadata__") == 0) {
+            VEL_TRY(read_metadata(sf, path, entry));
+            continue;
+        }
+        vel_file_tensor t = {0};
+        VEL_TRY(read_entry(sf->ctx, path, name, entry, data, size, &t));
+        t.name = vel_arena_strdup(sf->arena, name);
+        if (!t.name)
+            return VEL_NO_MEMORY;
+        sf->tensors[sf->n++] = t;
+    }
+    return check_cover(sf->ctx, path, sf->tensors + first, sf->n - first, data, size);
+}
+
+/* Maps the file into sf->maps[sf->n_maps] and appends its tensors. */
+static vel_status read_file(vel_safetensors *sf, const char *path)
+{
+    vel_map *map = &sf->maps[sf->n_maps];
+    VEL_TRY(vel_map_open(sf->ctx, map, path));
+    sf->n_maps++;
+    uint64_t length = 0;
+    for (int i = 0; i < 8 && map->size >= 8; i++)
+        length |= (uint64_t)map->bytes[i] << 8 * i;
+    if (map->size < 8 || length < 2 || length > map->size - 8 || map->bytes[8] != '{')
+        return vel_fail(sf->ctx, VEL_BAD_FILE,
+                        "%s: no safetensors file, or a truncated one (%zu bytes)", path, map->size);
+    if (length > LARGEST_HEADER)
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: a header of %" PRIu64 " bytes, over %d", path,
+                        length, LARGEST_HEADER);
+    json_error_t error;
+    json_t *header =
+        json_loadb((const char *)map->bytes + 8, length, JSON_REJECT_DUPLICATES, &error);
+    if (!header)
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: bad header: %s", path, error.text);
+    vel_status status =
+        read_entries(sf, path, header, map->bytes + 8 + length, map->size - 8 - length);
+    json_decref(header);
+    return status;
+}
+
+/* ---- opening ---- */
+
+static vel_status create(vel_ctx *ctx, const char *path, int n_maps, vel_safetensors **out)
+{
+    vel_safetensors *sf = vel_alloc(ctx, sizeof *sf);
+    if (!sf)
+        return VEL_NO_MEMORY;
+    sf->ctx = ctx;
+    sf->arena = vel_arena_create(ctx);
+    sf->path = sf->arena ? vel_arena_strdup(sf->arena, path) : NULL;
+    sf->maps = vel_alloc(ctx, (size_t)n_maps * sizeof *sf->maps);
+    sf->metadata = json_object();
+    if (sf->path && sf->maps && sf->metadata) {
+        *out = sf;
+        return VEL_OK;
+    }
+    vel_safetensors_close(sf);
+    return VEL_NO_MEMORY;
+}
+
+vel_status vel_safetensors_open(vel_ctx *ctx, const char *path, vel_safetensors **out)
+{
+    vel_safetensors *sf;
+    *out = NULL;
+    VEL_TRY(create(ctx, path, 1, &sf));
+    vel_status status = read_file(sf, path);
+    if (status) {
+        vel_safetensors_close(sf);
+        return status;
+    }
+    if (sf->n)
+        qsort(sf->tensors, (size_t)sf->n, sizeof *sf->tensors, compare_names);
+    *out = sf;
+    return VEL_OK;
+}
+
+/* Names in an index are from a stranger: only plain names in the same folder are opened. */
+static bool is_plain_name(const char *name)
+{
+    return *name && *name != '.' && !strpbrk(name, "/\\:");
+}
+
+/* Opens the distinct files that the index's weight_map names, in its order. */
+static vel_status read_shards(vel_safetensors *sf, const char *folder, json_t *weight_map,
+                              json_t *seen)
+{
+    const char *tensor;
+    json_t *value;
+    json_object_foreach (weight_map, tensor, value) {
+        const char *file = json_string_value(value);
+        if (!file || !is_plain_name(file))
+            return vel_fail(sf->ctx, VEL_BAD_FILE,
+                            "%s: tensor %s: '%s' is no plain name of a file in its folder",
+                            sf->path, tensor, file ? file : "");
+        if (json_object_get(seen, file))
+            continue;
+        char *path = vel_path_join(sf->ctx, folder, file);
+        if (!path)
+            return VEL_NO_MEMORY;
+        int first = sf->n;
+        vel_status status = read_file(sf, path);
+        vel_free(sf->ctx, path);
+        if (!status && json_object_set_new(seen, file, json_true()))
+            status = VEL_NO_MEMORY;
+        if (status)
+            return status;
+        int kept = first; /* what the index places elsewhere, or does not name, is not taken */
+        for (int i = first; i < sf->n; i++) {
+            const char *home = vel_json_string(weight_map, sf->tensors[i].name, "");
+            if (strcmp(home, file) == 0)
+                sf->tensors[kept++] = sf->tensors[i];
+        }
+        sf->n = kept;
+    }
+    return VEL_OK;
+}
+
+static vel_status open_index(vel_ctx *ctx, const char *folder, const char *path,
+                             vel_safetensors **out)
+{
+    json_t *index, *seen = NULL;
+    vel_safetensors *sf = NULL;
+    VEL_TRY(vel_json_load(ctx, path, &index));
+    json_t *weight_map = json_object_get(index, "weight_map");
+    size_t n = json_object_size(weight_map);
+    vel_status status = VEL_OK;
+    if (n == 0 || n > INT32_MAX)
+        status = vel_fail(ctx, VEL_BAD_FILE, "%s: has no weight_map", path);
+    if (!status)
+        status = create(ctx, path, (int)n, &sf);
+    if (!status) {
+        seen = json_object();
+        status = read_shards(sf, folder, weight_map, seen);
+    }
+    if (!status) {
+        qsort(sf->tensors, (size_t)sf->n, sizeof *sf->tensors, compare_names);
+        const char *name;
+        json_t *value;
+        json_object_foreach (weight_map, name, value)
+            if (!status && !vel_safetensors_find(sf, name))
+                status = vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s is not in its shard %s", path,
+                                  name, json_string_value(value));
+    }
+    json_decref(seen);
+    json_decref(index);
+    if (status)
+        vel_safetensors_close(sf);
+    else
+        *out = sf;
+    return status;
+}
+
+/* Forms of a part's file: stem, and the variant where the row has a second %s. */
+static const struct part_form {
+    const char *format;
+    bool variant, index;
+} part_forms[] = {
+    {"%s.%s.safetensors", true, false},
+    {"%s.safetensors.index.%s.json", true, true},
+    {"%s.%s.safetensors.index.json", true, true},
+    {"%s.safetensors.%s.index.json", true, true},
+    {"%s.safetensors", false, false},
+    {"%s.safetensors.index.json", false, true},
+};
+
+static char *form_path(vel_ctx *ctx, const struct part_form *form, const char *folder,
+                       const char *stem, const char *variant)
+{
+    const char *mark = strstr(form->format, "%s"), *second = strstr(mark + 2, "%s");
+    const char *rest = second ? second + 2 : mark + 2;
+    char *name = form->variant ? vel_strf(ctx, "%s%.*s%s%s", stem, (int)(second - mark - 2),
+                                          mark + 2, variant, rest)
+                               : vel_strf(ctx, "%s%s", stem, rest);
+    char *path = name ? vel_path_join(ctx, folder, name) : NULL;
+    vel_free(ctx, name);
+    return path;
+}
+
+vel_status vel_safetensors_open_part(vel_ctx *ctx, const char *folder, const char *const *stems,
+                                     int n, const char *variant, vel_safetensors **out)
+{
+    vel_text tried;
+    vel_status status = VEL_NOT_FOUND;
+    *out = NULL;
+    vel_text_init(&tried, ctx);
+    for (int k = 0; k < VEL_COUNT(part_forms) * n && status == VEL_NOT_FOUND; k++) {
+        const struct part_form *form = &part_forms[k % VEL_COUNT(part_forms)];
+        if (form->variant && !(variant && *variant))
+            continue;
+        char *path = form_path(ctx, form, folder, stems[k / VEL_COUNT(part_forms)], variant);
+        if (!path) {
+            status = VEL_NO_MEMORY;
+            break;
+        }
+        if (vel_is_file(path)) {
+            status = form->index ? open_index(ctx, folder, path, out)
+                                 : vel_safetensors_open(ctx, path, out);
+            if (status == VEL_NOT_FOUND) /* a shard is missing: no reason to look further */
+                status = VEL_BAD_FILE;
+        } else {
+            const char *slash = strrchr(path, '/');
+            vel_text_addf(&tried, "%s%s", tried.n ? ", " : "", slash ? slash + 1 : path);
+        }
+        vel_free(ctx, path);
+    }
+    if (status == VEL_NOT_FOUND)
+        vel_fail(ctx, status, "%s: no weights here; looked for %s", folder, tried.s ? tried.s : "");
+    vel_text_finish(&tried);
+    return status;
+}
+
+void vel_safetensors_close(vel_safetensors *sf)
+{
+    if (!sf)
+        return;
+    for (int i = 0; i < sf->n_maps; i++)
+        vel_map_close(&sf->maps[i]);
+    json_decref(sf->metadata);
+    vel_free(sf->ctx, sf->maps);
+    vel_free(sf->ctx, sf->tensors);
+    vel_arena_destroy(sf->arena);
+    vel_free(sf->ctx, sf);
+}
+
+/* ---- looking ---- */
+
+int vel_safetensors_count(const vel_safetensors *sf)
+{
+    return sf->n;
+}
+
+const vel_file_tensor *vel_safetensors_at(const vel_safetensors *sf, int i)
+{
+    return i >= 0 && i < sf->n ? &sf->tensors[i] : NULL;
+}
+
+const vel_file_tensor *vel_safetensors_find(const vel_safetensors *sf, const char *name)
+{
+    vel_file_tensor key = {.name = name};
+    return sf->n ? bsearch(&key, sf->tensors, (size_t)sf->n, sizeof key, compare_names) : NULL;
+}
+
+const char *vel_safetensors_meta(const vel_safetensors *sf, const char *key)
+{
+    return vel_json_string(sf->metadata, key, NULL);
+}
+
+const json_t *vel_safetensors_metadata(const vel_safetensors *sf)
+{
+    return sf->metadata;
+}
+
+const char *vel_safetensors_path(const vel_safetensors *sf)
+{
+    return sf->path;
+}
+
+/* 8-bit floats of the OCP specification: E4M3 has no infinity, and NaN only with all ones. */
+static float f8_f32(uint8_t v, int exponent_bits)
+{
+    int fraction_bits = 7 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+    int exponent = (v & 0x7f) >> fraction_bits, fraction = v & ((1 << fraction_bits) - 1);
+    int top = (1 << exponent_bits) - 1;
+    float f;
+    if (exponent_bits == 5 && exponent == top)
+        f = fraction ? NAN : INFINITY;
+    else if (exponent_bits == 4 && (v & 0x7f) == 0x7f)
+        f = NAN;
+    else if (exponent == 0)
+        f = ldexpf((float)fraction, 1 - bias - fraction_bits);
+    else
+        f = ldexpf((float)(fraction | 1 << fraction_bits), exponent - bias - fraction_bits);
+    return v & 0x80 ? -f : f;
+}
+
+/* Values are copied one by one, because nothing promises that they are aligned. */
+#define CASE(tag, type, expression)                                                                \
+    case VEL_FILE_##tag:                                                                           \
+        for (int64_t i = 0; i < n; i++) {                                                          \
+            type v;                                                                                \
+            memcpy(&v, p + i * (int64_t)sizeof v, sizeof v);                                       \
+            out[i] = (float)(expression);                                                          \
+        }                                                                                          \
+        break;
+
+void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, float *out)
+{
+    for (int64_t i = 0; i < n && (first < 0 || first > t->count || n > t->count - first); i++)
+        out[i] = NAN; /* the caller's mistake: seen at once, and nothing outside is read */
+    if (first < 0 || first > t->count || n > t->count - first)
+        return;
+    const uint8_t *p = t->data + first * types[t->type].bytes;
+    switch (t->type) {
+        CASE(F64, double, v)
+        CASE(F32, float, v)
+        CASE(F16, vel_f16, vel_f16_f32(v))
+        CASE(BF16, vel_bf16, vel_bf16_f32(v))
+        CASE(I64, int64_t, v)
+        CASE(I32, int32_t, v)
+        CASE(I16, int16_t, v)
+        CASE(I8, int8_t, v)
+        CASE(U8, uint8_t, v)
+        CASE(BOOL, uint8_t, v != 0)
+        CASE(F8_E4M3, uint8_t, f8_f32(v, 4))
+        CASE(F8_E5M2, uint8_t, f8_f32(v, 5))
+    }
+}
+
+/* ---- writing ---- */
+
+typedef struct save_entry {
+    const vel_save_tensor *tensor;
+    int64_t count;
+} save_entry;
+
+static int compare_for_file(const void *a, const void *b)
+{
+    const vel_save_tensor *x = ((const save_entry *)a)->tensor,
+                          *y = ((const save_entry *)b)->tensor;
+    int order = types[y->type].rank_in_file - types[x->type].rank_in_file;
+    return order ? order : strcmp(x->name, y->name);
+}
+
+static vel_status order_entries(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
+                                int n, save_entry *entries)
+{
+    for (int i = 0; i < n; i++) {
+        const vel_save_tensor *t = &tensors[i];
+        entries[i].tensor = t;
+        if ((unsigned)t->type >= VEL_COUNT(types) || t->rank < 0 || t->rank > LARGEST_RANK ||
+            !count_of(t->rank, t->dim, types[t->type].bytes, &entries[i].count))
+            return vel_fail(ctx, VEL_BUG, "%s: tensor %s: impossible type or shape", path, t->name);
+        if (!vel_utf8_valid(t->name, strlen(t->name)) || strcmp(t->name, "__metadata__") == 0)
+            return vel_fail(ctx, VEL_BAD_VALUE, "%s: '%s' cannot name a tensor", path, t->name);
+    }
+    if (n)
+        qsort(entries, (size_t)n, sizeof *entries, compare_for_file);
+    return VEL_OK;
+}
+
+static json_t *header_entry(const save_entry *e, int64_t begin, int64_t end)
+{
+    json_t *shape = json_array();
+    for (int i = 0; i < e->tensor->rank; i++)
+        json_array_append_new(shape, json_integer(e->tensor->dim[i]));
+    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", types[e->tensor->type].name, "shape", shape,
+                     "data_offsets", (json_int_t)begin, (json_int_t)end);
+}
+
+/* *text (free) is the header; *bytes the size of the data after it. */
+static vel_status make_header(vel_ctx *ctx, const char *path, const save_entry *entries, int n,
+                              const json_t *metadata, char **text, int64_t *bytes)
+{
+    json_t *header = json_object();
+    vel_status status = VEL_OK;
+    int64_t at = 0;
+    if (metadata && json_object_size(metadata))
+        json_object_set(header, "__metadata__", (json_t *)metadata);
+    for (int i = 0; i < n && !status; i++) {
+        const char *name = entries[i].tensor->name;
+        int64_t end = at + entries[i].count * types[entries[i].tensor->type].bytes;
+        if (json_object_get(header, name))
+            status = vel_fail(ctx, VEL_BUG, "%s: two tensors are named %s", path, name);
+        else if (json_object_set_new(header, name, header_entry(&entries[i], at, end)))
+            status = vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for its header", path);
+        at = end;
+    }
+    *text = status ? NULL : json_dumps(header, JSON_COMPACT);
+    json_decref(header);
+    *bytes = at;
+    if (!status && !*text)
+        status = vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for its header", path);
+    if (!status && strlen(*text) > LARGEST_HEADER) {
+        free(*text);
+        status = vel_fail(ctx, VEL_BAD_VALUE, "%s: its header would be over %d bytes", path,
+                          LARGEST_HEADER);
+    }
+    return status;
+}
+
+static vel_status write_header(vel_writer *w, const char *text)
+{
+    size_t length = strlen(text), padded = (length + 7) / 8 * 8;
+    uint8_t head[8];
+    for (int i = 0; i < 8; i++)
+        head[i] = (uint8_t)((uint64_t)padded >> 8 * i);
+    VEL_TRY(vel_writer_write(w, head, 8));
+    VEL_TRY(vel_writer_write(w, text, length));
+    return vel_writer_write(w, "       ", padded - length);
+}
+
+static vel_status write_data(vel_writer *w, const save_entry *e)
+{
+    vel_file_type type = e->tensor->type;
+    if (type != VEL_FILE_F16 && type != VEL_FILE_BF16)
+        return vel_writer_write(w, e->tensor->data, (size_t)e->count * (size_t)types[type].bytes);
+    const float *data = e->tensor->data;
+    for (int64_t i = 0; i < e->count; i += CHUNK) {
+        uint16_t part[CHUNK];
+        int64_t n = VEL_MIN(e->count - i, CHUNK);
+        for (int64_t k = 0; k < n; k++)
+            part[k] = type == VEL_FILE_F16 ? vel_f32_f16(data[i + k]) : vel_f32_bf16(data[i + k]);
+        VEL_TRY(vel_writer_write(w, part, (size_t)n * 2));
+    }
+    return VEL_OK;
+}
+
+/* Looks at the free space first, so that a long write does not start in vain. */
+static vel_status write_all(vel_ctx *ctx, const char *path, const save_entry *entries, int n,
+                            const char *header, int64_t bytes)
+{
+    int64_t space = vel_free_space(path);
+    if (space >= 0 && space < bytes) {
+        char need[32], there[32];
+        return vel_fail(ctx, VEL_IO, "%s: needs %s, but the disk has only %s left; free some space",
+                        path, vel_bytes_text(bytes, need), vel_bytes_text(space, there));
+    }
+    vel_writer w;
+    VEL_TRY(vel_writer_open(ctx, &w, path));
+    vel_status status = write_header(&w, header);
+    for (int i = 0; i < n && !status; i++)
+        status = write_data(&w, &entries[i]);
+    if (!status)
+        return vel_writer_commit(&w);
+    vel_writer_discard(&w);
+    return status;
+}
+
+vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
+                                int n, const json_t *metadata)
+{
+    char *header = NULL;
+    int64_t bytes = 0;
+    save_entry *entries = vel_alloc(ctx, (size_t)n * sizeof *entries);
+    if (!entries)
+        return VEL_NO_MEMORY;
+    vel_status status = order_entries(ctx, path, tensors, n, entries);
+    if (!status)
+        status = make_header(ctx, path, entries, n, metadata, &header, &bytes);
+    if (!status) {
+        status = write_all(ctx, path, entries, n, header, bytes);
+        free(header);
+    }
+    vel_free(ctx, entries);
+    return status;
+}

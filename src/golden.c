@@ -1,0 +1,792 @@
+/* golden.c: reference values against a model: every file of a folder in the form that tests/golden's
+ * README describes. Values come from outside (diffusers, transformers, PEFT); here they are only
+ * compared, in float32, and each comparison is printed with its errors and its tolerance.
+ *
+ * Reference tensors are NCHW, the graph's NHWC: the permutations are here and nowhere else. */
+#include <stdlib.h>
+
+#include "params.h"
+
+static const double TOLERANCE = 1e-4, TOLERANCE_END = 1e-3, TOLERANCE_HALF = 5e-3;
+
+typedef struct golden {
+    vel_ctx *ctx;
+    vel_model *model;
+    const char *folder;
+    vel_safetensors *file; /* the one being checked */
+    char name[64];         /* its name, for the lines */
+    int passed, failed;
+} golden;
+
+/* ---- comparing ------------------------------------------------------------------------------------- */
+
+static void line(golden *k, const char *value, double max_abs, double rms, double tolerance, bool ok)
+{
+    vel_log(k->ctx, 2, "%-24s %-72s max abs %.3e  rel rms %.3e  tolerance %.0e  %s", k->name, value, max_abs, rms,
+            tolerance, ok ? "ok" : "FAIL");
+    ok ? k->passed++ : k->failed++;
+}
+
+static void compare(golden *k, const char *value, const float *got, const float *want, int64_t n, double tolerance)
+{
+    double error = 0, size = 0, largest = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < n; i++) {
+        double d = (double)got[i] - want[i];
+        finite = finite && isfinite(got[i]);
+        error += d * d;
+        size += (double)want[i] * want[i];
+        largest = fmax(largest, fabs(d));
+    }
+    double rms = sqrt(error / fmax(size, 1e-60));
+    line(k, value, largest, rms, tolerance, finite && rms < tolerance);
+}
+
+/* A tensor of the file as floats; count must agree unless it is 0. NULL with the message. */
+static float *load(golden *k, const char *name, int64_t count, const vel_file_tensor **tensor)
+{
+    const vel_file_tensor *t = vel_safetensors_find(k->file, name);
+    if (!t || (count && t->count != count)) {
+        vel_fail(k->ctx, VEL_BAD_FILE, "%s: tensor '%s' is missing or has another size", vel_safetensors_path(k->file),
+                 name);
+        return NULL;
+    }
+    float *out = vel_alloc(k->ctx, (size_t)t->count * sizeof *out);
+    if (out)
+        vel_file_tensor_floats(t, 0, t->count, out);
+    if (tensor)
+        *tensor = t;
+    return out;
+}
+
+static void check(golden *k, const char *name, const float *got, int64_t n, double tolerance)
+{
+    float *want = load(k, name, n, NULL);
+    if (want)
+        compare(k, name, got, want, n, tolerance);
+    else
+        line(k, name, NAN, NAN, tolerance, false);
+    vel_free(k->ctx, want);
+}
+
+/* [n, c, h, w] to [n, h, w, c], and back. */
+static void to_nhwc(const float *in, int64_t n, int64_t c, int64_t pixels, float *out)
+{
+    for (int64_t b = 0; b < n; b++)
+        for (int64_t p = 0; p < pixels; p++)
+            for (int64_t i = 0; i < c; i++)
+                out[(b * pixels + p) * c + i] = in[(b * c + i) * pixels + p];
+}
+
+static void to_nchw(const float *in, int64_t n, int64_t c, int64_t pixels, float *out)
+{
+    for (int64_t b = 0; b < n; b++)
+        for (int64_t p = 0; p < pixels; p++)
+            for (int64_t i = 0; i < c; i++)
+                out[(b * c + i) * pixels + p] = in[(b * pixels + p) * c + i];
+}
+
+/* A reference picture or latent [n, c, h, w], as [n, h, w, c]; dims in d. */
+static float *load_nhwc(golden *k, const char *name, int64_t d[4])
+{
+    const vel_file_tensor *t;
+    float *raw = load(k, name, 0, &t);
+    if (!raw || t->rank != 4) {
+        vel_free(k->ctx, raw);
+        return NULL;
+    }
+    memcpy(d, t->dim, 4 * sizeof *d);
+    float *out = vel_alloc(k->ctx, (size_t)t->count * sizeof *out);
+    if (out)
+        to_nhwc(raw, d[0], d[1], d[2] * d[3], out);
+    vel_free(k->ctx, raw);
+    return out;
+}
+
+static void check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4], double tolerance)
+{
+    int64_t n = d[0] * d[1] * d[2] * d[3];
+    float *turned = vel_alloc(k->ctx, (size_t)n * sizeof *turned);
+    if (!turned)
+        return;
+    to_nchw(got, d[0], d[1], d[2] * d[3], turned);
+    check(k, name, turned, n, tolerance);
+    vel_free(k->ctx, turned);
+}
+
+/* ---- prompts ----------------------------------------------------------------------------------------- */
+
+typedef struct prompts {
+    json_t *json;
+    const char *text[64];
+    int n;
+} prompts;
+
+static vel_status load_prompts(golden *k, prompts *p)
+{
+    char *path = vel_path_join(k->ctx, k->folder, "prompts.json");
+    vel_status st = path ? vel_json_load(k->ctx, path, &p->json) : VEL_NO_MEMORY;
+    vel_free(k->ctx, path);
+    VEL_TRY(st);
+    p->n = (int)VEL_MIN(json_array_size(p->json), VEL_COUNT(p->text));
+    for (int i = 0; i < p->n; i++) {
+        const char *text = json_string_value(json_array_get(p->json, (size_t)i));
+        p->text[i] = text ? text : "";
+    }
+    return VEL_OK;
+}
+
+static vel_status encode_ids(golden *k, const prompts *p, int length, int32_t *ids)
+{
+    for (int i = 0; i < p->n; i++)
+        VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(k->model), p->text[i], length, ids + i * length, NULL, NULL));
+    return VEL_OK;
+}
+
+static vel_text_info text_info(golden *k)
+{
+    vel_text_info text[2];
+    vel_model_family(k->model)->texts(vel_model_config(k->model), text);
+    return text[0];
+}
+
+/* Runs a small graph once: inputs are set by the caller's function. */
+static vel_status plan_of(golden *k, vel_graph *g, vel_plan **plan)
+{
+    vel_plan_options o = {.compute = VEL_F32};
+    return vel_plan_create(vel_model_engine(k->model), g, &o, plan);
+}
+
+/* ---- text.safetensors ---------------------------------------------------------------------------------- */
+
+static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_text_info info)
+{
+    const vel_config *config = vel_model_config(k->model);
+    vel_graph *g = vel_graph_create(k->ctx);
+    if (!g)
+        return VEL_NO_MEMORY;
+    vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(p->n, info.length));
+    vel_output(g, "last_hidden_state", vel_model_family(k->model)->encode_text(g, config, in, 1).context);
+    vel_output(g, "hidden_state_penultimate", vel_clip_text_state(g, config, in, 1));
+    vel_plan *plan;
+    VEL_TRY(plan_of(k, g, &plan));
+    int64_t count = (int64_t)p->n * info.length * info.width;
+    float *got = vel_alloc(k->ctx, (size_t)count * sizeof *got);
+    vel_status st = got ? vel_plan_set(plan, "ids", ids, (size_t)(p->n * info.length) * sizeof *ids) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = vel_plan_run(plan);
+    static const char *const names[] = {"last_hidden_state", "hidden_state_penultimate"};
+    for (int i = 0; i < 2 && st == VEL_OK; i++) {
+        st = vel_plan_get(plan, names[i], got, count);
+        if (st == VEL_OK)
+            check(k, names[i], got, count, TOLERANCE);
+    }
+    vel_free(k->ctx, got);
+    vel_plan_destroy(plan);
+    return st;
+}
+
+static vel_status check_text(golden *k)
+{
+    prompts p = {0};
+    VEL_TRY(load_prompts(k, &p));
+    vel_text_info info = text_info(k);
+    int n = p.n * info.length, wrong = 0;
+    int32_t *ids = vel_alloc(k->ctx, (size_t)n * sizeof *ids);
+    float *want = load(k, "input_ids", n, NULL);
+    vel_status st = ids && want ? encode_ids(k, &p, info.length, ids) : VEL_BAD_FILE;
+    for (int i = 0; i < n && st == VEL_OK; i++)
+        wrong += ids[i] != (int32_t)want[i];
+    if (st == VEL_OK) {
+        line(k, "input_ids", wrong, wrong, 0, wrong == 0);
+        st = run_text(k, &p, ids, info);
+    }
+    vel_free(k->ctx, ids);
+    vel_free(k->ctx, want);
+    json_decref(p.json);
+    return st;
+}
+
+/* ---- unet.safetensors ------------------------------------------------------------------------------------ */
+
+/* One evaluation with gradients to its inputs where the file has grad_out (first is true). */
+static vel_status run_unet(golden *k, const char *sample_name, const char *out_name, bool first)
+{
+    int64_t d[4];
+    vel_text_info info = text_info(k);
+    float *x = load_nhwc(k, sample_name, d), *time = load(k, "timestep", 0, NULL), *context = load(k, "context", 0, NULL);
+    int64_t probe_dim[4];
+    float *probe = first ? load_nhwc(k, "grad_out", probe_dim) : NULL;
+    int64_t count = x ? d[0] * d[1] * d[2] * d[3] : 0, states = x ? d[0] * info.length * info.width : 0;
+    float *got = vel_alloc(k->ctx, (size_t)VEL_MAX(count, states) * sizeof *got);
+    vel_graph *g = vel_graph_create(k->ctx);
+    vel_plan *plan = NULL;
+    vel_status st = x && time && context && got && g && (probe || !first) ? VEL_OK : VEL_BAD_FILE;
+    if (st == VEL_OK) {
+        vel_shape shape = VEL_SHAPE(d[0], d[2], d[3], d[1]);
+        vel_ref wanted[2] = {vel_input(g, "x", VEL_F32, shape)}, grads[2];
+        vel_ref t = vel_input(g, "time", VEL_F32, VEL_SHAPE(d[0]));
+        wanted[1] = vel_input(g, "context", VEL_F32, VEL_SHAPE(d[0], info.length, info.width));
+        vel_condition condition = {.context = wanted[1]};
+        vel_ref out = vel_model_family(k->model)->denoise(g, vel_model_config(k->model), wanted[0], t, &condition);
+        vel_output(g, "out", out);
+        if (first) {
+            vel_ref seed = vel_input(g, "probe", VEL_F32, shape);
+            vel_vjp(g, &out, &seed, 1, wanted, grads, 2);
+            vel_output(g, "grad_sample", grads[0]);
+            vel_output(g, "grad_context", grads[1]);
+        }
+        st = plan_of(k, g, &plan);
+        g = NULL;
+    }
+    size_t f = sizeof(float);
+    if (st == VEL_OK)
+        st = vel_plan_set(plan, "x", x, (size_t)count * f);
+    if (st == VEL_OK)
+        st = vel_plan_set(plan, "time", time, (size_t)d[0] * f);
+    if (st == VEL_OK)
+        st = vel_plan_set(plan, "context", context, (size_t)states * f);
+    if (st == VEL_OK && first)
+        st = vel_plan_set(plan, "probe", probe, (size_t)count * f);
+    if (st == VEL_OK)
+        st = vel_plan_run(plan);
+    if (st == VEL_OK && (st = vel_plan_get(plan, "out", got, count)) == VEL_OK)
+        check_nhwc(k, out_name, got, d, TOLERANCE);
+    if (st == VEL_OK && first && (st = vel_plan_get(plan, "grad_sample", got, count)) == VEL_OK)
+        check_nhwc(k, "grad_sample", got, d, TOLERANCE);
+    if (st == VEL_OK && first && (st = vel_plan_get(plan, "grad_context", got, states)) == VEL_OK)
+        check(k, "grad_context", got, states, TOLERANCE);
+    vel_plan_destroy(plan);
+    vel_graph_destroy(g);
+    float *owned[] = {x, time, context, probe, got};
+    for (int i = 0; i < VEL_COUNT(owned); i++)
+        vel_free(k->ctx, owned[i]);
+    return st;
+}
+
+static vel_status check_unet(golden *k)
+{
+    VEL_TRY(run_unet(k, "sample", "out", true));
+    return vel_safetensors_find(k->file, "sample_40x24") ? run_unet(k, "sample_40x24", "out_40x24", false) : VEL_OK;
+}
+
+/* ---- vae.safetensors ---------------------------------------------------------------------------------------- */
+
+static vel_status check_vae(golden *k)
+{
+    int64_t z_dim[4], d[4];
+    float *z = load_nhwc(k, "z", z_dim), *want = load_nhwc(k, "image", d);
+    if (!z || !want)
+        return VEL_BAD_FILE;
+    int64_t pixels = d[0] * d[1] * d[2] * d[3], latents = z_dim[0] * z_dim[1] * z_dim[2] * z_dim[3];
+    float *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
+    float *moments = vel_alloc(k->ctx, (size_t)(2 * latents) * sizeof *moments);
+    float *half = vel_alloc(k->ctx, (size_t)latents * sizeof *half);
+    vel_status st = image && moments && half ? VEL_OK : VEL_NO_MEMORY;
+    if (st == VEL_OK && (st = vel_model_decode(k->model, z, (int)z_dim[0], (int)z_dim[2], (int)z_dim[3], image)) == VEL_OK)
+        check_nhwc(k, "image", image, d, TOLERANCE);
+    for (int64_t i = 0; i < pixels; i++)
+        want[i] = fmaxf(-1, fminf(1, want[i]));
+    if (st == VEL_OK)
+        st = vel_model_encode(k->model, want, (int)d[0], (int)d[2], (int)d[3], moments);
+    for (int part = 0; part < 2 && st == VEL_OK; part++) {
+        int64_t c = z_dim[1];
+        for (int64_t p = 0; p < latents / c; p++)
+            memcpy(half + p * c, moments + p * 2 * c + part * c, (size_t)c * sizeof *half);
+        check_nhwc(k, part ? "logvar" : "mean", half, z_dim, TOLERANCE);
+    }
+    float *owned[] = {z, want, image, moments, half};
+    for (int i = 0; i < VEL_COUNT(owned); i++)
+        vel_free(k->ctx, owned[i]);
+    return st;
+}
+
+/* ---- samplers.safetensors -------------------------------------------------------------------------------------- */
+
+static void check_timesteps(golden *k, const char *sampler, int steps)
+{
+    char name[96];
+    snprintf(name, sizeof name, "%s.timesteps", sampler);
+    const vel_file_tensor *t = vel_safetensors_find(k->file, name);
+    vel_sampler *s;
+    vel_torch_rng rng;
+    vel_torch_seed(&rng, 0);
+    vel_schedule own = *vel_model_schedule(k->model);
+    own.config.spacing[0] = 0; /* the references give each sampler its class's own spacing */
+    if (!t || vel_sampler_create(k->ctx, sampler, &own, steps, 0, &rng, &s))
+        return;
+    float *got = vel_alloc(k->ctx, (size_t)t->count * sizeof *got);
+    int n = vel_sampler_evaluations(s);
+    for (int i = 0; got && i < t->count; i++)
+        got[i] = i < n ? (float)vel_sampler_timestep(s, i) : NAN;
+    if (n != t->count)
+        line(k, name, n, (double)t->count, 0, false);
+    else if (got)
+        check(k, name, got, t->count, TOLERANCE);
+    vel_free(k->ctx, got);
+    vel_sampler_destroy(s);
+}
+
+static vel_status check_sampler(golden *k, const char *sampler, const json_t *how, const float *noise, const int64_t d[4])
+{
+    const vel_latent_info *info = vel_model_latent(k->model);
+    int64_t count = d[1] * d[2] * d[3];
+    int width = (int)d[3] * info->down, height = (int)d[2] * info->down;
+    vel_draw draw = {.prompt = vel_json_string(how, "prompt", ""), .negative = vel_json_string(how, "negative", ""),
+                     .guidance = vel_json_number(how, "cfg", 7.5), .width = width, .height = height,
+                     .steps = (int)vel_json_int(how, "steps", 20), .sampler = sampler, .spacing = "own",
+                     .noise = noise};
+    check_timesteps(k, sampler, draw.steps);
+    float *latent = vel_alloc(k->ctx, (size_t)count * sizeof *latent);
+    vel_image picture = {0};
+    vel_status st = latent ? vel_model_draw(k->model, &draw, 1, 1, NULL, &picture, latent) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        check(k, sampler, latent, count, TOLERANCE_END);
+    vel_image_finish(&picture);
+    char name[96];
+    snprintf(name, sizeof name, "%s.image", sampler);
+    if (st == VEL_OK && vel_safetensors_find(k->file, name)) {
+        int64_t image_dim[4] = {1, 3, height, width}, pixels = (int64_t)3 * height * width;
+        float *z = vel_alloc(k->ctx, (size_t)count * sizeof *z), *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
+        if (z && image) {
+            to_nhwc(latent, 1, d[1], d[2] * d[3], z);
+            for (int64_t i = 0; i < count; i++)
+                z[i] = (float)(z[i] / info->scale + info->shift);
+            st = vel_model_decode(k->model, z, 1, (int)d[2], (int)d[3], image);
+            const vel_file_tensor *t = vel_safetensors_find(k->file, name);
+            float lowest = 0;
+            for (int64_t i = 0; i < t->count; i++) {
+                float v;
+                vel_file_tensor_floats(t, i, 1, &v);
+                lowest = fminf(lowest, v);
+            }
+            for (int64_t i = 0; lowest >= 0 && i < pixels; i++) /* stored as 0..1 */
+                image[i] = fmaxf(0, fminf(1, image[i] / 2 + 0.5f));
+            if (st == VEL_OK)
+                check_nhwc(k, name, image, image_dim, TOLERANCE_END);
+        }
+        vel_free(k->ctx, z);
+        vel_free(k->ctx, image);
+    }
+    vel_free(k->ctx, latent);
+    return st;
+}
+
+static vel_status check_samplers(golden *k)
+{
+    char *path = vel_path_join(k->ctx, k->folder, "samplers.json");
+    json_t *how = NULL;
+    vel_status st = path ? vel_json_load(k->ctx, path, &how) : VEL_NO_MEMORY;
+    vel_free(k->ctx, path);
+    const vel_file_tensor *t = NULL;
+    float *noise = st == VEL_OK ? load(k, "noise", 0, &t) : NULL;
+    for (int i = 0; noise && i < vel_safetensors_count(k->file) && st == VEL_OK; i++) {
+        const char *name = vel_safetensors_at(k->file, i)->name;
+        if (strcmp(name, "noise") != 0 && !strchr(name, '.'))
+            st = check_sampler(k, name, how, noise, t->dim);
+    }
+    vel_free(k->ctx, noise);
+    json_decref(how);
+    return st;
+}
+
+/* ---- train_*.safetensors ------------------------------------------------------------------------------------------ */
+
+typedef struct lesson { /* train_data.safetensors: six batches */
+    float *latent[16], *noise[16], *time[16], *context;
+    int64_t d[4];
+    int n;
+} lesson;
+
+static vel_status open_other(golden *k, const char *name, vel_safetensors **out)
+{
+    char *path = vel_path_join(k->ctx, k->folder, name);
+    vel_status st = path ? vel_safetensors_open(k->ctx, path, out) : VEL_NO_MEMORY;
+    vel_free(k->ctx, path);
+    return st;
+}
+
+static vel_status load_lesson(golden *k, lesson *l)
+{
+    vel_safetensors *mine = k->file;
+    VEL_TRY(open_other(k, "train_data.safetensors", &k->file));
+    l->context = load(k, "context", 0, NULL);
+    for (l->n = 0; l->n < VEL_COUNT(l->latent); l->n++) {
+        char name[32];
+        snprintf(name, sizeof name, "latents.%d", l->n);
+        if (!vel_safetensors_find(k->file, name))
+            break;
+        l->latent[l->n] = load_nhwc(k, name, l->d);
+        snprintf(name, sizeof name, "noise.%d", l->n);
+        l->noise[l->n] = load_nhwc(k, name, l->d);
+        snprintf(name, sizeof name, "timesteps.%d", l->n);
+        l->time[l->n] = load(k, name, l->d[0], NULL);
+    }
+    vel_safetensors_close(k->file);
+    k->file = mine;
+    return l->n && l->context && l->latent[0] && l->noise[0] && l->time[0] ? VEL_OK : VEL_BAD_FILE;
+}
+
+static void free_lesson(golden *k, lesson *l)
+{
+    for (int i = 0; i < VEL_COUNT(l->latent); i++) {
+        vel_free(k->ctx, l->latent[i]);
+        vel_free(k->ctx, l->noise[i]);
+        vel_free(k->ctx, l->time[i]);
+    }
+    vel_free(k->ctx, l->context);
+}
+
+static vel_batch batch_of(const lesson *l, int i, int32_t *time, float *weight)
+{
+    for (int b = 0; b < l->d[0]; b++) {
+        time[b] = (int32_t)l->time[i][b];
+        weight[b] = 1;
+    }
+    return (vel_batch){.n = (int)l->d[0], .h = (int)l->d[2], .w = (int)l->d[3], .latent = l->latent[i],
+                       .noise = l->noise[i], .timestep = time, .context = l->context, .weight = weight};
+}
+
+/* PEFT's rule: a target is a module's whole name or its end after a dot. */
+static bool is_target(const json_t *targets, const char *path)
+{
+    size_t i, n = json_array_size(targets);
+    for (i = 0; i < n; i++) {
+        const char *t = json_string_value(json_array_get(targets, i));
+        size_t stem = strlen(path), tail = t ? strlen(t) : 0;
+        if (tail && tail < stem && path[stem - tail - 1] == '.' && strcmp(path + stem - tail, t) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* PEFT's name of a trainable, after a prefix such as "init.". */
+static void peft_name(const char *prefix, const char *path, char *out, size_t room)
+{
+    const char *module = strchr(path, '.') + 1;
+    const char *leaf = strstr(module, ".lora_down.weight");
+    bool down = leaf != NULL;
+    if (!leaf)
+        leaf = strstr(module, ".lora_up.weight");
+    snprintf(out, room, "%sbase_model.model.%.*s.%s.default.weight", prefix, (int)(leaf - module), module,
+             down ? "lora_A" : "lora_B");
+}
+
+/* Sums over the tensors of one comparison. */
+typedef struct errors {
+    double error, size, largest;
+    int tensors;
+} errors;
+
+static void add_errors(errors *sum, const float *got, const float *want, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double d = (double)got[i] - want[i];
+        sum->error += d * d;
+        sum->size += (double)want[i] * want[i];
+        sum->largest = fmax(sum->largest, fabs(d));
+    }
+    sum->tensors++;
+}
+
+static vel_status write_trainables(golden *k, const char *prefix)
+{
+    vel_engine *e = vel_model_engine(k->model);
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        char name[512];
+        peft_name(prefix, t->path, name, sizeof name);
+        float *values = load(k, name, t->count, NULL);
+        if (!values)
+            return VEL_BAD_FILE;
+        vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
+        vel_free(k->ctx, values);
+    }
+    return VEL_OK;
+}
+
+/* Every trainable value or gradient against the file: tensor by tensor; where the file stores float16,
+ * ours are rounded to it as well. whole: a float16 file's adapter is compared as one value: it starts
+ * from rounded values (so its smallest gradients are off by more than their own rounding), and AdamW's
+ * first steps turn a rounded gradient near zero into a full step of
+ * the wrong sign, so that single tensors cannot be expected to agree (the reference, started from the
+ * same file, misses the same ones by as much: tools/golden/replay_train.py). */
+static vel_status check_trainables(golden *k, const char *prefix, char which, bool whole, double tolerance)
+{
+    vel_engine *e = vel_model_engine(k->model);
+    errors sum = {0};
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        char name[512];
+        peft_name(prefix, t->path, name, sizeof name);
+        const vel_file_tensor *f = vel_safetensors_find(k->file, name);
+        float *want = load(k, name, t->count, NULL), *got = vel_alloc(k->ctx, (size_t)t->count * sizeof *got);
+        if (!want || !got) {
+            vel_free(k->ctx, want);
+            vel_free(k->ctx, got);
+            return VEL_BAD_FILE;
+        }
+        vel_engine_read_trainables(e, which, t->offset, t->count, got);
+        bool half = f->type == VEL_FILE_F16;
+        for (int64_t j = 0; half && j < t->count; j++)
+            got[j] = vel_f16_f32(vel_f32_f16(got[j]));
+        if (half && whole)
+            add_errors(&sum, got, want, t->count);
+        else
+            compare(k, name, got, want, t->count, half ? TOLERANCE_HALF : tolerance);
+        vel_free(k->ctx, want);
+        vel_free(k->ctx, got);
+    }
+    if (sum.tensors) {
+        char name[96];
+        snprintf(name, sizeof name, "%s* (the adapter, %d tensors)", prefix, sum.tensors);
+        double rms = sqrt(sum.error / fmax(sum.size, 1e-60));
+        line(k, name, sum.largest, rms, TOLERANCE_HALF, rms < TOLERANCE_HALF);
+    }
+    return VEL_OK;
+}
+
+static double lesson_rate(void *user, int i)
+{
+    (void)user, (void)i;
+    return 1e-3;
+}
+
+static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
+{
+    int32_t time[64];
+    float weight[64], losses[16];
+    if (l->d[0] > VEL_COUNT(time))
+        return vel_fail(k->ctx, VEL_BAD_FILE, "train_data: batches of more than %d", VEL_COUNT(time));
+    VEL_TRY(vel_trainer_register(trainer, (int)l->d[0], (int)l->d[2], (int)l->d[3]));
+    VEL_TRY(write_trainables(k, "init."));
+    for (int i = 0; i < l->n; i++) {
+        vel_batch b = batch_of(l, i, time, weight);
+        double loss;
+        VEL_TRY(vel_trainer_run(trainer, &b, true, &loss, NULL));
+        losses[i] = (float)loss;
+        if (i == 0)
+            VEL_TRY(check_trainables(k, "grad0.", 'g', true, TOLERANCE));
+        vel_adamw_options a = {0.9, 0.999, 1e-8, 0.01, i + 1, 1, lesson_rate, NULL};
+        VEL_TRY(vel_engine_adamw(vel_model_engine(k->model), &a));
+    }
+    check(k, "losses", losses, l->n, TOLERANCE);
+    return check_trainables(k, "final.", 'v', true, TOLERANCE_END);
+}
+
+static vel_status open_model(golden *k, const char *folder)
+{
+    vel_model_options o = {.precision = "no", .clip_skip = 1};
+    return vel_model_open(k->ctx, folder, &o, &k->model);
+}
+
+static vel_status check_lora(golden *k, const json_t *config)
+{
+    int n_modules, n = 0;
+    const vel_known_module *modules = vel_model_modules(k->model, &n_modules);
+    vel_adapter_site *sites = vel_alloc(k->ctx, (size_t)VEL_MAX(1, n_modules) * sizeof *sites);
+    if (!sites)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < n_modules; i++)
+        if (vel_has_prefix(modules[i].path, vel_model_family(k->model)->denoiser) &&
+            is_target(json_object_get(config, "target_modules"), modules[i].path)) {
+            int rank = (int)vel_json_int(config, "r", 4);
+            sites[n++] = (vel_adapter_site){.path = modules[i].path, .rank = rank, .conv_rank = rank,
+                                            .weight = vel_shape_of(modules[i].weight_rank, modules[i].weight_dim),
+                                            .alpha = vel_json_number(config, "lora_alpha", rank)};
+        }
+    vel_adaption adaption = {&vel_adapter_lora, sites, n};
+    vel_trainer_options o = {.compute = VEL_F32, .clip_skip = 1, .adaptions = &adaption, .n_adaptions = 1};
+    lesson l = {0};
+    vel_trainer *trainer = NULL;
+    vel_status st = load_lesson(k, &l);
+    if (st == VEL_OK)
+        st = vel_trainer_create(k->model, &o, &trainer);
+    if (st == VEL_OK)
+        st = learn(k, &l, trainer);
+    vel_trainer_destroy(trainer);
+    free_lesson(k, &l);
+    vel_free(k->ctx, sites);
+    return st;
+}
+
+static vel_status check_train(golden *k)
+{
+    const char *text = vel_safetensors_meta(k->file, "config");
+    json_t *config = text ? json_loads(text, 0, NULL) : NULL;
+    if (!config)
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: no 'config' in the metadata", vel_safetensors_path(k->file));
+    const char *kind = vel_json_string(config, "peft_type", "");
+    vel_status st = VEL_OK;
+    if (strcmp(kind, "LORA") != 0 || vel_json_bool(config, "use_dora", false))
+        vel_log(k->ctx, 2, "%-24s skipped: %s%s is not trained by this version", k->name, kind,
+                vel_json_bool(config, "use_dora", false) ? " with DoRA" : "");
+    else
+        st = check_lora(k, config);
+    json_decref(config);
+    return st;
+}
+
+/* ---- losses.safetensors ---------------------------------------------------------------------------------------------- */
+
+/* The gradient of mean(per_sample_mse) to the token embedding, with the context computed from ids. */
+static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *ids, vel_text_info info)
+{
+    const vel_family *family = vel_model_family(k->model);
+    const vel_config *config = vel_model_config(k->model);
+    vel_graph *g = vel_graph_create(k->ctx);
+    if (!g)
+        return VEL_NO_MEMORY;
+    int64_t n = l->d[0];
+    vel_shape latent = VEL_SHAPE(n, l->d[2], l->d[3], l->d[1]);
+    vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, info.length));
+    vel_condition condition = family->encode_text(g, config, in, 1);
+    vel_ref x = vel_input(g, "x", VEL_F32, latent), time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
+    vel_ref target = vel_input(g, "target", VEL_F32, latent), weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
+    vel_ref loss = vel_mse(g, family->denoise(g, config, x, time, &condition), target, weight);
+    vel_ref table = {0}, grad, one = vel_fill(g, VEL_SHAPE(1), 1);
+    for (int32_t id = 1; id < vel_graph_size(g); id++)
+        if (vel_node_at(g, id)->op == VEL_OP_weight && vel_has_suffix(vel_node_at(g, id)->path, "token_embedding.weight"))
+            table = (vel_ref){id, 0};
+    vel_vjp(g, &loss, &one, 1, &table, &grad, 1);
+    vel_output(g, "grad", grad);
+    vel_plan *plan;
+    VEL_TRY(plan_of(k, g, &plan));
+    const vel_file_tensor *rows_tensor = NULL;
+    float *rows = load(k, "embedding_grad_rows", 0, &rows_tensor);
+    int64_t all = (int64_t)info.vocabulary * info.width, each = l->d[1] * l->d[2] * l->d[3];
+    float *whole = vel_alloc(k->ctx, (size_t)all * sizeof *whole), *noisy = vel_alloc(k->ctx, (size_t)(n * each) * sizeof *noisy);
+    float *some = rows ? vel_alloc(k->ctx, (size_t)(rows_tensor->count * info.width) * sizeof *some) : NULL;
+    float ones[64], times[64];
+    vel_status st = whole && noisy && some && n <= VEL_COUNT(ones) ? VEL_OK : VEL_BAD_FILE;
+    for (int64_t b = 0; b < n && st == VEL_OK; b++) {
+        double a = vel_model_schedule(k->model)->alphas_cumprod[(int)l->time[0][b]];
+        ones[b] = 1;
+        times[b] = l->time[0][b];
+        for (int64_t i = 0; i < each; i++)
+            noisy[b * each + i] = (float)(sqrt(a) * l->latent[0][b * each + i] + sqrt(1 - a) * l->noise[0][b * each + i]);
+    }
+    size_t bytes = (size_t)(n * each) * sizeof(float), per = (size_t)n * sizeof(float);
+    if (st == VEL_OK && !(st = vel_plan_set(plan, "ids", ids, (size_t)n * (size_t)info.length * sizeof *ids)) &&
+        !(st = vel_plan_set(plan, "x", noisy, bytes)) && !(st = vel_plan_set(plan, "target", l->noise[0], bytes)) &&
+        !(st = vel_plan_set(plan, "time", times, per)) && !(st = vel_plan_set(plan, "weight", ones, per)) &&
+        !(st = vel_plan_run(plan)) && !(st = vel_plan_get(plan, "grad", whole, all))) {
+        for (int64_t i = 0; i < rows_tensor->count; i++)
+            memcpy(some + i * info.width, whole + (int64_t)rows[i] * info.width, (size_t)info.width * sizeof *some);
+        check(k, "embedding_grad", some, rows_tensor->count * info.width, TOLERANCE);
+    }
+    float *owned[] = {rows, whole, noisy, some};
+    for (int i = 0; i < VEL_COUNT(owned); i++)
+        vel_free(k->ctx, owned[i]);
+    vel_plan_destroy(plan);
+    return st;
+}
+
+static vel_status check_loss_values(golden *k, const lesson *l)
+{
+    vel_trainer_options o = {.compute = VEL_F32, .clip_skip = 1};
+    vel_trainer *trainer;
+    VEL_TRY(vel_trainer_create(k->model, &o, &trainer));
+    int32_t time[64];
+    float weight[64], each[64], snr[64];
+    vel_batch b = batch_of(l, 0, time, weight);
+    double loss;
+    vel_status st = vel_trainer_run(trainer, &b, false, &loss, each);
+    if (st == VEL_OK) {
+        float prior = 0;
+        for (int i = 0; i < b.n; i++) {
+            snr[i] = (float)vel_schedule_snr(vel_model_schedule(k->model), time[i]);
+            weight[i] = fminf(snr[i], 5) / snr[i];
+            prior += each[i];
+        }
+        check(k, "per_sample_mse", each, b.n, TOLERANCE);
+        check(k, "snr", snr, b.n, TOLERANCE);
+        check(k, "loss_prior", &prior, 1, TOLERANCE);
+        st = vel_trainer_run(trainer, &b, false, &loss, NULL);
+        float weighted = (float)loss;
+        if (st == VEL_OK)
+            check(k, "loss_min_snr_5", &weighted, 1, TOLERANCE);
+    }
+    vel_trainer_destroy(trainer);
+    return st;
+}
+
+static vel_status check_losses(golden *k)
+{
+    lesson l = {0};
+    prompts p = {0};
+    vel_text_info info = text_info(k);
+    vel_status st = load_lesson(k, &l);
+    if (st == VEL_OK)
+        st = check_loss_values(k, &l);
+    if (st == VEL_OK)
+        st = load_prompts(k, &p);
+    int32_t *ids = vel_alloc(k->ctx, (size_t)VEL_MAX(1, p.n * info.length) * sizeof *ids);
+    if (st == VEL_OK)
+        st = ids ? encode_ids(k, &p, info.length, ids) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = embedding_gradient(k, &l, ids, info);
+    vel_free(k->ctx, ids);
+    json_decref(p.json);
+    free_lesson(k, &l);
+    return st;
+}
+
+/* ---- the folder ---------------------------------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *pattern; /* of the file's name */
+    vel_status (*check)(golden *k);
+} files[] = {
+    {"text.safetensors", check_text},         {"unet.safetensors", check_unet},     {"vae.safetensors", check_vae},
+    {"samplers.safetensors", check_samplers}, {"losses.safetensors", check_losses}, {"train_data.safetensors", NULL},
+    {"train_*.safetensors", check_train},
+};
+
+static vel_status check_file(golden *k, const char *name, const char *model)
+{
+    for (int i = 0; i < VEL_COUNT(files); i++) {
+        if (!vel_glob(files[i].pattern, name))
+            continue;
+        if (!files[i].check)
+            return VEL_OK;
+        snprintf(k->name, sizeof k->name, "%.*s", (int)strcspn(name, "."), name);
+        VEL_TRY(open_other(k, name, &k->file));
+        vel_status st = open_model(k, model); /* fresh: one file's adapter is not another's */
+        if (st == VEL_OK)
+            st = files[i].check(k);
+        vel_model_close(k->model);
+        k->model = NULL;
+        vel_safetensors_close(k->file);
+        k->file = NULL;
+        if (st && st != VEL_INTERRUPTED) { /* the other files are still worth checking */
+            vel_log(k->ctx, 1, "%s: %s", k->name, vel_ctx_error(k->ctx));
+            line(k, "(the file)", NAN, NAN, 0, false);
+            return VEL_OK;
+        }
+        return st;
+    }
+    vel_log(k->ctx, 2, "%s: no check for a file of this name", name);
+    return VEL_OK;
+}
+
+vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed, int *failed)
+{
+    golden k = {.ctx = ctx, .folder = folder};
+    char **names;
+    int n;
+    VEL_TRY(vel_list_folder(ctx, folder, &names, &n));
+    vel_status st = VEL_OK;
+    int known = 0;
+    for (int i = 0; i < n && st == VEL_OK; i++)
+        if (vel_has_suffix(names[i], ".safetensors")) {
+            known++;
+            st = check_file(&k, names[i], model);
+        }
+    vel_names_free(ctx, names, n);
+    *passed = k.passed;
+    *failed = k.failed;
+    if (st == VEL_OK && known == 0)
+        return vel_fail(ctx, VEL_NOT_FOUND, "%s: no reference files (*.safetensors) in this folder", folder);
+    return st;
+}

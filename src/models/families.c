@@ -1,0 +1,212 @@
+/* families.c: the table of families, and what is the same for all: modules of a graph, other names
+ * of weights in files, and the noise schedule of scheduler_config.json. */
+#include "models/model_parts.h"
+
+#define FAMILY(name) &vel_family_##name,
+static const vel_family *const families[] = {
+#include "models/families.def"
+};
+#undef FAMILY
+
+const vel_family *vel_family_at(int i)
+{
+    return i >= 0 && i < VEL_COUNT(families) ? families[i] : NULL;
+}
+
+const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, const char *file)
+{
+    char known[512] = "";
+    for (int i = 0; i < VEL_COUNT(families); i++) {
+        if (families[i]->detect(model_index))
+            return families[i];
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "", families[i]->title);
+    }
+    vel_fail(ctx, VEL_UNSUPPORTED, "%s: \"_class_name\" is %s; supported are: %s", file,
+             vel_json_string(model_index, "_class_name", "missing"), known);
+    return NULL;
+}
+
+/* ---- modules ---- */
+
+static const char weight_leaf[] = ".weight";
+
+int vel_graph_modules(const vel_graph *g, vel_module *out, int room)
+{
+    if (vel_graph_check((vel_graph *)g))
+        return 0;
+    vel_arena *a = vel_graph_arena((vel_graph *)g); /* the paths are kept there */
+    int32_t size = vel_graph_size(g);
+    bool *used = vel_arena_alloc(a, (size_t)size);
+    int n = 0;
+    for (int32_t id = 1; used && id < size; id++) {
+        const vel_node *node = vel_node_at(g, id);
+        if (node->op != VEL_OP_linear && node->op != VEL_OP_conv2d)
+            continue;
+        const vel_node *w = vel_at(g, node->in[1]);
+        bool is_leaf = w->op == VEL_OP_weight || w->op == VEL_OP_param;
+        if (!is_leaf || used[node->in[1].id] || !vel_has_suffix(w->path, weight_leaf))
+            continue;
+        used[node->in[1].id] = true;
+        if (n < room) {
+            int length = (int)(strlen(w->path) - strlen(weight_leaf));
+            out[n] = (vel_module){vel_arena_strf(a, "%.*s", length, w->path), w->out[0].shape};
+        }
+        n++;
+    }
+    return n;
+}
+
+/* ---- names in files ---- */
+
+/* Other names of a piece of a path, in files of other versions of the reference. */
+static const struct {
+    const char *part, *ours, *theirs;
+} renamed[] = {
+    {"text_encoder", "text_model.", ""}, /* transformers 5; CLIPTextModel's state without its
+                                            wrapper */
+    {"vae", ".to_q.", ".query."},        /* diffusers before 0.12 */
+    {"vae", ".to_k.", ".key."},           {"vae", ".to_v.", ".value."},
+    {"vae", ".to_out.0.", ".proj_attn."},
+};
+static const char *const buffers[] = {"*embeddings.position_ids"};
+
+const char *vel_key_alias(const char *path, int i, char *buffer, size_t n)
+{
+    const char *key = strchr(path, '.');
+    if (!key)
+        return NULL;
+    size_t part = (size_t)(key - path);
+    key++;
+    if (i == 0) {
+        snprintf(buffer, n, "%s", key);
+        return buffer;
+    }
+    for (int r = 0; r < VEL_COUNT(renamed); r++) {
+        const char *at = strstr(key, renamed[r].ours);
+        bool ours = strncmp(path, renamed[r].part, part) == 0 && renamed[r].part[part] == 0;
+        if (!ours || !at || --i > 0)
+            continue;
+        snprintf(buffer, n, "%.*s%s%s", (int)(at - key), key, renamed[r].theirs,
+                 at + strlen(renamed[r].ours));
+        return buffer;
+    }
+    return NULL;
+}
+
+bool vel_key_is_buffer(const char *key)
+{
+    for (int i = 0; i < VEL_COUNT(buffers); i++)
+        if (vel_glob(buffers[i], key))
+            return true;
+    return false;
+}
+
+/* ---- the noise schedule ---- */
+
+/* diffusers' classes with the defaults of their constructors. Where a class has no such setting,
+ * the default is DDIM's, except for clipping, which latents must not have. */
+typedef struct scheduler {
+    const char *class_name, *sampler, *spacing;
+    double beta_start, beta_end;
+    bool set_alpha_to_one, clip_sample;
+} scheduler;
+static const scheduler schedulers[] = {
+    {"PNDMScheduler", "pndm", "leading", 0.0001, 0.02, false, false},
+    {"DDIMScheduler", "ddim", "leading", 0.0001, 0.02, true, true},
+    {"DDPMScheduler", "ddpm", "leading", 0.0001, 0.02, true, true},
+    {"EulerDiscreteScheduler", "euler", "linspace", 0.0001, 0.02, true, false},
+    {"EulerAncestralDiscreteScheduler", "euler_a", "linspace", 0.0001, 0.02, true, false},
+    {"LMSDiscreteScheduler", "lms", "linspace", 0.0001, 0.02, true, false},
+    {"HeunDiscreteScheduler", "heun", "linspace", 0.00085, 0.012, true, false},
+    {"DPMSolverMultistepScheduler", "dpmpp_2m", "linspace", 0.0001, 0.02, true, false},
+    {"UniPCMultistepScheduler", "unipc", "linspace", 0.0001, 0.02, true, false},
+};
+static const vel_expected expected[] = {
+    {"trained_betas", "null"},
+    {"thresholding", "false|null"},
+    {"use_exponential_sigmas", "false|null"},
+    {"use_beta_sigmas", "false|null"},
+    {"use_lu_lambdas", "false|null"},
+    {"use_flow_sigmas", "false|null"},
+    {"use_dynamic_shifting", "false|null"},
+    {"interpolation_type", "linear"},
+    {"timestep_type", "discrete"},
+    {"final_sigmas_type", "zero"},
+    {"predict_x0", "true"},
+    {"lower_order_final", "true"},
+    {"euler_at_final", "false|null"},
+    {"solver_p", "null"},
+    {"disable_corrector", "[]|null"},
+};
+static const vel_expected dpm_expected[] = {{"solver_type", "midpoint"}};
+static const vel_expected unipc_expected[] = {{"solver_type", "bh2"}};
+static const char *const predictions[] = {"epsilon", "v_prediction", "sample",
+                                          NULL}; /* as vel_prediction */
+static const char *const beta_schedules[] = {"linear", "scaled_linear", "squaredcos_cap_v2", NULL};
+static const char *const spacings[] = {"leading", "trailing", "linspace", NULL};
+static const char *const algorithms[] = {"dpmsolver++", "sde-dpmsolver++", NULL};
+
+static const scheduler *find_scheduler(vel_settings *s)
+{
+    char known[512] = "";
+    const char *name = vel_json_string(s->json, "_class_name", "missing");
+    for (int i = 0; i < VEL_COUNT(schedulers); i++) {
+        if (strcmp(schedulers[i].class_name, name) == 0)
+            return &schedulers[i];
+        size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "",
+                 schedulers[i].class_name);
+    }
+    vel_settings_fail(s, "_class_name", "is %s; known are: %s", name, known);
+    return NULL;
+}
+
+/* "dpmpp_2m", "dpmpp_2m_sde_karras" ... */
+static void name_sampler(vel_settings *s, const scheduler *sort, vel_noise_config *out)
+{
+    const char *name = sort->sampler, *sde = "";
+    if (strcmp(name, "dpmpp_2m") == 0) {
+        vel_settings_expect(s, dpm_expected, VEL_COUNT(dpm_expected));
+        sde = vel_setting_choice(s, "algorithm_type", -1, algorithms, 0) ? "_sde" : "";
+    }
+    if (strcmp(name, "unipc") == 0)
+        vel_settings_expect(s, unipc_expected, VEL_COUNT(unipc_expected));
+    bool karras = vel_setting_bool(s, "use_karras_sigmas", false);
+    snprintf(out->sampler, sizeof out->sampler, "%s%s%s", name, sde, karras ? "_karras" : "");
+}
+
+vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *json, const char *file,
+                                 vel_noise_config *out)
+{
+    vel_settings s = {.ctx = ctx, .json = json, .file = file};
+    *out = (vel_noise_config){0};
+    if (!json_is_object(json))
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: is no JSON object", file);
+    const scheduler *sort = find_scheduler(&s);
+    if (!sort)
+        return s.status;
+    vel_settings_expect(&s, expected, VEL_COUNT(expected));
+    int at = vel_setting_choice(&s, "timestep_spacing", -1, spacings, -1);
+    snprintf(out->spacing, sizeof out->spacing, "%s", at < 0 ? sort->spacing : spacings[at]);
+    at = vel_setting_choice(&s, "beta_schedule", -1, beta_schedules, 0);
+    snprintf(out->beta_schedule, sizeof out->beta_schedule, "%s", beta_schedules[at]);
+    at = vel_setting_choice(&s, "prediction_type", -1, predictions, VEL_PREDICTS_NOISE);
+    out->prediction = (vel_prediction)at;
+    out->train_steps = vel_setting_int(&s, "num_train_timesteps", 1000, 2, 4096);
+    out->beta_start = vel_setting_number(&s, "beta_start", sort->beta_start);
+    out->beta_end = vel_setting_number(&s, "beta_end", sort->beta_end);
+    out->steps_offset = vel_setting_int(&s, "steps_offset", 0, 0, 4096);
+    out->set_alpha_to_one = vel_setting_bool(&s, "set_alpha_to_one", sort->set_alpha_to_one);
+    out->skip_prk_steps = vel_setting_bool(&s, "skip_prk_steps", false);
+    out->clip_sample = vel_setting_bool(&s, "clip_sample", sort->clip_sample);
+    out->clip_range = vel_setting_number(&s, "clip_sample_range", 1);
+    out->rescale_zero_snr = vel_setting_bool(&s, "rescale_betas_zero_snr", false);
+    out->solver_order = vel_setting_int(&s, "solver_order", 2, 1, 3);
+    name_sampler(&s, sort, out);
+    if (!(out->beta_start > 0 && out->beta_start <= out->beta_end && out->beta_end < 1))
+        vel_settings_fail(&s, "beta_start",
+                          "and \"beta_end\" are %g and %g: they must lie between 0 and 1",
+                          out->beta_start, out->beta_end);
+    return s.status;
+}

@@ -1,0 +1,124 @@
+/* model_parts.h: what the files of src/models share and nobody else sees: reading configs, the
+ * parts that families are put together from (U-Net, CLIP text model, KL autoencoder), and blocks
+ * that both image parts use. A part's config is plain data, checked when it is read: building never
+ * asks again. */
+#ifndef VEL_MODELS_MODEL_PARTS_H
+#define VEL_MODELS_MODEL_PARTS_H
+
+#include "models/models.h"
+
+/* ---- settings: a config.json with its name; the first failure sticks (settings.c) ---- */
+
+typedef struct vel_settings {
+    vel_ctx *ctx;
+    const json_t *json; /* object */
+    const char *file;   /* for messages */
+    vel_status status;
+} vel_settings;
+/* A setting that must have one of the values, separated by '|' ("null|false|1"), or be absent. */
+typedef struct vel_expected {
+    const char *key, *values;
+} vel_expected;
+vel_settings vel_settings_of(vel_ctx *ctx, const json_t *json, const char *file,
+                             const char *class_key, const char *class_name);
+void vel_settings_expect(vel_settings *s, const vel_expected *rows, int n);
+int vel_setting_int(vel_settings *s, const char *key, int otherwise, int least, int most);
+double vel_setting_number(vel_settings *s, const char *key, double otherwise);
+bool vel_setting_bool(vel_settings *s, const char *key, bool otherwise);
+/* Length of the list; fails unless it is one of 1 .. most. */
+int vel_setting_length(vel_settings *s, const char *key, int most);
+/* n values: one number for all or a list of exactly n. */
+void vel_setting_ints(vel_settings *s, const char *key, int otherwise, int least, int most,
+                      int *out, int n);
+void vel_setting_bools(vel_settings *s, const char *key, bool otherwise, bool *out, int n);
+/* The text's place among the names (NULL-terminated), of the setting or of entry `at` of the list
+ * that it is (at < 0: not a list); absent: otherwise. */
+int vel_setting_choice(vel_settings *s, const char *key, int at, const char *const *names,
+                       int otherwise);
+/* "stores the message unless there is one already"; file and key are put before it. */
+void vel_settings_fail(vel_settings *s, const char *key, const char *format, ...) VEL_PRINTF(3, 4);
+
+/* ---- UNet2DConditionModel (unet.c) ---- */
+
+enum { VEL_MAX_LEVELS = 8 };
+
+typedef struct vel_unet_config {
+    int levels;
+    int in_channels, out_channels, sample_size;
+    int channels[VEL_MAX_LEVELS]; /* per level, as all below: down blocks in order, up blocks
+                                     reversed */
+    int resnets[VEL_MAX_LEVELS];  /* of a down block; an up block has one more */
+    int heads[VEL_MAX_LEVELS];
+    int depth[VEL_MAX_LEVELS];   /* BasicTransformerBlocks of one attention */
+    int context[VEL_MAX_LEVELS]; /* width of the text states */
+    bool down_attends[VEL_MAX_LEVELS];
+    bool up_attends[VEL_MAX_LEVELS]; /* by up block, not reversed */
+    bool only_cross[VEL_MAX_LEVELS];
+    int mid;          /* MID_NONE ... in unet.c */
+    double mid_scale; /* its resnets' output is divided by it */
+    int groups;
+    double eps;
+    bool linear_projection;
+    int time_width;
+    bool time_flip;
+    double time_shift;
+    int kernel_in, kernel_out, downsample_pad;
+} vel_unet_config;
+vel_status vel_unet_read(vel_ctx *ctx, const json_t *json, const char *file, vel_unet_config *out);
+/* Inside the part's scope. */
+vel_ref vel_unet_build(vel_graph *g, const vel_unet_config *c, vel_ref latent, vel_ref time,
+                       const vel_condition *condition);
+
+/* ---- CLIPTextModel (clip.c) ---- */
+
+typedef struct vel_clip_config {
+    int width, layers, heads, inner, positions, vocabulary;
+    double eps;
+    vel_act_kind act;
+} vel_clip_config;
+vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel_clip_config *out);
+/* Inside the part's scope: the states after `layers` layers, through the final norm where asked. */
+vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
+                       bool final_norm);
+
+/* ---- AutoencoderKL (vae.c) ---- */
+
+typedef struct vel_vae_config {
+    int levels;
+    int channels[VEL_MAX_LEVELS];
+    int in_channels, out_channels, latent_channels, resnets, groups;
+    double scale, shift;
+    bool mid_attends, quant_conv, post_quant_conv;
+} vel_vae_config;
+vel_status vel_vae_read(vel_ctx *ctx, const json_t *json, const char *file, vel_vae_config *out);
+/* Inside the part's scope. */
+vel_ref vel_vae_encode(vel_graph *g, const vel_vae_config *c, vel_ref image); /* -> moments */
+vel_ref vel_vae_decode(vel_graph *g, const vel_vae_config *c, vel_ref z);
+
+/* ---- a family's configs ---- */
+
+struct vel_config {
+    vel_unet_config unet;
+    vel_clip_config clip;
+    vel_vae_config vae;
+};
+extern const vel_family vel_family_sd;
+
+/* ---- blocks of both image parts (nn.c) ---- */
+
+/* ResnetBlock2D inside its scope: x [N, H, W, C] -> [N, H, W, out]. time: silu of the time
+ * embedding [N, T], or {0} for none. The sum is divided by scale. */
+vel_ref nn_resnet(vel_graph *g, vel_ref x, vel_ref time, int64_t out, int groups, double eps,
+                  double scale);
+/* Upsample2D inside its scope: nearest to twice the size, at most height x width, then the 3x3
+ * conv. */
+vel_ref nn_upsample(vel_graph *g, vel_ref x, int64_t height, int64_t width);
+/* Downsample2D inside its scope: 3x3 conv of stride 2; pad 0 stands for one row and column after.
+ */
+vel_ref nn_downsample(vel_graph *g, vel_ref x, int pad);
+vel_ref nn_to_sequence(vel_graph *g, vel_ref x);            /* [N, H, W, C] -> [N, H*W, C] */
+vel_ref nn_to_image(vel_graph *g, vel_ref x, vel_shape as); /* back; the last size stays x's */
+/* Records that the inputs do not fit the model; returns {0}. */
+vel_ref nn_bad(vel_graph *g, const char *format, ...) VEL_PRINTF(2, 3);
+
+#endif

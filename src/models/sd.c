@@ -1,0 +1,132 @@
+/* sd.c: Stable Diffusion 1.x and 2.x: a U-Net on latents of a KL autoencoder, conditioned on one
+ * CLIP text encoder. The parts are built in unet.c, clip.c and vae.c; here is how they fit
+ * together. */
+#include "models/model_parts.h"
+
+enum { UNET, TEXT, VAE };
+static const char *const parts[] = {"unet", "text_encoder", "vae", NULL};
+static const char *const pipelines[] = {"StableDiffusionPipeline",
+                                        "StableDiffusionImg2ImgPipeline"};
+
+static bool detect(const json_t *model_index)
+{
+    const char *name = vel_json_string(model_index, "_class_name", "");
+    for (int i = 0; i < VEL_COUNT(pipelines); i++)
+        if (strcmp(name, pipelines[i]) == 0)
+            return true;
+    return false;
+}
+
+static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const char *const *files, vel_config **out)
+{
+    vel_config *c = vel_arena_alloc(a, sizeof *c);
+    if (!c)
+        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", files[UNET]);
+    VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
+    VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip));
+    VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
+    if (c->unet.context[0] != c->clip.width)
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: \"cross_attention_dim\" is %d, but %s has a \"hidden_size\" of "
+                        "%d: these parts are of different models",
+                        files[UNET], c->unet.context[0], files[TEXT], c->clip.width);
+    if (c->unet.in_channels != c->vae.latent_channels)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "%s: \"in_channels\" is %d, but latents have %d channels (%s): "
+                        "models for inpainting or depth are not supported",
+                        files[UNET], c->unet.in_channels, c->vae.latent_channels, files[VAE]);
+    if (c->unet.out_channels != c->unet.in_channels)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "%s: \"out_channels\" is %d: only %d, as \"in_channels\", is supported",
+                        files[UNET], c->unet.out_channels, c->unet.in_channels);
+    *out = c;
+    return VEL_OK;
+}
+
+static void latent(const vel_config *c, vel_latent_info *out)
+{
+    int down = 1 << (c->vae.levels - 1);
+    *out = (vel_latent_info){
+        .channels = c->vae.latent_channels,
+        .down = down,
+        .scale = c->vae.scale,
+        .shift = c->vae.shift,
+        .picture = c->unet.sample_size * down,
+    };
+}
+
+static int texts(const vel_config *c, vel_text_info *out)
+{
+    out[0] = (vel_text_info){
+        .part = parts[TEXT],
+        .tokenizer = "tokenizer",
+        .length = c->clip.positions,
+        .width = c->clip.width,
+        .layers = c->clip.layers,
+        .vocabulary = c->clip.vocabulary,
+    };
+    return 1;
+}
+
+static vel_ref text_state(vel_graph *g, const vel_config *c, vel_ref ids, int layers,
+                          bool final_norm)
+{
+    vel_scope(g, "%s", parts[TEXT]);
+    vel_ref x = vel_clip_build(g, &c->clip, ids, layers, final_norm);
+    vel_end(g);
+    return x;
+}
+
+static vel_condition encode_text(vel_graph *g, const vel_config *c, vel_ref ids, int clip_skip)
+{
+    int layers = c->clip.layers - (VEL_MAX(clip_skip, 1) - 1);
+    if (layers < 1)
+        layers = -1; /* refused with its message */
+    return (vel_condition){.context = text_state(g, c, ids, layers, true)};
+}
+
+vel_ref vel_clip_text_state(vel_graph *g, const vel_config *c, vel_ref ids, int which)
+{
+    return text_state(g, c, ids, c->clip.layers - which, which == 0);
+}
+
+static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
+                       const vel_condition *condition)
+{
+    vel_scope(g, "%s", parts[UNET]);
+    vel_ref out = vel_unet_build(g, &c->unet, x, time, condition);
+    vel_end(g);
+    return out;
+}
+
+static vel_ref decode(vel_graph *g, const vel_config *c, vel_ref z)
+{
+    vel_scope(g, "%s", parts[VAE]);
+    vel_ref out = vel_vae_decode(g, &c->vae, z);
+    vel_end(g);
+    return out;
+}
+
+static vel_ref encode(vel_graph *g, const vel_config *c, vel_ref image)
+{
+    vel_scope(g, "%s", parts[VAE]);
+    vel_ref out = vel_vae_encode(g, &c->vae, image);
+    vel_end(g);
+    return out;
+}
+
+const vel_family vel_family_sd = {
+    .name = "sd",
+    .title = "Stable Diffusion 1.x and 2.x",
+    .parts = parts,
+    .denoiser = "unet",
+    .detect = detect,
+    .read = read_configs,
+    .latent = latent,
+    .texts = texts,
+    .encode_text = encode_text,
+    .denoise = denoise,
+    .decode = decode,
+    .encode = encode,
+};

@@ -1,0 +1,116 @@
+/* remat.c: gradient checkpointing as a pass (Chen et al. 2016, "Training Deep Nets with Sublinear
+ * Memory Cost"). The graph is copied in order; when a backward node asks for a forward value that is
+ * not kept, the nodes that make it are copied again, right there, down to values that are kept. The
+ * planner then sees short lifetimes, and the memory falls by itself.
+ *
+ * What is kept is a rule per level:
+ *   0  everything
+ *   1  all but the cheap: elementwise, moves, norms are computed again
+ *   2  only what crosses the border of a layer (a residual block, a transformer block)
+ *   3+ the same with 2, 4, 8 ... neighbouring layers as one */
+#include "passes/copy.h"
+
+enum { LEVELS = 5 };
+
+typedef struct remat {
+    vel_copier c;
+    int level;
+    bool *kept;      /* [node] of src, forward nodes: the backward part may read the first copy */
+    vel_ref *again;  /* [node] the second copy, once made */
+} remat;
+
+int vel_remat_levels(const vel_graph *g)
+{
+    (void)g;
+    return LEVELS;
+}
+
+static bool is_cheap(vel_op op)
+{
+    switch (op) {
+    case VEL_OP_affine: case VEL_OP_unary: case VEL_OP_act: case VEL_OP_add: case VEL_OP_sub:
+    case VEL_OP_mul: case VEL_OP_div: case VEL_OP_cast: case VEL_OP_reshape: case VEL_OP_expand:
+    case VEL_OP_slice: case VEL_OP_concat: case VEL_OP_upsample: case VEL_OP_dropout:
+    case VEL_OP_group_norm: case VEL_OP_layer_norm: case VEL_OP_geglu: case VEL_OP_permute:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Layers are numbered in the order of making; neighbours share a number above level 2. 0 stays 0. */
+static int32_t group_of(const remat *r, int32_t layer)
+{
+    return layer == 0 ? 0 : 1 + ((layer - 1) >> (r->level - 2));
+}
+
+static void choose_kept(remat *r)
+{
+    const vel_graph *g = r->c.src;
+    int32_t n = vel_graph_size(g);
+    for (int32_t id = 1; id < n; id++) {
+        const vel_node *node = vel_node_at(g, id);
+        r->kept[id] = r->level == 0 || vel_op_is_leaf(node->op) ||
+                      (r->level == 1 ? !is_cheap(node->op) : node->layer == 0 && !is_cheap(node->op));
+    }
+    if (r->level < 2)
+        return;
+    for (int32_t id = 1; id < n; id++) { /* what another group's forward reads stays */
+        const vel_node *reader = vel_node_at(g, id);
+        if (reader->backward)
+            continue;
+        for (int i = 0; i < reader->n_in; i++) {
+            const vel_node *made = vel_at(g, reader->in[i]);
+            if (made->layer && group_of(r, made->layer) != group_of(r, reader->layer))
+                r->kept[reader->in[i].id] = true;
+        }
+    }
+    for (int i = 0; i < vel_graph_outputs(g); i++)
+        r->kept[vel_output_at(g, i).id] = true;
+}
+
+/* The ref of dst from which a backward node reads value r of src, made again if need be. */
+static vel_ref available(remat *m, vel_ref r)
+{
+    if (!r.id)
+        return r;
+    const vel_node *n = vel_at(m->c.src, r);
+    if (n->backward || m->kept[r.id])
+        return vel_copier_ref(&m->c, r);
+    if (!m->again[r.id].id) {
+        vel_node copy = *n;
+        vel_ref in[VEL_MAX_IN] = {{0}};
+        for (int i = 0; i < n->n_in; i++)
+            in[i] = available(m, n->in[i]);
+        copy.backward = true;
+        m->again[r.id] = vel_copy_node(m->c.dst, &copy, in);
+    }
+    return (vel_ref){m->again[r.id].id, r.out};
+}
+
+vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out)
+{
+    remat m = {.level = VEL_MIN(level, LEVELS - 1)};
+    VEL_TRY(vel_copier_begin(&m.c, g));
+    int32_t n = vel_graph_size(g);
+    vel_arena *arena = vel_graph_arena(m.c.dst);
+    m.kept = vel_arena_alloc(arena, (size_t)n * sizeof *m.kept);
+    m.again = vel_arena_alloc(arena, (size_t)n * sizeof *m.again);
+    if (!m.kept || !m.again) {
+        vel_graph_destroy(m.c.dst);
+        return VEL_NO_MEMORY;
+    }
+    choose_kept(&m);
+    for (int32_t id = 1; id < n; id++) {
+        const vel_node *node = vel_node_at(g, id);
+        if (!node->backward) {
+            vel_copier_node(&m.c, id);
+            continue;
+        }
+        vel_ref in[VEL_MAX_IN] = {{0}};
+        for (int i = 0; i < node->n_in; i++)
+            in[i] = available(&m, node->in[i]);
+        m.c.map[id] = vel_copy_node(m.c.dst, node, in);
+    }
+    return vel_copier_end(&m.c, out);
+}

@@ -1,0 +1,397 @@
+/* model.c: opening a model folder: its family and configs, the weights' files (mapped, read when a
+ * plan first needs them), the tokenizer, the engine.
+ *
+ * The engine asks this model for weights by path; the first word of a path is the part, the rest
+ * the name in that part's file, or another name for it that older files use. Running is left to
+ * model_run.c, adapters to model_adapters.c. */
+#include "sample/model.h"
+
+/* ---- weights ---- */
+
+static model_part *find_part(const vel_model *m, const char *name, size_t n)
+{
+    for (int i = 0; i < m->n_parts; i++)
+        if (strlen(m->parts[i].name) == n && strncmp(m->parts[i].name, name, n) == 0)
+            return (model_part *)&m->parts[i];
+    return NULL;
+}
+
+static void read_tensor(void *user, int64_t first, int64_t n, float *out)
+{
+    vel_file_tensor_floats(user, first, n, out);
+}
+
+static bool describe_tensor(const model_part *part, const vel_file_tensor *t,
+                            vel_source_tensor *out)
+{
+    if (t->rank > VEL_MAX_RANK)
+        return false;
+    *out = (vel_source_tensor){.file = vel_safetensors_path(part->file),
+                               .user = (void *)t,
+                               .read = read_tensor,
+                               .data = t->data};
+    out->shape = vel_shape_of(t->rank, t->dim);
+    switch (t->type) {
+    case VEL_FILE_F32:
+        out->dtype = VEL_F32;
+        break;
+    case VEL_FILE_F16:
+        out->dtype = VEL_F16;
+        break;
+    case VEL_FILE_BF16:
+        out->dtype = VEL_BF16;
+        break;
+    default:
+        out->data = NULL;
+        break;
+    }
+    return true;
+}
+
+static bool find_weight(void *user, const char *path, vel_source_tensor *out)
+{
+    vel_model *m = user;
+    if (vel_has_prefix(path, "adapter."))
+        return vel_model_find_adapter_tensor(m, path, out);
+    model_part *part = find_part(m, path, strcspn(path, "."));
+    const vel_file_tensor *t = NULL;
+    char name[512];
+    for (int i = 0; part && !t && vel_key_alias(path, i, name, sizeof name); i++)
+        t = vel_safetensors_find(part->file, name);
+    return t && describe_tensor(part, t, out);
+}
+
+/* Weights of a folder in the names that diffusers and transformers write; where there is only a
+ * half precision variant, that. */
+static vel_status open_weights(vel_model *m, model_part *part, const char *variant)
+{
+    static const char *const stems[] = {"diffusion_pytorch_model", "model"};
+    vel_ctx *ctx = m->ctx;
+    vel_status st =
+        vel_safetensors_open_part(ctx, part->folder, stems, VEL_COUNT(stems), variant, &part->file);
+    if (st != VEL_NOT_FOUND || (variant && strcmp(variant, "fp16") == 0))
+        return st;
+    char *message = vel_strdup(ctx, vel_ctx_error(ctx));
+    if (!vel_safetensors_open_part(ctx, part->folder, stems, VEL_COUNT(stems), "fp16",
+                                   &part->file)) {
+        vel_log(ctx, 2, "%s: has only its fp16 variant, which is used", part->folder);
+        st = VEL_OK;
+    } else if (message) {
+        st = vel_fail(ctx, VEL_NOT_FOUND, "%s", message);
+    }
+    vel_free(ctx, message);
+    return st;
+}
+
+/* ---- configs ---- */
+
+/* Another autoencoder: a folder with config.json, or a whole model's. */
+static vel_status find_vae(vel_model *m, const char *name, char **out)
+{
+    char *folder = NULL;
+    VEL_TRY(vel_model_find_folder(m->ctx, name, &folder));
+    char *inner = vel_path_join(m->ctx, folder, "vae");
+    bool whole = inner && vel_is_folder(inner);
+    *out = whole ? inner : folder;
+    vel_free(m->ctx, whole ? folder : inner);
+    return VEL_OK;
+}
+
+static vel_status place_parts(vel_model *m, const vel_model_options *o)
+{
+    for (int i = 0; m->family->parts[i]; i++) {
+        if (i == VEL_MAX_PARTS)
+            return vel_fail(m->ctx, VEL_BUG, "family %s has more than %d parts", m->family->name,
+                            VEL_MAX_PARTS);
+        model_part *part = &m->parts[m->n_parts++];
+        part->name = m->family->parts[i];
+        if (o->vae && strcmp(part->name, "vae") == 0)
+            VEL_TRY(find_vae(m, o->vae, &part->folder));
+        else if (!(part->folder = vel_path_join(m->ctx, m->folder, part->name)))
+            return VEL_NO_MEMORY;
+    }
+    return VEL_OK;
+}
+
+static vel_status read_configs(vel_model *m)
+{
+    json_t *json[VEL_MAX_PARTS] = {0};
+    char *files[VEL_MAX_PARTS] = {0};
+    vel_status st = VEL_OK;
+    for (int i = 0; i < m->n_parts && !st; i++) {
+        files[i] = vel_path_join(m->ctx, m->parts[i].folder, "config.json");
+        st = files[i] ? vel_json_load(m->ctx, files[i], &json[i]) : VEL_NO_MEMORY;
+    }
+    if (!st)
+        st = m->family->read(m->ctx, m->arena, (const json_t *const *)json,
+                             (const char *const *)files, &m->config);
+    for (int i = 0; i < m->n_parts; i++) {
+        json_decref(json[i]);
+        vel_free(m->ctx, files[i]);
+    }
+    return st;
+}
+
+static vel_status read_schedule(vel_model *m)
+{
+    json_t *json = NULL;
+    char *file = vel_path_join(m->ctx, m->folder, "scheduler/scheduler_config.json");
+    vel_noise_config config;
+    vel_status st = file ? vel_json_load(m->ctx, file, &json) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_noise_config_read(m->ctx, json, file, &config);
+    if (!st && !json_object_get(json, "timestep_spacing"))
+        config.spacing[0] = 0; /* not stated: every sampler has its own, as with from_config */
+    if (!st && (st = vel_schedule_init(m->ctx, &m->schedule, &config)))
+        vel_fail_in(m->ctx, st, "%s", file);
+    json_decref(json);
+    vel_free(m->ctx, file);
+    return st;
+}
+
+static vel_status find_family(vel_model *m)
+{
+    json_t *index = NULL;
+    char *file = vel_path_join(m->ctx, m->folder, "model_index.json");
+    vel_status st = VEL_NO_MEMORY;
+    if (file && !vel_is_file(file))
+        st = vel_fail(m->ctx, VEL_NOT_FOUND,
+                      "%s: there is no model_index.json; a model is a folder as diffusers saves it",
+                      m->folder);
+    else if (file)
+        st = vel_json_load(m->ctx, file, &index);
+    if (!st && !(m->family = vel_family_detect(m->ctx, index, file)))
+        st = VEL_UNSUPPORTED;
+    json_decref(index);
+    vel_free(m->ctx, file);
+    return st;
+}
+
+static vel_status open_text(vel_model *m)
+{
+    vel_text_info texts[2];
+    int n = m->family->texts(m->config, texts);
+    if (n != 1)
+        return vel_fail(m->ctx, VEL_UNSUPPORTED, "%s: models with %d text encoders are not offered",
+                        m->folder, n);
+    m->text = texts[0];
+    char *folder = vel_path_join(m->ctx, m->folder, m->text.tokenizer);
+    vel_status st = folder ? vel_tokenizer_open(m->ctx, folder, &m->tokenizer) : VEL_NO_MEMORY;
+    if (!st && vel_tokenizer_size(m->tokenizer) > m->text.vocabulary)
+        st = vel_fail(m->ctx, VEL_BAD_FILE,
+                      "%s: has %d words, the text encoder %d: they belong to different models",
+                      folder, vel_tokenizer_size(m->tokenizer), m->text.vocabulary);
+    vel_free(m->ctx, folder);
+    return st;
+}
+
+static vel_status choose_precision(vel_model *m, const char *wanted)
+{
+    vel_dtype best = vel_engine_best_compute(m->engine);
+    if (!wanted || strcmp(wanted, "auto") == 0) {
+        m->compute = best;
+    } else if (strcmp(wanted, "no") == 0 || strcmp(wanted, "fp32") == 0) {
+        m->compute = VEL_F32;
+    } else if (strcmp(wanted, "bf16") == 0) {
+        m->compute = VEL_BF16;
+    } else if (strcmp(wanted, "fp16") == 0) {
+        m->compute = best == VEL_F16 ? VEL_F16 : best == VEL_BF16 ? VEL_BF16 : VEL_F32;
+        if (m->compute != VEL_F16)
+            vel_log(m->ctx, 2, "precision fp16: this device computes in %s instead",
+                    vel_dtype_name(m->compute));
+    } else {
+        return vel_fail(m->ctx, VEL_BAD_VALUE, "precision: '%s' is not one of auto, no, bf16, fp16",
+                        wanted);
+    }
+    return VEL_OK;
+}
+
+/* ---- opening and closing ---- */
+
+static vel_status open_all(vel_model *m, const char *name, const vel_model_options *o)
+{
+    VEL_TRY(vel_model_find_folder(m->ctx, name, &m->folder));
+    VEL_TRY(find_family(m));
+    VEL_TRY(place_parts(m, o));
+    VEL_TRY(read_configs(m));
+    VEL_TRY(read_schedule(m));
+    m->family->latent(m->config, &m->latent);
+    VEL_TRY(open_text(m));
+    for (int i = 0; i < m->n_parts; i++)
+        VEL_TRY(open_weights(m, &m->parts[i], o->variant));
+    VEL_TRY(vel_engine_create(m->ctx, o->device, &m->engine));
+    VEL_TRY(choose_precision(m, o->precision));
+    return vel_engine_add_source(m->engine, find_weight, m);
+}
+
+vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_options *o,
+                          vel_model **out)
+{
+    *out = NULL;
+    vel_model *m = vel_alloc(ctx, sizeof *m);
+    if (!m)
+        return VEL_NO_MEMORY;
+    m->ctx = ctx;
+    m->clip_skip = o->clip_skip;
+    m->arena = vel_arena_create(ctx);
+    vel_status st = m->arena ? open_all(m, folder, o) : VEL_NO_MEMORY;
+    if (st) {
+        vel_model_close(m);
+        return st;
+    }
+    *out = m;
+    return VEL_OK;
+}
+
+void vel_model_close(vel_model *m)
+{
+    if (!m)
+        return;
+    vel_model_drop_plans(m);
+    vel_model_remove_adapters(m);
+    vel_engine_destroy(m->engine);
+    vel_tokenizer_close(m->tokenizer);
+    for (int i = 0; i < m->n_parts; i++) {
+        vel_safetensors_close(m->parts[i].file);
+        vel_free(m->ctx, m->parts[i].folder);
+    }
+    vel_arena_destroy(m->arena);
+    vel_free(m->ctx, m->folder);
+    vel_free(m->ctx, m);
+}
+
+/* ---- what it is ---- */
+
+vel_ctx *vel_model_ctx(vel_model *m)
+{
+    return m->ctx;
+}
+vel_engine *vel_model_engine(vel_model *m)
+{
+    return m->engine;
+}
+const vel_family *vel_model_family(const vel_model *m)
+{
+    return m->family;
+}
+const vel_config *vel_model_config(const vel_model *m)
+{
+    return m->config;
+}
+const vel_schedule *vel_model_schedule(const vel_model *m)
+{
+    return &m->schedule;
+}
+const vel_latent_info *vel_model_latent(const vel_model *m)
+{
+    return &m->latent;
+}
+vel_tokenizer *vel_model_tokenizer(vel_model *m)
+{
+    return m->tokenizer;
+}
+vel_dtype vel_model_compute(const vel_model *m)
+{
+    return m->compute;
+}
+const char *vel_model_folder(const vel_model *m)
+{
+    return m->folder;
+}
+int vel_model_clip_skip(const vel_model *m)
+{
+    return m->clip_skip;
+}
+
+int64_t vel_model_part_values(const vel_model *m, const char *name)
+{
+    const model_part *part = find_part(m, name, strlen(name));
+    int64_t sum = 0;
+    for (int i = 0; part && i < vel_safetensors_count(part->file); i++) {
+        const vel_file_tensor *t = vel_safetensors_at(part->file, i);
+        sum += vel_key_is_buffer(t->name) ? 0 : t->count;
+    }
+    return sum;
+}
+
+/* Of the file's bytes; of shards, of the names and values of all tensors. */
+static vel_status hash_weights(vel_model *m, const vel_safetensors *file, vel_sha256 *h)
+{
+    const char *path = vel_safetensors_path(file);
+    vel_map map;
+    if (!vel_has_suffix(path, ".json")) {
+        VEL_TRY(vel_map_open(m->ctx, &map, path));
+        vel_sha256_add(h, map.bytes, map.size);
+        vel_map_close(&map);
+        return VEL_OK;
+    }
+    for (int i = 0; i < vel_safetensors_count(file); i++) {
+        const vel_file_tensor *t = vel_safetensors_at(file, i);
+        vel_sha256_add(h, t->name, strlen(t->name));
+        vel_sha256_add(h, t->data, (size_t)t->count * (size_t)vel_file_type_bytes(t->type));
+    }
+    return VEL_OK;
+}
+
+const char *vel_model_hash(vel_model *m, const char *name)
+{
+    model_part *part = find_part(m, name, strlen(name));
+    if (!part)
+        return NULL;
+    if (part->hash[0])
+        return part->hash;
+    char hex[65];
+    vel_sha256 *h = vel_sha256_create(m->ctx);
+    if (!h)
+        return NULL;
+    vel_status st = hash_weights(m, part->file, h);
+    vel_sha256_end(h, hex);
+    if (st)
+        return NULL;
+    memcpy(part->hash, hex, sizeof hex);
+    return part->hash;
+}
+
+/* Modules of the graphs of denoiser and text encoder, as plain data in the model's arena. */
+static vel_status list_modules(vel_model *m)
+{
+    int side = VEL_MAX(8, m->latent.picture / m->latent.down), room = 0;
+    vel_graph *graphs[2] = {vel_model_build(m, PLAN_DENOISE, 1, side, side, 1),
+                            vel_model_build(m, PLAN_TEXT, 1, 0, 0, 1)};
+    vel_status st = graphs[0] && graphs[1] ? VEL_OK : VEL_BAD_GRAPH;
+    for (int i = 0; i < 2 && !st; i++)
+        room += vel_graph_modules(graphs[i], NULL, 0);
+    vel_known_module *out =
+        st ? NULL : vel_arena_alloc(m->arena, sizeof *out * (size_t)VEL_MAX(room, 1));
+    vel_module *found = st ? NULL : vel_alloc(m->ctx, sizeof *found * (size_t)VEL_MAX(room, 1));
+    if (!st && (!out || !found))
+        st = VEL_NO_MEMORY;
+    int n = 0;
+    for (int i = 0; i < 2 && !st; i++) {
+        int count = vel_graph_modules(graphs[i], found, room);
+        for (int k = 0; k < count && n < room; k++, n++) {
+            out[n].path = vel_arena_strdup(m->arena, found[k].path);
+            out[n].weight_rank = found[k].weight.rank;
+            memcpy(out[n].weight_dim, found[k].weight.dim, sizeof out[n].weight_dim);
+            if (!out[n].path)
+                st = VEL_NO_MEMORY;
+        }
+    }
+    vel_free(m->ctx, found);
+    vel_graph_destroy(graphs[0]);
+    vel_graph_destroy(graphs[1]);
+    if (!st) {
+        m->modules = out;
+        m->n_modules = n;
+    }
+    return st;
+}
+
+const vel_known_module *vel_model_modules(vel_model *m, int *n)
+{
+    *n = 0;
+    if (!m->modules && list_modules(m))
+        return NULL;
+    *n = m->n_modules;
+    return m->modules;
+}

@@ -1,0 +1,74 @@
+/* model.h: a loaded model's insides; private to src/sample. */
+#ifndef VEL_SAMPLE_MODEL_H
+#define VEL_SAMPLE_MODEL_H
+
+#include "adapters/adapters.h"
+#include "sample/sample.h"
+
+enum { VEL_MAX_PARTS = 8, VEL_MAX_PLANS = 6 };
+
+typedef struct model_part {
+    const char *name; /* "unet": the folder's name and the first word of its paths */
+    char *folder;
+    vel_safetensors *file;
+    char hash[65]; /* "" until asked for */
+} model_part;
+
+typedef struct model_adapter {
+    char *name;
+    double weight;
+    vel_adapter_file *file;
+    vel_adapter_site *sites; /* one for each of the file's modules */
+} model_adapter;
+
+typedef enum plan_kind { PLAN_TEXT, PLAN_DENOISE, PLAN_DECODE, PLAN_ENCODE } plan_kind;
+
+typedef struct cached_plan {
+    plan_kind kind;
+    int n, h, w;   /* batch, and the latent's size */
+    uint64_t used; /* when: the least is evicted first */
+    vel_plan *plan;
+} cached_plan;
+
+struct vel_model {
+    vel_ctx *ctx;
+    char *folder;
+    const vel_family *family;
+    vel_arena *arena; /* of the config and the module list */
+    vel_config *config;
+    vel_schedule schedule;
+    vel_latent_info latent;
+    vel_text_info text;
+    vel_tokenizer *tokenizer;
+    vel_engine *engine;
+    vel_dtype compute;
+    int clip_skip;
+    model_part parts[VEL_MAX_PARTS];
+    int n_parts;
+    const vel_known_module *modules; /* NULL until asked for */
+    int n_modules;
+    model_adapter *adapters;
+    int n_adapters;
+    const vel_adaption *trained; /* borrowed; NULL off */
+    int n_trained;
+    cached_plan plans[VEL_MAX_PLANS];
+    int n_plans;
+    uint64_t clock;
+};
+
+/* An existing folder for a name that a user gave: itself, or where the hub's name is kept on this
+ * machine. *out is owned. */
+vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out);
+
+/* The graph of a kind without adapters; NULL with the error set. */
+vel_graph *vel_model_build(vel_model *m, plan_kind kind, int n, int h, int w, int clip_skip);
+/* Rewrites *g under the model's adapters and what is being trained, as far as g has the modules. */
+vel_status vel_model_adapt_graph(vel_model *m, vel_graph **g);
+vel_status vel_model_set_strengths(vel_model *m, vel_plan *p);
+/* An adapter's leaf for the engine; path starts with "adapter.". */
+bool vel_model_find_adapter_tensor(vel_model *m, const char *path, vel_source_tensor *out);
+/* Forgets the plans that adapters change. */
+void vel_model_drop_adapted_plans(vel_model *m);
+void vel_model_drop_plans(vel_model *m);
+
+#endif

@@ -1,0 +1,253 @@
+/* model_adapters.c: adapters on a loaded model. Their tensors are frozen weights which the engine
+ * asks for under "adapter.<name>.<module>.<leaf>"; their strength is an input of the graph, so that
+ * it changes without a new plan. A plan takes only the sites whose modules its graph has: a text
+ * encoder with layers skipped has fewer than the adapter's file. */
+#include "sample/model.h"
+
+static void finish_adapter(vel_ctx *ctx, model_adapter *a)
+{
+    vel_adapter_file_destroy(a->file);
+    vel_free(ctx, a->sites);
+    vel_free(ctx, a->name);
+    *a = (model_adapter){0};
+}
+
+static model_adapter *find_adapter(vel_model *m, const char *name)
+{
+    for (int i = 0; i < m->n_adapters; i++)
+        if (strcmp(m->adapters[i].name, name) == 0)
+            return &m->adapters[i];
+    return NULL;
+}
+
+static vel_status make_sites(vel_ctx *ctx, model_adapter *a)
+{
+    a->sites = vel_alloc(ctx, sizeof *a->sites * (size_t)VEL_MAX(a->file->n, 1));
+    if (!a->sites)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < a->file->n; i++) {
+        const vel_adapter_module *module = &a->file->modules[i];
+        a->sites[i] =
+            (vel_adapter_site){.path = module->path,
+                               .weight = vel_shape_of(module->weight_rank, module->weight_dim),
+                               .rank = module->rank,
+                               .conv_rank = module->rank,
+                               .alpha = module->alpha,
+                               .frozen = true,
+                               .name = a->name};
+    }
+    return VEL_OK;
+}
+
+vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *path, double weight)
+{
+    vel_ctx *ctx = m->ctx;
+    if (!name || !name[0])
+        return vel_fail(ctx, VEL_BAD_VALUE, "adapter %s: has no name", path);
+    if (find_adapter(m, name))
+        return vel_fail(ctx, VEL_BAD_VALUE, "adapter '%s': the name is taken; give %s another",
+                        name, path);
+    int n_known;
+    const vel_known_module *known = vel_model_modules(m, &n_known);
+    if (!known)
+        return VEL_BAD_GRAPH;
+    model_adapter *grown =
+        vel_realloc(ctx, m->adapters, sizeof *grown * (size_t)(m->n_adapters + 1));
+    if (!grown)
+        return VEL_NO_MEMORY;
+    m->adapters = grown;
+    model_adapter a = {.name = vel_strdup(ctx, name), .weight = weight};
+    vel_status st =
+        a.name ? vel_adapter_file_read(ctx, path, known, n_known, &a.file) : VEL_NO_MEMORY;
+    if (!st && !vel_adapter_find(a.file->kind))
+        st = vel_fail(ctx, VEL_UNSUPPORTED, "%s: adapters of kind %s are not offered", path,
+                      a.file->kind);
+    if (!st)
+        st = make_sites(ctx, &a);
+    if (st) {
+        finish_adapter(ctx, &a);
+        return st;
+    }
+    m->adapters[m->n_adapters++] = a;
+    vel_model_drop_adapted_plans(m);
+    return VEL_OK;
+}
+
+vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight)
+{
+    model_adapter *a = find_adapter(m, name);
+    if (!a)
+        return vel_fail(m->ctx, VEL_NOT_FOUND, "adapter '%s': none of that name was added", name);
+    a->weight = weight;
+    return VEL_OK;
+}
+
+void vel_model_remove_adapters(vel_model *m)
+{
+    if (!m->n_adapters)
+        return;
+    vel_model_drop_adapted_plans(m);
+    if (m->engine)
+        vel_engine_drop_weights(m->engine, "adapter.");
+    for (int i = 0; i < m->n_adapters; i++)
+        finish_adapter(m->ctx, &m->adapters[i]);
+    vel_free(m->ctx, m->adapters);
+    m->adapters = NULL;
+    m->n_adapters = 0;
+}
+
+void vel_model_set_trained(vel_model *m, const struct vel_adaption *adaptions, int n)
+{
+    if (n || m->n_trained)
+        vel_model_drop_adapted_plans(m);
+    m->trained = adaptions;
+    m->n_trained = n;
+}
+
+/* ---- leaves for the engine ---- */
+
+static void read_leaf(void *user, int64_t first, int64_t n, float *out)
+{
+    memcpy(out, (const float *)user + first, sizeof *out * (size_t)n);
+}
+
+/* "lora_down.weight" of a module: its values and their count. */
+static const float *leaf_values(const vel_adapter_module *module, int i, int64_t *n)
+{
+    *n = i == 0 ? module->n_down : module->n_up;
+    return i == 0 ? module->down : i == 1 ? module->up : NULL;
+}
+
+static bool find_leaf(const model_adapter *a, const char *path, vel_source_tensor *out)
+{
+    const vel_adapter_kind *kind = vel_adapter_find(a->file->kind);
+    for (int i = 0; i < a->file->n; i++) {
+        const vel_adapter_module *module = &a->file->modules[i];
+        size_t length = strlen(module->path);
+        if (strncmp(path, module->path, length) != 0 || path[length] != '.')
+            continue;
+        for (int k = 0; k < 2 && kind->leaves[k]; k++) {
+            int64_t count;
+            const float *values = leaf_values(module, k, &count);
+            vel_shape shape = kind->leaf_shape(&a->sites[i], k);
+            if (strcmp(path + length + 1, kind->leaves[k]) != 0 || vel_shape_count(shape) != count)
+                continue;
+            *out = (vel_source_tensor){.shape = shape,
+                                       .file = a->file->path,
+                                       .user = (void *)values,
+                                       .read = read_leaf,
+                                       .dtype = VEL_F32,
+                                       .data = values};
+            return true;
+        }
+    }
+    return false;
+}
+
+bool vel_model_find_adapter_tensor(vel_model *m, const char *path, vel_source_tensor *out)
+{
+    static const char prefix[] = "adapter.";
+    const char *rest = path + sizeof prefix - 1; /* names may hold dots: each is tried */
+    for (int i = 0; i < m->n_adapters; i++) {
+        const model_adapter *a = &m->adapters[i];
+        size_t length = strlen(a->name);
+        if (strncmp(rest, a->name, length) == 0 && rest[length] == '.' &&
+            find_leaf(a, rest + length + 1, out))
+            return true;
+    }
+    return false;
+}
+
+vel_status vel_model_set_strengths(vel_model *m, vel_plan *p)
+{
+    for (int i = 0; i < m->n_adapters; i++) {
+        char *input = vel_strf(m->ctx, "adapter.%s.scale", m->adapters[i].name);
+        float weight = (float)m->adapters[i].weight;
+        vel_status st = input ? VEL_OK : VEL_NO_MEMORY;
+        if (!st && vel_plan_has_input(p, input))
+            st = vel_plan_set(p, input, &weight, sizeof weight);
+        vel_free(m->ctx, input);
+        VEL_TRY(st);
+    }
+    return VEL_OK;
+}
+
+/* ---- the rewrite ---- */
+
+static bool has_module(const vel_module *modules, int n, const char *path)
+{
+    for (int i = 0; i < n; i++)
+        if (strcmp(modules[i].path, path) == 0)
+            return true;
+    return false;
+}
+
+/* Copies the sites whose modules the graph has; without dropout, since this is not training. */
+static int take_sites(const vel_adapter_site *sites, int n, const vel_module *modules,
+                      int n_modules, vel_adapter_site *out)
+{
+    int count = 0;
+    for (int i = 0; i < n; i++) {
+        if (!has_module(modules, n_modules, sites[i].path))
+            continue;
+        out[count] = sites[i];
+        out[count++].dropout = 0;
+    }
+    return count;
+}
+
+static int all_sites(const vel_model *m)
+{
+    int n = 0;
+    for (int i = 0; i < m->n_adapters; i++)
+        n += m->adapters[i].file->n;
+    for (int i = 0; i < m->n_trained; i++)
+        n += m->trained[i].n_sites;
+    return n;
+}
+
+static vel_status adapt_with(vel_model *m, vel_graph **g, const vel_module *modules, int n_modules,
+                             vel_adapter_site *sites, vel_adaption *adaptions)
+{
+    int n = 0;
+    for (int i = 0; i < m->n_adapters + m->n_trained; i++) {
+        bool trained = i >= m->n_adapters;
+        const model_adapter *a = trained ? NULL : &m->adapters[i];
+        const vel_adaption *t = trained ? &m->trained[i - m->n_adapters] : NULL;
+        int count = take_sites(t ? t->sites : a->sites, t ? t->n_sites : a->file->n, modules,
+                               n_modules, sites);
+        if (!count)
+            continue;
+        adaptions[n++] =
+            (vel_adaption){t ? t->kind : vel_adapter_find(a->file->kind), sites, count};
+        sites += count;
+    }
+    if (!n)
+        return VEL_OK;
+    vel_graph *adapted = NULL;
+    VEL_TRY(vel_adapt(*g, adaptions, n, &adapted));
+    vel_graph_destroy(*g);
+    *g = adapted;
+    return m->n_trained ? vel_engine_add_trainables(m->engine, adapted) : VEL_OK;
+}
+
+vel_status vel_model_adapt_graph(vel_model *m, vel_graph **g)
+{
+    int total = all_sites(m);
+    if (!total)
+        return VEL_OK;
+    int n_modules = vel_graph_modules(*g, NULL, 0);
+    vel_module *modules = vel_alloc(m->ctx, sizeof *modules * (size_t)VEL_MAX(n_modules, 1));
+    vel_adapter_site *sites = vel_alloc(m->ctx, sizeof *sites * (size_t)total);
+    vel_adaption *adaptions =
+        vel_alloc(m->ctx, sizeof *adaptions * (size_t)(m->n_adapters + m->n_trained));
+    vel_status st = VEL_NO_MEMORY;
+    if (modules && sites && adaptions) {
+        vel_graph_modules(*g, modules, n_modules);
+        st = adapt_with(m, g, modules, n_modules, sites, adaptions);
+    }
+    vel_free(m->ctx, modules);
+    vel_free(m->ctx, sites);
+    vel_free(m->ctx, adaptions);
+    return st;
+}

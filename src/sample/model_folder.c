@@ -1,0 +1,156 @@
+/* model_folder.c: from the name a user gives to a folder on this machine. A name such as
+ * "owner/name" is looked for where it may have been placed, and in the Hugging Face cache as other
+ * programs left it there; nothing is ever fetched. */
+#include <stdlib.h>
+#include <sys/stat.h>
+
+#include "sample/model.h"
+
+/* "owner/name", with the characters that the hub allows. */
+static bool is_hub_name(const char *s)
+{
+    int slashes = 0;
+    for (const char *c = s; *c; c++) {
+        bool plain =
+            (*c >= 'a' && *c <= 'z') || (*c >= 'A' && *c <= 'Z') || (*c >= '0' && *c <= '9');
+        bool start = c == s || c[-1] == '/';
+        if (*c == '/')
+            slashes++;
+        else if (!plain && (start || !strchr("._-", *c)))
+            return false;
+    }
+    size_t n = strlen(s);
+    return slashes == 1 && s[0] != '/' && s[n - 1] != '/';
+}
+
+static bool has_index(vel_ctx *ctx, const char *folder)
+{
+    char *path = vel_path_join(ctx, folder, "model_index.json");
+    bool yes = path && vel_is_file(path);
+    vel_free(ctx, path);
+    return yes;
+}
+
+/* Takes path: *out, when it is a model's folder, else freed. */
+static bool accept(vel_ctx *ctx, char *path, char **out)
+{
+    if (path && has_index(ctx, path)) {
+        *out = path;
+        return true;
+    }
+    vel_free(ctx, path);
+    return false;
+}
+
+/* The hub cache's folder, by the variables that huggingface_hub reads; owned, NULL without a home.
+ */
+static char *hub_cache(vel_ctx *ctx)
+{
+    static const struct {
+        const char *variable, *below;
+    } places[] = {
+        {"HF_HUB_CACHE", ""},
+        {"HUGGINGFACE_HUB_CACHE", ""},
+        {"HF_HOME", "/hub"},
+        {"XDG_CACHE_HOME", "/huggingface/hub"},
+        {"HOME", "/.cache/huggingface/hub"},
+    };
+    for (int i = 0; i < VEL_COUNT(places); i++) {
+        const char *value = getenv(places[i].variable);
+        if (value && value[0])
+            return vel_strf(ctx, "%s%s", value, places[i].below);
+    }
+    return NULL;
+}
+
+/* The snapshot that refs/main names; NULL when there is none. */
+static char *main_snapshot(vel_ctx *ctx, const char *repository)
+{
+    char *path = vel_strf(ctx, "%s/refs/main", repository), *text = NULL, *out = NULL;
+    size_t n = 0;
+    if (path && vel_is_file(path) && !vel_read_file(ctx, path, 256, &text, &n)) {
+        text[strcspn(text, " \t\r\n/")] = 0;
+        if (text[0] && text[0] != '.')
+            out = vel_strf(ctx, "%s/snapshots/%s", repository, text);
+    }
+    vel_free(ctx, text);
+    vel_free(ctx, path);
+    return out;
+}
+
+static char *newest_snapshot(vel_ctx *ctx, const char *repository)
+{
+    char *folder = vel_strf(ctx, "%s/snapshots", repository), *best = NULL, **names = NULL;
+    int n = 0;
+    struct timespec newest = {0};
+    if (folder && vel_is_folder(folder) && !vel_list_folder(ctx, folder, &names, &n)) {
+        for (int i = 0; i < n; i++) {
+            char *path = vel_path_join(ctx, folder, names[i]);
+            struct stat s;
+            bool later =
+                path && has_index(ctx, path) && !stat(path, &s) &&
+                (!best || s.st_mtim.tv_sec > newest.tv_sec ||
+                 (s.st_mtim.tv_sec == newest.tv_sec && s.st_mtim.tv_nsec > newest.tv_nsec));
+            if (later) {
+                vel_free(ctx, best);
+                best = path;
+                newest = s.st_mtim;
+            } else {
+                vel_free(ctx, path);
+            }
+        }
+        vel_names_free(ctx, names, n);
+    }
+    vel_free(ctx, folder);
+    return best;
+}
+
+static bool find_in_hub_cache(vel_ctx *ctx, const char *name, const char *cache, char **out)
+{
+    const char *slash = strchr(name, '/');
+    char *repository =
+        vel_strf(ctx, "%s/models--%.*s--%s", cache, (int)(slash - name), name, slash + 1);
+    bool found = repository && (accept(ctx, main_snapshot(ctx, repository), out) ||
+                                accept(ctx, newest_snapshot(ctx, repository), out));
+    vel_free(ctx, repository);
+    return found;
+}
+
+static vel_status find_by_hub_name(vel_ctx *ctx, const char *name, char **out)
+{
+    const char *root = getenv("VELATURA_MODEL_ROOT");
+    if (root && root[0] &&
+        (accept(ctx, vel_path_join(ctx, root, name), out) ||
+         accept(ctx, vel_path_join(ctx, root, strchr(name, '/') + 1), out)))
+        return VEL_OK;
+    char *cache = hub_cache(ctx);
+    vel_status st = VEL_OK;
+    if (!cache || !find_in_hub_cache(ctx, name, cache, out))
+        st = vel_fail(
+            ctx, VEL_NOT_FOUND,
+            "model '%s': there is no such folder, and the name is kept neither under "
+            "VELATURA_MODEL_ROOT (%s) nor in the Hugging Face cache (%s). Nothing is downloaded: "
+            "place the diffusers folder (model_index.json, unet, vae, text_encoder, tokenizer, "
+            "scheduler) at $VELATURA_MODEL_ROOT/%s, or give its path",
+            name, root && root[0] ? root : "not set", cache ? cache : "no home folder", name);
+    vel_free(ctx, cache);
+    return st;
+}
+
+vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out)
+{
+    *out = NULL;
+    if (!name || !name[0])
+        return vel_fail(ctx, VEL_BAD_VALUE, "model: no folder given");
+    if (vel_is_folder(name)) {
+        *out = vel_strdup(ctx, name);
+        return *out ? VEL_OK : VEL_NO_MEMORY;
+    }
+    if (vel_is_file(name))
+        return vel_fail(
+            ctx, VEL_UNSUPPORTED,
+            "%s: is a file; a model is given as a diffusers folder with model_index.json", name);
+    if (!is_hub_name(name))
+        return vel_fail(ctx, VEL_NOT_FOUND, "%s: there is no such model folder", name);
+    return find_by_hub_name(ctx, name, out);
+}

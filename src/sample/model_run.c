@@ -1,0 +1,229 @@
+/* model_run.c: running a model's parts. A plan is made for each kind and shape, under the adapters
+ * of the moment, and kept in a small cache; the least recently used one goes first. */
+#include "sample/model.h"
+
+/* ---- graphs ---- */
+
+static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n, int64_t h,
+                          int64_t w, int clip_skip)
+{
+    const vel_family *f = m->family;
+    int64_t channels = m->latent.channels, down = m->latent.down, length = m->text.length;
+    switch (kind) {
+    case PLAN_TEXT: {
+        vel_ref ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, length));
+        return f->encode_text(g, m->config, ids, clip_skip).context;
+    }
+    case PLAN_DENOISE: {
+        vel_ref latent = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, channels));
+        vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
+        vel_condition c = {
+            .context = vel_input(g, "context", VEL_F32, VEL_SHAPE(n, length, m->text.width))};
+        return f->denoise(g, m->config, latent, time, &c);
+    }
+    case PLAN_DECODE:
+        return f->decode(g, m->config, vel_input(g, "z", VEL_F32, VEL_SHAPE(n, h, w, channels)));
+    case PLAN_ENCODE:
+        return f->encode(g, m->config,
+                         vel_input(g, "image", VEL_F32, VEL_SHAPE(n, h * down, w * down, 3)));
+    }
+    return (vel_ref){0};
+}
+
+vel_graph *vel_model_build(vel_model *m, plan_kind kind, int n, int h, int w, int clip_skip)
+{
+    vel_graph *g = vel_graph_create(m->ctx);
+    if (!g)
+        return NULL;
+    vel_output(g, "out", build_part(m, g, kind, n, h, w, clip_skip));
+    if (!vel_graph_check(g))
+        return g;
+    vel_graph_destroy(g);
+    return NULL;
+}
+
+/* ---- the cache of plans ---- */
+
+static void drop_plan(vel_model *m, int i)
+{
+    vel_plan_destroy(m->plans[i].plan);
+    m->plans[i] = m->plans[--m->n_plans];
+}
+
+void vel_model_drop_plans(vel_model *m)
+{
+    while (m->n_plans)
+        drop_plan(m, m->n_plans - 1);
+}
+
+void vel_model_drop_adapted_plans(vel_model *m)
+{
+    for (int i = m->n_plans - 1; i >= 0; i--)
+        if (m->plans[i].kind == PLAN_TEXT || m->plans[i].kind == PLAN_DENOISE)
+            drop_plan(m, i);
+}
+
+static void make_room(vel_model *m)
+{
+    int oldest = 0;
+    for (int i = 1; i < m->n_plans; i++)
+        if (m->plans[i].used < m->plans[oldest].used)
+            oldest = i;
+    if (m->n_plans == VEL_MAX_PLANS)
+        drop_plan(m, oldest);
+}
+
+/* h, w: of the latent. */
+static vel_status get_plan(vel_model *m, plan_kind kind, int n, int h, int w, vel_plan **out)
+{
+    m->clock++;
+    for (int i = 0; i < m->n_plans; i++) {
+        cached_plan *c = &m->plans[i];
+        if (c->kind == kind && c->n == n && c->h == h && c->w == w) {
+            c->used = m->clock;
+            *out = c->plan;
+            return VEL_OK;
+        }
+    }
+    make_room(m);
+    vel_graph *g = vel_model_build(m, kind, n, h, w, m->clip_skip);
+    if (!g)
+        return VEL_BAD_GRAPH;
+    if (kind == PLAN_TEXT || kind == PLAN_DENOISE) {
+        vel_status st = vel_model_adapt_graph(m, &g);
+        if (st) {
+            vel_graph_destroy(g);
+            return st;
+        }
+    }
+    const vel_plan_options options = {.compute = m->compute};
+    VEL_TRY(vel_plan_create(m->engine, g, &options, out));
+    m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, m->clock, *out};
+    return VEL_OK;
+}
+
+/* ---- runs ---- */
+
+/* Runs and takes output "out"; NaN and infinity are refused with the place where they began. */
+static vel_status run_plan(vel_model *m, vel_plan *p, const char *what, float *out, int64_t count)
+{
+    VEL_TRY(vel_plan_run(p));
+    VEL_TRY(vel_plan_get(p, "out", out, count));
+    for (int64_t i = 0; i < count; i++) {
+        if (isfinite(out[i]))
+            continue;
+        const char *where = vel_plan_first_bad(p);
+        return vel_fail(m->ctx, VEL_DIVERGED, "%s: the %s gives NaN or infinity, first at %s; %s",
+                        m->folder, what, where ? where : "its input",
+                        m->compute == VEL_F32 ? "the weights are damaged"
+                                              : "try --mixed_precision no");
+    }
+    return VEL_OK;
+}
+
+static int64_t values_of(const vel_plan *p)
+{
+    return vel_shape_count(vel_plan_output_shape(p, "out"));
+}
+
+vel_status vel_model_denoise(vel_model *m, const float *latent, const float *time,
+                             const float *context, int n, int h, int w, float *out)
+{
+    vel_plan *p;
+    size_t values = (size_t)n * (size_t)h * (size_t)w * (size_t)m->latent.channels;
+    size_t states = (size_t)n * (size_t)m->text.length * (size_t)m->text.width;
+    VEL_TRY(get_plan(m, PLAN_DENOISE, n, h, w, &p));
+    VEL_TRY(vel_model_set_strengths(m, p));
+    VEL_TRY(vel_plan_set(p, "latent", latent, values * sizeof *latent));
+    VEL_TRY(vel_plan_set(p, "time", time, (size_t)n * sizeof *time));
+    VEL_TRY(vel_plan_set(p, "context", context, states * sizeof *context));
+    return run_plan(m, p, "denoiser", out, values_of(p));
+}
+
+/* Pictures to decode or encode at once: about four of 512 x 512, which bounds the working memory.
+ */
+static int image_batch(int n, int64_t pixels)
+{
+    return (int)VEL_MAX(1, VEL_MIN(n, ((int64_t)1 << 20) / pixels));
+}
+
+vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, float *image)
+{
+    int64_t down = m->latent.down, in = (int64_t)h * w * m->latent.channels,
+            out = (int64_t)h * w * down * down * 3;
+    int batch = image_batch(n, (int64_t)h * w * down * down);
+    for (int i = 0; i < n; i += batch) {
+        vel_plan *p;
+        int k = VEL_MIN(batch, n - i);
+        VEL_TRY(get_plan(m, PLAN_DECODE, k, h, w, &p));
+        VEL_TRY(vel_plan_set(p, "z", z + i * in, (size_t)(k * in) * sizeof *z));
+        VEL_TRY(run_plan(m, p, "autoencoder", image + i * out, k * out));
+    }
+    return VEL_OK;
+}
+
+vel_status vel_model_encode(vel_model *m, const float *image, int n, int height, int width,
+                            float *moments)
+{
+    int down = m->latent.down;
+    if (height % down || width % down)
+        return vel_fail(m->ctx, VEL_BAD_VALUE,
+                        "picture of %d x %d: the sides must be divisible by %d", width, height,
+                        down);
+    int h = height / down, w = width / down;
+    int64_t in = (int64_t)height * width * 3, out = (int64_t)h * w * m->latent.channels * 2;
+    int batch = image_batch(n, (int64_t)height * width);
+    for (int i = 0; i < n; i += batch) {
+        vel_plan *p;
+        int k = VEL_MIN(batch, n - i);
+        VEL_TRY(get_plan(m, PLAN_ENCODE, k, h, w, &p));
+        VEL_TRY(vel_plan_set(p, "image", image + i * in, (size_t)(k * in) * sizeof *image));
+        VEL_TRY(run_plan(m, p, "autoencoder", moments + i * out, k * out));
+    }
+    return VEL_OK;
+}
+
+/* ---- text ---- */
+
+static vel_status tokenize(vel_model *m, const char *prompt, int32_t *ids)
+{
+    int n_cut = 0;
+    size_t cut_at = 0;
+    vel_status st =
+        vel_tokenizer_encode(m->tokenizer, prompt, m->text.length, ids, &n_cut, &cut_at);
+    if (st)
+        return vel_fail_in(m->ctx, st, "prompt");
+    if (n_cut)
+        vel_log(
+            m->ctx, 2,
+            "prompt: %d tokens do not fit into the text encoder's %d, and this part is left out: "
+            "\"%s\"",
+            n_cut, m->text.length, prompt + cut_at);
+    return VEL_OK;
+}
+
+enum { TEXT_BATCH = 16 };
+
+vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out)
+{
+    int64_t state = (int64_t)m->text.length * m->text.width;
+    int batch = VEL_MIN(n, TEXT_BATCH);
+    int32_t *ids = vel_alloc(m->ctx, sizeof *ids * (size_t)VEL_MAX(n, 1) * (size_t)m->text.length);
+    vel_status st = ids ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < n && !st; i++)
+        st = tokenize(m, prompts[i], ids + (int64_t)i * m->text.length);
+    for (int i = 0; i < n && !st; i += batch) {
+        vel_plan *p;
+        int first = VEL_MIN(i, n - batch); /* the last batch overlaps: one plan serves all */
+        st = get_plan(m, PLAN_TEXT, batch, 0, 0, &p);
+        if (!st)
+            st = vel_model_set_strengths(m, p);
+        if (!st)
+            st = vel_plan_set(p, "ids", ids + (int64_t)first * m->text.length,
+                              sizeof *ids * (size_t)batch * (size_t)m->text.length);
+        if (!st)
+            st = run_plan(m, p, "text encoder", out + first * state, batch * state);
+    }
+    vel_free(m->ctx, ids);
+    return st;
+}

@@ -1,0 +1,284 @@
+/* bpe_merge.c: the two hash tables (piece to id, pair to merge) and the merging of one word.
+ *
+ * The candidates of a word lie in a heap ordered by rank, then place. As in the reference, an
+ * outdated candidate is recognised only by the id it would make: where two pairs make the same
+ * piece, the first one's rank may then serve for the second, and the ids depend on it.
+ * Invariant: tables are at most half full, so that a search ends. */
+#include "tokenizers/bpe.h"
+
+typedef struct bpe_symbol {
+    int32_t id;
+    int32_t previous, next; /* places of the neighbours; -1 at an end */
+    bool gone;              /* merged into the one before */
+} bpe_symbol;
+
+typedef struct bpe_candidate {
+    int32_t rank, at, id;
+} bpe_candidate;
+
+/* ---- tables ---------------------------------------------------------------------------------- */
+
+static uint32_t word_hash(const char *s, size_t n)
+{
+    uint64_t h = vel_hash64(s, n, 0);
+    return (uint32_t)(h ^ h >> 32);
+}
+
+static bool same_piece(const char *piece, const char *s, size_t n)
+{
+    return strncmp(piece, s, n) == 0 && piece[n] == '\0';
+}
+
+int32_t vel_bpe_find(const vel_tokenizer *t, const char *s, size_t n)
+{
+    if (!t->words || memchr(s, '\0', n))
+        return -1;
+    uint32_t i = word_hash(s, n) & t->words_mask;
+    for (; t->words[i]; i = (i + 1) & t->words_mask) {
+        if (same_piece(t->pieces[t->words[i] - 1], s, n))
+            return t->words[i] - 1;
+    }
+    return -1;
+}
+
+static void insert_word(vel_tokenizer *t, int32_t id)
+{
+    uint32_t i = word_hash(t->pieces[id], strlen(t->pieces[id])) & t->words_mask;
+    while (t->words[i])
+        i = (i + 1) & t->words_mask;
+    t->words[i] = id + 1;
+}
+
+static vel_status grow_words(vel_tokenizer *t)
+{
+    uint32_t slots = t->words ? 2 * (t->words_mask + 1) : 1024;
+    int32_t *words = vel_alloc(t->ctx, slots * sizeof *words);
+    if (!words)
+        return VEL_NO_MEMORY;
+    vel_free(t->ctx, t->words);
+    t->words = words;
+    t->words_mask = slots - 1;
+    for (int32_t id = 0; id < t->n_pieces; id++) {
+        if (t->pieces[id])
+            insert_word(t, id);
+    }
+    return VEL_OK;
+}
+
+static vel_status reserve_pieces(vel_tokenizer *t, int32_t n)
+{
+    if (n <= t->room_pieces)
+        return VEL_OK;
+    int32_t room = VEL_MAX(n, 2 * t->room_pieces + 64);
+    const char **pieces = vel_realloc(t->ctx, (void *)t->pieces, (size_t)room * sizeof *pieces);
+    if (!pieces)
+        return VEL_NO_MEMORY;
+    t->pieces = pieces;
+    t->room_pieces = room;
+    return VEL_OK;
+}
+
+vel_status vel_bpe_set_piece(vel_tokenizer *t, int32_t id, const char *piece)
+{
+    VEL_TRY(reserve_pieces(t, id + 1));
+    if (!t->words || 2 * (uint32_t)t->n_words >= t->words_mask)
+        VEL_TRY(grow_words(t));
+    const char *copy = vel_arena_strdup(t->arena, piece);
+    if (!copy)
+        return VEL_NO_MEMORY;
+    t->pieces[id] = copy;
+    t->n_pieces = VEL_MAX(t->n_pieces, id + 1);
+    t->n_words++;
+    t->longest = VEL_MAX(t->longest, strlen(piece));
+    insert_word(t, id);
+    return VEL_OK;
+}
+
+static uint32_t pair_hash(int32_t left, int32_t right)
+{
+    uint64_t h = ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0x9e3779b97f4a7c15u;
+    return (uint32_t)(h >> 32);
+}
+
+static bpe_merge *merge_slot(const vel_tokenizer *t, int32_t left, int32_t right)
+{
+    uint32_t i = pair_hash(left, right) & t->merges_mask;
+    while (t->merges[i].left >= 0 && (t->merges[i].left != left || t->merges[i].right != right))
+        i = (i + 1) & t->merges_mask;
+    return &t->merges[i];
+}
+
+vel_status vel_bpe_reserve_merges(vel_tokenizer *t, size_t n)
+{
+    uint32_t slots = 16;
+    while (slots < 2 * n + 1)
+        slots *= 2;
+    t->merges = vel_alloc(t->ctx, slots * sizeof *t->merges);
+    if (!t->merges)
+        return VEL_NO_MEMORY;
+    t->merges_mask = slots - 1;
+    for (uint32_t i = 0; i < slots; i++)
+        t->merges[i].left = -1;
+    return VEL_OK;
+}
+
+void vel_bpe_set_merge(vel_tokenizer *t, bpe_merge m)
+{
+    *merge_slot(t, m.left, m.right) = m;
+}
+
+/* GPT-2's byte alphabet: printable Latin-1 stands for itself, the others for U+0100 on. */
+static void index_byte(vel_tokenizer *t, int byte, int *n_moved)
+{
+    bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xa1 && byte != 0xad);
+    int c = printable ? byte : 0x100 + (*n_moved)++;
+    char piece[8];
+    size_t n = 0;
+    if (c < 0x80) {
+        piece[n++] = (char)c;
+    } else {
+        piece[n++] = (char)(0xc0 | c >> 6);
+        piece[n++] = (char)(0x80 | (c & 0x3f));
+    }
+    memcpy(piece + n, "</w>", 4);
+    t->bytes[0][byte] = vel_bpe_find(t, piece, n);
+    t->bytes[1][byte] = vel_bpe_find(t, piece, n + 4);
+}
+
+void vel_bpe_index_bytes(vel_tokenizer *t)
+{
+    int n_moved = 0;
+    for (int byte = 0; byte < 256; byte++)
+        index_byte(t, byte, &n_moved);
+}
+
+/* ---- one word -------------------------------------------------------------------------------- */
+
+static bool before(const bpe_candidate *a, const bpe_candidate *b)
+{
+    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
+
+static void heap_push(bpe_candidate *heap, size_t *n, bpe_candidate c)
+{
+    size_t i = (*n)++;
+    for (; i > 0 && before(&c, &heap[(i - 1) / 2]); i = (i - 1) / 2)
+        heap[i] = heap[(i - 1) / 2];
+    heap[i] = c;
+}
+
+static bpe_candidate heap_pop(bpe_candidate *heap, size_t *n)
+{
+    bpe_candidate top = heap[0], last = heap[--*n];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < *n; i = child) {
+        if (child + 1 < *n && before(&heap[child + 1], &heap[child]))
+            child++;
+        if (!before(&heap[child], &last))
+            break;
+        heap[i] = heap[child];
+    }
+    heap[i] = last;
+    return top;
+}
+
+static vel_status reserve_word(bpe_ids *out, size_t n)
+{
+    if (n <= out->room_word)
+        return VEL_OK;
+    size_t room = VEL_MAX(n, 2 * out->room_word + 64);
+    bpe_symbol *symbols = vel_realloc(out->ctx, out->symbols, room * sizeof *symbols);
+    if (!symbols)
+        return VEL_NO_MEMORY;
+    out->symbols = symbols;
+    /* n - 1 pairs at first, and each of at most n - 1 merges brings two more */
+    bpe_candidate *heap = vel_realloc(out->ctx, out->heap, 3 * room * sizeof *heap);
+    if (!heap)
+        return VEL_NO_MEMORY;
+    out->heap = heap;
+    out->room_word = room;
+    return VEL_OK;
+}
+
+static const bpe_merge *find_merge(const vel_tokenizer *t, const bpe_symbol *symbols, int32_t at)
+{
+    if (at < 0 || symbols[at].next < 0)
+        return NULL;
+    const bpe_merge *m = merge_slot(t, symbols[at].id, symbols[symbols[at].next].id);
+    return m->left >= 0 ? m : NULL;
+}
+
+static void offer(const vel_tokenizer *t, bpe_ids *word, int32_t at, size_t *n_heap)
+{
+    const bpe_merge *m = find_merge(t, word->symbols, at);
+    if (m)
+        heap_push(word->heap, n_heap, (bpe_candidate){m->rank, at, m->id});
+}
+
+static void merge_all(const vel_tokenizer *t, bpe_ids *word, int32_t n)
+{
+    bpe_symbol *symbols = word->symbols;
+    size_t n_heap = 0;
+    for (int32_t i = 0; i + 1 < n; i++)
+        offer(t, word, i, &n_heap);
+    while (n_heap > 0) {
+        bpe_candidate top = heap_pop(word->heap, &n_heap);
+        bpe_symbol *symbol = &symbols[top.at];
+        const bpe_merge *now = symbol->gone ? NULL : find_merge(t, symbols, top.at);
+        if (!now || now->id != top.id)
+            continue;
+        bpe_symbol *right = &symbols[symbol->next];
+        symbol->id = top.id;
+        symbol->next = right->next;
+        right->gone = true;
+        if (right->next >= 0)
+            symbols[right->next].previous = top.at;
+        offer(t, word, symbol->previous, &n_heap);
+        offer(t, word, top.at, &n_heap);
+    }
+}
+
+vel_status vel_bpe_push(bpe_ids *out, int32_t id, uint32_t at)
+{
+    if (out->n == out->room) {
+        int room = 2 * out->room + 64;
+        int32_t *ids = vel_realloc(out->ctx, out->id, (size_t)room * sizeof *ids);
+        if (!ids)
+            return VEL_NO_MEMORY;
+        out->id = ids;
+        uint32_t *places = vel_realloc(out->ctx, out->at, (size_t)room * sizeof *places);
+        if (!places)
+            return VEL_NO_MEMORY;
+        out->at = places;
+        out->room = room;
+    }
+    out->id[out->n] = id;
+    out->at[out->n++] = at;
+    return VEL_OK;
+}
+
+vel_status vel_bpe_word(const vel_tokenizer *t, const char *s, size_t n, const uint32_t *origin,
+                        bpe_ids *out)
+{
+    VEL_TRY(reserve_word(out, n));
+    for (size_t i = 0; i < n; i++) {
+        int32_t id = t->bytes[i + 1 == n][(unsigned char)s[i]];
+        out->symbols[i] = (bpe_symbol){.id = id >= 0 ? id : t->unknown,
+                                       .previous = (int32_t)i - 1,
+                                       .next = i + 1 < n ? (int32_t)i + 1 : -1};
+    }
+    merge_all(t, out, (int32_t)n);
+    for (int32_t i = 0; i >= 0 && n > 0; i = out->symbols[i].next)
+        VEL_TRY(vel_bpe_push(out, out->symbols[i].id, origin[i]));
+    return VEL_OK;
+}
+
+void vel_bpe_ids_finish(bpe_ids *ids)
+{
+    vel_free(ids->ctx, ids->at);
+    vel_free(ids->ctx, ids->symbols);
+    vel_free(ids->ctx, ids->heap);
+    ids->at = NULL;
+    ids->symbols = NULL;
+    ids->heap = NULL;
+}

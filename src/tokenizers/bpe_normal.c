@@ -1,0 +1,185 @@
+/* bpe_normal.c: NFC, white space collapsed to single blanks, lower case.
+ *
+ * The text is cut where NFC cannot reach across (about one piece a visible character), so that each
+ * byte of the result knows the offset it came from. A piece is decomposed, its marks sorted by
+ * class (with qsort: a hostile run of a million marks must not take quadratic time) and composed.
+ * Lower case is per code point, with no rule for a final sigma; U+0130 alone gives two.
+ * Invariant: the pieces' normal forms joined are the normal form of the text. Classes of code
+ * points are bpe_unicode.c's. */
+#include "tokenizers/bpe.h"
+
+#include <stdlib.h>
+#include <utf8proc.h>
+
+enum { UNDER_NFC = 0x300, /* code points below begin a piece and compose with nothing before */
+       COMBINING_DOT = 0x307 };
+
+typedef struct piece { /* code points of one piece, decomposed in place */
+    vel_ctx *ctx;
+    int32_t *c;
+    uint64_t *keys;
+    size_t n, room;
+} piece;
+
+static vel_status piece_reserve(piece *p, size_t room)
+{
+    if (room <= p->room)
+        return VEL_OK;
+    room = VEL_MAX(room, 2 * p->room + 64);
+    int32_t *c = vel_realloc(p->ctx, p->c, room * sizeof *c);
+    if (!c)
+        return VEL_NO_MEMORY;
+    p->c = c;
+    uint64_t *keys = vel_realloc(p->ctx, p->keys, room * sizeof *keys);
+    if (!keys)
+        return VEL_NO_MEMORY;
+    p->keys = keys;
+    p->room = room;
+    return VEL_OK;
+}
+
+static vel_status text_reserve(bpe_text *t, size_t more)
+{
+    if (t->n + more <= t->room)
+        return VEL_OK;
+    size_t room = VEL_MAX(t->n + more, 2 * t->room + 64);
+    char *s = vel_realloc(t->ctx, t->s, room);
+    if (!s)
+        return VEL_NO_MEMORY;
+    t->s = s;
+    uint32_t *origin = vel_realloc(t->ctx, t->origin, room * sizeof *origin);
+    if (!origin)
+        return VEL_NO_MEMORY;
+    t->origin = origin;
+    t->room = room;
+    return VEL_OK;
+}
+
+void vel_bpe_text_finish(bpe_text *t)
+{
+    vel_free(t->ctx, t->s);
+    vel_free(t->ctx, t->origin);
+    *t = (bpe_text){.ctx = t->ctx};
+}
+
+static vel_status put(bpe_text *t, int32_t c, uint32_t from)
+{
+    VEL_TRY(text_reserve(t, 4));
+    utf8proc_ssize_t n = utf8proc_encode_char(c, (utf8proc_uint8_t *)t->s + t->n);
+    for (utf8proc_ssize_t i = 0; i < n; i++)
+        t->origin[t->n++] = from;
+    return VEL_OK;
+}
+
+/* White space and lower case: what the reference does after NFC. run_from: where this call's text
+ * starts in t; a blank before it does not count, since added words separate texts. */
+static vel_status put_lower(bpe_text *t, size_t run_from, int32_t c, uint32_t from)
+{
+    if (vel_bpe_class(c) == BPE_SPACE)
+        return t->n > run_from && t->s[t->n - 1] == ' ' ? VEL_OK : put(t, ' ', from);
+    VEL_TRY(put(t, vel_bpe_lower(c), from));
+    return c == 0x130 ? put(t, COMBINING_DOT, from) : VEL_OK;
+}
+
+/* True when c may be moved before, or composed with, what precedes it. */
+static bool joins_previous(int32_t c)
+{
+    if (c < UNDER_NFC || vel_bpe_unknown_mark(c))
+        return false;
+    const utf8proc_property_t *property = utf8proc_get_property(c);
+    switch (property->boundclass) {
+    case UTF8PROC_BOUNDCLASS_EXTEND:
+    case UTF8PROC_BOUNDCLASS_SPACINGMARK:
+    case UTF8PROC_BOUNDCLASS_V: /* Hangul's vowels and final consonants compose */
+    case UTF8PROC_BOUNDCLASS_T:
+        return true;
+    default:
+        return property->combining_class != 0;
+    }
+}
+
+static int by_key(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The canonical order: each run of marks by class, stably. */
+static void sort_marks(piece *p)
+{
+    for (size_t i = 0, end; i < p->n; i = end + 1) {
+        for (end = i; end < p->n; end++) {
+            uint64_t class = (uint64_t)utf8proc_get_property(p->c[end])->combining_class;
+            if (class == 0)
+                break;
+            p->keys[end] = class << 56 | (uint64_t)(end - i) << 24 | (uint64_t)p->c[end];
+        }
+        if (end - i < 2)
+            continue;
+        qsort(p->keys + i, end - i, sizeof *p->keys, by_key);
+        for (size_t k = i; k < end; k++)
+            p->c[k] = (int32_t)(p->keys[k] & 0xffffff);
+    }
+}
+
+static vel_status add_decomposed(piece *p, int32_t c)
+{
+    enum { LONGEST = 32 }; /* code points of one canonical decomposition: 4 at most */
+    VEL_TRY(piece_reserve(p, p->n + LONGEST));
+    int last = UTF8PROC_BOUNDCLASS_START;
+    utf8proc_ssize_t n = utf8proc_decompose_char(c, p->c + p->n, LONGEST,
+                                                 UTF8PROC_STABLE | UTF8PROC_DECOMPOSE, &last);
+    if (n < 0 || n > LONGEST) /* utf8proc refuses none that is valid */
+        p->c[p->n++] = c;
+    else
+        p->n += (size_t)n;
+    return VEL_OK;
+}
+
+static vel_status put_piece(bpe_text *out, size_t run_from, piece *p, uint32_t from)
+{
+    sort_marks(p);
+    utf8proc_ssize_t n = utf8proc_normalize_utf32(p->c, (utf8proc_ssize_t)p->n,
+                                                  UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+    for (utf8proc_ssize_t i = 0; i < n; i++)
+        VEL_TRY(put_lower(out, run_from, p->c[i], from));
+    return VEL_OK;
+}
+
+static vel_status normalise(bpe_text *out, const char *s, size_t n, uint32_t first, piece *p)
+{
+    const utf8proc_uint8_t *bytes = (const utf8proc_uint8_t *)s;
+    size_t run_from = out->n, at = 0;
+    while (at < n) {
+        uint32_t from = first + (uint32_t)at;
+        int32_t c;
+        at += (size_t)utf8proc_iterate(bytes + at, (utf8proc_ssize_t)(n - at), &c);
+        bool alone = at == n || bytes[at] < 0x80;
+        if (vel_bpe_unknown_mark(c) || (alone && c < UNDER_NFC)) {
+            VEL_TRY(put_lower(out, run_from, c, from));
+            continue;
+        }
+        p->n = 0;
+        VEL_TRY(add_decomposed(p, c));
+        while (at < n) {
+            utf8proc_ssize_t step = utf8proc_iterate(bytes + at, (utf8proc_ssize_t)(n - at), &c);
+            if (!joins_previous(c))
+                break;
+            VEL_TRY(add_decomposed(p, c));
+            at += (size_t)step;
+        }
+        VEL_TRY(put_piece(out, run_from, p, from));
+    }
+    return VEL_OK;
+}
+
+vel_status vel_bpe_normalise(bpe_text *out, const char *s, size_t n, uint32_t first)
+{
+    piece p = {.ctx = out->ctx};
+    vel_status st = text_reserve(out, n);
+    if (st == VEL_OK)
+        st = normalise(out, s, n, first, &p);
+    vel_free(p.ctx, p.c);
+    vel_free(p.ctx, p.keys);
+    return st;
+}

@@ -1,0 +1,338 @@
+/* feed.c: from pictures and captions to batches. A picture goes through the autoencoder once; its
+ * mean and log-variance are kept (in RAM, and on disk when asked), so that each step can draw anew
+ * from the distribution as diffusers does. Captions go through the text encoder once unless it is
+ * trained. What a step sees is a function of (seed, step, place in the batch) alone. */
+#include "train/session.h"
+
+enum { STREAM_TIME = 1, STREAM_NOISE, STREAM_LATENT, STREAM_OFFSET, STREAM_CAPTION, STREAM_DROPOUT,
+       STREAM_VALIDATION };
+enum { VALIDATION_TIMES = 4 };
+
+static uint64_t stream_of(int kind, int64_t micro, int64_t item)
+{
+    int64_t key[2] = {micro, item};
+    return vel_hash64(key, sizeof key, (uint64_t)kind);
+}
+
+/* ---- pictures -------------------------------------------------------------------------------------- */
+
+static char *latent_key(train_session *s, int sample, int flipped, const char *content)
+{
+    const vel_sample *p = &s->data->samples[sample];
+    const char *encoder = s->o->cache_to_disk ? vel_model_hash(s->model, "vae") : "";
+    return vel_strf(s->ctx, "latent %s %s %dx%d %s %d", encoder ? encoder : "", content, p->width, p->height,
+                    s->o->strict_compat ? "strict" : "", flipped);
+}
+
+/* Identifies a picture: by content where keys outlive the run, else by its place in the data set. */
+static vel_status content_of(train_session *s, int sample, char out[65])
+{
+    if (!s->o->cache_to_disk) {
+        snprintf(out, 65, "%d", sample);
+        return VEL_OK;
+    }
+    vel_map map;
+    VEL_TRY(vel_map_open(s->ctx, &map, s->data->samples[sample].image));
+    vel_sha256 *h = vel_sha256_create(s->ctx);
+    if (h) {
+        vel_sha256_add(h, map.bytes, map.size);
+        vel_sha256_end(h, out);
+    }
+    vel_map_close(&map);
+    return h ? VEL_OK : VEL_NO_MEMORY;
+}
+
+static vel_status read_pixels(train_session *s, int sample, int flipped, float *out)
+{
+    const vel_sample *p = &s->data->samples[sample];
+    vel_picture_load how = {.width = p->width, .height = p->height, .crop_x = 0.5, .crop_y = 0.5,
+                            .flip = flipped, .background = {255, 255, 255}, .strict_peer = s->o->strict_compat};
+    vel_image image = {0};
+    VEL_TRY(vel_picture_read(s->ctx, p->image, &how, &image));
+    int64_t n = (int64_t)image.width * image.height * 3;
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (float)image.pixels[i] / 127.5f - 1;
+    vel_image_finish(&image);
+    return VEL_OK;
+}
+
+static vel_status encode_pixels(train_session *s, int sample, const float *pixels, float *moments)
+{
+    const vel_sample *p = &s->data->samples[sample];
+    VEL_TRY(vel_model_encode(s->model, pixels, 1, p->height, p->width, moments));
+    int down = vel_model_latent(s->model)->down;
+    int64_t n = (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(moments[i]))
+            return vel_fail(s->ctx, VEL_DIVERGED, "%s: the autoencoder gives values that are not finite for "
+                            "this picture; use another --vae or --mixed_precision no", p->image);
+    return VEL_OK;
+}
+
+static int64_t moments_count(const train_session *s, int sample)
+{
+    const vel_sample *p = &s->data->samples[sample];
+    int down = vel_model_latent(s->model)->down;
+    return (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
+}
+
+/* Mean and log-variance [h, w, 2C] of a picture: cached, else encoded now. With a random crop they are
+ * of this epoch's crop and not kept. *owned is set where the caller frees. */
+static vel_status moments_of(train_session *s, int sample, int64_t epoch, const float **out, float **owned)
+{
+    const vel_sample *p = &s->data->samples[sample];
+    int64_t count = moments_count(s, sample);
+    int flipped = s->o->flip && !p->held_out ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch) : 0;
+    bool cached = !s->o->random_crop || p->held_out;
+    char content[65];
+    char *key = NULL;
+    *owned = NULL;
+    if (cached) {
+        VEL_TRY(content_of(s, sample, content));
+        key = latent_key(s, sample, flipped, content);
+        if (!key)
+            return VEL_NO_MEMORY;
+        *out = vel_cache_find(s->cache, key, count);
+        if (*out) {
+            vel_free(s->ctx, key);
+            return VEL_OK;
+        }
+    }
+    float *pixels = vel_alloc(s->ctx, (size_t)p->width * (size_t)p->height * 3 * sizeof *pixels);
+    float *moments = vel_alloc(s->ctx, (size_t)count * sizeof *moments);
+    vel_status st = pixels && moments ? VEL_OK : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = cached ? read_pixels(s, sample, flipped, pixels)
+                    : vel_sample_pixels(s->data, sample, (uint64_t)s->o->seed, epoch, pixels);
+    if (st == VEL_OK)
+        st = encode_pixels(s, sample, pixels, moments);
+    vel_free(s->ctx, pixels);
+    if (st == VEL_OK && cached) {
+        st = vel_cache_put(s->cache, key, moments, count);
+        vel_free(s->ctx, moments);
+        moments = NULL;
+        *out = st == VEL_OK ? vel_cache_find(s->cache, key, count) : NULL;
+    } else if (st == VEL_OK) {
+        *out = *owned = moments;
+        moments = NULL;
+    }
+    vel_free(s->ctx, moments);
+    vel_free(s->ctx, key);
+    return st;
+}
+
+/* latent [h, w, C] = (mean + deviation * draw - shift) * scale; draw NULL: the mean. */
+static void latent_from(const train_session *s, const float *moments, int64_t pixels, const float *draw, float *out)
+{
+    const vel_latent_info *info = vel_model_latent(s->model);
+    int c = s->channels;
+    for (int64_t p = 0; p < pixels; p++)
+        for (int k = 0; k < c; k++) {
+            double z = moments[p * 2 * c + k];
+            if (draw) {
+                double logvar = moments[p * 2 * c + c + k];
+                z += exp(0.5 * VEL_MAX(-30.0, VEL_MIN(20.0, logvar))) * draw[p * c + k];
+            }
+            out[p * c + k] = (float)((z - info->shift) * info->scale);
+        }
+}
+
+/* ---- captions ---------------------------------------------------------------------------------------- */
+
+static vel_status collect_captions(train_session *s)
+{
+    s->captions = vel_arena_alloc(s->arena, (size_t)(s->data->n + 1) * sizeof *s->captions);
+    s->caption_of = vel_arena_alloc(s->arena, (size_t)s->data->n * sizeof *s->caption_of);
+    if (!s->captions || !s->caption_of)
+        return VEL_NO_MEMORY;
+    s->captions[s->n_captions++] = "";
+    for (int i = 0; i < s->data->n; i++) {
+        int k = 0;
+        while (k < s->n_captions && strcmp(s->captions[k], s->data->samples[i].caption) != 0)
+            k++;
+        if (k == s->n_captions)
+            s->captions[s->n_captions++] = s->data->samples[i].caption;
+        s->caption_of[i] = k;
+    }
+    return VEL_OK;
+}
+
+static vel_status encode_captions(train_session *s)
+{
+    VEL_TRY(collect_captions(s));
+    if (s->o->train_text_encoder) {
+        s->ids = vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->length * sizeof *s->ids);
+        if (!s->ids)
+            return VEL_NO_MEMORY;
+        for (int i = 0; i < s->n_captions; i++)
+            VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(s->model), s->captions[i], s->length,
+                                         s->ids + (int64_t)i * s->length, NULL, NULL));
+        return VEL_OK;
+    }
+    int64_t each = (int64_t)s->length * s->width;
+    s->contexts = vel_alloc(s->ctx, (size_t)(s->n_captions * each) * sizeof *s->contexts);
+    if (!s->contexts)
+        return VEL_NO_MEMORY;
+    vel_progress progress;
+    vel_progress_begin(&progress, s->ctx, "reading captions", s->n_captions);
+    for (int i = 0; i < s->n_captions; i += 16) {
+        int n = VEL_MIN(16, s->n_captions - i);
+        VEL_TRY(vel_model_encode_text(s->model, s->captions + i, n, s->contexts + i * each));
+        vel_progress_at(&progress, i + n, NAN);
+    }
+    return VEL_OK;
+}
+
+vel_status vel_feed_prepare(train_session *s)
+{
+    VEL_TRY(encode_captions(s));
+    char *folder = s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
+    VEL_TRY(vel_cache_open(s->ctx, folder, &s->cache));
+    int64_t most = 0;
+    vel_progress progress;
+    vel_progress_begin(&progress, s->ctx, "reading pictures", s->data->n);
+    for (int i = 0; i < s->data->n; i++) {
+        most = VEL_MAX(most, moments_count(s, i) / 2);
+        const float *moments;
+        float *owned = NULL;
+        if (!s->o->random_crop) /* both variants of a flip come up within a few epochs */
+            for (int64_t epoch = 0; epoch < (s->o->flip ? 2 : 1); epoch++)
+                VEL_TRY(moments_of(s, i, epoch, &moments, &owned));
+        vel_free(s->ctx, owned);
+        vel_progress_at(&progress, i + 1, NAN);
+        if (s->ctx->interrupted)
+            return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
+    }
+    int n = VEL_MAX(s->o->batch, VALIDATION_TIMES);
+    int64_t each = (int64_t)s->length * s->width;
+    s->latent = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
+    s->noise = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
+    s->context = vel_arena_alloc(s->arena, (size_t)(n * each) * sizeof(float));
+    s->weight = vel_arena_alloc(s->arena, (size_t)n * sizeof(float));
+    s->timestep = vel_arena_alloc(s->arena, (size_t)n * sizeof(int32_t));
+    s->batch_ids = vel_arena_alloc(s->arena, (size_t)(n * s->length) * sizeof(int32_t));
+    return s->latent && s->noise && s->context && s->weight && s->timestep && s->batch_ids ? VEL_OK
+                                                                                        : VEL_NO_MEMORY;
+}
+
+/* ---- batches ------------------------------------------------------------------------------------------- */
+
+/* Hang et al. 2023: min(SNR, gamma) / SNR for noise, / (SNR + 1) for v prediction. */
+static double snr_weight(const train_session *s, int t)
+{
+    if (s->o->min_snr_gamma <= 0)
+        return 1;
+    const vel_schedule *schedule = vel_model_schedule(s->model);
+    double snr = vel_schedule_snr(schedule, t), capped = VEL_MIN(snr, s->o->min_snr_gamma);
+    return schedule->config.prediction == VEL_PREDICTS_V ? capped / (snr + 1) : capped / VEL_MAX(snr, 1e-12);
+}
+
+static void put_caption(train_session *s, int slot, int caption)
+{
+    int64_t each = (int64_t)s->length * s->width;
+    if (s->contexts)
+        memcpy(s->context + slot * each, s->contexts + caption * each, (size_t)each * sizeof(float));
+    else
+        memcpy(s->batch_ids + slot * s->length, s->ids + (int64_t)caption * s->length,
+               (size_t)s->length * sizeof(int32_t));
+}
+
+static void draw_noise(train_session *s, int64_t micro, int slot, int64_t pixels, float *noise)
+{
+    uint64_t seed = (uint64_t)s->o->seed;
+    int64_t count = pixels * s->channels;
+    vel_random_normal(seed, stream_of(STREAM_NOISE, micro, slot), 0, noise, count);
+    if (s->o->noise_offset == 0)
+        return;
+    float offset[16];
+    int c = VEL_MIN(s->channels, VEL_COUNT(offset));
+    vel_random_normal(seed, stream_of(STREAM_OFFSET, micro, slot), 0, offset, c);
+    for (int64_t i = 0; i < count; i++)
+        noise[i] += (float)s->o->noise_offset * offset[i % s->channels % c];
+}
+
+static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sample, int64_t epoch, int64_t pixels)
+{
+    uint64_t seed = (uint64_t)s->o->seed;
+    int64_t each = pixels * s->channels;
+    float *latent = s->latent + slot * each, *noise = s->noise + slot * each;
+    const float *moments;
+    float *owned;
+    VEL_TRY(moments_of(s, sample, epoch, &moments, &owned));
+    if (s->o->sample_latents)
+        vel_random_normal(seed, stream_of(STREAM_LATENT, micro, slot), 0, noise, each);
+    latent_from(s, moments, pixels, s->o->sample_latents ? noise : NULL, latent);
+    vel_free(s->ctx, owned);
+    draw_noise(s, micro, slot, pixels, noise);
+    int low = s->o->min_timestep, high = s->o->max_timestep;
+    double u = vel_random_uniform(seed, stream_of(STREAM_TIME, micro, slot), 0);
+    s->timestep[slot] = low + (int32_t)(u * (high - low));
+    s->weight[slot] = (float)snr_weight(s, s->timestep[slot]);
+    bool dropped = vel_random_uniform(seed, stream_of(STREAM_CAPTION, micro, slot), 0) < s->o->caption_dropout;
+    put_caption(s, slot, dropped ? 0 : s->caption_of[sample]);
+    return VEL_OK;
+}
+
+static vel_status epoch_of(train_session *s, int64_t number)
+{
+    if (s->epoch && s->epoch_number == number)
+        return VEL_OK;
+    vel_epoch_destroy(s->epoch);
+    s->epoch = NULL;
+    VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, number, true, &s->epoch));
+    s->epoch_number = number;
+    return VEL_OK;
+}
+
+static void describe_batch(train_session *s, int n, const vel_sample *first, int64_t micro, vel_batch *out)
+{
+    int down = vel_model_latent(s->model)->down;
+    uint64_t mask = stream_of(STREAM_DROPOUT, micro, 0);
+    *out = (vel_batch){.n = n, .h = first->height / down, .w = first->width / down, .latent = s->latent,
+                       .noise = s->noise, .timestep = s->timestep, .context = s->context, .ids = s->batch_ids,
+                       .weight = s->weight, .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
+}
+
+vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
+{
+    int64_t number = micro / s->batches_per_epoch, at = micro % s->batches_per_epoch;
+    VEL_TRY(epoch_of(s, number));
+    int begin = s->epoch->begin[at], n = s->epoch->begin[at + 1] - begin;
+    const vel_sample *first = &s->data->samples[s->epoch->sample[begin]];
+    describe_batch(s, n, first, micro, out);
+    for (int i = 0; i < n; i++)
+        VEL_TRY(fill_slot(s, micro, i, s->epoch->sample[begin + i], number, (int64_t)out->h * out->w));
+    return VEL_OK;
+}
+
+/* The held-out pictures at fixed timesteps under fixed noise: comparable from step to step. */
+vel_status vel_feed_validate(train_session *s, double *loss)
+{
+    double sum = 0;
+    int counted = 0, train_steps = vel_model_schedule(s->model)->n;
+    for (int i = 0; i < s->data->n; i++) {
+        if (!s->data->samples[i].held_out)
+            continue;
+        const float *moments;
+        float *owned, each_loss[VALIDATION_TIMES];
+        VEL_TRY(moments_of(s, i, 0, &moments, &owned));
+        vel_batch b;
+        describe_batch(s, VALIDATION_TIMES, &s->data->samples[i], 0, &b);
+        int64_t pixels = (int64_t)b.h * b.w, each = pixels * s->channels;
+        for (int k = 0; k < VALIDATION_TIMES; k++) {
+            latent_from(s, moments, pixels, NULL, s->latent + k * each);
+            vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_VALIDATION, i, k), 0, s->noise + k * each, each);
+            s->timestep[k] = (2 * k + 1) * train_steps / (2 * VALIDATION_TIMES);
+            s->weight[k] = 1;
+            put_caption(s, k, s->caption_of[i]);
+        }
+        vel_free(s->ctx, owned);
+        double batch_loss;
+        VEL_TRY(vel_trainer_run(s->trainer, &b, false, &batch_loss, each_loss));
+        for (int k = 0; k < VALIDATION_TIMES; k++)
+            sum += each_loss[k];
+        counted += VALIDATION_TIMES;
+    }
+    *loss = counted ? sum / counted : NAN;
+    return VEL_OK;
+}

@@ -1,0 +1,300 @@
+/* keep.c: what a run leaves on disk, in an order in which a kill at any moment loses at most the steps
+ * since the last save: first the state (which a resume needs), then the adapter, then old ones go.
+ *
+ *     OUTPUT_DIR/NAME.safetensors                 the result
+ *     OUTPUT_DIR/NAME-step00000100.safetensors    saves on the way
+ *     OUTPUT_DIR/NAME-step00000100.state          what --resume reads
+ *     OUTPUT_DIR/NAME.log.jsonl                   a line a step */
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "train/session.h"
+
+char *vel_keep_path(train_session *s, const char *ending)
+{
+    return vel_arena_strf(s->arena, "%s/%s%s", s->o->output_dir, s->o->output_name, ending);
+}
+
+/* The settings that a resumed run must share with the one that was saved, as one line. */
+static char *digest_of(train_session *s)
+{
+    static const char *const names[] = {"model", "data", "resolution", "network", "targets", "rank", "alpha",
+                                        "dropout", "train_text_encoder", "batch", "accumulation", "seed",
+                                        "learning_rate", "precision", "caption_dropout", "validation_split"};
+    json_t *subset = json_object();
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        json_t *value = json_object_get(s->settings, names[i]);
+        if (value)
+            json_object_set(subset, names[i], value);
+    }
+    char *text = json_dumps(subset, JSON_COMPACT | JSON_PRESERVE_ORDER);
+    json_decref(subset);
+    char *kept = text ? vel_arena_strdup(s->arena, text) : NULL;
+    free(text);
+    return kept;
+}
+
+/* A step number in NAME-stepNNNNNNNN<ending>; -1 when the name is another. */
+static int64_t step_of(const train_session *s, const char *name, const char *ending)
+{
+    size_t stem = strlen(s->o->output_name);
+    if (strncmp(name, s->o->output_name, stem) != 0 || strncmp(name + stem, "-step", 5) != 0)
+        return -1;
+    char *end;
+    long long step = strtoll(name + stem + 5, &end, 10);
+    return end != name + stem + 5 && strcmp(end, ending) == 0 ? step : -1;
+}
+
+vel_status vel_keep_check_folder(train_session *s)
+{
+    VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
+    char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_path(s, ".safetensors");
+    if (!probe || !result)
+        return VEL_NO_MEMORY;
+    VEL_TRY(vel_write_file(s->ctx, probe, "", 0));
+    unlink(probe);
+    bool resumes = s->o->resume && s->o->resume[0];
+    if (vel_is_file(result) && !resumes && !s->o->overwrite)
+        return vel_fail(s->ctx, VEL_BAD_VALUE, "%s exists: add --resume latest to go on from its last state, "
+                        "--overwrite to replace it, or choose another --output_name", result);
+    return VEL_OK;
+}
+
+/* ---- log --------------------------------------------------------------------------------------------- */
+
+static vel_status remember(train_session *s, const vel_curve_point *p)
+{
+    if (s->n_points == s->room_points) {
+        int room = s->room_points ? 2 * s->room_points : 1024;
+        vel_curve_point *grown = vel_realloc(s->ctx, s->points, (size_t)room * sizeof *grown);
+        if (!grown)
+            return VEL_NO_MEMORY;
+        s->points = grown;
+        s->room_points = room;
+    }
+    s->points[s->n_points++] = *p;
+    return VEL_OK;
+}
+
+static void read_old_points(train_session *s)
+{
+    char *text = NULL;
+    size_t n;
+    if (vel_read_file(s->ctx, s->log_path, (size_t)1 << 30, &text, &n))
+        return;
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
+        json_t *row = json_loads(line, 0, NULL);
+        vel_curve_point p = {.step = vel_json_int(row, "step", INT64_MAX), .loss = vel_json_number(row, "loss", NAN),
+                             .lr = vel_json_number(row, "lr", NAN), .seconds = vel_json_number(row, "seconds", NAN),
+                             .grad_norm = vel_json_number(row, "grad_norm", NAN),
+                             .validation = vel_json_number(row, "validation_loss", NAN)};
+        if (row && p.step <= s->first_step)
+            remember(s, &p);
+        json_decref(row);
+    }
+    vel_free(s->ctx, text);
+}
+
+static void write_point(FILE *f, const vel_curve_point *p)
+{
+    fprintf(f, "{\"step\": %" PRId64 ", \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"seconds\": %.4f",
+            p->step, p->loss, p->lr, p->grad_norm, p->seconds);
+    if (isfinite(p->validation))
+        fprintf(f, ", \"validation_loss\": %.9g", p->validation);
+    fprintf(f, "}\n");
+}
+
+vel_status vel_keep_open_log(train_session *s)
+{
+    s->log_path = vel_keep_path(s, ".log.jsonl");
+    if (!s->log_path)
+        return VEL_NO_MEMORY;
+    if (s->first_step > 0)
+        read_old_points(s);
+    s->log = fopen(s->log_path, "w");
+    if (!s->log)
+        return vel_fail(s->ctx, VEL_IO, "%s: cannot be written; choose another --output_dir", s->log_path);
+    for (int i = 0; i < s->n_points; i++)
+        write_point(s->log, &s->points[i]);
+    fflush(s->log);
+    return VEL_OK;
+}
+
+vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
+{
+    write_point(s->log, p);
+    if (fflush(s->log) || ferror(s->log)) { /* a full disk: the run goes on, its saves will tell */
+        vel_log(s->ctx, 1, "%s: cannot be written (disk full?)", s->log_path);
+        clearerr(s->log);
+    }
+    vel_metric(s->ctx, "loss", p->step, p->loss);
+    vel_metric(s->ctx, "lr", p->step, p->lr);
+    vel_metric(s->ctx, "grad_norm", p->step, p->grad_norm);
+    if (isfinite(p->validation))
+        vel_metric(s->ctx, "validation_loss", p->step, p->validation);
+    return remember(s, p);
+}
+
+/* ---- metadata ------------------------------------------------------------------------------------------ */
+
+static void put(json_t *meta, const char *key, const char *format, ...) VEL_PRINTF(3, 4);
+static void put(json_t *meta, const char *key, const char *format, ...)
+{
+    char text[1024];
+    va_list ap;
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    json_object_set_new(meta, key, json_string(text));
+}
+
+static void put_dataset(train_session *s, json_t *meta)
+{
+    const vel_dataset *d = s->data;
+    put(meta, "ss_num_train_images", "%d", d->n_train);
+    put(meta, "ss_num_validation_images", "%d", d->n_held_out);
+    put(meta, "ss_num_reg_images", "0");
+    put(meta, "ss_num_batches_per_epoch", "%" PRId64, s->batches_per_epoch);
+    put(meta, "ss_resolution", "(%d, %d)", d->options.width, d->options.height);
+    put(meta, "ss_enable_bucket", "%s", s->o->enable_bucket ? "True" : "False");
+    put(meta, "ss_caption_dropout_rate", "%g", s->o->caption_dropout);
+    put(meta, "ss_flip_aug", "%s", s->o->flip ? "True" : "False");
+    put(meta, "ss_random_crop", "%s", s->o->random_crop ? "True" : "False");
+}
+
+static void put_model(train_session *s, json_t *meta)
+{
+    vel_text_info text[2];
+    vel_model_family(s->model)->texts(vel_model_config(s->model), text);
+    bool v2 = text[0].width == 1024;
+    bool v = vel_model_schedule(s->model)->config.prediction == VEL_PREDICTS_V;
+    const char *folder = vel_model_folder(s->model), *name = strrchr(folder, '/');
+    put(meta, "ss_sd_model_name", "%s", name ? name + 1 : folder);
+    put(meta, "ss_v2", "%s", v2 ? "True" : "False");
+    put(meta, "ss_base_model_version", "%s", v2 ? (v ? "sd_v2_v" : "sd_v2") : "sd_v1");
+    put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
+    put(meta, "modelspec.sai_model_spec", "1.0.1");
+    put(meta, "modelspec.architecture", "stable-diffusion-%s/lora", v2 ? (v ? "v2-768-v" : "v2-512") : "v1");
+    put(meta, "modelspec.implementation", "diffusers");
+    put(meta, "modelspec.title", "%s", s->o->output_name);
+    put(meta, "modelspec.resolution", "%dx%d", s->data->options.width, s->data->options.height);
+    put(meta, "modelspec.prediction_type", "%s", v ? "v" : "epsilon");
+    /* No date: the same settings and seed give the same file, byte for byte. */
+}
+
+json_t *vel_keep_metadata(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    json_t *meta = json_object();
+    put(meta, "ss_output_name", "%s", o->output_name);
+    put(meta, "ss_network_module", "networks.lora");
+    put(meta, "ss_network_dim", "%d", o->rank);
+    put(meta, "ss_network_alpha", "%g", o->alpha > 0 ? o->alpha : (double)o->rank);
+    put(meta, "ss_network_dropout", "%g", o->dropout);
+    put(meta, "ss_learning_rate", "%g", o->lr);
+    put(meta, "ss_unet_lr", "%g", o->unet_lr > 0 ? o->unet_lr : o->lr);
+    put(meta, "ss_text_encoder_lr", "%g", o->text_lr > 0 ? o->text_lr : o->lr);
+    put(meta, "ss_optimizer", "torch.optim.adamw.AdamW(betas=(%g, %g),eps=%g,weight_decay=%g)", o->beta1, o->beta2,
+        o->eps, o->weight_decay);
+    put(meta, "ss_lr_scheduler", "%s", o->lr_scheduler);
+    put(meta, "ss_lr_warmup_steps", "%g", o->lr_warmup);
+    put(meta, "ss_max_grad_norm", "%g", o->max_grad_norm);
+    put(meta, "ss_max_train_steps", "%" PRId64, s->steps);
+    put(meta, "ss_steps", "%" PRId64, s->step);
+    put(meta, "ss_epoch", "%" PRId64, s->step * o->accumulation / s->batches_per_epoch);
+    put(meta, "ss_gradient_accumulation_steps", "%d", o->accumulation);
+    put(meta, "ss_gradient_checkpointing", "%s", o->gradient_checkpointing ? "True" : "False");
+    put(meta, "ss_batch_size_per_device", "%d", o->batch);
+    put(meta, "ss_total_batch_size", "%d", o->batch * o->accumulation);
+    put(meta, "ss_mixed_precision", "%s", vel_model_compute(s->model) == VEL_F32 ? "no" : "bf16");
+    put(meta, "ss_seed", "%" PRId64, o->seed);
+    put(meta, "ss_noise_offset", "%g", o->noise_offset);
+    if (o->min_snr_gamma > 0)
+        put(meta, "ss_min_snr_gamma", "%g", o->min_snr_gamma);
+    else
+        put(meta, "ss_min_snr_gamma", "None");
+    if (o->comment)
+        put(meta, "ss_training_comment", "%s", o->comment);
+    put_dataset(s, meta);
+    put_model(s, meta);
+    return meta;
+}
+
+/* ---- saving ---------------------------------------------------------------------------------------------- */
+
+static vel_file_type precision_of(const char *name)
+{
+    return strcmp(name, "fp16") == 0 ? VEL_FILE_F16 : strcmp(name, "bf16") == 0 ? VEL_FILE_BF16 : VEL_FILE_F32;
+}
+
+/* Removes all but the newest keep files NAME-stepN<ending>. */
+static void forget_old(train_session *s, const char *ending, int keep)
+{
+    char **names;
+    int n, count = 0;
+    if (keep <= 0 || vel_list_folder(s->ctx, s->o->output_dir, &names, &n))
+        return;
+    for (int i = 0; i < n; i++)
+        count += step_of(s, names[i], ending) >= 0;
+    for (int i = 0; i < n && count > keep; i++) { /* names are sorted, and so are the steps */
+        if (step_of(s, names[i], ending) < 0)
+            continue;
+        char *path = vel_path_join(s->ctx, s->o->output_dir, names[i]);
+        if (path)
+            unlink(path);
+        vel_free(s->ctx, path);
+        count--;
+    }
+    vel_names_free(s->ctx, names, n);
+}
+
+vel_status vel_keep_save(train_session *s, bool last)
+{
+    char *digest = digest_of(s);
+    char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir, s->o->output_name, s->step);
+    char *file = last ? vel_keep_path(s, ".safetensors")
+                      : vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".safetensors", s->o->output_dir,
+                                       s->o->output_name, s->step);
+    if (!digest || !state || !file)
+        return VEL_NO_MEMORY;
+    VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest));
+    json_t *meta = vel_keep_metadata(s);
+    vel_status st = vel_train_export(s->model, s->sites, s->n_sites, file, s->o->save_format,
+                                     precision_of(s->o->save_precision), meta);
+    json_decref(meta);
+    VEL_TRY(st);
+    forget_old(s, ".state", VEL_MAX(1, s->o->keep_last));
+    forget_old(s, ".safetensors", s->o->keep_last);
+    vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
+    return VEL_OK;
+}
+
+vel_status vel_keep_resume(train_session *s)
+{
+    const char *from = s->o->resume;
+    if (!from || !from[0])
+        return VEL_OK;
+    char *digest = digest_of(s), *path = NULL;
+    if (!digest)
+        return VEL_NO_MEMORY;
+    if (strcmp(from, "latest") == 0) {
+        char **names;
+        int n;
+        VEL_TRY(vel_list_folder(s->ctx, s->o->output_dir, &names, &n));
+        for (int i = 0; i < n; i++)
+            if (step_of(s, names[i], ".state") >= 0)
+                path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, names[i]);
+        vel_names_free(s->ctx, names, n);
+        if (!path) {
+            vel_log(s->ctx, 2, "--resume latest: no state in %s yet, starting at step 1", s->o->output_dir);
+            return VEL_OK;
+        }
+    } else {
+        path = vel_arena_strdup(s->arena, from);
+    }
+    if (!path)
+        return VEL_NO_MEMORY;
+    VEL_TRY(vel_state_load(s->ctx, vel_model_engine(s->model), path, digest, &s->first_step));
+    vel_log(s->ctx, 2, "resumed from %s at step %" PRId64, path, s->first_step);
+    return VEL_OK;
+}

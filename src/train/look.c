@@ -1,0 +1,148 @@
+/* look.c: what a person looks at: samples of the same prompts with the same seeds before step 1, on the
+ * way and at the end, the before/after sheet, and the report. */
+#include <stdlib.h>
+
+#include "train/session.h"
+
+enum { MOST_PROMPTS = 64 };
+
+static vel_status add_prompt(train_session *s, const char *text, size_t n)
+{
+    while (n && (text[n - 1] == '\r' || text[n - 1] == ' '))
+        n--;
+    if (n == 0 || text[0] == '#' || s->n_prompts == MOST_PROMPTS)
+        return VEL_OK;
+    char *copy = vel_arena_alloc(s->arena, n + 1);
+    if (!copy)
+        return VEL_NO_MEMORY;
+    memcpy(copy, text, n);
+    s->prompts[s->n_prompts++] = copy;
+    return VEL_OK;
+}
+
+vel_status vel_look_prepare(train_session *s)
+{
+    const char *from = s->o->sample_prompts;
+    s->prompts = vel_arena_alloc(s->arena, MOST_PROMPTS * sizeof *s->prompts);
+    if (!s->prompts)
+        return VEL_NO_MEMORY;
+    if (!from || !from[0])
+        return VEL_OK;
+    if (!vel_is_file(from))
+        return add_prompt(s, from, strlen(from));
+    char *text;
+    size_t n;
+    VEL_TRY(vel_read_file(s->ctx, from, 1 << 20, &text, &n));
+    vel_status st = vel_utf8_valid(text, n) ? VEL_OK : vel_fail(s->ctx, VEL_BAD_FILE, "%s: not valid UTF-8", from);
+    for (const char *line = text; st == VEL_OK && *line;) {
+        size_t length = strcspn(line, "\n");
+        st = add_prompt(s, line, length);
+        line += length + (line[length] == '\n');
+    }
+    vel_free(s->ctx, text);
+    return st;
+}
+
+static vel_report_sheet *new_sheet(train_session *s)
+{
+    if (s->n_sheets == s->room_sheets) {
+        int room = s->room_sheets ? 2 * s->room_sheets : 8;
+        vel_report_sheet *grown = vel_realloc(s->ctx, s->sheets, (size_t)room * sizeof *grown);
+        if (!grown)
+            return NULL;
+        s->sheets = grown;
+        s->room_sheets = room;
+    }
+    vel_report_sheet *sheet = &s->sheets[s->n_sheets];
+    sheet->images = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *sheet->images);
+    if (!sheet->images)
+        return NULL;
+    sheet->step = s->step;
+    s->n_sheets++;
+    return sheet;
+}
+
+static vel_status save_sheet(train_session *s, const vel_report_sheet *sheet)
+{
+    char ending[64];
+    snprintf(ending, sizeof ending, "-samples-step%08" PRId64 ".png", sheet->step);
+    char *path = vel_keep_path(s, ending);
+    if (!path)
+        return VEL_NO_MEMORY;
+    int columns = VEL_MIN(6, s->n_prompts), rows = (s->n_prompts + columns - 1) / columns;
+    vel_image out = {0}, *cells = vel_alloc(s->ctx, (size_t)(rows * columns) * sizeof *cells);
+    if (!cells)
+        return VEL_NO_MEMORY;
+    memcpy(cells, sheet->images, (size_t)s->n_prompts * sizeof *cells);
+    vel_status st = vel_sheet(s->ctx, cells, rows, columns, NULL, NULL, 192, NULL, &out);
+    vel_free(s->ctx, cells);
+    if (st == VEL_OK)
+        st = vel_picture_write(s->ctx, path, &out, NULL, 0);
+    if (st == VEL_OK)
+        vel_emit(s->ctx, &(vel_event){.kind = VEL_EVENT_IMAGE, .text = path, .image = &out, .done = sheet->step});
+    vel_image_finish(&out);
+    return st;
+}
+
+vel_status vel_look_draw(train_session *s)
+{
+    if (s->n_prompts == 0)
+        return VEL_OK;
+    vel_report_sheet *sheet = new_sheet(s);
+    vel_draw *draws = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *draws);
+    if (!sheet || !draws) {
+        vel_free(s->ctx, draws);
+        return VEL_NO_MEMORY;
+    }
+    for (int i = 0; i < s->n_prompts; i++)
+        draws[i] = (vel_draw){.prompt = s->prompts[i], .negative = s->o->sample_negative,
+                              .guidance = s->o->sample_guidance, .width = s->data->options.width,
+                              .height = s->data->options.height, .steps = s->o->sample_steps,
+                              .seed = (uint64_t)s->o->sample_seed + (uint64_t)i, .sampler = s->o->sample_sampler};
+    int batch = s->data->options.width <= 256 ? 4 : 1;
+    vel_status st = vel_model_draw(s->model, draws, s->n_prompts, batch, "drawing samples", sheet->images, NULL);
+    vel_free(s->ctx, draws);
+    return st ? st : save_sheet(s, sheet);
+}
+
+static vel_status before_after(train_session *s)
+{
+    char *path = vel_keep_path(s, "-before-after.png");
+    const char **labels = vel_alloc(s->ctx, 2 * sizeof *labels);
+    int n = VEL_MIN(12, s->n_prompts);
+    vel_image out = {0}, *cells = vel_alloc(s->ctx, (size_t)(2 * n) * sizeof *cells);
+    if (!path || !labels || !cells)
+        return VEL_NO_MEMORY;
+    labels[0] = "before";
+    labels[1] = "after";
+    memcpy(cells, s->sheets[0].images, (size_t)n * sizeof *cells);
+    memcpy(cells + n, s->sheets[s->n_sheets - 1].images, (size_t)n * sizeof *cells);
+    vel_status st = vel_sheet(s->ctx, cells, 2, n, labels, (const char *const *)s->prompts, 160, s->o->output_name, &out);
+    vel_free(s->ctx, cells);
+    vel_free(s->ctx, labels);
+    if (st == VEL_OK)
+        st = vel_picture_write(s->ctx, path, &out, NULL, 0);
+    if (st == VEL_OK)
+        vel_log(s->ctx, 2, "before/after sheet: %s", path);
+    vel_image_finish(&out);
+    return st;
+}
+
+vel_status vel_look_report(train_session *s)
+{
+    char *path = vel_keep_path(s, "-report.html"), *adapter = vel_keep_path(s, ".safetensors");
+    if (!path || !adapter)
+        return VEL_NO_MEMORY;
+    if (s->n_prompts && s->n_sheets >= 2)
+        VEL_TRY(before_after(s));
+    vel_report r = {.title = s->o->output_name, .settings = s->settings, .data_text = s->data_text,
+                    .plan_text = s->plan_text, .points = s->points, .n_points = s->n_points,
+                    .prompts = (const char *const *)s->prompts, .n_prompts = s->n_prompts, .sheets = s->sheets,
+                    .n_sheets = s->n_sheets, .adapter_path = adapter, .seconds = vel_now() - s->started,
+                    .peak_memory = vel_peak_resident_bytes(),
+                    .device = vel_engine_describe(vel_model_engine(s->model))};
+    VEL_TRY(vel_report_write(s->ctx, &r, path));
+    vel_log(s->ctx, 2, "adapter: %s", adapter);
+    vel_log(s->ctx, 2, "report: %s", path);
+    return VEL_OK;
+}

@@ -1,0 +1,352 @@
+/* session.c: the order of things in `velatura train`: look at the data, load the model, state the plan
+ * (and stop there when asked), encode, draw the "before" pictures, step, save, report. */
+#include "train/session.h"
+
+/* ---- what will be trained ---------------------------------------------------------------------------- */
+
+static vel_status open_data(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    vel_data_options d = {.folder = o->data, .instance_prompt = o->instance_prompt,
+                          .caption_extension = o->caption_extension, .caption_column = o->caption_column,
+                          .image_column = o->image_column, .buckets = o->enable_bucket, .bucket_min = o->min_bucket,
+                          .bucket_max = o->max_bucket, .bucket_step = o->bucket_step,
+                          .no_upscale = o->bucket_no_upscale, .center_crop = !o->random_crop, .flip = o->flip,
+                          .repeats = o->repeats, .validation_split = o->validation_split,
+                          .strict_peer = o->strict_compat, .size_multiple = 8};
+    int got = sscanf(o->resolution, "%d,%d", &d.width, &d.height);
+    if (got == 1)
+        d.height = d.width;
+    if (got < 1 || d.width < 64 || d.height < 64 || d.width % 8 || d.height % 8)
+        return vel_fail(s->ctx, VEL_BAD_VALUE, "--resolution: '%s' is not a size in pixels divisible by 8, such "
+                        "as 512 or 512,768", o->resolution);
+    return vel_dataset_open(s->ctx, &d, &s->data);
+}
+
+/* Sites of modules under a part that match the patterns. */
+static int match_sites(vel_arena *a, const vel_known_module *modules, int n, const vel_train_options *o,
+                       const char *part, const char *patterns, vel_adapter_site *out)
+{
+    int found = 0;
+    for (int i = 0; i < n; i++) {
+        const vel_known_module *m = &modules[i];
+        if (strncmp(m->path, part, strlen(part)) != 0 || m->path[strlen(part)] != '.' || !vel_glob(patterns, m->path))
+            continue;
+        bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
+        int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
+        double alpha = conv && o->conv_alpha > 0 ? o->conv_alpha : o->alpha;
+        out[found++] = (vel_adapter_site){.path = vel_arena_strdup(a, m->path),
+                                          .weight = vel_shape_of(m->weight_rank, m->weight_dim), .rank = rank,
+                                          .conv_rank = rank, .alpha = alpha > 0 ? alpha : rank,
+                                          .dropout = o->dropout, .stream = (uint32_t)i + 1};
+    }
+    return found;
+}
+
+vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_train_options *o,
+                           vel_adapter_site **sites, int *n)
+{
+    int n_modules;
+    const vel_known_module *modules = vel_model_modules(m, &n_modules);
+    *n = 0;
+    *sites = vel_arena_alloc(a, (size_t)n_modules * sizeof **sites);
+    if (!modules || !*sites)
+        return VEL_NO_MEMORY;
+    const char *unet = vel_adapter_preset(o->targets, false), *text = vel_adapter_preset(o->text_targets, true);
+    if (o->train_unet)
+        *n += match_sites(a, modules, n_modules, o, vel_model_family(m)->denoiser, unet ? unet : o->targets, *sites);
+    if (*n == 0 && o->train_unet)
+        return vel_fail(ctx, VEL_BAD_VALUE, "--targets: '%s' matches no module of the model; a preset (attn, "
+                        "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'", o->targets);
+    if (o->train_text_encoder)
+        *n += match_sites(a, modules, n_modules, o, "text_encoder", text ? text : o->text_targets, *sites + *n);
+    if (*n == 0)
+        return vel_fail(ctx, VEL_BAD_VALUE, "nothing is trained: neither the denoiser nor the text encoder");
+    return VEL_OK;
+}
+
+static vel_status open_model(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    vel_model_options m = {o->device, o->precision, o->vae, o->variant, o->clip_skip};
+    VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
+    vel_text_info text[2];
+    vel_model_family(s->model)->texts(vel_model_config(s->model), text);
+    s->length = text[0].length;
+    s->width = text[0].width;
+    s->channels = vel_model_latent(s->model)->channels;
+    VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
+    s->adaption = (vel_adaption){vel_adapter_find(o->network), s->sites, s->n_sites};
+    vel_trainer_options t = {.compute = vel_model_compute(s->model), .smallest = o->gradient_checkpointing,
+                             .train_text_encoder = o->train_text_encoder, .clip_skip = o->clip_skip,
+                             .adaptions = &s->adaption, .n_adaptions = 1};
+    if (o->memory) {
+        double amount = 0;
+        char unit = 0;
+        if (sscanf(o->memory, "%lf%c", &amount, &unit) < 1 || amount <= 0)
+            return vel_fail(s->ctx, VEL_BAD_VALUE, "--memory: '%s' is not a size such as 2GiB", o->memory);
+        t.memory_budget = (int64_t)(amount * (unit == 'M' || unit == 'm' ? 1 << 20 : 1 << 30));
+    }
+    return vel_trainer_create(s->model, &t, &s->trainer);
+}
+
+/* First values of the adapter, from the seed. */
+static vel_status init_trainables(train_session *s)
+{
+    const vel_sample *first = &s->data->samples[0];
+    int down = vel_model_latent(s->model)->down;
+    VEL_TRY(vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
+    vel_engine *e = vel_model_engine(s->model);
+    const vel_adapter_kind *kind = s->adaption.kind;
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        float *values = vel_alloc(s->ctx, (size_t)t->count * sizeof *values);
+        if (!values)
+            return VEL_NO_MEMORY;
+        for (int k = 0; k < s->n_sites; k++) {
+            size_t stem = strlen(s->sites[k].path);
+            if (strncmp(t->path, s->sites[k].path, stem) != 0 || t->path[stem] != '.')
+                continue;
+            for (int leaf = 0; kind->leaves[leaf]; leaf++)
+                if (strcmp(t->path + stem + 1, kind->leaves[leaf]) == 0)
+                    kind->init(&s->sites[k], leaf, (uint64_t)s->o->seed, values, t->count);
+        }
+        vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
+        vel_free(s->ctx, values);
+    }
+    return VEL_OK;
+}
+
+/* ---- the plan, in words ---------------------------------------------------------------------------------- */
+
+static vel_status count_steps(train_session *s)
+{
+    VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, 0, true, &s->epoch));
+    s->epoch_number = 0;
+    s->batches_per_epoch = s->epoch->n_batches;
+    int64_t per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
+    s->steps = s->o->epochs > 0 ? s->o->epochs * per_epoch : s->o->steps;
+    return VEL_OK;
+}
+
+static void describe_trainables(train_session *s, vel_text *t)
+{
+    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)), all = trained;
+    if (s->o->train_unet)
+        all += vel_model_part_values(s->model, vel_model_family(s->model)->denoiser);
+    if (s->o->train_text_encoder)
+        all += vel_model_part_values(s->model, "text_encoder");
+    char a[32], b[32], *out[] = {a, b};
+    int64_t numbers[] = {trained, all};
+    for (int k = 0; k < 2; k++) { /* 3,188,736 */
+        char digits[32];
+        int n = snprintf(digits, sizeof digits, "%" PRId64, numbers[k]), at = 0;
+        for (int i = 0; i < n; i++) {
+            if (i && (n - i) % 3 == 0)
+                out[k][at++] = ',';
+            out[k][at++] = digits[i];
+        }
+        out[k][at] = 0;
+    }
+    vel_text_addf(t, "trainable params: %s || all params: %s || trainable%%: %.4f\n", a, b,
+                  100.0 * (double)trained / (double)all);
+}
+
+static vel_status describe_memory(train_session *s, vel_text *t)
+{
+    int64_t most = 0, weights = 0;
+    int level = 0, down = vel_model_latent(s->model)->down;
+    for (int i = 0; i < s->data->n; i++) { /* the largest bucket decides */
+        const vel_sample *p = &s->data->samples[i];
+        bool seen = false;
+        for (int k = 0; k < i && !seen; k++)
+            seen = s->data->samples[k].width == p->width && s->data->samples[k].height == p->height;
+        if (seen)
+            continue;
+        int64_t arena, w;
+        VEL_TRY(vel_trainer_memory(s->trainer, s->o->batch, p->height / down, p->width / down, true, &arena, &w, &level));
+        most = VEL_MAX(most, arena);
+    }
+    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)) * 4;
+    weights = vel_model_part_values(s->model, vel_model_family(s->model)->denoiser) *
+              vel_dtype_bytes(vel_model_compute(s->model));
+    char a[32], b[32], c[32];
+    vel_text_addf(t, "memory: weights %s, working memory of a step %s%s, adapter with optimizer %s\n",
+                  vel_bytes_text(weights, a), vel_bytes_text(most, b), level ? " (recomputing)" : "",
+                  vel_bytes_text(trained * 4, c));
+    return VEL_OK;
+}
+
+static vel_status describe_plan(train_session *s)
+{
+    vel_text t;
+    vel_text_init(&t, s->ctx);
+    const vel_train_options *o = s->o;
+    double epochs = (double)s->steps * o->accumulation / (double)s->batches_per_epoch;
+    describe_trainables(s, &t);
+    vel_text_addf(&t, "steps: %d pictures (repeats counted: %" PRId64 " batches of %d an epoch)", s->data->n_train,
+                  s->batches_per_epoch, o->batch);
+    if (o->accumulation > 1)
+        vel_text_addf(&t, ", %d batches a step", o->accumulation);
+    vel_text_addf(&t, "; %" PRId64 " steps = %.1f epochs = %" PRId64 " pictures shown\n", s->steps, epochs,
+                  s->steps * o->batch * o->accumulation);
+    vel_status st = describe_memory(s, &t);
+    vel_text_addf(&t, "device: %s, %s\n", vel_engine_describe(vel_model_engine(s->model)),
+                  vel_model_compute(s->model) == VEL_F32 ? "float32" : "bfloat16 with float32 masters");
+    s->plan_text = t.s ? vel_arena_strdup(s->arena, t.s) : NULL;
+    vel_text_finish(&t);
+    return st ? st : s->plan_text ? VEL_OK : VEL_NO_MEMORY;
+}
+
+static vel_status state_plan(train_session *s)
+{
+    vel_text t;
+    vel_text_init(&t, s->ctx);
+    vel_dataset_describe(s->data, &t);
+    s->data_text = t.s ? vel_arena_strdup(s->arena, t.s) : NULL;
+    vel_text_finish(&t);
+    if (!s->data_text)
+        return VEL_NO_MEMORY;
+    vel_log(s->ctx, 2, "%s", s->data_text);
+    VEL_TRY(describe_plan(s));
+    vel_log(s->ctx, 2, "%s", s->plan_text);
+    return VEL_OK;
+}
+
+/* ---- stepping ---------------------------------------------------------------------------------------------- */
+
+static double rate_of(void *user, int i)
+{
+    train_session *s = user;
+    const vel_train_options *o = s->o;
+    const vel_trainable *t = vel_engine_trainable_at(vel_model_engine(s->model), i);
+    bool text = vel_has_prefix(t->path, "text_encoder");
+    double peak = text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
+    int64_t warmup = (int64_t)(o->lr_warmup < 1 ? o->lr_warmup * (double)s->steps : o->lr_warmup);
+    return peak * vel_lr_factor(o->lr_scheduler, s->step, warmup, s->steps, o->lr_cycles, o->lr_power);
+}
+
+static vel_status diverged(train_session *s, const vel_batch *b, const char *what, double value)
+{
+    const char *where = vel_trainer_first_bad(s->trainer, b);
+    return vel_fail(s->ctx, VEL_DIVERGED, "step %" PRId64 ": the %s is %f%s%s; nothing was saved since the last "
+                    "save. A lower --learning_rate or --max_grad_norm, or --precision no, may help", s->step + 1, what,
+                    value, where ? "; first value that is not finite: " : "", where ? where : "");
+}
+
+/* One optimizer step; *loss is the mean over its batches. */
+static vel_status one_step(train_session *s, double *loss, double *norm)
+{
+    const vel_train_options *o = s->o;
+    vel_engine *e = vel_model_engine(s->model);
+    vel_batch b;
+    *loss = 0;
+    for (int k = 0; k < o->accumulation; k++) {
+        double each;
+        VEL_TRY(vel_feed_batch(s, s->step * o->accumulation + k, &b));
+        VEL_TRY(vel_trainer_run(s->trainer, &b, true, &each, NULL));
+        if (!isfinite(each))
+            return diverged(s, &b, "loss", each);
+        *loss += each / o->accumulation;
+        if (o->accumulation > 1)
+            VEL_TRY(vel_engine_accumulate(e, k == 0));
+    }
+    if (o->accumulation > 1)
+        VEL_TRY(vel_engine_take_accumulated(e, o->accumulation));
+    *norm = vel_engine_gradient_norm(e);
+    if (!isfinite(*norm))
+        return diverged(s, &b, "gradient", *norm);
+    /* torch.nn.utils.clip_grad_norm_ */
+    double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
+    vel_adamw_options a = {o->beta1, o->beta2, o->eps, o->weight_decay, s->step + 1, clip, rate_of, s};
+    VEL_TRY(vel_engine_adamw(e, &a));
+    return VEL_OK;
+}
+
+static bool every(int64_t step, int n)
+{
+    return n > 0 && step % n == 0;
+}
+
+static vel_status step_until_done(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    vel_progress progress;
+    vel_progress_begin(&progress, s->ctx, "training", s->steps);
+    double smooth = NAN;
+    for (s->step = s->first_step; s->step < s->steps;) {
+        double start = vel_now(), lr = rate_of(s, 0), loss = NAN, norm = NAN;
+        VEL_TRY(one_step(s, &loss, &norm));
+        s->step++;
+        smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;
+        vel_curve_point p = {s->step, loss, lr, norm, vel_now() - start, NAN};
+        if (s->data->n_held_out && every(s->step, o->validation_every))
+            VEL_TRY(vel_feed_validate(s, &p.validation));
+        VEL_TRY(vel_keep_point(s, &p));
+        vel_progress_at(&progress, s->step, smooth);
+        bool end = s->step == s->steps;
+        if (!end && every(s->step, o->save_every))
+            VEL_TRY(vel_keep_save(s, false));
+        if (!end && every(s->step, o->sample_every))
+            VEL_TRY(vel_look_draw(s));
+        if (s->ctx->interrupted && !end) {
+            VEL_TRY(vel_keep_save(s, false));
+            return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped after step %" PRId64 " of %" PRId64 " and saved: go on "
+                            "with --resume latest", s->step, s->steps);
+        }
+    }
+    return vel_keep_save(s, true);
+}
+
+static vel_status run_session(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    if (!o->dry_run)
+        VEL_TRY(vel_keep_check_folder(s));
+    VEL_TRY(open_data(s));
+    VEL_TRY(open_model(s));
+    VEL_TRY(vel_look_prepare(s));
+    VEL_TRY(count_steps(s));
+    VEL_TRY(init_trainables(s));
+    VEL_TRY(state_plan(s));
+    if (o->dry_run)
+        return VEL_OK;
+    vel_model_set_trained(s->model, &s->adaption, 1);
+    VEL_TRY(vel_keep_resume(s));
+    VEL_TRY(vel_keep_open_log(s));
+    VEL_TRY(vel_feed_prepare(s));
+    s->step = s->first_step;
+    VEL_TRY(vel_look_draw(s));
+    VEL_TRY(step_until_done(s));
+    VEL_TRY(vel_look_draw(s));
+    return vel_look_report(s);
+}
+
+static void finish_session(train_session *s)
+{
+    if (s->log)
+        fclose(s->log);
+    for (int i = 0; i < s->n_sheets; i++) {
+        for (int k = 0; k < s->n_prompts; k++)
+            vel_image_finish(&s->sheets[i].images[k]);
+        vel_free(s->ctx, s->sheets[i].images);
+    }
+    vel_free(s->ctx, s->sheets);
+    vel_free(s->ctx, s->points);
+    vel_free(s->ctx, s->contexts);
+    vel_cache_close(s->cache);
+    vel_epoch_destroy(s->epoch);
+    vel_trainer_destroy(s->trainer);
+    vel_model_close(s->model);
+    vel_dataset_close(s->data);
+    vel_arena_destroy(s->arena);
+}
+
+vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings)
+{
+    train_session s = {.ctx = ctx, .o = o, .settings = settings, .started = vel_now(), .epoch_number = -1};
+    s.arena = vel_arena_create(ctx);
+    vel_status st = s.arena ? run_session(&s) : VEL_NO_MEMORY;
+    finish_session(&s);
+    return st;
+}

@@ -1,0 +1,75 @@
+/* session.h: inside train: the state of one run, shared by its parts:
+ *
+ *   session.c  the order of things, from settings to report
+ *   feed.c     pictures and captions to batches: encoding, caching, noise, timesteps
+ *   keep.c     what is left on disk: adapters, states, log, metadata
+ *   look.c     what a person looks at: samples, sheets, the report */
+#ifndef VEL_TRAIN_SESSION_H
+#define VEL_TRAIN_SESSION_H
+
+#include "train/train.h"
+
+typedef struct train_session {
+    vel_ctx *ctx;
+    const vel_train_options *o;
+    const json_t *settings;
+    vel_arena *arena;
+    double started;
+
+    vel_dataset *data;
+    vel_model *model;
+    vel_adapter_site *sites;
+    int n_sites;
+    vel_adaption adaption;
+    vel_trainer *trainer;
+
+    /* arithmetic, in optimizer steps and batches */
+    int64_t steps, first_step, step, batches_per_epoch;
+    vel_epoch *epoch;
+    int64_t epoch_number; /* of epoch; -1 none */
+
+    /* feed */
+    vel_cache *cache;
+    const char **captions; /* distinct; [0] is "" */
+    int *caption_of;       /* [sample] */
+    int n_captions;
+    float *contexts;       /* [n_captions, length, width]; NULL when the text encoder is trained */
+    int32_t *ids;          /* [n_captions, length] */
+    int length, width, channels;
+    float *latent, *noise, *context, *weight; /* one batch */
+    int32_t *timestep, *batch_ids;
+
+    /* keep */
+    char *log_path;
+    FILE *log;
+    vel_curve_point *points;
+    int n_points, room_points;
+    char *data_text, *plan_text;
+
+    /* look */
+    char **prompts;
+    int n_prompts;
+    vel_report_sheet *sheets;
+    int n_sheets, room_sheets;
+} train_session;
+
+/* feed.c */
+vel_status vel_feed_prepare(train_session *s); /* encodes pictures and captions */
+vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
+vel_status vel_feed_validate(train_session *s, double *loss);
+
+/* keep.c */
+vel_status vel_keep_check_folder(train_session *s);
+vel_status vel_keep_open_log(train_session *s);
+vel_status vel_keep_point(train_session *s, const vel_curve_point *p);
+vel_status vel_keep_save(train_session *s, bool last);
+vel_status vel_keep_resume(train_session *s); /* sets first_step where there is a state */
+char *vel_keep_path(train_session *s, const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
+json_t *vel_keep_metadata(train_session *s);
+
+/* look.c */
+vel_status vel_look_prepare(train_session *s); /* reads the prompts */
+vel_status vel_look_draw(train_session *s);    /* a sheet of samples at this step */
+vel_status vel_look_report(train_session *s);  /* before/after sheet and report.html */
+
+#endif

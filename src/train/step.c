@@ -1,0 +1,223 @@
+/* step.c: one training step: the graph (text encoder where it is trained, denoiser, adapters, loss),
+ * a plan for each bucket, and the batch's way into it. The noise is added here, on the host: it is a
+ * few thousand values. */
+#include "train/train.h"
+
+enum { MAX_PLANS = 64 };
+
+typedef struct bucket_plan {
+    int n, h, w;
+    bool gradient;
+    vel_plan *plan;
+} bucket_plan;
+
+struct vel_trainer {
+    vel_ctx *ctx;
+    vel_model *model;
+    vel_trainer_options o;
+    int channels, length, width;
+    bucket_plan plans[MAX_PLANS];
+    int n_plans;
+    float *noisy, *target; /* [n, h, w, C] of the largest batch so far */
+    int64_t room;
+};
+
+vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_trainer **out)
+{
+    vel_ctx *ctx = vel_model_ctx(m);
+    vel_trainer *t = vel_alloc(ctx, sizeof *t);
+    if (!t)
+        return VEL_NO_MEMORY;
+    t->ctx = ctx;
+    t->model = m;
+    t->o = *o;
+    t->channels = vel_model_latent(m)->channels;
+    vel_text_info text[2];
+    vel_model_family(m)->texts(vel_model_config(m), text);
+    t->length = text[0].length;
+    t->width = text[0].width;
+    *out = t;
+    return VEL_OK;
+}
+
+void vel_trainer_destroy(vel_trainer *t)
+{
+    if (!t)
+        return;
+    for (int i = 0; i < t->n_plans; i++)
+        vel_plan_destroy(t->plans[i].plan);
+    vel_free(t->ctx, t->noisy);
+    vel_free(t->ctx, t->target);
+    vel_free(t->ctx, t);
+}
+
+/* Inputs, prediction, loss; *out is the adapted graph. */
+static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **out)
+{
+    const vel_family *family = vel_model_family(t->model);
+    const vel_config *config = vel_model_config(t->model);
+    vel_graph *g = vel_graph_create(t->ctx);
+    if (!g)
+        return VEL_NO_MEMORY;
+    vel_shape latent = VEL_SHAPE(n, h, w, t->channels);
+    vel_ref x = vel_input(g, "latent", VEL_F32, latent);
+    vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
+    vel_ref target = vel_input(g, "target", VEL_F32, latent);
+    vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
+    vel_condition condition = {{0}};
+    if (t->o.train_text_encoder) {
+        vel_ref ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, t->length));
+        condition = family->encode_text(g, config, ids, t->o.clip_skip);
+    } else {
+        condition.context = vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width));
+    }
+    vel_ref prediction = family->denoise(g, config, x, time, &condition);
+    vel_ref loss = vel_mse(g, prediction, target, weight);
+    vel_output(g, "loss", loss);
+    vel_output(g, "per_sample", (vel_ref){loss.id, 1});
+    vel_status st = vel_graph_check(g);
+    if (st == VEL_OK)
+        st = vel_adapt(g, t->o.adaptions, t->o.n_adaptions, out);
+    vel_graph_destroy(g);
+    return st;
+}
+
+static vel_plan_options plan_options(const vel_trainer *t, bool gradient, bool dry)
+{
+    return (vel_plan_options){.compute = t->o.compute, .gradient = gradient, .memory_budget = t->o.memory_budget,
+                              .smallest = t->o.smallest, .dry = dry};
+}
+
+vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w)
+{
+    vel_graph *g;
+    VEL_TRY(build_graph(t, n, h, w, &g));
+    vel_status st = vel_engine_add_trainables(vel_model_engine(t->model), g);
+    vel_graph_destroy(g);
+    return st;
+}
+
+static vel_status find_plan(vel_trainer *t, int n, int h, int w, bool gradient, vel_plan **out)
+{
+    for (int i = 0; i < t->n_plans; i++) {
+        const bucket_plan *p = &t->plans[i];
+        if (p->n == n && p->h == h && p->w == w && p->gradient == gradient) {
+            *out = p->plan;
+            return VEL_OK;
+        }
+    }
+    if (t->n_plans == MAX_PLANS) { /* the oldest goes; buckets are rarely so many */
+        vel_plan_destroy(t->plans[0].plan);
+        memmove(t->plans, t->plans + 1, (MAX_PLANS - 1) * sizeof *t->plans);
+        t->n_plans--;
+    }
+    vel_engine *engine = vel_model_engine(t->model);
+    vel_graph *g;
+    VEL_TRY(build_graph(t, n, h, w, &g));
+    vel_status st = vel_engine_add_trainables(engine, g);
+    if (st) {
+        vel_graph_destroy(g);
+        return st;
+    }
+    vel_plan_options o = plan_options(t, gradient, false);
+    VEL_TRY(vel_plan_create(engine, g, &o, out));
+    t->plans[t->n_plans++] = (bucket_plan){n, h, w, gradient, *out};
+    return VEL_OK;
+}
+
+vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w)
+{
+    vel_plan *p;
+    return find_plan(t, n, h, w, true, &p) == VEL_OK ? p : NULL;
+}
+
+vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena, int64_t *weights,
+                              int *level)
+{
+    vel_plan *p;
+    if (dry) {
+        vel_graph *g;
+        VEL_TRY(build_graph(t, n, h, w, &g));
+        vel_plan_options o = plan_options(t, true, true);
+        VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &p));
+    } else {
+        VEL_TRY(find_plan(t, n, h, w, true, &p));
+    }
+    *arena = vel_plan_arena_bytes(p);
+    *weights = vel_plan_weight_bytes(p);
+    *level = vel_plan_remat_level(p);
+    if (dry)
+        vel_plan_destroy(p);
+    return VEL_OK;
+}
+
+/* x_t = sqrt(a) x + sqrt(1 - a) e, and what the model is to predict of it: e, or
+ * v = sqrt(a) e - sqrt(1 - a) x (Salimans and Ho 2022), or x. */
+static void noise_batch(vel_trainer *t, const vel_batch *b)
+{
+    const vel_schedule *s = vel_model_schedule(t->model);
+    int64_t each = (int64_t)b->h * b->w * t->channels;
+    for (int i = 0; i < b->n; i++) {
+        double a = s->alphas_cumprod[b->timestep[i]];
+        float signal = (float)sqrt(a), noise = (float)sqrt(1 - a);
+        const float *x = b->latent + i * each, *e = b->noise + i * each;
+        float *noisy = t->noisy + i * each, *target = t->target + i * each;
+        for (int64_t k = 0; k < each; k++) {
+            noisy[k] = signal * x[k] + noise * e[k];
+            target[k] = s->config.prediction == VEL_PREDICTS_V        ? signal * e[k] - noise * x[k]
+                        : s->config.prediction == VEL_PREDICTS_SAMPLE ? x[k]
+                                                                      : e[k];
+        }
+    }
+}
+
+static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
+{
+    int64_t count = (int64_t)b->n * b->h * b->w * t->channels;
+    if (count > t->room) {
+        vel_free(t->ctx, t->noisy);
+        vel_free(t->ctx, t->target);
+        t->room = 0;
+        t->noisy = vel_alloc(t->ctx, (size_t)count * sizeof *t->noisy);
+        t->target = vel_alloc(t->ctx, (size_t)count * sizeof *t->target);
+        if (!t->noisy || !t->target)
+            return VEL_NO_MEMORY;
+        t->room = count;
+    }
+    noise_batch(t, b);
+    float time[256];
+    if (b->n > VEL_COUNT(time))
+        return vel_fail(t->ctx, VEL_BAD_VALUE, "--batch: %d is more than %d", b->n, VEL_COUNT(time));
+    for (int i = 0; i < b->n; i++)
+        time[i] = (float)b->timestep[i];
+    size_t bytes = (size_t)count * sizeof(float), per = (size_t)b->n * sizeof(float);
+    VEL_TRY(vel_plan_set(p, "latent", t->noisy, bytes));
+    VEL_TRY(vel_plan_set(p, "target", t->target, bytes));
+    VEL_TRY(vel_plan_set(p, "time", time, per));
+    VEL_TRY(vel_plan_set(p, "weight", b->weight, per));
+    if (t->o.train_text_encoder)
+        VEL_TRY(vel_plan_set(p, "ids", b->ids, per * (size_t)t->length));
+    else
+        VEL_TRY(vel_plan_set(p, "context", b->context, per * (size_t)t->length * (size_t)t->width));
+    return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed) : VEL_OK;
+}
+
+vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss, float *per_sample)
+{
+    vel_plan *p;
+    VEL_TRY(find_plan(t, b->n, b->h, b->w, gradient, &p));
+    VEL_TRY(set_inputs(t, p, b));
+    VEL_TRY(vel_plan_run(p));
+    float value;
+    VEL_TRY(vel_plan_get(p, "loss", &value, 1));
+    *loss = value;
+    return per_sample ? vel_plan_get(p, "per_sample", per_sample, b->n) : VEL_OK;
+}
+
+const char *vel_trainer_first_bad(vel_trainer *t, const vel_batch *b)
+{
+    vel_plan *p;
+    if (find_plan(t, b->n, b->h, b->w, true, &p) || set_inputs(t, p, b))
+        return NULL;
+    return vel_plan_first_bad(p);
+}

@@ -1,0 +1,228 @@
+/* run.c: the harness of test.h: runs the registered tests, each with its own context and an empty
+ * folder that is removed afterwards.
+ *
+ *     run-tests [--program PATH] [--fault] [--list] [NAME-PATTERN]
+ *
+ * A pattern without '*' matches anywhere in a name. A test fails when a CHECK fails or when memory
+ * of its context is left. With --fault each test runs once to count its allocations and then once
+ * for each of them with that one failing, every time in a process of its own: the test must not
+ * crash (CHECKs that fail then are expected and not counted). The last line is
+ * "N passed, N failed", and ", N skipped" after it if any were; the status is 0 if none failed. */
+#define _GNU_SOURCE /* nftw */
+#include "test.h"
+
+#include <errno.h>
+#include <ftw.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+typedef struct options {
+    const char *program, *pattern;
+    bool fault, list;
+} options;
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+/* Fontconfig keeps its tables to the end of the process. */
+const char *__lsan_default_suppressions(void);
+const char *__lsan_default_suppressions(void)
+{
+    return "leak:libfontconfig\n";
+}
+const char *__lsan_default_options(void);
+const char *__lsan_default_options(void)
+{
+    return "print_suppressions=0";
+}
+#endif
+
+static vel_test *first_test;
+static bool quiet; /* while an allocation is made to fail */
+
+void vel_test_register(vel_test *t)
+{
+    vel_test **at = &first_test; /* by file, then name: constructors run in no fixed order */
+    while (*at) {
+        int order = strcmp((*at)->file, t->file);
+        if (order > 0 || (order == 0 && strcmp((*at)->name, t->name) > 0))
+            break;
+        at = &(*at)->next;
+    }
+    t->next = *at;
+    *at = t;
+}
+
+void vel_test_fail(vel_test *t, const char *file, int line, const char *format, ...)
+{
+    t->failures++;
+    if (quiet)
+        return;
+    va_list args;
+    va_start(args, format);
+    printf("%s:%d: %s: ", file, line, t->name);
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    fflush(stdout);
+}
+
+static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at)
+{
+    (void)st;
+    (void)kind;
+    (void)at;
+    return remove(path);
+}
+
+static bool make_folder(char folder[4096])
+{
+    const char *root = getenv("TMPDIR");
+    snprintf(folder, 4096, "%s/vel-test-XXXXXX", root && *root ? root : "/tmp");
+    return mkdtemp(folder) != NULL;
+}
+
+typedef struct outcome {
+    int64_t allocations, bytes_left;
+    int failures, skipped;
+} outcome;
+
+/* One run; fail_after as in the context. */
+static outcome run_once(vel_test *t, const options *o, int64_t fail_after)
+{
+    char folder[4096];
+    t->failures = 0;
+    t->skipped = 0;
+    t->program = o->program;
+    t->folder = folder;
+    t->ctx = vel_ctx_create("cpu");
+    if (!t->ctx || !make_folder(folder)) {
+        vel_test_fail(t, __FILE__, __LINE__, "no context or folder: %s", strerror(errno));
+        vel_ctx_destroy(t->ctx);
+        return (outcome){.failures = 1};
+    }
+    t->ctx->fail_after = fail_after;
+    t->run(t);
+    outcome out = {.allocations = t->ctx->allocations, .bytes_left = t->ctx->bytes_in_use};
+    if (out.bytes_left != 0)
+        vel_test_fail(t, __FILE__, __LINE__, "%" PRId64 " bytes of the context are left",
+                      out.bytes_left);
+    vel_ctx_destroy(t->ctx);
+    t->ctx = NULL;
+    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    out.failures = t->failures;
+    out.skipped = t->skipped;
+    return out;
+}
+
+/* The same in a process of its own; false when that crashed. */
+static bool run_apart(vel_test *t, const options *o, int64_t fail_after, outcome *out)
+{
+    int ends[2];
+    fflush(NULL);
+    if (pipe(ends))
+        return false;
+    pid_t child = fork();
+    if (child == 0) {
+        *out = run_once(t, o, fail_after);
+        ssize_t sent = write(ends[1], out, sizeof *out);
+        fflush(NULL);
+        _exit(sent != sizeof *out);
+    }
+    close(ends[1]);
+    bool whole = child > 0 && read(ends[0], out, sizeof *out) == sizeof *out;
+    close(ends[0]);
+    int status = 1;
+    return child > 0 && waitpid(child, &status, 0) == child && whole && status == 0;
+}
+
+/* The plain run decides whether the CHECKs hold; the others only have to come back. */
+static void run_with_faults(vel_test *t, const options *o)
+{
+    outcome plain = {0}, out;
+    int crashes = !run_apart(t, o, 0, &plain), leaks = 0;
+    if (crashes)
+        printf("%s: crashed\n", t->name);
+    quiet = true;
+    for (int64_t i = 1; i <= plain.allocations && !plain.skipped; i++) {
+        if (!run_apart(t, o, i, &out)) {
+            printf("%s: crashed when allocation %" PRId64 " failed\n", t->name, i);
+            crashes++;
+        } else if (out.bytes_left) {
+            leaks++;
+        }
+    }
+    quiet = false;
+    t->failures = plain.failures + crashes;
+    t->skipped = plain.skipped;
+    printf("%s: %" PRId64 " allocations failed in turn, %d crashes, memory left %d times\n",
+           t->name, plain.allocations, crashes, leaks);
+    fflush(stdout);
+}
+
+static bool is_wanted(const vel_test *t, const char *pattern)
+{
+    if (!pattern)
+        return true;
+    return strpbrk(pattern, "*?,") ? vel_glob(pattern, t->name) : strstr(t->name, pattern) != NULL;
+}
+
+static bool read_options(int n, char **args, options *o)
+{
+    for (int i = 1; i < n; i++) {
+        if (strcmp(args[i], "--fault") == 0)
+            o->fault = true;
+        else if (strcmp(args[i], "--list") == 0)
+            o->list = true;
+        else if (strcmp(args[i], "--program") == 0 && i + 1 < n)
+            o->program = args[++i];
+        else if (args[i][0] != '-' && !o->pattern)
+            o->pattern = args[i];
+        else
+            return false;
+    }
+    return true;
+}
+
+int main(int n, char **args)
+{
+    options o = {0};
+    if (!read_options(n, args, &o)) {
+        fprintf(stderr, "usage: %s [--program PATH] [--fault] [--list] [NAME-PATTERN]\n", args[0]);
+        return 2;
+    }
+    int passed = 0, failed = 0, skipped = 0;
+    for (vel_test *t = first_test; t; t = t->next) {
+        if (!is_wanted(t, o.pattern))
+            continue;
+        if (o.list) {
+            printf("%s\n", t->name);
+            continue;
+        }
+        double start = vel_now();
+        if (o.fault)
+            run_with_faults(t, &o);
+        else
+            run_once(t, &o, 0);
+        double seconds = vel_now() - start;
+        if (seconds > 2 && !o.fault)
+            printf("%s took %.1f s\n", t->name, seconds);
+        if (t->failures)
+            failed++;
+        else if (t->skipped)
+            skipped++;
+        else
+            passed++;
+    }
+    if (o.list)
+        return 0;
+    printf("%d passed, %d failed", passed, failed);
+    if (skipped)
+        printf(", %d skipped", skipped);
+    printf("\n");
+    return failed > 0;
+}

@@ -1,0 +1,431 @@
+/* test_adapter_file.c: adapter files written and read in each dialect, and everything that a file
+ * may have wrong. What diffusers makes of them: tools/golden/adapter_files.py. */
+#include "formats/adapter_file.h"
+#include "test.h"
+
+#include <stdlib.h>
+
+enum { LINEAR, OUT, CONV, FULL_CONV, TEXT, N_KNOWN };
+#define BLOCK "unet.down_blocks.0.attentions.0"
+static const vel_known_module known[N_KNOWN] = {
+    {BLOCK ".transformer_blocks.0.attn1.to_q", 2, {8, 6}},
+    {BLOCK ".transformer_blocks.0.attn1.to_out.0", 2, {8, 8}},
+    {BLOCK ".proj_in", 4, {8, 8, 1, 1}},
+    {"unet.down_blocks.0.resnets.0.conv1", 4, {4, 8, 3, 3}},
+    {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 2, {6, 6}},
+};
+
+/* An adapter over all known modules with ranks 1 to 5 and alpha twice module 0's rank. */
+static vel_status make_adapter(vel_ctx *ctx, vel_adapter_file *f)
+{
+    *f = (vel_adapter_file){.ctx = ctx, .n = N_KNOWN};
+    f->modules = vel_alloc(ctx, N_KNOWN * sizeof *f->modules);
+    for (int i = 0; f->modules && i < N_KNOWN; i++) {
+        vel_adapter_module *m = &f->modules[i];
+        int64_t inner = 1;
+        for (int a = 1; a < known[i].weight_rank; a++)
+            inner *= known[i].weight_dim[a];
+        memcpy(m->weight_dim, known[i].weight_dim, sizeof m->weight_dim);
+        m->path = vel_strdup(ctx, known[i].path);
+        m->weight_rank = known[i].weight_rank;
+        m->rank = i + 1;
+        m->alpha = 0.5 * m->rank;
+        m->n_down = m->rank * inner;
+        m->n_up = known[i].weight_dim[0] * m->rank;
+        m->down = vel_alloc(ctx, (size_t)m->n_down * sizeof *m->down);
+        m->up = vel_alloc(ctx, (size_t)m->n_up * sizeof *m->up);
+        if (!m->path || !m->down || !m->up)
+            return VEL_NO_MEMORY;
+        for (int64_t j = 0; j < m->n_down; j++)
+            m->down[j] = (float)(i + 1) + (float)(j % 8) / 8;
+        for (int64_t j = 0; j < m->n_up; j++)
+            m->up[j] = -(float)(i + 1) + (float)(j % 8) / 8;
+    }
+    return f->modules ? VEL_OK : VEL_NO_MEMORY;
+}
+
+static void finish_adapter(vel_adapter_file *f)
+{
+    for (int i = 0; f->modules && i < f->n; i++) {
+        vel_free(f->ctx, f->modules[i].path);
+        vel_free(f->ctx, f->modules[i].down);
+        vel_free(f->ctx, f->modules[i].up);
+    }
+    vel_free(f->ctx, f->modules);
+}
+
+/* Is up times the strength, and down, the same? All values here are exact in 8 bits. */
+static void check_same(vel_test *t, const vel_adapter_module *a, const vel_adapter_module *b)
+{
+    CHECK(strcmp(a->path, b->path) == 0);
+    CHECK(a->rank == b->rank && a->n_down == b->n_down && a->n_up == b->n_up);
+    for (int64_t i = 0; i < a->n_down && a->n_down == b->n_down; i++)
+        CHECK(a->down[i] == b->down[i]);
+    for (int64_t i = 0; i < a->n_up && a->n_up == b->n_up; i++)
+        CHECK(a->up[i] * a->alpha / a->rank == b->up[i] * b->alpha / b->rank);
+}
+
+static void round_trip(vel_test *t, const char *dialect, vel_file_type type, double alpha)
+{
+    vel_adapter_file f, *g = NULL;
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    vel_status st = make_adapter(t->ctx, &f);
+    if (!st && path) {
+        CHECK_OK(vel_adapter_file_write(&f, path, dialect, type, NULL));
+        CHECK_OK(vel_adapter_file_read(t->ctx, path, known, N_KNOWN, &g));
+    }
+    if (g) {
+        CHECK(g->n == N_KNOWN && strcmp(g->dialect, dialect) == 0 && strcmp(g->kind, "lora") == 0);
+        for (int i = 0; i < g->n && g->n == f.n; i++)
+            check_same(t, &f.modules[i], &g->modules[i]);
+        CHECK(g->modules[0].alpha == alpha);
+    }
+    vel_adapter_file_destroy(g);
+    finish_adapter(&f);
+    vel_free(t->ctx, path);
+}
+
+TEST(adapter_file_round_trips)
+{
+    round_trip(t, "kohya", VEL_FILE_F32, 0.5);
+    round_trip(t, "kohya", VEL_FILE_F16, 0.5);
+    round_trip(t, "kohya", VEL_FILE_BF16, 0.5);
+    round_trip(t, "diffusers", VEL_FILE_F32, 1); /* folded into up */
+    round_trip(t, "diffusers", VEL_FILE_F16, 1);
+}
+
+TEST(adapter_file_unknown_dialect)
+{
+    vel_adapter_file f;
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    if (!make_adapter(t->ctx, &f) && path) {
+        CHECK(vel_adapter_file_write(&f, path, "webui", VEL_FILE_F32, NULL) != VEL_OK);
+        CHECK(strstr(vel_ctx_error(t->ctx), "webui"));
+        CHECK(!vel_is_file(path));
+    }
+    finish_adapter(&f);
+    vel_free(t->ctx, path);
+}
+
+/* ---- names and metadata of what is written ---- */
+
+static void check_names(vel_test *t, const char *dialect, const char *const *names, int n)
+{
+    vel_adapter_file f;
+    vel_safetensors *sf = NULL;
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    if (!make_adapter(t->ctx, &f) && path) {
+        CHECK_OK(vel_adapter_file_write(&f, path, dialect, VEL_FILE_F16, NULL));
+        CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+    }
+    for (int i = 0; sf && i < n; i++)
+        CHECK_MSG(vel_safetensors_find(sf, names[i]) != NULL, "%s is missing", names[i]);
+    vel_safetensors_close(sf);
+    finish_adapter(&f);
+    vel_free(t->ctx, path);
+}
+
+TEST(adapter_file_names)
+{
+    static const char *const kohya[] = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+        "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha",
+    };
+    static const char *const diffusers[] = {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora.down.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
+    };
+    check_names(t, "kohya", kohya, VEL_COUNT(kohya));
+    check_names(t, "diffusers", diffusers, VEL_COUNT(diffusers));
+}
+
+TEST(adapter_file_kohya_metadata)
+{
+    vel_adapter_file f;
+    vel_safetensors *sf = NULL;
+    json_t *metadata = json_pack("{s:s, s:s}", "ss_network_dim", "4", "modelspec.title", "x");
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    if (!make_adapter(t->ctx, &f) && path && metadata) {
+        CHECK_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, metadata));
+        CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+    }
+    if (sf) {
+        const char *hash = vel_safetensors_meta(sf, "sshs_model_hash");
+        const char *legacy = vel_safetensors_meta(sf, "sshs_legacy_hash");
+        CHECK(hash && strlen(hash) == 64);
+        CHECK(legacy &&
+              strcmp(legacy, "e3b0c442") == 0); /* of nothing: the file ends before 1 MiB */
+        const json_t *kept = vel_safetensors_metadata(sf);
+        CHECK(strcmp(vel_json_string(kept, "ss_network_dim", ""), "4") == 0);
+        CHECK(strcmp(vel_json_string(kept, "modelspec.title", ""), "x") == 0);
+        CHECK(json_object_size(metadata) == 2); /* the caller's is left as it was */
+        const vel_file_tensor *alpha =
+            vel_safetensors_find(sf, "lora_unet_down_blocks_0_resnets_0_conv1.alpha");
+        CHECK(alpha && alpha->rank == 0);
+    }
+    vel_safetensors_close(sf);
+    json_decref(metadata);
+    finish_adapter(&f);
+    vel_free(t->ctx, path);
+}
+
+TEST(adapter_file_diffusers_metadata)
+{
+    vel_adapter_file f;
+    vel_safetensors *sf = NULL;
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    if (!make_adapter(t->ctx, &f) && path) {
+        CHECK_OK(vel_adapter_file_write(&f, path, "diffusers", VEL_FILE_F32, NULL));
+        CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+    }
+    const char *text = sf ? vel_safetensors_meta(sf, "lora_adapter_metadata") : NULL;
+    json_t *config = text ? json_loads(text, 0, NULL) : NULL;
+    if (sf) {
+        CHECK(vel_json_int(config, "unet.r", 0) == 1 &&
+              vel_json_int(config, "unet.lora_alpha", 0) == 1);
+        CHECK(vel_json_int(config, "text_encoder.r", 0) == 5);
+        const json_t *ranks = json_object_get(config, "unet.rank_pattern");
+        CHECK(vel_json_int(ranks, "down_blocks.0.resnets.0.conv1", 0) == 4 &&
+              json_object_size(ranks) == 3);
+        CHECK(json_array_size(json_object_get(config, "unet.target_modules")) == 4);
+        CHECK(strcmp(vel_json_string(vel_safetensors_metadata(sf), "format", ""), "pt") == 0);
+    }
+    json_decref(config);
+    vel_safetensors_close(sf);
+    finish_adapter(&f);
+    vel_free(t->ctx, path);
+}
+
+/* ---- what others write ---- */
+
+typedef struct row { /* a tensor of a made-up file; all values are `value` */
+    const char *name;
+    int rank;
+    int64_t dim[4];
+    float value;
+} row;
+
+static vel_status write_rows(vel_ctx *ctx, const char *path, const row *rows, int n,
+                             const json_t *metadata)
+{
+    enum { LARGEST = 4096 };
+    static float values[8][LARGEST];
+    vel_save_tensor tensors[8];
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < LARGEST; j++)
+            values[i][j] = rows[i].value;
+        tensors[i] = (vel_save_tensor){
+            .name = rows[i].name, .type = VEL_FILE_F32, .rank = rows[i].rank, .data = values[i]};
+        memcpy(tensors[i].dim, rows[i].dim, sizeof rows[i].dim);
+    }
+    return vel_safetensors_save(ctx, path, tensors, n, metadata);
+}
+
+/* Reads the rows as a file of that name in the test's folder. */
+static vel_status read_rows(vel_test *t, const char *name, const row *rows, int n,
+                            const json_t *metadata, vel_adapter_file **out)
+{
+    char *path = vel_path_join(t->ctx, t->folder, name);
+    *out = NULL;
+    vel_status st = path ? write_rows(t->ctx, path, rows, n, metadata) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_adapter_file_read(t->ctx, path, known, N_KNOWN, out);
+    vel_free(t->ctx, path);
+    return st;
+}
+
+#define TO_Q "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+#define TO_Q_KOHYA "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+#define TE_Q "text_encoder.text_model.encoder.layers.0.self_attn"
+
+TEST(adapter_file_reads_dialects)
+{
+    static const struct {
+        const char *down, *up, *dialect;
+        int module;
+    } rows[] = {
+        {TO_Q_KOHYA ".lora_down.weight", TO_Q_KOHYA ".lora_up.weight", "kohya", LINEAR},
+        {TO_Q ".lora.down.weight", TO_Q ".lora.up.weight", "diffusers", LINEAR},
+        {TO_Q ".lora_A.weight", TO_Q ".lora_B.weight", "diffusers", LINEAR},
+        {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down."
+         "weight",
+         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up."
+         "weight",
+         "diffusers-old", OUT},
+        {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight",
+         "diffusers-old", LINEAR},
+        {TE_Q ".q_proj.lora_linear_layer.down.weight", TE_Q ".q_proj.lora_linear_layer.up.weight",
+         "diffusers", TEXT},
+        {TE_Q ".to_q_lora.down.weight", TE_Q ".to_q_lora.up.weight", "diffusers-old", TEXT},
+        {"base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+         "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight", "peft",
+         TEXT},
+        {"base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.default.weight",
+         "base_model.model.encoder.layers.0.self_attn.q_proj.lora_B.default.weight", "peft", TEXT},
+    };
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        const vel_known_module *m = &known[rows[i].module];
+        row file[] = {{rows[i].down, 2, {3, m->weight_dim[1]}, 2},
+                      {rows[i].up, 2, {m->weight_dim[0], 3}, 5}};
+        vel_adapter_file *f = NULL;
+        CHECK_OK(read_rows(t, "a.safetensors", file, 2, NULL, &f));
+        if (!f)
+            continue;
+        CHECK_MSG(strcmp(f->dialect, rows[i].dialect) == 0, "%s: %s", rows[i].down, f->dialect);
+        CHECK(f->n == 1 && strcmp(f->modules[0].path, m->path) == 0);
+        CHECK(f->modules[0].rank == 3 && f->modules[0].alpha == 3); /* none stated: the rank */
+        CHECK(f->modules[0].down[0] == 2 && f->modules[0].up[0] == 5);
+        vel_adapter_file_destroy(f);
+    }
+}
+
+/* alpha as [] or [1]; a linear stored as a convolution and the other way round. */
+TEST(adapter_file_lenient_shapes)
+{
+#define PROJ "lora_unet_down_blocks_0_attentions_0_proj_in"
+    static const row rows[] = {
+        {TO_Q_KOHYA ".lora_down.weight", 4, {2, 6, 1, 1}, 1},
+        {TO_Q_KOHYA ".lora_up.weight", 4, {8, 2, 1, 1}, 1},
+        {TO_Q_KOHYA ".alpha", 1, {1}, 0.25f},
+        {PROJ ".lora_down.weight", 2, {2, 8}, 1},
+        {PROJ ".lora_up.weight", 2, {8, 2}, 1},
+        {PROJ ".alpha", 0, {0}, 8},
+    };
+    vel_adapter_file *f = NULL;
+    CHECK_OK(read_rows(t, "a.safetensors", rows, VEL_COUNT(rows), NULL, &f));
+    if (f)
+        CHECK(f->n == 2 && f->modules[0].alpha == 0.25 && f->modules[1].alpha == 8);
+    vel_adapter_file_destroy(f);
+}
+
+/* PEFT's folder: scales from adapter_config.json, patterns included. */
+TEST(adapter_file_peft_folder)
+{
+#define PEFT "base_model.model.down_blocks.0.attentions.0."
+    static const row rows[] = {
+        {PEFT "transformer_blocks.0.attn1.to_q.lora_A.weight", 2, {4, 6}, 1},
+        {PEFT "transformer_blocks.0.attn1.to_q.lora_B.weight", 2, {8, 4}, 1},
+        {PEFT "transformer_blocks.0.attn1.to_out.0.lora_A.weight", 2, {2, 8}, 1},
+        {PEFT "transformer_blocks.0.attn1.to_out.0.lora_B.weight", 2, {8, 2}, 1},
+        {PEFT "proj_in.lora_A.weight", 4, {4, 8, 1, 1}, 1},
+        {PEFT "proj_in.lora_B.weight", 4, {8, 4, 1, 1}, 1},
+    };
+    static const char *const configs[] = {
+        "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 3, \"rank_pattern\": {\"to_out.0\": "
+        "2},"
+        " \"alpha_pattern\": {\"attn\\\\d.to_out.0\": 7, \"o_q\": 9, \"((((\": 1}, \"use_rslora\": "
+        "false}",
+        "{\"peft_type\": \"LORA\", \"lora_alpha\": 3, \"use_rslora\": true}",
+    };
+    static const double alphas[2][3] = {{3, 7, 3}, {6, 3 * 1.4142135623730951, 6}};
+    char *path = vel_path_join(t->ctx, t->folder, "adapter_model.safetensors");
+    char *config = vel_path_join(t->ctx, t->folder, "adapter_config.json");
+    for (int i = 0; path && config && i < 2; i++) {
+        vel_adapter_file *f = NULL;
+        CHECK_OK(write_rows(t->ctx, path, rows, VEL_COUNT(rows), NULL));
+        CHECK_OK(vel_write_file(t->ctx, config, configs[i], strlen(configs[i])));
+        CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+        for (int m = 0; f && m < 3; m++)
+            CHECK_MSG(fabs(f->modules[m].alpha - alphas[i][m]) < 1e-12, "%d.%d: %g", i, m,
+                      f->modules[m].alpha);
+        vel_adapter_file_destroy(f);
+    }
+    static const char *const refused[][2] = {
+        {"{\"peft_type\": \"LOHA\"}", "peft_type"},
+        {"{\"peft_type\": \"LORA\", \"use_dora\": true}", "use_dora"},
+        {"{\"init_lora_weights\": \"pissa_niter_4\"}", "pissa"},
+    };
+    for (int i = 0; path && config && i < VEL_COUNT(refused); i++) {
+        vel_adapter_file *f = NULL;
+        CHECK_OK(vel_write_file(t->ctx, config, refused[i][0], strlen(refused[i][0])));
+        CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_UNSUPPORTED);
+        vel_adapter_file_destroy(f);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), refused[i][1]) != NULL, "%s",
+                  vel_ctx_error(t->ctx));
+    }
+    vel_free(t->ctx, path);
+    vel_free(t->ctx, config);
+}
+
+TEST(adapter_file_diffusers_alpha)
+{
+    static const row rows[] = {{TO_Q ".lora_A.weight", 2, {4, 6}, 1},
+                               {TO_Q ".lora_B.weight", 2, {8, 4}, 1}};
+    json_t *metadata =
+        json_pack("{s:s}", "lora_adapter_metadata",
+                  "{\"unet.r\": 4, \"unet.lora_alpha\": 2, \"text_encoder.lora_alpha\": 16}");
+    vel_adapter_file *f = NULL;
+    CHECK_OK(read_rows(t, "a.safetensors", rows, 2, metadata, &f));
+    if (f)
+        CHECK(f->modules[0].alpha == 2);
+    vel_adapter_file_destroy(f);
+    json_object_set_new(metadata, "lora_adapter_metadata", json_string("{"));
+    CHECK(read_rows(t, "a.safetensors", rows, 2, metadata, &f) == VEL_BAD_FILE);
+    json_decref(metadata);
+}
+
+/* ---- what is refused ---- */
+
+static void check_refused(vel_test *t, const row *rows, int n, vel_status status, const char *what)
+{
+    vel_adapter_file *f = NULL;
+    vel_status st = read_rows(t, "a.safetensors", rows, n, NULL, &f);
+    CHECK_MSG(st == status, "status %d, not %d: %s", (int)st, (int)status, vel_ctx_error(t->ctx));
+    CHECK_MSG(strstr(vel_ctx_error(t->ctx), what) && strstr(vel_ctx_error(t->ctx), "a.safetensors"),
+              "%s is not named: %s", what, vel_ctx_error(t->ctx));
+    vel_adapter_file_destroy(f);
+}
+
+TEST(adapter_file_refusals)
+{
+#define DOWN TO_Q_KOHYA ".lora_down.weight", 2
+#define UP TO_Q_KOHYA ".lora_up.weight", 2
+    static const row unknown[] = {
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {"lora_unet_x.lora_up.weight", 2, {8, 2}, 1}};
+    check_refused(t, unknown, 3, VEL_BAD_GRAPH, "lora_unet_x.lora_up.weight");
+    static const row other_model[] = {{DOWN, {2, 320}, 1}, {UP, {320, 2}, 1}};
+    check_refused(t, other_model, 2, VEL_BAD_GRAPH, "[2, 320]");
+    static const row ranks[] = {{DOWN, {2, 6}, 1}, {UP, {8, 3}, 1}};
+    check_refused(t, ranks, 2, VEL_BAD_GRAPH, known[LINEAR].path);
+    static const row half[] = {{DOWN, {2, 6}, 1}};
+    check_refused(t, half, 1, VEL_BAD_FILE, known[LINEAR].path);
+    static const row twice[] = {
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q ".lora_A.weight", 2, {2, 6}, 1}};
+    check_refused(t, twice, 3, VEL_BAD_FILE, "same tensor");
+    static const row loha[] = {{TO_Q_KOHYA ".hada_w1_a", 2, {8, 2}, 1}};
+    check_refused(t, loha, 1, VEL_UNSUPPORTED, "LoHa");
+    static const row dora[] = {
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q_KOHYA ".dora_scale", 2, {8, 1}, 1}};
+    check_refused(t, dora, 3, VEL_UNSUPPORTED, "DoRA");
+    static const row infinite[] = {{DOWN, {2, 6}, INFINITY}, {UP, {8, 2}, 1}};
+    check_refused(t, infinite, 2, VEL_BAD_FILE, "not finite");
+    static const row alpha[] = {
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q_KOHYA ".alpha", 1, {2}, 1}};
+    check_refused(t, alpha, 3, VEL_BAD_FILE, "alpha");
+    static const row scalar[] = {{TO_Q_KOHYA ".lora_down.weight", 0, {0}, 1}, {UP, {8, 2}, 1}};
+    check_refused(t, scalar, 2, VEL_BAD_GRAPH, "[]");
+}
+
+TEST(adapter_file_folders)
+{
+    static const row rows[] = {{DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}};
+    vel_adapter_file *f = NULL;
+    CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_NOT_FOUND);
+    vel_adapter_file_destroy(f);
+    CHECK_OK(read_rows(t, "one.safetensors", rows, 2, NULL, &f));
+    vel_adapter_file_destroy(f);
+    CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+    vel_adapter_file_destroy(f);
+    CHECK_OK(read_rows(t, "two.safetensors", rows, 2, NULL, &f));
+    vel_adapter_file_destroy(f);
+    CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_NOT_FOUND);
+    vel_adapter_file_destroy(f);
+    CHECK(strstr(vel_ctx_error(t->ctx), "several"));
+    CHECK_OK(read_rows(t, "pytorch_lora_weights.safetensors", rows, 2, NULL, &f));
+    vel_adapter_file_destroy(f);
+    CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+    vel_adapter_file_destroy(f);
+    CHECK(vel_adapter_file_read(t->ctx, "/no/such/file", known, N_KNOWN, &f) != VEL_OK && !f);
+}

@@ -1,0 +1,177 @@
+/* test_ops_golden.c: the meanings of the ops, values and gradients, against PyTorch and diffusers
+ * in float64 (tests/golden/ops.safetensors, made by tools/golden/ops.py). Every case of the file is
+ * a row of the table here, with the op's settings. */
+#include "exec/exec.h"
+#include "formats/formats.h"
+#include "test.h"
+
+typedef struct golden_row {
+    const char *name;
+    vel_op op;
+    vel_attr a;
+    double limit; /* relative error; 0: the usual */
+} golden_row;
+
+/* Both sides compute in float64; sums are made in other orders. */
+static const double usual_limit = 1e-12;
+
+static const golden_row rows[] = {
+    {"silu", VEL_OP_act, {.act = {VEL_ACT_SILU}}},
+    {"gelu", VEL_OP_act, {.act = {VEL_ACT_GELU}}},
+    {"gelu_tanh", VEL_OP_act, {.act = {VEL_ACT_GELU_TANH}}},
+    {"quick_gelu", VEL_OP_act, {.act = {VEL_ACT_QUICK_GELU}}},
+    {"sigmoid", VEL_OP_act, {.act = {VEL_ACT_SIGMOID}}},
+    {"tanh", VEL_OP_act, {.act = {VEL_ACT_TANH}}},
+    {"relu", VEL_OP_act, {.act = {VEL_ACT_RELU}}},
+    {"group_norm_silu", VEL_OP_group_norm, {.group_norm = {4, 1e-5, VEL_ACT_SILU}}},
+    {"group_norm", VEL_OP_group_norm, {.group_norm = {3, 1e-6}}},
+    {"layer_norm", VEL_OP_layer_norm, {.layer_norm = {1e-5}}},
+    {"softmax", VEL_OP_softmax, {.softmax = {}}},
+    {"attention", VEL_OP_attention, {.attention = {2, false, 0.57735026918962576}}},
+    {"attention_causal", VEL_OP_attention, {.attention = {2, true, 0.44721359549995793}}},
+    {"attention_masked", VEL_OP_attention, {.attention = {3, false, 0.5}}},
+    {"attention_causal_masked", VEL_OP_attention, {.attention = {1, true, 0.5}}},
+    {"geglu", VEL_OP_geglu, {.geglu = {}}},
+    {"linear", VEL_OP_linear, {.linear = {VEL_ACT_NONE}}},
+    {"linear_gelu_residual", VEL_OP_linear, {.linear = {VEL_ACT_GELU}}},
+    {"conv2d", VEL_OP_conv2d, {.conv2d = {1, {1, 1, 1, 1}}}},
+    {"conv2d_stride", VEL_OP_conv2d, {.conv2d = {2, {1, 1, 1, 1}}}},
+    {"conv2d_down", VEL_OP_conv2d, {.conv2d = {2, {0, 1, 0, 1}}}},
+    {"conv2d_point", VEL_OP_conv2d, {.conv2d = {1, {0, 0, 0, 0}}}},
+    {"conv2d_uneven", VEL_OP_conv2d, {.conv2d = {1, {2, 0, 0, 1}}}},
+    {"upsample_2", VEL_OP_upsample, {.upsample = {2}}},
+    {"upsample_3", VEL_OP_upsample, {.upsample = {3}}},
+    {"mse", VEL_OP_mse, {.mse = {}}},
+    {"embed", VEL_OP_embed, {.embed = {}}},
+    /* float32 angles up to 999 */
+    {"time_embed", VEL_OP_time_embed, {.time_embed = {32, true, 0, 10000}}, 5e-5},
+    {"time_embed_default", VEL_OP_time_embed, {.time_embed = {10, false, 1, 10000}}, 5e-5},
+};
+
+typedef struct golden {
+    vel_safetensors *file;
+    const char *row;
+} golden;
+
+static const vel_file_tensor *find(const golden *gd, const char *what, int i)
+{
+    char name[96];
+    snprintf(name, sizeof name, i < 0 ? "%s/%s" : "%s/%s%d", gd->row, what, i);
+    return vel_safetensors_find(gd->file, name);
+}
+
+static double value_at(const vel_file_tensor *v, int64_t i)
+{
+    double d;
+    float f;
+    if (v->type == VEL_FILE_F64) {
+        memcpy(&d, v->data + i * 8, 8);
+        return d;
+    }
+    vel_file_tensor_floats(v, i, 1, &f);
+    return f;
+}
+
+/* Leaves are named by what they are: "in0", "seed". */
+static vel_status leaf_value(void *user, const vel_node *leaf, double *values, int64_t n)
+{
+    const vel_file_tensor *v = find(user, leaf->path, -1);
+    for (int64_t i = 0; v && i < n; i++)
+        values[i] = value_at(v, i);
+    return VEL_OK;
+}
+
+static vel_ref leaf_of(vel_graph *g, const vel_file_tensor *v, const char *name)
+{
+    if (!v)
+        return (vel_ref){0};
+    return vel_input(g, name, v->type == VEL_FILE_I32 ? VEL_I32 : VEL_F32,
+                     vel_shape_of(v->rank, v->dim));
+}
+
+/* Outputs are named as in the file. */
+static void build_row(const golden *gd, const golden_row *row, vel_graph *g)
+{
+    vel_ref in[VEL_MAX_IN] = {{0}}, wanted[VEL_MAX_IN], grads[VEL_MAX_IN];
+    int n_wanted = 0, n_in = vel_op_inputs(row->op), input[VEL_MAX_IN];
+    char name[16];
+    for (int i = 0; i < n_in; i++) {
+        snprintf(name, sizeof name, "in%d", i);
+        in[i] = leaf_of(g, find(gd, "in", i), name);
+        if (find(gd, "grad", i)) {
+            input[n_wanted] = i;
+            wanted[n_wanted++] = in[i];
+        }
+    }
+    vel_ref out = vel_build(g, row->op, in, n_in, &row->a);
+    for (int i = 0; find(gd, "out", i); i++) {
+        snprintf(name, sizeof name, "out%d", i);
+        vel_output(g, name, (vel_ref){out.id, i});
+    }
+    vel_ref seed = leaf_of(g, find(gd, "seed", -1), "seed");
+    if (n_wanted)
+        vel_vjp(g, &out, &seed, 1, wanted, grads, n_wanted);
+    for (int i = 0; i < n_wanted; i++) {
+        snprintf(name, sizeof name, "grad%d", input[i]);
+        vel_output(g, name, grads[i]);
+    }
+}
+
+static void compare(vel_test *t, const golden *gd, const char *output, const vel_ref_tensor *got,
+                    double limit)
+{
+    const vel_file_tensor *truth = find(gd, output, -1);
+    double error = 0, size = 0;
+    CHECK_MSG(vel_shape_equal(got->shape, vel_shape_of(truth->rank, truth->dim)),
+              "%s/%s has another shape", gd->row, output);
+    for (int64_t i = 0; i < VEL_MIN(truth->count, vel_shape_count(got->shape)); i++) {
+        double v = value_at(truth, i);
+        error += (got->v[i] - v) * (got->v[i] - v);
+        size += v * v;
+    }
+    error = sqrt(error / VEL_MAX(size, 1e-300));
+    CHECK_MSG(error <= limit, "%s/%s is off by %.2e, allowed %.2e", gd->row, output, error, limit);
+}
+
+static void check_row(vel_test *t, golden *gd, const golden_row *row)
+{
+    vel_graph *g = vel_graph_create(t->ctx);
+    vel_ref_tensor result[VEL_MAX_OUT + VEL_MAX_IN] = {{{0}}};
+    if (!g)
+        return;
+    gd->row = row->name;
+    CHECK_MSG(find(gd, "out", 0), "the file has no case %s", row->name);
+    build_row(gd, row, g);
+    vel_status status = vel_reference_run(g, leaf_value, gd, result);
+    CHECK_MSG(status == VEL_OK, "%s: %s", row->name, vel_ctx_error(t->ctx));
+    for (int i = 0; !status && i < vel_graph_outputs(g); i++)
+        compare(t, gd, vel_output_name(g, i), &result[i],
+                row->limit > 0 ? row->limit : usual_limit);
+    vel_reference_free(t->ctx, result, VEL_COUNT(result));
+    vel_graph_destroy(g);
+}
+
+TEST(ops_golden)
+{
+    golden gd = {0};
+    CHECK_OK(vel_safetensors_open(t->ctx, "tests/golden/ops.safetensors", &gd.file));
+    for (int i = 0; gd.file && i < VEL_COUNT(rows); i++)
+        check_row(t, &gd, &rows[i]);
+    vel_safetensors_close(gd.file);
+}
+
+/* A case that nobody reads would be a gap that looks closed. */
+TEST(ops_golden_file_is_used)
+{
+    vel_safetensors *file = NULL;
+    CHECK_OK(vel_safetensors_open(t->ctx, "tests/golden/ops.safetensors", &file));
+    for (int i = 0; file && i < vel_safetensors_count(file); i++) {
+        const char *name = vel_safetensors_at(file, i)->name;
+        size_t n = strcspn(name, "/");
+        bool known = false;
+        for (int k = 0; k < VEL_COUNT(rows); k++)
+            known |= strncmp(rows[k].name, name, n) == 0 && rows[k].name[n] == 0;
+        CHECK_MSG(known, "no row reads %s", name);
+    }
+    vel_safetensors_close(file);
+}

@@ -1,0 +1,125 @@
+/* test_pipeline.c: from prompt to picture on the embedded model, against diffusers' final latents
+ * (tests/golden/emoji-sd), and what the pipeline refuses. Float32 throughout. */
+#include "sample/sample.h"
+#include "test.h"
+
+static const char model_folder[] = "models/emoji-sd",
+                  golden_file[] = "tests/golden/emoji-sd/samplers.safetensors";
+enum { LATENT = 4 * 32 * 32 };
+
+static vel_model *open_model(vel_test *t)
+{
+    const vel_model_options options = {.device = "cpu", .precision = "no"};
+    vel_model *m = NULL;
+    CHECK_OK(vel_model_open(t->ctx, model_folder, &options, &m));
+    return m;
+}
+
+static double relative_rms(const float *got, const float *wanted, int64_t n)
+{
+    double error = 0, size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = (double)got[i] - (double)wanted[i];
+        error += d * d;
+        size += (double)wanted[i] * (double)wanted[i];
+    }
+    return sqrt(error / size);
+}
+
+static const char prompt[] = "a grinning face in noto style";
+
+/* Values, NCHW from -1 to 1, that are more than one off the 8-bit picture. */
+static int64_t count_off(const vel_image *image, const float *pixels)
+{
+    int64_t plane = (int64_t)image->width * image->height, off = 0;
+    for (int64_t k = 0; k < 3 * plane; k++) {
+        double v = VEL_MAX(0, VEL_MIN((double)pixels[k] / 2 + 0.5, 1)) * 255;
+        off += fabs(v - image->pixels[k % plane * 3 + k / plane]) > 1;
+    }
+    return off;
+}
+
+TEST(pipeline_gives_the_picture_of_diffusers)
+{
+    static float noise[LATENT], wanted[LATENT], got[LATENT], pixels[3 * 256 * 256];
+    vel_model *m = open_model(t);
+    vel_safetensors *sf = NULL;
+    vel_image image = {0};
+    CHECK_OK(vel_safetensors_open(t->ctx, golden_file, &sf));
+    if (!m || !sf)
+        goto end;
+    vel_file_tensor_floats(vel_safetensors_find(sf, "noise"), 0, LATENT, noise);
+    vel_file_tensor_floats(vel_safetensors_find(sf, "ddim"), 0, LATENT, wanted);
+    vel_file_tensor_floats(vel_safetensors_find(sf, "ddim.image"), 0, VEL_COUNT(pixels), pixels);
+    const vel_draw draw = {
+        .prompt = prompt, .guidance = 4, .steps = 12, .sampler = "ddim", .noise = noise};
+    CHECK_OK(vel_model_draw(m, &draw, 1, 1, NULL, &image, got));
+    double error = relative_rms(got, wanted, LATENT);
+    CHECK_MSG(error < 1e-3, "relative RMS of the latent %.3g", error);
+    CHECK(image.width == 256 && image.height == 256);
+    if (image.width == 256 && image.height == 256) {
+        int64_t off = count_off(&image, pixels);
+        CHECK_MSG(off < 200, "%" PRId64 " values of the picture are off by more than one", off);
+    }
+end:
+    vel_image_finish(&image);
+    vel_safetensors_close(sf);
+    vel_model_close(m);
+}
+
+TEST(pipeline_batches_change_nothing)
+{
+    vel_model *m = open_model(t);
+    if (!m)
+        return;
+    static float latents[5 * LATENT];
+    vel_draw draws[3];
+    for (int i = 0; i < 3; i++)
+        draws[i] = (vel_draw){.prompt = prompt,
+                              .guidance = i == 2 ? 1 : 3,
+                              .steps = 3,
+                              .sampler = "euler_a",
+                              .seed = (uint64_t)i};
+    CHECK_OK(vel_model_draw(m, draws, 3, 2, NULL, NULL, latents));
+    CHECK_OK(vel_model_draw(m, draws + 1, 1, 1, NULL, NULL, latents + 3 * LATENT));
+    CHECK_OK(vel_model_draw(m, draws + 2, 1, 1, NULL, NULL, latents + 4 * LATENT));
+    CHECK(relative_rms(latents + 3 * LATENT, latents + LATENT, LATENT) < 1e-4);
+    CHECK(relative_rms(latents + 4 * LATENT, latents + 2 * LATENT, LATENT) < 1e-4);
+    CHECK(relative_rms(latents + LATENT, latents, LATENT) > 0.1);
+    vel_model_close(m);
+}
+
+TEST(pipeline_refuses_what_it_cannot_draw)
+{
+    vel_model *m = open_model(t);
+    if (!m)
+        return;
+    vel_image image;
+    vel_draw draw = {.prompt = prompt, .guidance = 3, .steps = 2, .width = 250};
+    CHECK(vel_model_draw(m, &draw, 1, 1, NULL, &image, NULL) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "248 and 256") != NULL);
+    draw.width = -8;
+    CHECK(vel_model_draw(m, &draw, 1, 1, NULL, &image, NULL) == VEL_BAD_VALUE);
+    draw.width = 0;
+    draw.sampler = "fast";
+    CHECK(vel_model_draw(m, &draw, 1, 1, NULL, &image, NULL) == VEL_BAD_VALUE);
+    draw.sampler = NULL;
+    draw.prompt = "\xff";
+    CHECK(vel_model_draw(m, &draw, 1, 1, NULL, &image, NULL) == VEL_BAD_VALUE);
+    draw.prompt = prompt;
+    vel_ctx_interrupt(t->ctx);
+    CHECK(vel_model_draw(m, &draw, 1, 1, NULL, &image, NULL) == VEL_INTERRUPTED);
+    CHECK(image.pixels == NULL);
+    vel_model_close(m);
+}
+
+TEST(model_folders_that_do_not_open)
+{
+    vel_model *m = NULL;
+    vel_model_options options = {.device = "cpu", .precision = "no"};
+    CHECK(vel_model_open(t->ctx, t->folder, &options, &m) == VEL_NOT_FOUND);
+    CHECK(strstr(vel_ctx_error(t->ctx), "model_index.json") != NULL && m == NULL);
+    options.precision = "int3";
+    CHECK(vel_model_open(t->ctx, model_folder, &options, &m) == VEL_BAD_VALUE);
+    CHECK(m == NULL);
+}
