@@ -1,6 +1,10 @@
 # The whole build, out of tree: objects under build/<configuration>/.
 #   make            release program and library        make test        all tests
+#   make test PATTERN='cli_*,train_*'                   only those tests
 #   make SAN=address,undefined test                     make HOSTILE=1 test
+#   make ONEDNN=build/onednn3 test                      with another oneDNN (tools/onednn3.sh gets one)
+#   make fault      tests with each allocation failing  make fuzz        parsers on hostile bytes
+#   make aarch64    compiles for it                     make layers size format
 # It looks for oneDNN, libvips and the rest with pkg-config and prints what it found.
 SAN ?=
 HOSTILE ?=
@@ -23,7 +27,7 @@ PKG := vips jansson libpcre2-8 libutf8proc
 ONEDNN ?=
 ifneq ($(ONEDNN),)
 DNNL_CFLAGS := -I$(ONEDNN)/include
-DNNL_LIBS := -L$(ONEDNN)/lib -Wl,-rpath,$(ONEDNN)/lib -ldnnl
+DNNL_LIBS := -L$(ONEDNN)/lib -Wl,-rpath,$(abspath $(ONEDNN))/lib -ldnnl
 CONFIG := $(CONFIG)-onednn
 else
 DNNL_CFLAGS :=
@@ -77,7 +81,7 @@ CLI_OBJ := $(CLI_SRC:%.c=$(BUILD)/%.o)
 TEST_SRC := $(wildcard tests/*.c)
 TEST_OBJ := $(TEST_SRC:%.c=$(BUILD)/%.o)
 
-.PHONY: all test clean layers format size objects
+.PHONY: all test clean layers format size objects fault fuzz aarch64
 all: $(BUILD)/velatura
 objects: $(LIB_OBJ) $(CLI_OBJ)
 
@@ -98,10 +102,68 @@ $(BUILD)/isa-$(1)/%.o: src/backend/cpu/isa/%.c
 endef
 $(foreach i,$(ISAS),$(eval $(call isa_rule,$(i))))
 
+# Sanitizers: libraries that keep tables to their end are named in tests/lsan.supp.
+TEST_ENV := LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0
+TEST_ENV += UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
+PATTERN ?=
 test: $(BUILD)/run-tests $(BUILD)/velatura
-	$(BUILD)/run-tests --program $(BUILD)/velatura
+	$(TEST_ENV) $(BUILD)/run-tests --program $(BUILD)/velatura $(if $(PATTERN),'$(PATTERN)')
+# Each of these once for each of its allocations; whole training runs have too many of them.
+FAULT_PATTERN := arena*,text_*,file_*,writer*,safetensors_*,json_*,graph*,pass*,adapter_*,captions*,bucket*,params_*
+fault: $(BUILD)/run-tests
+	$(TEST_ENV) $(BUILD)/run-tests --fault '$(or $(PATTERN),$(FAULT_PATTERN))'
+# With clang's libFuzzer where there is one, else the mutations of tests/fuzz/fuzz_main.c.
+FUZZ_SECONDS ?= 10
+fuzz:
+	tools/fuzz.sh $(FUZZ_SECONDS)
+# Objects of everything, for a machine that this one is not; needs only a cross compiler.
+aarch64:
+	tools/aarch64.sh
 clean:
 	rm -rf build
 layers:
 	tools/layers.sh
+size:
+	tools/size.sh
+FORMAT ?= clang-format-14
+format:
+	$(FORMAT) --dry-run --Werror $(wildcard src/*.[ch] src/*/*.[ch] src/*/*/*.[ch] src/*/*/*/*.[ch] cli/*.[ch] \
+	    tests/*.[ch] tests/fuzz/*.[ch] include/*.h)
+# Ids of CLIP's tokenizer for lines of text; tools/golden/tokenizer.py compares them with the peer's.
+$(BUILD)/tokenizer-ids: tools/golden/tokenizer_ids.c $(BUILD)/libvelatura.a
+	$(CC) $(ALL_CFLAGS) -o $@ $^ $(LIBS)
+# ---- the shared library and what `make install` leaves ----
+# make install PREFIX=/usr/local DESTDIR=/tmp/package
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+DESTDIR ?=
+VERSION := $(shell awk '/define VEL_VERSION_/ { v = v s $$3; s = "." } END { print v }' include/velatura.h)
+SONAME := libvelatura.so.$(firstword $(subst ., ,$(VERSION)))
+.PHONY: shared install uninstall
+shared: $(BUILD)/libvelatura.so
+$(BUILD)/libvelatura.so: $(LIB_OBJ) velatura.map
+	$(CC) $(ALL_CFLAGS) -shared -Wl,-soname,$(SONAME) -Wl,--version-script=velatura.map -o $@ $(LIB_OBJ) $(LIBS)
+$(BUILD)/velatura.pc: velatura.pc.in Makefile include/velatura.h
+	@mkdir -p $(@D)
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
+	    -e 's|@PRIVATE_LIBS@|$(LIBS) -fopenmp|' $< >$@
+install: $(BUILD)/velatura $(BUILD)/libvelatura.so $(BUILD)/libvelatura.a
+	@rm -f $(BUILD)/velatura.pc
+	@$(MAKE) -s $(BUILD)/velatura.pc
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig
+	install -m 755 $(BUILD)/velatura $(DESTDIR)$(PREFIX)/bin/velatura
+	ln -sf velatura $(DESTDIR)$(PREFIX)/bin/vel
+	install -m 644 include/velatura.h $(DESTDIR)$(PREFIX)/include/velatura.h
+	install -m 644 $(BUILD)/libvelatura.a $(DESTDIR)$(LIBDIR)/libvelatura.a
+	install -m 755 $(BUILD)/libvelatura.so $(DESTDIR)$(LIBDIR)/libvelatura.so.$(VERSION)
+	ln -sf libvelatura.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(SONAME)
+	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libvelatura.so
+	install -m 644 $(BUILD)/velatura.pc $(DESTDIR)$(LIBDIR)/pkgconfig/velatura.pc
+uninstall:
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/velatura bin/vel include/velatura.h) \
+	    $(addprefix $(DESTDIR)$(LIBDIR)/,libvelatura.a libvelatura.so $(SONAME) libvelatura.so.$(VERSION) \
+	    pkgconfig/velatura.pc)
+# tests/test_api.c looks at the library beside the program
+test: $(BUILD)/libvelatura.so
+
 -include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(TEST_OBJ:.o=.d)

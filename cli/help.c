@@ -48,7 +48,7 @@ void vel_cli_help(FILE *out)
         fprintf(out, "  %-14s %s\n", c->name, c->summary);
     fprintf(out, "\nwith every command\n"
                  "  --help         its settings\n"
-                 "  --quiet        only errors and results\n"
+                 "  --quiet        no progress; only errors, unless --log-level says more\n"
                  "  --log-level N  0 nothing, 1 errors, 2 once a run, 3 once a phase (default), 4 a step, 5 all\n"
                  "  --version      (alone) the version\n"
                  "\nexamples\n"

@@ -51,21 +51,16 @@ vel_status vel_score(vel_ctx *ctx, const vel_params *p)
     return checked(ctx, p, run_score);
 }
 
-/* The text's owner is the caller, who has no context for it: it keeps one in front of itself. */
+/* The text's owner is the caller, who may free it after the context is gone. */
 static vel_status hand_out(vel_text *t, vel_status st, char **text)
 {
     *text = NULL;
+    vel_text_add(t, ""); /* an empty text is a text */
     if (st == VEL_OK && t->failed)
         st = VEL_NO_MEMORY;
     if (st == VEL_OK) {
-        *text = vel_alloc(t->ctx, t->n + 1 + sizeof(vel_ctx *));
-        if (*text) {
-            memcpy(*text, &t->ctx, sizeof t->ctx);
-            *text += sizeof t->ctx;
-            memcpy(*text, t->s ? t->s : "", t->n);
-        } else {
-            st = VEL_NO_MEMORY;
-        }
+        *text = vel_hand_out(t->s);
+        t->s = NULL;
     }
     vel_text_finish(t);
     return st;
@@ -73,11 +68,7 @@ static vel_status hand_out(vel_text *t, vel_status st, char **text)
 
 void vel_text_free(char *text)
 {
-    if (!text)
-        return;
-    vel_ctx *ctx;
-    memcpy(&ctx, text - sizeof ctx, sizeof ctx);
-    vel_free(ctx, text - sizeof ctx);
+    vel_free(NULL, text);
 }
 
 vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text)

@@ -2,8 +2,8 @@
  * drawings are from them, in three ways that a style shows itself in:
  *
  *   mean squared error   at 64 x 64, values from -1 to 1: place, shape and colour
- *   edge energy          |e(drawn) - e(true)|, averaged over pictures; e is the mean absolute difference
- *                        of neighbours at 64 x 64, rows and columns: flat areas or texture
+ *   edge energy          e(drawn) - e(true), root mean square over pictures; e is the mean absolute
+ *                        difference of neighbours at 64 x 64, rows and columns: flat areas or texture
  *   colour histogram     32 bins a channel over the whole set, L1, mean of the channels: the palette
  *
  * The folder holds prompts.jsonl with {"file": ..., "prompt": ...} a line. Picture i is drawn with seed
@@ -163,6 +163,7 @@ static vel_status save(score *s, int i, int round, const vel_image *image, uint6
     return path ? vel_drawing_write(&s->d, path, image, &s->d.prompts[i], seed) : VEL_NO_MEMORY;
 }
 
+/* Adds picture i to the means; the edge energy as a square until the round ends. */
 static vel_status measure(score *s, int i, const vel_image *image, histogram *colours, distances *sum)
 {
     float small[SIDE * SIDE * 3];
@@ -173,7 +174,8 @@ static vel_status measure(score *s, int i, const vel_image *image, histogram *co
         squared += difference * difference;
     }
     sum->squared += squared / (SIDE * SIDE * 3) / s->n;
-    sum->edge += fabs(edge_energy(small) - edge_energy(s->truths[i].small)) / s->n;
+    double edge = edge_energy(small) - edge_energy(s->truths[i].small);
+    sum->edge += edge * edge / s->n;
     count_colours(colours, image);
     return VEL_OK;
 }
@@ -215,6 +217,7 @@ static vel_status run_round(score *s, int round, vel_image *images, distances *o
     }
     if (st == VEL_OK) {
         char what[96];
+        out->edge = sqrt(out->edge);
         out->colours = colour_distance(colours, &s->true_colours);
         snprintf(what, sizeof what, "%d pictures, seeds from %" PRId64, s->n, seed);
         report(s, what, out);

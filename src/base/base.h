@@ -205,5 +205,10 @@ static inline vel_bf16 vel_f32_bf16(float f)
 }
 float vel_f16_f32(vel_f16 h);
 vel_f16 vel_f32_f16(float f); /* nearest even; overflow gives infinity */
+/* n values at once, vectorised; from may be unaligned. */
+void vel_f16_floats(const void *from, float *out, int64_t n);
+void vel_bf16_floats(const void *from, float *out, int64_t n);
+void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n);
+bool vel_all_finite(const float *x, int64_t n);
 
 #endif

@@ -2,6 +2,13 @@
  * subnormals on a thread that flushes them to zero. bfloat16 is in the header. */
 #include "base/base.h"
 
+/* Bulk conversions are compiled for each vector width and chosen when the program starts. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define EACH_WIDTH __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
+#else
+#define EACH_WIDTH
+#endif
+
 float vel_f16_f32(vel_f16 h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
@@ -41,4 +48,56 @@ vel_f16 vel_f32_f16(float f)
     uint32_t rest = fraction & ((half << 1) - 1);
     kept += rest > half || (rest == half && (kept & 1));
     return (vel_f16)(sign | kept);
+}
+
+/* ---- bulk: the same values without branches, so that they become vector code ------------------ */
+
+/* The exponent is moved into float32's place and put right by a product with 2^112, which is exact,
+ * also for subnormals; infinity and NaN get their exponent back. */
+EACH_WIDTH void vel_f16_floats(const void *from, float *out, int64_t n)
+{
+    const uint8_t *bytes = from; /* may be unaligned */
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, bytes + 2 * i, 2);
+        uint32_t u = (uint32_t)(h & 0x7fffu) << 13, special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+        float f;
+        memcpy(&f, &u, 4);
+        f *= 0x1p112f;
+        memcpy(&u, &f, 4);
+        u |= special | (uint32_t)(h & 0x8000u) << 16;
+        memcpy(&out[i], &u, 4);
+    }
+}
+
+EACH_WIDTH void vel_bf16_floats(const void *from, float *out, int64_t n)
+{
+    const uint8_t *bytes = from;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, bytes + 2 * i, 2);
+        uint32_t u = (uint32_t)h << 16;
+        memcpy(&out[i], &u, 4);
+    }
+}
+
+EACH_WIDTH void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &from[i], 4);
+        uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40u;
+        out[i] = (vel_bf16)((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+    }
+}
+
+EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
+{
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &x[i], 4);
+        bad |= (u & 0x7f800000u) == 0x7f800000u;
+    }
+    return !bad;
 }

@@ -134,33 +134,45 @@ static vel_status find_source(vel_engine *e, const vel_node *leaf, vel_source_te
                     leaf->path, vel_shape_text(leaf->out[0].shape, want));
 }
 
+static void store_plain(vel_dtype type, const float *from, void *to, int64_t at, int64_t n)
+{
+    if (type == VEL_F32)
+        memcpy((float *)to + at, from, (size_t)n * sizeof *from);
+    else if (type == VEL_BF16)
+        vel_floats_bf16(from, (vel_bf16 *)to + at, n);
+    else
+        for (int64_t i = 0; i < n; i++)
+            ((vel_f16 *)to)[at + i] = vel_f32_f16(from[i]);
+}
+
 /* Row-major values in the leaf's type, in host memory that the caller frees. */
 static vel_status read_plain(vel_engine *e, const vel_node *leaf, const vel_source_tensor *t, void **out)
 {
-    int64_t n = vel_shape_count(leaf->out[0].shape);
+    enum { CHUNK = 4096 };
+    int64_t n = vel_shape_count(leaf->out[0].shape), chunks = (n + CHUNK - 1) / CHUNK, bad = chunks;
     vel_dtype type = leaf->out[0].dtype;
     void *plain = vel_alloc(e->ctx, (size_t)n * (size_t)vel_dtype_bytes(type));
     if (!plain)
         return VEL_NO_MEMORY;
     *out = plain;
-    float chunk[2048];
-    for (int64_t at = 0; at < n; at += VEL_COUNT(chunk)) {
-        int64_t some = VEL_MIN(n - at, VEL_COUNT(chunk));
-        t->read(t->user, at, some, chunk);
-        for (int64_t i = 0; i < some; i++)
-            if (!isfinite(chunk[i])) {
-                vel_free(e->ctx, plain);
-                return vel_fail(e->ctx, VEL_BAD_FILE, "%s: tensor '%s' holds %f at element %" PRId64
-                                ": the file is damaged", t->file, leaf->path, (double)chunk[i], at + i);
-            }
-        if (type == VEL_F32)
-            memcpy((float *)plain + at, chunk, (size_t)some * sizeof *chunk);
-        else
-            for (int64_t i = 0; i < some; i++)
-                ((uint16_t *)plain)[at + i] =
-                    type == VEL_BF16 ? vel_f32_bf16(chunk[i]) : vel_f32_f16(chunk[i]);
+#pragma omp parallel for schedule(static) reduction(min : bad) if (chunks > 8)
+    for (int64_t c = 0; c < chunks; c++) {
+        float values[CHUNK];
+        int64_t at = c * CHUNK, some = VEL_MIN(n - at, CHUNK);
+        t->read(t->user, at, some, values);
+        if (!vel_all_finite(values, some))
+            bad = VEL_MIN(bad, c);
+        store_plain(type, values, plain, at, some);
     }
-    return VEL_OK;
+    if (bad == chunks)
+        return VEL_OK;
+    float values[CHUNK];
+    int64_t at = bad * CHUNK, i = 0;
+    t->read(t->user, at, VEL_MIN(n - at, CHUNK), values);
+    while (isfinite(values[i]))
+        i++;
+    return vel_fail(e->ctx, VEL_BAD_FILE, "%s: tensor '%s' holds %f at element %" PRId64
+                    ": the file is damaged", t->file, leaf->path, (double)values[i], at + i);
 }
 
 static bool same_layout(const char *a, const char *b)

@@ -3,6 +3,8 @@
  *
  * A plan owns its final graph and kernels; weights, trainable values and working memory are the
  * engine's. Working memory is shared by all plans of an engine, so inputs are set before each run. */
+#include <stdlib.h>
+
 #include "exec/engine.h"
 
 enum { MAX_LOWERING_ROUNDS = 8 };
@@ -326,6 +328,11 @@ static const vel_node *reshaped_weight(const vel_graph *g, vel_ref r)
     return n->op == VEL_OP_weight ? n : NULL;
 }
 
+typedef struct weight_use {
+    const char *data;
+    int64_t bytes;
+} weight_use;
+
 static vel_status load_weights(vel_plan *p)
 {
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
@@ -340,12 +347,40 @@ static vel_status load_weights(vel_plan *p)
                 continue;
             const vel_kernel *k = direct->op == VEL_OP_weight ? &p->kernels[id] : NULL;
             VEL_TRY(vel_engine_weight(p->engine, leaf, k, n, l->in_type, i, &l->in[i]));
-            p->weight_bytes += k && k->layout[i] ? (int64_t)k->packed_bytes[i]
-                                                 : vel_shape_count(leaf->out[0].shape) *
-                                                       vel_dtype_bytes(leaf->out[0].dtype);
         }
     }
     return VEL_OK;
+}
+
+static int by_address(const void *a, const void *b)
+{
+    const char *x = ((const weight_use *)a)->data, *y = ((const weight_use *)b)->data;
+    return x < y ? -1 : x > y;
+}
+
+/* Bytes of the weights this plan reads, each form once, however many nodes read it. */
+static int64_t weights_in_use(vel_plan *p)
+{
+    int32_t n = vel_graph_size(p->g), found = 0;
+    weight_use *uses = vel_arena_alloc(p->arena, (size_t)n * 4 * sizeof *uses);
+    for (int32_t id = 1; uses && id < n; id++) {
+        const vel_node *node = vel_node_at(p->g, id);
+        for (int i = 0; i < node->n_in && found < 4 * n && needs_kernel(node); i++) {
+            const vel_node *leaf = reshaped_weight(p->g, node->in[i]);
+            if (!leaf)
+                continue;
+            bool packed = vel_at(p->g, node->in[i])->op == VEL_OP_weight && p->kernels[id].layout[i];
+            int64_t plain = vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
+            uses[found++] = (weight_use){p->launches[id].in[i], packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain};
+        }
+    }
+    if (!uses)
+        return 0;
+    qsort(uses, (size_t)found, sizeof *uses, by_address);
+    int64_t bytes = 0;
+    for (int32_t i = 0; i < found; i++)
+        bytes += i && uses[i].data == uses[i - 1].data ? 0 : uses[i].bytes;
+    return bytes;
 }
 
 static vel_status make_launches(vel_plan *p)
@@ -403,6 +438,7 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
         return VEL_OK;
     VEL_TRY(make_launches(p));
     VEL_TRY(load_weights(p));
+    p->weight_bytes = weights_in_use(p);
     return vel_engine_reserve(p->engine, p->layout.bytes);
 }
 

@@ -481,8 +481,12 @@ void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, 
     switch (t->type) {
         CASE(F64, double, v)
         CASE(F32, float, v)
-        CASE(F16, vel_f16, vel_f16_f32(v))
-        CASE(BF16, vel_bf16, vel_bf16_f32(v))
+    case VEL_FILE_F16:
+        vel_f16_floats(p, out, n);
+        break;
+    case VEL_FILE_BF16:
+        vel_bf16_floats(p, out, n);
+        break;
         CASE(I64, int64_t, v)
         CASE(I32, int32_t, v)
         CASE(I16, int16_t, v)

@@ -11,7 +11,7 @@
  * Scores, sums and outputs are float32; probabilities are rounded to bfloat16 when values are. */
 #include "backend/cpu/isa/attention.h"
 
-enum { TASK_ROWS = 32, STRIP_ROWS = 32, KEY_BLOCK = 96, GROUP_BYTES = 4 << 20, RISE = 40 };
+enum { TASK_ROWS = 32, STRIP_ROWS = 32, KEY_BLOCK = 64, GROUP_BYTES = 4 << 20, RISE = 40 };
 
 typedef struct forward {
     attention_shape s;
@@ -74,11 +74,11 @@ size_t VEL_ISA_NAME(attention_scratch)(const vel_cpu_job *job)
 
 /* Scores of hidden keys, and of the padding behind the last, become HIDDEN; bias is added, in units of
  * a score before scaling. rows: queries from `query` on; columns: keys from `key` on. */
-static void mask_scores(const attention_shape *s, float *score, int64_t query, int64_t rows, int64_t key,
+static void mask_scores(const attention_shape *s, float *score, int64_t stride, int64_t query, int64_t rows, int64_t key,
                         int64_t columns, const float *bias)
 {
     for (int64_t r = 0; r < rows; r++) {
-        float *row = score + r * KEY_BLOCK;
+        float *row = score + r * stride;
         if (bias)
             for (int64_t c = 0; c < columns && key + c < s->keys; c++) {
                 float v = row[c] + bias[key + c] / s->scale;
@@ -173,22 +173,22 @@ VEL_INLINE float softmax_row(const attention_shape *s, const task_space *w, int6
 /* ---- the walk over the keys ------------------------------------------------------------------------ */
 
 /* Rows first .. first+rows-1 of the task against keys key .. key+columns-1. */
-static vel_operands scores_of(const forward *f, const task_space *w, float *score, const char *k, int64_t key,
+static vel_operands scores_of(const forward *f, const task_space *w, float *score, int64_t stride, const char *k, int64_t key,
                               int64_t first, int64_t rows, int64_t columns)
 {
     const attention_shape *s = &f->s;
     return (vel_operands){
-        .c = score, .ldc = KEY_BLOCK, .a = (char *)w->q + first * s->depth * s->size, .lda = s->depth,
+        .c = score, .ldc = stride, .a = (char *)w->q + first * s->depth * s->size, .lda = s->depth,
         .b = k + key * s->depth * s->size, .b_panel = s->depth * VL, .b_row = VL, .rows = rows,
         .panels = columns / VL, .depth = s->depth};
 }
 
-static vel_operands values_of(const forward *f, const task_space *w, const void *p, const char *v, int64_t key,
+static vel_operands values_of(const forward *f, const task_space *w, const void *p, int64_t stride, const char *v, int64_t key,
                               int64_t first, int64_t rows, int64_t columns)
 {
     const attention_shape *s = &f->s;
     return (vel_operands){
-        .c = w->o + first * s->width, .ldc = s->width, .a = p, .lda = KEY_BLOCK,
+        .c = w->o + first * s->width, .ldc = s->width, .a = p, .lda = stride,
         .b = v + key * VL * s->size, .b_panel = f->keys_padded * VL, .b_row = VL, .rows = rows,
         .panels = s->width / VL, .depth = columns, .add = true};
 }
@@ -204,10 +204,10 @@ static void strip_step(const forward *f, const task_space *w, const char *k, con
                        int64_t columns)
 {
     const attention_shape *s = &f->s;
-    vel_operands scores = scores_of(f, w, w->score, k, key, first, rows, columns);
+    vel_operands scores = scores_of(f, w, w->score, KEY_BLOCK, k, key, first, rows, columns);
     product(&scores, s->half, s->amx);
     if (needs_mask(s, bias, query + first, key, columns))
-        mask_scores(s, w->score, query + first, rows, key, columns, bias);
+        mask_scores(s, w->score, KEY_BLOCK, query + first, rows, key, columns, bias);
     for (int64_t r = 0; r < rows; r++) {
         const float *score = w->score + r * KEY_BLOCK;
         char *p = (char *)w->p + r * KEY_BLOCK * s->size;
@@ -216,7 +216,7 @@ static void strip_step(const forward *f, const task_space *w, const char *k, con
         if (by != 1)
             scale_output(s, w, first + r, by);
     }
-    vel_operands values = values_of(f, w, w->p, v, key, first, rows, columns);
+    vel_operands values = values_of(f, w, w->p, KEY_BLOCK, v, key, first, rows, columns);
     product(&values, s->half, s->amx);
 }
 

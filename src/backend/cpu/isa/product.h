@@ -156,6 +156,12 @@ VEL_INLINE void tiles_end(bool amx)
         _tile_release();
 }
 
+/* GCC does not know that tile loads read memory: stores must not move past this. */
+VEL_INLINE void tiles_fence(void)
+{
+    __asm__ volatile("" ::: "memory");
+}
+
 /* Two row tiles (where `two_rows`) by two panels (where `two_panels`) at a time. */
 VEL_INLINE void tiles_step(const vel_operands *o, int64_t row, int64_t panel, const bool two_rows,
                            const bool two_panels)
@@ -207,6 +213,7 @@ VEL_INLINE void tiles_step(const vel_operands *o, int64_t row, int64_t panel, co
 
 static __attribute__((noinline, unused)) void product_tiles(const vel_operands *o)
 {
+    tiles_fence();
     for (int64_t panel = 0; panel < o->panels; panel += 2)
         for (int64_t row = 0; row < o->rows; row += 32) {
             bool two_rows = o->rows - row > 16, two_panels = o->panels - panel > 1;

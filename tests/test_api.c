@@ -1,0 +1,123 @@
+/* test_api.c: the public interface is velatura.h and nothing else: the declarations marked VEL_API,
+ * the version script velatura.map and the symbols that libvelatura.so exports are the same list. Reads
+ * the sources from the current folder and the library beside the program; runs neither. */
+#include "test.h"
+
+#include <ctype.h>
+#include <stdlib.h>
+
+enum { MOST_NAMES = 200, LONGEST_NAME = 64 };
+
+typedef struct name_list {
+    char name[MOST_NAMES][LONGEST_NAME];
+    int n;
+} name_list;
+
+static bool is_word(char c)
+{
+    return isalnum((unsigned char)c) || c == '_';
+}
+
+static void add_name(vel_test *t, name_list *list, const char *name, size_t n)
+{
+    CHECK(list->n < MOST_NAMES && n < LONGEST_NAME);
+    if (list->n < MOST_NAMES && n < LONGEST_NAME)
+        snprintf(list->name[list->n++], LONGEST_NAME, "%.*s", (int)n, name);
+}
+
+static bool has_name(const name_list *list, const char *name)
+{
+    for (int i = 0; i < list->n; i++)
+        if (strcmp(list->name[i], name) == 0)
+            return true;
+    return false;
+}
+
+static char *read_source(vel_test *t, const char *path)
+{
+    char *text = NULL;
+    size_t n;
+    CHECK_OK(vel_read_file(t->ctx, path, 1 << 20, &text, &n));
+    return text;
+}
+
+/* Of "VEL_API vel_status vel_train(vel_ctx *ctx, ...": the word before the first bracket. */
+static void read_header(vel_test *t, name_list *out)
+{
+    static const char mark[] = "\nVEL_API ";
+    char *text = read_source(t, "include/velatura.h");
+    for (char *at = text; at && (at = strstr(at, mark));) {
+        at += sizeof mark - 1;
+        const char *end = strchr(at, '('), *begin = end;
+        if (!end)
+            break;
+        while (is_word(begin[-1]))
+            begin--;
+        add_name(t, out, begin, (size_t)(end - begin));
+    }
+    vel_free(t->ctx, text);
+}
+
+/* The lines "    name;" of the version script. */
+static void read_map(vel_test *t, name_list *out)
+{
+    char *text = read_source(t, "velatura.map");
+    for (char *line = text ? strtok(text, "\n") : NULL; line; line = strtok(NULL, "\n")) {
+        line += strspn(line, " ");
+        size_t n = strcspn(line, ";");
+        if (line[n] == ';' && is_word(line[0]))
+            add_name(t, out, line, n);
+    }
+    vel_free(t->ctx, text);
+}
+
+/* "0000000000012340 T vel_train@@VELATURA_0"; the version itself is an absolute symbol, A. */
+static bool read_library(vel_test *t, name_list *out)
+{
+    char path[4096], command[4200], line[512], address[64], kind, name[256];
+    const char *slash = t->program ? strrchr(t->program, '/') : NULL;
+    if (slash)
+        snprintf(path, sizeof path, "%.*s/libvelatura.so", (int)(slash - t->program), t->program);
+    if (!slash || !vel_is_file(path)) {
+        printf("%s: needs --program, and libvelatura.so beside it (make shared)\n", t->name);
+        t->skipped = 1;
+        return false;
+    }
+    snprintf(command, sizeof command, "nm -D --defined-only '%s'", path);
+    fflush(NULL);
+    FILE *pipe = popen(command, "r");
+    CHECK(pipe);
+    if (!pipe)
+        return false;
+    while (fgets(line, sizeof line, pipe))
+        if (sscanf(line, "%63s %c %255s", address, &kind, name) == 3 && kind != 'A')
+            add_name(t, out, name, strcspn(name, "@"));
+    CHECK(pclose(pipe) == 0);
+    return true;
+}
+
+static void check_equal(vel_test *t, const name_list *a, const char *a_is, const name_list *b, const char *b_is)
+{
+    for (int i = 0; i < a->n; i++)
+        CHECK_MSG(has_name(b, a->name[i]), "%s is in %s and not in %s", a->name[i], a_is, b_is);
+    for (int i = 0; i < b->n; i++)
+        CHECK_MSG(has_name(a, b->name[i]), "%s is in %s and not in %s", b->name[i], b_is, a_is);
+}
+
+TEST(api_map_is_the_header)
+{
+    name_list header = {.n = 0}, map = {.n = 0};
+    read_header(t, &header);
+    read_map(t, &map);
+    CHECK(header.n > 20 && has_name(&header, "vel_train"));
+    check_equal(t, &header, "velatura.h", &map, "velatura.map");
+}
+
+TEST(api_exports_are_the_header)
+{
+    name_list header = {.n = 0}, library = {.n = 0};
+    if (!read_library(t, &library))
+        return;
+    read_header(t, &header);
+    check_equal(t, &header, "velatura.h", &library, "libvelatura.so");
+}
