@@ -1,64 +1,16 @@
 /* test_cli.c: the program as a user meets it (help, wrong command lines, exit status, messages that name
  * the file and the remedy), the option table behind it, and the pages and texts that it leaves. Drives
  * the built program; needs no model. */
-#include "test.h"
-
-#include <stdlib.h>
-#include <sys/wait.h>
-#include <unistd.h>
+#include "program.h"
 
 #include "inspect.h"
 #include "train/report_chart.h"
-
-/* ---- running the program ------------------------------------------------------------------------------ */
-
-typedef struct result {
-    int status;
-    char text[1 << 16]; /* of standard output and standard error */
-} result;
-
-/* words is a shell's: quote what has spaces. */
-static bool run(vel_test *t, const char *words, result *r)
-{
-    char command[8192];
-    *r = (result){.status = -1};
-    if (!t->program) {
-        printf("%s: needs --program\n", t->name);
-        t->skipped = 1;
-        return false;
-    }
-    snprintf(command, sizeof command, "'%s' %s 2>&1", t->program, words);
-    fflush(NULL);
-    FILE *pipe = popen(command, "r");
-    if (!pipe) {
-        CHECK(pipe);
-        return false;
-    }
-    size_t n = fread(r->text, 1, sizeof r->text - 1, pipe);
-    r->text[n] = 0;
-    int status = pclose(pipe);
-    r->status = WIFEXITED(status) ? WEXITSTATUS(status) : 128;
-    return true;
-}
-
-/* Runs words and checks the exit status and that each of the texts (NULL-terminated) is said. */
-static void expect(vel_test *t, const char *words, int status, const char *const *texts)
-{
-    result r;
-    if (!run(t, words, &r))
-        return;
-    CHECK_MSG(r.status == status, "velatura %s: status %d, wanted %d: %s", words, r.status, status, r.text);
-    for (int i = 0; texts[i]; i++)
-        CHECK_MSG(strstr(r.text, texts[i]), "velatura %s: does not say '%s': %s", words, texts[i], r.text);
-}
-
-#define EXPECT(words, status, ...) expect(t, words, status, (const char *const[]){__VA_ARGS__, NULL})
 
 static const char *const commands[] = {"train", "generate", "grid", "score", "bench"};
 
 TEST(cli_help)
 {
-    result r;
+    program_result r;
     EXPECT("", 0, "usage: velatura", "check-golden");
     EXPECT("help", 0, "train", "generate", "grid", "score", "inspect", "check-golden", "bench");
     EXPECT("--help", 0, "usage: velatura");
@@ -70,7 +22,7 @@ TEST(cli_help)
         char words[64], name[96];
         vel_param_info info;
         snprintf(words, sizeof words, "%s --help", commands[c]);
-        if (!run(t, words, &r))
+        if (!program_run(t, words, &r))
             return;
         CHECK(r.status == 0);
         for (int i = 0; vel_params_describe(commands[c], i, &info); i++) {

@@ -128,6 +128,9 @@ typedef struct vel_map { /* a file mapped read-only */
 } vel_map;
 vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path);
 void vel_map_close(vel_map *map);
+/* A hint that mapped bytes will not be read again soon: their pages leave the process (they come back
+ * from the file when touched). */
+void vel_map_forget(const void *bytes, size_t n);
 
 /* A file that appears whole or not at all: written to a temporary name beside it, synced, renamed. */
 typedef struct vel_writer {
@@ -139,6 +142,8 @@ vel_status vel_writer_open(vel_ctx *ctx, vel_writer *w, const char *path);
 vel_status vel_writer_write(vel_writer *w, const void *bytes, size_t n);
 vel_status vel_writer_commit(vel_writer *w); /* ends w, whatever it returns */
 void vel_writer_discard(vel_writer *w);      /* ends w; nothing is left behind; fine after commit */
+/* Removes the temporary files of writers whose processes were killed. */
+void vel_remove_leftovers(vel_ctx *ctx, const char *folder);
 vel_status vel_write_file(vel_ctx *ctx, const char *path, const void *bytes, size_t n);
 
 /* Whole file, NUL-terminated; refuses more than limit bytes. */

@@ -11,6 +11,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -95,6 +96,15 @@ vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path)
         return fail_errno(ctx, path, "map", error);
     *map = (vel_map){.bytes = base, .size = (size_t)st.st_size, .base = base};
     return VEL_OK;
+}
+
+void vel_map_forget(const void *bytes, size_t n)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)bytes, end = begin + n;
+    begin = (begin + page - 1) / page * page; /* whole pages only: neighbours stay */
+    end = end / page * page;
+    if (begin < end)
+        madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
 void vel_map_close(vel_map *map)
@@ -262,6 +272,25 @@ void vel_writer_discard(vel_writer *w)
     vel_free(w->ctx, w->temporary);
     vel_free(w->ctx, w->path);
     *w = (vel_writer){0};
+}
+
+void vel_remove_leftovers(vel_ctx *ctx, const char *folder)
+{
+    char **names;
+    int n;
+    if (vel_list_folder(ctx, folder, &names, &n))
+        return;
+    for (int i = 0; i < n; i++) {
+        long process;
+        if (!vel_has_suffix(names[i], ".part") || sscanf(names[i], ".velatura-%ld-", &process) != 1)
+            continue;
+        bool gone = process > 0 && kill((pid_t)process, 0) != 0 && errno == ESRCH;
+        char *path = gone ? vel_path_join(ctx, folder, names[i]) : NULL;
+        if (path)
+            unlink(path);
+        vel_free(ctx, path);
+    }
+    vel_names_free(ctx, names, n);
 }
 
 vel_status vel_write_file(vel_ctx *ctx, const char *path, const void *bytes, size_t n)

@@ -164,6 +164,8 @@ static vel_status read_plain(vel_engine *e, const vel_node *leaf, const vel_sour
             bad = VEL_MIN(bad, c);
         store_plain(type, values, plain, at, some);
     }
+    if (t->data) /* from here on the packed form is read */
+        vel_map_forget(t->data, (size_t)n * (size_t)vel_dtype_bytes(t->dtype));
     if (bad == chunks)
         return VEL_OK;
     float values[CHUNK];

@@ -21,7 +21,7 @@ typedef struct vel_source_tensor {
     void *user;       /* for read */
     /* Values first .. first+n-1 as float32. */
     void (*read)(void *user, int64_t first, int64_t n, float *out);
-    /* Raw bytes where they are mapped, with their type; NULL data when the type is none of ours. */
+    /* Where they lie in a mapped file, whose pages may be let go once they are packed; NULL: elsewhere. */
     vel_dtype dtype;
     const void *data;
 } vel_source_tensor;

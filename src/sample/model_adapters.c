@@ -136,8 +136,7 @@ static bool find_leaf(const model_adapter *a, const char *path, vel_source_tenso
                                        .file = a->file->path,
                                        .user = (void *)values,
                                        .read = read_leaf,
-                                       .dtype = VEL_F32,
-                                       .data = values};
+                                       .dtype = VEL_F32};
             return true;
         }
     }

@@ -56,6 +56,21 @@ void vel_model_drop_plans(vel_model *m)
         drop_plan(m, m->n_plans - 1);
 }
 
+void vel_model_rest(vel_model *m, const char *part)
+{
+    static const struct {
+        const char *part;
+        plan_kind kind;
+    } users[] = {{"vae", PLAN_DECODE}, {"vae", PLAN_ENCODE}, {"text_encoder", PLAN_TEXT}, {"unet", PLAN_DENOISE}};
+    for (int u = 0; u < VEL_COUNT(users); u++)
+        for (int i = m->n_plans - 1; i >= 0 && strcmp(users[u].part, part) == 0; i--)
+            if (m->plans[i].kind == users[u].kind)
+                drop_plan(m, i);
+    char prefix[64];
+    snprintf(prefix, sizeof prefix, "%s.", part);
+    vel_engine_drop_weights(m->engine, prefix);
+}
+
 void vel_model_drop_adapted_plans(vel_model *m)
 {
     for (int i = m->n_plans - 1; i >= 0; i--)

@@ -49,6 +49,9 @@ typedef struct vel_model_options {
  * VELATURA_MODEL_ROOT; never to the network. */
 vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_options *o, vel_model **out);
 void vel_model_close(vel_model *m);
+/* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures are
+ * encoded). */
+void vel_model_rest(vel_model *m, const char *part);
 vel_ctx *vel_model_ctx(vel_model *m);
 vel_engine *vel_model_engine(vel_model *m);
 const vel_family *vel_model_family(const vel_model *m);

@@ -48,6 +48,7 @@ static int64_t step_of(const train_session *s, const char *name, const char *end
 vel_status vel_keep_check_folder(train_session *s)
 {
     VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
+    vel_remove_leftovers(s->ctx, s->o->output_dir);
     char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_path(s, ".safetensors");
     if (!probe || !result)
         return VEL_NO_MEMORY;
@@ -111,12 +112,14 @@ vel_status vel_keep_open_log(train_session *s)
         return VEL_NO_MEMORY;
     if (s->first_step > 0)
         read_old_points(s);
-    s->log = fopen(s->log_path, "w");
+    vel_writer w; /* whole or not at all: a full disk must not cost the steps that were logged */
+    VEL_TRY(vel_writer_open(s->ctx, &w, s->log_path));
+    for (int i = 0; i < s->n_points; i++)
+        write_point(w.f, &s->points[i]);
+    VEL_TRY(vel_writer_commit(&w));
+    s->log = fopen(s->log_path, "a");
     if (!s->log)
         return vel_fail(s->ctx, VEL_IO, "%s: cannot be written; choose another --output_dir", s->log_path);
-    for (int i = 0; i < s->n_points; i++)
-        write_point(s->log, &s->points[i]);
-    fflush(s->log);
     return VEL_OK;
 }
 

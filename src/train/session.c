@@ -23,6 +23,21 @@ static vel_status open_data(train_session *s)
     return vel_dataset_open(s->ctx, &d, &s->data);
 }
 
+/* Is it in a layer of a text encoder that clip skip leaves out of the graph? */
+static bool is_skipped(const vel_known_module *modules, int n, const char *path, int clip_skip)
+{
+    static const char mark[] = ".layers.";
+    const char *at = strstr(path, mark);
+    int layer, last = 0, other;
+    if (!at || sscanf(at, ".layers.%d", &layer) != 1)
+        return false;
+    size_t stem = (size_t)(at - path) + sizeof mark - 1;
+    for (int i = 0; i < n; i++)
+        if (strncmp(modules[i].path, path, stem) == 0 && sscanf(modules[i].path + stem, "%d", &other) == 1)
+            last = VEL_MAX(last, other);
+    return layer > last + 1 - clip_skip;
+}
+
 /* Sites of modules under a part that match the patterns. */
 static int match_sites(vel_arena *a, const vel_known_module *modules, int n, const vel_train_options *o,
                        const char *part, const char *patterns, vel_adapter_site *out)
@@ -31,6 +46,8 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n, con
     for (int i = 0; i < n; i++) {
         const vel_known_module *m = &modules[i];
         if (strncmp(m->path, part, strlen(part)) != 0 || m->path[strlen(part)] != '.' || !vel_glob(patterns, m->path))
+            continue;
+        if (strcmp(part, "text_encoder") == 0 && is_skipped(modules, n, m->path, o->clip_skip))
             continue;
         bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
         int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
@@ -268,6 +285,14 @@ static bool every(int64_t step, int n)
     return n > 0 && step % n == 0;
 }
 
+/* What the steps do not use lets its memory go; previews bring it back. */
+static void rest_parts(train_session *s)
+{
+    vel_model_rest(s->model, "vae");
+    if (!s->o->train_text_encoder)
+        vel_model_rest(s->model, "text_encoder");
+}
+
 static vel_status step_until_done(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -287,8 +312,10 @@ static vel_status step_until_done(train_session *s)
         bool end = s->step == s->steps;
         if (!end && every(s->step, o->save_every))
             VEL_TRY(vel_keep_save(s, false));
-        if (!end && every(s->step, o->sample_every))
+        if (!end && every(s->step, o->sample_every)) {
             VEL_TRY(vel_look_draw(s));
+            rest_parts(s);
+        }
         if (s->ctx->interrupted && !end) {
             VEL_TRY(vel_keep_save(s, false));
             return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped after step %" PRId64 " of %" PRId64 " and saved: go on "
@@ -317,6 +344,7 @@ static vel_status run_session(train_session *s)
     VEL_TRY(vel_feed_prepare(s));
     s->step = s->first_step;
     VEL_TRY(vel_look_draw(s));
+    rest_parts(s);
     VEL_TRY(step_until_done(s));
     VEL_TRY(vel_look_draw(s));
     return vel_look_report(s);

@@ -11,7 +11,9 @@ static const struct {
     char which;
 } vectors[] = {{"value.", 'v'}, {"moment1.", 'm'}, {"moment2.", 's'}};
 
-static vel_status gather(vel_engine *e, vel_arena *a, float *values, vel_save_tensor *tensors)
+/* path: of the file, for the message. */
+static vel_status gather(vel_ctx *ctx, const char *path, vel_engine *e, vel_arena *a, float *values,
+                         vel_save_tensor *tensors)
 {
     int n = vel_engine_trainables(e), at = 0;
     for (int v = 0; v < VEL_COUNT(vectors); v++)
@@ -25,6 +27,9 @@ static vel_status gather(vel_engine *e, vel_arena *a, float *values, vel_save_te
             s->rank = t->shape.rank;
             memcpy(s->dim, t->shape.dim, (size_t)t->shape.rank * sizeof *s->dim);
             vel_engine_read_trainables(e, vectors[v].which, t->offset, t->count, values);
+            if (!vel_all_finite(values, t->count))
+                return vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds a value that is not finite; "
+                                "a lower --learning_rate may help", path, s->name);
             s->data = values;
             values += t->count;
         }
@@ -39,7 +44,7 @@ vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t
     vel_save_tensor *tensors = a ? vel_arena_alloc(a, (size_t)n * sizeof *tensors) : NULL;
     json_t *meta = json_pack("{s:s, s:o, s:s}", "format", "velatura-state-1", "step",
                              json_sprintf("%" PRId64, step), "settings", digest);
-    vel_status st = values && tensors && meta ? gather(e, a, values, tensors) : VEL_NO_MEMORY;
+    vel_status st = values && tensors && meta ? gather(ctx, path, e, a, values, tensors) : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = vel_safetensors_save(ctx, path, tensors, n, meta);
     vel_arena_destroy(a);
@@ -116,9 +121,10 @@ vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, 
             }
             vel_engine_read_trainables(e, 'v', t->offset, t->count, values);
             for (int64_t v = 0; v < t->count && st == VEL_OK; v++)
-                if (!isfinite(values[v]))
-                    st = vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds a value that is not "
-                                  "finite", path, t->path);
+                if (!isfinite(values[v]) || (type == VEL_FILE_F16 && fabsf(values[v]) >= 65520))
+                    st = vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", path, t->path,
+                                  (double)values[v], isfinite(values[v]) ? "float16 cannot: use --save_precision bf16"
+                                                                         : "is not finite");
             if (down) {
                 o->down = values;
                 o->n_down = t->count;

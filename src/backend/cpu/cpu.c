@@ -217,6 +217,14 @@ static vel_status cpu_run(vel_device *d, const vel_launch *launch)
     return row->run(d, launch);
 }
 
+static void cpu_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
+{
+    (void)d;
+#pragma omp parallel for schedule(static) if (n > 1 << 16)
+    for (int64_t i = 0; i < n; i++) /* what is not kept may be anything, NaN too */
+        dst[i] = x[i] * by + (keep == 0 ? 0 : dst[i] * keep);
+}
+
 const vel_backend vel_backend_cpu = {
     .name = "cpu",
     .open = cpu_open,
@@ -232,5 +240,6 @@ const vel_backend vel_backend_cpu = {
     .pack = cpu_pack,
     .run = cpu_run,
     .adamw = vel_cpu_own_adamw,
+    .add = cpu_add,
     .sum_squares = vel_cpu_own_sum_squares,
 };

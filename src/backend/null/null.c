@@ -89,6 +89,11 @@ static void null_adamw(vel_device *d, float *value, const float *grad, float *m,
     (void)d, (void)value, (void)grad, (void)m, (void)v, (void)scale, (void)segments, (void)n;
 }
 
+static void null_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
+{
+    (void)d, (void)dst, (void)x, (void)by, (void)keep, (void)n;
+}
+
 static double null_sum_squares(vel_device *d, const float *x, int64_t n)
 {
     (void)d, (void)x, (void)n;
@@ -110,5 +115,6 @@ const vel_backend vel_backend_null = {
     .pack = null_pack,
     .run = null_run,
     .adamw = null_adamw,
+    .add = null_add,
     .sum_squares = null_sum_squares,
 };

@@ -185,6 +185,31 @@ VEL_INLINE void vput_two(void *p, int64_t i, bool half, vf a, vf b)
 }
 
 /* The first n lanes (n is at most VL); the others read as zero and are not written. */
+#if defined(__AVX512F__)
+VEL_INLINE __mmask16 first_lanes(int64_t n)
+{
+    return (__mmask16)((1u << n) - 1);
+}
+
+VEL_INLINE vf vget_part(const void *p, int64_t i, int64_t n, bool half)
+{
+    if (__builtin_expect(n >= VL, 1))
+        return vget(p, i, half);
+    if (half)
+        return vwiden((vh)_mm256_maskz_loadu_epi16(first_lanes(n), (const uint16_t *)p + i));
+    return (vf)_mm512_maskz_loadu_ps(first_lanes(n), (const float *)p + i);
+}
+
+VEL_INLINE void vput_part(void *p, int64_t i, int64_t n, bool half, vf v)
+{
+    if (__builtin_expect(n >= VL, 1))
+        vput(p, i, half, v);
+    else if (half)
+        _mm256_mask_storeu_epi16((uint16_t *)p + i, first_lanes(n), (__m256i)vnarrow(v));
+    else
+        _mm512_mask_storeu_ps((float *)p + i, first_lanes(n), (__m512)v);
+}
+#else
 VEL_INLINE vf vget_part(const void *p, int64_t i, int64_t n, bool half)
 {
     if (__builtin_expect(n >= VL, 1))
@@ -213,6 +238,7 @@ VEL_INLINE void vput_part(void *p, int64_t i, int64_t n, bool half, vf v)
         memcpy((float *)p + i, &v, (size_t)n * 4);
     }
 }
+#endif
 
 /* ---- functions --------------------------------------------------------------------------------- */
 

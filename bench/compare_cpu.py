@@ -1,0 +1,289 @@
+"""compare_cpu.py: this program and PyTorch (diffusers, PEFT) in turn, on one machine, in one run.
+
+    python bench/compare_cpu.py --python VENV/bin/python --sd15 FOLDER
+
+Each case runs A B A B, every turn in a process of its own; medians, spreads and ratios are printed and
+kept in bench/results/<cpu>-<date>.json with the machine, the versions and the commands. PyTorch is given
+its best: for each case a probe tries f32, autocast to bf16, bf16 weights, bf16 throughout, with and
+without channels_last, and the fastest is timed. "First" is the time from the start of the process to the
+end of its first run (imports and loading included); "peak" is the largest resident memory, mapped files
+included. The virtual environment has torch, diffusers, transformers, peft and accelerate from PyPI; the
+folder with the shapes of SD 1.5 is made by tools/make_sd15.py when it is missing.
+"""
+import argparse
+import datetime
+import fcntl
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GIB = 1 << 30
+PRECISIONS = ("bf16", "pure", "autocast", "f32")
+LONGEST_HOLD = 120  # seconds: then the lock is given to others before the next turn
+
+
+def case(name, model, kind, batch, size, rank=0, checkpointing=False):
+    return {"name": name, "model": model, "kind": kind, "batch": batch, "size": size, "rank": rank,
+            "checkpointing": checkpointing}
+
+
+CASES = [
+    case("sd15 step", "sd15", "step", 1, 512, 32),
+    case("sd15 unet", "sd15", "unet", 2, 512),
+    case("sd15 vae_decode", "sd15", "vae_decode", 1, 512),
+    case("emoji step", "emoji", "step", 4, 256, 16),
+    case("emoji unet", "emoji", "unet", 2, 256),
+    case("emoji vae_decode", "emoji", "vae_decode", 1, 256),
+    case("sd15 vae_encode", "sd15", "vae_encode", 1, 512),
+    case("sd15 text", "sd15", "text", 2, 512),
+    case("sd15 step checkpointing", "sd15", "step", 1, 512, 32, True),
+    case("sd15 step batch 4", "sd15", "step", 4, 512, 32),
+    case("sd15 step batch 4 checkpointing", "sd15", "step", 4, 512, 32, True),
+    case("emoji vae_encode", "emoji", "vae_encode", 1, 256),
+    case("emoji text", "emoji", "text", 2, 256),
+]
+
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+        "VELATURA_CPU_ISA": "avx2"}
+
+
+class Lock:
+    """Held while something is timed, so that timed jobs on one machine do not overlap."""
+
+    def __init__(self, path):
+        self.file = open(path, "w", encoding="utf-8") if path else None
+        self.since = None
+
+    def take(self):
+        if self.file and self.since and time.monotonic() - self.since > LONGEST_HOLD:
+            self.drop()
+            time.sleep(0.2)
+        if self.file and self.since is None:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            self.since = time.monotonic()
+
+    def drop(self):
+        if self.file and self.since:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+            self.since = None
+
+
+def run_child(command, env, timeout):
+    """Standard output and peak resident bytes of one process."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        env = dict(env, BENCH_START=repr(time.monotonic()))
+        child = subprocess.Popen(command, env=env, stdout=output, stderr=errors)
+        deadline = threading.Timer(timeout, child.kill)
+        deadline.start()
+        _, status, usage = os.wait4(child.pid, 0)
+        deadline.cancel()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        if child.returncode:
+            raise SystemExit(f"{' '.join(command)}\nended with {child.returncode}:\n{errors.read()}")
+        return output.read(), usage.ru_maxrss * 1024
+
+
+def ours_command(args, c, repeats):
+    command = [args.velatura, "bench", c["kind"], "--model", args.models[c["model"]], "--batch",
+               str(c["batch"]), "--width", str(c["size"]), "--height", str(c["size"]), "--repeats",
+               str(repeats)]
+    if c["kind"] == "step":
+        command += ["--rank", str(c["rank"])]
+    if c["checkpointing"]:
+        command += ["--gradient_checkpointing"]
+    return command
+
+
+def run_ours(args, c, repeats):
+    text, peak = run_child(ours_command(args, c, repeats), args.env, args.timeout)
+    times = [float(t) / 1e3 for t in re.search(r"^times ms:([ 0-9.]+)$", text, re.M)[1].split()]
+    first = float(re.search(r"^first (?:run|step) ends ([0-9.]+) s after the start", text, re.M)[1])
+    return {"times": times, "first": first, "peak": peak, "engine": text.splitlines()[0]}
+
+
+def peer_command(args, c, repeats, settings):
+    spec = dict(c, model=args.models[c["model"]], threads=args.threads, repeats=repeats, settings=settings)
+    return [args.python, os.path.join(ROOT, "bench", "peer_cpu.py"), json.dumps(spec)]
+
+
+def run_peer(args, c, repeats, setting):
+    text, peak = run_child(peer_command(args, c, repeats, [setting]), args.env, args.timeout)
+    answer = json.loads(text.splitlines()[-1])
+    return {"times": answer["results"][0]["times"], "first": answer["first"], "peak": peak}
+
+
+def probe(args, c):
+    """Every setting once in one process; the fastest, and all with their times."""
+    precisions = ("f32",) if args.isa else PRECISIONS
+    layouts = (False,) if c["kind"] == "text" else (True, False)
+    settings = [[p, layout] for p in precisions for layout in layouts]
+    text, _ = run_child(peer_command(args, c, 2, settings), args.env, args.timeout)
+    results = json.loads(text.splitlines()[-1])["results"]
+    best = min(results, key=lambda r: min(r["times"]))
+    return best["setting"], results
+
+
+def summary(turns):
+    times = sorted(t for turn in turns for t in turn["times"])
+    return {"median": statistics.median(times), "min": times[0], "max": times[-1],
+            "first": statistics.median(t["first"] for t in turns),
+            "peak": max(t["peak"] for t in turns), "turns": turns}
+
+
+def setting_name(setting):
+    return setting[0] + (" channels_last" if setting[1] else "")
+
+
+def run_case(args, lock, c):
+    lock.take()
+    setting, probed = probe(args, c)
+    ours, peer = [], []
+    repeats = args.repeats * (5 if c["model"] == "emoji" or c["kind"] == "text" else 1)
+    for _ in range(args.rounds):
+        lock.take()
+        ours.append(run_ours(args, c, repeats))
+        lock.take()
+        peer.append(run_peer(args, c, repeats, setting))
+    return {"case": {k: v for k, v in c.items() if k != "name"}, "setting": setting_name(setting),
+            "probe": {setting_name(r["setting"]): r["times"] for r in probed},
+            "velatura": summary(ours), "pytorch": summary(peer),
+            "commands": [ours_command(args, c, repeats), peer_command(args, c, repeats, [setting])]}
+
+
+HEADER = ("case", "ours s", "min..max", "PyTorch s", "min..max", "its setting", "speed", "first s",
+          "peer's", "peak GiB", "peer's", "share")
+
+
+def row(name, r):
+    a, b = r["velatura"], r["pytorch"]
+    return (name, f"{a['median']:.4f}", f"{a['min']:.4f}..{a['max']:.4f}", f"{b['median']:.4f}",
+            f"{b['min']:.4f}..{b['max']:.4f}", r["setting"], f"{b['median'] / a['median']:.2f}x",
+            f"{a['first']:.1f}", f"{b['first']:.1f}", f"{a['peak'] / GIB:.2f}", f"{b['peak'] / GIB:.2f}",
+            f"{100 * a['peak'] / b['peak']:.0f} %")
+
+
+def print_table(rows):
+    widths = [max(len(r[i]) for r in [HEADER, *rows]) for i in range(len(HEADER))]
+    for r in [HEADER, *rows]:
+        print("  ".join(v.ljust(w) if i in (0, 5) else v.rjust(w)
+                        for i, (v, w) in enumerate(zip(r, widths))), flush=True)
+
+
+def first_line(*command, env=None):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        return (done.stdout or done.stderr).strip()
+    except OSError:
+        return ""
+
+
+def machine():
+    seen = dict(line.split(":", 1) for line in first_line("lscpu", env={"LC_ALL": "C", **os.environ})
+                .splitlines() if ":" in line)
+    info = {key: seen.get(name, "").strip() for key, name in (
+        ("model", "Model name"), ("family", "CPU family"), ("number", "Model"), ("cpus", "CPU(s)"),
+        ("cores per socket", "Core(s) per socket"), ("threads per core", "Thread(s) per core"),
+        ("L2", "L2 cache"), ("L3", "L3 cache"))}
+    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+    info["flags"] = [f for f in wanted if f in seen.get("Flags", "").split()]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        info["memory GiB"] = round(int(file.readline().split()[1]) / (1 << 20), 1)
+    return info
+
+
+VERSIONS = ("import json, re, torch, diffusers, peft, transformers; print(json.dumps({'torch': "
+            "torch.__version__, 'diffusers': diffusers.__version__, 'peft': peft.__version__, "
+            "'transformers': transformers.__version__, 'its oneDNN': (re.findall(r'DNN v([0-9.]+)', "
+            "torch.__config__.show()) or [''])[0]}))")
+
+
+def versions(args):
+    found = json.loads(first_line(args.python, "-c", VERSIONS).splitlines()[-1])
+    found["velatura"] = first_line(args.velatura, "--version").splitlines()[0]
+    found["commit"] = first_line("git", "-C", ROOT, "rev-parse", "--short", "HEAD")
+    found["gcc"] = first_line("gcc", "--version").splitlines()[0]
+    found["python"] = first_line(args.python, "--version")
+    return found
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--python", default=sys.executable, help="of the environment with torch")
+    parser.add_argument("--velatura", default=os.path.join(ROOT, "build", "release", "velatura"))
+    parser.add_argument("--sd15", default=os.path.join(ROOT, "build", "sd15"),
+                        help="diffusers folder of SD 1.5's shapes; made when missing")
+    parser.add_argument("--emoji", default=os.path.join(ROOT, "models", "emoji-sd"))
+    parser.add_argument("--cases", default="", help="words, separated by commas; a case whose name has "
+                                                    "one is run; =NAME: exactly this one")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each turn")
+    parser.add_argument("--rounds", type=int, default=2, help="2: A B A B")
+    parser.add_argument("--quick", action="store_true", help="one round, two runs")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--isa", choices=["avx2"], help="as on a machine that has no more; f32")
+    parser.add_argument("--lock", help="file to flock while something is timed")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for one process")
+    parser.add_argument("--output", help="JSON file [bench/results/<cpu>-<date>.json]")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.repeats = 1, 2
+    args.models = {"sd15": args.sd15, "emoji": args.emoji}
+    args.env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1",
+                    TRANSFORMERS_VERBOSITY="error", **(AVX2 if args.isa else {}))
+    return args
+
+
+def chosen(words):
+    names = [w for w in words.split(",") if w]
+    hit = lambda c, w: c["name"] == w[1:] if w.startswith("=") else w in c["name"]
+    return [c for c in CASES if not names or any(hit(c, w) for w in names)]
+
+
+def output_path(args, info):
+    if args.output:
+        return args.output
+    words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", " ", info["model"])
+    name = "-".join(words.lower().split()) or "cpu"
+    kind = "-amx" if "amx_bf16" in info["flags"] else "-bf16" if "avx512_bf16" in info["flags"] else ""
+    kind = f"-{args.isa}" if args.isa else kind
+    return os.path.join(ROOT, "bench", "results", f"{name}{kind}-{datetime.date.today()}.json")
+
+
+def main():
+    args = parse()
+    cases = chosen(args.cases)
+    if any(c["model"] == "sd15" for c in cases) and not os.path.exists(
+            os.path.join(args.sd15, "model_index.json")):
+        subprocess.run([args.python, os.path.join(ROOT, "tools", "make_sd15.py"), args.sd15], check=True)
+    info = machine()
+    path = output_path(args, info)
+    kept = {"cases": {}}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            kept = json.load(file)
+    kept.update({"machine": info, "threads": args.threads, "versions": versions(args)})
+    lock, rows = Lock(args.lock), []
+    for c in cases:
+        result = run_case(args, lock, c)
+        lock.drop()
+        kept["cases"][c["name"]] = result
+        rows.append(row(c["name"], result))
+        print_table([rows[-1]])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(kept, file, indent=1)
+            file.write("\n")
+    print()
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

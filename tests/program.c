@@ -1,0 +1,73 @@
+/* program.c: running the built program, and made folders for it. The shell's variables keep quoting out
+ * of the tests: $V the program, $M the embedded model, $D the test's own folder. */
+#include "program.h"
+
+#include <stdlib.h>
+#include <sys/wait.h>
+
+static bool run_command(vel_test *t, const char *command, program_result *r)
+{
+    *r = (program_result){.status = -1};
+    if (!t->program) {
+        printf("%s: needs --program\n", t->name);
+        t->skipped = 1;
+        return false;
+    }
+    setenv("V", t->program, 1);
+    setenv("D", t->folder, 1);
+    setenv("M", "models/emoji-sd", 1);
+    fflush(NULL);
+    FILE *pipe = popen(command, "r");
+    if (!pipe) {
+        CHECK(pipe);
+        return false;
+    }
+    size_t n = fread(r->text, 1, sizeof r->text - 1, pipe);
+    r->text[n] = 0;
+    int status = pclose(pipe);
+    r->status = WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+    return true;
+}
+
+bool program_shell(vel_test *t, const char *command, program_result *r)
+{
+    char whole[8192];
+    snprintf(whole, sizeof whole, "exec 2>&1; %s", command);
+    return run_command(t, whole, r);
+}
+
+bool program_run(vel_test *t, const char *words, program_result *r)
+{
+    char command[8192];
+    snprintf(command, sizeof command, "\"$V\" %s 2>&1", words);
+    return run_command(t, command, r);
+}
+
+void program_expect(vel_test *t, const char *words, int status, const char *const *texts)
+{
+    program_result r;
+    if (!program_run(t, words, &r))
+        return;
+    CHECK_MSG(r.status == status, "velatura %s: status %d, wanted %d: %s", words, r.status, status, r.text);
+    for (int i = 0; texts[i]; i++)
+        CHECK_MSG(strstr(r.text, texts[i]), "velatura %s: does not say '%s': %s", words, texts[i], r.text);
+}
+
+/* format: of a command, of the folder and n in this order. */
+static void shell(vel_test *t, const char *format, const char *folder, int n)
+{
+    char command[8192];
+    snprintf(command, sizeof command, format, folder, n);
+    CHECK_MSG(system(command) == 0, "failed: %s", command);
+}
+
+void program_copy_model(vel_test *t, const char *folder)
+{
+    shell(t, "cp -rs \"$PWD/models/emoji-sd\" '%s'", folder, 0);
+}
+
+void program_copy_pictures(vel_test *t, const char *folder, int n)
+{
+    shell(t, "mkdir -p '%1$s' && for picture in $(ls examples/flat-style/*.png | head -n %2$d); do "
+             "cp \"${picture%%.png}\".* '%1$s/' || exit 1; done", folder, n);
+}

@@ -1,0 +1,28 @@
+/* program.h: the built program as a user meets it, for tests of the command line. */
+#ifndef VEL_TEST_PROGRAM_H
+#define VEL_TEST_PROGRAM_H
+
+#include "test.h"
+
+typedef struct program_result {
+    int status;          /* of the shell's last command; 128 where a signal ended it */
+    char text[1 << 16];  /* of standard output and standard error */
+} program_result;
+
+/* Runs words behind the program's name; false (and the test skipped) when there is no program. words
+ * are a shell's: quote what has spaces. */
+bool program_run(vel_test *t, const char *words, program_result *r);
+/* A shell command in which $V is the program, $M the embedded model and $D the test's folder. */
+bool program_shell(vel_test *t, const char *command, program_result *r);
+/* Runs words and checks the exit status and that each of the texts (NULL-terminated) is said. */
+void program_expect(vel_test *t, const char *words, int status, const char *const *texts);
+
+#define EXPECT(words, status, ...)                                                                 \
+    program_expect(t, words, status, (const char *const[]){__VA_ARGS__, NULL})
+
+/* A folder like the embedded model's, whose files are links to it: replace what should differ. */
+void program_copy_model(vel_test *t, const char *folder);
+/* n pictures of the example with their captions, in a new folder. */
+void program_copy_pictures(vel_test *t, const char *folder, int n);
+
+#endif
