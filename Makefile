@@ -28,12 +28,14 @@ ONEDNN ?=
 ifneq ($(ONEDNN),)
 DNNL_CFLAGS := -I$(ONEDNN)/include
 DNNL_LIBS := -L$(ONEDNN)/lib -Wl,-rpath,$(abspath $(ONEDNN))/lib -ldnnl
-CONFIG := $(CONFIG)-onednn
+BUILD := build/$(CONFIG)-onednn
 else
 DNNL_CFLAGS :=
 DNNL_LIBS := -ldnnl
-endif
 BUILD := build/$(CONFIG)
+endif
+# Objects that do not see oneDNN's headers are the same with any.
+OBJ := build/$(CONFIG)
 PKG_CFLAGS := $(shell pkg-config --cflags $(PKG))
 PKG_LIBS := $(shell pkg-config --libs $(PKG))
 
@@ -70,16 +72,17 @@ else
 ISAS := base
 ISA_FLAGS_base := -DVEL_ISA=base
 endif
-ISA_OBJ := $(foreach i,$(ISAS),$(patsubst src/backend/cpu/isa/%.c,$(BUILD)/isa-$(i)/%.o,$(ISA_SRC)))
+ISA_OBJ := $(foreach i,$(ISAS),$(patsubst src/backend/cpu/isa/%.c,$(OBJ)/isa-$(i)/%.o,$(ISA_SRC)))
 
 LIB_SRC := $(wildcard src/*.c src/base/*.c src/graph/*.c src/ops/*.c src/passes/*.c \
     src/backend/*.c src/backend/null/*.c src/backend/cpu/*.c src/exec/*.c src/formats/*.c \
     src/tokenizers/*.c src/models/*.c src/adapters/*.c src/data/*.c src/sample/*.c src/train/*.c)
-LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o) $(ISA_OBJ)
+DNNL_SRC := $(wildcard src/backend/cpu/onednn*.c)
+LIB_OBJ := $(patsubst %.c,$(OBJ)/%.o,$(filter-out $(DNNL_SRC),$(LIB_SRC))) $(DNNL_SRC:%.c=$(BUILD)/%.o) $(ISA_OBJ)
 CLI_SRC := $(wildcard cli/*.c)
-CLI_OBJ := $(CLI_SRC:%.c=$(BUILD)/%.o)
+CLI_OBJ := $(CLI_SRC:%.c=$(OBJ)/%.o)
 TEST_SRC := $(wildcard tests/*.c)
-TEST_OBJ := $(TEST_SRC:%.c=$(BUILD)/%.o)
+TEST_OBJ := $(TEST_SRC:%.c=$(OBJ)/%.o)
 
 .PHONY: all test clean layers format size objects fault fuzz aarch64
 all: $(BUILD)/velatura
@@ -92,11 +95,14 @@ $(BUILD)/velatura: $(CLI_OBJ) $(BUILD)/libvelatura.a
 	$(CC) $(ALL_CFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/run-tests: $(TEST_OBJ) $(BUILD)/libvelatura.a
 	$(CC) $(ALL_CFLAGS) -o $@ $^ $(LIBS)
-$(BUILD)/%.o: %.c
-	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) -c -o $@ $<
+define object_rule
+$(1)/%.o: %.c
+	@mkdir -p $$(@D)
+	$(CC) $(ALL_CFLAGS) -c -o $$@ $$<
+endef
+$(foreach folder,$(sort $(OBJ) $(BUILD)),$(eval $(call object_rule,$(folder))))
 define isa_rule
-$(BUILD)/isa-$(1)/%.o: src/backend/cpu/isa/%.c
+$(OBJ)/isa-$(1)/%.o: src/backend/cpu/isa/%.c
 	@mkdir -p $$(@D)
 	$(CC) $(ALL_CFLAGS) -O3 -ffp-contract=fast -fno-math-errno $(ISA_FLAGS_$(1)) -c -o $$@ $$<
 endef

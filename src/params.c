@@ -63,7 +63,7 @@ static const option_row train_rows[] = {
     FLOAT("caption_dropout", "caption_dropout_rate", caption_dropout, "0", 0, 1, "data", "share of captions left empty"),
     FLOAT("validation_split", NULL, validation_split, "0", 0, 0.9, "data", "share of pictures held out to measure"),
     FLAG("sample_latents", NULL, sample_latents, "yes", "data", "draw anew from the autoencoder's distribution each step; no: its mean"),
-    FLAG("cache_to_disk", "cache_latents_to_disk", cache_to_disk, "no", "data", "keep encoded pictures under OUTPUT_DIR/cache"),
+    FLAG("cache_to_disk", "cache_latents_to_disk", cache_to_disk, "no", "data", "keep encoded pictures and captions under OUTPUT_DIR/cache"),
     FLAG("strict_compat", NULL, strict_compat, "no", "data", "the peers' odd defaults: no EXIF rotation, no colour profiles"),
     CHOICE("network", NULL, network, "lora", "lora", "adapter", "what is trained"),
     TEXT("targets", "lora_targets,target_modules", targets, "attn", "adapter", "modules: attn, attn+mlp, all, or patterns such as '*.to_k,*.to_v'"),

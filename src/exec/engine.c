@@ -115,10 +115,13 @@ int64_t vel_engine_weight_bytes(const vel_engine *e)
 static vel_status find_source(vel_engine *e, const vel_node *leaf, vel_source_tensor *t)
 {
     char have[96], want[96];
+    const char *looked = NULL;
     for (int i = 0; i < e->n_sources; i++) {
         memset(t, 0, sizeof *t);
-        if (!e->sources[i].find(e->sources[i].user, leaf->path, t))
+        if (!e->sources[i].find(e->sources[i].user, leaf->path, t)) {
+            looked = t->file ? t->file : looked;
             continue;
+        }
         /* A 1x1 convolution may be stored as a matrix, and the other way round. */
         bool same = vel_shape_count(t->shape) == vel_shape_count(leaf->out[0].shape) &&
                     t->shape.rank > 0 && t->shape.dim[0] == leaf->out[0].shape.dim[0];
@@ -129,9 +132,9 @@ static vel_status find_source(vel_engine *e, const vel_node *leaf, vel_source_te
                         vel_shape_text(leaf->out[0].shape, want));
     }
     return vel_fail(e->ctx, VEL_BAD_FILE,
-                    "the model's files have no tensor '%s' %s: the folder is incomplete, or its "
-                    "config.json belongs to another model",
-                    leaf->path, vel_shape_text(leaf->out[0].shape, want));
+                    "%s: has no tensor '%s' %s: the file is incomplete, or the config.json beside it "
+                    "belongs to another model",
+                    looked ? looked : "the model's files", leaf->path, vel_shape_text(leaf->out[0].shape, want));
 }
 
 static void store_plain(vel_dtype type, const float *from, void *to, int64_t at, int64_t n)

@@ -27,6 +27,7 @@ typedef struct vel_source_tensor {
 } vel_source_tensor;
 /* Where values come from: looks a path up; false when it has no such tensor. Sources are asked in the
  * order they were added. */
+/* false: it has none; out->file may then say where it should be. */
 typedef bool (*vel_source_fn)(void *user, const char *path, vel_source_tensor *out);
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user);
 void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);

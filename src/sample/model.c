@@ -58,6 +58,8 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     char name[512];
     for (int i = 0; part && !t && vel_key_alias(path, i, name, sizeof name); i++)
         t = vel_safetensors_find(part->file, name);
+    if (part && !t)
+        out->file = vel_safetensors_path(part->file);
     return t && describe_tensor(part, t, out);
 }
 

@@ -20,7 +20,8 @@ static char *latent_key(train_session *s, int sample, int flipped, const char *c
 {
     const vel_sample *p = &s->data->samples[sample];
     const char *encoder = s->o->cache_to_disk ? vel_model_hash(s->model, "vae") : "";
-    return vel_strf(s->ctx, "latent %s %s %dx%d %s %d", encoder ? encoder : "", content, p->width, p->height,
+    return vel_strf(s->ctx, "latent %s type %d %s %dx%d %s %d", encoder ? encoder : "",
+                    (int)vel_model_compute(s->model), content, p->width, p->height,
                     s->o->strict_compat ? "strict" : "", flipped);
 }
 
@@ -157,6 +158,30 @@ static vel_status collect_captions(train_session *s)
     return VEL_OK;
 }
 
+/* The states of a caption, from the disk cache where one is asked for. */
+static vel_status encode_caption(train_session *s, int i, int64_t each)
+{
+    float *out = s->contexts + i * each;
+    if (!s->o->cache_to_disk)
+        return vel_model_encode_text(s->model, s->captions + i, 1, out);
+    const char *encoder = vel_model_hash(s->model, "text_encoder");
+    char *key = vel_strf(s->ctx, "text %s skip %d type %d %s", encoder ? encoder : "", s->o->clip_skip,
+                         (int)vel_model_compute(s->model), s->captions[i]);
+    if (!key)
+        return VEL_NO_MEMORY;
+    const float *known = vel_cache_find(s->cache, key, each);
+    vel_status st = VEL_OK;
+    if (known) {
+        memcpy(out, known, (size_t)each * sizeof *out);
+    } else {
+        st = vel_model_encode_text(s->model, s->captions + i, 1, out);
+        if (st == VEL_OK)
+            st = vel_cache_put(s->cache, key, out, each);
+    }
+    vel_free(s->ctx, key);
+    return st;
+}
+
 static vel_status encode_captions(train_session *s)
 {
     VEL_TRY(collect_captions(s));
@@ -175,19 +200,18 @@ static vel_status encode_captions(train_session *s)
         return VEL_NO_MEMORY;
     vel_progress progress;
     vel_progress_begin(&progress, s->ctx, "reading captions", s->n_captions);
-    for (int i = 0; i < s->n_captions; i += 16) {
-        int n = VEL_MIN(16, s->n_captions - i);
-        VEL_TRY(vel_model_encode_text(s->model, s->captions + i, n, s->contexts + i * each));
-        vel_progress_at(&progress, i + n, NAN);
+    for (int i = 0; i < s->n_captions; i++) {
+        VEL_TRY(encode_caption(s, i, each));
+        vel_progress_at(&progress, i + 1, NAN);
     }
     return VEL_OK;
 }
 
 vel_status vel_feed_prepare(train_session *s)
 {
-    VEL_TRY(encode_captions(s));
     char *folder = s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
     VEL_TRY(vel_cache_open(s->ctx, folder, &s->cache));
+    VEL_TRY(encode_captions(s));
     int64_t most = 0;
     vel_progress progress;
     vel_progress_begin(&progress, s->ctx, "reading pictures", s->data->n);

@@ -47,6 +47,7 @@ static int64_t step_of(const train_session *s, const char *name, const char *end
 
 vel_status vel_keep_check_folder(train_session *s)
 {
+    s->made_folder = !vel_is_folder(s->o->output_dir);
     VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
     vel_remove_leftovers(s->ctx, s->o->output_dir);
     char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_path(s, ".safetensors");
@@ -107,6 +108,8 @@ static void write_point(FILE *f, const vel_curve_point *p)
 
 vel_status vel_keep_open_log(train_session *s)
 {
+    if (s->log)
+        return VEL_OK;
     s->log_path = vel_keep_path(s, ".log.jsonl");
     if (!s->log_path)
         return VEL_NO_MEMORY;
@@ -125,6 +128,7 @@ vel_status vel_keep_open_log(train_session *s)
 
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
 {
+    VEL_TRY(vel_keep_open_log(s)); /* not before: a run that fails at its first step leaves nothing */
     write_point(s->log, p);
     if (fflush(s->log) || ferror(s->log)) { /* a full disk: the run goes on, its saves will tell */
         vel_log(s->ctx, 1, "%s: cannot be written (disk full?)", s->log_path);

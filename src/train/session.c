@@ -1,5 +1,7 @@
 /* session.c: the order of things in `velatura train`: look at the data, load the model, state the plan
  * (and stop there when asked), encode, draw the "before" pictures, step, save, report. */
+#include <unistd.h>
+
 #include "train/session.h"
 
 /* ---- what will be trained ---------------------------------------------------------------------------- */
@@ -322,6 +324,7 @@ static vel_status step_until_done(train_session *s)
                             "with --resume latest", s->step, s->steps);
         }
     }
+    VEL_TRY(vel_keep_open_log(s));
     return vel_keep_save(s, true);
 }
 
@@ -340,7 +343,6 @@ static vel_status run_session(train_session *s)
         return VEL_OK;
     vel_model_set_trained(s->model, &s->adaption, 1);
     VEL_TRY(vel_keep_resume(s));
-    VEL_TRY(vel_keep_open_log(s));
     VEL_TRY(vel_feed_prepare(s));
     s->step = s->first_step;
     VEL_TRY(vel_look_draw(s));
@@ -376,5 +378,7 @@ vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t 
     s.arena = vel_arena_create(ctx);
     vel_status st = s.arena ? run_session(&s) : VEL_NO_MEMORY;
     finish_session(&s);
+    if (st && s.made_folder)
+        rmdir(o->output_dir); /* goes only when it is empty */
     return st;
 }

@@ -40,6 +40,7 @@ typedef struct train_session {
     int32_t *timestep, *batch_ids;
 
     /* keep */
+    bool made_folder;      /* the output folder is this run's: it goes if nothing is put there */
     char *log_path;
     FILE *log;
     vel_curve_point *points;
@@ -60,7 +61,7 @@ vel_status vel_feed_validate(train_session *s, double *loss);
 
 /* keep.c */
 vel_status vel_keep_check_folder(train_session *s);
-vel_status vel_keep_open_log(train_session *s);
+vel_status vel_keep_open_log(train_session *s); /* unless it is open */
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p);
 vel_status vel_keep_save(train_session *s, bool last);
 vel_status vel_keep_resume(train_session *s); /* sets first_step where there is a state */
