@@ -109,11 +109,12 @@ endef
 $(foreach i,$(ISAS),$(eval $(call isa_rule,$(i))))
 
 # Sanitizers: libraries that keep tables to their end are named in tests/lsan.supp.
-TEST_ENV := LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0
+TEST_ENV := OMP_WAIT_POLICY=passive LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0
 TEST_ENV += UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
 PATTERN ?=
+SKIP ?=
 test: $(BUILD)/run-tests $(BUILD)/velatura
-	$(TEST_ENV) $(BUILD)/run-tests --program $(BUILD)/velatura $(if $(PATTERN),'$(PATTERN)')
+	$(TEST_ENV) $(BUILD)/run-tests --program $(BUILD)/velatura $(if $(SKIP),--skip '$(SKIP)') $(if $(PATTERN),'$(PATTERN)')
 # Each of these once for each of its allocations; whole training runs have too many of them.
 FAULT_PATTERN := arena*,text_*,file_*,writer*,safetensors_*,json_*,graph*,pass*,adapter_*,captions*,bucket*,params_*
 fault: $(BUILD)/run-tests

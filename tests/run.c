@@ -1,9 +1,9 @@
 /* run.c: the harness of test.h: runs the registered tests, each with its own context and an empty
  * folder that is removed afterwards.
  *
- *     run-tests [--program PATH] [--fault] [--list] [NAME-PATTERN]
+ *     run-tests [--program PATH] [--fault] [--list] [--skip NAME-PATTERN] [NAME-PATTERN]
  *
- * A pattern without '*' matches anywhere in a name. A test fails when a CHECK fails or when memory
+ * A pattern without '*' matches anywhere in a name; several are joined with ','. A test fails when a CHECK fails or when memory
  * of its context is left. With --fault each test runs once to count its allocations and then once
  * for each of them with that one failing, every time in a process of its own: the test must not
  * crash (CHECKs that fail then are expected and not counted). The last line is
@@ -18,28 +18,9 @@
 #include <unistd.h>
 
 typedef struct options {
-    const char *program, *pattern;
+    const char *program, *pattern, *skip;
     bool fault, list;
 } options;
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#ifdef __SANITIZE_ADDRESS__
-/* Fontconfig keeps its tables to the end of the process. */
-const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void)
-{
-    return "leak:libfontconfig\n";
-}
-const char *__lsan_default_options(void);
-const char *__lsan_default_options(void)
-{
-    return "print_suppressions=0";
-}
-#endif
 
 static vel_test *first_test;
 static bool quiet; /* while an allocation is made to fail */
@@ -164,10 +145,8 @@ static void run_with_faults(vel_test *t, const options *o)
     fflush(stdout);
 }
 
-static bool is_wanted(const vel_test *t, const char *pattern)
+static bool matches(const vel_test *t, const char *pattern)
 {
-    if (!pattern)
-        return true;
     return strpbrk(pattern, "*?,") ? vel_glob(pattern, t->name) : strstr(t->name, pattern) != NULL;
 }
 
@@ -180,6 +159,8 @@ static bool read_options(int n, char **args, options *o)
             o->list = true;
         else if (strcmp(args[i], "--program") == 0 && i + 1 < n)
             o->program = args[++i];
+        else if (strcmp(args[i], "--skip") == 0 && i + 1 < n)
+            o->skip = args[++i];
         else if (args[i][0] != '-' && !o->pattern)
             o->pattern = args[i];
         else
@@ -192,12 +173,12 @@ int main(int n, char **args)
 {
     options o = {0};
     if (!read_options(n, args, &o)) {
-        fprintf(stderr, "usage: %s [--program PATH] [--fault] [--list] [NAME-PATTERN]\n", args[0]);
+        fprintf(stderr, "usage: %s [--program PATH] [--fault] [--list] [--skip NAME-PATTERN] [NAME-PATTERN]\n", args[0]);
         return 2;
     }
     int passed = 0, failed = 0, skipped = 0;
     for (vel_test *t = first_test; t; t = t->next) {
-        if (!is_wanted(t, o.pattern))
+        if ((o.pattern && !matches(t, o.pattern)) || (o.skip && matches(t, o.skip)))
             continue;
         if (o.list) {
             printf("%s\n", t->name);

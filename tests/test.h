@@ -5,7 +5,7 @@
  *         CHECK(strcmp(vel_arena_strdup(a, "x"), "x") == 0);
  *     }
  *
- * run-tests [--program PATH] [--fault] [--list] [NAME-PATTERN] runs them and ends with
+ * run-tests [--program PATH] [--fault] [--list] [--skip PATTERN] [PATTERN] runs them and ends with
  * "N passed, N failed" (N counts tests). */
 #ifndef VEL_TEST_H
 #define VEL_TEST_H

@@ -1,19 +1,20 @@
-/* test_cpu.c: the CPU backend's own kernels, straight through vel_backend_cpu, on every instruction set
- * that the machine has, against sums in double precision. The table-driven tests (test_ops.c) cover
- * every op on small shapes; here are the shapes that matter for blocks and tails (several key blocks,
- * padded heads, causal borders), and that equal runs give equal bytes. */
+/* test_cpu.c: the CPU backend's own kernels, straight through vel_backend_cpu, on every instruction
+ * set that the machine has, against sums in double precision. The table-driven tests (test_ops.c)
+ * cover every op on small shapes; here are the shapes that matter for blocks and tails (several key
+ * blocks, padded heads, causal borders), and that equal runs give equal bytes. */
 #include "backend/backend.h"
 #include "graph/graph.h"
 #include "test.h"
 
 #include <stdlib.h>
 
-/* ---- one node, run alone ------------------------------------------------------------------------------ */
+/* ---- one node, run alone
+ * ------------------------------------------------------------------------------ */
 
 typedef struct bench {
     vel_test *t;
     vel_device *d;
-    vel_dtype type;      /* of compute values */
+    vel_dtype type; /* of compute values */
     vel_launch launch;
     vel_kernel kernel;
     vel_graph *g;
@@ -21,13 +22,13 @@ typedef struct bench {
     int n_in;
     double *value[VEL_MAX_IN]; /* what the device holds, in double; NULL: absent */
     double *out[VEL_MAX_OUT];
-    void *bytes[VEL_MAX_OUT];  /* of the outputs, raw */
-    double tolerance;
+    void *bytes[VEL_MAX_OUT]; /* of the outputs, raw */
+    double tolerance;         /* for float32; bfloat16's own is the same for all */
+    bool all_f32;             /* what is compared is float32 in either type */
 } bench;
 
-static void begin(bench *b, uint64_t seed)
+static void begin(bench *b)
 {
-    (void)seed;
     vel_test *t = b->t;
     b->g = vel_graph_create(t->ctx);
     b->n_in = 0;
@@ -61,7 +62,8 @@ static void input(bench *b, vel_dtype dtype, vel_shape s, double size, const dou
     b->in[i] = vel_input(b->g, names[i], dtype, s);
     b->value[i] = vel_alloc(b->t->ctx, (size_t)n * sizeof(double));
     for (int64_t k = 0; k < n; k++) {
-        double v = given ? given[k] : size * (2 * vel_random_uniform(7, (uint64_t)i, (uint64_t)k) - 1);
+        double v =
+            given ? given[k] : size * (2 * vel_random_uniform(7, (uint64_t)i, (uint64_t)k) - 1);
         b->value[i][k] = dtype == VEL_BF16 ? vel_bf16_f32(vel_f32_bf16((float)v)) : (float)v;
     }
     b->launch.in_type[i] = (vel_type){dtype, s};
@@ -86,7 +88,8 @@ static void run(bench *b, vel_op op, const vel_attr *a)
     for (int pass = 0; pass < 2; pass++) {
         memset(l->scratch, 0xff, b->kernel.scratch); /* NaN */
         for (int i = 0; i < n->n_out; i++) {
-            size_t bytes = (size_t)(vel_shape_count(n->out[i].shape) * vel_dtype_bytes(n->out[i].dtype));
+            size_t bytes =
+                (size_t)(vel_shape_count(n->out[i].shape) * vel_dtype_bytes(n->out[i].dtype));
             if (!pass)
                 l->out[i] = on_device(b, n->out[i], NULL);
             else if (!(b->bytes[i] = vel_alloc(t->ctx, bytes)))
@@ -99,8 +102,9 @@ static void run(bench *b, vel_op op, const vel_attr *a)
     }
     for (int i = 0; i < n->n_out; i++) {
         int64_t count = vel_shape_count(n->out[i].shape);
-        CHECK_MSG(!memcmp(b->bytes[i], l->out[i], (size_t)(count * vel_dtype_bytes(n->out[i].dtype))),
-                  "%s: output %d differs from run to run", b->kernel.name, i);
+        CHECK_MSG(
+            !memcmp(b->bytes[i], l->out[i], (size_t)(count * vel_dtype_bytes(n->out[i].dtype))),
+            "%s: output %d differs from run to run", b->kernel.name, i);
         b->out[i] = vel_alloc(t->ctx, (size_t)count * sizeof(double));
         for (int64_t k = 0; k < count; k++)
             b->out[i][k] = n->out[i].dtype == VEL_BF16 ? vel_bf16_f32(((vel_bf16 *)l->out[i])[k])
@@ -138,9 +142,9 @@ static void compare(bench *b, const char *what, const double *truth, const doubl
         size += truth[i] * truth[i];
     }
     double relative = sqrt(error / (size + 1e-30));
-    double allowed = b->tolerance * (b->type == VEL_BF16 ? 1500 : 1);
-    CHECK_MSG(relative <= allowed, "%s %s: off by %.2e, allowed %.2e", b->kernel.name, what, relative,
-              allowed);
+    double allowed = b->type == VEL_BF16 && !b->all_f32 ? 6e-3 : b->tolerance;
+    CHECK_MSG(relative <= allowed, "%s %s: off by %.2e, allowed %.2e", b->kernel.name, what,
+              relative, allowed);
 }
 
 /* Calls fn for each instruction set that the machine has, in both types. */
@@ -174,7 +178,8 @@ static double *room(bench *b, int64_t n)
     return vel_alloc(b->t->ctx, (size_t)n * sizeof(double));
 }
 
-/* ---- attention ------------------------------------------------------------------------------------------- */
+/* ---- attention
+ * ------------------------------------------------------------------------------------------- */
 
 typedef struct attention_case {
     int64_t batch, queries, keys, heads, d, bias_rows;
@@ -183,13 +188,22 @@ typedef struct attention_case {
 } attention_case;
 
 static const attention_case attention_cases[] = {
-    {1, 130, 450, 2, 40, 0, false, 3}, {2, 77, 77, 3, 32, 0, true, 1},  {2, 33, 77, 2, 80, 2, false, 2},
-    {1, 5, 3, 1, 7, 1, false, 1},      {1, 65, 200, 1, 160, 0, false, 1}, {1, 70, 210, 1, 64, 0, true, 4},
-    {1, 40, 33, 1, 512, 0, false, 1},
+    {1, 130, 450, 2, 40, 0, false, 3}, {2, 77, 77, 3, 32, 0, true, 1},
+    {2, 33, 77, 2, 80, 2, false, 2},   {1, 5, 3, 1, 7, 1, false, 1},
+    {1, 65, 200, 1, 160, 0, false, 1}, {1, 70, 210, 1, 64, 0, true, 4},
+    {1, 40, 33, 1, 512, 0, false, 1},  {1, 35, 1300, 1, 32, 0, false, 1},
+    {1, 50, 400, 1, 40, 0, false, 12}, /* so sharp that rows must be scaled again on the way */
 };
 
+/* Large scores lose digits in any float32 exp. */
+static double tolerance_of(const attention_case *c)
+{
+    return c->size > 4 ? 1e-4 : 4e-6;
+}
+
 /* Row t of the scores of a head; returns the log of the sum of exp, and leaves probabilities. */
-static double probabilities(const attention_case *c, double *const *value, int64_t head, int64_t t, double *p)
+static double probabilities(const attention_case *c, double *const *value, int64_t head, int64_t t,
+                            double *p)
 {
     int64_t width = c->heads * c->d, batch = head / c->heads, at = head % c->heads * c->d;
     double scale = 1 / sqrt((double)c->d), top = -INFINITY, sum = 0;
@@ -216,7 +230,7 @@ static void attention_inputs(bench *b, const attention_case *c)
     double hidden[256];
     for (int64_t i = 0; i < c->bias_rows * c->keys; i++)
         hidden[i] = i % 5 == 2 ? -1e30 : 0.25 * (double)(i % 3);
-    begin(b, 1);
+    begin(b);
     input(b, b->type, VEL_SHAPE(c->batch, c->queries, width), c->size, NULL);
     input(b, b->type, VEL_SHAPE(c->batch, c->keys, width), c->size, NULL);
     input(b, b->type, VEL_SHAPE(c->batch, c->keys, width), 1, NULL);
@@ -224,7 +238,8 @@ static void attention_inputs(bench *b, const attention_case *c)
 }
 
 /* Truth: o [B, T, width] and lse [B, heads, T]. */
-static void attention_truth(const attention_case *c, double *const *value, double *p, double *o, double *lse)
+static void attention_truth(const attention_case *c, double *const *value, double *p, double *o,
+                            double *lse)
 {
     int64_t width = c->heads * c->d;
     for (int64_t head = 0; head < c->batch * c->heads; head++)
@@ -242,10 +257,11 @@ static void attention_truth(const attention_case *c, double *const *value, doubl
 
 static void check_attention(bench *b)
 {
-    b->tolerance = 3e-6;
     for (int i = 0; i < VEL_COUNT(attention_cases); i++) {
         const attention_case *c = &attention_cases[i];
-        int64_t n = c->batch * c->queries * c->heads * c->d, rows = c->batch * c->heads * c->queries;
+        b->tolerance = tolerance_of(c);
+        int64_t n = c->batch * c->queries * c->heads * c->d,
+                rows = c->batch * c->heads * c->queries;
         attention_inputs(b, c);
         double *p = room(b, c->keys), *o = room(b, n), *lse = room(b, rows);
         attention_truth(c, b->value, p, o, lse);
@@ -266,8 +282,8 @@ TEST(cpu_attention)
 }
 
 /* dq, dk, dv of one head, from the definition. */
-static void attention_grad_truth(const attention_case *c, double *const *value, double *p, double *dq,
-                                 double *dk, double *dv)
+static void attention_grad_truth(const attention_case *c, double *const *value, double *p,
+                                 double *dq, double *dk, double *dv)
 {
     int64_t width = c->heads * c->d;
     double scale = 1 / sqrt((double)c->d);
@@ -296,10 +312,11 @@ static void attention_grad_truth(const attention_case *c, double *const *value, 
 
 static void check_attention_grad(bench *b)
 {
-    b->tolerance = 4e-6;
     for (int i = 0; i < VEL_COUNT(attention_cases); i++) {
         const attention_case *c = &attention_cases[i];
-        int64_t width = c->heads * c->d, nq = c->batch * c->queries * width, nk = c->batch * c->keys * width;
+        b->tolerance = tolerance_of(c);
+        int64_t width = c->heads * c->d, nq = c->batch * c->queries * width,
+                nk = c->batch * c->keys * width;
         int64_t rows = c->batch * c->heads * c->queries;
         attention_inputs(b, c);
         double *p = room(b, c->keys), *o = room(b, nq), *lse = room(b, rows), *dq = room(b, nq);
@@ -326,7 +343,8 @@ TEST(cpu_attention_grad)
     each_isa(t, check_attention_grad);
 }
 
-/* ---- group norm -------------------------------------------------------------------------------------------- */
+/* ---- group norm
+ * -------------------------------------------------------------------------------------------- */
 
 enum { GN_N = 2, GN_PLACES = 700, GN_WIDTH = 72, GN_GROUPS = 6 };
 
@@ -343,7 +361,7 @@ static void group_norm_inputs(bench *b)
     double *x = room(b, GN_N * GN_PLACES * GN_WIDTH);
     for (int64_t i = 0; i < GN_N * GN_PLACES * GN_WIDTH; i++)
         x[i] = 30 + 2 * vel_random_uniform(1, 2, (uint64_t)i) + 0.01 * (double)(i % GN_WIDTH);
-    begin(b, 3);
+    begin(b);
     input(b, b->type, VEL_SHAPE(GN_N, GN_PLACES, GN_WIDTH), 1, x);
     input(b, VEL_F32, VEL_SHAPE(GN_WIDTH), 1, NULL);
     input(b, VEL_F32, VEL_SHAPE(GN_WIDTH), 1, NULL);
@@ -372,16 +390,17 @@ static void check_group_norm(bench *b)
     for (int64_t item = 0; item < GN_N * GN_GROUPS; item++)
         group_stats(b->value, item, &stats[2 * item], &stats[2 * item + 1]);
     for (int64_t i = 0; i < n; i++) {
-        int64_t c = i % GN_WIDTH, item = i / (GN_PLACES * GN_WIDTH) * GN_GROUPS + c / (GN_WIDTH / GN_GROUPS);
+        int64_t c = i % GN_WIDTH,
+                item = i / (GN_PLACES * GN_WIDTH) * GN_GROUPS + c / (GN_WIDTH / GN_GROUPS);
         double z = (b->value[0][i] - stats[2 * item]) * stats[2 * item + 1];
         y[i] = silu(z * b->value[1][c] + b->value[2][c], &slope);
     }
     run(b, VEL_OP_group_norm, &(vel_attr){.group_norm = {GN_GROUPS, 1e-5, VEL_ACT_SILU}});
     compare(b, "output", y, b->out[0], n);
-    double bf16_allows = b->tolerance;
-    b->tolerance = b->type == VEL_BF16 ? 1e-6 / 1500 : 1e-6; /* float32 either way */
+    b->tolerance = 1e-6;
+    b->all_f32 = true;
     compare(b, "stats", stats, b->out[1], GN_N * GN_GROUPS * 2);
-    b->tolerance = bf16_allows;
+    b->all_f32 = false;
     vel_free(b->t->ctx, y);
     end(b);
 }
@@ -423,11 +442,13 @@ static void check_group_norm_grad(bench *b, bool weights)
             }
     }
     if (weights) {
-        run(b, VEL_OP_group_norm_grad_w, &(vel_attr){.group_norm_grad_w = {GN_GROUPS, 1e-5, VEL_ACT_SILU}});
+        run(b, VEL_OP_group_norm_grad_w,
+            &(vel_attr){.group_norm_grad_w = {GN_GROUPS, 1e-5, VEL_ACT_SILU}});
         compare(b, "dw", dw, b->out[0], GN_WIDTH);
         compare(b, "db", db, b->out[1], GN_WIDTH);
     } else {
-        run(b, VEL_OP_group_norm_grad, &(vel_attr){.group_norm_grad = {GN_GROUPS, 1e-5, VEL_ACT_SILU}});
+        run(b, VEL_OP_group_norm_grad,
+            &(vel_attr){.group_norm_grad = {GN_GROUPS, 1e-5, VEL_ACT_SILU}});
         compare(b, "dx", dx, b->out[0], n);
     }
     vel_free(b->t->ctx, dx);
@@ -452,13 +473,15 @@ TEST(cpu_group_norm_grad)
     each_isa(t, check_group_norm_grad_w);
 }
 
-/* ---- activations far from zero, NaN -------------------------------------------------------------------------- */
+/* ---- activations far from zero, NaN
+ * -------------------------------------------------------------------------- */
 
 static void check_extremes(bench *b)
 {
     vel_test *t = b->t;
-    static const double x[] = {-INFINITY, -1e30, -200, -90, -20, 0, 20, 90, 200, 1e30, INFINITY, NAN, 1};
-    begin(b, 0);
+    static const double x[] = {-INFINITY, -1e30, -200, -90,      -20, 0, 20,
+                               90,        200,   1e30, INFINITY, NAN, 1};
+    begin(b);
     input(b, b->type, VEL_SHAPE(VEL_COUNT(x)), 1, x);
     run(b, VEL_OP_act, &(vel_attr){.act = {VEL_ACT_SILU}});
     for (int i = 1; i < VEL_COUNT(x) - 2; i++) {
@@ -475,7 +498,8 @@ TEST(cpu_extremes)
     each_isa(t, check_extremes);
 }
 
-/* ---- the optimizer ------------------------------------------------------------------------------------------- */
+/* ---- the optimizer
+ * ------------------------------------------------------------------------------------------- */
 
 enum { ADAM_N = 40000, ADAM_SPLIT = 12345 };
 
@@ -484,13 +508,15 @@ static void check_adamw(bench *b)
     vel_test *t = b->t;
     const vel_adamw_segment segments[] = {
         {0, ADAM_SPLIT, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, 1 - 0.9f * 0.9f, 1 - 0.999f * 0.999f},
-        {ADAM_SPLIT, ADAM_N - 3, 1e-2f, 0.9f, 0.999f, 1e-8f, 0, 1 - 0.9f * 0.9f, 1 - 0.999f * 0.999f},
+        {ADAM_SPLIT, ADAM_N - 3, 1e-2f, 0.9f, 0.999f, 1e-8f, 0, 1 - 0.9f * 0.9f,
+         1 - 0.999f * 0.999f},
     };
     float *values[4], worst = 0;
     for (int i = 0; i < 4; i++) { /* value, gradient, m, v */
         values[i] = vel_alloc(t->ctx, ADAM_N * sizeof(float));
         for (int64_t k = 0; k < ADAM_N; k++)
-            values[i][k] = (float)(vel_random_uniform(3, (uint64_t)i, (uint64_t)k) - (i == 3 ? 0 : 0.5));
+            values[i][k] =
+                (float)(vel_random_uniform(3, (uint64_t)i, (uint64_t)k) - (i == 3 ? 0 : 0.5));
     }
     float *before = vel_alloc(t->ctx, ADAM_N * sizeof(float));
     memcpy(before, values[0], ADAM_N * sizeof(float));

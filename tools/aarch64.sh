@@ -3,7 +3,7 @@
 # to objects in build/aarch64. The libraries' headers are this machine's: they are the same there, but for
 # glib's configuration, whose sizes are those of another 64-bit machine. Nothing is linked or run.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 cc=${CROSS_CC:-aarch64-linux-gnu-gcc}
 out=build/aarch64
 if ! command -v "$cc" >/dev/null; then

@@ -6,7 +6,7 @@
 #
 # The last line is "N passed, N failed"; an input that fails is left in build/fuzz.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 plain=0
 if [ "${1:-}" = --plain ]; then
     plain=1
@@ -14,6 +14,7 @@ if [ "${1:-}" = --plain ]; then
 fi
 seconds=${1:-10}
 out=build/fuzz
+lib=build/san-address-undefined-hostile/libvelatura.a
 mkdir -p "$out"
 read -r -a flags < <(pkg-config --cflags vips jansson libpcre2-8 libutf8proc | tr '\n' ' ')
 read -r -a libs < <(pkg-config --libs vips jansson libpcre2-8 libutf8proc | tr '\n' ' ')
@@ -37,7 +38,7 @@ build_with_clang() {
 build_target() {
     if [ $plain = 1 ]; then
         "${CC:-cc}" "${flags[@]}" -fopenmp -fsanitize=address,undefined "$1" tests/fuzz/fuzz_main.c \
-            build/san-address-undefined/libvelatura.a -o "$2" -ldnnl "${libs[@]}" -lm -ldl -lpthread
+            "$lib" -o "$2" -ldnnl "${libs[@]}" -lm -ldl -lpthread
     else
         clang "${flags[@]}" -fsanitize=fuzzer,address,undefined "$1" "$out"/src-*.o -o "$2" "${libs[@]}" -lm
     fi
@@ -59,7 +60,7 @@ run_target() {
 
 has_libfuzzer || plain=1
 if [ $plain = 1 ]; then
-    make -s -j2 SAN=address,undefined build/san-address-undefined/libvelatura.a || exit 1
+    make -s -j2 SAN=address,undefined HOSTILE=1 "$lib" || exit 1
 else
     build_with_clang || exit 1
 fi

@@ -24,7 +24,11 @@ if ! timeout 120 "$pip" download -q --disable-pip-version-check --no-deps --only
     exit 3
 fi
 for wheel in "$work"/*.whl; do
-    unzip -q -o "$wheel" -d "$work/unpacked"
+    if command -v unzip >/dev/null; then
+        unzip -q -o "$wheel" -d "$work/unpacked"
+    else
+        python3 -m zipfile -e "$wheel" "$work/unpacked"
+    fi
 done
 mkdir -p "$folder/lib"
 for part in "$work"/unpacked/*.data/data; do

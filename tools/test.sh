@@ -1,10 +1,22 @@
 #!/usr/bin/env bash
-# test.sh: the whole test suite, as ./bootstrap test runs it. Each part prints its own count; the last
-# line is the sum: "N passed, N failed".
+# test.sh: the whole test suite, as ./bootstrap test runs it: about ten minutes on two cores. Each part
+# prints its own count; the last line is the sum: "N passed, N failed".
+#
+#   build, layers     the program, and what each folder may touch
+#   tests             all of them, and the reference values of the embedded model
+#   hostile           once more under AddressSanitizer and UBSan, in a build that poisons freed memory,
+#                     spoils every output before it is written and recomputes at random. Left out there:
+#                     what draws whole pictures and what waits for a program to be killed, which are slow
+#   fault             parsers and small parts with each of their allocations failing in turn
+#   fuzz              parsers on mutated files, for a few seconds each
+#   oneDNN 3          all tests again with a oneDNN 3.x, where pip can download one
+#   aarch64           objects for it, where the cross compiler is installed
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 passed=0
 failed=0
+jobs=${JOBS:-$(nproc)}
+export OMP_WAIT_POLICY=passive # tests start many short runs; spinning threads would wait for each other
 
 # part NAME COMMAND...: runs it, shows its output when it fails, and adds up its last line's counts
 # (a command without such a line counts as one test).
@@ -26,20 +38,43 @@ part() {
     failed=$((failed + f))
     printf '%-44s %5d passed %4d failed %5d s\n' "$name" "$p" "$f" $((SECONDS - start))
     if [ "$f" != 0 ]; then
-        grep -E 'FAIL|failed|error|ERROR|Sanitizer' "$log" | head -n 40
+        grep -E 'FAIL|failed|error|ERROR|Sanitizer|tests/' "$log" | head -n 40
         echo "--- end of the output:"
         tail -n 25 "$log"
     fi
     rm -f "$log"
 }
 
-jobs=$(nproc)
-part "build" make -s -j"$jobs" build/release/velatura build/release/run-tests
+skipped() {
+    printf '%-44s skipped: %s\n' "$1" "$2"
+}
+
+hostile=(SAN=address,undefined HOSTILE=1)
+hostile_build=build/san-address-undefined-hostile
+slow='pipeline_*,train_survives*,train_sigint*,train_loss_falls,train_draws*,train_keeps*'
+
+part "build" make -s -j"$jobs" build/release/velatura build/release/run-tests build/release/libvelatura.so
 part "layers" tools/layers.sh
+part "sizes" tools/size.sh
 part "tests" make -s test
 part "reference values of emoji-sd" build/release/velatura check-golden --model models/emoji-sd tests/golden/emoji-sd
-part "build with sanitizers" make -s -j"$jobs" SAN=address,undefined build/san-address-undefined/run-tests
-part "tests under sanitizers" env ASAN_OPTIONS=detect_leaks=1 tools/suppressed.sh build/san-address-undefined/run-tests --short
+part "hostile build" make -s -j"$jobs" "${hostile[@]}" $hostile_build/velatura $hostile_build/run-tests \
+    $hostile_build/libvelatura.so
+part "hostile tests" make -s "${hostile[@]}" SKIP="$slow" test
+part "failing allocations" make -s fault
+part "fuzz" tools/fuzz.sh --plain 5
+if tools/onednn3.sh; then
+    part "oneDNN 3: build" make -s -j"$jobs" ONEDNN=build/onednn3 build/release-onednn/velatura \
+        build/release-onednn/run-tests build/release-onednn/libvelatura.so
+    part "oneDNN 3: tests" make -s ONEDNN=build/onednn3 test
+else
+    skipped "oneDNN 3" "no pip or no network here"
+fi
+if command -v aarch64-linux-gnu-gcc >/dev/null; then
+    part "aarch64 compiles" tools/aarch64.sh
+else
+    skipped "aarch64" "aarch64-linux-gnu-gcc is not installed"
+fi
 if command -v nvcc >/dev/null && [ -d src/backend/cuda ]; then
     part "CUDA sources compile" make -s cuda
 fi

@@ -1,8 +1,8 @@
 /* cpu.c: the CPU backend: finds out what the processor can do, and ties the two lists of kernels
  * (oneDNN's, then our own) to the contract in backend.h. Device memory is host memory.
  *
- * What is used can be lowered, for tests and comparisons: VELATURA_CPU_ISA=base|avx2|avx512|bf16 for the
- * own kernels, VELATURA_AMX=0, VELATURA_ONEDNN=0 (own kernels only), and oneDNN's own
+ * What is used can be lowered, for tests and comparisons: VELATURA_CPU_ISA=base|avx2|avx512|bf16
+ * for the own kernels, VELATURA_AMX=0, VELATURA_ONEDNN=0 (own kernels only), and oneDNN's own
  * ONEDNN_MAX_CPU_ISA, which lowers both. */
 #include "backend/cpu/cpu.h"
 #include "backend/cpu/kernels.h"
@@ -18,7 +18,8 @@
 
 enum { HUGE_PAGE = 2 << 20 };
 
-/* ---- what the processor can do ---------------------------------------------------------------------------- */
+/* ---- what the processor can do
+ * ---------------------------------------------------------------------------- */
 
 static const char *const isa_names[] = {"base", "avx2", "avx512", "bf16"};
 static const char *const isa_titles[] = {"plain", "AVX2", "AVX-512", "AVX-512 BF16"};
@@ -33,6 +34,11 @@ static vel_cpu_isa detect_isa(void)
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return VEL_ISA_AVX2;
     return __builtin_cpu_supports("avx512bf16") ? VEL_ISA_BF16 : VEL_ISA_AVX512;
+}
+
+static bool is_amd(void)
+{
+    return __builtin_cpu_is("amd");
 }
 
 /* The kernel hands out the tile registers on request only. */
@@ -51,6 +57,11 @@ static vel_cpu_isa detect_isa(void)
     return VEL_ISA_BASE;
 }
 
+static bool is_amd(void)
+{
+    return false;
+}
+
 static bool get_amx(void)
 {
     return false;
@@ -62,11 +73,16 @@ static const struct {
     const char *name;
     vel_cpu_isa isa;
 } onednn_isas[] = {
-    {"SSE41", VEL_ISA_BASE},         {"AVX", VEL_ISA_BASE},
-    {"AVX2", VEL_ISA_AVX2},          {"AVX2_VNNI", VEL_ISA_AVX2},
-    {"AVX2_VNNI_2", VEL_ISA_AVX2},   {"AVX512_MIC", VEL_ISA_AVX2},
-    {"AVX512_CORE", VEL_ISA_AVX512}, {"AVX512_CORE_VNNI", VEL_ISA_AVX512},
-    {"AVX512_CORE_BF16", VEL_ISA_BF16}, {"AVX512_CORE_FP16", VEL_ISA_BF16},
+    {"SSE41", VEL_ISA_BASE},
+    {"AVX", VEL_ISA_BASE},
+    {"AVX2", VEL_ISA_AVX2},
+    {"AVX2_VNNI", VEL_ISA_AVX2},
+    {"AVX2_VNNI_2", VEL_ISA_AVX2},
+    {"AVX512_MIC", VEL_ISA_AVX2},
+    {"AVX512_CORE", VEL_ISA_AVX512},
+    {"AVX512_CORE_VNNI", VEL_ISA_AVX512},
+    {"AVX512_CORE_BF16", VEL_ISA_BF16},
+    {"AVX512_CORE_FP16", VEL_ISA_BF16},
 };
 
 static bool is_off(const char *name)
@@ -93,13 +109,17 @@ static vel_status apply_switches(vel_device *d)
             return vel_fail(d->ctx, VEL_BAD_VALUE,
                             "VELATURA_CPU_ISA: '%s' is not one of base, avx2, avx512, bf16", isa);
         d->isa = VEL_MIN(d->isa, (vel_cpu_isa)wanted);
+        d->dot = d->isa == VEL_ISA_BF16; /* asked for by name: used, fast or not */
     }
     if (d->isa < VEL_ISA_BF16 || is_off("VELATURA_AMX"))
         d->amx = false;
+    if (d->isa < VEL_ISA_BF16)
+        d->dot = false;
     return VEL_OK;
 }
 
-/* ---- the device -------------------------------------------------------------------------------------------- */
+/* ---- the device
+ * -------------------------------------------------------------------------------------------- */
 
 static void cpu_close(vel_device *d)
 {
@@ -119,6 +139,7 @@ static vel_status cpu_open(vel_ctx *ctx, const char *device, vel_device **out)
     d->threads = VEL_MAX(omp_get_max_threads(), 1);
     d->isa = detect_isa();
     d->amx = d->isa == VEL_ISA_BF16 && get_amx();
+    d->dot = d->isa == VEL_ISA_BF16 && is_amd();
     vel_status st = apply_switches(d);
     if (st == VEL_OK)
         st = vel_onednn_open(d);
@@ -127,7 +148,8 @@ static vel_status cpu_open(vel_ctx *ctx, const char *device, vel_device **out)
         return st;
     }
     snprintf(d->description, sizeof d->description, "%d thread%s, %s%s, oneDNN %s", d->threads,
-             d->threads == 1 ? "" : "s", isa_titles[d->isa], d->amx ? ", AMX" : "", vel_onednn_version());
+             d->threads == 1 ? "" : "s", isa_titles[d->isa], d->amx ? ", AMX" : "",
+             vel_onednn_version());
     *out = d;
     return VEL_OK;
 }
@@ -142,7 +164,7 @@ static vel_dtype cpu_best_compute(vel_device *d)
     return d->isa == VEL_ISA_BF16 ? VEL_BF16 : VEL_F32;
 }
 
-/* ---- memory -------------------------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 /* Large blocks ask for large pages before they are touched: fewer misses of the address cache. */
 static vel_status cpu_alloc(vel_device *d, size_t bytes, void **out)
@@ -168,11 +190,11 @@ static void cpu_copy(vel_device *d, void *dst, const void *src, size_t bytes)
     memcpy(dst, src, bytes);
 }
 
-/* ---- kernels -------------------------------------------------------------------------------------------------- */
+/* ---- kernels --------------------------------------------------------------------------------- */
 
 /* The first row of the list that takes the node. VEL_UNSUPPORTED: none does. */
-static vel_status first_row(vel_device *d, const vel_cpu_impl *row, const vel_graph *g, const vel_node *n,
-                            vel_kernel *out)
+static vel_status first_row(vel_device *d, const vel_cpu_impl *row, const vel_graph *g,
+                            const vel_node *n, vel_kernel *out)
 {
     for (; row->run; row++) {
         if (row->op != n->op || (row->refuse && row->refuse(d, g, n)))
@@ -202,8 +224,8 @@ static void cpu_release(vel_device *d, vel_kernel *k)
     *k = (vel_kernel){.inplace = -1};
 }
 
-static vel_status cpu_pack(vel_device *d, const vel_kernel *k, const vel_node *n, const vel_type *in_type,
-                           int input, const void *plain, void *packed)
+static vel_status cpu_pack(vel_device *d, const vel_kernel *k, const vel_node *n,
+                           const vel_type *in_type, int input, const void *plain, void *packed)
 {
     const vel_cpu_impl *row = k->impl;
     if (!row->pack)

@@ -19,6 +19,7 @@ struct vel_device {
     vel_cpu_isa isa;  /* of the own kernels; VELATURA_CPU_ISA=base|avx2|avx512|bf16 lowers it, and so
                        * does ONEDNN_MAX_CPU_ISA / DNNL_MAX_CPU_ISA (AVX2 ...) */
     bool amx;         /* AMX tiles with bf16, enabled for this process */
+    bool dot;         /* AVX512_BF16's dot products beat float32's: on AMD, where Intel's do not */
     void *onednn;     /* onednn.c's engine and stream */
     char description[128];
 };

@@ -1,11 +1,11 @@
 /* kernels.h: what the own kernels (isa/) and their frame (own.c, cpu.c) share: one table of kernels
- * per instruction set. Each file of isa/ is compiled once per set, with VEL_ISA naming it; its symbols
- * carry that name (VEL_ISA_NAME), and isa/cpu_table.c gathers them.
+ * per instruction set. Each file of isa/ is compiled once per set, with VEL_ISA naming it; its
+ * symbols carry that name (VEL_ISA_NAME), and isa/cpu_table.c gathers them.
  *
  * A kernel gets a job: a launch whose types and shapes the graph has checked and whose pointers are
  * 64-byte aligned; activations are float32 or bfloat16 and are computed in float32. It must not
- * allocate: it says how much scratch it wants. Whatever the timing, the same number of threads gives
- * the same bytes. */
+ * allocate: it says how much scratch it wants. Whatever the timing, the same number of threads
+ * gives the same bytes. */
 #ifndef VEL_CPU_KERNELS_H
 #define VEL_CPU_KERNELS_H
 
@@ -15,7 +15,7 @@ typedef struct vel_cpu_job {
     const vel_launch *launch; /* for scratch(): types and node only */
     const vel_node *node;
     int threads;
-    bool amx;
+    bool amx, dot; /* as in vel_device */
 } vel_cpu_job;
 
 typedef struct vel_cpu_entry {

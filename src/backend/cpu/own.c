@@ -1,6 +1,7 @@
-/* own.c: a row for every op that isa/ has a kernel for, bound to the table of the device's instruction
- * set. The rows are all alike: what differs between ops is in the table (kernels.h). They come after
- * oneDNN's rows, so the plain products serve the nodes that oneDNN does not take. */
+/* own.c: a row for every op that isa/ has a kernel for, bound to the table of the device's
+ * instruction set. The rows are all alike: what differs between ops is in the table (kernels.h).
+ * They come after oneDNN's rows, so the plain products serve the nodes that oneDNN does not take.
+ */
 #include "backend/cpu/cpu.h"
 #include "backend/cpu/kernels.h"
 
@@ -18,12 +19,12 @@ static const vel_cpu_kernels *table_of(const vel_device *d)
 
 static bool moves_only(vel_op op)
 {
-    return op == VEL_OP_cast || op == VEL_OP_reshape || op == VEL_OP_expand || op == VEL_OP_permute ||
-           op == VEL_OP_slice || op == VEL_OP_unslice;
+    return op == VEL_OP_cast || op == VEL_OP_reshape || op == VEL_OP_expand ||
+           op == VEL_OP_permute || op == VEL_OP_slice || op == VEL_OP_unslice;
 }
 
-/* Each letter of ops.def's types column: what the value may be. compute is the type of the 'c' ones,
- * which must agree; it starts as VEL_I32, none seen. */
+/* Each letter of ops.def's types column: what the value may be. compute is the type of the 'c'
+ * ones, which must agree; it starts as VEL_I32, none seen. */
 static bool type_fits(char letter, vel_dtype t, vel_dtype *compute)
 {
     if (letter == 'f')
@@ -76,7 +77,8 @@ static const char *own_refuse(vel_device *d, const vel_graph *g, const vel_node 
 
 static void fill_job(vel_device *d, const vel_launch *l, vel_cpu_job *job)
 {
-    *job = (vel_cpu_job){.launch = l, .node = l->node, .threads = d->threads, .amx = d->amx};
+    *job = (vel_cpu_job){
+        .launch = l, .node = l->node, .threads = d->threads, .amx = d->amx, .dot = d->dot};
 }
 
 static vel_status own_prepare(vel_device *d, const vel_graph *g, const vel_node *n, vel_kernel *out)
@@ -107,14 +109,18 @@ static vel_status own_run(vel_device *d, const vel_launch *launch)
 
 const vel_cpu_impl vel_cpu_own_impls[] = {
 #define OP(op_name, types, attributes, meaning)                                                    \
-    {.op = VEL_OP_##op_name, .name = #op_name, .refuse = own_refuse, .prepare = own_prepare, .run = own_run},
+    {.op = VEL_OP_##op_name,                                                                       \
+     .name = #op_name,                                                                             \
+     .refuse = own_refuse,                                                                         \
+     .prepare = own_prepare,                                                                       \
+     .run = own_run},
 #include "graph/ops.def"
 #undef OP
     {0},
 };
 
-void vel_cpu_own_adamw(vel_device *d, float *value, const float *grad, float *m, float *v, float scale,
-                       const vel_adamw_segment *segments, int n)
+void vel_cpu_own_adamw(vel_device *d, float *value, const float *grad, float *m, float *v,
+                       float scale, const vel_adamw_segment *segments, int n)
 {
     table_of(d)->adamw(value, grad, m, v, scale, segments, n, d->threads);
 }

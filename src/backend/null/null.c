@@ -1,6 +1,6 @@
-/* null.c: a backend without a device: plans are made on it (sizes, kernels, working memory) and cannot
- * run. Every node has a kernel, which wants no scratch and takes weights plain. Memory is an address
- * that nobody may touch. */
+/* null.c: a backend without a device: plans are made on it (sizes, kernels, working memory) and
+ * cannot run. Every node has a kernel, which wants no scratch and takes weights plain. Memory is an
+ * address that nobody may touch. */
 #include "backend/backend.h"
 
 struct vel_device {
@@ -70,8 +70,8 @@ static void null_release(vel_device *d, vel_kernel *k)
     (void)d, (void)k;
 }
 
-static vel_status null_pack(vel_device *d, const vel_kernel *k, const vel_node *n, const vel_type *in_type,
-                            int input, const void *plain, void *packed)
+static vel_status null_pack(vel_device *d, const vel_kernel *k, const vel_node *n,
+                            const vel_type *in_type, int input, const void *plain, void *packed)
 {
     (void)d, (void)k, (void)n, (void)in_type, (void)input, (void)plain, (void)packed;
     return VEL_OK;
@@ -79,12 +79,13 @@ static vel_status null_pack(vel_device *d, const vel_kernel *k, const vel_node *
 
 static vel_status null_run(vel_device *d, const vel_launch *launch)
 {
-    return vel_fail(d->ctx, VEL_UNSUPPORTED, "%s: this plan was made without a device and cannot run",
+    return vel_fail(d->ctx, VEL_UNSUPPORTED,
+                    "%s: this plan was made without a device and cannot run",
                     vel_op_name(launch->node->op));
 }
 
-static void null_adamw(vel_device *d, float *value, const float *grad, float *m, float *v, float scale,
-                       const vel_adamw_segment *segments, int n)
+static void null_adamw(vel_device *d, float *value, const float *grad, float *m, float *v,
+                       float scale, const vel_adamw_segment *segments, int n)
 {
     (void)d, (void)value, (void)grad, (void)m, (void)v, (void)scale, (void)segments, (void)n;
 }

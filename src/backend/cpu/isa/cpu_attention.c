@@ -2,16 +2,17 @@
  * "FlashAttention"; Milakov and Gimelshein 2018 for the running softmax).
  *
  * Heads are taken in groups whose packed keys and values stay in the cache. Threads pack a group
- * together, then take tasks of TASK_ROWS queries. A task walks over blocks of keys; for each strip of
- * STRIP_ROWS queries it multiplies scores, turns them into exp2(score * c - base), and adds their product
- * with the values to its output. base is the row's largest in its first block of keys: floats keep
- * their relative precision far above 1, so it need not be the largest of all. Only when a block's sum
- * passes 2^RISE is the row's base raised, and what it has gathered scaled to that.
+ * together, then take tasks of TASK_ROWS queries. A task walks over blocks of keys; for each strip
+ * of STRIP_ROWS queries it multiplies scores, turns them into exp2(score * c - base), and adds
+ * their product with the values to its output. base is the row's largest in its first block of
+ * keys: floats keep their relative precision far above 1, so it need not be the largest of all.
+ * Only when a block's sum passes 2^RISE is the row's base raised, and what it has gathered scaled
+ * to that.
  *
  * Scores, sums and outputs are float32; probabilities are rounded to bfloat16 when values are. */
 #include "backend/cpu/isa/attention.h"
 
-enum { TASK_ROWS = 32, STRIP_ROWS = 32, KEY_BLOCK = 64, GROUP_BYTES = 4 << 20, RISE = 40 };
+enum { TASK_ROWS = 32, STRIP_ROWS = 32, KEY_BLOCK = 96, GROUP_BYTES = 4 << 20, RISE = 40 };
 
 typedef struct forward {
     attention_shape s;
@@ -21,24 +22,26 @@ typedef struct forward {
 } forward;
 
 typedef struct task_space { /* of one thread */
-    void *q;      /* [TASK_ROWS][depth] */
-    float *o;     /* [TASK_ROWS][width] */
-    float *sum;   /* [TASK_ROWS][VL]: of exps, lane by lane */
-    float *base;  /* [TASK_ROWS]: what exponents are counted from */
-    float *score; /* [2][STRIP_ROWS][KEY_BLOCK]; the second with tiles only */
-    void *p;      /* the same; the scores themselves in float32 */
+    void *q;                /* [TASK_ROWS][depth] */
+    float *o;               /* [TASK_ROWS][width] */
+    float *sum;             /* [TASK_ROWS][VL]: of exps, lane by lane */
+    float *base;            /* [TASK_ROWS]: what exponents are counted from */
+    float *score;           /* [STRIP_ROWS][KEY_BLOCK] */
+    void *p;                /* the same; the scores themselves in float32 */
 } task_space;
 
 static forward forward_of(const vel_cpu_job *job)
 {
     const vel_node *n = job->node;
-    forward f = {attention_shape_of(job, n->a.attention.heads, n->a.attention.causal, n->a.attention.scale)};
+    forward f = {
+        attention_shape_of(job, n->a.attention.heads, n->a.attention.causal, n->a.attention.scale)};
     const attention_shape *s = &f.s;
     f.keys_padded = padded(s->keys, s->grain);
     f.tasks = (s->queries + TASK_ROWS - 1) / TASK_ROWS;
     f.k_bytes = f.keys_padded * s->depth * s->size;
     f.v_bytes = f.keys_padded * s->width * s->size;
-    int64_t fit = GROUP_BYTES / (f.k_bytes + f.v_bytes), busy = (4 * s->threads + f.tasks - 1) / f.tasks;
+    int64_t fit = GROUP_BYTES / (f.k_bytes + f.v_bytes),
+            busy = (4 * s->threads + f.tasks - 1) / f.tasks;
     f.group = VEL_MIN(VEL_MAX(VEL_MAX(fit, busy), 1), s->batch * s->heads);
     return f;
 }
@@ -46,13 +49,12 @@ static forward forward_of(const vel_cpu_job *job)
 static task_space space_of(const attention_shape *s, char *base, size_t *used)
 {
     task_space w;
-    int64_t buffers = s->amx ? 2 : 1;
     w.q = carve(base, used, TASK_ROWS * s->depth * s->size);
     w.o = carve(base, used, TASK_ROWS * s->width * 4);
     w.sum = carve(base, used, TASK_ROWS * VL * 4);
     w.base = carve(base, used, TASK_ROWS * 4);
-    w.score = carve(base, used, buffers * STRIP_ROWS * KEY_BLOCK * 4);
-    w.p = s->half ? carve(base, used, buffers * STRIP_ROWS * KEY_BLOCK * 2) : w.score;
+    w.score = carve(base, used, STRIP_ROWS * KEY_BLOCK * 4);
+    w.p = s->half ? carve(base, used, STRIP_ROWS * KEY_BLOCK * 2) : w.score;
     return w;
 }
 
@@ -72,13 +74,13 @@ size_t VEL_ISA_NAME(attention_scratch)(const vel_cpu_job *job)
     return group_bytes(&f) + (size_t)job->threads * each;
 }
 
-/* Scores of hidden keys, and of the padding behind the last, become HIDDEN; bias is added, in units of
- * a score before scaling. rows: queries from `query` on; columns: keys from `key` on. */
-static void mask_scores(const attention_shape *s, float *score, int64_t stride, int64_t query, int64_t rows, int64_t key,
-                        int64_t columns, const float *bias)
+/* Scores of hidden keys, and of the padding behind the last, become HIDDEN; bias is added, in units
+ * of a score before scaling. rows: queries from `query` on; columns: keys from `key` on. */
+static void mask_scores(const attention_shape *s, float *score, int64_t query, int64_t rows,
+                        int64_t key, int64_t columns, const float *bias)
 {
     for (int64_t r = 0; r < rows; r++) {
-        float *row = score + r * stride;
+        float *row = score + r * KEY_BLOCK;
         if (bias)
             for (int64_t c = 0; c < columns && key + c < s->keys; c++) {
                 float v = row[c] + bias[key + c] / s->scale;
@@ -102,8 +104,10 @@ VEL_INLINE bool any_above(vf v, float bound)
 #endif
 }
 
-/* exp2(score * c - base) of a row to p; returns the sums of the lanes. columns: a multiple of VL. */
-VEL_INLINE vf exp_row(const float *score, int64_t columns, float c, float base, void *p, const bool half)
+/* exp2(score * c - base) of a row to p; returns the sums of the lanes. columns: a multiple of VL.
+ */
+VEL_INLINE vf exp_row(const float *score, int64_t columns, float c, float base, void *p,
+                      const bool half)
 {
     vf sum[2] = {{0}, {0}};
     int64_t i = 0;
@@ -133,8 +137,8 @@ VEL_INLINE float largest_of(const float *score, int64_t columns)
 
 /* Row r of the task gets a base that fits its scores; its sum is scaled to that. Returns the factor
  * that the row of the output is to be scaled with. */
-static __attribute__((noinline)) float raise_base(const attention_shape *s, const task_space *w, int64_t r,
-                                                  const float *score, int64_t columns)
+static __attribute__((noinline)) float raise_base(const attention_shape *s, const task_space *w,
+                                                  int64_t r, const float *score, int64_t columns)
 {
     float base = VEL_MAX(largest_of(score, columns) * s->scale * LOG2_E, w->base[r]);
     float by = vexp2(vset(w->base[r] - base))[0];
@@ -149,11 +153,12 @@ static void scale_output(const attention_shape *s, const task_space *w, int64_t 
         vstore(w->o + r * s->width + i, vload(w->o + r * s->width + i) * by);
 }
 
-/* Row r's scores become probabilities, not yet divided by their sum. Returns what the output's row is
- * to be scaled with, nearly always 1. In float32 p takes the scores' place, so they are looked at
- * first; otherwise a sum that is too large tells. */
-VEL_INLINE float softmax_row(const attention_shape *s, const task_space *w, int64_t r, const float *score,
-                             void *p, int64_t columns, bool first_block, const bool half)
+/* Row r's scores become probabilities, not yet divided by their sum. Returns what the output's row
+ * is to be scaled with, nearly always 1. In float32 p takes the scores' place, so they are looked
+ * at first; otherwise a sum that is too large tells. */
+VEL_INLINE float softmax_row(const attention_shape *s, const task_space *w, int64_t r,
+                             const float *score, void *p, int64_t columns, bool first_block,
+                             const bool half)
 {
     const float c = s->scale * LOG2_E;
     float by = 1;
@@ -170,30 +175,45 @@ VEL_INLINE float softmax_row(const attention_shape *s, const task_space *w, int6
     return by;
 }
 
-/* ---- the walk over the keys ------------------------------------------------------------------------ */
+/* ---- the walk over the keys
+ * ------------------------------------------------------------------------ */
 
 /* Rows first .. first+rows-1 of the task against keys key .. key+columns-1. */
-static vel_operands scores_of(const forward *f, const task_space *w, float *score, int64_t stride, const char *k, int64_t key,
-                              int64_t first, int64_t rows, int64_t columns)
+static vel_operands scores_of(const forward *f, const task_space *w, float *score, const char *k,
+                              int64_t key, int64_t first, int64_t rows, int64_t columns)
 {
     const attention_shape *s = &f->s;
-    return (vel_operands){
-        .c = score, .ldc = stride, .a = (char *)w->q + first * s->depth * s->size, .lda = s->depth,
-        .b = k + key * s->depth * s->size, .b_panel = s->depth * VL, .b_row = VL, .rows = rows,
-        .panels = columns / VL, .depth = s->depth};
+    return (vel_operands){.c = score,
+                          .ldc = KEY_BLOCK,
+                          .a = (char *)w->q + first * s->depth * s->size,
+                          .lda = s->depth,
+                          .b = k + key * s->depth * s->size,
+                          .b_panel = s->depth * VL,
+                          .b_row = VL,
+                          .rows = rows,
+                          .panels = columns / VL,
+                          .depth = s->depth};
 }
 
-static vel_operands values_of(const forward *f, const task_space *w, const void *p, int64_t stride, const char *v, int64_t key,
-                              int64_t first, int64_t rows, int64_t columns)
+static vel_operands values_of(const forward *f, const task_space *w, const void *p, const char *v,
+                              int64_t key, int64_t first, int64_t rows, int64_t columns)
 {
     const attention_shape *s = &f->s;
-    return (vel_operands){
-        .c = w->o + first * s->width, .ldc = s->width, .a = p, .lda = stride,
-        .b = v + key * VL * s->size, .b_panel = f->keys_padded * VL, .b_row = VL, .rows = rows,
-        .panels = s->width / VL, .depth = columns, .add = true};
+    return (vel_operands){.c = w->o + first * s->width,
+                          .ldc = s->width,
+                          .a = p,
+                          .lda = KEY_BLOCK,
+                          .b = v + key * VL * s->size,
+                          .b_panel = f->keys_padded * VL,
+                          .b_row = VL,
+                          .rows = rows,
+                          .panels = s->width / VL,
+                          .depth = columns,
+                          .add = true};
 }
 
-static bool needs_mask(const attention_shape *s, const float *bias, int64_t query, int64_t key, int64_t columns)
+static bool needs_mask(const attention_shape *s, const float *bias, int64_t query, int64_t key,
+                       int64_t columns)
 {
     return bias || key + columns > s->keys || (s->causal && key + columns > query + 1);
 }
@@ -204,10 +224,10 @@ static void strip_step(const forward *f, const task_space *w, const char *k, con
                        int64_t columns)
 {
     const attention_shape *s = &f->s;
-    vel_operands scores = scores_of(f, w, w->score, KEY_BLOCK, k, key, first, rows, columns);
+    vel_operands scores = scores_of(f, w, w->score, k, key, first, rows, columns);
     product(&scores, s->half, s->amx);
     if (needs_mask(s, bias, query + first, key, columns))
-        mask_scores(s, w->score, KEY_BLOCK, query + first, rows, key, columns, bias);
+        mask_scores(s, w->score, query + first, rows, key, columns, bias);
     for (int64_t r = 0; r < rows; r++) {
         const float *score = w->score + r * KEY_BLOCK;
         char *p = (char *)w->p + r * KEY_BLOCK * s->size;
@@ -216,12 +236,12 @@ static void strip_step(const forward *f, const task_space *w, const char *k, con
         if (by != 1)
             scale_output(s, w, first + r, by);
     }
-    vel_operands values = values_of(f, w, w->p, KEY_BLOCK, v, key, first, rows, columns);
+    vel_operands values = values_of(f, w, w->p, v, key, first, rows, columns);
     product(&values, s->half, s->amx);
 }
 
-static void plain_walk(const forward *f, const task_space *w, const char *k, const char *v, const float *bias,
-                       int64_t query, int64_t rows, int64_t keys_seen)
+static void walk_keys(const forward *f, const task_space *w, const char *k, const char *v,
+                      const float *bias, int64_t query, int64_t rows, int64_t keys_seen)
 {
     for (int64_t key = 0; key < keys_seen; key += KEY_BLOCK)
         for (int64_t first = 0; first < rows; first += STRIP_ROWS)
@@ -229,9 +249,8 @@ static void plain_walk(const forward *f, const task_space *w, const char *k, con
                        VEL_MIN(KEY_BLOCK, keys_seen - key));
 }
 
-#include "backend/cpu/isa/attention_tiles.h"
-
-/* ---- tasks --------------------------------------------------------------------------------------- */
+/* ---- tasks
+ * --------------------------------------------------------------------------------------- */
 
 /* Divides by the sums and writes the rows of the output and the logs of the sums. */
 static void finish_task(const attention_shape *s, const task_space *w, int64_t head, int64_t query,
@@ -260,26 +279,23 @@ static void run_task(const forward *f, const vel_launch *l, const task_space *w,
     pack_rows(w->q, &part, rows_padded, s->depth, s->half);
     memset(w->o, 0, (size_t)(rows_padded * s->width) * sizeof(float));
     memset(w->sum, 0, (size_t)(rows_padded * VL) * sizeof(float));
-    int64_t keys_seen = s->causal ? padded(VEL_MIN(s->keys, query + rows), s->grain) : f->keys_padded;
-#if defined(__AMX_BF16__)
-    if (s->amx)
-        tiles_walk(f, w, k, v, bias, query, keys_seen);
-    else
-#endif
-        plain_walk(f, w, k, v, bias, query, rows_padded, keys_seen);
+    int64_t keys_seen =
+        s->causal ? padded(VEL_MIN(s->keys, query + rows), s->grain) : f->keys_padded;
+    walk_keys(f, w, k, v, bias, query, rows_padded, keys_seen);
     finish_task(s, w, head, query, rows, l->out[0], l->out[1]);
 }
 
 /* One block of keys and values of a head, into the group's space. */
-static void pack_block(const forward *f, const vel_launch *l, int64_t head, int64_t in_group, int64_t key)
+static void pack_block(const forward *f, const vel_launch *l, int64_t head, int64_t in_group,
+                       int64_t key)
 {
     const attention_shape *s = &f->s;
     int64_t columns = VEL_MIN(KEY_BLOCK, f->keys_padded - key);
     vel_matrix k = head_of(s, l->in[1], s->keys, head), v = head_of(s, l->in[2], s->keys, head);
-    pack_across(f->k + in_group * f->k_bytes + key * s->depth * s->size, s->depth * VL, &k, key, columns,
-                s->depth, s->half);
-    pack_down(f->v + in_group * f->v_bytes + key * VL * s->size, f->keys_padded * VL, &v, key, columns,
-              s->half);
+    pack_across(f->k + in_group * f->k_bytes + key * s->depth * s->size, s->depth * VL, &k, key,
+                columns, s->depth, s->half);
+    pack_down(f->v + in_group * f->v_bytes + key * VL * s->size, f->keys_padded * VL, &v, key,
+              columns, s->half);
 }
 
 void VEL_ISA_NAME(attention)(const vel_cpu_job *job)

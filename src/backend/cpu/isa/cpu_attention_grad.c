@@ -1,36 +1,44 @@
-/* cpu_attention_grad.c: the gradient of attention, with the probabilities made again from the logs of
- * the rows' sums: p = exp(score - lse), ds = p (dp - D), D = sum of o * do over the head.
+/* cpu_attention_grad.c: the gradient of attention, with the probabilities made again from the logs
+ * of the rows' sums: p = exp(score - lse), ds = p (dp - D), D = sum of o * do over the head.
  *
- * Everything is transposed, keys down and queries across the lanes: lse and D are then vectors, p and ds
- * are at once the left operands of dv = p do and dk = ds q, and ds (its rows interleaved in pairs for
- * bfloat16) is the right operand of dq^T = k^T ds. So each product is read in the form in which the
- * pointwise step wrote it.
+ * Everything is transposed, keys down and queries across the lanes: lse and D are then vectors, p
+ * and ds are at once the left operands of dv = p do and dk = ds q, and ds (its rows interleaved in
+ * pairs for bfloat16) is the right operand of dq^T = k^T ds. So each product is read in the form in
+ * which the pointwise step wrote it.
+ *
+ * Caches: a group of GROUP_TILES tiles of keys, with their gradients, stays in the second cache
+ * while all queries pass by once, a block at a time. A block meets each tile in strips of
+ * STRIP_KEYS keys: scores and dp of a strip stay in the first cache, p and ds of a tile in the
+ * second.
  *
  * An item is a head (of batch * heads) and a chunk of its keys; one thread does it whole. dq of the
- * chunks is added in order at the end. With enough heads there is one chunk, so the result depends on
- * the number of threads only through the number of chunks. */
+ * chunks is added in order at the end. With enough heads there is one chunk, so the result depends
+ * on the number of threads only through the number of chunks. */
 #include "backend/cpu/isa/attention.h"
 
-enum { KEY_TILE = 64, QUERY_BLOCK = 128 };
+enum { STRIP_KEYS = 32, QUERY_BLOCK = 64, MOST_KEYS = 128, GROUP_TILES = 8 };
 
 typedef struct backward {
     attention_shape s;
-    int64_t heads, queries_padded, tiles, chunks, rows_d; /* rows_d: d padded to rows of a product */
-    int64_t across_bytes, down_bytes, dq_floats;          /* of one head */
+    int64_t heads, queries_padded, chunks;
+    int64_t key_tile, tiles;                     /* keys in a tile, tiles of a head */
+    int64_t group;                               /* most keys in a group */
+    int64_t rows_d;                              /* d padded to rows of a product */
+    int64_t across_bytes, down_bytes, dq_floats; /* of one head */
     float *partial; /* [heads][chunks][rows_d][queries_padded], with several chunks */
 } backward;
 
-typedef struct item_space { /* of one thread */
+typedef struct item_space {     /* of one thread */
     void *q_across, *do_across; /* B: queries are columns, depth d */
     void *q_down, *do_down;     /* B: d is columns, queries are depth */
     float *lse, *dot;           /* [queries_padded]; lse in powers of two */
-    void *k, *v;                /* A: [KEY_TILE][depth] */
-    void *k_t;                  /* A: [rows_d][KEY_TILE] */
-    float *score, *dp;          /* [KEY_TILE][QUERY_BLOCK] */
-    void *p, *ds;               /* A: [KEY_TILE][QUERY_BLOCK]; over score and dp in float32 */
-    void *ds_across;            /* B: queries are columns, keys are depth; is ds in float32 */
-    float *dk, *dv;             /* [KEY_TILE][width] */
-    float *dq;                  /* [rows_d][queries_padded]; NULL with several chunks */
+    void *k, *v;       /* A: [group][depth]; a group of tiles has key_tile * GROUP_TILES keys */
+    void *k_t;         /* A: [rows_d][group] */
+    float *score, *dp; /* [STRIP_KEYS][QUERY_BLOCK] */
+    void *p, *ds;      /* A: [key_tile][QUERY_BLOCK] */
+    void *ds_across;   /* B: queries are columns, keys are depth; is ds in float32 */
+    float *dk, *dv;    /* [group][width] */
+    float *dq;         /* [rows_d][queries_padded]; NULL with several chunks */
 } item_space;
 
 static backward backward_of(const vel_cpu_job *job)
@@ -40,14 +48,17 @@ static backward backward_of(const vel_cpu_job *job)
                                      n->a.attention_grad.scale)};
     const attention_shape *s = &b.s;
     b.heads = s->batch * s->heads;
-    b.queries_padded = padded(s->queries, s->grain);
-    b.tiles = (s->keys + KEY_TILE - 1) / KEY_TILE;
+    b.queries_padded = padded(s->queries, STRIP_KEYS);
+    b.key_tile = VEL_MIN(padded(s->keys, STRIP_KEYS), s->half ? MOST_KEYS : MOST_KEYS / 2);
+    b.tiles = (s->keys + b.key_tile - 1) / b.key_tile;
+    b.group = b.key_tile * VEL_MIN(b.tiles, GROUP_TILES);
     b.rows_d = padded(s->d, ROW_GRAIN);
     b.across_bytes = b.queries_padded * s->depth * s->size;
     b.down_bytes = b.queries_padded * s->width * s->size;
     b.dq_floats = b.rows_d * b.queries_padded;
     b.chunks = 1;
-    while (b.heads * b.chunks % s->threads && b.heads * b.chunks < 4 * s->threads && b.chunks < b.tiles)
+    while (b.heads * b.chunks % s->threads && b.heads * b.chunks < 4 * s->threads &&
+           b.chunks < b.tiles)
         b.chunks++;
     return b;
 }
@@ -62,16 +73,16 @@ static item_space space_of(const backward *b, char *base, size_t *used)
     w.do_down = carve(base, used, b->down_bytes);
     w.lse = carve(base, used, b->queries_padded * 4);
     w.dot = carve(base, used, b->queries_padded * 4);
-    w.k = carve(base, used, KEY_TILE * s->depth * s->size);
-    w.v = carve(base, used, KEY_TILE * s->depth * s->size);
-    w.k_t = carve(base, used, b->rows_d * KEY_TILE * s->size);
-    w.score = carve(base, used, KEY_TILE * QUERY_BLOCK * 4);
-    w.dp = carve(base, used, KEY_TILE * QUERY_BLOCK * 4);
-    w.p = s->half ? carve(base, used, KEY_TILE * QUERY_BLOCK * 2) : w.score;
-    w.ds = s->half ? carve(base, used, KEY_TILE * QUERY_BLOCK * 2) : w.dp;
-    w.ds_across = s->half ? carve(base, used, KEY_TILE * QUERY_BLOCK * 2) : w.dp;
-    w.dk = carve(base, used, KEY_TILE * s->width * 4);
-    w.dv = carve(base, used, KEY_TILE * s->width * 4);
+    w.k = carve(base, used, b->group * s->depth * s->size);
+    w.v = carve(base, used, b->group * s->depth * s->size);
+    w.k_t = carve(base, used, b->rows_d * b->group * s->size);
+    w.score = carve(base, used, STRIP_KEYS * QUERY_BLOCK * 4);
+    w.dp = carve(base, used, STRIP_KEYS * QUERY_BLOCK * 4);
+    w.p = carve(base, used, b->key_tile * QUERY_BLOCK * s->size);
+    w.ds = carve(base, used, b->key_tile * QUERY_BLOCK * s->size);
+    w.ds_across = s->half ? carve(base, used, b->key_tile * QUERY_BLOCK * 2) : w.ds;
+    w.dk = carve(base, used, b->group * s->width * 4);
+    w.dv = carve(base, used, b->group * s->width * 4);
     w.dq = b->chunks == 1 ? carve(base, used, b->dq_floats * 4) : NULL;
     return w;
 }
@@ -89,14 +100,16 @@ size_t VEL_ISA_NAME(attention_grad_scratch)(const vel_cpu_job *job)
     return partial_bytes(&b) + (size_t)job->threads * each;
 }
 
-/* ---- preparing a head ------------------------------------------------------------------------------------ */
+/* ---- preparing a head
+ * ------------------------------------------------------------------------------------ */
 
 /* Queries past the end get a huge lse, so that their p is 0. */
 static void prepare_head(const backward *b, const vel_launch *l, const item_space *w, int64_t head)
 {
     const attention_shape *s = &b->s;
     int64_t n = b->queries_padded;
-    vel_matrix q = head_of(s, l->in[0], s->queries, head), o = head_of(s, l->in[4], s->queries, head);
+    vel_matrix q = head_of(s, l->in[0], s->queries, head),
+               o = head_of(s, l->in[4], s->queries, head);
     vel_matrix d_o = head_of(s, l->in[6], s->queries, head);
     const float *lse = (const float *)l->in[5] + head * s->queries;
     pack_across(w->q_across, s->depth * VL, &q, 0, n, s->depth, s->half);
@@ -112,9 +125,9 @@ static void prepare_head(const backward *b, const vel_launch *l, const item_spac
     }
 }
 
-/* A tile of keys and values: rows, and the keys transposed. */
-static void prepare_tile(const backward *b, const vel_launch *l, const item_space *w, int64_t head,
-                         int64_t key, int64_t rows, int64_t rows_padded)
+/* A group of keys and values: rows, and the keys transposed. */
+static void prepare_group(const backward *b, const vel_launch *l, const item_space *w, int64_t head,
+                          int64_t key, int64_t rows, int64_t rows_padded)
 {
     const attention_shape *s = &b->s;
     vel_matrix k = head_of(s, l->in[1], s->keys, head), v = head_of(s, l->in[2], s->keys, head);
@@ -126,97 +139,170 @@ static void prepare_tile(const backward *b, const vel_launch *l, const item_spac
         for (int64_t r = 0; r < rows_padded; r++) {
             float value = matrix_value(&k_rows, r, c);
             if (s->half)
-                ((uint16_t *)w->k_t)[c * KEY_TILE + r] = vel_f32_bf16(value);
+                ((uint16_t *)w->k_t)[c * b->group + r] = vel_f32_bf16(value);
             else
-                ((float *)w->k_t)[c * KEY_TILE + r] = value;
+                ((float *)w->k_t)[c * b->group + r] = value;
         }
     memset(w->dk, 0, (size_t)(rows_padded * s->width) * sizeof(float));
     memset(w->dv, 0, (size_t)(rows_padded * s->width) * sizeof(float));
 }
 
-/* ---- one tile of keys against one block of queries -------------------------------------------------------- */
+/* ---- one tile of keys against one block of queries
+ * -------------------------------------------------- */
 
-/* Rows of score and dp become p and ds. Rows past the last key become 0. */
-VEL_INLINE void pointwise(const backward *b, const item_space *w, const float *bias, int64_t key,
-                          int64_t rows, int64_t query, int64_t columns, const bool half)
+typedef struct strip { /* rows first .. first+rows-1 of the tile, keys key .. of the head */
+    int64_t first, rows, key, query, columns;
+    const float *bias;
+} strip;
+
+/* What is added to a row's scores, in powers of two; HIDDEN past the last key. */
+VEL_INLINE float row_bias(const attention_shape *s, const strip *t, int64_t r)
 {
-    const attention_shape *s = &b->s;
-    const float c = s->scale * LOG2_E;
-    vf lanes;
-    for (int i = 0; i < VL; i++)
-        lanes[i] = (float)i;
-    for (int64_t r = 0; r < rows; r++) {
-        float *score = w->score + r * QUERY_BLOCK, *dp = w->dp + r * QUERY_BLOCK;
-        bool hidden = key + r >= s->keys, partly = s->causal && key + r > query;
-        float plus = bias && !hidden ? VEL_MAX(bias[key + r] * LOG2_E, HIDDEN) : 0;
-        for (int64_t i = 0; i < columns; i += VL) {
-            vf p = vset(0.0f), ds = vset(0.0f);
-            if (!hidden) {
-                vf t = vload(score + i) * c + (plus - vload(w->lse + query + i));
-                p = half ? vexp2_rough(t) : vexp2(t);
-                if (partly)
-                    p = vselect(lanes + (float)(query + i - key - r) >= 0.0f, p, vset(0.0f));
-                ds = p * (vload(dp + i) - vload(w->dot + query + i));
-            }
-            vput(w->p, r * QUERY_BLOCK + i, half, p);
-            vput(w->ds, r * QUERY_BLOCK + i, half, ds);
+    if (t->key + r >= s->keys)
+        return HIDDEN;
+    return t->bias ? VEL_MAX(t->bias[t->key + r] * LOG2_E, HIDDEN) : 0;
+}
+
+/* p and ds of VL queries from `query` on with key number `key`. */
+VEL_INLINE void p_and_ds(const attention_shape *s, const item_space *w, vf score, vf dp, float plus,
+                         int64_t key, int64_t query, vf *p, vf *ds, const bool half)
+{
+    vf t = score * (s->scale * LOG2_E) + (plus - vload(w->lse + query));
+    *p = half ? vexp2_rough(t) : vexp2(t);
+    if (s->causal) {
+        vf lanes;
+        for (int i = 0; i < VL; i++)
+            lanes[i] = (float)i;
+        *p = vselect(lanes + (float)(query - key) >= 0.0f, *p, vset(0.0f));
+    }
+    *ds = *p * (dp - vload(w->dot + query));
+}
+
+static void pointwise_full(const backward *b, const item_space *w, const strip *t)
+{
+    for (int64_t r = 0; r < t->rows; r++) {
+        const float *score = w->score + r * QUERY_BLOCK, *dp = w->dp + r * QUERY_BLOCK;
+        float *p = (float *)w->p + (t->first + r) * QUERY_BLOCK;
+        float *ds = (float *)w->ds + (t->first + r) * QUERY_BLOCK, plus = row_bias(&b->s, t, r);
+        for (int64_t i = 0; i < t->columns; i += VL) {
+            vf vp, vds;
+            p_and_ds(&b->s, w, vload(score + i), vload(dp + i), plus, t->key + r, t->query + i, &vp,
+                     &vds, false);
+            vstore(p + i, vp);
+            vstore(ds + i, vds);
         }
     }
 }
 
 #if VEL_HAS_HALF
-/* ds in the form of B: panels of queries, pairs of keys side by side. */
-static void interleave_ds(const item_space *w, int64_t rows, int64_t columns)
+/* As above for bfloat16, two rows and 32 queries at a time. ds_across wants the two rows
+ * interleaved; unpacking does that within 128-bit lanes, so its panels hold the 32 queries in the
+ * order of unpacked_place, which write_dq undoes. */
+static void pointwise_half(const backward *b, const item_space *w, const strip *t)
 {
-    const uint16_t *ds = w->ds;
-    uint16_t *to = w->ds_across;
-    for (int64_t i = 0; i < columns; i += VL)
-        for (int64_t r = 0; r < rows; r += 2) {
-            vh even, odd;
-            memcpy(&even, ds + r * QUERY_BLOCK + i, sizeof even);
-            memcpy(&odd, ds + (r + 1) * QUERY_BLOCK + i, sizeof odd);
-            vu pairs = __builtin_convertvector(even, vu) | __builtin_convertvector(odd, vu) << 16;
-            memcpy(to + i * KEY_TILE + r * VL, &pairs, sizeof pairs);
+    for (int64_t r = 0; r < t->rows; r += 2) {
+        const float *score = w->score + r * QUERY_BLOCK, *dp = w->dp + r * QUERY_BLOCK;
+        uint16_t *p = (uint16_t *)w->p + (t->first + r) * QUERY_BLOCK;
+        uint16_t *ds = (uint16_t *)w->ds + (t->first + r) * QUERY_BLOCK;
+        uint16_t *across = (uint16_t *)w->ds_across + (t->first + r) * VL;
+        for (int64_t i = 0; i < t->columns; i += 2 * VL) {
+            __m512i pairs[2];
+            for (int64_t row = 0; row < 2; row++) {
+                float plus = row_bias(&b->s, t, r + row);
+                vf vp[2], vds[2];
+                for (int64_t k = 0; k < 2; k++) {
+                    int64_t at = row * QUERY_BLOCK + i + k * VL;
+                    p_and_ds(&b->s, w, vload(score + at), vload(dp + at), plus, t->key + r + row,
+                             t->query + i + k * VL, &vp[k], &vds[k], true);
+                }
+                vput_two(p, row * QUERY_BLOCK + i, true, vp[0], vp[1]);
+                pairs[row] = (__m512i)_mm512_cvtne2ps_pbh((__m512)vds[1], (__m512)vds[0]);
+                _mm512_storeu_si512(ds + row * QUERY_BLOCK + i, pairs[row]);
+            }
+            uint16_t *to = across + i * b->key_tile;
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi16(pairs[0], pairs[1]));
+            _mm512_storeu_si512(to + VL * b->key_tile, _mm512_unpackhi_epi16(pairs[0], pairs[1]));
         }
+    }
 }
 #endif
 
-static void block_step(const backward *b, const item_space *w, const float *bias, float *dq, int64_t key,
-                       int64_t rows, int64_t query, int64_t columns)
+/* Where the panels of ds_across hold query t. */
+VEL_INLINE int64_t unpacked_place(int64_t t)
+{
+    int64_t lane = t % 32 / 8, word = t % 8;
+    return t / 32 * 32 + word / 4 * 16 + lane * 4 + word % 4;
+}
+
+static void strip_step(const backward *b, const item_space *w, const strip *t, int64_t row)
 {
     const attention_shape *s = &b->s;
-    int64_t n = b->queries_padded, across = query * s->depth * s->size, down = query * VL * s->size;
-    vel_operands o = {.c = w->score, .ldc = QUERY_BLOCK, .a = w->k, .lda = s->depth,
-                      .b = (char *)w->q_across + across, .b_panel = s->depth * VL, .b_row = VL,
-                      .rows = rows, .panels = columns / VL, .depth = s->depth};
+    int64_t across = t->query * s->depth * s->size, at = row * s->depth * s->size;
+    vel_operands o = {.c = w->score,
+                      .ldc = QUERY_BLOCK,
+                      .a = (char *)w->k + at,
+                      .lda = s->depth,
+                      .b = (char *)w->q_across + across,
+                      .b_panel = s->depth * VL,
+                      .b_row = VL,
+                      .rows = t->rows,
+                      .panels = t->columns / VL,
+                      .depth = s->depth};
     product(&o, s->half, s->amx);
     o.c = w->dp;
-    o.a = w->v;
+    o.a = (char *)w->v + at;
     o.b = (char *)w->do_across + across;
     product(&o, s->half, s->amx);
-    if (s->half)
-        pointwise(b, w, bias, key, rows, query, columns, true);
-    else
-        pointwise(b, w, bias, key, rows, query, columns, false);
-    vel_operands g = {.c = w->dv, .ldc = s->width, .a = w->p, .lda = QUERY_BLOCK,
-                      .b = (char *)w->do_down + down, .b_panel = n * VL, .b_row = VL, .rows = rows,
-                      .panels = s->width / VL, .depth = columns, .add = true};
+#if VEL_HAS_HALF
+    if (s->half) {
+        pointwise_half(b, w, t);
+        return;
+    }
+#endif
+    pointwise_full(b, w, t);
+}
+
+/* A tile (rows row .. row+rows-1 of the group, whose first key is `key`) against a block of
+ * queries. */
+static void tile_step(const backward *b, const item_space *w, const float *bias, float *dq,
+                      int64_t key, int64_t row, int64_t rows, int64_t query, int64_t columns)
+{
+    const attention_shape *s = &b->s;
+    int64_t n = b->queries_padded, down = query * VL * s->size;
+    for (int64_t first = 0; first < rows; first += STRIP_KEYS)
+        strip_step(b, w, &(strip){first, STRIP_KEYS, key + row + first, query, columns, bias},
+                   row + first);
+    vel_operands g = {.c = w->dv + row * s->width,
+                      .ldc = s->width,
+                      .a = w->p,
+                      .lda = QUERY_BLOCK,
+                      .b = (char *)w->do_down + down,
+                      .b_panel = n * VL,
+                      .b_row = VL,
+                      .rows = rows,
+                      .panels = s->width / VL,
+                      .depth = columns,
+                      .add = true};
     product(&g, s->half, s->amx);
-    g.c = w->dk;
+    g.c = w->dk + row * s->width;
     g.a = w->ds;
     g.b = (char *)w->q_down + down;
     product(&g, s->half, s->amx);
-#if VEL_HAS_HALF
-    if (s->half)
-        interleave_ds(w, rows, columns);
-#endif
-    vel_operands t = {.c = dq + query, .ldc = n, .a = w->k_t, .lda = KEY_TILE, .b = w->ds_across,
-                      .b_panel = s->half ? KEY_TILE * VL : VL, .b_row = QUERY_BLOCK, .rows = b->rows_d,
-                      .panels = columns / VL, .depth = rows, .add = true};
+    vel_operands t = {.c = dq + query,
+                      .ldc = n,
+                      .a = (char *)w->k_t + row * s->size,
+                      .lda = b->group,
+                      .b = w->ds_across,
+                      .b_panel = s->half ? b->key_tile * VL : VL,
+                      .b_row = QUERY_BLOCK,
+                      .rows = b->rows_d,
+                      .panels = columns / VL,
+                      .depth = rows,
+                      .add = true};
     product(&t, s->half, s->amx);
 }
 
-/* ---- items ------------------------------------------------------------------------------------------------- */
+/* ---- items ----------------------------------------------------------------------------------- */
 
 /* rows of `from` [.., width], times the scale, to rows of a head. */
 static void write_rows(const attention_shape *s, void *to, int64_t all, int64_t head, int64_t first,
@@ -229,23 +315,23 @@ static void write_rows(const attention_shape *s, void *to, int64_t all, int64_t 
                       vload(from + r * s->width + c) * scale);
 }
 
-/* dq^T [rows_d][queries_padded], summed over n parts that lie dq_floats apart, to rows of a head. */
+/* dq^T [rows_d][queries_padded], summed over n parts that lie dq_floats apart, to rows of a head.
+ */
 static void write_dq(const backward *b, void *to, int64_t head, const float *from, int64_t n)
 {
     const attention_shape *s = &b->s;
     vel_matrix m = head_of(s, to, s->queries, head);
-    float column[VL];
-    for (int64_t t = 0; t < s->queries; t++)
+    for (int64_t t = 0; t < s->queries; t++) {
+        int64_t place = s->half ? unpacked_place(t) : t;
         for (int64_t c = 0; c < s->d; c += VL) {
             int64_t left = VEL_MIN(VL, s->d - c);
-            for (int64_t i = 0; i < left; i++) {
-                column[i] = 0;
+            vf column = {0};
+            for (int64_t i = 0; i < left; i++)
                 for (int64_t k = 0; k < n; k++)
-                    column[i] += from[k * b->dq_floats + (c + i) * b->queries_padded + t];
-            }
-            vput_part((void *)matrix_at(&m, t, c), 0, left, s->source_half,
-                      vget_part(column, 0, left, false) * s->scale);
+                    column[i] += from[k * b->dq_floats + (c + i) * b->queries_padded + place];
+            vput_part((void *)matrix_at(&m, t, c), 0, left, s->source_half, column * s->scale);
         }
+    }
 }
 
 static void run_item(const backward *b, const vel_launch *l, const item_space *w, int64_t head,
@@ -256,15 +342,16 @@ static void run_item(const backward *b, const vel_launch *l, const item_space *w
     float *dq = w->dq ? w->dq : b->partial + (head * b->chunks + chunk) * b->dq_floats;
     memset(dq, 0, (size_t)b->dq_floats * sizeof *dq);
     prepare_head(b, l, w, head);
-    int64_t first = b->tiles * chunk / b->chunks, last = b->tiles * (chunk + 1) / b->chunks;
-    for (int64_t tile = first; tile < last; tile++) {
-        int64_t key = tile * KEY_TILE, rows = VEL_MIN(KEY_TILE, s->keys - key);
-        int64_t rows_padded = padded(rows, s->grain);
-        prepare_tile(b, l, w, head, key, rows, rows_padded);
+    int64_t first = b->tiles * chunk / b->chunks * b->key_tile;
+    int64_t last = VEL_MIN(b->tiles * (chunk + 1) / b->chunks * b->key_tile, s->keys);
+    for (int64_t key = first; key < last; key += b->group) {
+        int64_t rows = VEL_MIN(b->group, last - key), rows_padded = padded(rows, STRIP_KEYS);
+        prepare_group(b, l, w, head, key, rows, rows_padded);
         for (int64_t query = 0; query < b->queries_padded; query += QUERY_BLOCK)
-            if (!s->causal || query + QUERY_BLOCK > key)
-                block_step(b, w, bias, dq, key, rows_padded, query,
-                           VEL_MIN(QUERY_BLOCK, b->queries_padded - query));
+            for (int64_t row = 0; row < rows_padded; row += b->key_tile)
+                if (!s->causal || query + QUERY_BLOCK > key + row)
+                    tile_step(b, w, bias, dq, key, row, VEL_MIN(b->key_tile, rows_padded - row),
+                              query, VEL_MIN(QUERY_BLOCK, b->queries_padded - query));
         write_rows(s, l->out[1], s->keys, head, key, rows, w->dk, s->scale);
         write_rows(s, l->out[2], s->keys, head, key, rows, w->dv, 1.0f);
     }

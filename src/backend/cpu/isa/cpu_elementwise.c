@@ -1,13 +1,14 @@
-/* cpu_elementwise.c: kernels that treat each element alone: fill, cast, affine, unary, activations and
- * their slopes, dropout, GEGLU, and the binary ops with broadcasting.
+/* cpu_elementwise.c: kernels that treat each element alone: fill, cast, affine, unary, activations
+ * and their slopes, dropout, GEGLU, and the binary ops with broadcasting.
  *
- * Loops run over vectors of VL elements (vmath.h), in float32 whatever the storage type; the type is
- * a constant of each specialised body. Threads get one contiguous piece each. */
+ * Loops run over vectors of VL elements (vmath.h), in float32 whatever the storage type; the type
+ * is a constant of each specialised body. Threads get one contiguous piece each. */
 #include "backend/cpu/kernels.h"
 
 #include "backend/cpu/isa/vmath.h"
 
-/* ---- fill, cast ---------------------------------------------------------------------------------- */
+/* ---- fill, cast
+ * ---------------------------------------------------------------------------------- */
 
 VEL_INLINE void fill_piece(void *out, float value, int64_t begin, int64_t end, bool half)
 {
@@ -21,17 +22,20 @@ void VEL_ISA_NAME(fill)(const vel_cpu_job *job)
     int64_t count = vel_shape_count(n->out[0].shape);
     void *out = job->launch->out[0];
     float value = (float)n->a.fill.value;
-    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(n->out[0]), fill_piece(out, value, begin, end, half));
+    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(n->out[0]),
+                   fill_piece(out, value, begin, end, half));
 }
 
-VEL_INLINE void cast_piece(const void *x, bool x_half, void *out, int64_t begin, int64_t end, bool half)
+VEL_INLINE void cast_piece(const void *x, bool x_half, void *out, int64_t begin, int64_t end,
+                           bool half)
 {
     for (int64_t i = begin; i < end; i += VL)
         vput_part(out, i, end - i, half, vget_part(x, i, end - i, x_half));
 }
 
 /* Any pair of types, one element at a time. */
-static void cast_slow(const void *x, vel_dtype from, void *out, vel_dtype to, int64_t begin, int64_t end)
+static void cast_slow(const void *x, vel_dtype from, void *out, vel_dtype to, int64_t begin,
+                      int64_t end)
 {
     for (int64_t i = begin; i < end; i++) {
         float v = from == VEL_F32    ? ((const float *)x)[i]
@@ -63,18 +67,22 @@ void VEL_ISA_NAME(cast)(const vel_cpu_job *job)
     const void *x = l->in[0];
     void *out = l->out[0];
     if (from > VEL_BF16 || to > VEL_BF16) {
-        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, false, cast_slow(x, from, out, to, begin, end));
+        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, false,
+                       cast_slow(x, from, out, to, begin, end));
     } else if (from == VEL_BF16) {
-        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, to == VEL_BF16, cast_piece(x, true, out, begin, end, half));
+        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, to == VEL_BF16,
+                       cast_piece(x, true, out, begin, end, half));
     } else {
-        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, to == VEL_BF16, cast_piece(x, false, out, begin, end, half));
+        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, to == VEL_BF16,
+                       cast_piece(x, false, out, begin, end, half));
     }
 }
 
-/* ---- one input ------------------------------------------------------------------------------------ */
+/* ---- one input
+ * ------------------------------------------------------------------------------------ */
 
-VEL_INLINE void affine_piece(const void *x, void *out, float by, float plus, int64_t begin, int64_t end,
-                             bool half)
+VEL_INLINE void affine_piece(const void *x, void *out, float by, float plus, int64_t begin,
+                             int64_t end, bool half)
 {
     for (int64_t i = begin; i < end; i += VL)
         vput_part(out, i, end - i, half, vget_part(x, i, end - i, half) * by + plus);
@@ -87,7 +95,8 @@ void VEL_ISA_NAME(affine)(const vel_cpu_job *job)
     const void *x = l->in[0];
     void *out = l->out[0];
     float by = (float)job->node->a.affine.by, plus = (float)job->node->a.affine.plus;
-    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]), affine_piece(x, out, by, plus, begin, end, half));
+    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]),
+                   affine_piece(x, out, by, plus, begin, end, half));
 }
 
 static float unary_value(int kind, float x)
@@ -110,7 +119,8 @@ static float unary_value(int kind, float x)
     }
 }
 
-/* Rare, and on small tensors: the C library's own functions, through vectors for the storage type. */
+/* Rare, and on small tensors: the C library's own functions, through vectors for the storage type.
+ */
 static void unary_piece(const void *x, void *out, int kind, int64_t begin, int64_t end, bool half)
 {
     for (int64_t i = begin; i < end; i += VL) {
@@ -128,7 +138,8 @@ void VEL_ISA_NAME(unary)(const vel_cpu_job *job)
     const void *x = l->in[0];
     void *out = l->out[0];
     int kind = job->node->a.unary.kind;
-    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]), unary_piece(x, out, kind, begin, end, half));
+    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]),
+                   unary_piece(x, out, kind, begin, end, half));
 }
 
 VEL_INLINE void act_piece(const void *x, void *out, int kind, int64_t begin, int64_t end, bool half)
@@ -144,7 +155,8 @@ void VEL_ISA_NAME(act)(const vel_cpu_job *job)
     const void *x = l->in[0];
     void *out = l->out[0];
     int kind = job->node->a.act.kind;
-    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]), act_piece(x, out, kind, begin, end, half));
+    VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]),
+                   act_piece(x, out, kind, begin, end, half));
 }
 
 VEL_INLINE void act_grad_piece(const void *x, const void *dy, void *out, int kind, int64_t begin,
@@ -164,7 +176,7 @@ void VEL_ISA_NAME(act_grad)(const vel_cpu_job *job)
     void *out = l->out[0];
     int kind = job->node->a.act_grad.kind;
     VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]),
-               act_grad_piece(x, dy, out, kind, begin, end, half));
+                   act_grad_piece(x, dy, out, kind, begin, end, half));
 }
 
 /* The mask is ops.def's: a hash of (seed, stream, index). */
@@ -192,12 +204,14 @@ void VEL_ISA_NAME(dropout)(const vel_cpu_job *job)
     uint32_t stream = job->node->a.dropout.stream;
     double p = job->node->a.dropout.p;
     VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(job->node->out[0]),
-               dropout_piece(x, out, seed, stream, p, begin, end, half));
+                   dropout_piece(x, out, seed, stream, p, begin, end, half));
 }
 
-/* ---- GEGLU: x [rows, 2n] -> [rows, n] ------------------------------------------------------------- */
+/* ---- GEGLU: x [rows, 2n] -> [rows, n]
+ * ------------------------------------------------------------- */
 
-VEL_INLINE void geglu_rows(const void *x, void *out, int64_t width, int64_t begin, int64_t end, bool half)
+VEL_INLINE void geglu_rows(const void *x, void *out, int64_t width, int64_t begin, int64_t end,
+                           bool half)
 {
     for (int64_t r = begin; r < end; r++)
         for (int64_t c = 0; c < width; c += VL) {
@@ -208,8 +222,8 @@ VEL_INLINE void geglu_rows(const void *x, void *out, int64_t width, int64_t begi
         }
 }
 
-VEL_INLINE void geglu_grad_rows(const void *x, const void *dy, void *dx, int64_t width, int64_t begin,
-                                int64_t end, bool half)
+VEL_INLINE void geglu_grad_rows(const void *x, const void *dy, void *dx, int64_t width,
+                                int64_t begin, int64_t end, bool half)
 {
     for (int64_t r = begin; r < end; r++)
         for (int64_t c = 0; c < width; c += VL) {
@@ -230,7 +244,7 @@ void VEL_ISA_NAME(geglu)(const vel_cpu_job *job)
     const void *x = job->launch->in[0];
     void *out = job->launch->out[0];
     VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(job->node->out[0]),
-              geglu_rows(x, out, width, begin, end, half));
+                   geglu_rows(x, out, width, begin, end, half));
 }
 
 void VEL_ISA_NAME(geglu_grad)(const vel_cpu_job *job)
@@ -240,12 +254,14 @@ void VEL_ISA_NAME(geglu_grad)(const vel_cpu_job *job)
     const void *x = job->launch->in[0], *dy = job->launch->in[1];
     void *dx = job->launch->out[0];
     VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(job->node->out[0]),
-              geglu_grad_rows(x, dy, dx, width, begin, end, half));
+                   geglu_grad_rows(x, dy, dx, width, begin, end, half));
 }
 
-/* ---- two inputs, broadcast ------------------------------------------------------------------------ */
+/* ---- two inputs, broadcast
+ * ------------------------------------------------------------------------ */
 
-typedef struct broadcast { /* axes of size 1 dropped, neighbours merged; strides 0 where stretched */
+typedef struct broadcast { /* axes of size 1 dropped, neighbours merged; strides 0 where stretched
+                            */
     int rank;
     int64_t dim[VEL_MAX_RANK], a[VEL_MAX_RANK], b[VEL_MAX_RANK];
 } broadcast;
@@ -301,8 +317,8 @@ VEL_INLINE float scalar_at(const void *p, int64_t i, bool half)
 }
 
 /* n outputs of one row; strides are 0 or 1. */
-VEL_INLINE void binary_row(vel_op op, const void *a, int64_t ia, int64_t sa, const void *b, int64_t ib,
-                           int64_t sb, void *out, int64_t io, int64_t n, bool half)
+VEL_INLINE void binary_row(vel_op op, const void *a, int64_t ia, int64_t sa, const void *b,
+                           int64_t ib, int64_t sb, void *out, int64_t io, int64_t n, bool half)
 {
     if (sa && sb) {
         for (int64_t i = 0; i < n; i += VL)
@@ -345,7 +361,8 @@ VEL_INLINE void binary_piece(vel_op op, const broadcast *w, const void *a, const
 
 #define BINARY_CASE(name)                                                                          \
     case VEL_OP_##name:                                                                            \
-        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(type), binary_piece(VEL_OP_##name, &w, a, b, out, begin, end, half)); \
+        VEL_EACH_PIECE(job, count, VEL_GRAIN, count, vel_is_half(type),                            \
+                       binary_piece(VEL_OP_##name, &w, a, b, out, begin, end, half));              \
         break;
 
 void VEL_ISA_NAME(binary)(const vel_cpu_job *job)

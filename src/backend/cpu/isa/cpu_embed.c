@@ -4,8 +4,8 @@
 
 #include "backend/cpu/isa/vmath.h"
 
-VEL_INLINE void embed_rows(const float *table, int64_t rows, const int32_t *ids, int64_t width, void *out,
-                           int64_t begin, int64_t end, bool half)
+VEL_INLINE void embed_rows(const float *table, int64_t rows, const int32_t *ids, int64_t width,
+                           void *out, int64_t begin, int64_t end, bool half)
 {
     for (int64_t r = begin; r < end; r++) {
         bool known = ids[r] >= 0 && ids[r] < rows;
@@ -20,7 +20,8 @@ void VEL_ISA_NAME(embed)(const vel_cpu_job *job)
 {
     const vel_launch *l = job->launch;
     vel_shape s = job->node->out[0].shape;
-    int64_t width = vel_shape_last(s), rows = vel_shape_rows(s), table_rows = l->in_type[0].shape.dim[0];
+    int64_t width = vel_shape_last(s), rows = vel_shape_rows(s),
+            table_rows = l->in_type[0].shape.dim[0];
     const float *table = l->in[0];
     const int32_t *ids = l->in[1];
     void *out = l->out[0];
@@ -29,8 +30,8 @@ void VEL_ISA_NAME(embed)(const vel_cpu_job *job)
 }
 
 /* Columns begin .. end-1 of every row, ids in order, so that equal ids add up in one order. */
-VEL_INLINE void embed_grad_columns(const int32_t *ids, int64_t n, const void *dy, int64_t width, float *out,
-                                   int64_t rows, int64_t begin, int64_t end, bool half)
+VEL_INLINE void embed_grad_columns(const int32_t *ids, int64_t n, const void *dy, int64_t width,
+                                   float *out, int64_t rows, int64_t begin, int64_t end, bool half)
 {
     for (int64_t r = 0; r < rows; r++)
         memset(out + r * width + begin, 0, (size_t)(end - begin) * sizeof(float));
@@ -39,7 +40,8 @@ VEL_INLINE void embed_grad_columns(const int32_t *ids, int64_t n, const void *dy
             continue;
         float *row = out + ids[i] * width;
         for (int64_t c = begin; c < end; c += VL) {
-            vf sum = vget_part(row, c, end - c, false) + vget_part(dy, i * width + c, end - c, half);
+            vf sum =
+                vget_part(row, c, end - c, false) + vget_part(dy, i * width + c, end - c, half);
             vput_part(row, c, end - c, false, sum);
         }
     }

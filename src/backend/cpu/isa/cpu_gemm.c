@@ -1,10 +1,12 @@
 /* cpu_gemm.c: plain kernels for the products and convolutions (linear*, matmul, conv2d*), for nodes
- * that oneDNN does not take: correct for every shape, parallel over blocks of the result, in float32.
+ * that oneDNN does not take: correct for every shape, parallel over blocks of the result, in
+ * float32.
  *
- * All are C = A B, where A and B are read through a source: element (major, minor) of a strided matrix,
- * of the patches of an image, or of a convolution's weight. Blocks of both are copied into the form
- * that product.h wants; the result goes through bias, activation and residual. A convolution's depth
- * (and, for its weight's gradient, the columns) is counted (tap, channel), channel innermost. */
+ * All are C = A B, where A and B are read through a source: element (major, minor) of a strided
+ * matrix, of the patches of an image, or of a convolution's weight. Blocks of both are copied into
+ * the form that product.h wants; the result goes through bias, activation and residual. A
+ * convolution's depth (and, for its weight's gradient, the columns) is counted (tap, channel),
+ * channel innermost. */
 #include "backend/cpu/kernels.h"
 
 #include "backend/cpu/isa/product.h"
@@ -12,11 +14,11 @@
 enum { BLOCK_ROWS = 96, BLOCK_COLUMNS = 192, BLOCK_DEPTH = 256 };
 
 typedef enum source_kind {
-    PLAIN,         /* major * major_step + minor * minor_step */
-    PATCHES,       /* major: output pixel; minor: (tap, channel) of the image under it */
-    PATCHES_BACK,  /* major: input pixel; minor: (tap, channel) of the outputs it went into */
-    WEIGHT_OUT,    /* w [O, I, taps]; major: o; minor: (tap, i) */
-    WEIGHT_TAP     /* major: (tap, o); minor: i */
+    PLAIN,        /* major * major_step + minor * minor_step */
+    PATCHES,      /* major: output pixel; minor: (tap, channel) of the image under it */
+    PATCHES_BACK, /* major: input pixel; minor: (tap, channel) of the outputs it went into */
+    WEIGHT_OUT,   /* w [O, I, taps]; major: o; minor: (tap, i) */
+    WEIGHT_TAP    /* major: (tap, o); minor: i */
 } source_kind;
 
 typedef struct geometry { /* PATCHES*: pixels of `to` look at the image `from` */
@@ -83,7 +85,8 @@ static int64_t patch_at(const source *s, int64_t pixel, int64_t tap)
 }
 
 /* Elements minor .. minor+n-1 of a line. */
-static void fetch(const source *s, int64_t batch, int64_t major, int64_t minor, int64_t n, float *dst)
+static void fetch(const source *s, int64_t batch, int64_t major, int64_t minor, int64_t n,
+                  float *dst)
 {
     if (s->kind == PLAIN) {
         int64_t at = batch * s->batch_step + major * s->major_step + minor * s->minor_step;
@@ -113,17 +116,19 @@ static void fetch(const source *s, int64_t batch, int64_t major, int64_t minor, 
     }
 }
 
-/* ---- one block of the result --------------------------------------------------------------------------- */
+/* ---- one block of the result
+ * --------------------------------------------------------------------------- */
 
 typedef struct workspace {
-    float a[BLOCK_ROWS * BLOCK_DEPTH], b[BLOCK_COLUMNS * BLOCK_DEPTH], c[BLOCK_ROWS * BLOCK_COLUMNS];
+    float a[BLOCK_ROWS * BLOCK_DEPTH], b[BLOCK_COLUMNS * BLOCK_DEPTH],
+        c[BLOCK_ROWS * BLOCK_COLUMNS];
     float line[BLOCK_DEPTH > BLOCK_COLUMNS ? BLOCK_DEPTH : BLOCK_COLUMNS];
 } workspace;
 
-/* b: panels [columns / VL][depth][VL]; what lies beyond the columns is not used, but must be a number
- * that multiplies without a trap: it is zero. */
-static void pack_b(const gemm *g, workspace *w, int64_t batch, int64_t column, int64_t columns, int64_t k,
-                   int64_t depth)
+/* b: panels [columns / VL][depth][VL]; what lies beyond the columns is not used, but must be a
+ * number that multiplies without a trap: it is zero. */
+static void pack_b(const gemm *g, workspace *w, int64_t batch, int64_t column, int64_t columns,
+                   int64_t k, int64_t depth)
 {
     if (columns % VL)
         memset(w->b + columns / VL * depth * VL, 0, (size_t)(depth * VL) * sizeof(float));
@@ -144,8 +149,8 @@ static void pack_b(const gemm *g, workspace *w, int64_t batch, int64_t column, i
     }
 }
 
-static void finish_block(const gemm *g, const workspace *w, int64_t batch, int64_t row, int64_t rows,
-                         int64_t column, int64_t columns)
+static void finish_block(const gemm *g, const workspace *w, int64_t batch, int64_t row,
+                         int64_t rows, int64_t column, int64_t columns)
 {
     for (int64_t r = 0; r < rows; r++) {
         int64_t at = (batch * g->rows + row + r) * g->columns + column;
@@ -172,7 +177,8 @@ static void finish_block(const gemm *g, const workspace *w, int64_t batch, int64
 
 static void compute_block(const gemm *g, workspace *w, int64_t batch, int64_t row, int64_t column)
 {
-    int64_t rows = VEL_MIN(BLOCK_ROWS, g->rows - row), columns = VEL_MIN(BLOCK_COLUMNS, g->columns - column);
+    int64_t rows = VEL_MIN(BLOCK_ROWS, g->rows - row),
+            columns = VEL_MIN(BLOCK_COLUMNS, g->columns - column);
     for (int64_t k = 0; k < g->depth; k += BLOCK_DEPTH) {
         int64_t depth = VEL_MIN(BLOCK_DEPTH, g->depth - k), all = padded(rows, ROW_GRAIN);
         for (int64_t r = 0; r < all; r++) {
@@ -182,38 +188,56 @@ static void compute_block(const gemm *g, workspace *w, int64_t batch, int64_t ro
                 memset(w->a + r * BLOCK_DEPTH, 0, (size_t)depth * sizeof *w->a);
         }
         pack_b(g, w, batch, column, columns, k, depth);
-        vel_operands o = {.c = w->c, .ldc = BLOCK_COLUMNS, .a = w->a, .lda = BLOCK_DEPTH, .b = w->b,
-                          .b_panel = depth * VL, .b_row = VL, .rows = all,
-                          .panels = (columns + VL - 1) / VL, .depth = depth, .add = k > 0};
+        vel_operands o = {.c = w->c,
+                          .ldc = BLOCK_COLUMNS,
+                          .a = w->a,
+                          .lda = BLOCK_DEPTH,
+                          .b = w->b,
+                          .b_panel = depth * VL,
+                          .b_row = VL,
+                          .rows = all,
+                          .panels = (columns + VL - 1) / VL,
+                          .depth = depth,
+                          .add = k > 0};
         product_full(&o);
     }
     finish_block(g, w, batch, row, rows, column, columns);
 }
 
-/* ---- the ops ---------------------------------------------------------------------------------------------- */
+/* ---- the ops
+ * ---------------------------------------------------------------------------------------------- */
 
 static source plain(const vel_launch *l, int input, int64_t major_step, int64_t minor_step)
 {
-    return (source){.kind = PLAIN, .p = l->in[input], .half = vel_is_half(l->in_type[input]),
-                    .major_step = major_step, .minor_step = minor_step};
+    return (source){.kind = PLAIN,
+                    .p = l->in[input],
+                    .half = vel_is_half(l->in_type[input]),
+                    .major_step = major_step,
+                    .minor_step = minor_step};
 }
 
 static source weight_of(const vel_launch *l, source_kind kind)
 {
     vel_shape w = l->in_type[1].shape; /* [O, I, kh, kw] */
-    return (source){.kind = kind, .p = l->in[1], .half = vel_is_half(l->in_type[1]),
-                    .minor_is_depth = kind == WEIGHT_OUT, .out = w.dim[0], .in = w.dim[1],
+    return (source){.kind = kind,
+                    .p = l->in[1],
+                    .half = vel_is_half(l->in_type[1]),
+                    .minor_is_depth = kind == WEIGHT_OUT,
+                    .out = w.dim[0],
+                    .in = w.dim[1],
                     .taps = w.dim[2] * w.dim[3]};
 }
 
 /* Pixels of `to` [N, h, w, ..] looking at input number `input`, an image. */
-static source patches_of(const vel_launch *l, int input, source_kind kind, vel_shape to, int64_t kernel_w,
-                         int stride, const int pad[4])
+static source patches_of(const vel_launch *l, int input, source_kind kind, vel_shape to,
+                         int64_t kernel_w, int stride, const int pad[4])
 {
     vel_shape from = l->in_type[input].shape;
-    return (source){.kind = kind, .p = l->in[input], .half = vel_is_half(l->in_type[input]),
-                    .image = {from.dim[1], from.dim[2], to.dim[1], to.dim[2], from.dim[3], kernel_w, stride,
-                              pad[0], pad[2]}};
+    return (source){.kind = kind,
+                    .p = l->in[input],
+                    .half = vel_is_half(l->in_type[input]),
+                    .image = {from.dim[1], from.dim[2], to.dim[1], to.dim[2], from.dim[3], kernel_w,
+                              stride, pad[0], pad[2]}};
 }
 
 static gemm conv_of(const vel_cpu_job *job)
@@ -239,8 +263,8 @@ static gemm conv_of(const vel_cpu_job *job)
         g.columns_in = in.dim[3];
         g.depth = vel_shape_rows(second);
         g.a = plain(l, 1, 1, second.dim[3]);
-        g.b = patches_of(l, 0, PATCHES, second, n->a.conv2d_grad_w.kernel_w, n->a.conv2d_grad_w.stride,
-                         n->a.conv2d_grad_w.pad);
+        g.b = patches_of(l, 0, PATCHES, second, n->a.conv2d_grad_w.kernel_w,
+                         n->a.conv2d_grad_w.stride, n->a.conv2d_grad_w.pad);
     }
     return g;
 }
@@ -252,7 +276,9 @@ static gemm matmul_of(const vel_cpu_job *job)
     vel_shape a = l->in_type[0].shape, out = job->node->out[0].shape;
     int64_t rows = out.dim[out.rank - 2], columns = vel_shape_last(out);
     int64_t depth = a.dim[a.rank - (ta ? 2 : 1)];
-    gemm g = {.batch = vel_shape_count(out) / (rows * columns), .rows = rows, .columns = columns,
+    gemm g = {.batch = vel_shape_count(out) / (rows * columns),
+              .rows = rows,
+              .columns = columns,
               .depth = depth};
     g.a = plain(l, 0, ta ? 1 : depth, ta ? rows : 1);
     g.b = tb ? plain(l, 1, depth, 1) : plain(l, 1, columns, 1);

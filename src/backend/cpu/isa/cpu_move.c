@@ -1,5 +1,5 @@
-/* cpu_move.c: kernels that move values: reshape, expand, permute, slice, unslice, concat, upsample; and
- * upsample_grad, which adds what upsample repeated.
+/* cpu_move.c: kernels that move values: reshape, expand, permute, slice, unslice, concat, upsample;
+ * and upsample_grad, which adds what upsample repeated.
  *
  * All of the first are one strided copy: axes with a stride in the output and one in the input (0
  * repeats), given in elements. Neighbouring axes that both sides walk through alike are merged, so
@@ -48,7 +48,8 @@ VEL_INLINE void copy_run(char *to, const char *from, int64_t n, int64_t to_step,
 }
 
 /* Elements begin .. end-1 of the view, counted row-major; size is 2 or 4 bytes. */
-static void copy_piece(const view *v, char *to, const char *from, int size, int64_t begin, int64_t end)
+static void copy_piece(const view *v, char *to, const char *from, int size, int64_t begin,
+                       int64_t end)
 {
     int last = v->rank - 1;
     for (int64_t at = begin; at < end;) {
@@ -185,8 +186,8 @@ void VEL_ISA_NAME(move)(const vel_cpu_job *job)
         int axis = n->a.concat.axis;
         vel_shape second = l->in_type[1].shape;
         copy_part(job, in, out, to, in, from, size);
-        copy_part(job, second, out, to + in.dim[axis] * inner_of(out, axis) * size, second, l->in[1],
-                  size);
+        copy_part(job, second, out, to + in.dim[axis] * inner_of(out, axis) * size, second,
+                  l->in[1], size);
         break;
     }
     default: {
@@ -196,7 +197,8 @@ void VEL_ISA_NAME(move)(const vel_cpu_job *job)
     }
 }
 
-/* ---- upsample_grad: [N, H*f, W*f, C] -> [N, H, W, C] ------------------------------------------------ */
+/* ---- upsample_grad: [N, H*f, W*f, C] -> [N, H, W, C]
+ * ------------------------------------------------ */
 
 VEL_INLINE void upsample_grad_rows(const void *dy, void *dx, int64_t width, int64_t channels, int f,
                                    int64_t begin, int64_t end, bool half)
@@ -208,7 +210,8 @@ VEL_INLINE void upsample_grad_rows(const void *dy, void *dx, int64_t width, int6
             vf sum = {0};
             for (int y = 0; y < f; y++)
                 for (int x = 0; x < f; x++)
-                    sum += vget_part(dy, first + (y * width * f + x) * channels + c, channels - c, half);
+                    sum += vget_part(dy, first + (y * width * f + x) * channels + c, channels - c,
+                                     half);
             vput_part(dx, pixel * channels + c, channels - c, half, sum);
         }
     }

@@ -1,10 +1,11 @@
 /* cpu_norm.c: group norm (with an activation behind it) and its gradients.
  *
- * Images are NHWC: x is [N, places, C]. Everything is made from sums per channel over chunks of places,
- * whose borders depend on the shapes alone; chunks are joined in order, in double, so the result does
- * not depend on the number of threads. The forward sums are of x - shift and its square, with shift the
- * channel's value at the first place: one reading of x gives the variance without cancellation. The
- * last pass is one multiply-add per element with a factor and an addend per (sample, channel).
+ * Images are NHWC: x is [N, places, C]. Everything is made from sums per channel over chunks of
+ * places, whose borders depend on the shapes alone; chunks are joined in order, in double, so the
+ * result does not depend on the number of threads. The forward sums are of x - shift and its
+ * square, with shift the channel's value at the first place: one reading of x gives the variance
+ * without cancellation. The last pass is one multiply-add per element with a factor and an addend
+ * per (sample, channel).
  *
  * Layer norm and softmax, which work row by row, are in cpu_norm_rows.c. */
 #include "backend/cpu/kernels.h"
@@ -36,11 +37,12 @@ static group_shape group_shape_of(const vel_cpu_job *job)
     return s;
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------ */
+/* ---- forward
+ * ------------------------------------------------------------------------------------------ */
 
 /* Sums over `rows` places from element `at` on: sum[C] of x - shift, square[C] of its square. */
-VEL_INLINE void forward_rows(const void *x, int64_t at, int64_t shift_at, int64_t rows, int64_t width,
-                             float *sum, float *square, bool half)
+VEL_INLINE void forward_rows(const void *x, int64_t at, int64_t shift_at, int64_t rows,
+                             int64_t width, float *sum, float *square, bool half)
 {
     for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE) {
         int64_t n = VEL_MIN(ROWS_AT_ONCE, rows - r);
@@ -64,8 +66,8 @@ VEL_INLINE void forward_rows(const void *x, int64_t at, int64_t shift_at, int64_
 }
 
 /* Items are (sample, chunk); partial is [n][chunks][2][C]. */
-VEL_INLINE void forward_items(const group_shape *s, const void *x, float *partial, int64_t begin, int64_t end,
-                              bool half)
+VEL_INLINE void forward_items(const group_shape *s, const void *x, float *partial, int64_t begin,
+                              int64_t end, bool half)
 {
     for (int64_t item = begin; item < end; item++) {
         int64_t sample = item / s->chunks, first = item % s->chunks * s->chunk;
@@ -75,15 +77,18 @@ VEL_INLINE void forward_items(const group_shape *s, const void *x, float *partia
     }
 }
 
-/* Joins the chunks of (sample, group) pairs begin .. end-1: stats, and factor and addend [n][2][C]. */
-static void forward_join(const group_shape *s, const void *x, const float *w, const float *b, double eps,
-                         const float *partial, float *stats, float *linear, int64_t begin, int64_t end)
+/* Joins the chunks of (sample, group) pairs begin .. end-1: stats, and factor and addend [n][2][C].
+ */
+static void forward_join(const group_shape *s, const void *x, const float *w, const float *b,
+                         double eps, const float *partial, float *stats, float *linear,
+                         int64_t begin, int64_t end)
 {
     int64_t each = s->width / s->groups;
     double places = (double)s->places;
     for (int64_t item = begin; item < end; item++) {
         int64_t sample = item / s->groups, first = item % s->groups * each;
-        double mean = 0, squares = 0, total = 0; /* of the group: Chan's joining, channel by channel */
+        double mean = 0, squares = 0,
+               total = 0; /* of the group: Chan's joining, channel by channel */
         for (int64_t c = first; c < first + each; c++) {
             double sum = 0, square = 0;
             for (int64_t k = 0; k < s->chunks; k++) {
@@ -93,7 +98,8 @@ static void forward_join(const group_shape *s, const void *x, const float *w, co
             }
             double shift = vget_part(x, sample * s->places * s->width + c, 1, s->half)[0];
             double own = shift + sum / places, delta = own - mean;
-            squares += square - sum * sum / places + delta * delta * total * places / (total + places);
+            squares +=
+                square - sum * sum / places + delta * delta * total * places / (total + places);
             mean += delta * places / (total + places);
             total += places;
         }
@@ -108,8 +114,8 @@ static void forward_join(const group_shape *s, const void *x, const float *w, co
     }
 }
 
-VEL_INLINE void forward_apply(const group_shape *s, const void *x, const float *linear, void *y, int act,
-                              int64_t begin, int64_t end, bool half)
+VEL_INLINE void forward_apply(const group_shape *s, const void *x, const float *linear, void *y,
+                              int act, int64_t begin, int64_t end, bool half)
 {
     for (int64_t row = begin; row < end; row++) {
         const float *factor = linear + row / s->places * 2 * s->width, *addend = factor + s->width;
@@ -155,13 +161,14 @@ void VEL_ISA_NAME(group_norm)(const vel_cpu_job *job)
                        forward_apply(&s, x, linear, y, s.act, begin, end, half));
 }
 
-/* ---- backward ----------------------------------------------------------------------------------------- */
+/* ---- backward
+ * ----------------------------------------------------------------------------------------- */
 
 /* With n the normalised value, z = n w + b and g = dy act'(z), the gradients are
  *     dw = sum g n,  db = sum g  (over samples and places),
  *     dx = scale (g w - mean(g w) - n mean(g w n))  (means over the group).
  * g n is summed as g x with n = x scale - mean scale put in at the end, by joined_sums. */
-typedef struct channel { /* one (sample, channel)'s constants: [n][4][C] */
+typedef struct channel {    /* one (sample, channel)'s constants: [n][4][C] */
     float *factor, *addend; /* z = x * factor + addend */
     float *scale, *offset;  /* n = x * scale + offset */
 } channel;
@@ -194,15 +201,18 @@ VEL_INLINE vf slope_times(int act, vf z, vf dy)
 }
 
 /* sum[C] of g, product[C] of g n, over rows places. */
-VEL_INLINE void backward_rows(const void *x, const void *dy, int64_t at, int64_t rows, int64_t width,
-                              channel k, int act, float *sum, float *product, bool half)
+VEL_INLINE void backward_rows(const void *x, const void *dy, int64_t at, int64_t rows,
+                              int64_t width, channel k, int act, float *sum, float *product,
+                              bool half)
 {
     for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE) {
         int64_t n = VEL_MIN(ROWS_AT_ONCE, rows - r);
         for (int64_t c = 0; c < width; c += VL) {
             int64_t left = width - c;
-            vf factor = vget_part(k.factor, c, left, false), addend = vget_part(k.addend, c, left, false);
-            vf scale = vget_part(k.scale, c, left, false), offset = vget_part(k.offset, c, left, false);
+            vf factor = vget_part(k.factor, c, left, false),
+               addend = vget_part(k.addend, c, left, false);
+            vf scale = vget_part(k.scale, c, left, false),
+               offset = vget_part(k.offset, c, left, false);
             vf s = vset(0.0f), p = vset(0.0f);
             if (r) {
                 s = vget_part(sum, c, left, false);
@@ -221,8 +231,8 @@ VEL_INLINE void backward_rows(const void *x, const void *dy, int64_t at, int64_t
     }
 }
 
-VEL_INLINE void backward_items(const group_shape *s, const void *x, const void *dy, float *channels, int act,
-                               float *partial, int64_t begin, int64_t end, bool half)
+VEL_INLINE void backward_items(const group_shape *s, const void *x, const void *dy, float *channels,
+                               int act, float *partial, int64_t begin, int64_t end, bool half)
 {
     for (int64_t item = begin; item < end; item++) {
         int64_t sample = item / s->chunks, first = item % s->chunks * s->chunk;
@@ -235,7 +245,8 @@ VEL_INLINE void backward_items(const group_shape *s, const void *x, const void *
 }
 
 /* Fills channels and partial: what both backward ops start with. */
-static void backward_sums(const vel_cpu_job *job, const group_shape *s, float *channels, float *partial)
+static void backward_sums(const vel_cpu_job *job, const group_shape *s, float *channels,
+                          float *partial)
 {
     const vel_launch *l = job->launch;
     const void *x = l->in[0], *dy = l->in[4];
@@ -249,7 +260,8 @@ static void backward_sums(const vel_cpu_job *job, const group_shape *s, float *c
                        backward_items(s, x, dy, channels, s->act, partial, begin, end, half));
 }
 
-static double over_chunks(const group_shape *s, const float *partial, int64_t sample, int which, int64_t c)
+static double over_chunks(const group_shape *s, const float *partial, int64_t sample, int which,
+                          int64_t c)
 {
     double sum = 0;
     for (int64_t k = 0; k < s->chunks; k++)
@@ -259,8 +271,8 @@ static double over_chunks(const group_shape *s, const float *partial, int64_t sa
 
 /* For each (sample, group): turns scale and offset into the parts of dx that depend on x alone:
  * dx = g * factor - (x * offset' + scale'), with factor = w / deviation. */
-static void backward_join(const group_shape *s, const float *w, const float *partial, float *channels,
-                          int64_t begin, int64_t end)
+static void backward_join(const group_shape *s, const float *w, const float *partial,
+                          float *channels, int64_t begin, int64_t end)
 {
     int64_t each = s->width / s->groups;
     for (int64_t item = begin; item < end; item++) {
@@ -279,8 +291,8 @@ static void backward_join(const group_shape *s, const float *w, const float *par
     }
 }
 
-VEL_INLINE void backward_apply(const group_shape *s, const void *x, const void *dy, float *channels, int act,
-                               void *dx, int64_t begin, int64_t end, bool half)
+VEL_INLINE void backward_apply(const group_shape *s, const void *x, const void *dy, float *channels,
+                               int act, void *dx, int64_t begin, int64_t end, bool half)
 {
     for (int64_t row = begin; row < end; row++) {
         channel k = channel_at(channels, row / s->places, s->width);
@@ -289,7 +301,8 @@ VEL_INLINE void backward_apply(const group_shape *s, const void *x, const void *
             vf v = vget_part(x, at, left, half), factor = vget_part(k.factor, c, left, false);
             vf g = slope_times(act, v * factor + vget_part(k.addend, c, left, false),
                                vget_part(dy, at, left, half));
-            vf common = v * vget_part(k.offset, c, left, false) + vget_part(k.scale, c, left, false);
+            vf common =
+                v * vget_part(k.offset, c, left, false) + vget_part(k.scale, c, left, false);
             vput_part(dx, at, left, half, g * factor - common);
         }
     }

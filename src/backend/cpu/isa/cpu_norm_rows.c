@@ -1,5 +1,5 @@
-/* cpu_norm_rows.c: layer norm, its gradients, and softmax: what works on the last axis, row by row. A
- * row stays in the nearest cache, so each is read as often as accuracy asks: mean first, then the
+/* cpu_norm_rows.c: layer norm, its gradients, and softmax: what works on the last axis, row by row.
+ * A row stays in the nearest cache, so each is read as often as accuracy asks: mean first, then the
  * variance around it. */
 #include "backend/cpu/kernels.h"
 
@@ -16,10 +16,12 @@ VEL_INLINE vf only(vf v, int64_t n)
     return v;
 }
 
-/* ---- layer norm --------------------------------------------------------------------------------------- */
+/* ---- layer norm
+ * --------------------------------------------------------------------------------------- */
 
-VEL_INLINE void layer_norm_rows(const void *x, const float *w, const float *b, double eps, int64_t width,
-                                void *y, float *stats, int64_t begin, int64_t end, bool half)
+VEL_INLINE void layer_norm_rows(const void *x, const float *w, const float *b, double eps,
+                                int64_t width, void *y, float *stats, int64_t begin, int64_t end,
+                                bool half)
 {
     for (int64_t r = begin; r < end; r++) {
         int64_t at = r * width;
@@ -51,13 +53,14 @@ void VEL_ISA_NAME(layer_norm)(const vel_cpu_job *job)
     int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape);
     double eps = job->node->a.layer_norm.eps;
     VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(x),
-                   layer_norm_rows(l->in[0], l->in[1], l->in[2], eps, width, l->out[0], l->out[1], begin,
-                                   end, half));
+                   layer_norm_rows(l->in[0], l->in[1], l->in[2], eps, width, l->out[0], l->out[1],
+                                   begin, end, half));
 }
 
 /* dx = scale (g - mean(g) - n mean(g n)), g = dy w, n = (x - mean) scale */
-VEL_INLINE void layer_norm_grad_rows(const void *x, const float *w, const float *stats, const void *dy,
-                                     int64_t width, void *dx, int64_t begin, int64_t end, bool half)
+VEL_INLINE void layer_norm_grad_rows(const void *x, const float *w, const float *stats,
+                                     const void *dy, int64_t width, void *dx, int64_t begin,
+                                     int64_t end, bool half)
 {
     for (int64_t r = begin; r < end; r++) {
         int64_t at = r * width;
@@ -85,13 +88,13 @@ void VEL_ISA_NAME(layer_norm_grad)(const vel_cpu_job *job)
     vel_type x = l->in_type[0];
     int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape);
     VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(x),
-                   layer_norm_grad_rows(l->in[0], l->in[1], l->in[2], l->in[3], width, l->out[0], begin,
-                                        end, half));
+                   layer_norm_grad_rows(l->in[0], l->in[1], l->in[2], l->in[3], width, l->out[0],
+                                        begin, end, half));
 }
 
 /* Chunks of rows begin .. end-1: partial[chunk][2][width], sums of dy n and dy. */
-VEL_INLINE void weight_chunks(const void *x, const float *stats, const void *dy, int64_t rows, int64_t width,
-                              float *partial, int64_t begin, int64_t end, bool half)
+VEL_INLINE void weight_chunks(const void *x, const float *stats, const void *dy, int64_t rows,
+                              int64_t width, float *partial, int64_t begin, int64_t end, bool half)
 {
     for (int64_t chunk = begin; chunk < end; chunk++) {
         int64_t first = chunk * CHUNK_ROWS, last = VEL_MIN(first + CHUNK_ROWS, rows);
@@ -102,7 +105,8 @@ VEL_INLINE void weight_chunks(const void *x, const float *stats, const void *dy,
             for (int64_t r = first; r < last; r++) {
                 vf d = vget_part(dy, r * width + c, left, half);
                 sum += d;
-                product += d * ((vget_part(x, r * width + c, left, half) - stats[2 * r]) * stats[2 * r + 1]);
+                product += d * ((vget_part(x, r * width + c, left, half) - stats[2 * r]) *
+                                stats[2 * r + 1]);
             }
             vput_part(dw, c, left, false, product);
             vput_part(db, c, left, false, sum);
@@ -117,17 +121,20 @@ static int64_t row_chunks(const vel_cpu_job *job)
 
 size_t VEL_ISA_NAME(layer_norm_grad_w_scratch)(const vel_cpu_job *job)
 {
-    return (size_t)(row_chunks(job) * 2 * vel_shape_last(job->launch->in_type[0].shape)) * sizeof(float);
+    return (size_t)(row_chunks(job) * 2 * vel_shape_last(job->launch->in_type[0].shape)) *
+           sizeof(float);
 }
 
 void VEL_ISA_NAME(layer_norm_grad_w)(const vel_cpu_job *job)
 {
     const vel_launch *l = job->launch;
     vel_type x = l->in_type[0];
-    int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape), chunks = row_chunks(job);
+    int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape),
+            chunks = row_chunks(job);
     float *partial = l->scratch, *dw = l->out[0], *db = l->out[1];
-    VEL_EACH_PIECE(job, chunks, 1, rows * width, vel_is_half(x),
-                   weight_chunks(l->in[0], l->in[1], l->in[2], rows, width, partial, begin, end, half));
+    VEL_EACH_PIECE(
+        job, chunks, 1, rows * width, vel_is_half(x),
+        weight_chunks(l->in[0], l->in[1], l->in[2], rows, width, partial, begin, end, half));
     for (int64_t c = 0; c < width; c++) {
         double product = 0, sum = 0;
         for (int64_t k = 0; k < chunks; k++) {
@@ -139,14 +146,16 @@ void VEL_ISA_NAME(layer_norm_grad_w)(const vel_cpu_job *job)
     }
 }
 
-/* ---- softmax ------------------------------------------------------------------------------------------ */
+/* ---- softmax
+ * ------------------------------------------------------------------------------------------ */
 
 VEL_INLINE vf shifted_exp(const void *x, int64_t at, int64_t left, float largest, bool half)
 {
     return vexp(vget_part(x, at, left, half) - largest);
 }
 
-VEL_INLINE void softmax_rows(const void *x, void *y, int64_t width, int64_t begin, int64_t end, bool half)
+VEL_INLINE void softmax_rows(const void *x, void *y, int64_t width, int64_t begin, int64_t end,
+                             bool half)
 {
     for (int64_t r = begin; r < end; r++) {
         int64_t at = r * width;

@@ -1,20 +1,21 @@
 /* cpu_reduce.c: sums and maxima over axes (sum, max, bias_grad), the mean squared error and its
  * gradient, and the sum of squares of a flat vector.
  *
- * Order of adding: the work is cut into chunks whose borders depend on the shapes alone; each chunk is
- * summed in float32 vectors, the chunks in double, in order. So the number of threads does not matter
- * and long sums stay accurate. */
+ * Order of adding: the work is cut into chunks whose borders depend on the shapes alone; each chunk
+ * is summed in float32 vectors, the chunks in double, in order. So the number of threads does not
+ * matter and long sums stay accurate. */
 #include "backend/cpu/kernels.h"
 
 #include "backend/cpu/isa/vmath.h"
 
 enum {
-    CHUNK = 4096,      /* elements of a chunk of a contiguous sum */
-    CHUNK_ROWS = 128,  /* rows of a chunk of a sum over rows */
+    CHUNK = 4096,     /* elements of a chunk of a contiguous sum */
+    CHUNK_ROWS = 128, /* rows of a chunk of a sum over rows */
     MAX_PARTS = 1024
 };
 
-/* ---- sum, max, bias_grad --------------------------------------------------------------------------- */
+/* ---- sum, max, bias_grad
+ * --------------------------------------------------------------------------- */
 
 /* The input as [outer, reduced, inner]; when the reduced axes are not neighbours, extra holds the
  * other axes: outputs are then walked one by one. */
@@ -85,8 +86,8 @@ VEL_INLINE float reduce_run(const void *x, int64_t at, int64_t n, bool largest, 
 }
 
 /* n rows of `inner` elements to one row of float32. */
-VEL_INLINE void reduce_rows(const void *x, int64_t at, int64_t n, int64_t inner, float *out, bool largest,
-                            bool half)
+VEL_INLINE void reduce_rows(const void *x, int64_t at, int64_t n, int64_t inner, float *out,
+                            bool largest, bool half)
 {
     int64_t c = 0;
     for (; c + 4 * VL <= inner; c += 4 * VL) { /* whole cache lines at a time */
@@ -108,8 +109,8 @@ VEL_INLINE void reduce_rows(const void *x, int64_t at, int64_t n, int64_t inner,
 }
 
 /* Items are (outer, chunk); partial is [outer][chunks][inner]. */
-VEL_INLINE void reduce_items(const reduction *r, const void *x, float *partial, int64_t begin, int64_t end,
-                             bool half)
+VEL_INLINE void reduce_items(const reduction *r, const void *x, float *partial, int64_t begin,
+                             int64_t end, bool half)
 {
     for (int64_t item = begin; item < end; item++) {
         int64_t outer = item / r->chunks, first = item % r->chunks * r->chunk;
@@ -122,7 +123,8 @@ VEL_INLINE void reduce_items(const reduction *r, const void *x, float *partial, 
     }
 }
 
-static void join_chunks(const reduction *r, const float *partial, float *out, int64_t begin, int64_t end)
+static void join_chunks(const reduction *r, const float *partial, float *out, int64_t begin,
+                        int64_t end)
 {
     for (int64_t i = begin; i < end; i++) {
         const float *p = partial + i / r->inner * r->chunks * r->inner + i % r->inner;
@@ -179,7 +181,8 @@ void VEL_ISA_NAME(reduce)(const vel_cpu_job *job)
 {
     vel_type in = job->launch->in_type[0];
     reduction r = reduction_of(job->node, in.shape);
-    int64_t elements = vel_shape_count(in.shape), outputs = vel_shape_count(job->node->out[0].shape);
+    int64_t elements = vel_shape_count(in.shape),
+            outputs = vel_shape_count(job->node->out[0].shape);
     const void *x = job->launch->in[0];
     float *out = job->launch->out[0], *partial = job->launch->scratch;
     if (!r.together) {
@@ -196,10 +199,11 @@ void VEL_ISA_NAME(reduce)(const vel_cpu_job *job)
                        join_chunks(&r, partial, out, begin, end));
 }
 
-/* ---- mse: (pred [B, ..], target, weight [B]) -> loss [1], means [B] ------------------------------------ */
+/* ---- mse: (pred [B, ..], target, weight [B]) -> loss [1], means [B]
+ * ------------------------------------ */
 
-VEL_INLINE void mse_items(const void *pred, const float *target, int64_t each, int64_t chunks, float *partial,
-                          int64_t begin, int64_t end, bool half)
+VEL_INLINE void mse_items(const void *pred, const float *target, int64_t each, int64_t chunks,
+                          float *partial, int64_t begin, int64_t end, bool half)
 {
     for (int64_t item = begin; item < end; item++) {
         int64_t first = item % chunks * CHUNK, n = VEL_MIN(CHUNK, each - first);
@@ -245,8 +249,9 @@ void VEL_ISA_NAME(mse)(const vel_cpu_job *job)
 }
 
 /* d loss / d pred = 2 weight_b (pred - target) / (B * elements of a sample) * dloss */
-VEL_INLINE void mse_grad_piece(const void *pred, const float *target, const float *weight, float scale,
-                               int64_t each, void *dx, int64_t begin, int64_t end, bool half)
+VEL_INLINE void mse_grad_piece(const void *pred, const float *target, const float *weight,
+                               float scale, int64_t each, void *dx, int64_t begin, int64_t end,
+                               bool half)
 {
     for (int64_t at = begin; at < end;) {
         int64_t sample = at / each, n = VEL_MIN(end, (sample + 1) * each) - at;
@@ -271,7 +276,8 @@ void VEL_ISA_NAME(mse_grad)(const vel_cpu_job *job)
                    mse_grad_piece(l->in[0], l->in[1], weight, scale, each, dx, begin, end, half));
 }
 
-/* ---- the sum of squares of a flat vector ---------------------------------------------------------------- */
+/* ---- the sum of squares of a flat vector
+ * ---------------------------------------------------------------- */
 
 double VEL_ISA_NAME(sum_squares)(const float *x, int64_t n, int threads)
 {

@@ -1,4 +1,5 @@
-/* cpu_table.c: the table of kernels of one instruction set (see ../kernels.h, which holds the list). */
+/* cpu_table.c: the table of kernels of one instruction set (see ../kernels.h, which holds the
+ * list). */
 #include "backend/cpu/kernels.h"
 
 #define NAME(op) #op "_" VEL_ISA_TEXT(VEL_ISA)

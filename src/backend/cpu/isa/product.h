@@ -3,10 +3,10 @@
  *
  * A has its rows one after the other, lda elements apart. B lies in panels of VL columns:
  *   float32 ("full"): panel [depth][VL], rows of a panel b_row elements apart;
- *   bfloat16 ("half", only where vel_has_half): panel [depth/2][VL][2], the pairs that the dot product
- *   instructions and AMX tiles take; depth is then a multiple of HALF_DEPTH, with zeros behind the data.
- * Panels are b_panel elements apart. Rows are a multiple of ROW_GRAIN: buffers have room for that, and
- * what the last rows hold does not matter. */
+ *   bfloat16 ("half", only where vel_has_half): panel [depth/2][VL][2], the pairs that the dot
+ * product instructions and AMX tiles take; depth is then a multiple of 2, or of TILE_DEPTH for
+ * tiles, with zeros behind the data. Panels are b_panel elements apart. Rows are a multiple of
+ * ROW_GRAIN: buffers have room for that, and what the last rows hold does not matter. */
 #ifndef VEL_CPU_PRODUCT_H
 #define VEL_CPU_PRODUCT_H
 
@@ -18,7 +18,7 @@
 #define VEL_HAS_HALF 0
 #endif
 
-enum { ROW_GRAIN = 16, HALF_DEPTH = 32 };
+enum { ROW_GRAIN = 16, TILE_DEPTH = 32 };
 
 #if defined(__AVX512F__)
 enum { MICRO_ROWS = 8, MICRO_PANELS = 3 }; /* 24 of 32 registers accumulate */
@@ -37,7 +37,8 @@ typedef struct vel_operands { /* strides in elements */
     bool add; /* to what c holds */
 } vel_operands;
 
-/* ---- float32 ------------------------------------------------------------------------------------------- */
+/* ---- float32
+ * ------------------------------------------------------------------------------------------- */
 
 VEL_INLINE void micro_full(const vel_operands *o, int64_t row, int64_t panel, const int n_panels)
 {
@@ -85,12 +86,11 @@ VEL_INLINE void micro_full(const vel_operands *o, int64_t row, int64_t panel, co
         panel += left < MICRO_PANELS ? left : MICRO_PANELS;                                        \
     }
 
-static __attribute__((noinline, unused)) void product_full(const vel_operands *o)
-{
-    PRODUCT_LOOPS(o, micro_full)
-}
+static __attribute__((noinline, unused)) void product_full(const vel_operands *o){
+    PRODUCT_LOOPS(o, micro_full)}
 
-/* ---- bfloat16 ------------------------------------------------------------------------------------------- */
+/* ---- bfloat16
+ * ------------------------------------------------------------------------------------------- */
 
 #if VEL_HAS_HALF
 
@@ -133,8 +133,8 @@ static __attribute__((noinline, unused)) void product_half(const vel_operands *o
 }
 
 #if defined(__AMX_BF16__)
-/* Tiles of 16 rows of 64 bytes: 0 to 3 hold C (2 x 2), 4 and 5 A, 6 and 7 B. A thread configures its
- * tiles before, and releases them after, its share of the work. */
+/* Tiles of 16 rows of 64 bytes: 0 to 3 hold C (2 x 2), 4 and 5 A, 6 and 7 B. A thread configures
+ * its tiles before, and releases them after, its share of the work. */
 VEL_INLINE void tiles_begin(bool amx)
 {
     struct {
@@ -187,7 +187,7 @@ VEL_INLINE void tiles_step(const vel_operands *o, int64_t row, int64_t panel, co
         if (two_rows && two_panels)
             _tile_zero(3);
     }
-    for (int64_t k = 0; k < o->depth; k += HALF_DEPTH) {
+    for (int64_t k = 0; k < o->depth; k += TILE_DEPTH) {
         _tile_loadd(4, a + k * 2, a_bytes);
         _tile_loadd(6, b + k * VL * 2, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -211,20 +211,62 @@ VEL_INLINE void tiles_step(const vel_operands *o, int64_t row, int64_t panel, co
         _tile_stored(3, c1 + VL, c_bytes);
 }
 
+/* 32 rows and a depth of one or two steps: A stays in tiles 4 to 7, tiles 0 and 1 hold C, 2 and 3
+ * B. Half as many loads as tiles_step, which shows where depth is short. */
+VEL_INLINE void tiles_resident(const vel_operands *o, int64_t row, const bool two_steps)
+{
+    const uint16_t *a = (const uint16_t *)o->a + row * o->lda, *a1 = a + 16 * o->lda;
+    const int64_t c_bytes = o->ldc * 4, a_bytes = o->lda * 2;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(6, a1, a_bytes);
+    if (two_steps) {
+        _tile_loadd(5, a + TILE_DEPTH, a_bytes);
+        _tile_loadd(7, a1 + TILE_DEPTH, a_bytes);
+    }
+    for (int64_t panel = 0; panel < o->panels; panel++) {
+        float *c = o->c + row * o->ldc + panel * VL, *c1 = c + 16 * o->ldc;
+        const uint16_t *b = (const uint16_t *)o->b + panel * o->b_panel;
+        if (o->add) {
+            _tile_loadd(0, c, c_bytes);
+            _tile_loadd(1, c1, c_bytes);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+        }
+        _tile_loadd(2, b, 64);
+        _tile_dpbf16ps(0, 4, 2);
+        _tile_dpbf16ps(1, 6, 2);
+        if (two_steps) {
+            _tile_loadd(3, b + TILE_DEPTH * VL, 64);
+            _tile_dpbf16ps(0, 5, 3);
+            _tile_dpbf16ps(1, 7, 3);
+        }
+        _tile_stored(0, c, c_bytes);
+        _tile_stored(1, c1, c_bytes);
+    }
+}
+
 static __attribute__((noinline, unused)) void product_tiles(const vel_operands *o)
 {
     tiles_fence();
+    int64_t row = 0;
+    for (; row + 32 <= o->rows && o->depth <= 2 * TILE_DEPTH; row += 32) {
+        if (o->depth == 2 * TILE_DEPTH)
+            tiles_resident(o, row, true);
+        else
+            tiles_resident(o, row, false);
+    }
     for (int64_t panel = 0; panel < o->panels; panel += 2)
-        for (int64_t row = 0; row < o->rows; row += 32) {
-            bool two_rows = o->rows - row > 16, two_panels = o->panels - panel > 1;
+        for (int64_t r = row; r < o->rows; r += 32) {
+            bool two_rows = o->rows - r > 16, two_panels = o->panels - panel > 1;
             if (two_rows && two_panels)
-                tiles_step(o, row, panel, true, true);
+                tiles_step(o, r, panel, true, true);
             else if (two_rows)
-                tiles_step(o, row, panel, true, false);
+                tiles_step(o, r, panel, true, false);
             else if (two_panels)
-                tiles_step(o, row, panel, false, true);
+                tiles_step(o, r, panel, false, true);
             else
-                tiles_step(o, row, panel, false, false);
+                tiles_step(o, r, panel, false, false);
         }
 }
 #endif
@@ -260,7 +302,8 @@ VEL_INLINE void product(const vel_operands *o, bool half, bool amx)
     product_full(o);
 }
 
-/* ---- packing --------------------------------------------------------------------------------------------- */
+/* ---- packing
+ * --------------------------------------------------------------------------------------------- */
 
 /* A matrix in memory: element (r, c) at r * stride + c, in float32 or bfloat16 (half). */
 typedef struct vel_matrix {
@@ -279,7 +322,8 @@ VEL_INLINE int64_t padded(int64_t n, int64_t grain)
     return (n + grain - 1) / grain * grain;
 }
 
-/* Rows as they are, behind one another: dst [rows_padded][depth_padded], zeros around. The form of A. */
+/* Rows as they are, behind one another: dst [rows_padded][depth_padded], zeros around. The form of
+ * A. */
 static __attribute__((unused)) void pack_rows(void *dst, const vel_matrix *m, int64_t rows_padded,
                                               int64_t depth_padded, bool half)
 {
@@ -302,13 +346,14 @@ VEL_INLINE vf matrix_vector(const vel_matrix *m, int64_t r, int64_t c)
 #if VEL_HAS_HALF
 VEL_INLINE vu interleaved(vf even, vf odd)
 {
-    return __builtin_convertvector(vnarrow(even), vu) | __builtin_convertvector(vnarrow(odd), vu) << 16;
+    return __builtin_convertvector(vnarrow(even), vu) | __builtin_convertvector(vnarrow(odd), vu)
+                                                            << 16;
 }
 #endif
 
 /* B with m's columns as columns, and rows r0 .. r0+depth-1 as depth (zeros beyond m). */
-static __attribute__((unused)) void pack_down(void *dst, int64_t b_panel, const vel_matrix *m, int64_t r0,
-                                              int64_t depth, bool half)
+static __attribute__((unused)) void pack_down(void *dst, int64_t b_panel, const vel_matrix *m,
+                                              int64_t r0, int64_t depth, bool half)
 {
     for (int64_t c = 0; c < m->columns; c += VL) {
         char *panel = (char *)dst + c / VL * b_panel * (half ? 2 : 4);
@@ -318,7 +363,8 @@ static __attribute__((unused)) void pack_down(void *dst, int64_t b_panel, const 
 #if VEL_HAS_HALF
         if (half)
             for (int64_t k = 0; k < depth; k += 2) {
-                vu pairs = interleaved(matrix_vector(m, r0 + k, c), matrix_vector(m, r0 + k + 1, c));
+                vu pairs =
+                    interleaved(matrix_vector(m, r0 + k, c), matrix_vector(m, r0 + k + 1, c));
                 memcpy((uint16_t *)panel + k * VL, &pairs, sizeof pairs);
             }
 #endif
@@ -333,39 +379,43 @@ VEL_INLINE float matrix_value(const vel_matrix *m, int64_t r, int64_t c)
     return m->half ? vel_bf16_f32(*(const uint16_t *)p) : *(const float *)p;
 }
 
-/* One panel of VL rows from r0 on, with 32-bit units (floats, or pairs of bfloat16) gathered. Returns
- * how many units of depth that did; the rest, and other machines, are for the caller. */
-VEL_INLINE int64_t gather_panel(void *panel, const vel_matrix *m, int64_t r0, bool half)
+/* One panel of VL rows from r0 on, of 32-bit units (floats, or pairs of bfloat16), by transposing
+ * square blocks. Returns how many units of depth that did; the rest, and other machines, are for
+ * the caller. */
+VEL_INLINE int64_t transpose_panel(void *panel, const vel_matrix *m, int64_t r0, bool half)
 {
+#if VEL_HAS_TRANSPOSE
     if (m->half != half || r0 >= m->rows)
         return 0;
     int64_t units = m->columns / (half ? 2 : 1);
-    (void)panel, (void)units;
-#if defined(__AVX512F__)
-    __m512i step = _mm512_set1_epi32((int)(m->stride * (half ? 2 : 4)));
-    __m512i index = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), step);
-    int64_t rows = m->rows - r0;
-    __mmask16 in = rows >= 16 ? 0xffff : (__mmask16)((1u << rows) - 1);
-    const char *from = matrix_at(m, r0, 0);
-    for (int64_t k = 0; k < units; k++) {
-        __m512i v = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), in, index, from + k * 4, 1);
-        _mm512_storeu_si512((char *)panel + k * 64, v);
+    for (int64_t k = 0; k < units; k += 16) {
+        __m512i row[16];
+        __mmask16 in = units - k >= 16 ? 0xffff : first_lanes(units - k);
+        for (int64_t i = 0; i < 16; i++) {
+            bool there = r0 + i < m->rows;
+            const char *from = matrix_at(m, there ? r0 + i : r0, 0);
+            row[i] = _mm512_maskz_loadu_epi32(there ? in : 0, from + k * 4);
+        }
+        vtranspose(row);
+        for (int64_t i = 0; i < 16 && k + i < units; i++)
+            _mm512_storeu_si512((char *)panel + (k + i) * 64, row[i]);
     }
     return units;
 #else
+    (void)panel, (void)m, (void)r0, (void)half;
     return 0;
 #endif
 }
 
 /* B with m's rows r0 .. r0+rows-1 as columns and m's columns as depth (zeros beyond m in both). */
-static __attribute__((unused)) void pack_across(void *dst, int64_t b_panel, const vel_matrix *m, int64_t r0,
-                                                int64_t rows, int64_t depth, bool half)
+static __attribute__((unused)) void pack_across(void *dst, int64_t b_panel, const vel_matrix *m,
+                                                int64_t r0, int64_t rows, int64_t depth, bool half)
 {
+    int64_t used = padded(m->columns, half ? 2 : 1);
     for (int64_t r = 0; r < rows; r += VL) {
         char *panel = (char *)dst + r / VL * b_panel * (half ? 2 : 4);
-        int64_t done = gather_panel(panel, m, r0 + r, half) * (half ? 2 : 1);
-        for (int64_t k = done; k < depth; k++)
+        int64_t done = transpose_panel(panel, m, r0 + r, half) * (half ? 2 : 1);
+        for (int64_t k = done; k < used; k++)
             for (int64_t lane = 0; lane < VL; lane++) {
                 float v = matrix_value(m, r0 + r + lane, k);
                 if (half)
@@ -373,6 +423,8 @@ static __attribute__((unused)) void pack_across(void *dst, int64_t b_panel, cons
                 else
                     ((float *)panel)[k * VL + lane] = v;
             }
+        memset(panel + used * VL * (half ? 2 : 4), 0,
+               (size_t)((depth - used) * VL * (half ? 2 : 4)));
     }
 }
 #endif

@@ -1,9 +1,10 @@
-/* vmath.h: vectors of float32 as GCC vector extensions, VL wide for the instruction set at hand, with
- * loads and stores of bfloat16, and the functions that activations and softmax need. Relative errors
- * in float32 (against double): exp and exp2 2.5e-7, tanh and logistic 3e-7; the normal
+/* vmath.h: vectors of float32 as GCC vector extensions, VL wide for the instruction set at hand,
+ * with loads and stores of bfloat16, and the functions that activations and softmax need. Relative
+ * errors in float32 (against double): exp and exp2 2.5e-7, tanh and logistic 3e-7; the normal
  * distribution function 1e-7 absolute, 7e-5 relative down to -5.
  *
- * NaN goes through everything. Everything is inline: it must be compiled once per instruction set. */
+ * NaN goes through everything. Everything is inline: it must be compiled once per instruction set.
+ */
 #ifndef VEL_CPU_VMATH_H
 #define VEL_CPU_VMATH_H
 
@@ -109,7 +110,8 @@ VEL_INLINE float vlargest(vf x)
 #endif
 }
 
-/* ---- loads and stores: element i of a float32 or bfloat16 (half) array ------------------------ */
+/* ---- loads and stores: element i of a float32 or bfloat16 (half) array ------------------------
+ */
 
 VEL_INLINE vf vload(const float *p)
 {
@@ -240,7 +242,40 @@ VEL_INLINE void vput_part(void *p, int64_t i, int64_t n, bool half, vf v)
 }
 #endif
 
-/* ---- functions --------------------------------------------------------------------------------- */
+#if defined(__AVX512F__)
+#define VEL_HAS_TRANSPOSE 1
+/* A 16 x 16 block of 32-bit units: row[i] lane j becomes row[j] lane i. */
+VEL_INLINE void vtranspose(__m512i row[16])
+{
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) { /* pairs of rows within 128-bit lanes */
+        t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        row[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        row[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        row[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        row[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) { /* then whole 128-bit lanes: a 4 x 4 block of them */
+        __m512i a = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x44);
+        __m512i b = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xee);
+        __m512i c = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x44);
+        __m512i d = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xee);
+        t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(b, d, 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    memcpy(row, t, sizeof t);
+}
+#else
+#define VEL_HAS_TRANSPOSE 0
+#endif
+
+/* ---- functions ---------------------------------------------------------------------------------
+ */
 
 VEL_INLINE vf vround(vf x) /* |x| below 2^22 (any x with AVX-512) */
 {
@@ -268,7 +303,8 @@ VEL_INLINE vf vscale2(vf p, vf n)
 #endif
 }
 
-/* What 2^x needs: the part of x above a whole number, and p * 2^floor(x). Any finite x below 128. */
+/* What 2^x needs: the part of x above a whole number, and p * 2^floor(x). Any finite x below 128.
+ */
 VEL_INLINE vf vfraction(vf x)
 {
 #if defined(__AVX512F__)
@@ -327,7 +363,8 @@ VEL_INLINE vf vexp(vf x)
     vf y = vmin(vset(104.0f), x); /* 104: beyond both ends of the range, and no overflow inside */
     y = vmax(vset(-104.0f), y);
     vf n = vround(y * 1.44269504f);
-    vf r = y - n * 0.693145752f; /* ln 2 in two parts; the first has 15 bits: the product is exact */
+    vf r =
+        y - n * 0.693145752f; /* ln 2 in two parts; the first has 15 bits: the product is exact */
     r = r - n * 1.42860677e-6f;
     vf p = vset(1.3888889e-3f);
     p = p * r + 8.3333333e-3f;
@@ -338,9 +375,23 @@ VEL_INLINE vf vexp(vf x)
     return vscale2(p, n);
 }
 
+/* 1 / x for positive x; 0 of infinity. AVX-512's division takes as long as a whole exp: instead its
+ * approximation (14 bits) and one step of Newton's. */
+VEL_INLINE vf vreciprocal(vf x)
+{
+#if defined(__AVX512F__)
+    __m512 d = (__m512)x, r = _mm512_rcp14_ps(d);
+    __m512 error = _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f));
+    __mmask16 finite = _mm512_cmp_ps_mask(d, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+    return (vf)_mm512_mask_fmadd_ps(r, finite, error, r);
+#else
+    return 1.0f / x;
+#endif
+}
+
 VEL_INLINE vf vlogistic(vf x)
 {
-    return 1.0f / (1.0f + vexp(-x));
+    return vreciprocal(1.0f + vexp(-x));
 }
 
 VEL_INLINE vf vtanh(vf x)
@@ -353,7 +404,7 @@ VEL_INLINE vf vtanh(vf x)
     p = p * s + 1.33314422036e-1f;
     p = p * s - 3.33332819422e-1f;
     p = p * s * x + x;
-    vf q = 1.0f - 2.0f / (vexp(t + t) + 1.0f);
+    vf q = 1.0f - 2.0f * vreciprocal(vexp(t + t) + 1.0f);
     q = (vf)((vi)q | ((vi)x & (vi)vset(-0.0f)));
     return vselect(t < 0.625f, p, q);
 }
@@ -399,8 +450,9 @@ VEL_INLINE vf vnormal_density(vf x)
     return 0.398942280f * vexp(-0.5f * x * x);
 }
 
-/* The activations of vel_act_kind, and their slopes. The kind is the same for a whole kernel, so its
- * branch is predicted. The constants are those of PyTorch's gelu(tanh) and CLIP's quick_gelu. */
+/* The activations of vel_act_kind, and their slopes. The kind is the same for a whole kernel, so
+ * its branch is predicted. The constants are those of PyTorch's gelu(tanh) and CLIP's quick_gelu.
+ */
 VEL_INLINE vf vgelu_inner(vf x)
 {
     return vtanh(0.797884561f * (x + 0.044715f * x * x * x));
@@ -439,8 +491,7 @@ VEL_INLINE vf vact_slope(int kind, vf x)
         return vnormal(x) + x * vnormal_density(x);
     case VEL_ACT_GELU_TANH:
         s = vgelu_inner(x);
-        return 0.5f * (1.0f + s) +
-               0.398942280f * x * (1.0f - s * s) * (1.0f + 0.134145f * x * x);
+        return 0.5f * (1.0f + s) + 0.398942280f * x * (1.0f - s * s) * (1.0f + 0.134145f * x * x);
     case VEL_ACT_QUICK_GELU:
         s = vlogistic(1.702f * x);
         return s + s * (1.702f * x * (1.0f - s));
@@ -457,10 +508,12 @@ VEL_INLINE vf vact_slope(int kind, vf x)
     }
 }
 
-/* ---- sharing out work --------------------------------------------------------------------------- */
+/* ---- sharing out work ---------------------------------------------------------------------------
+ */
 
 /* Part `part` of 0 .. n-1 in `parts` pieces whose borders are multiples of grain. */
-VEL_INLINE void vel_share(int64_t n, int64_t grain, int part, int parts, int64_t *begin, int64_t *end)
+VEL_INLINE void vel_share(int64_t n, int64_t grain, int part, int parts, int64_t *begin,
+                          int64_t *end)
 {
     int64_t grains = (n + grain - 1) / grain;
     *begin = grains * part / parts * grain;
@@ -481,9 +534,9 @@ VEL_INLINE int vel_team(int threads, int64_t elements)
     return elements < VEL_WORTH_THREADS ? 1 : threads;
 }
 
-/* Runs call on each thread, with begin and end its piece of 0 .. units-1 (borders multiples of grain)
- * and half a constant of the value of is_half, so that call's inlined bodies are compiled for each
- * type. elements says how much work it is in all. */
+/* Runs call on each thread, with begin and end its piece of 0 .. units-1 (borders multiples of
+ * grain) and half a constant of the value of is_half, so that call's inlined bodies are compiled
+ * for each type. elements says how much work it is in all. */
 #define VEL_EACH_PIECE(job, units, grain, elements, is_half, ...)                                  \
     do {                                                                                           \
         const int64_t units_ = (units);                                                            \
