@@ -355,24 +355,76 @@ static bool bench_source(void *user, const char *path, vel_source_tensor *out)
     return true;
 }
 
-static vel_status make_op_plan(bench *b, vel_op op, vel_engine *e, const vel_shape *shapes, int n, op_bench *p)
+static vel_graph *op_graph(bench *b, vel_op op, const vel_shape *shapes, int n)
 {
     vel_graph *g = vel_graph_create(b->ctx);
     vel_ref in[VEL_MAX_IN] = {{0}};
     bool product = op == VEL_OP_linear || op == VEL_OP_conv2d || op == VEL_OP_linear_grad_x || op == VEL_OP_conv2d_grad_x;
-    int weight = op == VEL_OP_conv2d_grad_x ? 0 : 1;
     vel_attr a = default_attributes(op, shapes, n);
     if (!g)
-        return VEL_NO_MEMORY;
+        return NULL;
     for (int i = 0; i < n; i++) {
         char name[16];
-        snprintf(name, sizeof name, "%s%d", product && (i == weight || i == 2) ? "w" : "in", i);
+        snprintf(name, sizeof name, "%s%d", product && (i == 1 || i == 2) ? "w" : "in", i);
         in[i] = name[0] == 'w' ? vel_weight(g, name, shapes[i]) : vel_input(g, name, VEL_F32, shapes[i]);
     }
     vel_output(g, "out", vel_build(g, op, in, VEL_MAX(n, vel_op_inputs(op)), &a));
+    return g;
+}
+
+static vel_status make_op_plan(bench *b, vel_op op, vel_engine *e, const vel_shape *shapes, int n, op_bench *p)
+{
+    vel_graph *g = op_graph(b, op, shapes, n);
+    if (!g)
+        return VEL_NO_MEMORY;
     bool bf16 = strcmp(b->o->precision, "no") != 0 && vel_engine_best_compute(e) == VEL_BF16;
     vel_plan_options o = {.compute = bf16 ? VEL_BF16 : VEL_F32};
     return vel_plan_create(e, g, &o, &p->plan);
+}
+
+static vel_status leaf_values(void *user, const vel_node *leaf, double *values, int64_t n)
+{
+    const op_bench *p = user;
+    const float *from = p->values[atoi(leaf->path + strcspn(leaf->path, "0123456789"))];
+    for (int64_t i = 0; i < n; i++)
+        values[i] = leaf->op == VEL_OP_fill ? leaf->a.fill.value : from[i];
+    return VEL_OK;
+}
+
+/* The plan's result against the op's meaning in float64, unless that would take minutes. */
+static vel_status check_op(bench *b, vel_op op, int n_shapes, op_bench *p)
+{
+    static const double most_operations = 2e9;
+    const vel_graph *planned = vel_plan_graph(p->plan);
+    if (vel_node_flops(planned, vel_output_find(planned, "out").id) > most_operations) {
+        vel_text_addf(b->out, "check: left out, the definition in float64 would take long at this size\n");
+        return VEL_OK;
+    }
+    vel_graph *g = op_graph(b, op, p->shapes, n_shapes);
+    vel_ref_tensor truth = {{0}};
+    vel_status st = g ? vel_reference_run(g, leaf_values, p, &truth) : VEL_NO_MEMORY;
+    int64_t count = vel_shape_count(truth.shape);
+    float *got = st == VEL_OK ? vel_alloc(b->ctx, (size_t)count * sizeof *got) : NULL;
+    if (st == VEL_OK)
+        st = got ? run_op(p) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = vel_plan_get(p->plan, "out", got, count);
+    double error = 0, size = 0;
+    for (int64_t i = 0; i < count && st == VEL_OK; i++) {
+        error += (got[i] - truth.v[i]) * (got[i] - truth.v[i]);
+        size += truth.v[i] * truth.v[i];
+    }
+    double rms = sqrt(error / fmax(size, 1e-300));
+    bool bf16 = vel_type_of(planned, vel_output_find(planned, "out")).dtype == VEL_BF16;
+    if (st == VEL_OK && !(rms < (bf16 ? 0x1p-7 : 1e-5)))
+        st = vel_fail(b->ctx, VEL_BUG, "bench: %s is off by %.2e (relative RMS) from its definition", b->o->what, rms);
+    if (st == VEL_OK)
+        vel_text_addf(b->out, "check: relative RMS error %.2e against the definition in float64\n", rms);
+    vel_free(b->ctx, got);
+    if (truth.v)
+        vel_reference_free(b->ctx, &truth, 1);
+    vel_graph_destroy(g);
+    return st;
 }
 
 static vel_status bench_op(bench *b, vel_op op)
@@ -400,6 +452,8 @@ static vel_status bench_op(bench *b, vel_op op)
             break;
         }
     }
+    if (st == VEL_OK)
+        st = check_op(b, op, n, &p);
     if (st == VEL_OK)
         st = time_runs(b, b->o->what, run_op, &p);
     if (st == VEL_OK) {

@@ -1,7 +1,7 @@
 /* run.c: the harness of test.h: runs the registered tests, each with its own context and an empty
  * folder that is removed afterwards.
  *
- *     run-tests [--program PATH] [--fault] [--list] [--skip NAME-PATTERN] [NAME-PATTERN]
+ *     run-tests [--program PATH] [--fault] [--stride N] [--list] [--skip PATTERN] [PATTERN]
  *
  * A pattern without '*' matches anywhere in a name; several are joined with ','. A test fails when a CHECK fails or when memory
  * of its context is left. With --fault each test runs once to count its allocations and then once
@@ -20,6 +20,7 @@
 typedef struct options {
     const char *program, *pattern, *skip;
     bool fault, list;
+    int64_t stride; /* with fault: only every stride-th allocation fails */
 } options;
 
 static vel_test *first_test;
@@ -129,7 +130,7 @@ static void run_with_faults(vel_test *t, const options *o)
     if (crashes)
         printf("%s: crashed\n", t->name);
     quiet = true;
-    for (int64_t i = 1; i <= plain.allocations && !plain.skipped; i++) {
+    for (int64_t i = 1; i <= plain.allocations && !plain.skipped; i += o->stride) {
         if (!run_apart(t, o, i, &out)) {
             printf("%s: crashed when allocation %" PRId64 " failed\n", t->name, i);
             crashes++;
@@ -161,6 +162,8 @@ static bool read_options(int n, char **args, options *o)
             o->program = args[++i];
         else if (strcmp(args[i], "--skip") == 0 && i + 1 < n)
             o->skip = args[++i];
+        else if (strcmp(args[i], "--stride") == 0 && i + 1 < n)
+            o->stride = VEL_MAX(1, atoll(args[++i]));
         else if (args[i][0] != '-' && !o->pattern)
             o->pattern = args[i];
         else
@@ -171,9 +174,10 @@ static bool read_options(int n, char **args, options *o)
 
 int main(int n, char **args)
 {
-    options o = {0};
+    options o = {.stride = 1};
     if (!read_options(n, args, &o)) {
-        fprintf(stderr, "usage: %s [--program PATH] [--fault] [--list] [--skip NAME-PATTERN] [NAME-PATTERN]\n", args[0]);
+        fprintf(stderr, "usage: %s [--program PATH] [--fault] [--stride N] [--list] [--skip PATTERN] [PATTERN]\n",
+                args[0]);
         return 2;
     }
     int passed = 0, failed = 0, skipped = 0;

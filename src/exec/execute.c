@@ -1,5 +1,5 @@
 /* execute.c: a plan: the passes in their order, a kernel for each node, memory for each value, and the
- * run. The table below is the whole pipeline; --print_after and tests stop at its names.
+ * run. The table below is the whole pipeline; print_after in the options names a row.
  *
  * A plan owns its final graph and kernels; weights, trainable values and working memory are the
  * engine's. Working memory is shared by all plans of an engine, so inputs are set before each run. */

@@ -270,7 +270,7 @@ vel_status vel_keep_save(train_session *s, bool last)
                                      precision_of(s->o->save_precision), meta);
     json_decref(meta);
     VEL_TRY(st);
-    forget_old(s, ".state", VEL_MAX(1, s->o->keep_last));
+    forget_old(s, ".state", s->o->keep_last);
     forget_old(s, ".safetensors", s->o->keep_last);
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
     return VEL_OK;

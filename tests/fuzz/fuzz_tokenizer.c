@@ -1,8 +1,5 @@
 /* fuzz_tokenizer.c: texts through a small vocabulary, and damaged vocabularies.
  *
- *     clang -fsanitize=fuzzer,address -DVEL_LIBFUZZER ... fuzz_tokenizer.c   libFuzzer's main
- *     cc ... fuzz_tokenizer.c; fuzz_tokenizer [RUNS [SEED]]                  a fixed series
- *
  * The first byte of an input chooses what the rest is: a text, or one of the files. Whatever comes,
  * a call ends, leaves no memory, and gives ids below the size and offsets inside the text. */
 #include "tokenizers/tokenizers.h"
@@ -10,7 +7,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#include "fuzz.h"
 
 static const struct {
     const char *name, *content; /* content NULL: only there when it is fuzzed */
@@ -54,12 +51,16 @@ static void try_text(vel_ctx *ctx, vel_tokenizer *t, const char *text)
     }
 }
 
+static void remove_folder(void);
+
 static const char *folder(void)
 {
     static char path[] = "/tmp/fuzz-tokenizer-XXXXXX";
     static bool made;
-    if (!made)
+    if (!made) {
         require(mkdtemp(path) != NULL, "a temporary folder can be made");
+        atexit(remove_folder);
+    }
     made = true;
     return path;
 }
@@ -74,6 +75,13 @@ static void put_file(int i, const void *bytes, size_t n)
     }
     FILE *f = fopen(path, "wb");
     require(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "a file can be written");
+}
+
+static void remove_folder(void)
+{
+    for (int i = 0; i < FILES; i++)
+        put_file(i, NULL, 0);
+    rmdir(folder());
 }
 
 static void put_own(int i)
@@ -115,7 +123,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     return 0;
 }
 
-#ifndef VEL_LIBFUZZER
 static const char *const seeds[] = {
     "{\"a\":0,\"b\":1,\"ab\":2,\"<|endoftext|>\":3}", "#version: 0.2\na b\nab c</w>\n",
     "{\"added_tokens\":[{\"id\":16,\"content\":\"<C>\",\"normalized\":true}],\"model\":{\"type\":"
@@ -129,45 +136,15 @@ static const char *const seeds[] = {
     "\xc2\x85\xce\xa3",
 };
 
-static size_t mutate(uint64_t seed, uint64_t run, uint8_t *out, size_t room)
+/* Each of the texts above as each kind of input. */
+const uint8_t *fuzz_seed(int i, size_t *n)
 {
-    uint64_t at = 0;
-    const char *base = seeds[vel_random_u64(seed, run, at++) % VEL_COUNT(seeds)];
-    size_t n = strlen(base) + 1;
-    memcpy(out + 1, base, n - 1);
-    out[0] = (uint8_t)vel_random_u64(seed, run, at++);
-    for (uint64_t k = vel_random_u64(seed, run, at++) % 8; k > 0 && n > 1; k--) {
-        uint64_t r = vel_random_u64(seed, run, at++);
-        size_t i = 1 + (r >> 8) % (n - 1), m = 1 + (r >> 32) % 8;
-        const char *other = seeds[(r >> 40) % VEL_COUNT(seeds)];
-        size_t from = (r >> 48) % strlen(other);
-        switch (r % 5) {
-        case 0: out[i] = (uint8_t)(r >> 24); break;
-        case 1: n = i + 1; break;
-        case 2: m = VEL_MIN(m, n - i); memmove(out + i, out + i + m, n - i - m); n -= m; break;
-        default:
-            m = VEL_MIN(m, strlen(other) - from);
-            if (n + m > room)
-                break;
-            memmove(out + i + m, out + i, n - i);
-            memcpy(out + i, other + from, m);
-            n += m;
-        }
-    }
-    return n;
+    static uint8_t bytes[1024];
+    if (i >= VEL_COUNT(seeds) * (FILES + 1))
+        return NULL;
+    size_t length = strlen(seeds[i / (FILES + 1)]);
+    bytes[0] = (uint8_t)(i % (FILES + 1));
+    memcpy(bytes + 1, seeds[i / (FILES + 1)], length);
+    *n = length + 1;
+    return bytes;
 }
-
-int main(int argc, char **argv)
-{
-    long runs = argc > 1 ? atol(argv[1]) : 20000;
-    uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
-    uint8_t input[1024];
-    for (long run = 0; run < runs; run++)
-        LLVMFuzzerTestOneInput(input, mutate(seed, (uint64_t)run, input, sizeof input));
-    for (int i = 0; i < FILES; i++)
-        put_file(i, NULL, 0);
-    rmdir(folder());
-    printf("fuzz_tokenizer: %ld runs\n", runs);
-    return 0;
-}
-#endif
