@@ -28,8 +28,8 @@ GIB = 1 << 30
 PRECISIONS = "bf16,pure,autocast,f32"
 LONGEST_HOLD = 150  # seconds: then the locks are given to others before the next turn
 LONGEST_WAIT = 30  # seconds, for the second lock and the others
-FOREIGN = 0.25     # a turn is repeated when other processes had more of the processors than this
-MOST_TRIES = 2
+FOREIGN = 0.06     # a turn is repeated when other processes had more of the processors than this
+MOST_TRIES = 3
 
 
 def case(name, model, kind, batch, size, rank=0, checkpointing=False):

@@ -1,5 +1,5 @@
-/* program.c: running the built program, and made folders for it. The shell's variables keep quoting out
- * of the tests: $V the program, $M the embedded model, $D the test's own folder. */
+/* program.c: running the built program, and made folders for it. The shell's variables keep quoting
+ * out of the tests: $V the program, $M the embedded model, $D the test's own folder. */
 #include "program.h"
 
 #include <stdlib.h>
@@ -48,9 +48,11 @@ void program_expect(vel_test *t, const char *words, int status, const char *cons
     program_result r;
     if (!program_run(t, words, &r))
         return;
-    CHECK_MSG(r.status == status, "velatura %s: status %d, wanted %d: %s", words, r.status, status, r.text);
+    CHECK_MSG(r.status == status, "velatura %s: status %d, wanted %d: %s", words, r.status, status,
+              r.text);
     for (int i = 0; texts[i]; i++)
-        CHECK_MSG(strstr(r.text, texts[i]), "velatura %s: does not say '%s': %s", words, texts[i], r.text);
+        CHECK_MSG(strstr(r.text, texts[i]), "velatura %s: does not say '%s': %s", words, texts[i],
+                  r.text);
 }
 
 /* format: of a command, of the folder and n in this order. */
@@ -68,6 +70,8 @@ void program_copy_model(vel_test *t, const char *folder)
 
 void program_copy_pictures(vel_test *t, const char *folder, int n)
 {
-    shell(t, "mkdir -p '%1$s' && for picture in $(ls examples/flat-style/*.png | head -n %2$d); do "
-             "cp \"${picture%%.png}\".* '%1$s/' || exit 1; done", folder, n);
+    shell(t,
+          "mkdir -p '%1$s' && for picture in $(ls examples/flat-style/*.png | head -n %2$d); do "
+          "cp \"${picture%%.png}\".* '%1$s/' || exit 1; done",
+          folder, n);
 }

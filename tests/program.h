@@ -5,12 +5,12 @@
 #include "test.h"
 
 typedef struct program_result {
-    int status;          /* of the shell's last command; 128 where a signal ended it */
-    char text[1 << 16];  /* of standard output and standard error */
+    int status;         /* of the shell's last command; 128 where a signal ended it */
+    char text[1 << 16]; /* of standard output and standard error */
 } program_result;
 
-/* Runs words behind the program's name; false (and the test skipped) when there is no program. words
- * are a shell's: quote what has spaces. */
+/* Runs words behind the program's name; false (and the test skipped) when there is no program.
+ * words are a shell's: quote what has spaces. */
 bool program_run(vel_test *t, const char *words, program_result *r);
 /* A shell command in which $V is the program, $M the embedded model and $D the test's folder. */
 bool program_shell(vel_test *t, const char *command, program_result *r);

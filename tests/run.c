@@ -3,11 +3,12 @@
  *
  *     run-tests [--program PATH] [--fault] [--stride N] [--list] [--skip PATTERN] [PATTERN]
  *
- * A pattern without '*' matches anywhere in a name; several are joined with ','. A test fails when a CHECK fails or when memory
- * of its context is left. With --fault each test runs once to count its allocations and then once
- * for each of them with that one failing, every time in a process of its own: the test must not
- * crash (CHECKs that fail then are expected and not counted). The last line is
- * "N passed, N failed", and ", N skipped" after it if any were; the status is 0 if none failed. */
+ * A pattern without '*' matches anywhere in a name; several are joined with ','. A test fails when
+ * a CHECK fails or when memory of its context is left. With --fault each test runs once to count
+ * its allocations and then once for each of them with that one failing, every time in a process of
+ * its own: the test must not crash (CHECKs that fail then are expected and not counted). The last
+ * line is "N passed, N failed", and ", N skipped" after it if any were; the status is 0 if none
+ * failed. */
 #define _GNU_SOURCE /* nftw */
 #include "test.h"
 
@@ -176,7 +177,9 @@ int main(int n, char **args)
 {
     options o = {.stride = 1};
     if (!read_options(n, args, &o)) {
-        fprintf(stderr, "usage: %s [--program PATH] [--fault] [--stride N] [--list] [--skip PATTERN] [PATTERN]\n",
+        fprintf(stderr,
+                "usage: %s [--program PATH] [--fault] [--stride N] [--list] [--skip PATTERN] "
+                "[PATTERN]\n",
                 args[0]);
         return 2;
     }

@@ -1,5 +1,5 @@
-/* test_bad_input.c: damaged, hostile and mistaken input through the program: a message that names the
- * file and what to do, an exit status other than 0, and nothing written. */
+/* test_bad_input.c: damaged, hostile and mistaken input through the program: a message that names
+ * the file and what to do, an exit status other than 0, and nothing written. */
 #include "program.h"
 
 #include <stdlib.h>
@@ -9,7 +9,8 @@
 
 #define UNET "unet/diffusion_pytorch_model.safetensors"
 
-/* ---- made files --------------------------------------------------------------------------------------- */
+/* ---- made files
+ * --------------------------------------------------------------------------------------- */
 
 /* Replaces a file of a copied model in <folder>/MODEL, which are links. */
 static void replace(vel_test *t, const char *model, const char *file, const void *bytes, size_t n)
@@ -27,7 +28,8 @@ static void copy_model(vel_test *t, const char *model)
     program_copy_model(t, path);
 }
 
-/* The U-Net's file written again, with one tensor left out, or flattened to one dimension and cut. */
+/* The U-Net's file written again, with one tensor left out, or flattened to one dimension and cut.
+ */
 static void change_tensor(vel_test *t, const char *model, const char *name, bool leave_out)
 {
     char path[4200];
@@ -75,15 +77,21 @@ static void put(vel_test *t, const char *name, const void *bytes, size_t n)
     CHECK_OK(vel_write_file(t->ctx, path, bytes, n));
 }
 
-/* ---- asking the program --------------------------------------------------------------------------------- */
+/* ---- asking the program
+ * --------------------------------------------------------------------------------- */
 
-/* Trains with the model and further settings: refused, each text said, nothing left in or of $D/out. */
-static void refuse_training(vel_test *t, const char *model, const char *settings, const char *const *texts)
+/* Trains with the model and further settings: refused, each text said, nothing left in or of
+ * $D/out. */
+static void refuse_training(vel_test *t, const char *model, const char *settings,
+                            const char *const *texts)
 {
     static program_result r;
     char words[2048];
-    snprintf(words, sizeof words, "train --model %s --data $D/pictures --resolution 64 --rank 4 --precision no --steps 1 "
-             "--output_dir $D/out %s", model, settings);
+    snprintf(
+        words, sizeof words,
+        "train --model %s --data $D/pictures --resolution 64 --rank 4 --precision no --steps 1 "
+        "--output_dir $D/out %s",
+        model, settings);
     program_expect(t, words, 1, texts);
     if (program_shell(t, "ls -A $D/out", &r))
         CHECK_MSG(r.status != 0, "train %s: left %s", settings, r.text);
@@ -95,8 +103,9 @@ static void refuse_training(vel_test *t, const char *model, const char *settings
 TEST(bad_input_model_files)
 {
     static const uint8_t huge[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f, '{', '}'};
-    static const char overlap[] = "\x52\0\0\0\0\0\0\0{\"conv_in.bias\":{\"dtype\":\"F16\",\"shape\":[9223372036854775807],"
-                                  "\"data_offsets\":[0,2]}} ";
+    static const char overlap[] =
+        "\x52\0\0\0\0\0\0\0{\"conv_in.bias\":{\"dtype\":\"F16\",\"shape\":[9223372036854775807],"
+        "\"data_offsets\":[0,2]}} ";
     char *bytes = NULL;
     size_t n = 0;
     pictures(t, 2);
@@ -125,11 +134,13 @@ TEST(bad_input_model_files)
 TEST(bad_input_model_folder)
 {
     static const char other[] = "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 4}";
-    static const char pipeline[] = "{\"_class_name\": \"KandinskyPipeline\", \"unet\": [\"diffusers\", \"UNet2DConditionModel\"]}";
+    static const char pipeline[] = "{\"_class_name\": \"KandinskyPipeline\", \"unet\": "
+                                   "[\"diffusers\", \"UNet2DConditionModel\"]}";
     pictures(t, 2);
     copy_model(t, "class");
     replace(t, "class", "unet/config.json", other, sizeof other - 1);
-    REFUSED("$D/class", "", "class/unet/config.json", "FluxTransformer2DModel", "UNet2DConditionModel");
+    REFUSED("$D/class", "", "class/unet/config.json", "FluxTransformer2DModel",
+            "UNet2DConditionModel");
     copy_model(t, "pipeline");
     replace(t, "pipeline", "model_index.json", pipeline, sizeof pipeline - 1);
     REFUSED("$D/pipeline", "", "pipeline/model_index.json", "KandinskyPipeline");
@@ -147,13 +158,15 @@ TEST(bad_input_model_folder)
 }
 
 /* A PNG that says it is a million pixels a side, and holds nothing. */
-static const uint8_t absurd_png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n', 0, 0, 0, 13, 'I', 'H', 'D', 'R',
-                                     0, 0x0f, 0x42, 0x40, 0, 0x0f, 0x42, 0x40, 8, 2, 0, 0, 0, 0, 0, 0, 0};
+static const uint8_t absurd_png[] = {0x89, 'P',  'N', 'G', '\r', '\n', 0x1a, '\n', 0,    0, 0,
+                                     13,   'I',  'H', 'D', 'R',  0,    0x0f, 0x42, 0x40, 0, 0x0f,
+                                     0x42, 0x40, 8,   2,   0,    0,    0,    0,    0,    0, 0};
 
 TEST(bad_input_pictures)
 {
     static program_result r;
-    static const char train[] = "train --model $M --resolution 64 --rank 4 --precision no --steps 1 --output_dir $D/out ";
+    static const char train[] =
+        "train --model $M --resolution 64 --rank 4 --precision no --steps 1 --output_dir $D/out ";
     char words[512];
     program_shell(t, "mkdir $D/pictures", &r);
     REFUSED("$M", "", "/pictures");
@@ -191,11 +204,20 @@ TEST(bad_input_captions_and_sizes)
 TEST(bad_input_adapters)
 {
     static program_result r;
-    static const char draw[] = "generate x --model $M --width 64 --height 64 --steps 1 --precision no --output $D/a.png";
+    static const char draw[] =
+        "generate x --model $M --width 64 --height 64 --steps 1 --precision no --output $D/a.png";
     float values[64] = {0};
     vel_save_tensor tensors[] = {
-        {"lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight", VEL_FILE_F32, 2, {4, 16}, values},
-        {"lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight", VEL_FILE_F32, 2, {16, 4}, values},
+        {"lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+         VEL_FILE_F32,
+         2,
+         {4, 16},
+         values},
+        {"lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+         VEL_FILE_F32,
+         2,
+         {16, 4},
+         values},
     };
     char path[4200], words[512];
     snprintf(path, sizeof path, "%s/other.safetensors", t->folder);
@@ -203,8 +225,10 @@ TEST(bad_input_adapters)
     snprintf(words, sizeof words, "%s --lora $D/other.safetensors", draw);
     EXPECT(words, 1, "other.safetensors", "down_blocks_7");
     /* A module of the model, of another width. */
-    tensors[0].name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight";
-    tensors[1].name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight";
+    tensors[0].name =
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight";
+    tensors[1].name =
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight";
     CHECK_OK(vel_safetensors_save(t->ctx, path, tensors, 2, NULL));
     EXPECT(words, 1, "other.safetensors", "attn1");
     put(t, "text.safetensors", "no adapter at all", 17);

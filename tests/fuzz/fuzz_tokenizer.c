@@ -124,14 +124,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 static const char *const seeds[] = {
-    "{\"a\":0,\"b\":1,\"ab\":2,\"<|endoftext|>\":3}", "#version: 0.2\na b\nab c</w>\n",
+    "{\"a\":0,\"b\":1,\"ab\":2,\"<|endoftext|>\":3}",
+    "#version: 0.2\na b\nab c</w>\n",
     "{\"added_tokens\":[{\"id\":16,\"content\":\"<C>\",\"normalized\":true}],\"model\":{\"type\":"
     "\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{\"a\":0,\"a</w>\":1},\"merges\":"
     "[\"a a</w>\",[\"a\",\"a\"]]}}",
     "{\"added_tokens_decoder\":{\"16\":{\"content\":\"<y>\",\"special\":true}}}",
-    "{\"pad_token\":{\"content\":\"a\",\"lstrip\":false}}", "{\"<y>\":16}",
+    "{\"pad_token\":{\"content\":\"a\",\"lstrip\":false}}",
+    "{\"<y>\":16}",
     "abc ABC aaaa!!! <|endoftext|> <|ENDOFTEXT|>'s don't I'LL 123",
-    "\xcc\x81\xcc\xa3" "e\xcc\x81\xe1\x84\x80\xe1\x85\xa1\xe1\x86\xa8\xc4\xb0\xe2\x84\xab"
+    "\xcc\x81\xcc\xa3"
+    "e\xcc\x81\xe1\x84\x80\xe1\x85\xa1\xe1\x86\xa8\xc4\xb0\xe2\x84\xab"
     "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x94\xac\xf0\x91\xa4\xb5\xf0\x91\xa4\xb0\xe3\x80\x80"
     "\xc2\x85\xce\xa3",
 };

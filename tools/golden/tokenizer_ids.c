@@ -1,5 +1,5 @@
-/* tokenizer_ids.c: the driver of tokenizer.py --compare: lines of UTF-8 on standard input, the ids of
- * each as one line on standard output.
+/* tokenizer_ids.c: the driver of tokenizer.py --compare: lines of UTF-8 on standard input, the ids
+ * of each as one line on standard output.
  *
  *     make build/release/tokenizer-ids
  *     tools/golden/tokenizer.py --model MODEL --compare build/release/tokenizer-ids */
@@ -34,7 +34,8 @@ int main(int n, char **words)
         good = print_ids(t, ctx, line);
     }
     if (!good)
-        fprintf(stderr, "%s: %s\n", words[0], n == 2 ? vel_ctx_error(ctx) : "wants a tokenizer's folder");
+        fprintf(stderr, "%s: %s\n", words[0],
+                n == 2 ? vel_ctx_error(ctx) : "wants a tokenizer's folder");
     free(line);
     vel_tokenizer_close(t);
     vel_ctx_destroy(ctx);
