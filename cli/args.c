@@ -1,5 +1,5 @@
-/* args.c: command lines to settings. Names, aliases, types and bounds are the library's; this file only
- * knows the forms in which a setting can be written:
+/* args.c: command lines to settings. Names, aliases, types and bounds are the library's; this file
+ * only knows the forms in which a setting can be written:
  *
  *     --name value    --name=value    --flag    --flag=no    --flag no    --no-flag
  *
@@ -14,7 +14,8 @@ static bool is_name(const char *word)
     return strncmp(word, "--", 2) == 0 && word[2];
 }
 
-/* ---- options of the program itself ----------------------------------------------------------------- */
+/* ---- options of the program itself
+ * ----------------------------------------------------------------- */
 
 /* The value of an option at words[*i], which it moves past; NULL when it is another option. */
 static const char *value_of(const char *name, int n, char **words, int *i)
@@ -50,7 +51,8 @@ int vel_cli_take_globals(cli *c, int n, char **words, bool *help)
             *help = true;
         } else if (strcmp(word, "--quiet") == 0 || strcmp(word, "-q") == 0) {
             c->display.quiet = true;
-        } else if ((value = value_of("--log-level", n, words, &i)) || (value = value_of("--log_level", n, words, &i))) {
+        } else if ((value = value_of("--log-level", n, words, &i)) ||
+                   (value = value_of("--log_level", n, words, &i))) {
             if (!take_level(c, value))
                 return -1;
         } else {
@@ -60,11 +62,14 @@ int vel_cli_take_globals(cli *c, int n, char **words, bool *help)
     return kept;
 }
 
-/* ---- settings -------------------------------------------------------------------------------------- */
+/* ---- settings
+ * -------------------------------------------------------------------------------------- */
 
 static int refuse_word(cli *c, const char *word)
 {
-    fprintf(stderr, "velatura %s: '%s' is not a setting: names begin with --, and texts with spaces want quotes\n",
+    fprintf(stderr,
+            "velatura %s: '%s' is not a setting: names begin with --, and texts with spaces want "
+            "quotes\n",
             c->command->name, word);
     return -1;
 }
@@ -85,10 +90,13 @@ static const char *negated(const cli *c, const char *name)
     bool no = strncmp(name, "no-", 3) == 0 || strncmp(name, "no_", 3) == 0;
     if (!no || vel_params_find(c->command->settings, name, &info))
         return NULL;
-    return vel_params_find(c->command->settings, name + 3, &info) && strcmp(info.type, "flag") == 0 ? info.name : NULL;
+    return vel_params_find(c->command->settings, name + 3, &info) && strcmp(info.type, "flag") == 0
+               ? info.name
+               : NULL;
 }
 
-/* One setting at words[0], which may take words[1] too; returns the words it took, -1 after a message. */
+/* One setting at words[0], which may take words[1] too; returns the words it took, -1 after a
+ * message. */
 static int take_setting(cli *c, vel_params *p, int n, char **words)
 {
     char name[128];
@@ -110,7 +118,8 @@ static int take_setting(cli *c, vel_params *p, int n, char **words)
         value = n > 1 && is_truth(words[1]) ? words[taken++] : "yes";
     } else if (!value && known) {
         if (n < 2 || is_name(words[1])) {
-            fprintf(stderr, "velatura %s: --%s wants a value: %s\n", c->command->name, info.name, info.help);
+            fprintf(stderr, "velatura %s: --%s wants a value: %s\n", c->command->name, info.name,
+                    info.help);
             return -1;
         }
         value = words[taken++];
@@ -141,7 +150,8 @@ vel_params *vel_cli_settings(cli *c, int n, char **words)
         fprintf(stderr, "velatura: %s\n", vel_ctx_error(c->ctx));
     bool used = false;
     for (int i = 0, taken; p && i < n; i += taken) {
-        taken = is_name(words[i]) ? take_setting(c, p, n - i, words + i) : take_word(c, p, words[i], &used);
+        taken = is_name(words[i]) ? take_setting(c, p, n - i, words + i)
+                                  : take_word(c, p, words[i], &used);
         if (taken < 0) {
             vel_params_destroy(p);
             return NULL;
@@ -150,7 +160,8 @@ vel_params *vel_cli_settings(cli *c, int n, char **words)
     return p;
 }
 
-int vel_cli_run_settings(cli *c, int n, char **words, vel_status (*run)(vel_ctx *, const vel_params *))
+int vel_cli_run_settings(cli *c, int n, char **words,
+                         vel_status (*run)(vel_ctx *, const vel_params *))
 {
     vel_params *p = vel_cli_settings(c, n, words);
     if (!p)

@@ -43,12 +43,14 @@ typedef struct cli_command {
 extern const cli_command vel_cli_commands[]; /* ends with {0} */
 const cli_command *vel_cli_find(const char *name);
 
-/* args.c: options of the program itself (--help, --quiet, --log-level N) are taken out first. Returns the number of words left; -1 after a message. */
+/* args.c: options of the program itself (--help, --quiet, --log-level N) are taken out first.
+ * Returns the number of words left; -1 after a message. */
 int vel_cli_take_globals(cli *c, int n, char **words, bool *help);
 /* Settings from words; NULL after a message. */
 vel_params *vel_cli_settings(cli *c, int n, char **words);
 /* The common body of commands that only take settings. */
-int vel_cli_run_settings(cli *c, int n, char **words, vel_status (*run)(vel_ctx *, const vel_params *));
+int vel_cli_run_settings(cli *c, int n, char **words,
+                         vel_status (*run)(vel_ctx *, const vel_params *));
 /* Prints a failure of the library and returns the exit status that belongs to it. */
 int vel_cli_failed(cli *c, vel_status status);
 

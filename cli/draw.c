@@ -1,9 +1,9 @@
 /* draw.c: events to a terminal.
  *
- * Standard output gets what a run says once (level 2): plans, paths, results. Standard error gets the
- * rest: errors, phases and the progress line. On a terminal the line is overwritten in place and other
- * messages appear above it; elsewhere a plain line is printed every ten seconds and at the end of a
- * phase. */
+ * Standard output gets what a run says once (level 2): plans, paths, results. Standard error gets
+ * the rest: errors, phases and the progress line. On a terminal the line is overwritten in place
+ * and other messages appear above it; elsewhere a plain line is printed every ten seconds and at
+ * the end of a phase. */
 #include "cli.h"
 
 #include <inttypes.h>
@@ -41,7 +41,8 @@ void vel_cli_clear_line(cli_display *d)
     fflush(stderr);
 }
 
-/* ---- the line --------------------------------------------------------------------------------------- */
+/* ---- the line
+ * --------------------------------------------------------------------------------------- */
 
 static void put_time(char *out, size_t room, double seconds)
 {
@@ -73,8 +74,9 @@ static void put_numbers(char *out, size_t room, const vel_event *e)
     if (isfinite(e->value) && n < room)
         n += (size_t)snprintf(out + n, room - n, "  loss %.4f", e->value);
     if (e->rate > 0 && n < room)
-        n += e->rate >= 1 || e->done == 0 ? (size_t)snprintf(out + n, room - n, "  %.2f/s", e->rate)
-                                          : (size_t)snprintf(out + n, room - n, "  %.2f s each", 1 / e->rate);
+        n += e->rate >= 1 || e->done == 0
+                 ? (size_t)snprintf(out + n, room - n, "  %.2f/s", e->rate)
+                 : (size_t)snprintf(out + n, room - n, "  %.2f s each", 1 / e->rate);
     bool over = e->done >= e->total;
     put_time(clock, sizeof clock, over ? e->seconds : e->eta);
     if (n < room)
@@ -150,7 +152,8 @@ static void on_progress(cli_display *d, const vel_event *e)
         plain_line(d, e, new_phase);
 }
 
-/* ---- messages --------------------------------------------------------------------------------------- */
+/* ---- messages
+ * --------------------------------------------------------------------------------------- */
 
 static void on_log(cli_display *d, const vel_event *e)
 {
@@ -160,7 +163,8 @@ static void on_log(cli_display *d, const vel_event *e)
     FILE *out = e->level == TO_STDOUT ? stdout : stderr;
     size_t n = strlen(e->text);
     vel_cli_clear_line(d);
-    fprintf(out, "%s%s%s", e->level == 1 ? "velatura: " : "", e->text, n && e->text[n - 1] == '\n' ? "" : "\n");
+    fprintf(out, "%s%s%s", e->level == 1 ? "velatura: " : "", e->text,
+            n && e->text[n - 1] == '\n' ? "" : "\n");
     fflush(out);
 }
 

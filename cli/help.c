@@ -1,5 +1,5 @@
-/* help.c: help made from the library's own list of settings, so that it cannot fall behind it. Text is
- * wrapped to the terminal, between 60 and 100 columns. */
+/* help.c: help made from the library's own list of settings, so that it cannot fall behind it. Text
+ * is wrapped to the terminal, between 60 and 100 columns. */
 #include "cli.h"
 
 #include <stdlib.h>
@@ -37,23 +37,30 @@ static void put_wrapped(FILE *out, const char *text, int at, int indent, int wid
     fputc('\n', out);
 }
 
-/* ---- the program ----------------------------------------------------------------------------------- */
+/* ---- the program
+ * ----------------------------------------------------------------------------------- */
 
 void vel_cli_help(FILE *out)
 {
-    fprintf(out, "velatura %s: teach Stable Diffusion models a style or a subject, and draw with them.\n\n",
-            vel_version());
+    fprintf(
+        out,
+        "velatura %s: teach Stable Diffusion models a style or a subject, and draw with them.\n\n",
+        vel_version());
     fprintf(out, "usage: velatura COMMAND [settings]\n\ncommands\n");
     for (const cli_command *c = vel_cli_commands; c->name; c++)
         fprintf(out, "  %-14s %s\n", c->name, c->summary);
-    fprintf(out, "\nwith every command\n"
-                 "  --help         its settings\n"
-                 "  --quiet        no progress; only errors, unless --log-level says more\n"
-                 "  --log-level N  0 nothing, 1 errors, 2 once a run, 3 once a phase (default), 4 a step, 5 all\n"
-                 "  --version      (alone) the version\n"
-                 "\nexamples\n"
-                 "  velatura train --model models/sd15 --data my-pictures --steps 1000 --output_dir out\n"
-                 "  velatura generate \"a cup in sks style\" --model models/sd15 --lora out/adapter.safetensors:0.8\n");
+    fprintf(
+        out,
+        "\nwith every command\n"
+        "  --help         its settings\n"
+        "  --quiet        no progress; only errors, unless --log-level says more\n"
+        "  --log-level N  0 nothing, 1 errors, 2 once a run, 3 once a phase (default), 4 a step, 5 "
+        "all\n"
+        "  --version      (alone) the version\n"
+        "\nexamples\n"
+        "  velatura train --model models/sd15 --data my-pictures --steps 1000 --output_dir out\n"
+        "  velatura generate \"a cup in sks style\" --model models/sd15 --lora "
+        "out/adapter.safetensors:0.8\n");
 }
 
 int vel_cli_help_command_line(cli *c, int n, char **words)
@@ -64,14 +71,16 @@ int vel_cli_help_command_line(cli *c, int n, char **words)
         return CLI_OK;
     }
     if (!command) {
-        fprintf(stderr, "usage: velatura help %s; `velatura help` lists the commands\n", c->command->usage);
+        fprintf(stderr, "usage: velatura help %s; `velatura help` lists the commands\n",
+                c->command->usage);
         return CLI_USAGE;
     }
     vel_cli_help_command(command, stdout);
     return CLI_OK;
 }
 
-/* ---- a command -------------------------------------------------------------------------------------- */
+/* ---- a command
+ * -------------------------------------------------------------------------------------- */
 
 static const char *value_word(const vel_param_info *info)
 {
@@ -84,9 +93,10 @@ static const char *value_word(const vel_param_info *info)
     return "";
 }
 
-/* Appends "a,b" as before + "a, b" + after, with -- before the names when before ends so; returns the
- * new length. */
-static size_t add_list(char *text, size_t room, size_t n, const char *before, const char *list, const char *after)
+/* Appends "a,b" as before + "a, b" + after, with -- before the names when before ends so; returns
+ * the new length. */
+static size_t add_list(char *text, size_t room, size_t n, const char *before, const char *list,
+                       const char *after)
 {
     const char *comma = before[strlen(before) - 1] == '-' ? ", --" : ", ", *lead = before;
     for (const char *at = list; *at && n < room; lead = comma) {
@@ -139,10 +149,12 @@ void vel_cli_help_command(const cli_command *command, FILE *out)
         vel_cli_help(out);
         return;
     }
-    fprintf(out, "velatura %s: %s\n\nusage: velatura %s %s\n", command->name, command->summary, command->name,
-            command->usage);
+    fprintf(out, "velatura %s: %s\n\nusage: velatura %s %s\n", command->name, command->summary,
+            command->name, command->usage);
     if (!command->settings)
         return;
-    fprintf(out, "\nEach setting: --name value or --name=value; flags also --flag, --no-flag. [default]\n");
+    fprintf(
+        out,
+        "\nEach setting: --name value or --name=value; flags also --flag, --no-flag. [default]\n");
     put_settings(out, command->settings, page_width());
 }

@@ -1,7 +1,7 @@
 /* main.c: the program: finds the command, makes the context, turns signals into a request to stop.
  *
- * The first SIGINT or SIGTERM asks the library to stop at the next step, where it saves; a second one
- * ends the program at once. Exit status: 0 done, 1 failed, 2 the command line was wrong, 130
+ * The first SIGINT or SIGTERM asks the library to stop at the next step, where it saves; a second
+ * one ends the program at once. Exit status: 0 done, 1 failed, 2 the command line was wrong, 130
  * interrupted. */
 #include "cli.h"
 
@@ -12,17 +12,21 @@
 const cli_command vel_cli_commands[] = {
     {"train", vel_cli_train, "train", "--model FOLDER --data FOLDER [settings]",
      "teach a model a style or a subject from captioned pictures", NULL},
-    {"generate", vel_cli_generate, "generate", "\"a prompt\" --model FOLDER [settings]", "draw pictures", "prompt"},
+    {"generate", vel_cli_generate, "generate", "\"a prompt\" --model FOLDER [settings]",
+     "draw pictures", "prompt"},
     {"grid", vel_cli_grid, "grid", "--model FOLDER --lora FILE --prompt TEXT [settings]",
      "one sheet of prompts and seeds, with and without adapters", NULL},
     {"score", vel_cli_score, "score", "--model FOLDER --data FOLDER [settings]",
      "measure how close drawn pictures come to true ones", NULL},
-    {"inspect", vel_cli_inspect, NULL, "FILE_OR_FOLDER", "tell what a model or an adapter is", NULL},
+    {"inspect", vel_cli_inspect, NULL, "FILE_OR_FOLDER", "tell what a model or an adapter is",
+     NULL},
     {"check-golden", vel_cli_golden, NULL, "--model FOLDER FOLDER",
      "compare with reference values, file by file", NULL},
-    {"bench", vel_cli_bench, "bench", "step | unet | text | vae_decode | vae_encode | op NAME [settings]",
+    {"bench", vel_cli_bench, "bench",
+     "step | unet | text | vae_decode | vae_encode | op NAME [settings]",
      "check and time a training step, a part of a model or one op", "what"},
-    {"help", vel_cli_help_command_line, NULL, "[COMMAND]", "this text, or the settings of a command", NULL},
+    {"help", vel_cli_help_command_line, NULL, "[COMMAND]",
+     "this text, or the settings of a command", NULL},
     {0}};
 
 const cli_command *vel_cli_find(const char *name)
@@ -33,7 +37,8 @@ const cli_command *vel_cli_find(const char *name)
     return NULL;
 }
 
-/* ---- signals --------------------------------------------------------------------------------------- */
+/* ---- signals
+ * --------------------------------------------------------------------------------------- */
 
 static vel_ctx *volatile signal_ctx; /* a handler has no argument of its own */
 static volatile sig_atomic_t signals_seen;
@@ -59,7 +64,8 @@ static void watch_signals(vel_ctx *ctx)
     signal(SIGPIPE, SIG_DFL);
 }
 
-/* ---- the command ----------------------------------------------------------------------------------- */
+/* ---- the command
+ * ----------------------------------------------------------------------------------- */
 
 /* --device is a setting like others, but the context wants it as well. */
 static const char *device_of(int n, char **words)

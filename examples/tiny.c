@@ -2,8 +2,9 @@
  *
  *     make && ./tiny ../models/emoji-sd flat-style tiny-output
  *
- * Trains a LoRA for 80 steps at the size of the small model, then draws one prompt with the model as
- * it was and with the adapter, from the same seed. All that the library has to say arrives at on_event. */
+ * Trains a LoRA for 80 steps at the size of the small model, then draws one prompt with the model
+ * as it was and with the adapter, from the same seed. All that the library has to say arrives at
+ * on_event. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -13,7 +14,8 @@ typedef struct setting {
     const char *name, *value;
 } setting;
 
-/* ---- events ------------------------------------------------------------------------------------------ */
+/* ---- events
+ * ------------------------------------------------------------------------------------------ */
 
 typedef struct watcher { /* what on_event remembers from one event to the next */
     double first_loss, last_loss;
@@ -38,7 +40,8 @@ static void on_event(void *user, const vel_event *e)
             printf("%s%s", e->text, e->text[strlen(e->text) - 1] == '\n' ? "" : "\n");
         break;
     case VEL_EVENT_PROGRESS: /* at most ten a second, and the last of a phase */
-        printf("\r%s: %" PRId64 " of %" PRId64 ", %.1f a second ", e->text, e->done, e->total, e->rate);
+        printf("\r%s: %" PRId64 " of %" PRId64 ", %.1f a second ", e->text, e->done, e->total,
+               e->rate);
         if (e->done == e->total)
             printf("\n");
         fflush(stdout);
@@ -54,7 +57,8 @@ static void on_event(void *user, const vel_event *e)
     }
 }
 
-/* ---- commands ---------------------------------------------------------------------------------------- */
+/* ---- commands
+ * ---------------------------------------------------------------------------------------- */
 
 typedef vel_status (*command_fn)(vel_ctx *ctx, const vel_params *p);
 
@@ -73,22 +77,21 @@ static vel_status run(vel_ctx *ctx, const char *command, command_fn work, const 
 
 static vel_status teach(vel_ctx *ctx, const char *model, const char *data, const char *folder)
 {
-    const setting settings[] = {{"model", model},       {"data", data},
-                                {"resolution", "256"},  {"rank", "8"},
-                                {"batch", "4"},         {"steps", "80"},
-                                {"learning_rate", "5e-4"}, {"seed", "7"},
-                                {"output_dir", folder}, {"output_name", "tiny"},
-                                {"overwrite", "yes"},   {NULL, NULL}};
+    const setting settings[] = {
+        {"model", model},       {"data", data},          {"resolution", "256"},     {"rank", "8"},
+        {"batch", "4"},         {"steps", "80"},         {"learning_rate", "5e-4"}, {"seed", "7"},
+        {"output_dir", folder}, {"output_name", "tiny"}, {"overwrite", "yes"},      {NULL, NULL}};
     return run(ctx, "train", vel_train, settings);
 }
 
-/* lora: an adapter file, with ":0.8" behind it for another strength than 1; NULL for the bare model. */
+/* lora: an adapter file, with ":0.8" behind it for another strength than 1; NULL for the bare
+ * model. */
 static vel_status draw(vel_ctx *ctx, const char *model, const char *lora, const char *output)
 {
-    const setting settings[] = {{"model", model},   {"prompt", "a ghost in sks style"},
-                                {"steps", "20"},    {"guidance", "4"},
+    const setting settings[] = {{"model", model},    {"prompt", "a ghost in sks style"},
+                                {"steps", "20"},     {"guidance", "4"},
                                 {"sampler", "ddim"}, {"seed", "2"},
-                                {"output", output}, {lora ? "lora" : NULL, lora},
+                                {"output", output},  {lora ? "lora" : NULL, lora},
                                 {NULL, NULL}};
     return run(ctx, "generate", vel_generate, settings);
 }
@@ -117,8 +120,8 @@ int main(int argc, char **argv)
     if (status != VEL_OK)
         fprintf(stderr, "%s: %s\n", vel_status_name(status), vel_ctx_error(ctx));
     else
-        printf("velatura %s: loss %.4f at the first step, %.4f at the last; %d pictures drawn\n", vel_version(),
-               w.first_loss, w.last_loss, w.images);
+        printf("velatura %s: loss %.4f at the first step, %.4f at the last; %d pictures drawn\n",
+               vel_version(), w.first_loss, w.last_loss, w.images);
     vel_ctx_destroy(ctx);
     return status != VEL_OK;
 }

@@ -61,13 +61,13 @@ typedef enum vel_event_kind {
 
 typedef struct vel_event {
     vel_event_kind kind;
-    int level;              /* LOG */
-    const char *text;       /* LOG: the message; PROGRESS: the phase; METRIC: the name; IMAGE: path */
-    int64_t done, total;    /* PROGRESS: units; METRIC: done is the step */
-    double value;           /* METRIC; PROGRESS: last loss where there is one, else NaN */
-    double seconds, eta;    /* PROGRESS */
-    double rate;            /* PROGRESS: units a second */
-    int64_t memory;         /* PROGRESS: resident bytes of the process, 0 if unknown */
+    int level;           /* LOG */
+    const char *text;    /* LOG: the message; PROGRESS: the phase; METRIC: the name; IMAGE: path */
+    int64_t done, total; /* PROGRESS: units; METRIC: done is the step */
+    double value;        /* METRIC; PROGRESS: last loss where there is one, else NaN */
+    double seconds, eta; /* PROGRESS */
+    double rate;         /* PROGRESS: units a second */
+    int64_t memory;      /* PROGRESS: resident bytes of the process, 0 if unknown */
     const vel_image *image; /* IMAGE; borrowed */
 } vel_event;
 
@@ -92,7 +92,8 @@ VEL_API void vel_image_finish(vel_image *image);
 VEL_API vel_params *vel_params_create(vel_ctx *ctx, const char *command);
 VEL_API void vel_params_destroy(vel_params *p);
 VEL_API vel_status vel_params_set(vel_params *p, const char *name, const char *value);
-VEL_API const char *vel_params_get(const vel_params *p, const char *name); /* borrowed; NULL unset */
+VEL_API const char *vel_params_get(const vel_params *p,
+                                   const char *name); /* borrowed; NULL unset */
 
 typedef struct vel_param_info {
     const char *name;    /* as in --name */
@@ -106,7 +107,8 @@ typedef struct vel_param_info {
 
 /* The i-th setting of a command; false past the end. All strings live as long as the program. */
 VEL_API bool vel_params_describe(const char *command, int i, vel_param_info *out);
-/* The setting that vel_params_set would take name for: by its name, an alias or a unique beginning. */
+/* The setting that vel_params_set would take name for: by its name, an alias or a unique beginning.
+ */
 VEL_API bool vel_params_find(const char *command, const char *name, vel_param_info *out);
 
 /* ---- the work ---------------------------------------------------------------------------- */

@@ -88,7 +88,8 @@ vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text)
     return hand_out(&t, st, text);
 }
 
-vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder, int *passed, int *failed)
+vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder, int *passed,
+                            int *failed)
 {
     *passed = *failed = 0;
     return vel_golden_run(ctx, model, folder, passed, failed);

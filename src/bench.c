@@ -28,8 +28,8 @@ static void report(bench *b, const char *what, double *seconds, int n)
         vel_text_addf(b->out, " %.2f", seconds[i] * 1e3);
     vel_text_addf(b->out, "\n");
     qsort(seconds, (size_t)n, sizeof *seconds, by_value);
-    vel_text_addf(b->out, "%s: median %.2f ms, min %.2f, max %.2f, %d runs\n", what, seconds[n / 2] * 1e3, seconds[0] * 1e3,
-                  seconds[n - 1] * 1e3, n);
+    vel_text_addf(b->out, "%s: median %.2f ms, min %.2f, max %.2f, %d runs\n", what,
+                  seconds[n / 2] * 1e3, seconds[0] * 1e3, seconds[n - 1] * 1e3, n);
 }
 
 static float *random_values(vel_ctx *ctx, uint64_t stream, int64_t n)
@@ -58,7 +58,8 @@ static vel_status time_runs(bench *b, const char *what, run_fn run, void *user)
         return VEL_NO_MEMORY;
     double start = vel_now();
     vel_status st = run(user);
-    vel_text_addf(b->out, "first run ends %.2f s after the start, itself %.2f s\n", vel_now() - b->started, vel_now() - start);
+    vel_text_addf(b->out, "first run ends %.2f s after the start, itself %.2f s\n",
+                  vel_now() - b->started, vel_now() - start);
     for (int i = 0; i < n && st == VEL_OK; i++) {
         start = vel_now();
         st = run(user);
@@ -70,7 +71,8 @@ static vel_status time_runs(bench *b, const char *what, run_fn run, void *user)
     return st;
 }
 
-/* ---- a training step --------------------------------------------------------------------------------- */
+/* ---- a training step
+ * --------------------------------------------------------------------------------- */
 
 typedef struct step_bench {
     bench *b;
@@ -119,14 +121,21 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
 {
     bench *b = s->b;
     const vel_bench_options *o = b->o;
-    vel_train_options how = {.targets = o->targets, .text_targets = "attn+mlp", .rank = o->rank, .network = "lora",
-                             .train_unet = true, .train_text_encoder = o->train_text_encoder};
+    vel_train_options how = {.targets = o->targets,
+                             .text_targets = "attn+mlp",
+                             .rank = o->rank,
+                             .network = "lora",
+                             .train_unet = true,
+                             .train_text_encoder = o->train_text_encoder};
     vel_adapter_site *sites;
     int n;
     VEL_TRY(vel_train_sites(b->ctx, arena, b->model, &how, &sites, &n));
     *adaption = (vel_adaption){&vel_adapter_lora, sites, n};
-    vel_trainer_options t = {.compute = vel_model_compute(b->model), .smallest = o->gradient_checkpointing,
-                             .train_text_encoder = o->train_text_encoder, .clip_skip = 1, .adaptions = adaption,
+    vel_trainer_options t = {.compute = vel_model_compute(b->model),
+                             .smallest = o->gradient_checkpointing,
+                             .train_text_encoder = o->train_text_encoder,
+                             .clip_skip = 1,
+                             .adaptions = adaption,
                              .n_adaptions = 1};
     VEL_TRY(vel_trainer_create(b->model, &t, &s->trainer));
     int h, w;
@@ -137,8 +146,10 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
     vel_model_family(b->model)->texts(vel_model_config(b->model), text);
     int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;
     int64_t states = (int64_t)o->batch * text[0].length * text[0].width;
-    float *latent = vel_arena_alloc(arena, (size_t)count * 4), *noise = vel_arena_alloc(arena, (size_t)count * 4);
-    float *context = vel_arena_alloc(arena, (size_t)states * 4), *weight = vel_arena_alloc(arena, (size_t)o->batch * 4);
+    float *latent = vel_arena_alloc(arena, (size_t)count * 4),
+          *noise = vel_arena_alloc(arena, (size_t)count * 4);
+    float *context = vel_arena_alloc(arena, (size_t)states * 4),
+          *weight = vel_arena_alloc(arena, (size_t)o->batch * 4);
     int32_t *time = vel_arena_alloc(arena, (size_t)o->batch * 4);
     int32_t *ids = vel_arena_alloc(arena, (size_t)(o->batch * text[0].length) * 4);
     if (!latent || !noise || !context || !weight || !time || !ids)
@@ -150,8 +161,15 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
         weight[i] = 1;
         time[i] = 100 + 200 * i % 800;
     }
-    s->batch = (vel_batch){.n = o->batch, .h = h, .w = w, .latent = latent, .noise = noise, .timestep = time,
-                           .context = context, .ids = ids, .weight = weight};
+    s->batch = (vel_batch){.n = o->batch,
+                           .h = h,
+                           .w = w,
+                           .latent = latent,
+                           .noise = noise,
+                           .timestep = time,
+                           .context = context,
+                           .ids = ids,
+                           .weight = weight};
     return VEL_OK;
 }
 
@@ -178,14 +196,18 @@ static vel_status bench_step(bench *b)
     vel_status st = arena ? prepare_step(&s, arena, &adaption) : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = check_step(&s);
-    vel_plan *plan = st == VEL_OK ? vel_trainer_plan(s.trainer, s.batch.n, s.batch.h, s.batch.w) : NULL;
+    vel_plan *plan =
+        st == VEL_OK ? vel_trainer_plan(s.trainer, s.batch.n, s.batch.h, s.batch.w) : NULL;
     if (plan)
         st = time_runs(b, "step", run_step, &s);
     if (plan && st == VEL_OK) {
         char a[32], w[32], r[32];
-        vel_text_addf(b->out, "working memory %s (recomputation level %d), weights %s, peak of the process %s\n",
-                      vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
-                      vel_bytes_text(vel_plan_weight_bytes(plan), w), vel_bytes_text(vel_peak_resident_bytes(), r));
+        vel_text_addf(
+            b->out,
+            "working memory %s (recomputation level %d), weights %s, peak of the process %s\n",
+            vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
+            vel_bytes_text(vel_plan_weight_bytes(plan), w),
+            vel_bytes_text(vel_peak_resident_bytes(), r));
         if (b->o->profile) {
             vel_plan_profile(plan, true);
             for (int i = 0; i < 3 && st == VEL_OK; i++)
@@ -198,7 +220,8 @@ static vel_status bench_step(bench *b)
     return st;
 }
 
-/* ---- parts of a model ---------------------------------------------------------------------------------- */
+/* ---- parts of a model
+ * ---------------------------------------------------------------------------------- */
 
 typedef struct part_bench {
     bench *b;
@@ -238,7 +261,8 @@ static vel_status run_text(void *user)
 static const struct {
     const char *name;
     run_fn run;
-} parts[] = {{"unet", run_unet}, {"vae_decode", run_decode}, {"vae_encode", run_encode}, {"text", run_text}};
+} parts[] = {
+    {"unet", run_unet}, {"vae_decode", run_decode}, {"vae_encode", run_encode}, {"text", run_text}};
 
 static vel_status bench_part(bench *b, run_fn run)
 {
@@ -247,7 +271,8 @@ static vel_status bench_part(bench *b, run_fn run)
     vel_text_info text[2];
     vel_model_family(b->model)->texts(vel_model_config(b->model), text);
     int down = vel_model_latent(b->model)->down;
-    int64_t pixels = (int64_t)p.n * p.h * p.w * down * down * 3, states = (int64_t)p.n * text[0].length * text[0].width;
+    int64_t pixels = (int64_t)p.n * p.h * p.w * down * down * 3,
+            states = (int64_t)p.n * text[0].length * text[0].width;
     p.in = random_values(b->ctx, 1, pixels);
     p.context = random_values(b->ctx, 2, states);
     p.time = vel_alloc(b->ctx, (size_t)p.n * sizeof *p.time);
@@ -265,7 +290,9 @@ static vel_status bench_part(bench *b, run_fn run)
     return st;
 }
 
-/* ---- an op ------------------------------------------------------------------------------------------------ */
+/* ---- an op
+ * ------------------------------------------------------------------------------------------------
+ */
 
 static int find_op(const char *name)
 {
@@ -299,17 +326,31 @@ static vel_attr default_attributes(vel_op op, const vel_shape *s, int n)
     vel_attr a = {{0}};
     int heads = 8;
     switch (op) {
-    case VEL_OP_attention: a.attention.heads = heads; a.attention.scale = 1 / sqrt((double)s[0].dim[2] / heads); break;
-    case VEL_OP_group_norm: a.group_norm.groups = 32; a.group_norm.eps = 1e-5; a.group_norm.act = VEL_ACT_SILU; break;
-    case VEL_OP_layer_norm: a.layer_norm.eps = 1e-5; break;
-    case VEL_OP_act: a.act.kind = VEL_ACT_SILU; break;
-    case VEL_OP_upsample: a.upsample.factor = 2; break;
+    case VEL_OP_attention:
+        a.attention.heads = heads;
+        a.attention.scale = 1 / sqrt((double)s[0].dim[2] / heads);
+        break;
+    case VEL_OP_group_norm:
+        a.group_norm.groups = 32;
+        a.group_norm.eps = 1e-5;
+        a.group_norm.act = VEL_ACT_SILU;
+        break;
+    case VEL_OP_layer_norm:
+        a.layer_norm.eps = 1e-5;
+        break;
+    case VEL_OP_act:
+        a.act.kind = VEL_ACT_SILU;
+        break;
+    case VEL_OP_upsample:
+        a.upsample.factor = 2;
+        break;
     case VEL_OP_conv2d:
         a.conv2d.stride = 1;
         for (int i = 0; i < 4; i++)
             a.conv2d.pad[i] = n > 1 ? (int)s[1].dim[2] / 2 : 0;
         break;
-    default: break;
+    default:
+        break;
     }
     return a;
 }
@@ -327,7 +368,8 @@ static vel_status run_op(void *user)
     for (int i = 0; i < p->n; i++) {
         char name[16];
         snprintf(name, sizeof name, "in%d", i);
-        VEL_TRY(vel_plan_set(p->plan, name, p->values[i], (size_t)vel_shape_count(p->shapes[i]) * sizeof(float)));
+        VEL_TRY(vel_plan_set(p->plan, name, p->values[i],
+                             (size_t)vel_shape_count(p->shapes[i]) * sizeof(float)));
     }
     return vel_plan_run(p->plan);
 }
@@ -351,7 +393,8 @@ static bool bench_source(void *user, const char *path, vel_source_tensor *out)
     int i = path[0] == 'w' ? atoi(path + 1) : -1;
     if (i < 0)
         return false;
-    *out = (vel_source_tensor){.shape = w->shapes[i], .file = "bench", .user = w->values[i], .read = read_values};
+    *out = (vel_source_tensor){
+        .shape = w->shapes[i], .file = "bench", .user = w->values[i], .read = read_values};
     return true;
 }
 
@@ -359,20 +402,23 @@ static vel_graph *op_graph(bench *b, vel_op op, const vel_shape *shapes, int n)
 {
     vel_graph *g = vel_graph_create(b->ctx);
     vel_ref in[VEL_MAX_IN] = {{0}};
-    bool product = op == VEL_OP_linear || op == VEL_OP_conv2d || op == VEL_OP_linear_grad_x || op == VEL_OP_conv2d_grad_x;
+    bool product = op == VEL_OP_linear || op == VEL_OP_conv2d || op == VEL_OP_linear_grad_x ||
+                   op == VEL_OP_conv2d_grad_x;
     vel_attr a = default_attributes(op, shapes, n);
     if (!g)
         return NULL;
     for (int i = 0; i < n; i++) {
         char name[16];
         snprintf(name, sizeof name, "%s%d", product && (i == 1 || i == 2) ? "w" : "in", i);
-        in[i] = name[0] == 'w' ? vel_weight(g, name, shapes[i]) : vel_input(g, name, VEL_F32, shapes[i]);
+        in[i] = name[0] == 'w' ? vel_weight(g, name, shapes[i])
+                               : vel_input(g, name, VEL_F32, shapes[i]);
     }
     vel_output(g, "out", vel_build(g, op, in, VEL_MAX(n, vel_op_inputs(op)), &a));
     return g;
 }
 
-static vel_status make_op_plan(bench *b, vel_op op, vel_engine *e, const vel_shape *shapes, int n, op_bench *p)
+static vel_status make_op_plan(bench *b, vel_op op, vel_engine *e, const vel_shape *shapes, int n,
+                               op_bench *p)
 {
     vel_graph *g = op_graph(b, op, shapes, n);
     if (!g)
@@ -397,7 +443,8 @@ static vel_status check_op(bench *b, vel_op op, int n_shapes, op_bench *p)
     static const double most_operations = 2e9;
     const vel_graph *planned = vel_plan_graph(p->plan);
     if (vel_node_flops(planned, vel_output_find(planned, "out").id) > most_operations) {
-        vel_text_addf(b->out, "check: left out, the definition in float64 would take long at this size\n");
+        vel_text_addf(b->out,
+                      "check: left out, the definition in float64 would take long at this size\n");
         return VEL_OK;
     }
     vel_graph *g = op_graph(b, op, p->shapes, n_shapes);
@@ -417,9 +464,12 @@ static vel_status check_op(bench *b, vel_op op, int n_shapes, op_bench *p)
     double rms = sqrt(error / fmax(size, 1e-300));
     bool bf16 = vel_type_of(planned, vel_output_find(planned, "out")).dtype == VEL_BF16;
     if (st == VEL_OK && !(rms < (bf16 ? 0x1p-7 : 1e-5)))
-        st = vel_fail(b->ctx, VEL_BUG, "bench: %s is off by %.2e (relative RMS) from its definition", b->o->what, rms);
+        st =
+            vel_fail(b->ctx, VEL_BUG, "bench: %s is off by %.2e (relative RMS) from its definition",
+                     b->o->what, rms);
     if (st == VEL_OK)
-        vel_text_addf(b->out, "check: relative RMS error %.2e against the definition in float64\n", rms);
+        vel_text_addf(b->out, "check: relative RMS error %.2e against the definition in float64\n",
+                      rms);
     vel_free(b->ctx, got);
     if (truth.v)
         vel_reference_free(b->ctx, &truth, 1);
@@ -432,7 +482,8 @@ static vel_status bench_op(bench *b, vel_op op)
     vel_shape shapes[VEL_MAX_IN];
     int n = parse_shapes(b->o->shapes, shapes, VEL_MAX_IN);
     if (n == 0)
-        return vel_fail(b->ctx, VEL_BAD_VALUE, "--shapes: give the inputs' shapes, such as 1x4096x320,320x320");
+        return vel_fail(b->ctx, VEL_BAD_VALUE,
+                        "--shapes: give the inputs' shapes, such as 1x4096x320,320x320");
     float *values[VEL_MAX_IN] = {NULL};
     for (int i = 0; i < n; i++)
         if (!(values[i] = random_values(b->ctx, (uint64_t)i + 1, vel_shape_count(shapes[i]))))
@@ -469,7 +520,8 @@ static vel_status bench_op(bench *b, vel_op op)
     return st;
 }
 
-/* ---- the command -------------------------------------------------------------------------------------------- */
+/* ---- the command
+ * -------------------------------------------------------------------------------------------- */
 
 vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out)
 {
@@ -482,7 +534,9 @@ vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out
         if (strcmp(parts[i].name, o->what) == 0)
             run = parts[i].run;
     if (!run && strcmp(o->what, "step") != 0)
-        return vel_fail(ctx, VEL_BAD_VALUE, "bench: '%s' is not step, unet, text, vae_decode, vae_encode or an op", o->what);
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "bench: '%s' is not step, unet, text, vae_decode, vae_encode or an op",
+                        o->what);
     if (!o->model)
         return vel_fail(ctx, VEL_BAD_VALUE, "bench %s needs --model", o->what);
     vel_model_options m = {.device = o->device, .precision = o->precision, .clip_skip = 1};

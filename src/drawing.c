@@ -1,6 +1,6 @@
-/* drawing.c: prompts, adapters and the model for the commands that draw. Everything that can be wrong
- * without the model is found before it is loaded. What is drawn in which order is left to each command;
- * how a picture is drawn, to sample/. */
+/* drawing.c: prompts, adapters and the model for the commands that draw. Everything that can be
+ * wrong without the model is found before it is loaded. What is drawn in which order is left to
+ * each command; how a picture is drawn, to sample/. */
 #include "drawing.h"
 
 #include <stdlib.h>
@@ -33,12 +33,14 @@ static char *part_of(vel_arena *a, const char *s, size_t n)
     return copy;
 }
 
-/* ---- adapters --------------------------------------------------------------------------------------- */
+/* ---- adapters
+ * --------------------------------------------------------------------------------------- */
 
 /* A file first, then the file with its usual ending, then a folder. NULL: none of them. */
 static const char *existing(vel_arena *a, const char *folder, const char *name)
 {
-    const char *path = folder[0] && name[0] != '/' ? vel_arena_strf(a, "%s/%s", folder, name) : name;
+    const char *path =
+        folder[0] && name[0] != '/' ? vel_arena_strf(a, "%s/%s", folder, name) : name;
     const char *file = path ? vel_arena_strf(a, "%s.safetensors", path) : NULL;
     if (!file)
         return NULL;
@@ -61,7 +63,8 @@ static vel_status find_adapter_file(vel_drawing *d, const char *name, const char
     }
     if (*out)
         return VEL_OK;
-    return vel_fail(d->ctx, VEL_NOT_FOUND, "adapter '%s': neither it nor %s.safetensors is a file here%s", name, name,
+    return vel_fail(d->ctx, VEL_NOT_FOUND,
+                    "adapter '%s': neither it nor %s.safetensors is a file here%s", name, name,
                     d->n_adapters ? " or beside the other adapters" : "; give its path");
 }
 
@@ -100,8 +103,10 @@ static vel_status want_adapter(vel_drawing *d, const char *name, int *index)
             return VEL_OK;
         }
     if (d->n_adapters == VEL_MOST_ADAPTERS)
-        return vel_fail(d->ctx, VEL_UNSUPPORTED, "adapter '%s': more than %d at once", name, VEL_MOST_ADAPTERS);
-    vel_drawing_adapter a = {.path = vel_arena_strdup(d->arena, path), .name = adapter_name(d, path)};
+        return vel_fail(d->ctx, VEL_UNSUPPORTED, "adapter '%s': more than %d at once", name,
+                        VEL_MOST_ADAPTERS);
+    vel_drawing_adapter a = {.path = vel_arena_strdup(d->arena, path),
+                             .name = adapter_name(d, path)};
     if (!a.path || !a.name)
         return VEL_NO_MEMORY;
     *index = d->n_adapters;
@@ -110,7 +115,8 @@ static vel_status want_adapter(vel_drawing *d, const char *name, int *index)
 }
 
 /* "name:0.8" or "name": the last colon counts when a number follows it. */
-static vel_status split_strength(vel_drawing *d, const char *text, size_t n, const char **name, double *weight)
+static vel_status split_strength(vel_drawing *d, const char *text, size_t n, const char **name,
+                                 double *weight)
 {
     char *copy = part_of(d->arena, text, n);
     if (!copy)
@@ -127,7 +133,8 @@ static vel_status split_strength(vel_drawing *d, const char *text, size_t n, con
         }
     }
     *name = copy;
-    return copy[0] ? VEL_OK : vel_fail(d->ctx, VEL_BAD_VALUE, "adapter '%.*s': has no name", (int)n, text);
+    return copy[0] ? VEL_OK
+                   : vel_fail(d->ctx, VEL_BAD_VALUE, "adapter '%.*s': has no name", (int)n, text);
 }
 
 static vel_status add_lora(vel_drawing *d, const char *text, size_t n)
@@ -161,7 +168,8 @@ static vel_status read_loras(vel_drawing *d, const char *list)
     return VEL_OK;
 }
 
-/* ---- prompts ---------------------------------------------------------------------------------------- */
+/* ---- prompts
+ * ---------------------------------------------------------------------------------------- */
 
 /* Takes <lora:name:0.8> out of text, in place, and notes the strengths in w. */
 static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
@@ -188,7 +196,8 @@ vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written)
 {
     if (!vel_utf8_valid(written, strlen(written)))
         return vel_fail(d->ctx, VEL_BAD_VALUE, "prompt %d: not valid UTF-8", d->n_prompts + 1);
-    vel_drawing_prompt *grown = vel_realloc(d->ctx, d->prompts, sizeof *grown * (size_t)(d->n_prompts + 1));
+    vel_drawing_prompt *grown =
+        vel_realloc(d->ctx, d->prompts, sizeof *grown * (size_t)(d->n_prompts + 1));
     if (!grown)
         return VEL_NO_MEMORY;
     d->prompts = grown;
@@ -227,7 +236,8 @@ static vel_status read_prompt_file(vel_drawing *d, const char *path)
     return st;
 }
 
-/* ---- life ------------------------------------------------------------------------------------------- */
+/* ---- life
+ * ------------------------------------------------------------------------------------------- */
 
 /* 32 bits, as the web programs have them; the clock and the process make it. */
 static int64_t random_seed(void)
@@ -238,7 +248,8 @@ static int64_t random_seed(void)
     return (int64_t)(vel_hash64(from, sizeof from, 0) & 0xffffffffu);
 }
 
-vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_options *o, bool prompts)
+vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_options *o,
+                            bool prompts)
 {
     *d = (vel_drawing){.ctx = ctx, .o = o, .arena = vel_arena_create(ctx)};
     d->seed = o->seed >= 0 ? o->seed : random_seed();
@@ -248,7 +259,8 @@ vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_opt
     if (!prompts)
         return VEL_OK;
     if (!o->prompt && !o->prompt_file)
-        return vel_fail(ctx, VEL_BAD_VALUE, "nothing to draw: give --prompt \"a text\", or --prompt_file FILE");
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "nothing to draw: give --prompt \"a text\", or --prompt_file FILE");
     if (o->prompt)
         VEL_TRY(vel_drawing_add_prompt(d, o->prompt));
     return o->prompt_file ? read_prompt_file(d, o->prompt_file) : VEL_OK;
@@ -282,8 +294,15 @@ vel_status vel_drawing_set_weights(vel_drawing *d, const double *weights)
 vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t seed)
 {
     const vel_generate_options *o = d->o;
-    return (vel_draw){.prompt = prompt, .negative = o->negative, .guidance = o->guidance, .width = o->width,
-                      .height = o->height, .steps = o->steps, .seed = seed, .sampler = o->sampler, .eta = o->eta};
+    return (vel_draw){.prompt = prompt,
+                      .negative = o->negative,
+                      .guidance = o->guidance,
+                      .width = o->width,
+                      .height = o->height,
+                      .steps = o->steps,
+                      .seed = seed,
+                      .sampler = o->sampler,
+                      .eta = o->eta};
 }
 
 int vel_drawing_batch(const vel_drawing *d)
@@ -291,19 +310,21 @@ int vel_drawing_batch(const vel_drawing *d)
     if (d->o->batch)
         return d->o->batch;
     int native = vel_model_latent(d->model)->picture;
-    int64_t width = d->o->width ? d->o->width : native, height = d->o->height ? d->o->height : native;
+    int64_t width = d->o->width ? d->o->width : native,
+            height = d->o->height ? d->o->height : native;
     return width * height <= AUTO_BATCH_SIDE * AUTO_BATCH_SIDE ? AUTO_BATCH : 1;
 }
 
-/* ---- what is written into pictures ------------------------------------------------------------------- */
+/* ---- what is written into pictures
+ * ------------------------------------------------------------------- */
 
 /* Our sampler names as A1111 shows them. */
 static const struct {
     const char *ours, *theirs;
 } sampler_titles[] = {
-    {"ddim", "DDIM"},        {"pndm", "PLMS"},          {"euler", "Euler"},
-    {"euler_a", "Euler a"},  {"heun", "Heun"},          {"lms", "LMS"},
-    {"unipc", "UniPC"},      {"dpmpp_2m", "DPM++ 2M"},  {"dpmpp_2m_sde", "DPM++ 2M SDE"},
+    {"ddim", "DDIM"},       {"pndm", "PLMS"},         {"euler", "Euler"},
+    {"euler_a", "Euler a"}, {"heun", "Heun"},         {"lms", "LMS"},
+    {"unipc", "UniPC"},     {"dpmpp_2m", "DPM++ 2M"}, {"dpmpp_2m_sde", "DPM++ 2M SDE"},
 };
 
 static const char *sampler_of(const vel_drawing *d)
@@ -333,8 +354,8 @@ static const char *model_name(vel_drawing *d)
     return name[0] && name[0] != '.' ? name : vel_drawing_base_name(vel_model_folder(d->model));
 }
 
-static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image, const vel_drawing_prompt *p,
-                           uint64_t seed)
+static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image,
+                           const vel_drawing_prompt *p, uint64_t seed)
 {
     const vel_generate_options *o = d->o;
     vel_text_add(t, p->text);
@@ -345,8 +366,8 @@ static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image, 
         vel_text_addf(t, "\nNegative prompt: %s", o->negative);
     vel_text_addf(t, "\nSteps: %d, Sampler: ", o->steps);
     add_sampler_title(t, sampler_of(d));
-    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s", o->guidance, seed, image->width,
-                  image->height, model_name(d));
+    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s", o->guidance,
+                  seed, image->width, image->height, model_name(d));
     if (o->clip_skip > 1)
         vel_text_addf(t, ", Clip skip: %d", o->clip_skip);
     if (o->eta > 0)
@@ -359,20 +380,23 @@ static json_t *adapters_json(const vel_drawing *d, const vel_drawing_prompt *p)
     json_t *list = json_array();
     for (int i = 0; i < d->n_adapters; i++)
         if (p->weights[i] != 0)
-            json_array_append_new(list, json_pack("{s:s, s:f}", "file", vel_drawing_base_name(d->adapters[i].path),
+            json_array_append_new(list, json_pack("{s:s, s:f}", "file",
+                                                  vel_drawing_base_name(d->adapters[i].path),
                                                   "weight", p->weights[i]));
     return list;
 }
 
-static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_drawing_prompt *p, uint64_t seed)
+static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_drawing_prompt *p,
+                             uint64_t seed)
 {
     const vel_generate_options *o = d->o;
-    return json_pack("{s:s, s:s, s:s, s:s, s:f, s:i, s:i, s:i, s:I, s:s, s:f, s:i, s:s, s:o}",
-                     "velatura", vel_version(), "model", model_name(d), "prompt", p->text,
-                     "negative", o->negative ? o->negative : "", "guidance", o->guidance, "width", image->width,
-                     "height", image->height, "steps", o->steps, "seed", (json_int_t)seed, "sampler", sampler_of(d),
-                     "eta", o->eta, "clip_skip", o->clip_skip, "precision",
-                     vel_model_compute(d->model) == VEL_F32 ? "no" : "bf16", "adapters", adapters_json(d, p));
+    return json_pack(
+        "{s:s, s:s, s:s, s:s, s:f, s:i, s:i, s:i, s:I, s:s, s:f, s:i, s:s, s:o}", "velatura",
+        vel_version(), "model", model_name(d), "prompt", p->text, "negative",
+        o->negative ? o->negative : "", "guidance", o->guidance, "width", image->width, "height",
+        image->height, "steps", o->steps, "seed", (json_int_t)seed, "sampler", sampler_of(d), "eta",
+        o->eta, "clip_skip", o->clip_skip, "precision",
+        vel_model_compute(d->model) == VEL_F32 ? "no" : "bf16", "adapters", adapters_json(d, p));
 }
 
 vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *image,
@@ -398,7 +422,8 @@ vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *
 vel_status vel_drawing_check_output(vel_ctx *ctx, const char *path)
 {
     if (!vel_drawing_is_picture_name(path))
-        return vel_fail(ctx, VEL_BAD_VALUE, "%s: pictures are written as .png, .jpg or .webp", path);
+        return vel_fail(ctx, VEL_BAD_VALUE, "%s: pictures are written as .png, .jpg or .webp",
+                        path);
     if (vel_is_folder(path))
         return vel_fail(ctx, VEL_BAD_VALUE, "%s: is a folder", path);
     const char *slash = strrchr(path, '/');

@@ -14,8 +14,8 @@ typedef struct vel_drawing_adapter {
 } vel_drawing_adapter;
 
 typedef struct vel_drawing_prompt {
-    const char *written; /* as the user wrote it, <lora:...> and all */
-    const char *text;    /* what the model reads */
+    const char *written;               /* as the user wrote it, <lora:...> and all */
+    const char *text;                  /* what the model reads */
     double weights[VEL_MOST_ADAPTERS]; /* strength of each adapter for this prompt */
 } vel_drawing_prompt;
 
@@ -32,20 +32,23 @@ typedef struct vel_drawing {
 } vel_drawing;
 
 /* Reads prompts (when wanted) and finds every adapter file; loads nothing. */
-vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_options *o, bool prompts);
+vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_options *o,
+                            bool prompts);
 vel_status vel_drawing_load(vel_drawing *d); /* the model and its adapters */
 void vel_drawing_finish(vel_drawing *d);     /* d may be half made */
 vel_status vel_drawing_set_weights(vel_drawing *d, const double *weights); /* [n_adapters] */
 /* The settings of the i-th picture. */
 vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t seed);
 int vel_drawing_batch(const vel_drawing *d); /* --batch, or as suits the size */
-vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written); /* before vel_drawing_load */
+vel_status vel_drawing_add_prompt(vel_drawing *d,
+                                  const char *written); /* before vel_drawing_load */
 
 /* Writes a picture with all that reproduces it in its text: "parameters" as A1111 writes it, and
  * "velatura" as JSON. */
 vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *image,
                              const vel_drawing_prompt *prompt, uint64_t seed);
-/* Refuses a path that a picture cannot be written to, before anything is drawn; makes its folder. */
+/* Refuses a path that a picture cannot be written to, before anything is drawn; makes its folder.
+ */
 vel_status vel_drawing_check_output(vel_ctx *ctx, const char *path);
 bool vel_drawing_is_picture_name(const char *path); /* by its ending */
 const char *vel_drawing_base_name(const char *path);

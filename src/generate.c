@@ -1,5 +1,6 @@
-/* generate.c: velatura generate: prompts x counts to files, written as soon as a batch is drawn, so that a
- * stopped run keeps what it has. Pictures take seeds that follow each other through the whole run. */
+/* generate.c: velatura generate: prompts x counts to files, written as soon as a batch is drawn, so
+ * that a stopped run keeps what it has. Pictures take seeds that follow each other through the
+ * whole run. */
 #include "drawing.h"
 
 #include <stdlib.h>
@@ -9,7 +10,7 @@ typedef struct target { /* where pictures go */
     const char *folder; /* of several */
     const char *stem;   /* before their number: "" in a folder of their own */
     const char *ending;
-    int64_t first;      /* number of the first */
+    int64_t first; /* number of the first */
 } target;
 
 /* One past the highest number that a file of the folder has, so that nothing is overwritten. */
@@ -36,21 +37,25 @@ static const char *numbered(const vel_drawing *d, const target *t, int64_t i, ui
 {
     if (t->path)
         return t->path;
-    return vel_arena_strf(d->arena, "%s/%s%05" PRId64 "-%" PRIu64 "%s", t->folder, t->stem, t->first + i, seed,
-                          t->ending);
+    return vel_arena_strf(d->arena, "%s/%s%05" PRId64 "-%" PRIu64 "%s", t->folder, t->stem,
+                          t->first + i, seed, t->ending);
 }
 
-/* One picture and a picture's name: that file. Several and a picture's name: numbers go into it. Else a
- * folder. */
+/* One picture and a picture's name: that file. Several and a picture's name: numbers go into it.
+ * Else a folder. */
 static vel_status choose_target(vel_drawing *d, int64_t total, target *t)
 {
     const char *output = d->o->output;
     bool named = vel_drawing_is_picture_name(output) && !vel_is_folder(output);
-    *t = (target){.path = named && total == 1 ? output : NULL, .folder = output, .stem = "", .ending = ".png"};
+    *t = (target){.path = named && total == 1 ? output : NULL,
+                  .folder = output,
+                  .stem = "",
+                  .ending = ".png"};
     if (named && !t->path) {
         const char *name = vel_drawing_base_name(output), *dot = strrchr(name, '.');
         size_t folder = (size_t)(name - output);
-        t->folder = folder ? vel_arena_strf(d->arena, "%.*s", (int)folder - (folder > 1), output) : ".";
+        t->folder =
+            folder ? vel_arena_strf(d->arena, "%.*s", (int)folder - (folder > 1), output) : ".";
         t->stem = vel_arena_strf(d->arena, "%.*s-", (int)(dot - name), name);
         t->ending = vel_arena_strdup(d->arena, dot);
     }
@@ -74,7 +79,8 @@ static int batch_from(const vel_drawing *d, int64_t i, int64_t total, int most)
 {
     const double *w = prompt_of(d, i)->weights;
     int n = 1;
-    while (n < most && i + n < total && memcmp(prompt_of(d, i + n)->weights, w, sizeof prompt_of(d, i)->weights) == 0)
+    while (n < most && i + n < total &&
+           memcmp(prompt_of(d, i + n)->weights, w, sizeof prompt_of(d, i)->weights) == 0)
         n++;
     return n;
 }
@@ -87,7 +93,8 @@ static vel_status keep(vel_drawing *d, const target *t, int64_t i, const vel_ima
         return VEL_NO_MEMORY;
     VEL_TRY(vel_drawing_write(d, path, image, prompt_of(d, i), seed));
     vel_log(d->ctx, 2, "picture: %s (seed %" PRIu64 ")", path, seed);
-    vel_emit(d->ctx, &(vel_event){.kind = VEL_EVENT_IMAGE, .text = path, .image = image, .done = i + 1});
+    vel_emit(d->ctx,
+             &(vel_event){.kind = VEL_EVENT_IMAGE, .text = path, .image = image, .done = i + 1});
     return VEL_OK;
 }
 
@@ -103,7 +110,8 @@ static vel_status draw_batch(vel_drawing *d, const target *t, int64_t i, int n, 
     else if (n == 1)
         snprintf(phase, sizeof phase, "drawing %" PRId64 " of %" PRId64, i + 1, total);
     else
-        snprintf(phase, sizeof phase, "drawing %" PRId64 "-%" PRId64 " of %" PRId64, i + 1, i + n, total);
+        snprintf(phase, sizeof phase, "drawing %" PRId64 "-%" PRId64 " of %" PRId64, i + 1, i + n,
+                 total);
     VEL_TRY(vel_drawing_set_weights(d, prompt_of(d, i)->weights));
     VEL_TRY(vel_model_draw(d->model, draws, n, n, phase, images, NULL));
     vel_status st = VEL_OK;

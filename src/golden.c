@@ -1,6 +1,7 @@
-/* golden.c: reference values against a model: every file of a folder in the form that tests/golden's
- * README describes. Values come from outside (diffusers, transformers, PEFT); here they are only
- * compared, in float32, and each comparison is printed with its errors and its tolerance.
+/* golden.c: reference values against a model: every file of a folder in the form that
+ * tests/golden's README describes. Values come from outside (diffusers, transformers, PEFT); here
+ * they are only compared, in float32, and each comparison is printed with its errors and its
+ * tolerance.
  *
  * Reference tensors are NCHW, the graph's NHWC: the permutations are here and nowhere else. */
 #include <stdlib.h>
@@ -18,16 +19,19 @@ typedef struct golden {
     int passed, failed;
 } golden;
 
-/* ---- comparing ------------------------------------------------------------------------------------- */
+/* ---- comparing
+ * ------------------------------------------------------------------------------------- */
 
-static void line(golden *k, const char *value, double max_abs, double rms, double tolerance, bool ok)
+static void line(golden *k, const char *value, double max_abs, double rms, double tolerance,
+                 bool ok)
 {
-    vel_log(k->ctx, 2, "%-24s %-72s max abs %.3e  rel rms %.3e  tolerance %.0e  %s", k->name, value, max_abs, rms,
-            tolerance, ok ? "ok" : "FAIL");
+    vel_log(k->ctx, 2, "%-24s %-72s max abs %.3e  rel rms %.3e  tolerance %.0e  %s", k->name, value,
+            max_abs, rms, tolerance, ok ? "ok" : "FAIL");
     ok ? k->passed++ : k->failed++;
 }
 
-static void compare(golden *k, const char *value, const float *got, const float *want, int64_t n, double tolerance)
+static void compare(golden *k, const char *value, const float *got, const float *want, int64_t n,
+                    double tolerance)
 {
     double error = 0, size = 0, largest = 0;
     bool finite = true;
@@ -47,8 +51,8 @@ static float *load(golden *k, const char *name, int64_t count, const vel_file_te
 {
     const vel_file_tensor *t = vel_safetensors_find(k->file, name);
     if (!t || (count && t->count != count)) {
-        vel_fail(k->ctx, VEL_BAD_FILE, "%s: tensor '%s' is missing or has another size", vel_safetensors_path(k->file),
-                 name);
+        vel_fail(k->ctx, VEL_BAD_FILE, "%s: tensor '%s' is missing or has another size",
+                 vel_safetensors_path(k->file), name);
         return NULL;
     }
     float *out = vel_alloc(k->ctx, (size_t)t->count * sizeof *out);
@@ -103,7 +107,8 @@ static float *load_nhwc(golden *k, const char *name, int64_t d[4])
     return out;
 }
 
-static void check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4], double tolerance)
+static void check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4],
+                       double tolerance)
 {
     int64_t n = d[0] * d[1] * d[2] * d[3];
     float *turned = vel_alloc(k->ctx, (size_t)n * sizeof *turned);
@@ -114,7 +119,8 @@ static void check_nhwc(golden *k, const char *name, const float *got, const int6
     vel_free(k->ctx, turned);
 }
 
-/* ---- prompts ----------------------------------------------------------------------------------------- */
+/* ---- prompts
+ * ----------------------------------------------------------------------------------------- */
 
 typedef struct prompts {
     json_t *json;
@@ -139,7 +145,8 @@ static vel_status load_prompts(golden *k, prompts *p)
 static vel_status encode_ids(golden *k, const prompts *p, int length, int32_t *ids)
 {
     for (int i = 0; i < p->n; i++)
-        VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(k->model), p->text[i], length, ids + i * length, NULL, NULL));
+        VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(k->model), p->text[i], length,
+                                     ids + i * length, NULL, NULL));
     return VEL_OK;
 }
 
@@ -157,7 +164,8 @@ static vel_status plan_of(golden *k, vel_graph *g, vel_plan **plan)
     return vel_plan_create(vel_model_engine(k->model), g, &o, plan);
 }
 
-/* ---- text.safetensors ---------------------------------------------------------------------------------- */
+/* ---- text.safetensors
+ * ---------------------------------------------------------------------------------- */
 
 static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_text_info info)
 {
@@ -166,13 +174,15 @@ static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_
     if (!g)
         return VEL_NO_MEMORY;
     vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(p->n, info.length));
-    vel_output(g, "last_hidden_state", vel_model_family(k->model)->encode_text(g, config, in, 1).context);
+    vel_output(g, "last_hidden_state",
+               vel_model_family(k->model)->encode_text(g, config, in, 1).context);
     vel_output(g, "hidden_state_penultimate", vel_clip_text_state(g, config, in, 1));
     vel_plan *plan;
     VEL_TRY(plan_of(k, g, &plan));
     int64_t count = (int64_t)p->n * info.length * info.width;
     float *got = vel_alloc(k->ctx, (size_t)count * sizeof *got);
-    vel_status st = got ? vel_plan_set(plan, "ids", ids, (size_t)(p->n * info.length) * sizeof *ids) : VEL_NO_MEMORY;
+    vel_status st = got ? vel_plan_set(plan, "ids", ids, (size_t)(p->n * info.length) * sizeof *ids)
+                        : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = vel_plan_run(plan);
     static const char *const names[] = {"last_hidden_state", "hidden_state_penultimate"};
@@ -207,17 +217,20 @@ static vel_status check_text(golden *k)
     return st;
 }
 
-/* ---- unet.safetensors ------------------------------------------------------------------------------------ */
+/* ---- unet.safetensors
+ * ------------------------------------------------------------------------------------ */
 
 /* One evaluation with gradients to its inputs where the file has grad_out (first is true). */
 static vel_status run_unet(golden *k, const char *sample_name, const char *out_name, bool first)
 {
     int64_t d[4];
     vel_text_info info = text_info(k);
-    float *x = load_nhwc(k, sample_name, d), *time = load(k, "timestep", 0, NULL), *context = load(k, "context", 0, NULL);
+    float *x = load_nhwc(k, sample_name, d), *time = load(k, "timestep", 0, NULL),
+          *context = load(k, "context", 0, NULL);
     int64_t probe_dim[4];
     float *probe = first ? load_nhwc(k, "grad_out", probe_dim) : NULL;
-    int64_t count = x ? d[0] * d[1] * d[2] * d[3] : 0, states = x ? d[0] * info.length * info.width : 0;
+    int64_t count = x ? d[0] * d[1] * d[2] * d[3] : 0,
+            states = x ? d[0] * info.length * info.width : 0;
     float *got = vel_alloc(k->ctx, (size_t)VEL_MAX(count, states) * sizeof *got);
     vel_graph *g = vel_graph_create(k->ctx);
     vel_plan *plan = NULL;
@@ -228,7 +241,8 @@ static vel_status run_unet(golden *k, const char *sample_name, const char *out_n
         vel_ref t = vel_input(g, "time", VEL_F32, VEL_SHAPE(d[0]));
         wanted[1] = vel_input(g, "context", VEL_F32, VEL_SHAPE(d[0], info.length, info.width));
         vel_condition condition = {.context = wanted[1]};
-        vel_ref out = vel_model_family(k->model)->denoise(g, vel_model_config(k->model), wanted[0], t, &condition);
+        vel_ref out = vel_model_family(k->model)->denoise(g, vel_model_config(k->model), wanted[0],
+                                                          t, &condition);
         vel_output(g, "out", out);
         if (first) {
             vel_ref seed = vel_input(g, "probe", VEL_F32, shape);
@@ -267,10 +281,13 @@ static vel_status run_unet(golden *k, const char *sample_name, const char *out_n
 static vel_status check_unet(golden *k)
 {
     VEL_TRY(run_unet(k, "sample", "out", true));
-    return vel_safetensors_find(k->file, "sample_40x24") ? run_unet(k, "sample_40x24", "out_40x24", false) : VEL_OK;
+    return vel_safetensors_find(k->file, "sample_40x24")
+               ? run_unet(k, "sample_40x24", "out_40x24", false)
+               : VEL_OK;
 }
 
-/* ---- vae.safetensors ---------------------------------------------------------------------------------------- */
+/* ---- vae.safetensors
+ * ---------------------------------------------------------------------------------------- */
 
 static vel_status check_vae(golden *k)
 {
@@ -283,7 +300,8 @@ static vel_status check_vae(golden *k)
     float *moments = vel_alloc(k->ctx, (size_t)(2 * latents) * sizeof *moments);
     float *half = vel_alloc(k->ctx, (size_t)latents * sizeof *half);
     vel_status st = image && moments && half ? VEL_OK : VEL_NO_MEMORY;
-    if (st == VEL_OK && (st = vel_model_decode(k->model, z, (int)z_dim[0], (int)z_dim[2], (int)z_dim[3], image)) == VEL_OK)
+    if (st == VEL_OK && (st = vel_model_decode(k->model, z, (int)z_dim[0], (int)z_dim[2],
+                                               (int)z_dim[3], image)) == VEL_OK)
         check_nhwc(k, "image", image, d, TOLERANCE);
     for (int64_t i = 0; i < pixels; i++)
         want[i] = fmaxf(-1, fminf(1, want[i]));
@@ -301,7 +319,8 @@ static vel_status check_vae(golden *k)
     return st;
 }
 
-/* ---- samplers.safetensors -------------------------------------------------------------------------------------- */
+/* ---- samplers.safetensors
+ * -------------------------------------------------------------------------------------- */
 
 static void check_timesteps(golden *k, const char *sampler, int steps)
 {
@@ -327,19 +346,26 @@ static void check_timesteps(golden *k, const char *sampler, int steps)
     vel_sampler_destroy(s);
 }
 
-static vel_status check_sampler(golden *k, const char *sampler, const json_t *how, const float *noise, const int64_t d[4])
+static vel_status check_sampler(golden *k, const char *sampler, const json_t *how,
+                                const float *noise, const int64_t d[4])
 {
     const vel_latent_info *info = vel_model_latent(k->model);
     int64_t count = d[1] * d[2] * d[3];
     int width = (int)d[3] * info->down, height = (int)d[2] * info->down;
-    vel_draw draw = {.prompt = vel_json_string(how, "prompt", ""), .negative = vel_json_string(how, "negative", ""),
-                     .guidance = vel_json_number(how, "cfg", 7.5), .width = width, .height = height,
-                     .steps = (int)vel_json_int(how, "steps", 20), .sampler = sampler, .spacing = "own",
+    vel_draw draw = {.prompt = vel_json_string(how, "prompt", ""),
+                     .negative = vel_json_string(how, "negative", ""),
+                     .guidance = vel_json_number(how, "cfg", 7.5),
+                     .width = width,
+                     .height = height,
+                     .steps = (int)vel_json_int(how, "steps", 20),
+                     .sampler = sampler,
+                     .spacing = "own",
                      .noise = noise};
     check_timesteps(k, sampler, draw.steps);
     float *latent = vel_alloc(k->ctx, (size_t)count * sizeof *latent);
     vel_image picture = {0};
-    vel_status st = latent ? vel_model_draw(k->model, &draw, 1, 1, NULL, &picture, latent) : VEL_NO_MEMORY;
+    vel_status st =
+        latent ? vel_model_draw(k->model, &draw, 1, 1, NULL, &picture, latent) : VEL_NO_MEMORY;
     if (st == VEL_OK)
         check(k, sampler, latent, count, TOLERANCE_END);
     vel_image_finish(&picture);
@@ -347,7 +373,8 @@ static vel_status check_sampler(golden *k, const char *sampler, const json_t *ho
     snprintf(name, sizeof name, "%s.image", sampler);
     if (st == VEL_OK && vel_safetensors_find(k->file, name)) {
         int64_t image_dim[4] = {1, 3, height, width}, pixels = (int64_t)3 * height * width;
-        float *z = vel_alloc(k->ctx, (size_t)count * sizeof *z), *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
+        float *z = vel_alloc(k->ctx, (size_t)count * sizeof *z),
+              *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
         if (z && image) {
             to_nhwc(latent, 1, d[1], d[2] * d[3], z);
             for (int64_t i = 0; i < count; i++)
@@ -390,7 +417,8 @@ static vel_status check_samplers(golden *k)
     return st;
 }
 
-/* ---- train_*.safetensors ------------------------------------------------------------------------------------------ */
+/* ---- train_*.safetensors
+ * ------------------------------------------------------------------------------------------ */
 
 typedef struct lesson { /* train_data.safetensors: six batches */
     float *latent[16], *noise[16], *time[16], *context;
@@ -443,8 +471,14 @@ static vel_batch batch_of(const lesson *l, int i, int32_t *time, float *weight)
         time[b] = (int32_t)l->time[i][b];
         weight[b] = 1;
     }
-    return (vel_batch){.n = (int)l->d[0], .h = (int)l->d[2], .w = (int)l->d[3], .latent = l->latent[i],
-                       .noise = l->noise[i], .timestep = time, .context = l->context, .weight = weight};
+    return (vel_batch){.n = (int)l->d[0],
+                       .h = (int)l->d[2],
+                       .w = (int)l->d[3],
+                       .latent = l->latent[i],
+                       .noise = l->noise[i],
+                       .timestep = time,
+                       .context = l->context,
+                       .weight = weight};
 }
 
 /* PEFT's rule: a target is a module's whole name or its end after a dot. */
@@ -454,7 +488,8 @@ static bool is_target(const json_t *targets, const char *path)
     for (i = 0; i < n; i++) {
         const char *t = json_string_value(json_array_get(targets, i));
         size_t stem = strlen(path), tail = t ? strlen(t) : 0;
-        if (tail && tail < stem && path[stem - tail - 1] == '.' && strcmp(path + stem - tail, t) == 0)
+        if (tail && tail < stem && path[stem - tail - 1] == '.' &&
+            strcmp(path + stem - tail, t) == 0)
             return true;
     }
     return false;
@@ -468,8 +503,8 @@ static void peft_name(const char *prefix, const char *path, char *out, size_t ro
     bool down = leaf != NULL;
     if (!leaf)
         leaf = strstr(module, ".lora_up.weight");
-    snprintf(out, room, "%sbase_model.model.%.*s.%s.default.weight", prefix, (int)(leaf - module), module,
-             down ? "lora_A" : "lora_B");
+    snprintf(out, room, "%sbase_model.model.%.*s.%s.default.weight", prefix, (int)(leaf - module),
+             module, down ? "lora_A" : "lora_B");
 }
 
 /* Sums over the tensors of one comparison. */
@@ -505,13 +540,14 @@ static vel_status write_trainables(golden *k, const char *prefix)
     return VEL_OK;
 }
 
-/* Every trainable value or gradient against the file: tensor by tensor; where the file stores float16,
- * ours are rounded to it as well. whole: a float16 file's adapter is compared as one value: it starts
- * from rounded values (so its smallest gradients are off by more than their own rounding), and AdamW's
- * first steps turn a rounded gradient near zero into a full step of
- * the wrong sign, so that single tensors cannot be expected to agree (the reference, started from the
+/* Every trainable value or gradient against the file: tensor by tensor; where the file stores
+ * float16, ours are rounded to it as well. whole: a float16 file's adapter is compared as one
+ * value: it starts from rounded values (so its smallest gradients are off by more than their own
+ * rounding), and AdamW's first steps turn a rounded gradient near zero into a full step of the
+ * wrong sign, so that single tensors cannot be expected to agree (the reference, started from the
  * same file, misses the same ones by as much: tools/golden/replay_train.py). */
-static vel_status check_trainables(golden *k, const char *prefix, char which, bool whole, double tolerance)
+static vel_status check_trainables(golden *k, const char *prefix, char which, bool whole,
+                                   double tolerance)
 {
     vel_engine *e = vel_model_engine(k->model);
     errors sum = {0};
@@ -520,7 +556,8 @@ static vel_status check_trainables(golden *k, const char *prefix, char which, bo
         char name[512];
         peft_name(prefix, t->path, name, sizeof name);
         const vel_file_tensor *f = vel_safetensors_find(k->file, name);
-        float *want = load(k, name, t->count, NULL), *got = vel_alloc(k->ctx, (size_t)t->count * sizeof *got);
+        float *want = load(k, name, t->count, NULL),
+              *got = vel_alloc(k->ctx, (size_t)t->count * sizeof *got);
         if (!want || !got) {
             vel_free(k->ctx, want);
             vel_free(k->ctx, got);
@@ -557,7 +594,8 @@ static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
     int32_t time[64];
     float weight[64], losses[16];
     if (l->d[0] > VEL_COUNT(time))
-        return vel_fail(k->ctx, VEL_BAD_FILE, "train_data: batches of more than %d", VEL_COUNT(time));
+        return vel_fail(k->ctx, VEL_BAD_FILE, "train_data: batches of more than %d",
+                        VEL_COUNT(time));
     VEL_TRY(vel_trainer_register(trainer, (int)l->d[0], (int)l->d[2], (int)l->d[3]));
     VEL_TRY(write_trainables(k, "init."));
     for (int i = 0; i < l->n; i++) {
@@ -591,12 +629,16 @@ static vel_status check_lora(golden *k, const json_t *config)
         if (vel_has_prefix(modules[i].path, vel_model_family(k->model)->denoiser) &&
             is_target(json_object_get(config, "target_modules"), modules[i].path)) {
             int rank = (int)vel_json_int(config, "r", 4);
-            sites[n++] = (vel_adapter_site){.path = modules[i].path, .rank = rank, .conv_rank = rank,
-                                            .weight = vel_shape_of(modules[i].weight_rank, modules[i].weight_dim),
-                                            .alpha = vel_json_number(config, "lora_alpha", rank)};
+            sites[n++] = (vel_adapter_site){
+                .path = modules[i].path,
+                .rank = rank,
+                .conv_rank = rank,
+                .weight = vel_shape_of(modules[i].weight_rank, modules[i].weight_dim),
+                .alpha = vel_json_number(config, "lora_alpha", rank)};
         }
     vel_adaption adaption = {&vel_adapter_lora, sites, n};
-    vel_trainer_options o = {.compute = VEL_F32, .clip_skip = 1, .adaptions = &adaption, .n_adaptions = 1};
+    vel_trainer_options o = {
+        .compute = VEL_F32, .clip_skip = 1, .adaptions = &adaption, .n_adaptions = 1};
     lesson l = {0};
     vel_trainer *trainer = NULL;
     vel_status st = load_lesson(k, &l);
@@ -615,7 +657,8 @@ static vel_status check_train(golden *k)
     const char *text = vel_safetensors_meta(k->file, "config");
     json_t *config = text ? json_loads(text, 0, NULL) : NULL;
     if (!config)
-        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: no 'config' in the metadata", vel_safetensors_path(k->file));
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: no 'config' in the metadata",
+                        vel_safetensors_path(k->file));
     const char *kind = vel_json_string(config, "peft_type", "");
     vel_status st = VEL_OK;
     if (strcmp(kind, "LORA") != 0 || vel_json_bool(config, "use_dora", false))
@@ -627,10 +670,13 @@ static vel_status check_train(golden *k)
     return st;
 }
 
-/* ---- losses.safetensors ---------------------------------------------------------------------------------------------- */
+/* ---- losses.safetensors
+ * ---------------------------------------------------------------------------------------------- */
 
-/* The gradient of mean(per_sample_mse) to the token embedding, with the context computed from ids. */
-static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *ids, vel_text_info info)
+/* The gradient of mean(per_sample_mse) to the token embedding, with the context computed from ids.
+ */
+static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *ids,
+                                     vel_text_info info)
 {
     const vel_family *family = vel_model_family(k->model);
     const vel_config *config = vel_model_config(k->model);
@@ -641,12 +687,15 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
     vel_shape latent = VEL_SHAPE(n, l->d[2], l->d[3], l->d[1]);
     vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, info.length));
     vel_condition condition = family->encode_text(g, config, in, 1);
-    vel_ref x = vel_input(g, "x", VEL_F32, latent), time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
-    vel_ref target = vel_input(g, "target", VEL_F32, latent), weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
+    vel_ref x = vel_input(g, "x", VEL_F32, latent),
+            time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
+    vel_ref target = vel_input(g, "target", VEL_F32, latent),
+            weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
     vel_ref loss = vel_mse(g, family->denoise(g, config, x, time, &condition), target, weight);
     vel_ref table = {0}, grad, one = vel_fill(g, VEL_SHAPE(1), 1);
     for (int32_t id = 1; id < vel_graph_size(g); id++)
-        if (vel_node_at(g, id)->op == VEL_OP_weight && vel_has_suffix(vel_node_at(g, id)->path, "token_embedding.weight"))
+        if (vel_node_at(g, id)->op == VEL_OP_weight &&
+            vel_has_suffix(vel_node_at(g, id)->path, "token_embedding.weight"))
             table = (vel_ref){id, 0};
     vel_vjp(g, &loss, &one, 1, &table, &grad, 1);
     vel_output(g, "grad", grad);
@@ -655,8 +704,10 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
     const vel_file_tensor *rows_tensor = NULL;
     float *rows = load(k, "embedding_grad_rows", 0, &rows_tensor);
     int64_t all = (int64_t)info.vocabulary * info.width, each = l->d[1] * l->d[2] * l->d[3];
-    float *whole = vel_alloc(k->ctx, (size_t)all * sizeof *whole), *noisy = vel_alloc(k->ctx, (size_t)(n * each) * sizeof *noisy);
-    float *some = rows ? vel_alloc(k->ctx, (size_t)(rows_tensor->count * info.width) * sizeof *some) : NULL;
+    float *whole = vel_alloc(k->ctx, (size_t)all * sizeof *whole),
+          *noisy = vel_alloc(k->ctx, (size_t)(n * each) * sizeof *noisy);
+    float *some =
+        rows ? vel_alloc(k->ctx, (size_t)(rows_tensor->count * info.width) * sizeof *some) : NULL;
     float ones[64], times[64];
     vel_status st = whole && noisy && some && n <= VEL_COUNT(ones) ? VEL_OK : VEL_BAD_FILE;
     for (int64_t b = 0; b < n && st == VEL_OK; b++) {
@@ -664,15 +715,20 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
         ones[b] = 1;
         times[b] = l->time[0][b];
         for (int64_t i = 0; i < each; i++)
-            noisy[b * each + i] = (float)(sqrt(a) * l->latent[0][b * each + i] + sqrt(1 - a) * l->noise[0][b * each + i]);
+            noisy[b * each + i] = (float)(sqrt(a) * l->latent[0][b * each + i] +
+                                          sqrt(1 - a) * l->noise[0][b * each + i]);
     }
     size_t bytes = (size_t)(n * each) * sizeof(float), per = (size_t)n * sizeof(float);
-    if (st == VEL_OK && !(st = vel_plan_set(plan, "ids", ids, (size_t)n * (size_t)info.length * sizeof *ids)) &&
-        !(st = vel_plan_set(plan, "x", noisy, bytes)) && !(st = vel_plan_set(plan, "target", l->noise[0], bytes)) &&
-        !(st = vel_plan_set(plan, "time", times, per)) && !(st = vel_plan_set(plan, "weight", ones, per)) &&
-        !(st = vel_plan_run(plan)) && !(st = vel_plan_get(plan, "grad", whole, all))) {
+    if (st == VEL_OK &&
+        !(st = vel_plan_set(plan, "ids", ids, (size_t)n * (size_t)info.length * sizeof *ids)) &&
+        !(st = vel_plan_set(plan, "x", noisy, bytes)) &&
+        !(st = vel_plan_set(plan, "target", l->noise[0], bytes)) &&
+        !(st = vel_plan_set(plan, "time", times, per)) &&
+        !(st = vel_plan_set(plan, "weight", ones, per)) && !(st = vel_plan_run(plan)) &&
+        !(st = vel_plan_get(plan, "grad", whole, all))) {
         for (int64_t i = 0; i < rows_tensor->count; i++)
-            memcpy(some + i * info.width, whole + (int64_t)rows[i] * info.width, (size_t)info.width * sizeof *some);
+            memcpy(some + i * info.width, whole + (int64_t)rows[i] * info.width,
+                   (size_t)info.width * sizeof *some);
         check(k, "embedding_grad", some, rows_tensor->count * info.width, TOLERANCE);
     }
     float *owned[] = {rows, whole, noisy, some};
@@ -732,14 +788,17 @@ static vel_status check_losses(golden *k)
     return st;
 }
 
-/* ---- the folder ---------------------------------------------------------------------------------------------------------- */
+/* ---- the folder
+ * ----------------------------------------------------------------------------------------------------------
+ */
 
 static const struct {
     const char *pattern; /* of the file's name */
     vel_status (*check)(golden *k);
 } files[] = {
-    {"text.safetensors", check_text},         {"unet.safetensors", check_unet},     {"vae.safetensors", check_vae},
-    {"samplers.safetensors", check_samplers}, {"losses.safetensors", check_losses}, {"train_data.safetensors", NULL},
+    {"text.safetensors", check_text},     {"unet.safetensors", check_unet},
+    {"vae.safetensors", check_vae},       {"samplers.safetensors", check_samplers},
+    {"losses.safetensors", check_losses}, {"train_data.safetensors", NULL},
     {"train_*.safetensors", check_train},
 };
 
@@ -770,7 +829,8 @@ static vel_status check_file(golden *k, const char *name, const char *model)
     return VEL_OK;
 }
 
-vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed, int *failed)
+vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed,
+                          int *failed)
 {
     golden k = {.ctx = ctx, .folder = folder};
     char **names;
@@ -787,6 +847,7 @@ vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, i
     *passed = k.passed;
     *failed = k.failed;
     if (st == VEL_OK && known == 0)
-        return vel_fail(ctx, VEL_NOT_FOUND, "%s: no reference files (*.safetensors) in this folder", folder);
+        return vel_fail(ctx, VEL_NOT_FOUND, "%s: no reference files (*.safetensors) in this folder",
+                        folder);
     return st;
 }

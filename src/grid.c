@@ -1,6 +1,6 @@
 /* grid.c: velatura grid: rows are prompts x seeds, columns the base model and each adapter at each
- * strength. The model is loaded once; between columns only strengths change. Beside the sheet lies a
- * table of what each cell is. */
+ * strength. The model is loaded once; between columns only strengths change. Beside the sheet lies
+ * a table of what each cell is. */
 #include "drawing.h"
 
 #include <stdlib.h>
@@ -12,12 +12,13 @@ typedef struct grid {
     double weights[MOST_VALUES];
     int64_t seeds[MOST_VALUES];
     int n_weights, n_seeds, rows, columns;
-    vel_image *images; /* [rows, columns] */
+    vel_image *images;                  /* [rows, columns] */
     char **row_labels, **column_labels; /* in the drawing's arena */
 } grid;
 
 /* A comma separated list of numbers. */
-static vel_status read_numbers(vel_ctx *ctx, const char *name, const char *list, double *out, int *n)
+static vel_status read_numbers(vel_ctx *ctx, const char *name, const char *list, double *out,
+                               int *n)
 {
     *n = 0;
     for (const char *at = list; *at;) {
@@ -26,7 +27,8 @@ static vel_status read_numbers(vel_ctx *ctx, const char *name, const char *list,
         while (*end == ' ')
             end++;
         if (end == at || (*end && *end != ',') || !isfinite(x))
-            return vel_fail(ctx, VEL_BAD_VALUE, "--%s: '%s' is not a list of numbers such as 1,2,3", name, list);
+            return vel_fail(ctx, VEL_BAD_VALUE, "--%s: '%s' is not a list of numbers such as 1,2,3",
+                            name, list);
         if (*n == MOST_VALUES)
             return vel_fail(ctx, VEL_BAD_VALUE, "--%s: more than %d values", name, MOST_VALUES);
         out[(*n)++] = x;
@@ -42,7 +44,8 @@ static vel_status read_lists(grid *g, const vel_grid_options *o)
     VEL_TRY(read_numbers(g->d.ctx, "seeds", o->seeds, seeds, &g->n_seeds));
     for (int i = 0; i < g->n_seeds; i++) {
         if (seeds[i] < 0 || seeds[i] > 9e15 || seeds[i] != floor(seeds[i]))
-            return vel_fail(g->d.ctx, VEL_BAD_VALUE, "--seeds: %g is not a whole number from 0 on", seeds[i]);
+            return vel_fail(g->d.ctx, VEL_BAD_VALUE, "--seeds: %g is not a whole number from 0 on",
+                            seeds[i]);
         g->seeds[i] = (int64_t)seeds[i];
     }
     return VEL_OK;
@@ -74,7 +77,8 @@ static vel_status prepare(grid *g, const vel_grid_options *o)
     vel_drawing *d = &g->d;
     VEL_TRY(read_lists(g, o));
     if (d->n_adapters == 0)
-        return vel_fail(d->ctx, VEL_BAD_VALUE, "grid compares adapters: name them with --lora FILE[,FILE]");
+        return vel_fail(d->ctx, VEL_BAD_VALUE,
+                        "grid compares adapters: name them with --lora FILE[,FILE]");
     for (int i = 0; i < d->n_adapters; i++)
         if (!d->adapters[i].everywhere)
             return vel_fail(d->ctx, VEL_BAD_VALUE, "<lora:%s>: grid takes its adapters from --lora",
@@ -88,11 +92,13 @@ static vel_status prepare(grid *g, const vel_grid_options *o)
     if (!g->images || !g->row_labels || !g->column_labels)
         return VEL_NO_MEMORY;
     for (int r = 0; r < g->rows; r++)
-        g->row_labels[r] = vel_arena_strf(d->arena, "%s\nseed %" PRId64, row_prompt(g, r), row_seed(g, r));
+        g->row_labels[r] =
+            vel_arena_strf(d->arena, "%s\nseed %" PRId64, row_prompt(g, r), row_seed(g, r));
     for (int c = 0; c < g->columns; c++)
-        g->column_labels[c] = c ? vel_arena_strf(d->arena, "%s at %g", d->adapters[column_adapter(g, c)].name,
-                                                 column_weight(g, c))
-                                : vel_arena_strdup(d->arena, "base model");
+        g->column_labels[c] =
+            c ? vel_arena_strf(d->arena, "%s at %g", d->adapters[column_adapter(g, c)].name,
+                               column_weight(g, c))
+              : vel_arena_strdup(d->arena, "base model");
     return VEL_OK;
 }
 
@@ -119,7 +125,8 @@ static vel_status draw_column(grid *g, int column)
     return st;
 }
 
-/* ---- the files --------------------------------------------------------------------------------------- */
+/* ---- the files
+ * --------------------------------------------------------------------------------------- */
 
 static void add_quoted(vel_text *t, const char *s)
 {
@@ -159,7 +166,8 @@ static vel_status write_sheet(grid *g, const char *path)
     vel_status st = vel_picture_write(ctx, path, &sheet, NULL, 0);
     if (st == VEL_OK) {
         vel_log(ctx, 2, "sheet: %s", path);
-        vel_emit(ctx, &(vel_event){.kind = VEL_EVENT_IMAGE, .text = path, .image = &sheet, .done = 1});
+        vel_emit(ctx,
+                 &(vel_event){.kind = VEL_EVENT_IMAGE, .text = path, .image = &sheet, .done = 1});
     }
     vel_image_finish(&sheet);
     return st;

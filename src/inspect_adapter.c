@@ -1,9 +1,10 @@
-/* inspect_adapter.c: an adapter file described without the model it belongs to. Names are taken apart
- * here for display only: which module a tensor belongs to is decided elsewhere, from the model.
+/* inspect_adapter.c: an adapter file described without the model it belongs to. Names are taken
+ * apart here for display only: which module a tensor belongs to is decided elsewhere, from the
+ * model.
  *
- * The size of a module's change is the Frobenius norm of alpha/rank * up * down. With U [out, r] and
- * D [r, in] its square is the sum over the elementwise product of U'U and D D', two r x r matrices, so
- * the change itself is never formed. */
+ * The size of a module's change is the Frobenius norm of alpha/rank * up * down. With U [out, r]
+ * and D [r, in] its square is the sum over the elementwise product of U'U and D D', two r x r
+ * matrices, so the change itself is never formed. */
 #include "inspect.h"
 
 #include <stdlib.h>
@@ -16,19 +17,31 @@ static const struct {
     piece piece;
     const char *kind;
 } endings[] = {
-    {".lora_linear_layer.down.weight", DOWN, "LoRA"}, {".lora_linear_layer.up.weight", UP, "LoRA"},
-    {".lora_A.default.weight", DOWN, "LoRA"},         {".lora_B.default.weight", UP, "LoRA"},
-    {".lora_down.weight", DOWN, "LoRA"},              {".lora_up.weight", UP, "LoRA"},
-    {".lora.down.weight", DOWN, "LoRA"},              {".lora.up.weight", UP, "LoRA"},
-    {"_lora.down.weight", DOWN, "LoRA"},              {"_lora.up.weight", UP, "LoRA"},
-    {".lora_A.weight", DOWN, "LoRA"},                 {".lora_B.weight", UP, "LoRA"},
+    {".lora_linear_layer.down.weight", DOWN, "LoRA"},
+    {".lora_linear_layer.up.weight", UP, "LoRA"},
+    {".lora_A.default.weight", DOWN, "LoRA"},
+    {".lora_B.default.weight", UP, "LoRA"},
+    {".lora_down.weight", DOWN, "LoRA"},
+    {".lora_up.weight", UP, "LoRA"},
+    {".lora.down.weight", DOWN, "LoRA"},
+    {".lora.up.weight", UP, "LoRA"},
+    {"_lora.down.weight", DOWN, "LoRA"},
+    {"_lora.up.weight", UP, "LoRA"},
+    {".lora_A.weight", DOWN, "LoRA"},
+    {".lora_B.weight", UP, "LoRA"},
     {".lora_mid.weight", OTHER, "LoCon with a Tucker core"},
-    {".hada_w1_a", OTHER, "LoHa"},                    {".hada_w1_b", OTHER, "LoHa"},
-    {".hada_w2_a", OTHER, "LoHa"},                    {".hada_w2_b", OTHER, "LoHa"},
-    {".lokr_w1", OTHER, "LoKr"},                      {".lokr_w1_a", OTHER, "LoKr"},
-    {".lokr_w1_b", OTHER, "LoKr"},                    {".lokr_w2", OTHER, "LoKr"},
-    {".lokr_w2_a", OTHER, "LoKr"},                    {".lokr_w2_b", OTHER, "LoKr"},
-    {".dora_scale", OTHER, "DoRA"},                   {".lora_magnitude_vector", OTHER, "DoRA"},
+    {".hada_w1_a", OTHER, "LoHa"},
+    {".hada_w1_b", OTHER, "LoHa"},
+    {".hada_w2_a", OTHER, "LoHa"},
+    {".hada_w2_b", OTHER, "LoHa"},
+    {".lokr_w1", OTHER, "LoKr"},
+    {".lokr_w1_a", OTHER, "LoKr"},
+    {".lokr_w1_b", OTHER, "LoKr"},
+    {".lokr_w2", OTHER, "LoKr"},
+    {".lokr_w2_a", OTHER, "LoKr"},
+    {".lokr_w2_b", OTHER, "LoKr"},
+    {".dora_scale", OTHER, "DoRA"},
+    {".lora_magnitude_vector", OTHER, "DoRA"},
     {".alpha", ALPHA, NULL},
 };
 
@@ -86,7 +99,8 @@ bool vel_inspect_is_adapter(const vel_safetensors *sf)
     return false;
 }
 
-/* ---- collecting ------------------------------------------------------------------------------------------ */
+/* ---- collecting
+ * ------------------------------------------------------------------------------------------ */
 
 static int by_stem(const void *a, const void *b)
 {
@@ -146,14 +160,18 @@ static vel_status collect(summary *s)
     return VEL_OK;
 }
 
-/* ---- strength and size ------------------------------------------------------------------------------------ */
+/* ---- strength and size
+ * ------------------------------------------------------------------------------------ */
 
-/* What stands beside the tensors: PEFT's adapter_config.json, or diffusers' entry in the metadata. */
+/* What stands beside the tensors: PEFT's adapter_config.json, or diffusers' entry in the metadata.
+ */
 static void read_config(summary *s)
 {
-    const char *text = vel_safetensors_meta(s->sf, "lora_adapter_metadata"), *path = vel_safetensors_path(s->sf);
+    const char *text = vel_safetensors_meta(s->sf, "lora_adapter_metadata"),
+               *path = vel_safetensors_path(s->sf);
     const char *slash = strrchr(path, '/');
-    char *beside = vel_arena_strf(s->arena, "%.*sadapter_config.json", slash ? (int)(slash + 1 - path) : 0, path);
+    char *beside = vel_arena_strf(s->arena, "%.*sadapter_config.json",
+                                  slash ? (int)(slash + 1 - path) : 0, path);
     if (text)
         s->config = json_loads(text, 0, NULL);
     else if (beside && vel_is_file(beside) && vel_json_load(s->ctx, beside, &s->config))
@@ -192,8 +210,10 @@ static vel_status measure_module(summary *s, module *m)
     m->strength = (double)alpha / (root ? sqrt((double)m->rank) : (double)m->rank);
 
     size_t square = (size_t)(m->rank * m->rank);
-    float *d = vel_alloc(s->ctx, sizeof *d * (size_t)down->count), *u = vel_alloc(s->ctx, sizeof *u * (size_t)up->count);
-    double *dd = vel_alloc(s->ctx, sizeof *dd * square), *uu = vel_alloc(s->ctx, sizeof *uu * square);
+    float *d = vel_alloc(s->ctx, sizeof *d * (size_t)down->count),
+          *u = vel_alloc(s->ctx, sizeof *u * (size_t)up->count);
+    double *dd = vel_alloc(s->ctx, sizeof *dd * square),
+           *uu = vel_alloc(s->ctx, sizeof *uu * square);
     if (d && u && dd && uu) {
         double sum = 0;
         vel_file_tensor_floats(down, 0, down->count, d);
@@ -212,7 +232,8 @@ static vel_status measure_module(summary *s, module *m)
     return st;
 }
 
-/* ---- the text ---------------------------------------------------------------------------------------------- */
+/* ---- the text
+ * ---------------------------------------------------------------------------------------------- */
 
 /* Every distinct kind among the tensors: "LoRA", "LoHa + DoRA". */
 static void add_kinds(summary *s, vel_text *out)
@@ -259,7 +280,8 @@ static double strength_of(const module *m)
 }
 
 /* "16", or "4 to 32" where modules differ. */
-static void add_range(const summary *s, vel_text *out, const char *label, double (*of)(const module *))
+static void add_range(const summary *s, vel_text *out, const char *label,
+                      double (*of)(const module *))
 {
     double least = INFINITY, most = -INFINITY;
     for (int i = 0; i < s->n; i++) {
@@ -295,8 +317,8 @@ static void add_head(summary *s, vel_text *out)
     vel_text_addf(out, "modules     %d: %d of the U-Net, %d of the text encoder", s->n, unet, text);
     if (s->n > unet + text)
         vel_text_addf(out, ", %d of neither", s->n - unet - text);
-    vel_text_addf(out, "\nvalues      %s in %s, %s\n", vel_inspect_number(values, a), types.s ? types.s : "no type",
-                  vel_bytes_text(bytes, b));
+    vel_text_addf(out, "\nvalues      %s in %s, %s\n", vel_inspect_number(values, a),
+                  types.s ? types.s : "no type", vel_bytes_text(bytes, b));
     vel_text_finish(&types);
     add_range(s, out, "rank        ", rank_of);
     add_range(s, out, "alpha       ", alpha_of);
@@ -313,7 +335,9 @@ static void block_of(const module *m, char out[64])
         if (!at)
             continue;
         const char *digits = at + strlen(blocks[i]) + 1;
-        int n = strcmp(blocks[i], "mid_block") == 0 || !digits[-1] ? 0 : (int)strspn(digits, "0123456789");
+        int n = strcmp(blocks[i], "mid_block") == 0 || !digits[-1]
+                    ? 0
+                    : (int)strspn(digits, "0123456789");
         snprintf(out, 64, "%s %s%s%.*s", m->part, blocks[i], n ? "." : "", n, digits);
         return;
     }
@@ -351,11 +375,12 @@ static void add_blocks(const summary *s, vel_text *out)
     }
     if (n == 0)
         return;
-    vel_text_add(out, "\nchange by block: Frobenius norm of alpha/rank * up * down over its modules\n");
+    vel_text_add(out,
+                 "\nchange by block: Frobenius norm of alpha/rank * up * down over its modules\n");
     for (int k = 0; k < n; k++) {
         int bar = most > 0 ? (int)(30 * sqrt(blocks[k].square / most) + 0.5) : 0;
-        vel_text_addf(out, "  %10.4f  %-28s %3d modules  %.*s\n", sqrt(blocks[k].square), blocks[k].name, blocks[k].n,
-                      bar, "##############################");
+        vel_text_addf(out, "  %10.4f  %-28s %3d modules  %.*s\n", sqrt(blocks[k].square),
+                      blocks[k].name, blocks[k].n, bar, "##############################");
     }
 }
 
@@ -379,8 +404,10 @@ static void add_modules(summary *s, vel_text *out)
         if (isfinite(m->norm))
             vel_text_addf(out, "  %10.4f  rank %-4" PRId64 " %s\n", m->norm, m->rank, m->stem);
         else
-            vel_text_addf(out, "           -  %s%s\n", m->stem, m->down && !m->up ? " (without its up)"
-                          : m->up && !m->down ? " (without its down)" : "");
+            vel_text_addf(out, "           -  %s%s\n", m->stem,
+                          m->down && !m->up   ? " (without its up)"
+                          : m->up && !m->down ? " (without its down)"
+                                              : "");
     }
 }
 

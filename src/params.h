@@ -1,4 +1,5 @@
-/* params.h: settings of each command as typed structs, filled from the one option table in params.c. */
+/* params.h: settings of each command as typed structs, filled from the one option table in
+ * params.c. */
 #ifndef VEL_PARAMS_H
 #define VEL_PARAMS_H
 
@@ -10,28 +11,28 @@ typedef struct vel_generate_options {
     const char *prompt, *prompt_file, *negative;
     double guidance;
     int width, height, steps, count, batch;
-    int64_t seed;          /* -1: a random one, which is then printed and written into the file */
+    int64_t seed; /* -1: a random one, which is then printed and written into the file */
     const char *sampler;
     double eta;
-    const char *lora;      /* "file:0.8,other.safetensors" */
-    double lora_scale;     /* multiplies every strength */
-    const char *output;    /* a file, or a folder for several */
+    const char *lora;   /* "file:0.8,other.safetensors" */
+    double lora_scale;  /* multiplies every strength */
+    const char *output; /* a file, or a folder for several */
 } vel_generate_options;
 
 typedef struct vel_grid_options {
     vel_generate_options draw; /* prompts, lora files, seed = first seed */
-    const char *weights;   /* "0.6,0.8,1" */
-    const char *seeds;     /* "1,2,3" */
+    const char *weights;       /* "0.6,0.8,1" */
+    const char *seeds;         /* "1,2,3" */
 } vel_grid_options;
 
 typedef struct vel_score_options {
     vel_generate_options draw;
-    const char *data;      /* folder with prompts.jsonl and the true pictures */
-    const char *save;      /* folder for the drawn pictures; NULL none */
+    const char *data; /* folder with prompts.jsonl and the true pictures */
+    const char *save; /* folder for the drawn pictures; NULL none */
 } vel_score_options;
 
 typedef struct vel_bench_options {
-    const char *what;      /* "step", "unet", "vae_decode", "vae_encode", "text", or an op's name */
+    const char *what; /* "step", "unet", "vae_decode", "vae_encode", "text", or an op's name */
     const char *model, *device, *precision, *shapes, *targets;
     int batch, width, height, rank, repeats, length;
     bool gradient_checkpointing, profile, train_text_encoder;
@@ -39,7 +40,7 @@ typedef struct vel_bench_options {
 
 struct vel_params {
     vel_ctx *ctx;
-    int command;           /* row in params.c's table of commands */
+    int command; /* row in params.c's table of commands */
     union {
         vel_train_options train;
         vel_generate_options generate;
@@ -47,9 +48,9 @@ struct vel_params {
         vel_score_options score;
         vel_bench_options bench;
     } o;
-    char **owned;          /* texts of values that were set */
+    char **owned; /* texts of values that were set */
     int n_owned;
-    json_t *set;           /* name -> text of every setting, in table order, defaults included */
+    json_t *set; /* name -> text of every setting, in table order, defaults included */
 };
 
 /* Checks of a command's settings together (a rule over two options), before it starts. */
@@ -59,7 +60,8 @@ vel_status vel_generate_run(vel_ctx *ctx, const vel_generate_options *o);
 vel_status vel_grid_run(vel_ctx *ctx, const vel_grid_options *o);
 vel_status vel_score_run(vel_ctx *ctx, const vel_score_options *o);
 vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out);
-vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed, int *failed);
+vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed,
+                          int *failed);
 vel_status vel_inspect_run(vel_ctx *ctx, const char *path, vel_text *out);
 
 #endif

@@ -1,12 +1,14 @@
-/* score.c: velatura score: draws the prompts of a folder with true pictures and measures how far the
- * drawings are from them, in three ways that a style shows itself in:
+/* score.c: velatura score: draws the prompts of a folder with true pictures and measures how far
+ * the drawings are from them, in three ways that a style shows itself in:
  *
  *   mean squared error   at 64 x 64, values from -1 to 1: place, shape and colour
  *   edge energy          e(drawn) - e(true), root mean square over pictures; e is the mean absolute
- *                        difference of neighbours at 64 x 64, rows and columns: flat areas or texture
- *   colour histogram     32 bins a channel over the whole set, L1, mean of the channels: the palette
+ *                        difference of neighbours at 64 x 64, rows and columns: flat areas or
+ * texture colour histogram     32 bins a channel over the whole set, L1, mean of the channels: the
+ * palette
  *
- * The folder holds prompts.jsonl with {"file": ..., "prompt": ...} a line. Picture i is drawn with seed
+ * The folder holds prompts.jsonl with {"file": ..., "prompt": ...} a line. Picture i is drawn with
+ * seed
  * --seed + i. */
 #include "drawing.h"
 
@@ -37,7 +39,8 @@ typedef struct distances {
     double squared, edge, colours;
 } distances;
 
-/* ---- measures ---------------------------------------------------------------------------------------- */
+/* ---- measures
+ * ---------------------------------------------------------------------------------------- */
 
 static vel_status shrink(vel_ctx *ctx, const vel_image *image, float *out)
 {
@@ -84,22 +87,26 @@ static double colour_distance(const histogram *a, const histogram *b)
     return sum / 3;
 }
 
-/* ---- the folder ---------------------------------------------------------------------------------------- */
+/* ---- the folder
+ * ---------------------------------------------------------------------------------------- */
 
 static vel_status add_line(score *s, const char *list, int number, const char *line, size_t n)
 {
     json_error_t error;
     json_t *row = json_loadb(line, n, 0, &error);
-    const char *file = vel_json_string(row, "file", NULL), *prompt = vel_json_string(row, "prompt", NULL);
+    const char *file = vel_json_string(row, "file", NULL),
+               *prompt = vel_json_string(row, "prompt", NULL);
     vel_status st = VEL_OK;
     if (!file || !prompt)
-        st = vel_fail(s->d.ctx, VEL_BAD_FILE, "%s:%d: not of the form {\"file\": \"a.png\", \"prompt\": \"...\"}", list,
+        st = vel_fail(s->d.ctx, VEL_BAD_FILE,
+                      "%s:%d: not of the form {\"file\": \"a.png\", \"prompt\": \"...\"}", list,
                       number);
     else if (s->n == MOST_PICTURES)
         st = vel_fail(s->d.ctx, VEL_BAD_FILE, "%s: more than %d pictures", list, MOST_PICTURES);
     if (st == VEL_OK)
         st = vel_drawing_add_prompt(&s->d, prompt);
-    truth *grown = st == VEL_OK ? vel_realloc(s->d.ctx, s->truths, sizeof *grown * (size_t)(s->n + 1)) : NULL;
+    truth *grown =
+        st == VEL_OK ? vel_realloc(s->d.ctx, s->truths, sizeof *grown * (size_t)(s->n + 1)) : NULL;
     if (grown) {
         s->truths = grown;
         s->truths[s->n].file = vel_arena_strdup(s->d.arena, file);
@@ -151,20 +158,22 @@ static vel_status read_truths(score *s)
     return VEL_OK;
 }
 
-/* ---- drawing and measuring ------------------------------------------------------------------------------- */
+/* ---- drawing and measuring
+ * ------------------------------------------------------------------------------- */
 
 /* SAVE/<name of the true picture>.png; in a folder of its own for every round but the first. */
 static vel_status save(score *s, int i, int round, const vel_image *image, uint64_t seed)
 {
     const char *file = vel_drawing_base_name(s->truths[i].file), *dot = strrchr(file, '.');
     int stem = dot ? (int)(dot - file) : (int)strlen(file);
-    char *path = vel_arena_strf(s->d.arena, "%s/%.*s%s%.0d.png", s->o->save, stem, file, round ? "-" : "",
-                                round ? round + 1 : 0);
+    char *path = vel_arena_strf(s->d.arena, "%s/%.*s%s%.0d.png", s->o->save, stem, file,
+                                round ? "-" : "", round ? round + 1 : 0);
     return path ? vel_drawing_write(&s->d, path, image, &s->d.prompts[i], seed) : VEL_NO_MEMORY;
 }
 
 /* Adds picture i to the means; the edge energy as a square until the round ends. */
-static vel_status measure(score *s, int i, const vel_image *image, histogram *colours, distances *sum)
+static vel_status measure(score *s, int i, const vel_image *image, histogram *colours,
+                          distances *sum)
 {
     float small[SIDE * SIDE * 3];
     double squared = 0;
@@ -201,8 +210,8 @@ static vel_status draw_round(score *s, int round, vel_image *images)
 
 static void report(score *s, const char *what, const distances *x)
 {
-    vel_log(s->d.ctx, 2, "%s: mean squared error %.4f, edge energy %.4f, colour histogram %.4f", what, x->squared,
-            x->edge, x->colours);
+    vel_log(s->d.ctx, 2, "%s: mean squared error %.4f, edge energy %.4f, colour histogram %.4f",
+            what, x->squared, x->edge, x->colours);
 }
 
 static vel_status run_round(score *s, int round, vel_image *images, distances *out)
@@ -236,8 +245,10 @@ static vel_status run(score *s)
     VEL_TRY(read_list(s));
     VEL_TRY(read_truths(s));
     for (int i = 1; i < s->n; i++)
-        if (memcmp(s->d.prompts[i].weights, s->d.prompts[0].weights, sizeof s->d.prompts[0].weights) != 0)
-            return vel_fail(s->d.ctx, VEL_BAD_VALUE, "prompts.jsonl: adapters are named with --lora here");
+        if (memcmp(s->d.prompts[i].weights, s->d.prompts[0].weights,
+                   sizeof s->d.prompts[0].weights) != 0)
+            return vel_fail(s->d.ctx, VEL_BAD_VALUE,
+                            "prompts.jsonl: adapters are named with --lora here");
     if (s->o->save)
         VEL_TRY(vel_make_folder(s->d.ctx, s->o->save));
     VEL_TRY(vel_drawing_load(&s->d));

@@ -20,11 +20,12 @@ typedef struct vel_test {
     const char *program; /* the built command line program; NULL when not given */
     const char *folder;  /* an empty temporary folder, removed afterwards */
     int failures;
-    int skipped;         /* set with the reason printed, where the machine lacks something */
+    int skipped; /* set with the reason printed, where the machine lacks something */
 } vel_test;
 
 void vel_test_register(vel_test *t);
-void vel_test_fail(vel_test *t, const char *file, int line, const char *format, ...) VEL_PRINTF(4, 5);
+void vel_test_fail(vel_test *t, const char *file, int line, const char *format, ...)
+    VEL_PRINTF(4, 5);
 
 #define TEST(id)                                                                                   \
     static void test_##id(vel_test *t);                                                            \

@@ -1,6 +1,6 @@
 /* test_api.c: the public interface is velatura.h and nothing else: the declarations marked VEL_API,
- * the version script velatura.map and the symbols that libvelatura.so exports are the same list. Reads
- * the sources from the current folder and the library beside the program; runs neither. */
+ * the version script velatura.map and the symbols that libvelatura.so exports are the same list.
+ * Reads the sources from the current folder and the library beside the program; runs neither. */
 #include "test.h"
 
 #include <ctype.h>
@@ -96,7 +96,8 @@ static bool read_library(vel_test *t, name_list *out)
     return true;
 }
 
-static void check_equal(vel_test *t, const name_list *a, const char *a_is, const name_list *b, const char *b_is)
+static void check_equal(vel_test *t, const name_list *a, const char *a_is, const name_list *b,
+                        const char *b_is)
 {
     for (int i = 0; i < a->n; i++)
         CHECK_MSG(has_name(b, a->name[i]), "%s is in %s and not in %s", a->name[i], a_is, b_is);

@@ -1,6 +1,6 @@
-/* test_cli.c: the program as a user meets it (help, wrong command lines, exit status, messages that name
- * the file and the remedy), the option table behind it, and the pages and texts that it leaves. Drives
- * the built program; needs no model. */
+/* test_cli.c: the program as a user meets it (help, wrong command lines, exit status, messages that
+ * name the file and the remedy), the option table behind it, and the pages and texts that it
+ * leaves. Drives the built program; needs no model. */
 #include "program.h"
 
 #include "inspect.h"
@@ -58,9 +58,17 @@ TEST(cli_wrong_command_lines)
 TEST(cli_forms_of_settings)
 {
     static const char *const forms[] = {
-        "train --flip",         "train --flip=no",  "train --flip no",      "train --no-flip",
-        "train --no_flip",      "train --flip-aug", "train --network-dim 8", "train --network_dim=8",
-        "train --accumul 2",    "train --quiet",    "train --log-level=4 --flip on",
+        "train --flip",
+        "train --flip=no",
+        "train --flip no",
+        "train --no-flip",
+        "train --no_flip",
+        "train --flip-aug",
+        "train --network-dim 8",
+        "train --network_dim=8",
+        "train --accumul 2",
+        "train --quiet",
+        "train --log-level=4 --flip on",
     };
     for (int i = 0; i < VEL_COUNT(forms); i++)
         EXPECT(forms[i], 1, "train needs --model");
@@ -69,13 +77,16 @@ TEST(cli_forms_of_settings)
 TEST(cli_names_what_is_missing)
 {
     char words[8192];
-    snprintf(words, sizeof words, "generate 'a cup' --model '%s/no-model' --output '%s/a.png'", t->folder, t->folder);
+    snprintf(words, sizeof words, "generate 'a cup' --model '%s/no-model' --output '%s/a.png'",
+             t->folder, t->folder);
     EXPECT(words, 1, "no-model");
     EXPECT("generate --model x", 1, "--prompt");
-    snprintf(words, sizeof words, "train --model '%s/no-model' --data '%s/no-data' --output_dir '%s/out'", t->folder,
+    snprintf(words, sizeof words,
+             "train --model '%s/no-model' --data '%s/no-data' --output_dir '%s/out'", t->folder,
              t->folder, t->folder);
     EXPECT(words, 1, "/no-");
-    snprintf(words, sizeof words, "generate 'a <lora:missing:0.5> cup' --model x --output '%s/a.png'", t->folder);
+    snprintf(words, sizeof words,
+             "generate 'a <lora:missing:0.5> cup' --model x --output '%s/a.png'", t->folder);
     EXPECT(words, 1, "'missing'");
     EXPECT("generate x --model x --lora nowhere.safetensors:0.8", 1, "'nowhere.safetensors'");
     EXPECT("generate --prompt_file no-such-file --model x", 1, "no-such-file");
@@ -89,7 +100,8 @@ TEST(cli_names_what_is_missing)
     EXPECT(words, 1, "0 passed, 0 failed");
 }
 
-/* An output below a file can be written by nobody, root included; it is found before the model is read. */
+/* An output below a file can be written by nobody, root included; it is found before the model is
+ * read. */
 TEST(cli_unwritable_output)
 {
     char words[8192], path[4200];
@@ -103,7 +115,8 @@ TEST(cli_unwritable_output)
     EXPECT(words, 1, "a-file");
 }
 
-/* ---- the option table ---------------------------------------------------------------------------------- */
+/* ---- the option table
+ * ---------------------------------------------------------------------------------- */
 
 TEST(params_defaults_pass_their_own_setters)
 {
@@ -113,9 +126,12 @@ TEST(params_defaults_pass_their_own_setters)
         CHECK_MSG(p, "%s: %s", commands[c], vel_ctx_error(t->ctx));
         for (int i = 0; p && vel_params_describe(commands[c], i, &info); i++) {
             const char *value = vel_params_get(p, info.name);
-            CHECK_MSG(!info.initial == !value, "%s --%s: default %s", commands[c], info.name, value ? value : "none");
-            CHECK_MSG(!value || strcmp(value, info.initial) == 0, "%s --%s: %s", commands[c], info.name, value);
-            CHECK_MSG(info.help && info.help[0] && info.group, "%s --%s: no help", commands[c], info.name);
+            CHECK_MSG(!info.initial == !value, "%s --%s: default %s", commands[c], info.name,
+                      value ? value : "none");
+            CHECK_MSG(!value || strcmp(value, info.initial) == 0, "%s --%s: %s", commands[c],
+                      info.name, value);
+            CHECK_MSG(info.help && info.help[0] && info.group, "%s --%s: no help", commands[c],
+                      info.name);
             if (info.initial)
                 CHECK_OK(vel_params_set(p, info.name, info.initial));
         }
@@ -123,8 +139,9 @@ TEST(params_defaults_pass_their_own_setters)
     }
 }
 
-static void check_each(vel_test *t, const char *command, const vel_param_info *info, const char *list,
-                       void (*check)(vel_test *, const char *, const vel_param_info *, const char *))
+static void
+check_each(vel_test *t, const char *command, const vel_param_info *info, const char *list,
+           void (*check)(vel_test *, const char *, const vel_param_info *, const char *))
 {
     char name[128];
     for (const char *at = list; at && *at;) {
@@ -135,14 +152,16 @@ static void check_each(vel_test *t, const char *command, const vel_param_info *i
     }
 }
 
-static void check_alias(vel_test *t, const char *command, const vel_param_info *info, const char *alias)
+static void check_alias(vel_test *t, const char *command, const vel_param_info *info,
+                        const char *alias)
 {
     vel_param_info found = {0};
-    CHECK_MSG(vel_params_find(command, alias, &found) && strcmp(found.name, info->name) == 0, "%s --%s means %s",
-              command, alias, found.name ? found.name : "nothing");
+    CHECK_MSG(vel_params_find(command, alias, &found) && strcmp(found.name, info->name) == 0,
+              "%s --%s means %s", command, alias, found.name ? found.name : "nothing");
 }
 
-static void check_choice(vel_test *t, const char *command, const vel_param_info *info, const char *choice)
+static void check_choice(vel_test *t, const char *command, const vel_param_info *info,
+                         const char *choice)
 {
     vel_params *p = vel_params_create(t->ctx, command);
     CHECK(p);
@@ -160,7 +179,8 @@ TEST(params_aliases_and_choices)
             check_each(t, commands[c], &info, info.aliases, check_alias);
             check_each(t, commands[c], &info, info.choices, check_choice);
             for (int k = 0; k < i && vel_params_describe(commands[c], k, &other); k++)
-                CHECK_MSG(strcmp(info.name, other.name) != 0, "%s: --%s twice", commands[c], info.name);
+                CHECK_MSG(strcmp(info.name, other.name) != 0, "%s: --%s twice", commands[c],
+                          info.name);
         }
     }
 }
@@ -170,26 +190,37 @@ TEST(params_refuse)
     static const struct {
         const char *name, *value, *says;
     } cases[] = {
-        {"rank", "0", "--rank"},        {"rank", "1.5", "whole"},     {"rank", "", "--rank"},
-        {"rank", "16x", "16x"},         {"learning_rate", "nan", ""}, {"learning_rate", "inf", ""},
-        {"learning_rate", "-1", "-1"},  {"flip", "perhaps", "perhaps"}, {"lr_scheduler", "bent", "constant"},
-        {"no_such", "1", "no_such"},    {"comment", "\xff\xfe", "UTF-8"}, {"precision", "", "auto"},
+        {"rank", "0", "--rank"},
+        {"rank", "1.5", "whole"},
+        {"rank", "", "--rank"},
+        {"rank", "16x", "16x"},
+        {"learning_rate", "nan", ""},
+        {"learning_rate", "inf", ""},
+        {"learning_rate", "-1", "-1"},
+        {"flip", "perhaps", "perhaps"},
+        {"lr_scheduler", "bent", "constant"},
+        {"no_such", "1", "no_such"},
+        {"comment", "\xff\xfe", "UTF-8"},
+        {"precision", "", "auto"},
         {"batch", "99999999999", "--batch"},
     };
     vel_params *p = vel_params_create(t->ctx, "train");
     CHECK(p);
     for (int i = 0; p && i < VEL_COUNT(cases); i++) {
-        CHECK_MSG(vel_params_set(p, cases[i].name, cases[i].value) == VEL_BAD_VALUE, "--%s '%s' was taken",
-                  cases[i].name, cases[i].value);
-        CHECK_MSG(strstr(vel_ctx_error(t->ctx), cases[i].says), "--%s: %s", cases[i].name, vel_ctx_error(t->ctx));
+        CHECK_MSG(vel_params_set(p, cases[i].name, cases[i].value) == VEL_BAD_VALUE,
+                  "--%s '%s' was taken", cases[i].name, cases[i].value);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), cases[i].says), "--%s: %s", cases[i].name,
+                  vel_ctx_error(t->ctx));
     }
     vel_params_destroy(p);
     CHECK(!vel_params_create(t->ctx, "dance"));
 }
 
-/* ---- inspect ---------------------------------------------------------------------------------------------- */
+/* ---- inspect
+ * ---------------------------------------------------------------------------------------------- */
 
-/* up [2, 1] of (3, 4), down [1, 3] of (1, 2, 2), alpha 2, rank 1: the norm of the change is 2 * 5 * 3. */
+/* up [2, 1] of (3, 4), down [1, 3] of (1, 2, 2), alpha 2, rank 1: the norm of the change is 2 * 5
+ * * 3. */
 TEST(inspect_measures_an_adapter)
 {
     static const float down[] = {1, 2, 2}, up[] = {3, 4}, alpha[] = {2}, small[] = {0.1f, 0, 0};
@@ -197,7 +228,11 @@ TEST(inspect_measures_an_adapter)
         {"lora_unet_mid_block_attentions_0_to_q.lora_down.weight", VEL_FILE_F32, 2, {1, 3}, down},
         {"lora_unet_mid_block_attentions_0_to_q.lora_up.weight", VEL_FILE_F32, 2, {2, 1}, up},
         {"lora_unet_mid_block_attentions_0_to_q.alpha", VEL_FILE_F32, 0, {0}, alpha},
-        {"lora_te_text_model_encoder_layers_3_mlp_fc1.lora_down.weight", VEL_FILE_F32, 2, {1, 3}, small},
+        {"lora_te_text_model_encoder_layers_3_mlp_fc1.lora_down.weight",
+         VEL_FILE_F32,
+         2,
+         {1, 3},
+         small},
         {"lora_te_text_model_encoder_layers_3_mlp_fc1.lora_up.weight", VEL_FILE_F32, 2, {2, 1}, up},
     };
     char path[4200];
@@ -207,8 +242,14 @@ TEST(inspect_measures_an_adapter)
     json_decref(meta);
     char *text = NULL;
     CHECK_OK(vel_inspect(t->ctx, path, &text));
-    static const char *const says[] = {"LoRA", "kohya", "2: 1 of the U-Net, 1 of the text encoder", "30.0000",
-                                       "0.5000", "unet mid_block", "text encoder layers.3", "ss_output_name"};
+    static const char *const says[] = {"LoRA",
+                                       "kohya",
+                                       "2: 1 of the U-Net, 1 of the text encoder",
+                                       "30.0000",
+                                       "0.5000",
+                                       "unet mid_block",
+                                       "text encoder layers.3",
+                                       "ss_output_name"};
     for (int i = 0; text && i < VEL_COUNT(says); i++)
         CHECK_MSG(strstr(text, says[i]), "does not say '%s': %s", says[i], text);
     if (text) {
@@ -221,12 +262,14 @@ TEST(inspect_measures_an_adapter)
 TEST(inspect_lists_other_tensors)
 {
     static const float x[6] = {0};
-    const vel_save_tensor tensors[] = {{"a.weight", VEL_FILE_F16, 2, {2, 3}, x}, {"b", VEL_FILE_F32, 0, {0}, x}};
+    const vel_save_tensor tensors[] = {{"a.weight", VEL_FILE_F16, 2, {2, 3}, x},
+                                       {"b", VEL_FILE_F32, 0, {0}, x}};
     char path[4200], *text = NULL;
     snprintf(path, sizeof path, "%s/x.safetensors", t->folder);
     CHECK_OK(vel_safetensors_save(t->ctx, path, tensors, 2, NULL));
     CHECK_OK(vel_inspect(t->ctx, path, &text));
-    CHECK(text && strstr(text, "2 tensors, 7 values in F32, F16") && strstr(text, "[2, 3]  a.weight"));
+    CHECK(text && strstr(text, "2 tensors, 7 values in F32, F16") &&
+          strstr(text, "[2, 3]  a.weight"));
     vel_text_free(text);
     snprintf(path, sizeof path, "%s/broken.safetensors", t->folder);
     CHECK_OK(vel_write_file(t->ctx, path, "not safetensors", 15));
@@ -236,7 +279,8 @@ TEST(inspect_lists_other_tensors)
     CHECK(strcmp(vel_inspect_number(12, number), "12") == 0);
 }
 
-/* ---- the report ------------------------------------------------------------------------------------------- */
+/* ---- the report
+ * ------------------------------------------------------------------------------------------- */
 
 enum { POINTS = 5000, SHEETS = 3 };
 
@@ -263,17 +307,36 @@ TEST(report_is_one_escaped_page)
         sheets[i] = (vel_report_sheet){i * 10, &images[i]};
     }
     json_t *settings = json_pack("{s:s, s:s}", "model", "a&b", "comment", "<i>");
-    vel_report r = {.title = "x<y", .settings = settings, .data_text = "20 pictures & more", .plan_text = "plan",
-                    .points = points, .n_points = points ? POINTS : 0, .prompts = prompts, .n_prompts = 1,
-                    .sheets = sheets, .n_sheets = SHEETS, .adapter_path = "out/x.safetensors", .seconds = 61,
-                    .peak_memory = 1 << 20, .device = "cpu"};
+    vel_report r = {.title = "x<y",
+                    .settings = settings,
+                    .data_text = "20 pictures & more",
+                    .plan_text = "plan",
+                    .points = points,
+                    .n_points = points ? POINTS : 0,
+                    .prompts = prompts,
+                    .n_prompts = 1,
+                    .sheets = sheets,
+                    .n_sheets = SHEETS,
+                    .adapter_path = "out/x.safetensors",
+                    .seconds = 61,
+                    .peak_memory = 1 << 20,
+                    .device = "cpu"};
     size_t n = 0;
     char *page = make_report(t, &r, &n);
-    static const char *const says[] = {"x&lt;y", "a&amp;b", "&lt;i&gt;", "&lt;script&gt;", "20 pictures &amp; more",
-                                       "<svg", "data:image/jpeg;base64,/9j/", "step 20", "</html>", "1 min 1 s"};
+    static const char *const says[] = {"x&lt;y",
+                                       "a&amp;b",
+                                       "&lt;i&gt;",
+                                       "&lt;script&gt;",
+                                       "20 pictures &amp; more",
+                                       "<svg",
+                                       "data:image/jpeg;base64,/9j/",
+                                       "step 20",
+                                       "</html>",
+                                       "1 min 1 s"};
     for (int i = 0; page && i < VEL_COUNT(says); i++)
         CHECK_MSG(strstr(page, says[i]), "does not hold '%s'", says[i]);
-    CHECK(page && !strstr(page, "<script") && !strstr(page, "http:") && !strstr(page, "https:") && !strstr(page, "nan"));
+    CHECK(page && !strstr(page, "<script") && !strstr(page, "http:") && !strstr(page, "https:") &&
+          !strstr(page, "nan"));
     CHECK(n < 200000); /* thousands of points are drawn as hundreds */
     vel_free(t->ctx, page);
     json_decref(settings);
@@ -285,7 +348,8 @@ TEST(report_is_one_escaped_page)
 TEST(report_of_a_run_with_nothing)
 {
     size_t n = 0;
-    vel_curve_point same[3] = {{1, 0.5, 0, 0, 0.1, NAN}, {2, 0.5, 0, 0, 0.1, NAN}, {3, NAN, 0, INFINITY, 0.1, NAN}};
+    vel_curve_point same[3] = {
+        {1, 0.5, 0, 0, 0.1, NAN}, {2, 0.5, 0, 0, 0.1, NAN}, {3, NAN, 0, INFINITY, 0.1, NAN}};
     char *page = make_report(t, &(vel_report){.title = "empty"}, &n);
     CHECK(page && strstr(page, "</html>"));
     vel_free(t->ctx, page);

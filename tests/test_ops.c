@@ -12,10 +12,10 @@ typedef struct trial {
     vel_test *t;
     vel_op op;
     const vel_case *c;
-    int number;                    /* of the case */
-    vel_dtype round;               /* what values are rounded to; VEL_I32: not at all (float64) */
-    unsigned weights;              /* inputs that are frozen weights */
-    double *value[VEL_CASE_IN];    /* NULL: absent */
+    int number;                 /* of the case */
+    vel_dtype round;            /* what values are rounded to; VEL_I32: not at all (float64) */
+    unsigned weights;           /* inputs that are frozen weights */
+    double *value[VEL_CASE_IN]; /* NULL: absent */
 } trial;
 
 static int64_t count_of(const trial *r, int i)
@@ -518,13 +518,17 @@ static unsigned weight_inputs(vel_op op)
     case VEL_OP_linear:
     case VEL_OP_conv2d:
     case VEL_OP_group_norm:
-    case VEL_OP_layer_norm: return 1u << 1 | 1u << 2;
+    case VEL_OP_layer_norm:
+        return 1u << 1 | 1u << 2;
     case VEL_OP_linear_grad_x:
     case VEL_OP_conv2d_grad_x:
     case VEL_OP_group_norm_grad:
-    case VEL_OP_layer_norm_grad: return 1u << 1;
-    case VEL_OP_embed: return 1u << 0;
-    default: return 0;
+    case VEL_OP_layer_norm_grad:
+        return 1u << 1;
+    case VEL_OP_embed:
+        return 1u << 0;
+    default:
+        return 0;
     }
 }
 
@@ -555,8 +559,8 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     int i = path[0] - '0';
     if (i < 0 || i >= VEL_CASE_IN || !r->value[i])
         return false;
-    *out = (vel_source_tensor){.shape = r->c->in[i], .file = "test", .user = r->value[i],
-                               .read = read_weight};
+    *out = (vel_source_tensor){
+        .shape = r->c->in[i], .file = "test", .user = r->value[i], .read = read_weight};
     return true;
 }
 

@@ -65,8 +65,7 @@ static void check_golden_line(vel_test *t, vel_tokenizer *tokenizer, const json_
     vel_text_init(&expected, t->ctx);
     const json_t *ids = json_object_get(entry, "ids");
     for (size_t i = 0; i < json_array_size(ids); i++)
-        vel_text_addf(&expected, i ? " %d" : "%d",
-                      (int)json_integer_value(json_array_get(ids, i)));
+        vel_text_addf(&expected, i ? " %d" : "%d", (int)json_integer_value(json_array_get(ids, i)));
     const char *text = vel_json_string(entry, "text", "");
     check_ids(t, tokenizer, text, expected.s ? expected.s : "");
     vel_text_finish(&expected);
@@ -103,7 +102,10 @@ TEST(tokenizer_small_vocabulary)
     CHECK(!vel_tokenizer_piece(tokenizer, 12) && !vel_tokenizer_piece(tokenizer, -1));
     check_ids(t, tokenizer, "", "");
     check_ids(t, tokenizer, " \t\xe3\x80\x80", "");
-    check_ids(t, tokenizer, "ABC\xc2\xa0" "abca", "9 8 3 5");
+    check_ids(t, tokenizer,
+              "ABC\xc2\xa0"
+              "abca",
+              "9 8 3 5");
     check_ids(t, tokenizer, "a<|endoftext|>b!", "5 11 6 4");
     check_ids(t, tokenizer, "z", "11"); /* no piece for its byte: the unknown token */
     vel_tokenizer_close(tokenizer);
@@ -126,9 +128,11 @@ TEST(tokenizer_whole_file)
 {
     vel_text text;
     vel_text_init(&text, t->ctx);
-    vel_text_addf(&text, "{\"added_tokens\":[{\"id\":12,\"content\":\"<C>\"}],\"model\":{\"type\":"
-                         "\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":%s,\"merges\":"
-                         "[\"a b\",[\"ab\",\"c</w>\"]]}}", vocab);
+    vel_text_addf(&text,
+                  "{\"added_tokens\":[{\"id\":12,\"content\":\"<C>\"}],\"model\":{\"type\":"
+                  "\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":%s,\"merges\":"
+                  "[\"a b\",[\"ab\",\"c</w>\"]]}}",
+                  vocab);
     write_text(t, "tokenizer.json", text.s ? text.s : "");
     vel_text_finish(&text);
     vel_tokenizer *tokenizer = NULL;
@@ -246,12 +250,15 @@ TEST(tokenizer_refuses_bad_files)
         {{"vocab.json", "{\"a\": 0,\n"}, VEL_BAD_FILE, "vocab.json"},
         {{"tokenizer.json", "{\"model\":{\"type\":\"Unigram\"}}"}, VEL_UNSUPPORTED, "Unigram"},
         {{"tokenizer.json", "{\"model\":{\"end_of_word_suffix\":\"</w>\",\"vocab\":{\"a\":0},"
-                            "\"merges\":[[\"a\"]]}}"}, VEL_BAD_FILE, "merge 1"},
+                            "\"merges\":[[\"a\"]]}}"},
+         VEL_BAD_FILE,
+         "merge 1"},
         {{"added_tokens.json", "{\"<x>\": 40}"}, VEL_BAD_FILE, "<x>"},
         {{"added_tokens.json", "{\"<x>\": \"12\"}"}, VEL_BAD_FILE, "<x>"},
         {{"special_tokens_map.json", "{\"pad_token\": 3}"}, VEL_BAD_FILE, "pad_token"},
         {{"special_tokens_map.json", "{\"pad_token\":{\"content\":\"a\",\"lstrip\":true}}"},
-         VEL_UNSUPPORTED, "lstrip"},
+         VEL_UNSUPPORTED,
+         "lstrip"},
         {{"tokenizer_config.json", "{\"model_max_length\": 1}"}, VEL_BAD_FILE, "model_max_length"},
         {{"tokenizer_config.json", "{\"added_tokens_decoder\":{\"x\":{}}}"}, VEL_BAD_FILE, "'x'"},
     };

@@ -78,13 +78,14 @@ typedef struct vel_progress {
     vel_ctx *ctx;
     const char *phase; /* borrowed */
     int64_t total;
-    int64_t first; /* units that were done before: set after begin by who resumes; for rate and ETA */
+    int64_t
+        first; /* units that were done before: set after begin by who resumes; for rate and ETA */
     double started, last_emit;
 } vel_progress;
 void vel_progress_begin(vel_progress *p, vel_ctx *ctx, const char *phase, int64_t total);
 void vel_progress_at(vel_progress *p, int64_t done, double value); /* value: NaN when none */
-double vel_now(void);              /* monotonic seconds */
-int64_t vel_resident_bytes(void);  /* of this process; 0 if unknown */
+double vel_now(void);                                              /* monotonic seconds */
+int64_t vel_resident_bytes(void); /* of this process; 0 if unknown */
 int64_t vel_peak_resident_bytes(void);
 
 /* ---- arenas (arena.c): many small things with one lifetime --------------------------------- */
@@ -101,7 +102,7 @@ size_t vel_arena_bytes(const vel_arena *a);
 
 typedef struct vel_text {
     vel_ctx *ctx;
-    char *s;     /* NUL-terminated once anything was added; NULL when empty */
+    char *s; /* NUL-terminated once anything was added; NULL when empty */
     size_t n, room;
     bool failed; /* memory ran out: sticky, checked once at the end */
 } vel_text;
@@ -128,11 +129,12 @@ typedef struct vel_map { /* a file mapped read-only */
 } vel_map;
 vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path);
 void vel_map_close(vel_map *map);
-/* A hint that mapped bytes will not be read again soon: their pages leave the process (they come back
- * from the file when touched). */
+/* A hint that mapped bytes will not be read again soon: their pages leave the process (they come
+ * back from the file when touched). */
 void vel_map_forget(const void *bytes, size_t n);
 
-/* A file that appears whole or not at all: written to a temporary name beside it, synced, renamed. */
+/* A file that appears whole or not at all: written to a temporary name beside it, synced, renamed.
+ */
 typedef struct vel_writer {
     vel_ctx *ctx;
     FILE *f;
@@ -151,7 +153,7 @@ vel_status vel_read_file(vel_ctx *ctx, const char *path, size_t limit, char **ou
 vel_status vel_make_folder(vel_ctx *ctx, const char *path); /* with its parents */
 bool vel_is_file(const char *path);
 bool vel_is_folder(const char *path);
-int64_t vel_file_size(const char *path); /* -1 when there is none */
+int64_t vel_file_size(const char *path);                         /* -1 when there is none */
 char *vel_path_join(vel_ctx *ctx, const char *a, const char *b); /* owned */
 /* Names in a folder, sorted bytewise, without "." and ".."; free with vel_names_free. */
 vel_status vel_list_folder(vel_ctx *ctx, const char *path, char ***names, int *n);
@@ -174,7 +176,8 @@ void vel_sha256_end(vel_sha256 *h, char hex[65]); /* destroys h */
 uint64_t vel_random_u64(uint64_t seed, uint64_t stream, uint64_t counter);
 double vel_random_uniform(uint64_t seed, uint64_t stream, uint64_t counter); /* [0, 1) */
 void vel_random_normal(uint64_t seed, uint64_t stream, uint64_t counter, float *out, int64_t n);
-void vel_random_fill_uniform(uint64_t seed, uint64_t stream, float lo, float hi, float *out, int64_t n);
+void vel_random_fill_uniform(uint64_t seed, uint64_t stream, float lo, float hi, float *out,
+                             int64_t n);
 /* A permutation of 0..n-1 (Fisher-Yates on the stream). */
 void vel_random_shuffle(uint64_t seed, uint64_t stream, int32_t *out, int32_t n);
 
@@ -182,13 +185,14 @@ void vel_random_shuffle(uint64_t seed, uint64_t stream, int32_t *out, int32_t n)
 typedef struct vel_torch_rng {
     uint32_t mt[624];
     int at;
-    bool has_next;     /* of the scalar path, for tensors under 16 elements */
+    bool has_next; /* of the scalar path, for tensors under 16 elements */
     double next;
 } vel_torch_rng;
 void vel_torch_seed(vel_torch_rng *r, uint64_t seed);
 void vel_torch_randn(vel_torch_rng *r, float *out, int64_t n); /* torch.randn(n, generator=r) */
 
-/* ---- half types (half.c) ---------------------------------------------------------------------- */
+/* ---- half types (half.c) ----------------------------------------------------------------------
+ */
 
 typedef uint16_t vel_bf16;
 typedef uint16_t vel_f16;

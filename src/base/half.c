@@ -3,7 +3,8 @@
 #include "base/base.h"
 
 /* Bulk conversions are compiled for each vector width and chosen when the program starts. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&                             \
+    !defined(__SANITIZE_ADDRESS__)
 #define EACH_WIDTH __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
 #else
 #define EACH_WIDTH
@@ -50,7 +51,8 @@ vel_f16 vel_f32_f16(float f)
     return (vel_f16)(sign | kept);
 }
 
-/* ---- bulk: the same values without branches, so that they become vector code ------------------ */
+/* ---- bulk: the same values without branches, so that they become vector code ------------------
+ */
 
 /* The exponent is moved into float32's place and put right by a product with 2^112, which is exact,
  * also for subnormals; infinity and NaN get their exponent back. */
@@ -60,7 +62,8 @@ EACH_WIDTH void vel_f16_floats(const void *from, float *out, int64_t n)
     for (int64_t i = 0; i < n; i++) {
         uint16_t h;
         memcpy(&h, bytes + 2 * i, 2);
-        uint32_t u = (uint32_t)(h & 0x7fffu) << 13, special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+        uint32_t u = (uint32_t)(h & 0x7fffu) << 13,
+                 special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
         float f;
         memcpy(&f, &u, 4);
         f *= 0x1p112f;

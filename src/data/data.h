@@ -1,6 +1,6 @@
-/* data.h: from a folder of pictures to batches: layouts recognised, captions found, buckets by aspect
- * ratio, an order that is a function of (seed, epoch). Decoding, caching and encoding are driven by
- * train/; here is what to load and in which order. */
+/* data.h: from a folder of pictures to batches: layouts recognised, captions found, buckets by
+ * aspect ratio, an order that is a function of (seed, epoch). Decoding, caching and encoding are
+ * driven by train/; here is what to load and in which order. */
 #ifndef VEL_DATA_H
 #define VEL_DATA_H
 
@@ -17,16 +17,16 @@ typedef struct vel_data_options {
     bool buckets;                  /* aspect-ratio buckets of equal area; else fixed size */
     int bucket_min, bucket_max, bucket_step; /* 256, 1024, 64; step a multiple of 8 */
     bool no_upscale;
-    bool center_crop;              /* else random crop */
-    bool flip;                     /* random horizontal flip */
-    int repeats;                   /* of a flat folder; N_name folders carry their own */
-    double validation_split;       /* share held out, chosen by hash of the file name */
+    bool center_crop;        /* else random crop */
+    bool flip;               /* random horizontal flip */
+    int repeats;             /* of a flat folder; N_name folders carry their own */
+    double validation_split; /* share held out, chosen by hash of the file name */
     bool strict_peer;
-    int size_multiple;             /* pixels per latent: 8 */
+    int size_multiple; /* pixels per latent: 8 */
 } vel_data_options;
 
 typedef struct vel_sample {
-    char *image;       /* path */
+    char *image; /* path */
     char *caption;
     int repeats;
     int source_width, source_height;
@@ -44,13 +44,14 @@ typedef struct vel_dataset {
     vel_sample *samples; /* training and held-out */
     int n;
     int n_train, n_held_out;
-    vel_skipped *skipped;/* pictures that cannot be read, stray files */
+    vel_skipped *skipped; /* pictures that cannot be read, stray files */
     int n_skipped;
     int missing_captions;
     vel_data_options options;
 } vel_dataset;
 
-/* Finds, probes (not decodes) and sorts into buckets. No readable picture at all is VEL_BAD_FILE. */
+/* Finds, probes (not decodes) and sorts into buckets. No readable picture at all is VEL_BAD_FILE.
+ */
 vel_status vel_dataset_open(vel_ctx *ctx, const vel_data_options *o, vel_dataset **out);
 void vel_dataset_close(vel_dataset *d);
 /* What was found, as a newcomer reads it: layout, counts, three real captions, skipped files, the
@@ -60,25 +61,26 @@ void vel_dataset_describe(const vel_dataset *d, vel_text *out);
 /* An epoch's batches: each of one bucket, samples repeated as asked, shuffled by (seed, epoch). The
  * last batch of a bucket may be short (kohya) unless fill, which then draws again. */
 typedef struct vel_epoch {
-    int32_t *sample;   /* [n_items] index into samples */
-    int32_t *begin;    /* [n_batches + 1] */
+    int32_t *sample; /* [n_items] index into samples */
+    int32_t *begin;  /* [n_batches + 1] */
     int n_batches;
     vel_ctx *ctx;
 } vel_epoch;
-vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int64_t epoch, bool fill,
-                            vel_epoch **out);
+vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int64_t epoch,
+                            bool fill, vel_epoch **out);
 void vel_epoch_destroy(vel_epoch *e);
 
 /* Pixels of a sample in its bucket as it is shown in one epoch (random crop and flip come from
  * (seed, epoch, index)); out: [height, width, 3] in -1..1. */
-vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, float *out);
+vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+                             float *out);
 /* Of the bytes of a file: a part of cache keys, and how duplicates are found. */
 vel_status vel_content_hash(vel_ctx *ctx, const char *path, uint64_t *out);
 /* 0, 1: which of the variants (flip) is shown; for caches that hold both. */
 int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t epoch);
 
-/* A cache on disk under content hashes: key is any bytes (file content hash, encoder hash, size, crop,
- * flip); values are float32. NULL folder: RAM only. */
+/* A cache on disk under content hashes: key is any bytes (file content hash, encoder hash, size,
+ * crop, flip); values are float32. NULL folder: RAM only. */
 typedef struct vel_cache vel_cache;
 vel_status vel_cache_open(vel_ctx *ctx, const char *folder, vel_cache **out);
 void vel_cache_close(vel_cache *c);

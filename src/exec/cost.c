@@ -1,5 +1,5 @@
-/* cost.c: what a node costs on paper: operations and bytes, for profiles and rooflines. A multiply-add
- * is two operations; every input and output is counted once. */
+/* cost.c: what a node costs on paper: operations and bytes, for profiles and rooflines. A
+ * multiply-add is two operations; every input and output is counted once. */
 #include "exec/exec.h"
 
 static double count_of(const vel_graph *g, vel_ref r)
@@ -23,11 +23,12 @@ double vel_node_flops(const vel_graph *g, int32_t id)
         return 2 * out * (double)vel_shape_rows(a);
     case VEL_OP_conv2d:
         return 2 * out * (double)(b.dim[1] * b.dim[2] * b.dim[3]);
-    case VEL_OP_conv2d_grad_x: /* (w, dy) or (dy, w): the rank-4 weight is the input with dims O, I, k, k */
+    case VEL_OP_conv2d_grad_x: /* (w, dy) or (dy, w): the rank-4 weight is the input with dims O, I,
+                                  k, k */
         return 2 * (double)vel_shape_count(a) * (double)(b.dim[1] * b.dim[2] * b.dim[3]);
     case VEL_OP_conv2d_grad_w:
-        return 2 * (double)vel_shape_count(b) * (double)(n->out[0].shape.dim[1] * n->out[0].shape.dim[2] *
-                                                         n->out[0].shape.dim[3]);
+        return 2 * (double)vel_shape_count(b) *
+               (double)(n->out[0].shape.dim[1] * n->out[0].shape.dim[2] * n->out[0].shape.dim[3]);
     case VEL_OP_attention:
         return 4 * out * (double)b.dim[1];
     case VEL_OP_attention_grad:

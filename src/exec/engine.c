@@ -19,7 +19,8 @@ static vel_status open_device(vel_engine *e, const char *device)
         if (named)
             return st;
     }
-    return vel_fail(e->ctx, VEL_BAD_VALUE, "--device: '%s' is not one of cpu, auto", device ? device : "");
+    return vel_fail(e->ctx, VEL_BAD_VALUE, "--device: '%s' is not one of cpu, auto",
+                    device ? device : "");
 }
 
 vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
@@ -73,7 +74,8 @@ vel_dtype vel_engine_best_compute(vel_engine *e)
     return e->backend->best_compute(e->device);
 }
 
-/* ---- frozen weights ------------------------------------------------------------------------------ */
+/* ---- frozen weights
+ * ------------------------------------------------------------------------------ */
 
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user)
 {
@@ -131,10 +133,12 @@ static vel_status find_source(vel_engine *e, const vel_node *leaf, vel_source_te
                         t->file ? t->file : "weights", leaf->path, vel_shape_text(t->shape, have),
                         vel_shape_text(leaf->out[0].shape, want));
     }
-    return vel_fail(e->ctx, VEL_BAD_FILE,
-                    "%s: has no tensor '%s' %s: the file is incomplete, or the config.json beside it "
-                    "belongs to another model",
-                    looked ? looked : "the model's files", leaf->path, vel_shape_text(leaf->out[0].shape, want));
+    return vel_fail(
+        e->ctx, VEL_BAD_FILE,
+        "%s: has no tensor '%s' %s: the file is incomplete, or the config.json beside it "
+        "belongs to another model",
+        looked ? looked : "the model's files", leaf->path,
+        vel_shape_text(leaf->out[0].shape, want));
 }
 
 static void store_plain(vel_dtype type, const float *from, void *to, int64_t at, int64_t n)
@@ -149,7 +153,8 @@ static void store_plain(vel_dtype type, const float *from, void *to, int64_t at,
 }
 
 /* Row-major values in the leaf's type, in host memory that the caller frees. */
-static vel_status read_plain(vel_engine *e, const vel_node *leaf, const vel_source_tensor *t, void **out)
+static vel_status read_plain(vel_engine *e, const vel_node *leaf, const vel_source_tensor *t,
+                             void **out)
 {
     enum { CHUNK = 4096 };
     int64_t n = vel_shape_count(leaf->out[0].shape), chunks = (n + CHUNK - 1) / CHUNK, bad = chunks;
@@ -176,8 +181,9 @@ static vel_status read_plain(vel_engine *e, const vel_node *leaf, const vel_sour
     t->read(t->user, at, VEL_MIN(n - at, CHUNK), values);
     while (isfinite(values[i]))
         i++;
-    return vel_fail(e->ctx, VEL_BAD_FILE, "%s: tensor '%s' holds %f at element %" PRId64
-                    ": the file is damaged", t->file, leaf->path, (double)values[i], at + i);
+    return vel_fail(e->ctx, VEL_BAD_FILE,
+                    "%s: tensor '%s' holds %f at element %" PRId64 ": the file is damaged", t->file,
+                    leaf->path, (double)values[i], at + i);
 }
 
 static bool same_layout(const char *a, const char *b)
@@ -203,7 +209,8 @@ vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kern
         }
     vel_source_tensor t;
     VEL_TRY(find_source(e, leaf, &t));
-    size_t plain_bytes = (size_t)vel_shape_count(leaf->out[0].shape) * (size_t)vel_dtype_bytes(leaf->out[0].dtype);
+    size_t plain_bytes =
+        (size_t)vel_shape_count(leaf->out[0].shape) * (size_t)vel_dtype_bytes(leaf->out[0].dtype);
     size_t bytes = layout ? k->packed_bytes[i] : plain_bytes;
     weight_entry *w = vel_alloc(e->ctx, sizeof *w);
     void *plain = NULL;
@@ -230,7 +237,8 @@ vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kern
     return VEL_OK;
 }
 
-/* ---- trainable values ------------------------------------------------------------------------------ */
+/* ---- trainable values
+ * ------------------------------------------------------------------------------ */
 
 const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *path)
 {
@@ -318,18 +326,24 @@ int64_t vel_engine_trainable_count(const vel_engine *e)
 static float **vector_of(vel_engine *e, char which)
 {
     switch (which) {
-    case 'v': return &e->value;
-    case 'g': return &e->grad;
-    case 'm': return &e->moment1;
-    case 's': return &e->moment2;
-    default: return &e->sum;
+    case 'v':
+        return &e->value;
+    case 'g':
+        return &e->grad;
+    case 'm':
+        return &e->moment1;
+    case 's':
+        return &e->moment2;
+    default:
+        return &e->sum;
     }
 }
 
 static vel_status need_vector(vel_engine *e, float **vector)
 {
     return *vector ? VEL_OK
-                   : e->backend->alloc(e->device, (size_t)e->trainable_room * sizeof(float), (void **)vector);
+                   : e->backend->alloc(e->device, (size_t)e->trainable_room * sizeof(float),
+                                       (void **)vector);
 }
 
 void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_t n, float *out)
@@ -341,7 +355,8 @@ void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_
         memset(out, 0, (size_t)n * sizeof *out);
 }
 
-void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n, const float *in)
+void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n,
+                                 const float *in)
 {
     float **vector = vector_of(e, which);
     if (need_vector(e, vector) == VEL_OK)
@@ -377,8 +392,13 @@ vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o)
     int n = 0;
     for (int i = 0; i < e->n_trainables; i++) {
         const vel_trainable *t = &e->trainables[i];
-        vel_adamw_segment s = {t->offset, t->offset + t->count, (float)o->lr(o->user, i),
-                               (float)o->beta1, (float)o->beta2, (float)o->eps, (float)o->weight_decay,
+        vel_adamw_segment s = {t->offset,
+                               t->offset + t->count,
+                               (float)o->lr(o->user, i),
+                               (float)o->beta1,
+                               (float)o->beta2,
+                               (float)o->eps,
+                               (float)o->weight_decay,
                                (float)(1 - pow(o->beta1, (double)o->t)),
                                (float)(1 - pow(o->beta2, (double)o->t))};
         /* neighbours with one rate are one segment; the padding between them holds zeros */
@@ -387,12 +407,14 @@ vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o)
         else
             segments[n++] = s;
     }
-    e->backend->adamw(e->device, e->value, e->grad, e->moment1, e->moment2, (float)o->grad_scale, segments, n);
+    e->backend->adamw(e->device, e->value, e->grad, e->moment1, e->moment2, (float)o->grad_scale,
+                      segments, n);
     vel_free(e->ctx, segments);
     return VEL_OK;
 }
 
-/* ---- arena -------------------------------------------------------------------------------------------- */
+/* ---- arena
+ * -------------------------------------------------------------------------------------------- */
 
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes)
 {

@@ -9,10 +9,10 @@
 typedef struct weight_entry { /* one frozen weight in one form on the device */
     char *path;
     vel_dtype dtype;
-    const char *layout;       /* NULL plain; borrowed from the device */
+    const char *layout; /* NULL plain; borrowed from the device */
     void *data;
     size_t bytes;
-    bool mapped;              /* data is the file's own mapping */
+    bool mapped; /* data is the file's own mapping */
     struct weight_entry *next;
 } weight_entry;
 
@@ -34,14 +34,15 @@ struct vel_engine {
     vel_trainable *trainables;
     int n_trainables, room_trainables;
     int64_t trainable_count, trainable_room; /* values */
-    float *value, *grad, *moment1, *moment2, *sum; /* device, flat; moments and sum made on first use */
+    float *value, *grad, *moment1, *moment2,
+        *sum; /* device, flat; moments and sum made on first use */
     void *arena;
     int64_t arena_bytes;
     int n_plans;
 };
 
-/* The weight leaf n as input i of kernel k (NULL: plain), loaded and packed on first use. reader and
- * in_type are the node that reads it. */
+/* The weight leaf n as input i of kernel k (NULL: plain), loaded and packed on first use. reader
+ * and in_type are the node that reads it. */
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data);
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);

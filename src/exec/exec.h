@@ -1,5 +1,6 @@
-/* exec.h: runs graphs. An engine owns a device, the frozen weights (packed once, shared by all plans),
- * the trainable values, and one arena of working memory as large as its largest plan needs. */
+/* exec.h: runs graphs. An engine owns a device, the frozen weights (packed once, shared by all
+ * plans), the trainable values, and one arena of working memory as large as its largest plan needs.
+ */
 #ifndef VEL_EXEC_H
 #define VEL_EXEC_H
 
@@ -21,18 +22,19 @@ typedef struct vel_source_tensor {
     void *user;       /* for read */
     /* Values first .. first+n-1 as float32. */
     void (*read)(void *user, int64_t first, int64_t n, float *out);
-    /* Where they lie in a mapped file, whose pages may be let go once they are packed; NULL: elsewhere. */
+    /* Where they lie in a mapped file, whose pages may be let go once they are packed; NULL:
+     * elsewhere. */
     vel_dtype dtype;
     const void *data;
 } vel_source_tensor;
-/* Where values come from: looks a path up; false when it has no such tensor. Sources are asked in the
- * order they were added. */
+/* Where values come from: looks a path up; false when it has no such tensor. Sources are asked in
+ * the order they were added. */
 /* false: it has none; out->file may then say where it should be. */
 typedef bool (*vel_source_fn)(void *user, const char *path, vel_source_tensor *out);
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user);
 void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);
-/* Forgets packed weights whose path starts with prefix (an adapter was exchanged, a part is done). No
- * plan that uses them may be left. */
+/* Forgets packed weights whose path starts with prefix (an adapter was exchanged, a part is done).
+ * No plan that uses them may be left. */
 void vel_engine_drop_weights(vel_engine *e, const char *prefix);
 int64_t vel_engine_weight_bytes(const vel_engine *e);
 
@@ -51,7 +53,8 @@ int64_t vel_engine_trainable_count(const vel_engine *e); /* values in all */
 /* Host copies in and out of the flat vectors: which is 'v' value, 'g' gradient, 'm' and 's' the two
  * moments of the optimizer. */
 void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_t n, float *out);
-void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n, const float *in);
+void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n,
+                                 const float *in);
 /* Gradient accumulation: adds the last run's gradient to a sum kept aside; n runs later, the mean
  * replaces the gradient. A run's gradient overwrites the one before. */
 vel_status vel_engine_accumulate(vel_engine *e, bool first);
@@ -60,24 +63,25 @@ double vel_engine_gradient_norm(vel_engine *e);
 
 typedef struct vel_adamw_options {
     double beta1, beta2, eps, weight_decay;
-    int64_t t;          /* step, from 1 */
-    double grad_scale;  /* multiplies the gradient: clipping */
+    int64_t t;         /* step, from 1 */
+    double grad_scale; /* multiplies the gradient: clipping */
     /* Learning rate of trainable i. */
     double (*lr)(void *user, int i);
     void *user;
 } vel_adamw_options;
 vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o);
 
-/* ---- plans -------------------------------------------------------------------------------------- */
+/* ---- plans --------------------------------------------------------------------------------------
+ */
 
 typedef struct vel_plan_options {
-    vel_dtype compute;      /* VEL_F32 or VEL_BF16 */
-    bool gradient;          /* differentiate output "loss" first */
-    int64_t memory_budget;  /* bytes of working memory to stay under by recomputing; 0: no limit */
-    bool smallest;          /* recompute as much as there is: the smallest working memory */
-    const char *print_after;/* pass whose graph is printed to *printed; NULL none */
+    vel_dtype compute;       /* VEL_F32 or VEL_BF16 */
+    bool gradient;           /* differentiate output "loss" first */
+    int64_t memory_budget;   /* bytes of working memory to stay under by recomputing; 0: no limit */
+    bool smallest;           /* recompute as much as there is: the smallest working memory */
+    const char *print_after; /* pass whose graph is printed to *printed; NULL none */
     vel_text *printed;
-    bool dry;               /* plan on the NULL backend: no memory, no weights, cannot run */
+    bool dry; /* plan on the NULL backend: no memory, no weights, cannot run */
 } vel_plan_options;
 
 /* Takes g (destroys it, also on failure), runs the passes, loads and packs the weights it uses. */
@@ -95,7 +99,8 @@ int64_t vel_plan_arena_bytes(const vel_plan *p);
 int64_t vel_plan_weight_bytes(const vel_plan *p); /* of the packed weights it uses */
 int vel_plan_remat_level(const vel_plan *p);
 const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */
-/* One line per kernel name: count, milliseconds, operations, bytes; after runs with profiling on. */
+/* One line per kernel name: count, milliseconds, operations, bytes; after runs with profiling on.
+ */
 void vel_plan_profile(vel_plan *p, bool on);
 void vel_plan_profile_text(vel_plan *p, vel_text *out);
 /* Floating-point operations and bytes moved of node id, for profiles and rooflines. */
@@ -105,7 +110,8 @@ double vel_node_bytes(const vel_graph *g, int32_t id);
  * NULL when there is none. Runs the plan again, node by node. */
 const char *vel_plan_first_bad(vel_plan *p);
 
-/* ---- the meaning, in numbers (reference.c): tests, and the truth for goldens ------------------- */
+/* ---- the meaning, in numbers (reference.c): tests, and the truth for goldens -------------------
+ */
 
 /* Evaluates every output of g in float64 with the ops' own meanings. leaf fills a leaf's values. */
 typedef vel_status (*vel_leaf_fn)(void *user, const vel_node *leaf, double *values, int64_t n);

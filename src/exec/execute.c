@@ -1,8 +1,9 @@
-/* execute.c: a plan: the passes in their order, a kernel for each node, memory for each value, and the
- * run. The table below is the whole pipeline; print_after in the options names a row.
+/* execute.c: a plan: the passes in their order, a kernel for each node, memory for each value, and
+ * the run. The table below is the whole pipeline; print_after in the options names a row.
  *
  * A plan owns its final graph and kernels; weights, trainable values and working memory are the
- * engine's. Working memory is shared by all plans of an engine, so inputs are set before each run. */
+ * engine's. Working memory is shared by all plans of an engine, so inputs are set before each run.
+ */
 #include <stdlib.h>
 
 #include "exec/engine.h"
@@ -34,7 +35,8 @@ struct vel_plan {
     int64_t runs;
 };
 
-/* ---- the pipeline ----------------------------------------------------------------------------------- */
+/* ---- the pipeline
+ * ----------------------------------------------------------------------------------- */
 
 typedef vel_status (*pass_fn)(const vel_graph *g, const vel_plan_options *o, vel_graph **out);
 
@@ -59,7 +61,10 @@ static const struct {
     const char *name;
     pass_fn run;
 } pipeline[] = {
-    {"simplify", run_simplify}, {"cast", run_cast}, {"clean", run_simplify}, {"fuse", run_fuse},
+    {"simplify", run_simplify},
+    {"cast", run_cast},
+    {"clean", run_simplify},
+    {"fuse", run_fuse},
 };
 
 static void print_if_asked(const vel_graph *g, const char *name, const vel_plan_options *o)
@@ -87,11 +92,13 @@ static vel_status run_passes(vel_graph **g, const vel_plan_options *o)
     return VEL_OK;
 }
 
-/* ---- kernels ---------------------------------------------------------------------------------------- */
+/* ---- kernels
+ * ---------------------------------------------------------------------------------------- */
 
 static bool needs_kernel(const vel_node *n)
 {
-    return !(n->op == VEL_OP_input || n->op == VEL_OP_weight || n->op == VEL_OP_param || n->op == VEL_OP_reshape);
+    return !(n->op == VEL_OP_input || n->op == VEL_OP_weight || n->op == VEL_OP_param ||
+             n->op == VEL_OP_reshape);
 }
 
 static void release_kernels(vel_plan *p)
@@ -124,7 +131,8 @@ static vel_status prepare_kernels(vel_plan *p, bool **refused, int *n_refused)
             const vel_opdef *entry = vel_op_entry(node->op);
             if (!entry->lower)
                 return vel_fail(p->engine->ctx, VEL_UNSUPPORTED, "no kernel for %s %s at '%s'",
-                                vel_op_name(node->op), vel_dtype_name(node->out[0].dtype), node->path);
+                                vel_op_name(node->op), vel_dtype_name(node->out[0].dtype),
+                                node->path);
             (*refused)[id] = true;
             ++*n_refused;
         } else if (st) {
@@ -137,7 +145,8 @@ static vel_status prepare_kernels(vel_plan *p, bool **refused, int *n_refused)
 }
 
 /* The graph with the refused nodes replaced by their meaning, typed again. */
-static vel_status lower_refused(vel_graph *g, const bool *refused, const vel_plan_options *o, vel_graph **out)
+static vel_status lower_refused(vel_graph *g, const bool *refused, const vel_plan_options *o,
+                                vel_graph **out)
 {
     vel_ctx *ctx = vel_graph_ctx(g);
     vel_graph *dst = vel_graph_create(ctx);
@@ -194,7 +203,8 @@ static vel_status choose_kernels(vel_plan *p, const vel_plan_options *o)
     return vel_fail(p->engine->ctx, VEL_BUG, "lowering did not end");
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------ */
+/* ---- memory
+ * ------------------------------------------------------------------------------------------ */
 
 static int64_t query_scratch(void *user, int32_t id)
 {
@@ -222,7 +232,8 @@ static bool query_outside(void *user, int32_t id, int output)
 /* A gradient that one kernel writes whole goes straight into the trainables' vector. */
 static vel_status find_gradients(vel_plan *p)
 {
-    p->gradient_at = vel_arena_alloc(p->arena, (size_t)vel_graph_size(p->g) * sizeof *p->gradient_at);
+    p->gradient_at =
+        vel_arena_alloc(p->arena, (size_t)vel_graph_size(p->g) * sizeof *p->gradient_at);
     if (!p->gradient_at)
         return VEL_NO_MEMORY;
     if (p->dry)
@@ -234,7 +245,8 @@ static vel_status find_gradients(vel_plan *p)
             continue;
         const vel_trainable *t = vel_engine_find_trainable(p->engine, name + 5);
         if (!t)
-            return vel_fail(p->engine->ctx, VEL_BUG, "'%s' was not registered as trainable", name + 5);
+            return vel_fail(p->engine->ctx, VEL_BUG, "'%s' was not registered as trainable",
+                            name + 5);
         const vel_node *n = vel_at(p->g, r);
         if (r.out == 0 && needs_kernel(n) && n->out[0].dtype == VEL_F32 && !p->gradient_at[r.id])
             p->gradient_at[r.id] = t;
@@ -268,7 +280,8 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
     return st;
 }
 
-/* The first level that stays under the budget; the smallest when none does or when it is asked for. */
+/* The first level that stays under the budget; the smallest when none does or when it is asked for.
+ */
 static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
 {
 #ifdef VEL_HOSTILE
@@ -302,7 +315,8 @@ static vel_status apply_level(vel_plan *p)
     return VEL_OK;
 }
 
-/* ---- launches ------------------------------------------------------------------------------------------ */
+/* ---- launches
+ * ------------------------------------------------------------------------------------------ */
 
 static void *address_of(const vel_plan *p, vel_ref r)
 {
@@ -373,9 +387,12 @@ static int64_t weights_in_use(vel_plan *p)
             const vel_node *leaf = reshaped_weight(p->g, node->in[i]);
             if (!leaf)
                 continue;
-            bool packed = vel_at(p->g, node->in[i])->op == VEL_OP_weight && p->kernels[id].layout[i];
-            int64_t plain = vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
-            uses[found++] = (weight_use){p->launches[id].in[i], packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain};
+            bool packed =
+                vel_at(p->g, node->in[i])->op == VEL_OP_weight && p->kernels[id].layout[i];
+            int64_t plain =
+                vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
+            uses[found++] = (weight_use){p->launches[id].in[i],
+                                         packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain};
         }
     }
     if (!uses)
@@ -421,13 +438,15 @@ static void bind(vel_plan *p)
                 l->in[i] = address_of(p, n->in[i]);
         for (int o = 0; o < n->n_out; o++)
             l->out[o] = address_of(p, (vel_ref){id, o});
-        l->scratch = p->layout.scratch[id] < 0 ? NULL : (char *)p->engine->arena + p->layout.scratch[id];
+        l->scratch =
+            p->layout.scratch[id] < 0 ? NULL : (char *)p->engine->arena + p->layout.scratch[id];
     }
     p->bound_arena = p->engine->arena;
     p->bound_grad = p->engine->grad;
 }
 
-/* ---- making and ending --------------------------------------------------------------------------------- */
+/* ---- making and ending
+ * --------------------------------------------------------------------------------- */
 
 static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
 {
@@ -478,7 +497,8 @@ void vel_plan_destroy(vel_plan *p)
     vel_free(p->engine->ctx, p);
 }
 
-/* ---- running --------------------------------------------------------------------------------------------- */
+/* ---- running
+ * --------------------------------------------------------------------------------------------- */
 
 static int32_t find_input(const vel_plan *p, const char *name)
 {
@@ -503,7 +523,8 @@ vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t
     vel_type t = vel_node_at(p->g, id)->out[0];
     size_t want = (size_t)vel_shape_count(t.shape) * (size_t)vel_dtype_bytes(t.dtype);
     if (bytes != want)
-        return vel_fail(p->engine->ctx, VEL_BUG, "input '%s' has %zu bytes, not %zu", input, want, bytes);
+        return vel_fail(p->engine->ctx, VEL_BUG, "input '%s' has %zu bytes, not %zu", input, want,
+                        bytes);
     p->backend->write(p->device, address_of(p, (vel_ref){id, 0}), data, bytes);
     return VEL_OK;
 }
@@ -524,8 +545,8 @@ static void copy_gradients(vel_plan *p)
 }
 
 #ifdef VEL_HOSTILE
-/* All ones, a NaN of every float type, where a node will write: a kernel that reads its output or its
- * scratch before it wrote them, or leaves a part out, is seen. */
+/* All ones, a NaN of every float type, where a node will write: a kernel that reads its output or
+ * its scratch before it wrote them, or leaves a part out, is seen. */
 static void spoil(vel_plan *p, void *at, int64_t bytes)
 {
     void *ones = at && bytes ? vel_alloc(p->engine->ctx, (size_t)bytes) : NULL;
@@ -546,7 +567,8 @@ static void spoil_outputs(vel_plan *p, int32_t id)
         for (int i = 0; i < n->n_in; i++)
             in_place |= l->in[i] == l->out[o];
         if (!in_place)
-            spoil(p, l->out[o], vel_shape_count(n->out[o].shape) * vel_dtype_bytes(n->out[o].dtype));
+            spoil(p, l->out[o],
+                  vel_shape_count(n->out[o].shape) * vel_dtype_bytes(n->out[o].dtype));
     }
 }
 #endif
@@ -643,7 +665,8 @@ const char *vel_plan_first_bad(vel_plan *p)
             bool bad = false;
             for (int64_t i = 0; i < count && !bad && n->out[o].dtype != VEL_I32; i++) {
                 float v;
-                to_floats(n->out[o].dtype, (char *)raw + i * vel_dtype_bytes(n->out[o].dtype), 1, &v);
+                to_floats(n->out[o].dtype, (char *)raw + i * vel_dtype_bytes(n->out[o].dtype), 1,
+                          &v);
                 bad = !isfinite(v);
             }
             vel_free(p->engine->ctx, raw);
@@ -655,7 +678,9 @@ const char *vel_plan_first_bad(vel_plan *p)
     return NULL;
 }
 
-/* ---- profile ----------------------------------------------------------------------------------------------- */
+/* ---- profile
+ * -----------------------------------------------------------------------------------------------
+ */
 
 void vel_plan_profile(vel_plan *p, bool on)
 {
@@ -682,7 +707,8 @@ static void describe_shapes(const vel_plan *p, const vel_node *n, char out[160])
         if (n->in[i].id)
             at += snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "%s%s", i ? " " : "",
                            vel_shape_text(vel_shape_at(p->g, n->in[i]), text));
-    snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), " -> %s", vel_shape_text(n->out[0].shape, text));
+    snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), " -> %s",
+             vel_shape_text(n->out[0].shape, text));
 }
 
 void vel_plan_profile_text(vel_plan *p, vel_text *out)
@@ -696,10 +722,12 @@ void vel_plan_profile_text(vel_plan *p, vel_text *out)
     for (int32_t id = 1; id < n; id++) {
         if (!p->prepared[id])
             continue;
-        profile_row row = {.kernel = p->kernels[id].name ? p->kernels[id].name : vel_op_name(vel_node_at(p->g, id)->op)};
+        profile_row row = {.kernel = p->kernels[id].name ? p->kernels[id].name
+                                                         : vel_op_name(vel_node_at(p->g, id)->op)};
         describe_shapes(p, vel_node_at(p->g, id), row.shapes);
         int r = 0;
-        while (r < n_rows && (strcmp(rows[r].kernel, row.kernel) || strcmp(rows[r].shapes, row.shapes)))
+        while (r < n_rows &&
+               (strcmp(rows[r].kernel, row.kernel) || strcmp(rows[r].shapes, row.shapes)))
             r++;
         if (r == n_rows)
             rows[n_rows++] = row;
@@ -709,7 +737,8 @@ void vel_plan_profile_text(vel_plan *p, vel_text *out)
         rows[r].bytes += vel_node_bytes(p->g, id);
         total += p->seconds[id] / (double)VEL_MAX(1, p->runs);
     }
-    vel_text_addf(out, "%8s %6s %5s %9s %8s  %s\n", "ms", "%", "n", "GFLOP/s", "GB/s", "kernel  shapes");
+    vel_text_addf(out, "%8s %6s %5s %9s %8s  %s\n", "ms", "%", "n", "GFLOP/s", "GB/s",
+                  "kernel  shapes");
     for (int done = 0; done < n_rows; done++) {
         int best = 0;
         for (int r = 1; r < n_rows; r++)

@@ -11,8 +11,18 @@
 /* ---- safetensors (safetensors.c) ---------------------------------------------------------- */
 
 typedef enum vel_file_type {
-    VEL_FILE_F64, VEL_FILE_F32, VEL_FILE_F16, VEL_FILE_BF16, VEL_FILE_I64, VEL_FILE_I32,
-    VEL_FILE_I16, VEL_FILE_I8, VEL_FILE_U8, VEL_FILE_BOOL, VEL_FILE_F8_E4M3, VEL_FILE_F8_E5M2
+    VEL_FILE_F64,
+    VEL_FILE_F32,
+    VEL_FILE_F16,
+    VEL_FILE_BF16,
+    VEL_FILE_I64,
+    VEL_FILE_I32,
+    VEL_FILE_I16,
+    VEL_FILE_I8,
+    VEL_FILE_U8,
+    VEL_FILE_BOOL,
+    VEL_FILE_F8_E4M3,
+    VEL_FILE_F8_E5M2
 } vel_file_type;
 int vel_file_type_bytes(vel_file_type t);
 const char *vel_file_type_name(vel_file_type t); /* as in the header: "F16" */
@@ -20,7 +30,7 @@ const char *vel_file_type_name(vel_file_type t); /* as in the header: "F16" */
 typedef struct vel_file_tensor {
     const char *name;
     vel_file_type type;
-    int rank;            /* 0 for a scalar */
+    int rank; /* 0 for a scalar */
     int64_t dim[8];
     int64_t count;       /* elements */
     const uint8_t *data; /* in the mapping; may be unaligned */
@@ -39,7 +49,8 @@ int vel_safetensors_count(const vel_safetensors *sf);
 const vel_file_tensor *vel_safetensors_at(const vel_safetensors *sf, int i); /* sorted by name */
 const vel_file_tensor *vel_safetensors_find(const vel_safetensors *sf, const char *name);
 const char *vel_safetensors_meta(const vel_safetensors *sf, const char *key); /* NULL if absent */
-const json_t *vel_safetensors_metadata(const vel_safetensors *sf); /* object; may be empty; borrowed */
+const json_t *
+vel_safetensors_metadata(const vel_safetensors *sf); /* object; may be empty; borrowed */
 const char *vel_safetensors_path(const vel_safetensors *sf);
 /* Converts n elements from the first-th on to float (I32, I64, F64 too); checks bounds. */
 void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, float *out);
@@ -49,7 +60,7 @@ typedef struct vel_save_tensor {
     vel_file_type type; /* F32, F16, BF16 convert from f32 data; other types are copied */
     int rank;
     int64_t dim[8];
-    const void *data;   /* float * for F32, F16, BF16; else raw bytes of the type */
+    const void *data; /* float * for F32, F16, BF16; else raw bytes of the type */
 } vel_save_tensor;
 /* Written whole or not at all. metadata: object of strings, may be NULL. Tensors are stored in
  * safetensors' own order (by descending type size, then name), so that files compare equal with the
@@ -61,7 +72,8 @@ vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_t
 
 /* At most 64 MiB, depth-limited; the error names file, line and what is wrong. json_decref. */
 vel_status vel_json_load(vel_ctx *ctx, const char *path, json_t **out);
-vel_status vel_json_save(vel_ctx *ctx, const char *path, const json_t *value); /* atomic, indented */
+vel_status vel_json_save(vel_ctx *ctx, const char *path,
+                         const json_t *value); /* atomic, indented */
 double vel_json_number(const json_t *object, const char *key, double otherwise);
 int64_t vel_json_int(const json_t *object, const char *key, int64_t otherwise);
 bool vel_json_bool(const json_t *object, const char *key, bool otherwise);
@@ -78,13 +90,13 @@ typedef struct vel_picture_info {
 vel_status vel_picture_probe(vel_ctx *ctx, const char *path, vel_picture_info *out);
 
 typedef struct vel_picture_load {
-    int width, height;      /* wanted size: scaled to cover it, then cropped; 0: as it is */
-    double crop_x, crop_y;  /* 0..1 where the crop lies in what is left over; 0.5 centre */
+    int width, height;     /* wanted size: scaled to cover it, then cropped; 0: as it is */
+    double crop_x, crop_y; /* 0..1 where the crop lies in what is left over; 0.5 centre */
     bool flip;
-    uint8_t background[3];  /* what transparent pixels are laid over; white is usual */
-    bool strict_peer;       /* without EXIF orientation and colour profile, as kohya does; and as
-                             * there alpha is dropped, whatever colour lies under it */
-    const char *filter;     /* NULL is "lanczos"; lanczos, nearest, bilinear, bicubic, area, box */
+    uint8_t background[3]; /* what transparent pixels are laid over; white is usual */
+    bool strict_peer;      /* without EXIF orientation and colour profile, as kohya does; and as
+                            * there alpha is dropped, whatever colour lies under it */
+    const char *filter;    /* NULL is "lanczos"; lanczos, nearest, bilinear, bicubic, area, box */
 } vel_picture_load;
 /* Any format libvips reads; EXIF orientation applied, ICC profile to sRGB, 16 bit and grey to 8-bit
  * RGB, alpha over background. Refuses more than 2^28 pixels. vel_image_finish(out). */
@@ -97,19 +109,24 @@ vel_status vel_picture_write(vel_ctx *ctx, const char *path, const vel_image *im
 /* PNG bytes in memory (for reports); *bytes vel_free. */
 vel_status vel_picture_png(vel_ctx *ctx, const vel_image *image, uint8_t **bytes, size_t *n);
 /* JPEG bytes in memory; quality 1..100. */
-vel_status vel_picture_jpeg(vel_ctx *ctx, const vel_image *image, int quality, uint8_t **bytes, size_t *n);
+vel_status vel_picture_jpeg(vel_ctx *ctx, const vel_image *image, int quality, uint8_t **bytes,
+                            size_t *n);
 /* The text entry of a PNG; NULL when absent; owned. */
 char *vel_picture_png_text(vel_ctx *ctx, const char *path, const char *key);
-vel_status vel_image_create(vel_ctx *ctx, int width, int height, int channels, vel_image *out); /* white */
+vel_status vel_image_create(vel_ctx *ctx, int width, int height, int channels,
+                            vel_image *out); /* white */
 /* By Lanczos; vel_picture_resample by any filter of vel_picture_load (NULL: Lanczos). Pillow's
- * Image.resize, bit for bit, but for "area", which weighs by overlap as OpenCV's INTER_AREA does. */
-vel_status vel_picture_resize(vel_ctx *ctx, const vel_image *in, int width, int height, vel_image *out);
+ * Image.resize, bit for bit, but for "area", which weighs by overlap as OpenCV's INTER_AREA does.
+ */
+vel_status vel_picture_resize(vel_ctx *ctx, const vel_image *in, int width, int height,
+                              vel_image *out);
 vel_status vel_picture_resample(vel_ctx *ctx, const vel_image *in, int width, int height,
                                 const char *filter, vel_image *out);
 void vel_image_paste(vel_image *dst, const vel_image *src, int x, int y);
 /* Draws UTF-8 text (wrapped to width, black on what is there) through libvips' pango text; size is
  * in pixels. vel_image_text_height: the height this text would use. */
-vel_status vel_image_text(vel_ctx *ctx, vel_image *dst, int x, int y, int width, int size, const char *text);
+vel_status vel_image_text(vel_ctx *ctx, vel_image *dst, int x, int y, int width, int size,
+                          const char *text);
 vel_status vel_image_text_height(vel_ctx *ctx, int width, int size, const char *text, int *height);
 
 #endif

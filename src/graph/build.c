@@ -1,5 +1,5 @@
-/* build.c: one builder per op, a line or two each: attributes into a vel_attr, inputs into an array.
- * Shapes and checks are the op's own (ops/). */
+/* build.c: one builder per op, a line or two each: attributes into a vel_attr, inputs into an
+ * array. Shapes and checks are the op's own (ops/). */
 #include "graph/graph.h"
 
 static vel_ref build1(vel_graph *g, vel_op op, vel_ref x, vel_attr a)
@@ -126,14 +126,15 @@ vel_ref vel_linear_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref 
     return vel_build(g, VEL_OP_linear, (vel_ref[]){x, w, bias, residual}, 4, &a);
 }
 
-vel_ref vel_conv2d_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual, int stride,
-                      const int pad[4], int act)
+vel_ref vel_conv2d_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual,
+                      int stride, const int pad[4], int act)
 {
     vel_attr a = {.conv2d = {stride, {pad[0], pad[1], pad[2], pad[3]}, act}};
     return vel_build(g, VEL_OP_conv2d, (vel_ref[]){x, w, bias, residual}, 4, &a);
 }
 
-vel_ref vel_group_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, int groups, double eps, int act)
+vel_ref vel_group_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, int groups, double eps,
+                          int act)
 {
     vel_attr a = {.group_norm = {groups, eps, act}};
     return vel_build(g, VEL_OP_group_norm, (vel_ref[]){x, w, b}, 3, &a);
@@ -150,8 +151,8 @@ vel_ref vel_softmax(vel_graph *g, vel_ref x)
     return build1(g, VEL_OP_softmax, x, (vel_attr){0});
 }
 
-vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads, bool causal,
-                      double scale)
+vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads,
+                      bool causal, double scale)
 {
     vel_attr a = {.attention = {heads, causal, scale}};
     return vel_build(g, VEL_OP_attention, (vel_ref[]){q, k, v, bias}, 4, &a);

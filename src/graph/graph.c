@@ -1,6 +1,7 @@
 /* graph.c: nodes, scopes, outputs. Append-only: a node's inputs always have smaller numbers, so the
  * order of making is an order of executing. Everything lives in one arena; pointers to nodes stay
- * valid until the graph is destroyed. The first error is kept and everything built after it is {0}. */
+ * valid until the graph is destroyed. The first error is kept and everything built after it is {0}.
+ */
 #include "graph/graph.h"
 
 enum { MAX_DEPTH = 32 };
@@ -70,7 +71,8 @@ const char *vel_shape_text(vel_shape s, char out[96])
 {
     int at = snprintf(out, 96, "[");
     for (int i = 0; i < s.rank; i++)
-        at += snprintf(out + at, (size_t)VEL_MAX(0, 96 - at), "%s%" PRId64, i ? ", " : "", s.dim[i]);
+        at +=
+            snprintf(out + at, (size_t)VEL_MAX(0, 96 - at), "%s%" PRId64, i ? ", " : "", s.dim[i]);
     snprintf(out + at, (size_t)VEL_MAX(0, 96 - at), "]");
     return out;
 }
@@ -88,7 +90,8 @@ int64_t vel_shape_rows(vel_shape s)
     return n;
 }
 
-/* ---- the graph --------------------------------------------------------------------------------- */
+/* ---- the graph ---------------------------------------------------------------------------------
+ */
 
 static vel_node *new_node(vel_graph *g)
 {
@@ -249,7 +252,8 @@ vel_ref vel_copy_node(vel_graph *dst, const vel_node *n, const vel_ref *in)
     return (vel_ref){dst->n - 1, 0};
 }
 
-/* ---- scopes -------------------------------------------------------------------------------------- */
+/* ---- scopes
+ * -------------------------------------------------------------------------------------- */
 
 static void push(vel_graph *g, int32_t layer, const char *format, va_list ap)
 {
@@ -260,7 +264,8 @@ static void push(vel_graph *g, int32_t layer, const char *format, va_list ap)
         return;
     }
     const char *outer = g->scope[g->depth];
-    const char *path = vel_arena_strf(g->arena, "%s%s%s", outer, outer[0] && name[0] ? "." : "", name);
+    const char *path =
+        vel_arena_strf(g->arena, "%s%s%s", outer, outer[0] && name[0] ? "." : "", name);
     if (!path)
         set_error(g, "out of memory");
     g->depth++;
@@ -303,7 +308,8 @@ void vel_graph_place(vel_graph *g, const char *path, int32_t layer, bool backwar
     g->placed_backward = backward;
 }
 
-/* ---- outputs -------------------------------------------------------------------------------------- */
+/* ---- outputs
+ * -------------------------------------------------------------------------------------- */
 
 void vel_output(vel_graph *g, const char *name, vel_ref r)
 {
@@ -351,28 +357,54 @@ vel_ref vel_output_find(const vel_graph *g, const char *name)
     return (vel_ref){0};
 }
 
-/* ---- printing --------------------------------------------------------------------------------------- */
+/* ---- printing
+ * --------------------------------------------------------------------------------------- */
 
 static void print_attributes(const vel_node *n, vel_text *out)
 {
     const vel_attr *a = &n->a;
     switch (n->op) {
-    case VEL_OP_affine: vel_text_addf(out, "  by=%g plus=%g", a->affine.by, a->affine.plus); break;
-    case VEL_OP_act: vel_text_addf(out, "  kind=%d", a->act.kind); break;
-    case VEL_OP_matmul: vel_text_addf(out, "  ta=%d tb=%d", a->matmul.ta, a->matmul.tb); break;
-    case VEL_OP_linear: vel_text_addf(out, "  act=%d", a->linear.act); break;
-    case VEL_OP_conv2d: vel_text_addf(out, "  stride=%d act=%d", a->conv2d.stride, a->conv2d.act); break;
-    case VEL_OP_group_norm: vel_text_addf(out, "  groups=%d eps=%g act=%d", a->group_norm.groups,
-                                          a->group_norm.eps, a->group_norm.act); break;
-    case VEL_OP_layer_norm: vel_text_addf(out, "  eps=%g", a->layer_norm.eps); break;
-    case VEL_OP_attention: vel_text_addf(out, "  heads=%d causal=%d scale=%g", a->attention.heads,
-                                         a->attention.causal, a->attention.scale); break;
-    case VEL_OP_slice: vel_text_addf(out, "  axis=%d %" PRId64 ":%" PRId64, a->slice.axis, a->slice.begin,
-                                     a->slice.end); break;
-    case VEL_OP_concat: vel_text_addf(out, "  axis=%d", a->concat.axis); break;
-    case VEL_OP_sum: vel_text_addf(out, "  axes=%x", a->sum.axes); break;
-    case VEL_OP_fill: vel_text_addf(out, "  value=%g", a->fill.value); break;
-    default: break;
+    case VEL_OP_affine:
+        vel_text_addf(out, "  by=%g plus=%g", a->affine.by, a->affine.plus);
+        break;
+    case VEL_OP_act:
+        vel_text_addf(out, "  kind=%d", a->act.kind);
+        break;
+    case VEL_OP_matmul:
+        vel_text_addf(out, "  ta=%d tb=%d", a->matmul.ta, a->matmul.tb);
+        break;
+    case VEL_OP_linear:
+        vel_text_addf(out, "  act=%d", a->linear.act);
+        break;
+    case VEL_OP_conv2d:
+        vel_text_addf(out, "  stride=%d act=%d", a->conv2d.stride, a->conv2d.act);
+        break;
+    case VEL_OP_group_norm:
+        vel_text_addf(out, "  groups=%d eps=%g act=%d", a->group_norm.groups, a->group_norm.eps,
+                      a->group_norm.act);
+        break;
+    case VEL_OP_layer_norm:
+        vel_text_addf(out, "  eps=%g", a->layer_norm.eps);
+        break;
+    case VEL_OP_attention:
+        vel_text_addf(out, "  heads=%d causal=%d scale=%g", a->attention.heads, a->attention.causal,
+                      a->attention.scale);
+        break;
+    case VEL_OP_slice:
+        vel_text_addf(out, "  axis=%d %" PRId64 ":%" PRId64, a->slice.axis, a->slice.begin,
+                      a->slice.end);
+        break;
+    case VEL_OP_concat:
+        vel_text_addf(out, "  axis=%d", a->concat.axis);
+        break;
+    case VEL_OP_sum:
+        vel_text_addf(out, "  axes=%x", a->sum.axes);
+        break;
+    case VEL_OP_fill:
+        vel_text_addf(out, "  value=%g", a->fill.value);
+        break;
+    default:
+        break;
     }
 }
 
@@ -400,7 +432,8 @@ void vel_graph_print(const vel_graph *g, vel_text *out)
                       g->outputs[i].ref.out);
 }
 
-/* ---- leaves: the only nodes whose type the builder states ----------------------------------------- */
+/* ---- leaves: the only nodes whose type the builder states
+ * ----------------------------------------- */
 
 static vel_ref leaf(vel_graph *g, vel_op op, const char *name, vel_dtype dtype, vel_shape s)
 {
@@ -408,8 +441,8 @@ static vel_ref leaf(vel_graph *g, vel_op op, const char *name, vel_dtype dtype, 
         return (vel_ref){0};
     for (int i = 0; i < s.rank; i++)
         if (s.dim[i] <= 0) {
-            set_error(g, "%s '%s': size %" PRId64 " of axis %d is not positive", vel_op_name(op), name,
-                      s.dim[i], i);
+            set_error(g, "%s '%s': size %" PRId64 " of axis %d is not positive", vel_op_name(op),
+                      name, s.dim[i], i);
             return (vel_ref){0};
         }
     vel_node *n = new_node(g);
@@ -423,7 +456,8 @@ static vel_ref leaf(vel_graph *g, vel_op op, const char *name, vel_dtype dtype, 
     n->out[0] = (vel_type){dtype, s};
     const char *scope = g->scope[g->depth];
     bool plain = op == VEL_OP_input || !scope[0];
-    n->path = plain ? vel_arena_strdup(g->arena, name) : vel_arena_strf(g->arena, "%s.%s", scope, name);
+    n->path =
+        plain ? vel_arena_strdup(g->arena, name) : vel_arena_strf(g->arena, "%s.%s", scope, name);
     if (!n->path)
         set_error(g, "out of memory");
     return (vel_ref){g->n - 1, 0};

@@ -2,8 +2,8 @@
  *
  * A value is a vel_ref: a node's number and which of its outputs. Node 0 is a real, harmless node;
  * the ref {0} is "no value": the result of a builder that failed, or an optional input left out.
- * Building never fails half-way: a wrong shape gives {0}, the graph keeps the first error with op and
- * path, and vel_graph_check is asked once at the end. Passes make a new graph from an old one.
+ * Building never fails half-way: a wrong shape gives {0}, the graph keeps the first error with op
+ * and path, and vel_graph_check is asked once at the end. Passes make a new graph from an old one.
  *
  * A node's path is its module's path in the reference (diffusers), so weights, adapters, dumps and
  * errors use one name. The first word is the part: "unet.down_blocks.0...", "text_encoder....". */
@@ -23,7 +23,8 @@ typedef struct vel_shape { /* outermost first */
     int64_t dim[VEL_MAX_RANK];
 } vel_shape;
 #define VEL_SHAPE(...)                                                                             \
-    vel_shape_of((int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__})
+    vel_shape_of((int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                        \
+                 (int64_t[]){__VA_ARGS__})
 vel_shape vel_shape_of(int rank, const int64_t *dim);
 int64_t vel_shape_count(vel_shape s);
 bool vel_shape_equal(vel_shape a, vel_shape b);
@@ -42,11 +43,22 @@ typedef struct vel_type {
 } vel_type;
 
 typedef enum vel_act_kind {
-    VEL_ACT_NONE, VEL_ACT_SILU, VEL_ACT_GELU, VEL_ACT_GELU_TANH, VEL_ACT_QUICK_GELU,
-    VEL_ACT_SIGMOID, VEL_ACT_TANH, VEL_ACT_RELU
+    VEL_ACT_NONE,
+    VEL_ACT_SILU,
+    VEL_ACT_GELU,
+    VEL_ACT_GELU_TANH,
+    VEL_ACT_QUICK_GELU,
+    VEL_ACT_SIGMOID,
+    VEL_ACT_TANH,
+    VEL_ACT_RELU
 } vel_act_kind;
 typedef enum vel_unary_kind {
-    VEL_UNARY_EXP, VEL_UNARY_LOG, VEL_UNARY_SQRT, VEL_UNARY_RSQRT, VEL_UNARY_ABS, VEL_UNARY_SIN,
+    VEL_UNARY_EXP,
+    VEL_UNARY_LOG,
+    VEL_UNARY_SQRT,
+    VEL_UNARY_RSQRT,
+    VEL_UNARY_ABS,
+    VEL_UNARY_SIN,
     VEL_UNARY_COS
 } vel_unary_kind;
 
@@ -60,7 +72,10 @@ typedef enum vel_op {
 
 typedef union vel_attr {
     int64_t zero[8]; /* first, so that {0} clears the whole union and attributes compare bytewise */
-#define OP(name, types, attributes, meaning) struct { attributes } name;
+#define OP(name, types, attributes, meaning)                                                       \
+    struct {                                                                                       \
+        attributes                                                                                 \
+    } name;
 #include "graph/ops.def"
 #undef OP
 } vel_attr;
@@ -86,7 +101,8 @@ vel_status vel_graph_check(vel_graph *g); /* the first error of building, as VEL
 vel_ctx *vel_graph_ctx(vel_graph *g);
 vel_arena *vel_graph_arena(vel_graph *g);
 int32_t vel_graph_size(const vel_graph *g); /* nodes are 1 .. size-1 */
-const vel_node *vel_at(const vel_graph *g, vel_ref r); /* node 0 for the ref {0}; valid until destroy */
+const vel_node *vel_at(const vel_graph *g,
+                       vel_ref r); /* node 0 for the ref {0}; valid until destroy */
 const vel_node *vel_node_at(const vel_graph *g, int32_t id);
 vel_type vel_type_of(const vel_graph *g, vel_ref r);
 vel_shape vel_shape_at(const vel_graph *g, vel_ref r);
@@ -99,8 +115,8 @@ vel_ref vel_copy_node(vel_graph *dst, const vel_node *n, const vel_ref *in);
 /* For an op's shape function: records the error and returns false. */
 bool vel_bad(vel_graph *g, const vel_node *n, const char *format, ...) VEL_PRINTF(3, 4);
 
-/* Scopes: joined with dots into the path of what is built inside. A layer is a scope that passes may
- * recompute or stream as one. vel_end leaves either. */
+/* Scopes: joined with dots into the path of what is built inside. A layer is a scope that passes
+ * may recompute or stream as one. vel_end leaves either. */
 void vel_scope(vel_graph *g, const char *format, ...) VEL_PRINTF(2, 3);
 void vel_layer(vel_graph *g, const char *format, ...) VEL_PRINTF(2, 3);
 void vel_end(vel_graph *g);
@@ -115,7 +131,8 @@ const char *vel_output_name(const vel_graph *g, int i);
 vel_ref vel_output_at(const vel_graph *g, int i);
 vel_ref vel_output_find(const vel_graph *g, const char *name); /* {0} when absent */
 
-/* One line a node: %17  group_norm  bf16 [2, 64, 64, 320]  (%12, %3)  eps=1e-05  unet.conv_norm_out */
+/* One line a node: %17  group_norm  bf16 [2, 64, 64, 320]  (%12, %3)  eps=1e-05  unet.conv_norm_out
+ */
 void vel_graph_print(const vel_graph *g, vel_text *out);
 
 /* ---- builders (build.c): read like the paper ------------------------------------------------ */
@@ -146,20 +163,22 @@ vel_ref vel_upsample(vel_graph *g, vel_ref x, int factor);
 vel_ref vel_dropout(vel_graph *g, vel_ref x, vel_ref seed, double p, uint32_t stream);
 vel_ref vel_matmul(vel_graph *g, vel_ref a, vel_ref b, bool ta, bool tb);
 vel_ref vel_linear_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual, int act);
-vel_ref vel_conv2d_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual, int stride,
-                      const int pad[4], int act);
-vel_ref vel_group_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, int groups, double eps, int act);
+vel_ref vel_conv2d_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual,
+                      int stride, const int pad[4], int act);
+vel_ref vel_group_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, int groups, double eps,
+                          int act);
 vel_ref vel_layer_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, double eps);
 vel_ref vel_softmax(vel_graph *g, vel_ref x);
 /* bias may be {0}. */
-vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads, bool causal,
-                      double scale);
+vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads,
+                      bool causal, double scale);
 vel_ref vel_geglu(vel_graph *g, vel_ref x);
 vel_ref vel_embed(vel_graph *g, vel_ref table, vel_ref ids);
 vel_ref vel_time_embed(vel_graph *g, vel_ref t, int dim, bool flip, double shift, double period);
 vel_ref vel_mse(vel_graph *g, vel_ref pred, vel_ref target, vel_ref weight);
 
-/* ---- the op table (implemented by src/ops) ---------------------------------------------------- */
+/* ---- the op table (implemented by src/ops) ----------------------------------------------------
+ */
 
 /* A reference tensor: float64 values, row-major. */
 typedef struct vel_ref_tensor {
@@ -168,7 +187,7 @@ typedef struct vel_ref_tensor {
 } vel_ref_tensor;
 
 enum { VEL_CASE_IN = 8 };
-typedef struct vel_case { /* one test of an op: shapes of its inputs and its attributes */
+typedef struct vel_case {      /* one test of an op: shapes of its inputs and its attributes */
     vel_shape in[VEL_CASE_IN]; /* rank 0: the optional input is left out */
     vel_attr a;
     /* Values of inputs are random in [-1, 1] except: positive_in bit i makes input i positive;
@@ -187,8 +206,8 @@ typedef struct vel_opdef {
     /* self is the node's first output's ref in g, dout[i] the gradients to its outputs ({0}: none).
      * Writes din[i] for each input whose want[i] is set. NULL: the lowering is differentiated;
      * ops that are never differentiated (…_grad) leave it NULL and have no lowering. */
-    void (*grad)(vel_graph *g, const vel_node *n, vel_ref self, const vel_ref *dout, const bool *want,
-                 vel_ref *din);
+    void (*grad)(vel_graph *g, const vel_node *n, vel_ref self, const vel_ref *dout,
+                 const bool *want, vel_ref *din);
     const vel_case *cases; /* ends with a case whose in[0].rank is 0 */
     /* For ops whose inputs must come from a forward op (attention_grad's o and lse, ..._norm_grad's
      * stats): builds the node from the case's plain inputs. NULL: inputs are used as they are. */
@@ -197,16 +216,16 @@ typedef struct vel_opdef {
 
 const vel_opdef *vel_op_entry(vel_op op);
 const char *vel_op_name(vel_op op);
-const char *vel_op_types(vel_op op);   /* the "types" column */
+const char *vel_op_types(vel_op op); /* the "types" column */
 const char *vel_op_meaning(vel_op op);
-int vel_op_inputs(vel_op op);          /* how many inputs the types column lists */
+int vel_op_inputs(vel_op op); /* how many inputs the types column lists */
 bool vel_op_optional(vel_op op, int i);
 bool vel_op_is_leaf(vel_op op);
 
 /* Gradients by reverse accumulation over the part of g that outputs depend on: for each i, the
- * gradient of sum_j <outputs[j], seeds[j]> to wanted[i] ({0} where it is zero). Nodes that lead to no
- * wanted value get no gradient work. Used by the gradient pass and by ops that have only a lowering
- * (ops/vjp.c). */
+ * gradient of sum_j <outputs[j], seeds[j]> to wanted[i] ({0} where it is zero). Nodes that lead to
+ * no wanted value get no gradient work. Used by the gradient pass and by ops that have only a
+ * lowering (ops/vjp.c). */
 void vel_vjp(vel_graph *g, const vel_ref *outputs, const vel_ref *seeds, int n_outputs,
              const vel_ref *wanted, vel_ref *grads, int n_wanted);
 

@@ -41,11 +41,17 @@ static int64_t outputs_along(int64_t size, int before, int after, int64_t kernel
 static geometry geometry_of(vel_shape x, vel_shape w, int stride, const int *pad)
 {
     return (geometry){
-        .n = x.dim[0], .height = x.dim[1], .width = x.dim[2], .in = x.dim[3],
-        .out = w.dim[0], .kernel_h = w.dim[2], .kernel_w = w.dim[3],
+        .n = x.dim[0],
+        .height = x.dim[1],
+        .width = x.dim[2],
+        .in = x.dim[3],
+        .out = w.dim[0],
+        .kernel_h = w.dim[2],
+        .kernel_w = w.dim[3],
         .out_height = outputs_along(x.dim[1], pad[0], pad[1], w.dim[2], stride),
         .out_width = outputs_along(x.dim[2], pad[2], pad[3], w.dim[3], stride),
-        .stride = stride, .pad = pad,
+        .stride = stride,
+        .pad = pad,
     };
 }
 
@@ -129,18 +135,21 @@ static void conv2d_grad(vel_graph *g, const vel_node *n, vel_ref self, const vel
         din[3] = dy;
     if (n->a.conv2d.act != VEL_ACT_NONE) { /* what went into the activation is made again */
         vel_attr kind = {.act_grad = {n->a.conv2d.act}};
-        vel_ref before = vel_conv2d_op(g, x, w, n->in[2], (vel_ref){0}, n->a.conv2d.stride, pad,
-                                       VEL_ACT_NONE);
+        vel_ref before =
+            vel_conv2d_op(g, x, w, n->in[2], (vel_ref){0}, n->a.conv2d.stride, pad, VEL_ACT_NONE);
         dy = vel_build(g, VEL_OP_act_grad, (vel_ref[]){before, dy}, 2, &kind);
     }
     if (want[0]) {
-        vel_attr a = {.conv2d_grad_x = {n->a.conv2d.stride, {pad[0], pad[1], pad[2], pad[3]},
-                                        xs.dim[1], xs.dim[2]}};
+        vel_attr a = {
+            .conv2d_grad_x = {
+                n->a.conv2d.stride, {pad[0], pad[1], pad[2], pad[3]}, xs.dim[1], xs.dim[2]}};
         din[0] = vel_build(g, VEL_OP_conv2d_grad_x, (vel_ref[]){dy, w, {0}}, 3, &a);
     }
     if (want[1]) {
-        vel_attr a = {.conv2d_grad_w = {n->a.conv2d.stride, {pad[0], pad[1], pad[2], pad[3]},
-                                        (int)ws.dim[2], (int)ws.dim[3]}};
+        vel_attr a = {.conv2d_grad_w = {n->a.conv2d.stride,
+                                        {pad[0], pad[1], pad[2], pad[3]},
+                                        (int)ws.dim[2],
+                                        (int)ws.dim[3]}};
         din[1] = vel_build(g, VEL_OP_conv2d_grad_w, (vel_ref[]){x, dy}, 2, &a);
     }
     if (want[2])
@@ -181,8 +190,8 @@ static bool conv2d_grad_x_shape(vel_graph *g, vel_node *n)
 
 static void conv2d_grad_x_ref(const vel_node *n, const vel_ref_tensor *in, vel_ref_tensor *out)
 {
-    geometry c = geometry_of(out->shape, in[1].shape, n->a.conv2d_grad_x.stride,
-                             n->a.conv2d_grad_x.pad);
+    geometry c =
+        geometry_of(out->shape, in[1].shape, n->a.conv2d_grad_x.stride, n->a.conv2d_grad_x.pad);
     for (int64_t i = 0; i < vel_shape_count(out->shape); i++)
         out->v[i] = in[2].v ? in[2].v[i] : 0;
     accumulate(&c, out->v, in[1].v, in[0].v, 'x');
@@ -219,8 +228,8 @@ static bool conv2d_grad_w_shape(vel_graph *g, vel_node *n)
 
 static void conv2d_grad_w_ref(const vel_node *n, const vel_ref_tensor *in, vel_ref_tensor *out)
 {
-    geometry c = geometry_of(in[0].shape, out->shape, n->a.conv2d_grad_w.stride,
-                             n->a.conv2d_grad_w.pad);
+    geometry c =
+        geometry_of(in[0].shape, out->shape, n->a.conv2d_grad_w.stride, n->a.conv2d_grad_w.pad);
     accumulate(&c, in[0].v, out->v, in[1].v, 'w');
 }
 

@@ -50,13 +50,20 @@ static bool unary_shape(vel_graph *g, vel_node *n)
 static double unary_value(int kind, double x)
 {
     switch (kind) {
-    case VEL_UNARY_EXP: return exp(x);
-    case VEL_UNARY_LOG: return log(x);
-    case VEL_UNARY_SQRT: return sqrt(x);
-    case VEL_UNARY_RSQRT: return 1 / sqrt(x);
-    case VEL_UNARY_ABS: return fabs(x);
-    case VEL_UNARY_SIN: return sin(x);
-    default: return cos(x);
+    case VEL_UNARY_EXP:
+        return exp(x);
+    case VEL_UNARY_LOG:
+        return log(x);
+    case VEL_UNARY_SQRT:
+        return sqrt(x);
+    case VEL_UNARY_RSQRT:
+        return 1 / sqrt(x);
+    case VEL_UNARY_ABS:
+        return fabs(x);
+    case VEL_UNARY_SIN:
+        return sin(x);
+    default:
+        return cos(x);
     }
 }
 
@@ -70,14 +77,21 @@ static void unary_ref(const vel_node *n, const vel_ref_tensor *in, vel_ref_tenso
 static vel_ref unary_slope(vel_graph *g, int kind, vel_ref x, vel_ref y)
 {
     switch (kind) {
-    case VEL_UNARY_EXP: return y;
-    case VEL_UNARY_LOG: return vel_div(g, vel_fill(g, vel_shape_at(g, x), 1), x);
-    case VEL_UNARY_SQRT: return vel_div(g, vel_fill(g, vel_shape_at(g, x), 0.5), y);
-    case VEL_UNARY_RSQRT: return vel_affine(g, vel_mul(g, y, vel_mul(g, y, y)), -0.5, 0);
+    case VEL_UNARY_EXP:
+        return y;
+    case VEL_UNARY_LOG:
+        return vel_div(g, vel_fill(g, vel_shape_at(g, x), 1), x);
+    case VEL_UNARY_SQRT:
+        return vel_div(g, vel_fill(g, vel_shape_at(g, x), 0.5), y);
+    case VEL_UNARY_RSQRT:
+        return vel_affine(g, vel_mul(g, y, vel_mul(g, y, y)), -0.5, 0);
     /* The sign, and 0 at 0: the addend is lost beside anything but 0. */
-    case VEL_UNARY_ABS: return vel_div(g, x, vel_affine(g, y, 1, 1e-30));
-    case VEL_UNARY_SIN: return vel_unary(g, x, VEL_UNARY_COS);
-    default: return vel_affine(g, vel_unary(g, x, VEL_UNARY_SIN), -1, 0);
+    case VEL_UNARY_ABS:
+        return vel_div(g, x, vel_affine(g, y, 1, 1e-30));
+    case VEL_UNARY_SIN:
+        return vel_unary(g, x, VEL_UNARY_COS);
+    default:
+        return vel_affine(g, vel_unary(g, x, VEL_UNARY_SIN), -1, 0);
     }
 }
 
@@ -109,7 +123,7 @@ static double sigmoid(double x)
     return 1 / (1 + exp(-x));
 }
 
-static const double quick = 1.702;                 /* CLIP's quick_gelu */
+static const double quick = 1.702;                    /* CLIP's quick_gelu */
 static const double tanh_scale = 0.79788456080286536, /* sqrt(2 / pi) */
     tanh_cubic = 0.044715; /* gelu's approximation, Hendrycks and Gimpel 2016 */
 
@@ -123,15 +137,22 @@ bool vel_act_known(vel_graph *g, const vel_node *n, int kind)
 double vel_act_value(int kind, double x)
 {
     switch (kind) {
-    case VEL_ACT_SILU: return x * sigmoid(x);
-    case VEL_ACT_GELU: return 0.5 * x * (1 + erf(x * M_SQRT1_2));
+    case VEL_ACT_SILU:
+        return x * sigmoid(x);
+    case VEL_ACT_GELU:
+        return 0.5 * x * (1 + erf(x * M_SQRT1_2));
     case VEL_ACT_GELU_TANH:
         return 0.5 * x * (1 + tanh(tanh_scale * (x + tanh_cubic * x * x * x)));
-    case VEL_ACT_QUICK_GELU: return x * sigmoid(quick * x);
-    case VEL_ACT_SIGMOID: return sigmoid(x);
-    case VEL_ACT_TANH: return tanh(x);
-    case VEL_ACT_RELU: return x > 0 ? x : 0 * x; /* NaN stays NaN */
-    default: return x;
+    case VEL_ACT_QUICK_GELU:
+        return x * sigmoid(quick * x);
+    case VEL_ACT_SIGMOID:
+        return sigmoid(x);
+    case VEL_ACT_TANH:
+        return tanh(x);
+    case VEL_ACT_RELU:
+        return x > 0 ? x : 0 * x; /* NaN stays NaN */
+    default:
+        return x;
     }
 }
 
@@ -156,8 +177,10 @@ double vel_act_slope(int kind, double x)
     case VEL_ACT_TANH:
         s = tanh(x);
         return 1 - s * s;
-    case VEL_ACT_RELU: return x > 0;
-    default: return 1;
+    case VEL_ACT_RELU:
+        return x > 0;
+    default:
+        return 1;
     }
 }
 
@@ -246,10 +269,14 @@ static bool broadcast_shape(vel_graph *g, vel_node *n)
 static double binary_value(vel_op op, double a, double b)
 {
     switch (op) {
-    case VEL_OP_add: return a + b;
-    case VEL_OP_sub: return a - b;
-    case VEL_OP_mul: return a * b;
-    default: return a / b;
+    case VEL_OP_add:
+        return a + b;
+    case VEL_OP_sub:
+        return a - b;
+    case VEL_OP_mul:
+        return a * b;
+    default:
+        return a / b;
     }
 }
 
@@ -337,8 +364,8 @@ static bool dropout_shape(vel_graph *g, vel_node *n)
  * decides in the same way, so a run can be repeated on another device. */
 static void dropout_ref(const vel_node *n, const vel_ref_tensor *in, vel_ref_tensor *out)
 {
-    uint64_t seed = (uint64_t)(uint32_t)(int64_t)in[1].v[0] |
-                    (uint64_t)(uint32_t)(int64_t)in[1].v[1] << 32;
+    uint64_t seed =
+        (uint64_t)(uint32_t)(int64_t)in[1].v[0] | (uint64_t)(uint32_t)(int64_t)in[1].v[1] << 32;
     double p = n->a.dropout.p, by = 1 / (1 - p);
     for (int64_t i = 0; i < vel_shape_count(out->shape); i++) {
         bool kept = vel_random_uniform(seed, n->a.dropout.stream, (uint64_t)i) >= p;

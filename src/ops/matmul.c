@@ -184,9 +184,8 @@ static const vel_case linear_grad_x_cases[] = {
     {.in = {{0}}},
 };
 
-const vel_opdef vel_op_linear_grad_x = {.shape = linear_grad_x_shape,
-                                        .lower = linear_grad_x_lower,
-                                        .cases = linear_grad_x_cases};
+const vel_opdef vel_op_linear_grad_x = {
+    .shape = linear_grad_x_shape, .lower = linear_grad_x_lower, .cases = linear_grad_x_cases};
 
 /* ---- linear_grad_w --------------------------------------------------------------------------- */
 
@@ -213,6 +212,5 @@ static const vel_case linear_grad_w_cases[] = {
     {.in = {{0}}},
 };
 
-const vel_opdef vel_op_linear_grad_w = {.shape = linear_grad_w_shape,
-                                        .lower = linear_grad_w_lower,
-                                        .cases = linear_grad_w_cases};
+const vel_opdef vel_op_linear_grad_w = {
+    .shape = linear_grad_w_shape, .lower = linear_grad_w_lower, .cases = linear_grad_w_cases};

@@ -195,8 +195,8 @@ static void slice_grad(vel_graph *g, const vel_node *n, vel_ref self, const vel_
     (void)self;
     int axis = n->a.slice.axis;
     if (want[0])
-        din[0] = build_unslice(g, dout[0], axis, n->a.slice.begin,
-                               vel_shape_at(g, n->in[0]).dim[axis]);
+        din[0] =
+            build_unslice(g, dout[0], axis, n->a.slice.begin, vel_shape_at(g, n->in[0]).dim[axis]);
 }
 
 static const vel_case slice_cases[] = {

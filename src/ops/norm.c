@@ -88,10 +88,10 @@ static void group_norm_grad(vel_graph *g, const vel_node *n, vel_ref self, const
     if (!vel_no_gradient_of(g, n, dout, 1) || !dout[0].id)
         return;
     vel_ref in[] = {n->in[0], n->in[1], n->in[2], {self.id, 1}, dout[0]};
-    vel_attr a = {.group_norm_grad = {n->a.group_norm.groups, n->a.group_norm.eps,
-                                      n->a.group_norm.act}};
-    vel_attr aw = {.group_norm_grad_w = {n->a.group_norm.groups, n->a.group_norm.eps,
-                                         n->a.group_norm.act}};
+    vel_attr a = {
+        .group_norm_grad = {n->a.group_norm.groups, n->a.group_norm.eps, n->a.group_norm.act}};
+    vel_attr aw = {
+        .group_norm_grad_w = {n->a.group_norm.groups, n->a.group_norm.eps, n->a.group_norm.act}};
     if (want[0])
         din[0] = vel_build(g, VEL_OP_group_norm_grad, in, 5, &a);
     if (want[1] || want[2]) {
@@ -191,13 +191,13 @@ static vel_ref group_norm_grad_w_build(vel_graph *g, const vel_case *c, const ve
     {                                                                                              \
         {.in = {{4, {2, 5, 7, 6}}, {1, {6}}, {1, {6}}, {0}, {4, {2, 5, 7, 6}}},                    \
          .a.field = {3, 1e-5}},                                                                    \
-        {.in = {{4, {1, 4, 4, 64}}, {1, {64}}, {1, {64}}, {0}, {4, {1, 4, 4, 64}}},                \
-         .a.field = {32, 1e-6, VEL_ACT_SILU}},                                                     \
-        {.in = {{3, {2, 9, 32}}, {1, {32}}, {1, {32}}, {0}, {3, {2, 9, 32}}},                      \
-         .a.field = {1, 1e-5, VEL_ACT_GELU}},                                                      \
-        {.in = {{4, {2, 3, 5, 40}}, {1, {40}}, {1, {40}}, {0}, {4, {2, 3, 5, 40}}},                \
-         .a.field = {8, 1e-5, VEL_ACT_SILU}},                                                      \
-        {.in = {{0}}},                                                                             \
+            {.in = {{4, {1, 4, 4, 64}}, {1, {64}}, {1, {64}}, {0}, {4, {1, 4, 4, 64}}},            \
+             .a.field = {32, 1e-6, VEL_ACT_SILU}},                                                 \
+            {.in = {{3, {2, 9, 32}}, {1, {32}}, {1, {32}}, {0}, {3, {2, 9, 32}}},                  \
+             .a.field = {1, 1e-5, VEL_ACT_GELU}},                                                  \
+            {.in = {{4, {2, 3, 5, 40}}, {1, {40}}, {1, {40}}, {0}, {4, {2, 3, 5, 40}}},            \
+             .a.field = {8, 1e-5, VEL_ACT_SILU}},                                                  \
+            {.in = {{0}}},                                                                         \
     }
 static const vel_case group_norm_grad_cases[] = GROUP_BACKWARD_CASES(group_norm_grad);
 static const vel_case group_norm_grad_w_cases[] = GROUP_BACKWARD_CASES(group_norm_grad_w);
@@ -383,10 +383,8 @@ static void softmax_grad(vel_graph *g, const vel_node *n, vel_ref self, const ve
 }
 
 static const vel_case softmax_cases[] = {
-    {.in = {{2, {5, 3}}}},
-    {.in = {{4, {2, 3, 5, 77}}}},
-    {.in = {{1, {1}}}},
-    {.in = {{3, {2, 9, 64}}}},
+    {.in = {{2, {5, 3}}}}, {.in = {{4, {2, 3, 5, 77}}}},
+    {.in = {{1, {1}}}},    {.in = {{3, {2, 9, 64}}}},
     {.in = {{0}}},
 };
 

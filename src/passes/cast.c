@@ -1,13 +1,14 @@
 /* cast.c: mixed precision as a pass. The types column of ops.def says what each op wants ('c' the
- * compute type, 'f' float32, 'i' int32, 't' as the first input, 'a' anything) and gives; where a value
- * is wanted in another type a cast node is put in, once per value and type. Frozen weights become
- * leaves of the wanted type instead, since files are converted at load anyway. */
+ * compute type, 'f' float32, 'i' int32, 't' as the first input, 'a' anything) and gives; where a
+ * value is wanted in another type a cast node is put in, once per value and type. Frozen weights
+ * become leaves of the wanted type instead, since files are converted at load anyway. */
 #include "passes/copy.h"
 
 typedef struct caster {
     vel_copier c;
     vel_dtype compute;
-    vel_ref *as_f32, *as_compute; /* [dst node] first output in the other type, made at first want */
+    vel_ref *as_f32,
+        *as_compute; /* [dst node] first output in the other type, made at first want */
     int32_t room;
 } caster;
 
@@ -28,11 +29,16 @@ static char type_letter(const char *types, int i, bool after_arrow)
 static vel_dtype wanted_type(const caster *k, char letter, vel_dtype now, vel_dtype first)
 {
     switch (letter) {
-    case 'c': return k->compute;
-    case 'f': return VEL_F32;
-    case 'i': return VEL_I32;
-    case 't': return first;
-    default: return now;
+    case 'c':
+        return k->compute;
+    case 'f':
+        return VEL_F32;
+    case 'i':
+        return VEL_I32;
+    case 't':
+        return first;
+    default:
+        return now;
     }
 }
 
@@ -44,8 +50,8 @@ static vel_ref in_type(caster *k, vel_ref r, vel_dtype want)
     if (!r.id || now.dtype == want || now.dtype == VEL_I32)
         return r;
     const vel_node *n = vel_at(dst, r);
-    vel_ref *cached = r.out == 0 && r.id < k->room ? &(want == VEL_F32 ? k->as_f32 : k->as_compute)[r.id]
-                                                   : NULL;
+    vel_ref *cached =
+        r.out == 0 && r.id < k->room ? &(want == VEL_F32 ? k->as_f32 : k->as_compute)[r.id] : NULL;
     if (cached && cached->id)
         return *cached;
     vel_ref made;
@@ -80,7 +86,8 @@ static void cast_node(caster *k, int32_t id)
         for (int i = 0; i < n.n_out; i++)
             if (n.out[i].dtype != VEL_I32)
                 n.out[i].dtype = wanted_type(k, type_letter(types, i, true), n.out[i].dtype, first);
-    /* A cast of the model's own, to float32, says "in full precision"; one to another type is ours. */
+    /* A cast of the model's own, to float32, says "in full precision"; one to another type is ours.
+     */
     k->c.map[id] = vel_copy_node(k->c.dst, &n, in);
 }
 

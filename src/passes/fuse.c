@@ -4,14 +4,15 @@
  *     add(p, y), p a product without a residual      ->  p with residual y
  *     act(p),    p a linear or conv2d without one    ->  p with that activation
  *
- * The gradient pass has run before, so a value that its backward needs has two readers and stays. */
+ * The gradient pass has run before, so a value that its backward needs has two readers and stays.
+ */
 #include "passes/copy.h"
 
 typedef struct fuser {
     vel_copier c;
     const int32_t *uses;
-    bool *gone;      /* [node] copied later, as part of its reader */
-    int32_t *takes;  /* [node] the product this add or act swallows; 0 none */
+    bool *gone;     /* [node] copied later, as part of its reader */
+    int32_t *takes; /* [node] the product this add or act swallows; 0 none */
 } fuser;
 
 /* Which input of the op is its residual; -1: it has none. */
@@ -19,10 +20,13 @@ static int residual_slot(vel_op op)
 {
     switch (op) {
     case VEL_OP_linear:
-    case VEL_OP_conv2d: return 3;
+    case VEL_OP_conv2d:
+        return 3;
     case VEL_OP_linear_grad_x:
-    case VEL_OP_conv2d_grad_x: return 2;
-    default: return -1;
+    case VEL_OP_conv2d_grad_x:
+        return 2;
+    default:
+        return -1;
     }
 }
 
@@ -30,14 +34,15 @@ static bool can_take(const fuser *f, vel_ref product, vel_ref other, const vel_n
 {
     const vel_node *p = vel_at(f->c.src, product);
     int slot = residual_slot(p->op);
-    if (slot < 0 || product.out || f->uses[product.id] != 1 || f->gone[product.id] || f->takes[product.id])
+    if (slot < 0 || product.out || f->uses[product.id] != 1 || f->gone[product.id] ||
+        f->takes[product.id])
         return false;
     if (slot < p->n_in && p->in[slot].id)
         return false;
     vel_type o = vel_type_of(f->c.src, other);
     return other.id != product.id && vel_shape_equal(o.shape, reader->out[0].shape) &&
-           vel_shape_equal(p->out[0].shape, reader->out[0].shape) &&
-           o.dtype == p->out[0].dtype && p->out[0].dtype == reader->out[0].dtype;
+           vel_shape_equal(p->out[0].shape, reader->out[0].shape) && o.dtype == p->out[0].dtype &&
+           p->out[0].dtype == reader->out[0].dtype;
 }
 
 static void mark(fuser *f)

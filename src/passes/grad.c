@@ -20,7 +20,8 @@ vel_status vel_pass_grad(vel_graph *g)
         if (vel_node_at(g, id)->op == VEL_OP_param)
             wanted[n_wanted++] = (vel_ref){id, 0};
     if (n_wanted == 0)
-        return vel_fail(ctx, VEL_BAD_VALUE, "nothing is trained: the graph has no trainable values");
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "nothing is trained: the graph has no trainable values");
     vel_ref one = vel_fill(g, vel_shape_at(g, loss), 1);
     vel_vjp(g, &loss, &one, 1, wanted, grads, n_wanted);
     VEL_TRY(vel_graph_check(g));

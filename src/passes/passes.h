@@ -6,7 +6,8 @@
 #include "graph/graph.h"
 
 /* Appends the gradient of output "loss" with respect to every param, as outputs "grad:<path>". No
- * gradient work before the first trainable leaf: only nodes between a param and the loss get any. */
+ * gradient work before the first trainable leaf: only nodes between a param and the loss get any.
+ */
 vel_status vel_pass_grad(vel_graph *g);
 
 /* Removes what no output needs, merges equal nodes, folds identities (x*1, reshape of reshape, cast
@@ -17,36 +18,38 @@ vel_status vel_pass_simplify(const vel_graph *g, vel_graph **out);
  * cast nodes where they meet. Frozen weights take the type of their use; params stay float32. */
 vel_status vel_pass_cast(const vel_graph *g, vel_dtype compute, vel_graph **out);
 
-/* Peepholes: add(linear|conv2d|..._grad_x, y) -> its residual input; act(group_norm|linear|conv2d) ->
- * its act attribute. A pass over uses: nothing is fused that another node or an output reads. */
+/* Peepholes: add(linear|conv2d|..._grad_x, y) -> its residual input; act(group_norm|linear|conv2d)
+ * -> its act attribute. A pass over uses: nothing is fused that another node or an output reads. */
 vel_status vel_pass_fuse(const vel_graph *g, vel_graph **out);
 
-/* Recomputes forward values in the backward part instead of keeping them. level 0: nothing; 1: what is
- * cheap (elementwise, norms, activations); 2: whole layers whose inputs are kept; higher levels group
- * layers, up to vel_remat_levels, the smallest memory. */
+/* Recomputes forward values in the backward part instead of keeping them. level 0: nothing; 1: what
+ * is cheap (elementwise, norms, activations); 2: whole layers whose inputs are kept; higher levels
+ * group layers, up to vel_remat_levels, the smallest memory. */
 vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out);
 int vel_remat_levels(const vel_graph *g);
 
 /* Where every value lives in one block of memory. */
 typedef struct vel_place {
-    int64_t offset;   /* bytes into the arena; -1: not in the arena (leaves kept elsewhere) */
+    int64_t offset; /* bytes into the arena; -1: not in the arena (leaves kept elsewhere) */
     int64_t bytes;
 } vel_place;
 typedef struct vel_layout {
-    int32_t n;             /* nodes */
+    int32_t n;                       /* nodes */
     vel_place (*place)[VEL_MAX_OUT]; /* [node][output] */
-    int64_t *scratch;      /* [node] offset of the kernel's scratch, -1 none */
-    int64_t bytes;         /* of the whole arena */
+    int64_t *scratch;                /* [node] offset of the kernel's scratch, -1 none */
+    int64_t bytes;                   /* of the whole arena */
 } vel_layout;
 /* What the planner asks about each node. */
 typedef struct vel_plan_query {
     void *user;
-    int64_t (*scratch)(void *user, int32_t node);           /* bytes the kernel wants */
-    int (*inplace)(void *user, int32_t node);                /* input whose memory output 0 may take, -1 */
-    bool (*outside)(void *user, int32_t node, int output);   /* lives elsewhere (weights, gradients) */
+    int64_t (*scratch)(void *user, int32_t node); /* bytes the kernel wants */
+    int (*inplace)(void *user, int32_t node);     /* input whose memory output 0 may take, -1 */
+    bool (*outside)(void *user, int32_t node,
+                    int output); /* lives elsewhere (weights, gradients) */
 } vel_plan_query;
 /* Arena allocation by lifetime in node order; offsets are multiples of 64. A reshape shares its
  * input's memory. Lives in arena a. */
-vel_status vel_pass_plan(const vel_graph *g, const vel_plan_query *q, vel_arena *a, vel_layout *out);
+vel_status vel_pass_plan(const vel_graph *g, const vel_plan_query *q, vel_arena *a,
+                         vel_layout *out);
 
 #endif

@@ -1,11 +1,11 @@
-/* plan.c: where every value lives. Each value has a lifetime, from the node that makes it to the last
- * that reads it; values whose lifetimes do not meet may share memory. Blocks are placed largest first,
- * each at the lowest offset where it meets no neighbour in time (greedy by size: Pisarchyk and Lee
- * 2020, "Efficient Memory Management for Deep Neural Net Inference"), which comes within a few percent
- * of the lower bound for networks like these.
+/* plan.c: where every value lives. Each value has a lifetime, from the node that makes it to the
+ * last that reads it; values whose lifetimes do not meet may share memory. Blocks are placed
+ * largest first, each at the lowest offset where it meets no neighbour in time (greedy by size:
+ * Pisarchyk and Lee 2020, "Efficient Memory Management for Deep Neural Net Inference"), which comes
+ * within a few percent of the lower bound for networks like these.
  *
- * A reshape shares its input's block, and so does an output that a kernel may write in place over an
- * input read for the last time. */
+ * A reshape shares its input's block, and so does an output that a kernel may write in place over
+ * an input read for the last time. */
 #include <stdlib.h>
 
 #include "passes/copy.h"
@@ -21,8 +21,8 @@ typedef struct planner {
     const vel_plan_query *q;
     vel_arena *arena;
     int32_t n;
-    int32_t *last_use;               /* [node * VEL_MAX_OUT + out] */
-    int32_t (*block_of)[VEL_MAX_OUT];/* -1: outside or absent */
+    int32_t *last_use;                /* [node * VEL_MAX_OUT + out] */
+    int32_t (*block_of)[VEL_MAX_OUT]; /* -1: outside or absent */
     int32_t *scratch_block;
     block *blocks;
     int32_t n_blocks;

@@ -1,7 +1,7 @@
 /* remat.c: gradient checkpointing as a pass (Chen et al. 2016, "Training Deep Nets with Sublinear
- * Memory Cost"). The graph is copied in order; when a backward node asks for a forward value that is
- * not kept, the nodes that make it are copied again, right there, down to values that are kept. The
- * planner then sees short lifetimes, and the memory falls by itself.
+ * Memory Cost"). The graph is copied in order; when a backward node asks for a forward value that
+ * is not kept, the nodes that make it are copied again, right there, down to values that are kept.
+ * The planner then sees short lifetimes, and the memory falls by itself.
  *
  * What is kept is a rule per level:
  *   0  everything
@@ -15,8 +15,8 @@ enum { LEVELS = 5 };
 typedef struct remat {
     vel_copier c;
     int level;
-    bool *kept;      /* [node] of src, forward nodes: the backward part may read the first copy */
-    vel_ref *again;  /* [node] the second copy, once made */
+    bool *kept;     /* [node] of src, forward nodes: the backward part may read the first copy */
+    vel_ref *again; /* [node] the second copy, once made */
 } remat;
 
 int vel_remat_levels(const vel_graph *g)
@@ -28,17 +28,32 @@ int vel_remat_levels(const vel_graph *g)
 static bool is_cheap(vel_op op)
 {
     switch (op) {
-    case VEL_OP_affine: case VEL_OP_unary: case VEL_OP_act: case VEL_OP_add: case VEL_OP_sub:
-    case VEL_OP_mul: case VEL_OP_div: case VEL_OP_cast: case VEL_OP_reshape: case VEL_OP_expand:
-    case VEL_OP_slice: case VEL_OP_concat: case VEL_OP_upsample: case VEL_OP_dropout:
-    case VEL_OP_group_norm: case VEL_OP_layer_norm: case VEL_OP_geglu: case VEL_OP_permute:
+    case VEL_OP_affine:
+    case VEL_OP_unary:
+    case VEL_OP_act:
+    case VEL_OP_add:
+    case VEL_OP_sub:
+    case VEL_OP_mul:
+    case VEL_OP_div:
+    case VEL_OP_cast:
+    case VEL_OP_reshape:
+    case VEL_OP_expand:
+    case VEL_OP_slice:
+    case VEL_OP_concat:
+    case VEL_OP_upsample:
+    case VEL_OP_dropout:
+    case VEL_OP_group_norm:
+    case VEL_OP_layer_norm:
+    case VEL_OP_geglu:
+    case VEL_OP_permute:
         return true;
     default:
         return false;
     }
 }
 
-/* Layers are numbered in the order of making; neighbours share a number above level 2. 0 stays 0. */
+/* Layers are numbered in the order of making; neighbours share a number above level 2. 0 stays 0.
+ */
 static int32_t group_of(const remat *r, int32_t layer)
 {
     return layer == 0 ? 0 : 1 + ((layer - 1) >> (r->level - 2));
@@ -50,8 +65,9 @@ static void choose_kept(remat *r)
     int32_t n = vel_graph_size(g);
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(g, id);
-        r->kept[id] = r->level == 0 || vel_op_is_leaf(node->op) ||
-                      (r->level == 1 ? !is_cheap(node->op) : node->layer == 0 && !is_cheap(node->op));
+        r->kept[id] =
+            r->level == 0 || vel_op_is_leaf(node->op) ||
+            (r->level == 1 ? !is_cheap(node->op) : node->layer == 0 && !is_cheap(node->op));
     }
     if (r->level < 2)
         return;

@@ -1,5 +1,6 @@
-/* simplify.c: dead nodes go, equal nodes become one, identities are folded. Equality is by op, inputs,
- * attributes and types through a hash table, so the pass is linear. Leaves of equal path are one. */
+/* simplify.c: dead nodes go, equal nodes become one, identities are folded. Equality is by op,
+ * inputs, attributes and types through a hash table, so the pass is linear. Leaves of equal path
+ * are one. */
 #include "passes/copy.h"
 
 typedef struct table {
@@ -15,7 +16,8 @@ static bool same_node(const vel_node *a, const vel_node *b)
         if (a->in[i].id != b->in[i].id || a->in[i].out != b->in[i].out)
             return false;
     for (int i = 0; i < a->n_out; i++)
-        if (a->out[i].dtype != b->out[i].dtype || !vel_shape_equal(a->out[i].shape, b->out[i].shape))
+        if (a->out[i].dtype != b->out[i].dtype ||
+            !vel_shape_equal(a->out[i].shape, b->out[i].shape))
             return false;
     bool named = a->op == VEL_OP_input || a->op == VEL_OP_weight || a->op == VEL_OP_param;
     return !named || strcmp(a->path, b->path) == 0;

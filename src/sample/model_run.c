@@ -61,7 +61,10 @@ void vel_model_rest(vel_model *m, const char *part)
     static const struct {
         const char *part;
         plan_kind kind;
-    } users[] = {{"vae", PLAN_DECODE}, {"vae", PLAN_ENCODE}, {"text_encoder", PLAN_TEXT}, {"unet", PLAN_DENOISE}};
+    } users[] = {{"vae", PLAN_DECODE},
+                 {"vae", PLAN_ENCODE},
+                 {"text_encoder", PLAN_TEXT},
+                 {"unet", PLAN_DENOISE}};
     for (int u = 0; u < VEL_COUNT(users); u++)
         for (int i = m->n_plans - 1; i >= 0 && strcmp(users[u].part, part) == 0; i--)
             if (m->plans[i].kind == users[u].kind)

@@ -8,26 +8,30 @@
 #include "models/models.h"
 #include "tokenizers/tokenizers.h"
 
-/* ---- noise schedule (schedule.c) ---------------------------------------------------------------- */
+/* ---- noise schedule (schedule.c) ----------------------------------------------------------------
+ */
 
 typedef struct vel_schedule {
-    int n;                  /* training timesteps */
+    int n; /* training timesteps */
     double alphas_cumprod[4096];
     vel_noise_config config;
 } vel_schedule;
 vel_status vel_schedule_init(vel_ctx *ctx, vel_schedule *s, const vel_noise_config *config);
 double vel_schedule_snr(const vel_schedule *s, int t);
 
-/* ---- samplers (samplers.c): a table; each mirrors a diffusers scheduler ------------------------- */
+/* ---- samplers (samplers.c): a table; each mirrors a diffusers scheduler -------------------------
+ */
 
 typedef struct vel_sampler vel_sampler;
-/* name: ddpm, ddim, pndm, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc; with "_karras" for Karras
- * spacing (Karras et al. 2022). NULL takes the model's own. rng: draws of ancestral samplers. */
-vel_status vel_sampler_create(vel_ctx *ctx, const char *name, const vel_schedule *schedule, int steps,
-                              double eta, vel_torch_rng *rng, vel_sampler **out);
+/* name: ddpm, ddim, pndm, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc; with "_karras"
+ * for Karras spacing (Karras et al. 2022). NULL takes the model's own. rng: draws of ancestral
+ * samplers. */
+vel_status vel_sampler_create(vel_ctx *ctx, const char *name, const vel_schedule *schedule,
+                              int steps, double eta, vel_torch_rng *rng, vel_sampler **out);
 void vel_sampler_destroy(vel_sampler *s);
-double vel_sampler_init_sigma(const vel_sampler *s);    /* the first noise is multiplied by it */
-int vel_sampler_evaluations(const vel_sampler *s);      /* how often the model is asked (PNDM, Heun: more than steps) */
+double vel_sampler_init_sigma(const vel_sampler *s); /* the first noise is multiplied by it */
+int vel_sampler_evaluations(
+    const vel_sampler *s); /* how often the model is asked (PNDM, Heun: more than steps) */
 double vel_sampler_timestep(const vel_sampler *s, int i); /* of evaluation i */
 /* The model's input for evaluation i: out = x scaled (Euler and kin), n values. */
 void vel_sampler_scale(const vel_sampler *s, int i, const float *x, float *out, int64_t n);
@@ -35,7 +39,8 @@ void vel_sampler_scale(const vel_sampler *s, int i, const float *x, float *out, 
 vel_status vel_sampler_step(vel_sampler *s, int i, const float *prediction, float *x, int64_t n);
 const char *vel_sampler_name_at(int i); /* NULL past the end */
 
-/* ---- a loaded model (model.c) --------------------------------------------------------------------- */
+/* ---- a loaded model (model.c)
+ * --------------------------------------------------------------------- */
 
 typedef struct vel_model vel_model;
 typedef struct vel_model_options {
@@ -47,10 +52,11 @@ typedef struct vel_model_options {
 } vel_model_options;
 /* folder: a diffusers folder, or a hub name, which resolves to the Hugging Face cache or
  * VELATURA_MODEL_ROOT; never to the network. */
-vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_options *o, vel_model **out);
+vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_options *o,
+                          vel_model **out);
 void vel_model_close(vel_model *m);
-/* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures are
- * encoded). */
+/* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures
+ * are encoded). */
 void vel_model_rest(vel_model *m, const char *part);
 vel_ctx *vel_model_ctx(vel_model *m);
 vel_engine *vel_model_engine(vel_model *m);
@@ -74,41 +80,46 @@ const char *vel_model_hash(vel_model *m, const char *part);
 vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *path, double weight);
 vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight);
 void vel_model_remove_adapters(vel_model *m);
-/* Previews in training: the graph is rewritten with the trainables that this adaption uses; NULL off. */
+/* Previews in training: the graph is rewritten with the trainables that this adaption uses; NULL
+ * off. */
 struct vel_adaption;
 void vel_model_set_trained(vel_model *m, const struct vel_adaption *adaptions, int n);
 
-/* Text states of prompts: out [n, length, width] (through adapters on the text encoder). Warns with the
- * cut part of prompts over length. */
+/* Text states of prompts: out [n, length, width] (through adapters on the text encoder). Warns with
+ * the cut part of prompts over length. */
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out);
 /* NHWC in and out; latents are unscaled z here. Splits into batches as memory asks. */
 vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, float *image);
-vel_status vel_model_encode(vel_model *m, const float *image, int n, int height, int width, float *moments);
+vel_status vel_model_encode(vel_model *m, const float *image, int n, int height, int width,
+                            float *moments);
 /* One evaluation: latent [n, h, w, C], time [n], context [n, length, width] -> out. */
-vel_status vel_model_denoise(vel_model *m, const float *latent, const float *time, const float *context,
-                             int n, int h, int w, float *out);
+vel_status vel_model_denoise(vel_model *m, const float *latent, const float *time,
+                             const float *context, int n, int h, int w, float *out);
 
-/* ---- pictures (pipeline.c) ------------------------------------------------------------------------- */
+/* ---- pictures (pipeline.c)
+ * ------------------------------------------------------------------------- */
 
 typedef struct vel_draw {
     const char *prompt, *negative; /* negative NULL: "" */
-    double guidance;   /* 7.5; <= 1: without */
-    int width, height; /* 0: native */
-    int steps;         /* 50 */
+    double guidance;               /* 7.5; <= 1: without */
+    int width, height;             /* 0: native */
+    int steps;                     /* 50 */
     uint64_t seed;
     const char *sampler; /* NULL: the model's own */
-    const char *spacing; /* of timesteps: leading, trailing, linspace; NULL: as the folder states it, as
-                          * diffusers' from_config does; "own": the sampler's own, as if it stated none */
-    double eta;        /* ddim */
-    const float *noise;/* given start noise, NCHW [C, h, w], N(0, 1); NULL: from seed */
+    const char
+        *spacing; /* of timesteps: leading, trailing, linspace; NULL: as the folder states it, as
+                   * diffusers' from_config does; "own": the sampler's own, as if it stated none */
+    double eta;   /* ddim */
+    const float *noise; /* given start noise, NCHW [C, h, w], N(0, 1); NULL: from seed */
 } vel_draw;
-/* n pictures in batches; out: n images (vel_image_finish each). phase: text of the progress line, NULL
- * quiet. latents (may be NULL): final latents, NCHW [n, C, h, w]. */
+/* n pictures in batches; out: n images (vel_image_finish each). phase: text of the progress line,
+ * NULL quiet. latents (may be NULL): final latents, NCHW [n, C, h, w]. */
 vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch, const char *phase,
                           vel_image *out, float *latents);
 
 /* A sheet: rows x columns of pictures with labels; any label may be NULL. */
-vel_status vel_sheet(vel_ctx *ctx, const vel_image *images, int rows, int columns, const char *const *row_labels,
-                     const char *const *column_labels, int cell, const char *title, vel_image *out);
+vel_status vel_sheet(vel_ctx *ctx, const vel_image *images, int rows, int columns,
+                     const char *const *row_labels, const char *const *column_labels, int cell,
+                     const char *title, vel_image *out);
 
 #endif

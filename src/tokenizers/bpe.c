@@ -111,8 +111,8 @@ vel_status vel_bpe_add(vel_tokenizer *t, const char *name, int32_t id, int32_t n
     }
     if (added == t->added + t->n_added)
         t->n_added++;
-    *added = (bpe_added){.text = copy, .name = name_copy, .n_text = n, .id = id, .n_ids = n_ids,
-                         .normal = normal};
+    *added = (bpe_added){
+        .text = copy, .name = name_copy, .n_text = n, .id = id, .n_ids = n_ids, .normal = normal};
     t->added_start[normal][(unsigned char)copy[0]] = true;
 done:
     vel_bpe_text_finish(&text);
@@ -153,9 +153,15 @@ static const struct {
     int n;
     bool in_three; /* GPT-2's pattern parts the brackets from the name */
 } literals[] = {
-    {"<|startoftext|>", 15, true}, {"<|endoftext|>", 13, true}, {"'s", 2, false},
-    {"'t", 2, false},              {"'re", 3, false},           {"'ve", 3, false},
-    {"'m", 2, false},              {"'ll", 3, false},           {"'d", 2, false},
+    {"<|startoftext|>", 15, true},
+    {"<|endoftext|>", 13, true},
+    {"'s", 2, false},
+    {"'t", 2, false},
+    {"'re", 3, false},
+    {"'ve", 3, false},
+    {"'m", 2, false},
+    {"'ll", 3, false},
+    {"'d", 2, false},
 };
 
 /* Index of the literal at s; -1 when there is none. */
@@ -250,8 +256,8 @@ static vel_status check_text(vel_ctx *ctx, const char *s, size_t n)
                         BPE_MAX_TEXT);
     for (size_t at = 0; at < n;) {
         int32_t c;
-        utf8proc_ssize_t step = utf8proc_iterate((const utf8proc_uint8_t *)s + at,
-                                                 (utf8proc_ssize_t)(n - at), &c);
+        utf8proc_ssize_t step =
+            utf8proc_iterate((const utf8proc_uint8_t *)s + at, (utf8proc_ssize_t)(n - at), &c);
         if (step <= 0)
             return vel_fail(ctx, VEL_BAD_VALUE,
                             "text: byte 0x%02x at offset %zu is not UTF-8; save the text as UTF-8",

@@ -37,12 +37,12 @@ struct vel_tokenizer {
     vel_arena *arena;    /* pieces and words */
     const char **pieces; /* by id; NULL where the vocabulary has a hole */
     int32_t n_pieces, room_pieces;
-    int32_t n_words;      /* pieces that are not NULL */
-    int32_t *words;       /* open addressing: id + 1 by hash of the piece; 0 is empty */
+    int32_t n_words; /* pieces that are not NULL */
+    int32_t *words;  /* open addressing: id + 1 by hash of the piece; 0 is empty */
     uint32_t words_mask;
     bpe_merge *merges; /* open addressing by (left, right) */
     uint32_t merges_mask;
-    size_t longest;       /* bytes of the longest piece */
+    size_t longest;        /* bytes of the longest piece */
     int32_t bytes[2][256]; /* id of a byte alone; [1]: of a byte that ends a word */
     bpe_added *added;
     int n_added, room_added;
@@ -55,7 +55,7 @@ struct vel_tokenizer {
 
 typedef enum bpe_class { BPE_OTHER, BPE_SPACE, BPE_LETTER, BPE_NUMBER } bpe_class;
 bpe_class vel_bpe_class(int32_t c);
-int32_t vel_bpe_lower(int32_t c);   /* U+0130 has two: the caller adds U+0307 */
+int32_t vel_bpe_lower(int32_t c);     /* U+0130 has two: the caller adds U+0307 */
 bool vel_bpe_unknown_mark(int32_t c); /* newer than the reference's NFC: never reordered */
 
 /* ---- bpe_normal.c ---------------------------------------------------------------------------- */

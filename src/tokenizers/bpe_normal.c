@@ -11,8 +11,10 @@
 #include <stdlib.h>
 #include <utf8proc.h>
 
-enum { UNDER_NFC = 0x300, /* code points below begin a piece and compose with nothing before */
-       COMBINING_DOT = 0x307 };
+enum {
+    UNDER_NFC = 0x300, /* code points below begin a piece and compose with nothing before */
+    COMBINING_DOT = 0x307
+};
 
 typedef struct piece { /* code points of one piece, decomposed in place */
     vel_ctx *ctx;
@@ -139,8 +141,8 @@ static vel_status add_decomposed(piece *p, int32_t c)
 static vel_status put_piece(bpe_text *out, size_t run_from, piece *p, uint32_t from)
 {
     sort_marks(p);
-    utf8proc_ssize_t n = utf8proc_normalize_utf32(p->c, (utf8proc_ssize_t)p->n,
-                                                  UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+    utf8proc_ssize_t n =
+        utf8proc_normalize_utf32(p->c, (utf8proc_ssize_t)p->n, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
     for (utf8proc_ssize_t i = 0; i < n; i++)
         VEL_TRY(put_lower(out, run_from, p->c[i], from));
     return VEL_OK;

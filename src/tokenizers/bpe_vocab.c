@@ -37,9 +37,12 @@ typedef struct listed_token {
 static const struct {
     const char *key, *initial;
 } named_tokens[] = {
-    {"bos_token", "<|startoftext|>"}, {"eos_token", "<|endoftext|>"},
-    {"unk_token", "<|endoftext|>"},   {"sep_token", NULL},
-    {"pad_token", "<|endoftext|>"},   {"cls_token", NULL},
+    {"bos_token", "<|startoftext|>"},
+    {"eos_token", "<|endoftext|>"},
+    {"unk_token", "<|endoftext|>"},
+    {"sep_token", NULL},
+    {"pad_token", "<|endoftext|>"},
+    {"cls_token", NULL},
     {"mask_token", NULL},
 };
 enum { NAMED = VEL_COUNT(named_tokens) };
@@ -103,7 +106,7 @@ static vel_status read_vocab(vel_tokenizer *t, const char *path, json_t *vocab)
         return vel_fail(t->ctx, VEL_BAD_FILE, "%s: no vocabulary (pieces with their ids)", path);
     const char *piece;
     json_t *value;
-    json_object_foreach(vocab, piece, value) {
+    json_object_foreach (vocab, piece, value) {
         json_int_t id = json_integer_value(value);
         if (!json_is_integer(value) || id < 0 || id >= BPE_MAX_IDS)
             return vel_fail(t->ctx, VEL_BAD_FILE, "%s: entry '%.40s': its id is not 0 to %d", path,
@@ -122,7 +125,7 @@ typedef struct merge_reader {
     const char *path, *unit; /* "line" or "merge" */
     size_t place;            /* from 1 */
     int32_t rank;
-    char *joined;            /* two pieces of the longest kind */
+    char *joined; /* two pieces of the longest kind */
 } merge_reader;
 
 /* One merge, "left right" in n bytes. */
@@ -142,9 +145,8 @@ static vel_status add_merge(merge_reader *r, const char *text, size_t n)
     for (int i = 0; i < 2; i++) {
         id[i] = size[i] <= t->longest ? vel_bpe_find(t, part[i], size[i]) : -1;
         if (id[i] < 0)
-            return vel_fail(t->ctx, VEL_BAD_FILE,
-                            "%s: %s %zu: '%.*s' is not in the vocabulary", r->path, r->unit,
-                            r->place, (int)VEL_MIN(size[i], 40), part[i]);
+            return vel_fail(t->ctx, VEL_BAD_FILE, "%s: %s %zu: '%.*s' is not in the vocabulary",
+                            r->path, r->unit, r->place, (int)VEL_MIN(size[i], 40), part[i]);
     }
     memcpy(r->joined, part[0], n_left);
     memcpy(r->joined + n_left, part[1], n_right);
@@ -236,7 +238,8 @@ static vel_status read_whole(vel_tokenizer *t, sources *src)
     if (strcmp(type, "BPE") != 0 || strcmp(suffix, "</w>") != 0)
         return vel_fail(t->ctx, VEL_UNSUPPORTED,
                         "%s: a %.40s model with end_of_word_suffix '%.40s' is not CLIP's tokenizer "
-                        "(BPE, '</w>')", src->path, type, suffix);
+                        "(BPE, '</w>')",
+                        src->path, type, suffix);
     VEL_TRY(read_vocab(t, src->path, json_object_get(model, "vocab")));
     merge_reader r;
     VEL_TRY(start_merges(t, src->path, "merge", &r));
@@ -317,7 +320,7 @@ static vel_status list_decoder(sources *src, token_list *list, json_t *decoder)
     VEL_TRY(locate(src, "tokenizer_config.json", &found));
     const char *key;
     json_t *value;
-    json_object_foreach(decoder, key, value) {
+    json_object_foreach (decoder, key, value) {
         char *end;
         long id = strtol(key, &end, 10);
         if (!key[0] || *end || !json_is_object(value))
@@ -346,7 +349,7 @@ static vel_status list_added_files(sources *src, const token_spec named[NAMED], 
     const char *key;
     json_t *value;
     VEL_TRY(locate(src, "added_tokens.json", &found));
-    json_object_foreach(src->added, key, value) {
+    json_object_foreach (src->added, key, value) {
         if (!json_is_integer(value))
             return vel_fail(src->ctx, VEL_BAD_FILE, "%s: entry '%.40s': no id", src->path, key);
         token_spec token = {key, !is_named(named, key), true};
@@ -442,8 +445,8 @@ static vel_status add_extra(vel_tokenizer *t, sources *src, const char *file, js
                             keys[k], BPE_MAX_ADDED);
         for (size_t i = 0; i < json_array_size(array); i++) {
             token_spec token;
-            VEL_TRY(parse_token(src->ctx, src->path, keys[k], json_array_get(array, i), true,
-                                &token));
+            VEL_TRY(
+                parse_token(src->ctx, src->path, keys[k], json_array_get(array, i), true, &token));
             if (!find_listed(list, token.content))
                 VEL_TRY(add_token(t, src->folder, &token, -1));
         }

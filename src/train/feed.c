@@ -4,8 +4,15 @@
  * trained. What a step sees is a function of (seed, step, place in the batch) alone. */
 #include "train/session.h"
 
-enum { STREAM_TIME = 1, STREAM_NOISE, STREAM_LATENT, STREAM_OFFSET, STREAM_CAPTION, STREAM_DROPOUT,
-       STREAM_VALIDATION };
+enum {
+    STREAM_TIME = 1,
+    STREAM_NOISE,
+    STREAM_LATENT,
+    STREAM_OFFSET,
+    STREAM_CAPTION,
+    STREAM_DROPOUT,
+    STREAM_VALIDATION
+};
 enum { VALIDATION_TIMES = 4 };
 
 static uint64_t stream_of(int kind, int64_t micro, int64_t item)
@@ -14,7 +21,8 @@ static uint64_t stream_of(int kind, int64_t micro, int64_t item)
     return vel_hash64(key, sizeof key, (uint64_t)kind);
 }
 
-/* ---- pictures -------------------------------------------------------------------------------------- */
+/* ---- pictures
+ * -------------------------------------------------------------------------------------- */
 
 static char *latent_key(train_session *s, int sample, int flipped, const char *content)
 {
@@ -25,7 +33,8 @@ static char *latent_key(train_session *s, int sample, int flipped, const char *c
                     s->o->strict_compat ? "strict" : "", flipped);
 }
 
-/* Identifies a picture: by content where keys outlive the run, else by its place in the data set. */
+/* Identifies a picture: by content where keys outlive the run, else by its place in the data set.
+ */
 static vel_status content_of(train_session *s, int sample, char out[65])
 {
     if (!s->o->cache_to_disk) {
@@ -46,8 +55,13 @@ static vel_status content_of(train_session *s, int sample, char out[65])
 static vel_status read_pixels(train_session *s, int sample, int flipped, float *out)
 {
     const vel_sample *p = &s->data->samples[sample];
-    vel_picture_load how = {.width = p->width, .height = p->height, .crop_x = 0.5, .crop_y = 0.5,
-                            .flip = flipped, .background = {255, 255, 255}, .strict_peer = s->o->strict_compat};
+    vel_picture_load how = {.width = p->width,
+                            .height = p->height,
+                            .crop_x = 0.5,
+                            .crop_y = 0.5,
+                            .flip = flipped,
+                            .background = {255, 255, 255},
+                            .strict_peer = s->o->strict_compat};
     vel_image image = {0};
     VEL_TRY(vel_picture_read(s->ctx, p->image, &how, &image));
     int64_t n = (int64_t)image.width * image.height * 3;
@@ -65,8 +79,10 @@ static vel_status encode_pixels(train_session *s, int sample, const float *pixel
     int64_t n = (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(moments[i]))
-            return vel_fail(s->ctx, VEL_DIVERGED, "%s: the autoencoder gives values that are not finite for "
-                            "this picture; use another --vae or --mixed_precision no", p->image);
+            return vel_fail(s->ctx, VEL_DIVERGED,
+                            "%s: the autoencoder gives values that are not finite for "
+                            "this picture; use another --vae or --mixed_precision no",
+                            p->image);
     return VEL_OK;
 }
 
@@ -77,13 +93,16 @@ static int64_t moments_count(const train_session *s, int sample)
     return (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
 }
 
-/* Mean and log-variance [h, w, 2C] of a picture: cached, else encoded now. With a random crop they are
- * of this epoch's crop and not kept. *owned is set where the caller frees. */
-static vel_status moments_of(train_session *s, int sample, int64_t epoch, const float **out, float **owned)
+/* Mean and log-variance [h, w, 2C] of a picture: cached, else encoded now. With a random crop they
+ * are of this epoch's crop and not kept. *owned is set where the caller frees. */
+static vel_status moments_of(train_session *s, int sample, int64_t epoch, const float **out,
+                             float **owned)
 {
     const vel_sample *p = &s->data->samples[sample];
     int64_t count = moments_count(s, sample);
-    int flipped = s->o->flip && !p->held_out ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch) : 0;
+    int flipped = s->o->flip && !p->held_out
+                      ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
+                      : 0;
     bool cached = !s->o->random_crop || p->held_out;
     char content[65];
     char *key = NULL;
@@ -123,7 +142,8 @@ static vel_status moments_of(train_session *s, int sample, int64_t epoch, const 
 }
 
 /* latent [h, w, C] = (mean + deviation * draw - shift) * scale; draw NULL: the mean. */
-static void latent_from(const train_session *s, const float *moments, int64_t pixels, const float *draw, float *out)
+static void latent_from(const train_session *s, const float *moments, int64_t pixels,
+                        const float *draw, float *out)
 {
     const vel_latent_info *info = vel_model_latent(s->model);
     int c = s->channels;
@@ -138,7 +158,8 @@ static void latent_from(const train_session *s, const float *moments, int64_t pi
         }
 }
 
-/* ---- captions ---------------------------------------------------------------------------------------- */
+/* ---- captions
+ * ---------------------------------------------------------------------------------------- */
 
 static vel_status collect_captions(train_session *s)
 {
@@ -165,8 +186,8 @@ static vel_status encode_caption(train_session *s, int i, int64_t each)
     if (!s->o->cache_to_disk)
         return vel_model_encode_text(s->model, s->captions + i, 1, out);
     const char *encoder = vel_model_hash(s->model, "text_encoder");
-    char *key = vel_strf(s->ctx, "text %s skip %d type %d %s", encoder ? encoder : "", s->o->clip_skip,
-                         (int)vel_model_compute(s->model), s->captions[i]);
+    char *key = vel_strf(s->ctx, "text %s skip %d type %d %s", encoder ? encoder : "",
+                         s->o->clip_skip, (int)vel_model_compute(s->model), s->captions[i]);
     if (!key)
         return VEL_NO_MEMORY;
     const float *known = vel_cache_find(s->cache, key, each);
@@ -186,7 +207,8 @@ static vel_status encode_captions(train_session *s)
 {
     VEL_TRY(collect_captions(s));
     if (s->o->train_text_encoder) {
-        s->ids = vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->length * sizeof *s->ids);
+        s->ids =
+            vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->length * sizeof *s->ids);
         if (!s->ids)
             return VEL_NO_MEMORY;
         for (int i = 0; i < s->n_captions; i++)
@@ -209,7 +231,8 @@ static vel_status encode_captions(train_session *s)
 
 vel_status vel_feed_prepare(train_session *s)
 {
-    char *folder = s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
+    char *folder =
+        s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
     VEL_TRY(vel_cache_open(s->ctx, folder, &s->cache));
     VEL_TRY(encode_captions(s));
     int64_t most = 0;
@@ -235,11 +258,13 @@ vel_status vel_feed_prepare(train_session *s)
     s->weight = vel_arena_alloc(s->arena, (size_t)n * sizeof(float));
     s->timestep = vel_arena_alloc(s->arena, (size_t)n * sizeof(int32_t));
     s->batch_ids = vel_arena_alloc(s->arena, (size_t)(n * s->length) * sizeof(int32_t));
-    return s->latent && s->noise && s->context && s->weight && s->timestep && s->batch_ids ? VEL_OK
-                                                                                        : VEL_NO_MEMORY;
+    return s->latent && s->noise && s->context && s->weight && s->timestep && s->batch_ids
+               ? VEL_OK
+               : VEL_NO_MEMORY;
 }
 
-/* ---- batches ------------------------------------------------------------------------------------------- */
+/* ---- batches
+ * ------------------------------------------------------------------------------------------- */
 
 /* Hang et al. 2023: min(SNR, gamma) / SNR for noise, / (SNR + 1) for v prediction. */
 static double snr_weight(const train_session *s, int t)
@@ -248,14 +273,16 @@ static double snr_weight(const train_session *s, int t)
         return 1;
     const vel_schedule *schedule = vel_model_schedule(s->model);
     double snr = vel_schedule_snr(schedule, t), capped = VEL_MIN(snr, s->o->min_snr_gamma);
-    return schedule->config.prediction == VEL_PREDICTS_V ? capped / (snr + 1) : capped / VEL_MAX(snr, 1e-12);
+    return schedule->config.prediction == VEL_PREDICTS_V ? capped / (snr + 1)
+                                                         : capped / VEL_MAX(snr, 1e-12);
 }
 
 static void put_caption(train_session *s, int slot, int caption)
 {
     int64_t each = (int64_t)s->length * s->width;
     if (s->contexts)
-        memcpy(s->context + slot * each, s->contexts + caption * each, (size_t)each * sizeof(float));
+        memcpy(s->context + slot * each, s->contexts + caption * each,
+               (size_t)each * sizeof(float));
     else
         memcpy(s->batch_ids + slot * s->length, s->ids + (int64_t)caption * s->length,
                (size_t)s->length * sizeof(int32_t));
@@ -275,7 +302,8 @@ static void draw_noise(train_session *s, int64_t micro, int slot, int64_t pixels
         noise[i] += (float)s->o->noise_offset * offset[i % s->channels % c];
 }
 
-static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sample, int64_t epoch, int64_t pixels)
+static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sample, int64_t epoch,
+                            int64_t pixels)
 {
     uint64_t seed = (uint64_t)s->o->seed;
     int64_t each = pixels * s->channels;
@@ -292,7 +320,8 @@ static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sampl
     double u = vel_random_uniform(seed, stream_of(STREAM_TIME, micro, slot), 0);
     s->timestep[slot] = low + (int32_t)(u * (high - low));
     s->weight[slot] = (float)snr_weight(s, s->timestep[slot]);
-    bool dropped = vel_random_uniform(seed, stream_of(STREAM_CAPTION, micro, slot), 0) < s->o->caption_dropout;
+    bool dropped =
+        vel_random_uniform(seed, stream_of(STREAM_CAPTION, micro, slot), 0) < s->o->caption_dropout;
     put_caption(s, slot, dropped ? 0 : s->caption_of[sample]);
     return VEL_OK;
 }
@@ -308,13 +337,21 @@ static vel_status epoch_of(train_session *s, int64_t number)
     return VEL_OK;
 }
 
-static void describe_batch(train_session *s, int n, const vel_sample *first, int64_t micro, vel_batch *out)
+static void describe_batch(train_session *s, int n, const vel_sample *first, int64_t micro,
+                           vel_batch *out)
 {
     int down = vel_model_latent(s->model)->down;
     uint64_t mask = stream_of(STREAM_DROPOUT, micro, 0);
-    *out = (vel_batch){.n = n, .h = first->height / down, .w = first->width / down, .latent = s->latent,
-                       .noise = s->noise, .timestep = s->timestep, .context = s->context, .ids = s->batch_ids,
-                       .weight = s->weight, .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
+    *out = (vel_batch){.n = n,
+                       .h = first->height / down,
+                       .w = first->width / down,
+                       .latent = s->latent,
+                       .noise = s->noise,
+                       .timestep = s->timestep,
+                       .context = s->context,
+                       .ids = s->batch_ids,
+                       .weight = s->weight,
+                       .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
 }
 
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
@@ -325,7 +362,8 @@ vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
     const vel_sample *first = &s->data->samples[s->epoch->sample[begin]];
     describe_batch(s, n, first, micro, out);
     for (int i = 0; i < n; i++)
-        VEL_TRY(fill_slot(s, micro, i, s->epoch->sample[begin + i], number, (int64_t)out->h * out->w));
+        VEL_TRY(
+            fill_slot(s, micro, i, s->epoch->sample[begin + i], number, (int64_t)out->h * out->w));
     return VEL_OK;
 }
 
@@ -345,7 +383,8 @@ vel_status vel_feed_validate(train_session *s, double *loss)
         int64_t pixels = (int64_t)b.h * b.w, each = pixels * s->channels;
         for (int k = 0; k < VALIDATION_TIMES; k++) {
             latent_from(s, moments, pixels, NULL, s->latent + k * each);
-            vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_VALIDATION, i, k), 0, s->noise + k * each, each);
+            vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_VALIDATION, i, k), 0,
+                              s->noise + k * each, each);
             s->timestep[k] = (2 * k + 1) * train_steps / (2 * VALIDATION_TIMES);
             s->weight[k] = 1;
             put_caption(s, k, s->caption_of[i]);

@@ -1,5 +1,6 @@
-/* keep.c: what a run leaves on disk, in an order in which a kill at any moment loses at most the steps
- * since the last save: first the state (which a resume needs), then the adapter, then old ones go.
+/* keep.c: what a run leaves on disk, in an order in which a kill at any moment loses at most the
+ * steps since the last save: first the state (which a resume needs), then the adapter, then old
+ * ones go.
  *
  *     OUTPUT_DIR/NAME.safetensors                 the result
  *     OUTPUT_DIR/NAME-step00000100.safetensors    saves on the way
@@ -18,9 +19,48 @@ char *vel_keep_path(train_session *s, const char *ending)
 /* The settings that a resumed run must share with the one that was saved, as one line. */
 static char *digest_of(train_session *s)
 {
-    static const char *const names[] = {"model", "data", "resolution", "network", "targets", "rank", "alpha",
-                                        "dropout", "train_text_encoder", "batch", "accumulation", "seed",
-                                        "learning_rate", "precision", "caption_dropout", "validation_split"};
+    static const char *const names[] = {"model",
+                                        "vae",
+                                        "data",
+                                        "instance_prompt",
+                                        "resolution",
+                                        "enable_bucket",
+                                        "bucket_no_upscale",
+                                        "random_crop",
+                                        "flip",
+                                        "repeats",
+                                        "network",
+                                        "targets",
+                                        "text_targets",
+                                        "rank",
+                                        "alpha",
+                                        "conv_rank",
+                                        "conv_alpha",
+                                        "dropout",
+                                        "train_unet",
+                                        "train_text_encoder",
+                                        "clip_skip",
+                                        "batch",
+                                        "accumulation",
+                                        "seed",
+                                        "learning_rate",
+                                        "unet_lr",
+                                        "text_encoder_lr",
+                                        "lr_scheduler",
+                                        "lr_warmup_steps",
+                                        "adam_beta1",
+                                        "adam_beta2",
+                                        "adam_epsilon",
+                                        "adam_weight_decay",
+                                        "max_grad_norm",
+                                        "precision",
+                                        "caption_dropout",
+                                        "validation_split",
+                                        "sample_latents",
+                                        "min_snr_gamma",
+                                        "noise_offset",
+                                        "min_timestep",
+                                        "max_timestep"};
     json_t *subset = json_object();
     for (int i = 0; i < VEL_COUNT(names); i++) {
         json_t *value = json_object_get(s->settings, names[i]);
@@ -57,12 +97,15 @@ vel_status vel_keep_check_folder(train_session *s)
     unlink(probe);
     bool resumes = s->o->resume && s->o->resume[0];
     if (vel_is_file(result) && !resumes && !s->o->overwrite)
-        return vel_fail(s->ctx, VEL_BAD_VALUE, "%s exists: add --resume latest to go on from its last state, "
-                        "--overwrite to replace it, or choose another --output_name", result);
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "%s exists: add --resume latest to go on from its last state, "
+                        "--overwrite to replace it, or choose another --output_name",
+                        result);
     return VEL_OK;
 }
 
-/* ---- log --------------------------------------------------------------------------------------------- */
+/* ---- log
+ * --------------------------------------------------------------------------------------------- */
 
 static vel_status remember(train_session *s, const vel_curve_point *p)
 {
@@ -86,8 +129,10 @@ static void read_old_points(train_session *s)
         return;
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
         json_t *row = json_loads(line, 0, NULL);
-        vel_curve_point p = {.step = vel_json_int(row, "step", INT64_MAX), .loss = vel_json_number(row, "loss", NAN),
-                             .lr = vel_json_number(row, "lr", NAN), .seconds = vel_json_number(row, "seconds", NAN),
+        vel_curve_point p = {.step = vel_json_int(row, "step", INT64_MAX),
+                             .loss = vel_json_number(row, "loss", NAN),
+                             .lr = vel_json_number(row, "lr", NAN),
+                             .seconds = vel_json_number(row, "seconds", NAN),
                              .grad_norm = vel_json_number(row, "grad_norm", NAN),
                              .validation = vel_json_number(row, "validation_loss", NAN)};
         if (row && p.step <= s->first_step)
@@ -99,7 +144,9 @@ static void read_old_points(train_session *s)
 
 static void write_point(FILE *f, const vel_curve_point *p)
 {
-    fprintf(f, "{\"step\": %" PRId64 ", \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"seconds\": %.4f",
+    fprintf(f,
+            "{\"step\": %" PRId64
+            ", \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"seconds\": %.4f",
             p->step, p->loss, p->lr, p->grad_norm, p->seconds);
     if (isfinite(p->validation))
         fprintf(f, ", \"validation_loss\": %.9g", p->validation);
@@ -122,13 +169,15 @@ vel_status vel_keep_open_log(train_session *s)
     VEL_TRY(vel_writer_commit(&w));
     s->log = fopen(s->log_path, "a");
     if (!s->log)
-        return vel_fail(s->ctx, VEL_IO, "%s: cannot be written; choose another --output_dir", s->log_path);
+        return vel_fail(s->ctx, VEL_IO, "%s: cannot be written; choose another --output_dir",
+                        s->log_path);
     return VEL_OK;
 }
 
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
 {
-    VEL_TRY(vel_keep_open_log(s)); /* not before: a run that fails at its first step leaves nothing */
+    VEL_TRY(
+        vel_keep_open_log(s)); /* not before: a run that fails at its first step leaves nothing */
     write_point(s->log, p);
     if (fflush(s->log) || ferror(s->log)) { /* a full disk: the run goes on, its saves will tell */
         vel_log(s->ctx, 1, "%s: cannot be written (disk full?)", s->log_path);
@@ -142,7 +191,8 @@ vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
     return remember(s, p);
 }
 
-/* ---- metadata ------------------------------------------------------------------------------------------ */
+/* ---- metadata
+ * ------------------------------------------------------------------------------------------ */
 
 static void put(json_t *meta, const char *key, const char *format, ...) VEL_PRINTF(3, 4);
 static void put(json_t *meta, const char *key, const char *format, ...)
@@ -181,7 +231,8 @@ static void put_model(train_session *s, json_t *meta)
     put(meta, "ss_base_model_version", "%s", v2 ? (v ? "sd_v2_v" : "sd_v2") : "sd_v1");
     put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
     put(meta, "modelspec.sai_model_spec", "1.0.1");
-    put(meta, "modelspec.architecture", "stable-diffusion-%s/lora", v2 ? (v ? "v2-768-v" : "v2-512") : "v1");
+    put(meta, "modelspec.architecture", "stable-diffusion-%s/lora",
+        v2 ? (v ? "v2-768-v" : "v2-512") : "v1");
     put(meta, "modelspec.implementation", "diffusers");
     put(meta, "modelspec.title", "%s", s->o->output_name);
     put(meta, "modelspec.resolution", "%dx%d", s->data->options.width, s->data->options.height);
@@ -201,8 +252,8 @@ json_t *vel_keep_metadata(train_session *s)
     put(meta, "ss_learning_rate", "%g", o->lr);
     put(meta, "ss_unet_lr", "%g", o->unet_lr > 0 ? o->unet_lr : o->lr);
     put(meta, "ss_text_encoder_lr", "%g", o->text_lr > 0 ? o->text_lr : o->lr);
-    put(meta, "ss_optimizer", "torch.optim.adamw.AdamW(betas=(%g, %g),eps=%g,weight_decay=%g)", o->beta1, o->beta2,
-        o->eps, o->weight_decay);
+    put(meta, "ss_optimizer", "torch.optim.adamw.AdamW(betas=(%g, %g),eps=%g,weight_decay=%g)",
+        o->beta1, o->beta2, o->eps, o->weight_decay);
     put(meta, "ss_lr_scheduler", "%s", o->lr_scheduler);
     put(meta, "ss_lr_warmup_steps", "%g", o->lr_warmup);
     put(meta, "ss_max_grad_norm", "%g", o->max_grad_norm);
@@ -227,11 +278,14 @@ json_t *vel_keep_metadata(train_session *s)
     return meta;
 }
 
-/* ---- saving ---------------------------------------------------------------------------------------------- */
+/* ---- saving
+ * ---------------------------------------------------------------------------------------------- */
 
 static vel_file_type precision_of(const char *name)
 {
-    return strcmp(name, "fp16") == 0 ? VEL_FILE_F16 : strcmp(name, "bf16") == 0 ? VEL_FILE_BF16 : VEL_FILE_F32;
+    return strcmp(name, "fp16") == 0   ? VEL_FILE_F16
+           : strcmp(name, "bf16") == 0 ? VEL_FILE_BF16
+                                       : VEL_FILE_F32;
 }
 
 /* Removes all but the newest keep files NAME-stepN<ending>. */
@@ -258,10 +312,11 @@ static void forget_old(train_session *s, const char *ending, int keep)
 vel_status vel_keep_save(train_session *s, bool last)
 {
     char *digest = digest_of(s);
-    char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir, s->o->output_name, s->step);
+    char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir,
+                                 s->o->output_name, s->step);
     char *file = last ? vel_keep_path(s, ".safetensors")
-                      : vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".safetensors", s->o->output_dir,
-                                       s->o->output_name, s->step);
+                      : vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".safetensors",
+                                       s->o->output_dir, s->o->output_name, s->step);
     if (!digest || !state || !file)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest));
@@ -293,7 +348,8 @@ vel_status vel_keep_resume(train_session *s)
                 path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, names[i]);
         vel_names_free(s->ctx, names, n);
         if (!path) {
-            vel_log(s->ctx, 2, "--resume latest: no state in %s yet, starting at step 1", s->o->output_dir);
+            vel_log(s->ctx, 2, "--resume latest: no state in %s yet, starting at step 1",
+                    s->o->output_dir);
             return VEL_OK;
         }
     } else {

@@ -1,5 +1,5 @@
-/* look.c: what a person looks at: samples of the same prompts with the same seeds before step 1, on the
- * way and at the end, the before/after sheet, and the report. */
+/* look.c: what a person looks at: samples of the same prompts with the same seeds before step 1, on
+ * the way and at the end, the before/after sheet, and the report. */
 #include <stdlib.h>
 
 #include "train/session.h"
@@ -33,7 +33,9 @@ vel_status vel_look_prepare(train_session *s)
     char *text;
     size_t n;
     VEL_TRY(vel_read_file(s->ctx, from, 1 << 20, &text, &n));
-    vel_status st = vel_utf8_valid(text, n) ? VEL_OK : vel_fail(s->ctx, VEL_BAD_FILE, "%s: not valid UTF-8", from);
+    vel_status st = vel_utf8_valid(text, n)
+                        ? VEL_OK
+                        : vel_fail(s->ctx, VEL_BAD_FILE, "%s: not valid UTF-8", from);
     for (const char *line = text; st == VEL_OK && *line;) {
         size_t length = strcspn(line, "\n");
         st = add_prompt(s, line, length);
@@ -79,7 +81,9 @@ static vel_status save_sheet(train_session *s, const vel_report_sheet *sheet)
     if (st == VEL_OK)
         st = vel_picture_write(s->ctx, path, &out, NULL, 0);
     if (st == VEL_OK)
-        vel_emit(s->ctx, &(vel_event){.kind = VEL_EVENT_IMAGE, .text = path, .image = &out, .done = sheet->step});
+        vel_emit(s->ctx,
+                 &(vel_event){
+                     .kind = VEL_EVENT_IMAGE, .text = path, .image = &out, .done = sheet->step});
     vel_image_finish(&out);
     return st;
 }
@@ -95,12 +99,17 @@ vel_status vel_look_draw(train_session *s)
         return VEL_NO_MEMORY;
     }
     for (int i = 0; i < s->n_prompts; i++)
-        draws[i] = (vel_draw){.prompt = s->prompts[i], .negative = s->o->sample_negative,
-                              .guidance = s->o->sample_guidance, .width = s->data->options.width,
-                              .height = s->data->options.height, .steps = s->o->sample_steps,
-                              .seed = (uint64_t)s->o->sample_seed + (uint64_t)i, .sampler = s->o->sample_sampler};
+        draws[i] = (vel_draw){.prompt = s->prompts[i],
+                              .negative = s->o->sample_negative,
+                              .guidance = s->o->sample_guidance,
+                              .width = s->data->options.width,
+                              .height = s->data->options.height,
+                              .steps = s->o->sample_steps,
+                              .seed = (uint64_t)s->o->sample_seed + (uint64_t)i,
+                              .sampler = s->o->sample_sampler};
     int batch = s->data->options.width <= 256 ? 4 : 1;
-    vel_status st = vel_model_draw(s->model, draws, s->n_prompts, batch, "drawing samples", sheet->images, NULL);
+    vel_status st = vel_model_draw(s->model, draws, s->n_prompts, batch, "drawing samples",
+                                   sheet->images, NULL);
     vel_free(s->ctx, draws);
     return st ? st : save_sheet(s, sheet);
 }
@@ -117,7 +126,8 @@ static vel_status before_after(train_session *s)
     labels[1] = "after";
     memcpy(cells, s->sheets[0].images, (size_t)n * sizeof *cells);
     memcpy(cells + n, s->sheets[s->n_sheets - 1].images, (size_t)n * sizeof *cells);
-    vel_status st = vel_sheet(s->ctx, cells, 2, n, labels, (const char *const *)s->prompts, 160, s->o->output_name, &out);
+    vel_status st = vel_sheet(s->ctx, cells, 2, n, labels, (const char *const *)s->prompts, 160,
+                              s->o->output_name, &out);
     vel_free(s->ctx, cells);
     vel_free(s->ctx, labels);
     if (st == VEL_OK)
@@ -135,10 +145,18 @@ vel_status vel_look_report(train_session *s)
         return VEL_NO_MEMORY;
     if (s->n_prompts && s->n_sheets >= 2)
         VEL_TRY(before_after(s));
-    vel_report r = {.title = s->o->output_name, .settings = s->settings, .data_text = s->data_text,
-                    .plan_text = s->plan_text, .points = s->points, .n_points = s->n_points,
-                    .prompts = (const char *const *)s->prompts, .n_prompts = s->n_prompts, .sheets = s->sheets,
-                    .n_sheets = s->n_sheets, .adapter_path = adapter, .seconds = vel_now() - s->started,
+    vel_report r = {.title = s->o->output_name,
+                    .settings = s->settings,
+                    .data_text = s->data_text,
+                    .plan_text = s->plan_text,
+                    .points = s->points,
+                    .n_points = s->n_points,
+                    .prompts = (const char *const *)s->prompts,
+                    .n_prompts = s->n_prompts,
+                    .sheets = s->sheets,
+                    .n_sheets = s->n_sheets,
+                    .adapter_path = adapter,
+                    .seconds = vel_now() - s->started,
                     .peak_memory = vel_peak_resident_bytes(),
                     .device = vel_engine_describe(vel_model_engine(s->model))};
     VEL_TRY(vel_report_write(s->ctx, &r, path));

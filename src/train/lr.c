@@ -2,7 +2,8 @@
  * optimizer steps; the warm-up is the same straight line for all. */
 #include "train/train.h"
 
-const char vel_lr_names[] = "constant,constant_with_warmup,linear,cosine,cosine_with_restarts,polynomial";
+const char vel_lr_names[] =
+    "constant,constant_with_warmup,linear,cosine,cosine_with_restarts,polynomial";
 
 static const double PI = 3.14159265358979323846;
 
@@ -30,7 +31,8 @@ static double cosine_with_restarts(double done, int cycles, double power)
     return done >= 1 ? 0 : 0.5 * (1 + cos(PI * fmod(done * cycles, 1)));
 }
 
-/* transformers ends at 1e-7 of an absolute rate; a factor that ends at zero differs by less than that. */
+/* transformers ends at 1e-7 of an absolute rate; a factor that ends at zero differs by less than
+ * that. */
 static double polynomial(double done, int cycles, double power)
 {
     (void)cycles;
@@ -49,7 +51,8 @@ static const struct {
     {"polynomial", polynomial},
 };
 
-double vel_lr_factor(const char *name, int64_t step, int64_t warmup, int64_t total, int cycles, double power)
+double vel_lr_factor(const char *name, int64_t step, int64_t warmup, int64_t total, int cycles,
+                     double power)
 {
     if (step < warmup)
         return (double)step / (double)VEL_MAX(1, warmup);

@@ -1,12 +1,14 @@
-/* report_chart.c: a line chart as an HTML figure. The SVG has a unit square for its plane and is stretched
- * to the box it gets; labels are placed in percent around it. A curve of any length becomes at most
- * BUCKETS columns, each with its lowest and highest value, so that no spike is lost and no file grows. */
+/* report_chart.c: a line chart as an HTML figure. The SVG has a unit square for its plane and is
+ * stretched to the box it gets; labels are placed in percent around it. A curve of any length
+ * becomes at most BUCKETS columns, each with its lowest and highest value, so that no spike is lost
+ * and no file grows. */
 #include "train/report_chart.h"
 
 #include <stdlib.h>
 
 enum { BUCKETS = 600, MOST_TICKS = 12, PLANE = 1000 };
-static const double top_share = 0.995; /* higher values are cut off, lest one spike flattens the rest */
+static const double top_share =
+    0.995; /* higher values are cut off, lest one spike flattens the rest */
 
 typedef struct range {
     double lo, hi;
@@ -43,7 +45,8 @@ static range make_range(double lo, double hi, int wanted, bool whole, bool widen
     double step = nice_step(hi - lo, wanted);
     if (whole)
         step = VEL_MAX(1, step);
-    range r = {.lo = widen ? floor(lo / step) * step : lo, .hi = widen ? ceil(hi / step - 1e-9) * step : hi};
+    range r = {.lo = widen ? floor(lo / step) * step : lo,
+               .hi = widen ? ceil(hi / step - 1e-9) * step : hi};
     double first = ceil(r.lo / step - 1e-9);
     for (int i = 0; i < MOST_TICKS && (first + i) * step <= r.hi + step * 1e-9; i++)
         r.ticks[r.n_ticks++] = (first + i) * step;
@@ -67,7 +70,8 @@ static bool y_range(vel_ctx *ctx, const vel_chart *c, range *out)
     if (n >= 2) {
         qsort(values, (size_t)n, sizeof *values, by_value);
         int top = (int)ceil((n - 1) * top_share);
-        *out = make_range(c->from_zero ? VEL_MIN(0, values[0]) : values[0], values[top], c->small ? 3 : 5, false, true);
+        *out = make_range(c->from_zero ? VEL_MIN(0, values[0]) : values[0], values[top],
+                          c->small ? 3 : 5, false, true);
     }
     vel_free(ctx, values);
     return n >= 2;
@@ -79,15 +83,19 @@ static double place(const range *r, double v)
     return VEL_MAX(0.0, VEL_MIN(at, 1.0));
 }
 
-/* ---- the parts of a figure ------------------------------------------------------------------------------ */
+/* ---- the parts of a figure
+ * ------------------------------------------------------------------------------ */
 
-static void add_point(vel_text *out, const range *x, const range *y, double at, double value, bool *pen_down)
+static void add_point(vel_text *out, const range *x, const range *y, double at, double value,
+                      bool *pen_down)
 {
-    vel_text_addf(out, "%s%.0f %.0f", *pen_down ? " " : "M", place(x, at) * PLANE, PLANE - place(y, value) * PLANE);
+    vel_text_addf(out, "%s%.0f %.0f", *pen_down ? " " : "M", place(x, at) * PLANE,
+                  PLANE - place(y, value) * PLANE);
     *pen_down = true;
 }
 
-static void add_line(vel_text *out, const vel_chart *c, const vel_chart_line *line, const range *x, const range *y)
+static void add_line(vel_text *out, const vel_chart *c, const vel_chart_line *line, const range *x,
+                     const range *y)
 {
     bool pen_down = false;
     int per = VEL_MAX(1, (c->n + BUCKETS - 1) / BUCKETS);
@@ -124,11 +132,12 @@ static void add_labels(vel_text *out, const range *x, const range *y)
 {
     for (int i = 0; i < y->n_ticks; i++) {
         double v = fabs(y->ticks[i]) < (y->hi - y->lo) * 1e-9 ? 0 : y->ticks[i];
-        vel_text_addf(out, "<span class=\"y\" style=\"bottom:%.2f%%\">%.4g</span>", place(y, v) * 100, v);
+        vel_text_addf(out, "<span class=\"y\" style=\"bottom:%.2f%%\">%.4g</span>",
+                      place(y, v) * 100, v);
     }
     for (int i = 0; i < x->n_ticks; i++)
-        vel_text_addf(out, "<span class=\"x\" style=\"left:%.2f%%\">%.10g</span>", place(x, x->ticks[i]) * 100,
-                      x->ticks[i]);
+        vel_text_addf(out, "<span class=\"x\" style=\"left:%.2f%%\">%.10g</span>",
+                      place(x, x->ticks[i]) * 100, x->ticks[i]);
 }
 
 static void add_caption(vel_text *out, const vel_chart *c)
@@ -136,7 +145,8 @@ static void add_caption(vel_text *out, const vel_chart *c)
     vel_text_addf(out, "<figcaption><b>%s</b>", c->title);
     for (int k = 0; k < c->n_lines; k++)
         if (c->lines[k].legend)
-            vel_text_addf(out, "<span class=\"key %s\">%s</span>", c->lines[k].css, c->lines[k].legend);
+            vel_text_addf(out, "<span class=\"key %s\">%s</span>", c->lines[k].css,
+                          c->lines[k].legend);
     vel_text_add(out, "</figcaption>");
 }
 
@@ -148,8 +158,11 @@ void vel_chart_add(vel_text *out, vel_ctx *ctx, const vel_chart *c)
     range x = make_range(c->x[0], c->x[c->n - 1], c->small ? 3 : 6, true, false);
     vel_text_addf(out, "<figure class=\"chart%s\">", c->small ? " small" : "");
     add_caption(out, c);
-    vel_text_addf(out, "<div class=\"plot\"><div class=\"area\"><svg viewBox=\"0 0 %d %d\" preserveAspectRatio=\"none\" "
-                  "role=\"img\" aria-label=\"%s by %s\">", PLANE, PLANE, c->title, c->x_label);
+    vel_text_addf(out,
+                  "<div class=\"plot\"><div class=\"area\"><svg viewBox=\"0 0 %d %d\" "
+                  "preserveAspectRatio=\"none\" "
+                  "role=\"img\" aria-label=\"%s by %s\">",
+                  PLANE, PLANE, c->title, c->x_label);
     add_grid(out, &x, &y);
     for (int k = 0; k < c->n_lines; k++)
         add_line(out, c, &c->lines[k], &x, &y);

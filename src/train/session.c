@@ -1,27 +1,39 @@
-/* session.c: the order of things in `velatura train`: look at the data, load the model, state the plan
- * (and stop there when asked), encode, draw the "before" pictures, step, save, report. */
+/* session.c: the order of things in `velatura train`: look at the data, load the model, state the
+ * plan (and stop there when asked), encode, draw the "before" pictures, step, save, report. */
 #include <unistd.h>
 
 #include "train/session.h"
 
-/* ---- what will be trained ---------------------------------------------------------------------------- */
+/* ---- what will be trained
+ * ---------------------------------------------------------------------------- */
 
 static vel_status open_data(train_session *s)
 {
     const vel_train_options *o = s->o;
-    vel_data_options d = {.folder = o->data, .instance_prompt = o->instance_prompt,
-                          .caption_extension = o->caption_extension, .caption_column = o->caption_column,
-                          .image_column = o->image_column, .buckets = o->enable_bucket, .bucket_min = o->min_bucket,
-                          .bucket_max = o->max_bucket, .bucket_step = o->bucket_step,
-                          .no_upscale = o->bucket_no_upscale, .center_crop = !o->random_crop, .flip = o->flip,
-                          .repeats = o->repeats, .validation_split = o->validation_split,
-                          .strict_peer = o->strict_compat, .size_multiple = 8};
+    vel_data_options d = {.folder = o->data,
+                          .instance_prompt = o->instance_prompt,
+                          .caption_extension = o->caption_extension,
+                          .caption_column = o->caption_column,
+                          .image_column = o->image_column,
+                          .buckets = o->enable_bucket,
+                          .bucket_min = o->min_bucket,
+                          .bucket_max = o->max_bucket,
+                          .bucket_step = o->bucket_step,
+                          .no_upscale = o->bucket_no_upscale,
+                          .center_crop = !o->random_crop,
+                          .flip = o->flip,
+                          .repeats = o->repeats,
+                          .validation_split = o->validation_split,
+                          .strict_peer = o->strict_compat,
+                          .size_multiple = 8};
     int got = sscanf(o->resolution, "%d,%d", &d.width, &d.height);
     if (got == 1)
         d.height = d.width;
     if (got < 1 || d.width < 64 || d.height < 64 || d.width % 8 || d.height % 8)
-        return vel_fail(s->ctx, VEL_BAD_VALUE, "--resolution: '%s' is not a size in pixels divisible by 8, such "
-                        "as 512 or 512,768", o->resolution);
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--resolution: '%s' is not a size in pixels divisible by 8, such "
+                        "as 512 or 512,768",
+                        o->resolution);
     return vel_dataset_open(s->ctx, &d, &s->data);
 }
 
@@ -35,19 +47,22 @@ static bool is_skipped(const vel_known_module *modules, int n, const char *path,
         return false;
     size_t stem = (size_t)(at - path) + sizeof mark - 1;
     for (int i = 0; i < n; i++)
-        if (strncmp(modules[i].path, path, stem) == 0 && sscanf(modules[i].path + stem, "%d", &other) == 1)
+        if (strncmp(modules[i].path, path, stem) == 0 &&
+            sscanf(modules[i].path + stem, "%d", &other) == 1)
             last = VEL_MAX(last, other);
     return layer > last + 1 - clip_skip;
 }
 
 /* Sites of modules under a part that match the patterns. */
-static int match_sites(vel_arena *a, const vel_known_module *modules, int n, const vel_train_options *o,
-                       const char *part, const char *patterns, vel_adapter_site *out)
+static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
+                       const vel_train_options *o, const char *part, const char *patterns,
+                       vel_adapter_site *out)
 {
     int found = 0;
     for (int i = 0; i < n; i++) {
         const vel_known_module *m = &modules[i];
-        if (strncmp(m->path, part, strlen(part)) != 0 || m->path[strlen(part)] != '.' || !vel_glob(patterns, m->path))
+        if (strncmp(m->path, part, strlen(part)) != 0 || m->path[strlen(part)] != '.' ||
+            !vel_glob(patterns, m->path))
             continue;
         if (strcmp(part, "text_encoder") == 0 && is_skipped(modules, n, m->path, o->clip_skip))
             continue;
@@ -55,9 +70,12 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n, con
         int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
         double alpha = conv && o->conv_alpha > 0 ? o->conv_alpha : o->alpha;
         out[found++] = (vel_adapter_site){.path = vel_arena_strdup(a, m->path),
-                                          .weight = vel_shape_of(m->weight_rank, m->weight_dim), .rank = rank,
-                                          .conv_rank = rank, .alpha = alpha > 0 ? alpha : rank,
-                                          .dropout = o->dropout, .stream = (uint32_t)i + 1};
+                                          .weight = vel_shape_of(m->weight_rank, m->weight_dim),
+                                          .rank = rank,
+                                          .conv_rank = rank,
+                                          .alpha = alpha > 0 ? alpha : rank,
+                                          .dropout = o->dropout,
+                                          .stream = (uint32_t)i + 1};
     }
     return found;
 }
@@ -71,16 +89,22 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
     *sites = vel_arena_alloc(a, (size_t)n_modules * sizeof **sites);
     if (!modules || !*sites)
         return VEL_NO_MEMORY;
-    const char *unet = vel_adapter_preset(o->targets, false), *text = vel_adapter_preset(o->text_targets, true);
+    const char *unet = vel_adapter_preset(o->targets, false),
+               *text = vel_adapter_preset(o->text_targets, true);
     if (o->train_unet)
-        *n += match_sites(a, modules, n_modules, o, vel_model_family(m)->denoiser, unet ? unet : o->targets, *sites);
+        *n += match_sites(a, modules, n_modules, o, vel_model_family(m)->denoiser,
+                          unet ? unet : o->targets, *sites);
     if (*n == 0 && o->train_unet)
-        return vel_fail(ctx, VEL_BAD_VALUE, "--targets: '%s' matches no module of the model; a preset (attn, "
-                        "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'", o->targets);
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--targets: '%s' matches no module of the model; a preset (attn, "
+                        "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'",
+                        o->targets);
     if (o->train_text_encoder)
-        *n += match_sites(a, modules, n_modules, o, "text_encoder", text ? text : o->text_targets, *sites + *n);
+        *n += match_sites(a, modules, n_modules, o, "text_encoder", text ? text : o->text_targets,
+                          *sites + *n);
     if (*n == 0)
-        return vel_fail(ctx, VEL_BAD_VALUE, "nothing is trained: neither the denoiser nor the text encoder");
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "nothing is trained: neither the denoiser nor the text encoder");
     return VEL_OK;
 }
 
@@ -96,14 +120,18 @@ static vel_status open_model(train_session *s)
     s->channels = vel_model_latent(s->model)->channels;
     VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
     s->adaption = (vel_adaption){vel_adapter_find(o->network), s->sites, s->n_sites};
-    vel_trainer_options t = {.compute = vel_model_compute(s->model), .smallest = o->gradient_checkpointing,
-                             .train_text_encoder = o->train_text_encoder, .clip_skip = o->clip_skip,
-                             .adaptions = &s->adaption, .n_adaptions = 1};
+    vel_trainer_options t = {.compute = vel_model_compute(s->model),
+                             .smallest = o->gradient_checkpointing,
+                             .train_text_encoder = o->train_text_encoder,
+                             .clip_skip = o->clip_skip,
+                             .adaptions = &s->adaption,
+                             .n_adaptions = 1};
     if (o->memory) {
         double amount = 0;
         char unit = 0;
         if (sscanf(o->memory, "%lf%c", &amount, &unit) < 1 || amount <= 0)
-            return vel_fail(s->ctx, VEL_BAD_VALUE, "--memory: '%s' is not a size such as 2GiB", o->memory);
+            return vel_fail(s->ctx, VEL_BAD_VALUE, "--memory: '%s' is not a size such as 2GiB",
+                            o->memory);
         t.memory_budget = (int64_t)(amount * (unit == 'M' || unit == 'm' ? 1 << 20 : 1 << 30));
     }
     return vel_trainer_create(s->model, &t, &s->trainer);
@@ -114,7 +142,8 @@ static vel_status init_trainables(train_session *s)
 {
     const vel_sample *first = &s->data->samples[0];
     int down = vel_model_latent(s->model)->down;
-    VEL_TRY(vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
+    VEL_TRY(
+        vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
     vel_engine *e = vel_model_engine(s->model);
     const vel_adapter_kind *kind = s->adaption.kind;
     for (int i = 0; i < vel_engine_trainables(e); i++) {
@@ -136,7 +165,8 @@ static vel_status init_trainables(train_session *s)
     return VEL_OK;
 }
 
-/* ---- the plan, in words ---------------------------------------------------------------------------------- */
+/* ---- the plan, in words
+ * ---------------------------------------------------------------------------------- */
 
 static vel_status count_steps(train_session *s)
 {
@@ -183,16 +213,18 @@ static vel_status describe_memory(train_session *s, vel_text *t)
         if (seen)
             continue;
         int64_t arena, w;
-        VEL_TRY(vel_trainer_memory(s->trainer, s->o->batch, p->height / down, p->width / down, true, &arena, &w, &level));
+        VEL_TRY(vel_trainer_memory(s->trainer, s->o->batch, p->height / down, p->width / down, true,
+                                   &arena, &w, &level));
         most = VEL_MAX(most, arena);
     }
     int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)) * 4;
     weights = vel_model_part_values(s->model, vel_model_family(s->model)->denoiser) *
               vel_dtype_bytes(vel_model_compute(s->model));
     char a[32], b[32], c[32];
-    vel_text_addf(t, "memory: weights %s, working memory of a step %s%s, adapter with optimizer %s\n",
-                  vel_bytes_text(weights, a), vel_bytes_text(most, b), level ? " (recomputing)" : "",
-                  vel_bytes_text(trained * 4, c));
+    vel_text_addf(t,
+                  "memory: weights %s, working memory of a step %s%s, adapter with optimizer %s\n",
+                  vel_bytes_text(weights, a), vel_bytes_text(most, b),
+                  level ? " (recomputing)" : "", vel_bytes_text(trained * 4, c));
     return VEL_OK;
 }
 
@@ -203,15 +235,16 @@ static vel_status describe_plan(train_session *s)
     const vel_train_options *o = s->o;
     double epochs = (double)s->steps * o->accumulation / (double)s->batches_per_epoch;
     describe_trainables(s, &t);
-    vel_text_addf(&t, "steps: %d pictures (repeats counted: %" PRId64 " batches of %d an epoch)", s->data->n_train,
-                  s->batches_per_epoch, o->batch);
+    vel_text_addf(&t, "steps: %d pictures (repeats counted: %" PRId64 " batches of %d an epoch)",
+                  s->data->n_train, s->batches_per_epoch, o->batch);
     if (o->accumulation > 1)
         vel_text_addf(&t, ", %d batches a step", o->accumulation);
-    vel_text_addf(&t, "; %" PRId64 " steps = %.1f epochs = %" PRId64 " pictures shown\n", s->steps, epochs,
-                  s->steps * o->batch * o->accumulation);
+    vel_text_addf(&t, "; %" PRId64 " steps = %.1f epochs = %" PRId64 " pictures shown\n", s->steps,
+                  epochs, s->steps * o->batch * o->accumulation);
     vel_status st = describe_memory(s, &t);
     vel_text_addf(&t, "device: %s, %s\n", vel_engine_describe(vel_model_engine(s->model)),
-                  vel_model_compute(s->model) == VEL_F32 ? "float32" : "bfloat16 with float32 masters");
+                  vel_model_compute(s->model) == VEL_F32 ? "float32"
+                                                         : "bfloat16 with float32 masters");
     s->plan_text = t.s ? vel_arena_strdup(s->arena, t.s) : NULL;
     vel_text_finish(&t);
     return st ? st : s->plan_text ? VEL_OK : VEL_NO_MEMORY;
@@ -232,7 +265,8 @@ static vel_status state_plan(train_session *s)
     return VEL_OK;
 }
 
-/* ---- stepping ---------------------------------------------------------------------------------------------- */
+/* ---- stepping
+ * ---------------------------------------------------------------------------------------------- */
 
 static double rate_of(void *user, int i)
 {
@@ -240,17 +274,21 @@ static double rate_of(void *user, int i)
     const vel_train_options *o = s->o;
     const vel_trainable *t = vel_engine_trainable_at(vel_model_engine(s->model), i);
     bool text = vel_has_prefix(t->path, "text_encoder");
-    double peak = text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
+    double peak =
+        text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
     int64_t warmup = (int64_t)(o->lr_warmup < 1 ? o->lr_warmup * (double)s->steps : o->lr_warmup);
-    return peak * vel_lr_factor(o->lr_scheduler, s->step, warmup, s->steps, o->lr_cycles, o->lr_power);
+    return peak *
+           vel_lr_factor(o->lr_scheduler, s->step, warmup, s->steps, o->lr_cycles, o->lr_power);
 }
 
 static vel_status diverged(train_session *s, const vel_batch *b, const char *what, double value)
 {
     const char *where = vel_trainer_first_bad(s->trainer, b);
-    return vel_fail(s->ctx, VEL_DIVERGED, "step %" PRId64 ": the %s is %f%s%s; nothing was saved since the last "
-                    "save. A lower --learning_rate or --max_grad_norm, or --precision no, may help", s->step + 1, what,
-                    value, where ? "; first value that is not finite: " : "", where ? where : "");
+    return vel_fail(s->ctx, VEL_DIVERGED,
+                    "step %" PRId64 ": the %s is %f%s%s; nothing was saved since the last "
+                    "save. A lower --learning_rate or --max_grad_norm, or --precision no, may help",
+                    s->step + 1, what, value, where ? "; first value that is not finite: " : "",
+                    where ? where : "");
 }
 
 /* One optimizer step; *loss is the mean over its batches. */
@@ -277,7 +315,8 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
         return diverged(s, &b, "gradient", *norm);
     /* torch.nn.utils.clip_grad_norm_ */
     double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
-    vel_adamw_options a = {o->beta1, o->beta2, o->eps, o->weight_decay, s->step + 1, clip, rate_of, s};
+    vel_adamw_options a = {o->beta1,    o->beta2, o->eps,  o->weight_decay,
+                           s->step + 1, clip,     rate_of, s};
     VEL_TRY(vel_engine_adamw(e, &a));
     return VEL_OK;
 }
@@ -320,8 +359,10 @@ static vel_status step_until_done(train_session *s)
         }
         if (s->ctx->interrupted && !end) {
             VEL_TRY(vel_keep_save(s, false));
-            return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped after step %" PRId64 " of %" PRId64 " and saved: go on "
-                            "with --resume latest", s->step, s->steps);
+            return vel_fail(s->ctx, VEL_INTERRUPTED,
+                            "stopped after step %" PRId64 " of %" PRId64 " and saved: go on "
+                            "with --resume latest",
+                            s->step, s->steps);
         }
     }
     VEL_TRY(vel_keep_open_log(s));
@@ -374,7 +415,8 @@ static void finish_session(train_session *s)
 
 vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings)
 {
-    train_session s = {.ctx = ctx, .o = o, .settings = settings, .started = vel_now(), .epoch_number = -1};
+    train_session s = {
+        .ctx = ctx, .o = o, .settings = settings, .started = vel_now(), .epoch_number = -1};
     s.arena = vel_arena_create(ctx);
     vel_status st = s.arena ? run_session(&s) : VEL_NO_MEMORY;
     finish_session(&s);

@@ -33,14 +33,14 @@ typedef struct train_session {
     const char **captions; /* distinct; [0] is "" */
     int *caption_of;       /* [sample] */
     int n_captions;
-    float *contexts;       /* [n_captions, length, width]; NULL when the text encoder is trained */
-    int32_t *ids;          /* [n_captions, length] */
+    float *contexts; /* [n_captions, length, width]; NULL when the text encoder is trained */
+    int32_t *ids;    /* [n_captions, length] */
     int length, width, channels;
     float *latent, *noise, *context, *weight; /* one batch */
     int32_t *timestep, *batch_ids;
 
     /* keep */
-    bool made_folder;      /* the output folder is this run's: it goes if nothing is put there */
+    bool made_folder; /* the output folder is this run's: it goes if nothing is put there */
     char *log_path;
     FILE *log;
     vel_curve_point *points;
@@ -65,7 +65,8 @@ vel_status vel_keep_open_log(train_session *s); /* unless it is open */
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p);
 vel_status vel_keep_save(train_session *s, bool last);
 vel_status vel_keep_resume(train_session *s); /* sets first_step where there is a state */
-char *vel_keep_path(train_session *s, const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
+char *vel_keep_path(train_session *s,
+                    const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
 json_t *vel_keep_metadata(train_session *s);
 
 /* look.c */

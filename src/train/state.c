@@ -1,6 +1,6 @@
 /* state.c: what a run needs to go on: trainable values, both moments, the step, and a digest of the
- * settings that must not change; and the trained values as an adapter file. Both are written whole or
- * not at all. */
+ * settings that must not change; and the trained values as an adapter file. Both are written whole
+ * or not at all. */
 #include <stdlib.h>
 
 #include "train/train.h"
@@ -28,23 +28,28 @@ static vel_status gather(vel_ctx *ctx, const char *path, vel_engine *e, vel_aren
             memcpy(s->dim, t->shape.dim, (size_t)t->shape.rank * sizeof *s->dim);
             vel_engine_read_trainables(e, vectors[v].which, t->offset, t->count, values);
             if (!vel_all_finite(values, t->count))
-                return vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds a value that is not finite; "
-                                "a lower --learning_rate may help", path, s->name);
+                return vel_fail(ctx, VEL_DIVERGED,
+                                "%s: not written: '%s' holds a value that is not finite; "
+                                "a lower --learning_rate may help",
+                                path, s->name);
             s->data = values;
             values += t->count;
         }
     return VEL_OK;
 }
 
-vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step, const char *digest)
+vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
+                          const char *digest)
 {
     int n = vel_engine_trainables(e) * VEL_COUNT(vectors);
     vel_arena *a = vel_arena_create(ctx);
-    float *values = vel_alloc(ctx, (size_t)vel_engine_trainable_count(e) * VEL_COUNT(vectors) * sizeof *values);
+    float *values =
+        vel_alloc(ctx, (size_t)vel_engine_trainable_count(e) * VEL_COUNT(vectors) * sizeof *values);
     vel_save_tensor *tensors = a ? vel_arena_alloc(a, (size_t)n * sizeof *tensors) : NULL;
     json_t *meta = json_pack("{s:s, s:o, s:s}", "format", "velatura-state-1", "step",
                              json_sprintf("%" PRId64, step), "settings", digest);
-    vel_status st = values && tensors && meta ? gather(ctx, path, e, a, values, tensors) : VEL_NO_MEMORY;
+    vel_status st =
+        values && tensors && meta ? gather(ctx, path, e, a, values, tensors) : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = vel_safetensors_save(ctx, path, tensors, n, meta);
     vel_arena_destroy(a);
@@ -63,8 +68,10 @@ static vel_status load_vectors(vel_ctx *ctx, vel_engine *e, vel_safetensors *sf)
             snprintf(name, sizeof name, "%s%s", vectors[v].prefix, t->path);
             const vel_file_tensor *f = vel_safetensors_find(sf, name);
             if (!f || f->count != t->count)
-                return vel_fail(ctx, VEL_BAD_FILE, "%s: '%s' is missing or has another size: the state was "
-                                "saved with other settings (rank, targets)", path, name);
+                return vel_fail(ctx, VEL_BAD_FILE,
+                                "%s: '%s' is missing or has another size: the state was "
+                                "saved with other settings (rank, targets)",
+                                path, name);
             float *values = vel_alloc(ctx, (size_t)t->count * sizeof *values);
             if (!values)
                 return VEL_NO_MEMORY;
@@ -75,7 +82,8 @@ static vel_status load_vectors(vel_ctx *ctx, vel_engine *e, vel_safetensors *sf)
     return VEL_OK;
 }
 
-vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest, int64_t *step)
+vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
+                          int64_t *step)
 {
     vel_safetensors *sf;
     VEL_TRY(vel_safetensors_open(ctx, path, &sf));
@@ -85,8 +93,10 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
     if (!format || strcmp(format, "velatura-state-1") != 0 || !at || !settings)
         st = vel_fail(ctx, VEL_BAD_FILE, "%s: not a saved training state", path);
     else if (strcmp(settings, digest) != 0)
-        st = vel_fail(ctx, VEL_BAD_VALUE, "%s: was saved with other settings:\n  saved: %s\n  now:   %s\n"
-                      "resume with the same, or start anew in another --output_dir", path, settings, digest);
+        st = vel_fail(ctx, VEL_BAD_VALUE,
+                      "%s: was saved with other settings:\n  saved: %s\n  now:   %s\n"
+                      "resume with the same, or start anew in another --output_dir",
+                      path, settings, digest);
     else
         st = load_vectors(ctx, e, sf);
     if (st == VEL_OK)
@@ -122,9 +132,10 @@ vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, 
             vel_engine_read_trainables(e, 'v', t->offset, t->count, values);
             for (int64_t v = 0; v < t->count && st == VEL_OK; v++)
                 if (!isfinite(values[v]) || (type == VEL_FILE_F16 && fabsf(values[v]) >= 65520))
-                    st = vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", path, t->path,
-                                  (double)values[v], isfinite(values[v]) ? "float16 cannot: use --save_precision bf16"
-                                                                         : "is not finite");
+                    st = vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s",
+                                  path, t->path, (double)values[v],
+                                  isfinite(values[v]) ? "float16 cannot: use --save_precision bf16"
+                                                      : "is not finite");
             if (down) {
                 o->down = values;
                 o->n_down = t->count;

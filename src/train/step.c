@@ -1,6 +1,6 @@
-/* step.c: one training step: the graph (text encoder where it is trained, denoiser, adapters, loss),
- * a plan for each bucket, and the batch's way into it. The noise is added here, on the host: it is a
- * few thousand values. */
+/* step.c: one training step: the graph (text encoder where it is trained, denoiser, adapters,
+ * loss), a plan for each bucket, and the batch's way into it. The noise is added here, on the host:
+ * it is a few thousand values. */
 #include "train/train.h"
 
 enum { MAX_PLANS = 64 };
@@ -84,8 +84,11 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
 
 static vel_plan_options plan_options(const vel_trainer *t, bool gradient, bool dry)
 {
-    return (vel_plan_options){.compute = t->o.compute, .gradient = gradient, .memory_budget = t->o.memory_budget,
-                              .smallest = t->o.smallest, .dry = dry};
+    return (vel_plan_options){.compute = t->o.compute,
+                              .gradient = gradient,
+                              .memory_budget = t->o.memory_budget,
+                              .smallest = t->o.smallest,
+                              .dry = dry};
 }
 
 vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w)
@@ -131,8 +134,8 @@ vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w)
     return find_plan(t, n, h, w, true, &p) == VEL_OK ? p : NULL;
 }
 
-vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena, int64_t *weights,
-                              int *level)
+vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena,
+                              int64_t *weights, int *level)
 {
     vel_plan *p;
     if (dry) {
@@ -187,7 +190,8 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     noise_batch(t, b);
     float time[256];
     if (b->n > VEL_COUNT(time))
-        return vel_fail(t->ctx, VEL_BAD_VALUE, "--batch: %d is more than %d", b->n, VEL_COUNT(time));
+        return vel_fail(t->ctx, VEL_BAD_VALUE, "--batch: %d is more than %d", b->n,
+                        VEL_COUNT(time));
     for (int i = 0; i < b->n; i++)
         time[i] = (float)b->timestep[i];
     size_t bytes = (size_t)count * sizeof(float), per = (size_t)b->n * sizeof(float);
@@ -199,10 +203,12 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
         VEL_TRY(vel_plan_set(p, "ids", b->ids, per * (size_t)t->length));
     else
         VEL_TRY(vel_plan_set(p, "context", b->context, per * (size_t)t->length * (size_t)t->width));
-    return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed) : VEL_OK;
+    return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed)
+                                         : VEL_OK;
 }
 
-vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss, float *per_sample)
+vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
+                           float *per_sample)
 {
     vel_plan *p;
     VEL_TRY(find_plan(t, b->n, b->h, b->w, gradient, &p));

@@ -1,5 +1,5 @@
-/* train.h: teaching a model: the loop, learning-rate schedules, loss weights, checkpoints, previews,
- * the report. Everything random is a function of (seed, step), so a resumed run equals an
+/* train.h: teaching a model: the loop, learning-rate schedules, loss weights, checkpoints,
+ * previews, the report. Everything random is a function of (seed, step), so a resumed run equals an
  * uninterrupted one, byte for byte. */
 #ifndef VEL_TRAIN_H
 #define VEL_TRAIN_H
@@ -15,14 +15,14 @@ typedef struct vel_train_options {
     int clip_skip;
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;
-    const char *resolution;      /* "512" or "512,768": width, height */
+    const char *resolution; /* "512" or "512,768": width, height */
     bool enable_bucket, bucket_no_upscale, random_crop, flip, cache_to_disk, strict_compat;
     int min_bucket, max_bucket, bucket_step, repeats;
     double caption_dropout, validation_split;
-    bool sample_latents;         /* draw from the autoencoder's distribution at each step, not its mean */
+    bool sample_latents; /* draw from the autoencoder's distribution at each step, not its mean */
     /* adapter */
-    const char *network;         /* "lora" */
-    const char *targets;         /* preset or glob patterns */
+    const char *network; /* "lora" */
+    const char *targets; /* preset or glob patterns */
     const char *text_targets;
     int rank, conv_rank;
     double alpha, conv_alpha, dropout; /* alpha 0: the rank */
@@ -31,7 +31,7 @@ typedef struct vel_train_options {
     double lr, unet_lr, text_lr; /* the last two 0: lr */
     double beta1, beta2, eps, weight_decay, max_grad_norm;
     const char *lr_scheduler;
-    double lr_warmup;            /* steps, or a share of all when below 1 */
+    double lr_warmup; /* steps, or a share of all when below 1 */
     int lr_cycles;
     double lr_power;
     int batch, accumulation, steps, epochs;
@@ -40,13 +40,14 @@ typedef struct vel_train_options {
     int min_timestep, max_timestep;
     /* memory */
     bool gradient_checkpointing;
-    const char *memory;          /* working memory to stay under, "2GiB"; NULL no limit */
+    const char *memory; /* working memory to stay under, "2GiB"; NULL no limit */
     /* output */
     const char *output_dir, *output_name, *save_format, *save_precision, *resume;
     int save_every, keep_last;
     bool save_state, overwrite, dry_run;
     /* looking */
-    const char *sample_prompts;  /* a file, a prompt a line (# and empty lines skipped), or a prompt */
+    const char
+        *sample_prompts; /* a file, a prompt a line (# and empty lines skipped), or a prompt */
     int sample_every, sample_steps;
     double sample_guidance;
     int64_t sample_seed;
@@ -58,26 +59,29 @@ typedef struct vel_train_options {
 /* The whole of `velatura train`. */
 vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings);
 
-/* ---- schedules (lr.c) ------------------------------------------------------------------------------ */
+/* ---- schedules (lr.c)
+ * ------------------------------------------------------------------------------ */
 
 /* constant, linear, cosine, cosine_with_restarts, polynomial; warm-up before any of them (as
  * transformers' get_scheduler). Factor on the peak rate at step (from 0) of total. */
-double vel_lr_factor(const char *name, int64_t step, int64_t warmup, int64_t total, int cycles, double power);
+double vel_lr_factor(const char *name, int64_t step, int64_t warmup, int64_t total, int cycles,
+                     double power);
 extern const char vel_lr_names[]; /* comma separated */
 
-/* ---- one step (step.c) ------------------------------------------------------------------------------ */
+/* ---- one step (step.c)
+ * ------------------------------------------------------------------------------ */
 
 typedef struct vel_trainer vel_trainer;
 
-typedef struct vel_batch {     /* what a step learns from, host memory */
-    int n, h, w;               /* samples, latent height and width */
-    const float *latent;       /* [n, h, w, C], scaled, clean */
-    const float *noise;        /* the same shape */
-    const int32_t *timestep;   /* [n] */
-    const float *context;      /* [n, length, width]; unused where the text encoder is trained */
-    const int32_t *ids;        /* [n, length]; used then */
-    const float *weight;       /* [n] weight of each sample's loss */
-    int32_t seed[2];           /* of dropout */
+typedef struct vel_batch {   /* what a step learns from, host memory */
+    int n, h, w;             /* samples, latent height and width */
+    const float *latent;     /* [n, h, w, C], scaled, clean */
+    const float *noise;      /* the same shape */
+    const int32_t *timestep; /* [n] */
+    const float *context;    /* [n, length, width]; unused where the text encoder is trained */
+    const int32_t *ids;      /* [n, length]; used then */
+    const float *weight;     /* [n] weight of each sample's loss */
+    int32_t seed[2];         /* of dropout */
 } vel_batch;
 
 typedef struct vel_trainer_options {
@@ -93,33 +97,39 @@ typedef struct vel_trainer_options {
 /* Keeps a plan for each bucket. Borrows the model. */
 vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_trainer **out);
 void vel_trainer_destroy(vel_trainer *t);
-/* Loss and gradient of a batch: the gradient is then in the engine's trainables. per_sample [n] may be
- * NULL: the unweighted losses. gradient false: only the losses (validation). */
-vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss, float *per_sample);
+/* Loss and gradient of a batch: the gradient is then in the engine's trainables. per_sample [n] may
+ * be NULL: the unweighted losses. gradient false: only the losses (validation). */
+vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
+                           float *per_sample);
 /* Working memory and weights of the step for a bucket; dry: on paper, nothing is allocated. */
-vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena, int64_t *weights,
-                              int *level);
+vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena,
+                              int64_t *weights, int *level);
 /* Registers the trainables of a bucket's graph with the engine without making its plan. */
 vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w);
 /* The first value of the last batch that was not finite, for messages; NULL none. */
 const char *vel_trainer_first_bad(vel_trainer *t, const vel_batch *b);
 vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w); /* for profiles; NULL on failure */
 
-/* The sites of an adapter over a model's modules: those that match the targets. Strings live in a. */
+/* The sites of an adapter over a model's modules: those that match the targets. Strings live in a.
+ */
 vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_train_options *o,
                            vel_adapter_site **sites, int *n);
 
-/* ---- state (state.c) --------------------------------------------------------------------------------- */
+/* ---- state (state.c)
+ * --------------------------------------------------------------------------------- */
 
-/* Trainable values, moments and the step, in one safetensors file. digest: settings that must be equal
- * on resume. */
-vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step, const char *digest);
-vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest, int64_t *step);
+/* Trainable values, moments and the step, in one safetensors file. digest: settings that must be
+ * equal on resume. */
+vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
+                          const char *digest);
+vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
+                          int64_t *step);
 /* The trained values as an adapter file. */
 vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, const char *path,
                             const char *dialect, vel_file_type type, const json_t *metadata);
 
-/* ---- report (report.c) --------------------------------------------------------------------------------- */
+/* ---- report (report.c)
+ * --------------------------------------------------------------------------------- */
 
 typedef struct vel_curve_point {
     int64_t step;
@@ -140,7 +150,7 @@ typedef struct vel_report {
     int n_points;
     const char *const *prompts;
     int n_prompts;
-    const vel_report_sheet *sheets;    /* the first is before step 1, the last the result */
+    const vel_report_sheet *sheets; /* the first is before step 1, the last the result */
     int n_sheets;
     const char *adapter_path;
     double seconds;

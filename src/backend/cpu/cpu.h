@@ -1,11 +1,11 @@
-/* cpu.h: inside the CPU backend: the device, and the ordered list of kernels ("best first; the first
- * row that does not refuse wins").
+/* cpu.h: inside the CPU backend: the device, and the ordered list of kernels ("best first; the
+ * first row that does not refuse wins").
  *
  * onednn.c holds every dnnl_ call (products and convolutions); isa/ holds the own kernels, compiled
  * once per instruction set and chosen at run time; cpu.c ties them to the contract in backend.h.
- * Kernels are parallel inside with OpenMP (oneDNN's own runtime here), one after the other. Sums are
- * made in an order that does not depend on timing, so a run is byte-identical to the next with the
- * same number of threads. */
+ * Kernels are parallel inside with OpenMP (oneDNN's own runtime here), one after the other. Sums
+ * are made in an order that does not depend on timing, so a run is byte-identical to the next with
+ * the same number of threads. */
 #ifndef VEL_CPU_H
 #define VEL_CPU_H
 
@@ -16,11 +16,11 @@ typedef enum vel_cpu_isa { VEL_ISA_BASE, VEL_ISA_AVX2, VEL_ISA_AVX512, VEL_ISA_B
 struct vel_device {
     vel_ctx *ctx;
     int threads;
-    vel_cpu_isa isa;  /* of the own kernels; VELATURA_CPU_ISA=base|avx2|avx512|bf16 lowers it, and so
-                       * does ONEDNN_MAX_CPU_ISA / DNNL_MAX_CPU_ISA (AVX2 ...) */
-    bool amx;         /* AMX tiles with bf16, enabled for this process */
-    bool dot;         /* AVX512_BF16's dot products beat float32's: on AMD, where Intel's do not */
-    void *onednn;     /* onednn.c's engine and stream */
+    vel_cpu_isa isa; /* of the own kernels; VELATURA_CPU_ISA=base|avx2|avx512|bf16 lowers it, and so
+                      * does ONEDNN_MAX_CPU_ISA / DNNL_MAX_CPU_ISA (AVX2 ...) */
+    bool amx;        /* AMX tiles with bf16, enabled for this process */
+    bool dot;        /* AVX512_BF16's dot products beat float32's: on AMD, where Intel's do not */
+    void *onednn;    /* onednn.c's engine and stream */
     char description[128];
 };
 
@@ -33,16 +33,16 @@ typedef struct vel_cpu_impl {
      * with VEL_UNSUPPORTED means "try the next row". */
     vel_status (*prepare)(vel_device *d, const vel_graph *g, const vel_node *n, vel_kernel *out);
     void (*release)(vel_device *d, vel_kernel *k);
-    vel_status (*pack)(vel_device *d, const vel_kernel *k, const vel_node *n, const vel_type *in_type,
-                       int input, const void *plain, void *packed);
+    vel_status (*pack)(vel_device *d, const vel_kernel *k, const vel_node *n,
+                       const vel_type *in_type, int input, const void *plain, void *packed);
     vel_status (*run)(vel_device *d, const vel_launch *launch);
 } vel_cpu_impl;
 
 /* Lists end with a row whose run is NULL; asked in this order. */
 extern const vel_cpu_impl vel_cpu_onednn_impls[]; /* onednn.c */
 extern const vel_cpu_impl vel_cpu_own_impls[];    /* own.c: through the isa table */
-void vel_cpu_own_adamw(vel_device *d, float *value, const float *grad, float *m, float *v, float scale,
-                       const vel_adamw_segment *segments, int n);
+void vel_cpu_own_adamw(vel_device *d, float *value, const float *grad, float *m, float *v,
+                       float scale, const vel_adamw_segment *segments, int n);
 double vel_cpu_own_sum_squares(vel_device *d, const float *x, int64_t n);
 
 vel_status vel_onednn_open(vel_device *d);
