@@ -7,7 +7,7 @@
 #   hostile           once more under AddressSanitizer and UBSan, in a build that poisons freed memory,
 #                     spoils every output before it is written and recomputes at random. Left out there:
 #                     what draws whole pictures and what waits for a program to be killed, which are slow
-#   fault             parsers and small parts with each of their allocations failing in turn
+#   (make fault, each allocation failing in turn, takes too long for this and is run by hand)
 #   fuzz              parsers on mutated files, for a few seconds each
 #   oneDNN 3          all tests again with a oneDNN 3.x, where pip can download one
 #   aarch64           objects for it, where the cross compiler is installed
@@ -62,7 +62,6 @@ part "hostile build" make -s -j"$jobs" "${hostile[@]}" $hostile_build/velatura $
     $hostile_build/libvelatura.so
 part "hostile tests" make -s "${hostile[@]}" SKIP="$slow" test
 shm=$([ -w /dev/shm ] && echo /dev/shm || echo /tmp) # thousands of small files, each synced
-part "failing allocations" env TMPDIR="$shm" make -s fault STRIDE=5
 part "fuzz" tools/fuzz.sh --plain 5
 if tools/onednn3.sh; then
     part "oneDNN 3: build" make -s -j"$jobs" ONEDNN=build/onednn3 build/release-onednn/velatura \
