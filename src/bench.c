@@ -98,25 +98,6 @@ static vel_status run_step(void *user)
     return vel_engine_adamw(e, &a);
 }
 
-static void init_sites(bench *b, const vel_adapter_site *sites, int n)
-{
-    vel_engine *e = vel_model_engine(b->model);
-    for (int i = 0; i < vel_engine_trainables(e); i++) {
-        const vel_trainable *t = vel_engine_trainable_at(e, i);
-        float *values = vel_alloc(b->ctx, (size_t)t->count * sizeof *values);
-        for (int k = 0; values && k < n; k++)
-            for (int leaf = 0; vel_adapter_lora.leaves[leaf]; leaf++) {
-                size_t stem = strlen(sites[k].path);
-                if (strncmp(t->path, sites[k].path, stem) == 0 && t->path[stem] == '.' &&
-                    strcmp(t->path + stem + 1, vel_adapter_lora.leaves[leaf]) == 0)
-                    vel_adapter_lora.init(&sites[k], leaf, 0, values, t->count);
-            }
-        if (values)
-            vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
-        vel_free(b->ctx, values);
-    }
-}
-
 static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *adaption)
 {
     bench *b = s->b;
@@ -141,7 +122,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
     int h, w;
     latent_size(b, &h, &w);
     VEL_TRY(vel_trainer_register(s->trainer, o->batch, h, w));
-    init_sites(b, sites, n);
+    VEL_TRY(vel_train_init_values(b->model, adaption, 0));
     vel_text_info text[2];
     vel_model_family(b->model)->texts(vel_model_config(b->model), text);
     int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;

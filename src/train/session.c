@@ -137,32 +137,38 @@ static vel_status open_model(train_session *s)
     return vel_trainer_create(s->model, &t, &s->trainer);
 }
 
-/* First values of the adapter, from the seed. */
+vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uint64_t seed)
+{
+    vel_ctx *ctx = vel_model_ctx(m);
+    vel_engine *e = vel_model_engine(m);
+    const vel_adapter_kind *kind = adaption->kind;
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        float *values = vel_alloc(ctx, (size_t)t->count * sizeof *values);
+        if (!values)
+            return VEL_NO_MEMORY;
+        for (int k = 0; k < adaption->n_sites; k++) {
+            const vel_adapter_site *site = &adaption->sites[k];
+            size_t stem = strlen(site->path);
+            if (strncmp(t->path, site->path, stem) != 0 || t->path[stem] != '.')
+                continue;
+            for (int leaf = 0; kind->leaves[leaf]; leaf++)
+                if (strcmp(t->path + stem + 1, kind->leaves[leaf]) == 0)
+                    kind->init(site, leaf, seed, values, t->count);
+        }
+        vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
+        vel_free(ctx, values);
+    }
+    return VEL_OK;
+}
+
 static vel_status init_trainables(train_session *s)
 {
     const vel_sample *first = &s->data->samples[0];
     int down = vel_model_latent(s->model)->down;
     VEL_TRY(
         vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
-    vel_engine *e = vel_model_engine(s->model);
-    const vel_adapter_kind *kind = s->adaption.kind;
-    for (int i = 0; i < vel_engine_trainables(e); i++) {
-        const vel_trainable *t = vel_engine_trainable_at(e, i);
-        float *values = vel_alloc(s->ctx, (size_t)t->count * sizeof *values);
-        if (!values)
-            return VEL_NO_MEMORY;
-        for (int k = 0; k < s->n_sites; k++) {
-            size_t stem = strlen(s->sites[k].path);
-            if (strncmp(t->path, s->sites[k].path, stem) != 0 || t->path[stem] != '.')
-                continue;
-            for (int leaf = 0; kind->leaves[leaf]; leaf++)
-                if (strcmp(t->path + stem + 1, kind->leaves[leaf]) == 0)
-                    kind->init(&s->sites[k], leaf, (uint64_t)s->o->seed, values, t->count);
-        }
-        vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
-        vel_free(s->ctx, values);
-    }
-    return VEL_OK;
+    return vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed);
 }
 
 /* ---- the plan, in words

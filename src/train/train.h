@@ -115,6 +115,9 @@ vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w); /* for profiles
 vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_train_options *o,
                            vel_adapter_site **sites, int *n);
 
+/* First values of the registered trainables of an adapter, from (seed, path). */
+vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uint64_t seed);
+
 /* ---- state (state.c)
  * --------------------------------------------------------------------------------- */
 
