@@ -1,0 +1,60 @@
+/* cuda.h: inside the CUDA backend: the device, how a failed call becomes a status, and the
+ * providers of kernels, asked in the order of vel_cuda_providers: cuBLASLt for products
+ * (cublaslt.c), cuDNN for convolutions and attention (cudnn.c), and the own kernels for every op
+ * (cuda_own.c: the glue from nodes to the launchers of kernels/, which cuda_kernels.h declares).
+ *
+ * All work of a device is put on one stream, in order, and nothing but read() and sync() waits for
+ * it. A run may be captured into a graph, so a kernel's run() must only put work on the stream: no
+ * waiting, no allocation, no copy from pageable memory. Sums are made in an order that does not
+ * depend on timing: equal runs give equal bytes. */
+#ifndef VEL_CUDA_H
+#define VEL_CUDA_H
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+#include <cudnn.h>
+
+#include "backend/backend.h"
+
+struct vel_device {
+    vel_ctx *ctx;
+    int ordinal;
+    int capability; /* 10 * major + minor: 90 for a Hopper */
+    int processors; /* multiprocessors */
+    size_t memory;  /* bytes of the whole card */
+    bool tf32;      /* float32 products may round their inputs to tf32: VELATURA_TF32=1 */
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    cudnnHandle_t cudnn; /* bound to the stream */
+    void *staging;       /* private to cuda_device.c */
+    char description[160];
+};
+
+/* What a prepared kernel's impl points to. release and pack may be NULL: state is then freed with
+ * vel_free, and no weight is packed. pack as in backend.h: plain is host memory. */
+typedef struct vel_cuda_impl {
+    vel_status (*run)(vel_device *d, const vel_launch *l);
+    void (*release)(vel_device *d, vel_kernel *k);
+    vel_status (*pack)(vel_device *d, const vel_kernel *k, const vel_node *n,
+                       const vel_type *in_type, int input, const void *plain, void *packed);
+} vel_cuda_impl;
+
+/* A provider fills out (zeroed, inplace -1) for node id of g, impl included, or returns
+ * VEL_UNSUPPORTED and leaves nothing behind: the next one is asked. */
+typedef vel_status (*vel_cuda_prepare_fn)(vel_device *d, const vel_graph *g, int32_t id,
+                                          vel_kernel *out);
+vel_status vel_cublaslt_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
+vel_status vel_cudnn_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
+vel_status vel_cuda_own_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
+
+/* VEL_OK, or the status with a message that names the call. */
+vel_status vel_cuda_check(vel_device *d, cudaError_t s, const char *call);
+vel_status vel_cublas_check(vel_device *d, cublasStatus_t s, const char *call);
+vel_status vel_cudnn_check(vel_device *d, cudnnStatus_t s, const char *call);
+#define VEL_CUDA(d, call) VEL_TRY(vel_cuda_check(d, call, #call))
+#define VEL_CUBLAS(d, call) VEL_TRY(vel_cublas_check(d, call, #call))
+#define VEL_CUDNN(d, call) VEL_TRY(vel_cudnn_check(d, call, #call))
+/* After launchers of kernels/: what the launch left behind. */
+#define VEL_CUDA_LAUNCHED(d, name) VEL_TRY(vel_cuda_check(d, cudaGetLastError(), name))
+
+#endif
