@@ -1,5 +1,5 @@
-/* params.h: settings of each command as typed structs, filled from the one option table in
- * params.c. */
+/* params.h: settings of each command as typed structs, filled from the one option table
+ * (params_train.c, params_draw.c). */
 #ifndef VEL_PARAMS_H
 #define VEL_PARAMS_H
 

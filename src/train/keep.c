@@ -16,58 +16,24 @@ char *vel_keep_path(train_session *s, const char *ending)
     return vel_arena_strf(s->arena, "%s/%s%s", s->o->output_dir, s->o->output_name, ending);
 }
 
-/* The settings that a resumed run must share with the one that was saved, as one line. */
+/* Settings in which a resumed run may differ from the one that was saved: how long it is, what it
+ * shows, where it writes, how it computes the same numbers. All others must be equal. */
+static const char *const may_differ[] = {
+    "variant",         "device",         "cache_to_disk",   "steps",
+    "epochs",          "memory",         "output_dir",      "output_name",
+    "save_format",     "save_precision", "save_every",      "keep_last",
+    "resume",          "overwrite",      "dry_run",         "comment",
+    "sample_prompts",  "sample_every",   "sample_steps",    "sample_guidance",
+    "sample_seed",     "sample_sampler", "sample_negative", "gradient_checkpointing",
+    "validation_every"};
+
+/* The other settings as one line, the same for every order in which they were given. */
 static char *digest_of(train_session *s)
 {
-    static const char *const names[] = {"model",
-                                        "vae",
-                                        "data",
-                                        "instance_prompt",
-                                        "resolution",
-                                        "enable_bucket",
-                                        "bucket_no_upscale",
-                                        "random_crop",
-                                        "flip",
-                                        "repeats",
-                                        "network",
-                                        "targets",
-                                        "text_targets",
-                                        "rank",
-                                        "alpha",
-                                        "conv_rank",
-                                        "conv_alpha",
-                                        "dropout",
-                                        "train_unet",
-                                        "train_text_encoder",
-                                        "clip_skip",
-                                        "batch",
-                                        "accumulation",
-                                        "seed",
-                                        "learning_rate",
-                                        "unet_lr",
-                                        "text_encoder_lr",
-                                        "lr_scheduler",
-                                        "lr_warmup_steps",
-                                        "adam_beta1",
-                                        "adam_beta2",
-                                        "adam_epsilon",
-                                        "adam_weight_decay",
-                                        "max_grad_norm",
-                                        "precision",
-                                        "caption_dropout",
-                                        "validation_split",
-                                        "sample_latents",
-                                        "min_snr_gamma",
-                                        "noise_offset",
-                                        "min_timestep",
-                                        "max_timestep"};
-    json_t *subset = json_object();
-    for (int i = 0; i < VEL_COUNT(names); i++) {
-        json_t *value = json_object_get(s->settings, names[i]);
-        if (value)
-            json_object_set(subset, names[i], value);
-    }
-    char *text = json_dumps(subset, JSON_COMPACT | JSON_PRESERVE_ORDER);
+    json_t *subset = json_copy((json_t *)s->settings);
+    for (int i = 0; i < VEL_COUNT(may_differ); i++)
+        json_object_del(subset, may_differ[i]);
+    char *text = json_dumps(subset, JSON_COMPACT | JSON_SORT_KEYS);
     json_decref(subset);
     char *kept = text ? vel_arena_strdup(s->arena, text) : NULL;
     free(text);

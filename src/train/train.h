@@ -8,7 +8,8 @@
 #include "data/data.h"
 #include "sample/sample.h"
 
-/* Settings of `velatura train`; src/params.c fills it from its one table. Strings are borrowed. */
+/* Settings of `velatura train`; src/params_train.c has a row for each field. Strings are borrowed.
+ */
 typedef struct vel_train_options {
     /* model */
     const char *model, *vae, *variant, *device, *precision;

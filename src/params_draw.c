@@ -1,0 +1,86 @@
+/* params_draw.c: the settings of the commands that draw, measure and time. */
+#include "params_rows.h"
+
+/* first_*: the defaults that differ from command to command. */
+#define DRAW_ROWS(at, first_sampler, first_guidance, first_steps, first_seed)                      \
+    TEXT("model", "pretrained_model_name_or_path", at model, NULL, "model",                        \
+         "model folder (diffusers layout) or a hub name that resolves to a local folder"),         \
+        TEXT("vae", NULL, at vae, NULL, "model", "another autoencoder's folder"),                  \
+        TEXT("variant", NULL, at variant, NULL, "model", "file variant, such as fp16"),            \
+        TEXT("device", NULL, at device, NULL, "model", "cpu; default: the best there is"),         \
+        CHOICE("precision", "mixed_precision", at precision, "auto", VEL_PRECISIONS, "model",      \
+               "compute type"),                                                                    \
+        INT("clip_skip", NULL, at clip_skip, "1", 1, 12, "model",                                  \
+            "use the text state of the n-th last layer"),                                          \
+        TEXT("prompt", NULL, at prompt, NULL, "picture",                                           \
+             "what to draw; <lora:file:0.8> adds an adapter"),                                     \
+        TEXT("prompt_file", "from_file", at prompt_file, NULL, "picture", "a prompt a line"),      \
+        TEXT("negative", "negative_prompt", at negative, NULL, "picture", "what to avoid"),        \
+        FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, 0, 100, "picture",  \
+              "classifier-free guidance; 1: off"),                                                 \
+        INT("width", NULL, at width, "0", 0, 8192, "picture", "pixels; 0: the model's own"),       \
+        INT("height", NULL, at height, "0", 0, 8192, "picture", "pixels; 0: the model's own"),     \
+        INT("steps", "num_inference_steps", at steps, first_steps, 1, 1000, "picture",             \
+            "sampler steps"),                                                                      \
+        INT("count", "num_images", at count, "1", 1, 100000, "picture",                            \
+            "pictures of each prompt, with seeds that follow"),                                    \
+        INT("batch", "batch_size", at batch, "0", 0, 64, "picture",                                \
+            "pictures drawn at once; 0: as suits their size"),                                     \
+        INT("seed", NULL, at seed, first_seed, -1, 9e15, "picture",                                \
+            "of the first picture; -1: a random one"),                                             \
+        CHOICE("sampler", "scheduler", at sampler, first_sampler, VEL_SAMPLERS, "picture",         \
+               "without it: the model folder's own"),                                              \
+        FLOAT("eta", NULL, at eta, "0", 0, 1, "picture", "noise of ddim"),                         \
+        TEXT("lora", NULL, at lora, NULL, "adapters",                                              \
+             "files with strengths: style.safetensors:0.8,other.safetensors"),                     \
+        FLOAT("lora_scale", NULL, at lora_scale, "1", -10, 10, "adapters",                         \
+              "multiplies every strength")
+
+#define OPTIONS vel_generate_options
+const vel_option_row vel_generate_rows[] = {DRAW_ROWS(, NULL, "7.5", "30", "-1"),
+                                            TEXT("output", "output_dir,outdir", output,
+                                                 "output.png", "output",
+                                                 "a file, or a folder for several pictures"),
+                                            {0}};
+#undef OPTIONS
+
+#define OPTIONS vel_grid_options
+const vel_option_row vel_grid_rows[] = {
+    DRAW_ROWS(draw., NULL, "7.5", "30", "-1"),
+    TEXT("output", NULL, draw.output, "grid.png", "output", "the sheet"),
+    TEXT("weights", NULL, weights, "0.6,0.8,1", "adapters",
+         "strengths to compare; the base is drawn in any case"),
+    TEXT("seeds", NULL, seeds, "1", "picture", "seeds to compare"),
+    {0}};
+#undef OPTIONS
+
+#define OPTIONS vel_score_options
+const vel_option_row vel_score_rows[] = {
+    DRAW_ROWS(draw., "ddim", "3", "25", "0"),
+    TEXT("data", NULL, data, NULL, "data", "folder with prompts.jsonl and the true pictures"),
+    TEXT("save", NULL, save, NULL, "output", "folder for the drawn pictures"),
+    {0}};
+#undef OPTIONS
+
+#define OPTIONS vel_bench_options
+const vel_option_row vel_bench_rows[] = {
+    TEXT("what", NULL, what, "step", "what",
+         "step, unet, text, vae_decode, vae_encode, or the name of an op"),
+    TEXT("model", NULL, model, NULL, "what", "model folder"),
+    TEXT("device", NULL, device, NULL, "what", "cpu; default: the best there is"),
+    CHOICE("precision", "mixed_precision", precision, "auto", VEL_PRECISIONS, "what",
+           "compute type"),
+    TEXT("shapes", NULL, shapes, NULL, "what", "of an op's inputs: 1x4096x320,320x320"),
+    TEXT("targets", NULL, targets, "attn", "what", "modules under the adapter"),
+    INT("batch", NULL, batch, "1", 1, 64, "what", "pictures"),
+    INT("width", NULL, width, "0", 0, 8192, "what", "pixels; 0: the model's own"),
+    INT("height", NULL, height, "0", 0, 8192, "what", "pixels; 0: the model's own"),
+    INT("rank", NULL, rank, "32", 1, 1024, "what", "of the adapter"),
+    INT("repeats", NULL, repeats, "5", 1, 10000, "what", "runs that are timed"),
+    INT("length", NULL, length, "77", 1, 4096, "what", "tokens"),
+    FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "what",
+         "the smallest working memory"),
+    FLAG("train_text_encoder", NULL, train_text_encoder, "no", "what", "train it as well"),
+    FLAG("profile", NULL, profile, "no", "what", "time by kernel"),
+    {0}};
+#undef OPTIONS

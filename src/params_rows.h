@@ -1,0 +1,57 @@
+/* params_rows.h: how a row of the one option table is written. The rows themselves are in
+ * params_train.c and params_draw.c; params.c finds and sets them.
+ *
+ * Defaults are text that goes through the same setter, so a default out of bounds fails the first
+ * test that runs. aliases are the peers' names for the same thing. */
+#ifndef VEL_PARAMS_ROWS_H
+#define VEL_PARAMS_ROWS_H
+
+#include "params.h"
+
+typedef enum vel_option_type { OPT_TEXT, OPT_INT, OPT_FLOAT, OPT_FLAG, OPT_CHOICE } vel_option_type;
+
+typedef struct vel_option_row {
+    const char *name, *aliases;
+    vel_option_type type;
+    size_t offset;
+    size_t size;         /* of an integer field: 4 or 8 */
+    const char *initial; /* NULL: unset */
+    double min, max;     /* of numbers; both 0: unbounded */
+    const char *choices;
+    const char *group, *help;
+} vel_option_row;
+
+/* Each ends with {0}. */
+extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows[],
+    vel_score_rows[], vel_bench_rows[];
+
+/* Which field of which struct a row fills: a table defines OPTIONS as its struct. */
+#define FIELD(type, field) offsetof(type, field), sizeof(((type *)0)->field)
+#define TEXT(name, aliases, field, initial, group, help)                                           \
+    {                                                                                              \
+        name, aliases, OPT_TEXT, FIELD(OPTIONS, field), initial, 0, 0, NULL, group, help           \
+    }
+#define CHOICE(name, aliases, field, initial, choices, group, help)                                \
+    {                                                                                              \
+        name, aliases, OPT_CHOICE, FIELD(OPTIONS, field), initial, 0, 0, choices, group, help      \
+    }
+#define INT(name, aliases, field, initial, min, max, group, help)                                  \
+    {                                                                                              \
+        name, aliases, OPT_INT, FIELD(OPTIONS, field), initial, min, max, NULL, group, help        \
+    }
+#define FLOAT(name, aliases, field, initial, min, max, group, help)                                \
+    {                                                                                              \
+        name, aliases, OPT_FLOAT, FIELD(OPTIONS, field), initial, min, max, NULL, group, help      \
+    }
+#define FLAG(name, aliases, field, initial, group, help)                                           \
+    {                                                                                              \
+        name, aliases, OPT_FLAG, FIELD(OPTIONS, field), initial, 0, 0, NULL, group, help           \
+    }
+
+#define VEL_PRECISIONS "auto,no,bf16,fp16"
+#define VEL_SAMPLERS                                                                               \
+    "ddim,pndm,euler,euler_a,heun,lms,dpmpp_2m,dpmpp_2m_sde,unipc,ddim_karras,pndm_karras,"        \
+    "euler_karras,euler_a_karras,heun_karras,lms_karras,dpmpp_2m_karras,dpmpp_2m_sde_karras,"      \
+    "unipc_karras"
+
+#endif
