@@ -79,7 +79,6 @@ typedef struct step_bench {
     vel_trainer *trainer;
     vel_batch batch;
     double loss, rate; /* rate: 0 while checking, so that nothing moves */
-    int64_t t;
 } step_bench;
 
 static double bench_rate(void *user, int i)
@@ -94,8 +93,7 @@ static vel_status run_step(void *user)
     VEL_TRY(vel_trainer_run(s->trainer, &s->batch, true, &s->loss, NULL));
     vel_engine *e = vel_model_engine(s->b->model);
     double norm = vel_engine_gradient_norm(e);
-    vel_adamw_options a = {0.9, 0.999, 1e-8, 0.01, ++s->t, norm > 1 ? 1 / norm : 1, bench_rate, s};
-    return vel_engine_adamw(e, &a);
+    return vel_engine_update(e, norm > 1 ? 1 / norm : 1, bench_rate, s);
 }
 
 static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *adaption)
@@ -118,6 +116,9 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
                              .clip_skip = 1,
                              .adaptions = adaption,
                              .n_adaptions = 1};
+    vel_optimizer adamw = {
+        .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
+    VEL_TRY(vel_engine_set_optimizer(vel_model_engine(b->model), &adamw));
     VEL_TRY(vel_trainer_create(b->model, &t, &s->trainer));
     int h, w;
     latent_size(b, &h, &w);

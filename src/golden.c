@@ -596,6 +596,9 @@ static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
     if (l->d[0] > VEL_COUNT(time))
         return vel_fail(k->ctx, VEL_BAD_FILE, "train_data: batches of more than %d",
                         VEL_COUNT(time));
+    vel_optimizer adamw = {
+        .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
+    VEL_TRY(vel_engine_set_optimizer(vel_model_engine(k->model), &adamw));
     VEL_TRY(vel_trainer_register(trainer, (int)l->d[0], (int)l->d[2], (int)l->d[3]));
     VEL_TRY(write_trainables(k, "init."));
     for (int i = 0; i < l->n; i++) {
@@ -605,8 +608,7 @@ static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
         losses[i] = (float)loss;
         if (i == 0)
             VEL_TRY(check_trainables(k, "grad0.", 'g', true, TOLERANCE));
-        vel_adamw_options a = {0.9, 0.999, 1e-8, 0.01, i + 1, 1, lesson_rate, NULL};
-        VEL_TRY(vel_engine_adamw(vel_model_engine(k->model), &a));
+        VEL_TRY(vel_engine_update(vel_model_engine(k->model), 1, lesson_rate, NULL));
     }
     check(k, "losses", losses, l->n, TOLERANCE);
     return check_trainables(k, "final.", 'v', true, TOLERANCE_END);

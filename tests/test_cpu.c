@@ -506,34 +506,51 @@ enum { ADAM_N = 40000, ADAM_SPLIT = 12345 };
 static void check_adamw(bench *b)
 {
     vel_test *t = b->t;
-    const vel_adamw_segment segments[] = {
-        {0, ADAM_SPLIT, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, 1 - 0.9f * 0.9f, 1 - 0.999f * 0.999f},
-        {ADAM_SPLIT, ADAM_N - 3, 1e-2f, 0.9f, 0.999f, 1e-8f, 0, 1 - 0.9f * 0.9f,
-         1 - 0.999f * 0.999f},
+    enum { M = ADAM_N * (int)sizeof(float) };
+    const vel_segment segments[] = {
+        {0, ADAM_SPLIT, 0, 0, {0, M, -1, -1}, false},
+        {ADAM_SPLIT, ADAM_N - 3 - ADAM_SPLIT, 0, 0, {4 * ADAM_SPLIT, M + 4 * ADAM_SPLIT, -1, -1}},
     };
-    float *values[4], worst = 0;
-    for (int i = 0; i < 4; i++) { /* value, gradient, m, v */
+    const float rates[] = {1e-3f, 1e-2f};
+    float *values[2], *state = vel_alloc(t->ctx, 2 * (size_t)M), worst = 0;
+    for (int i = 0; i < 2; i++) { /* value, gradient */
         values[i] = vel_alloc(t->ctx, ADAM_N * sizeof(float));
-        for (int64_t k = 0; k < ADAM_N; k++)
-            values[i][k] =
-                (float)(vel_random_uniform(3, (uint64_t)i, (uint64_t)k) - (i == 3 ? 0 : 0.5));
+        for (int64_t k = 0; k < ADAM_N; k++) {
+            values[i][k] = (float)(vel_random_uniform(3, (uint64_t)i, (uint64_t)k) - 0.5);
+            state[i * ADAM_N + k] =
+                (float)(vel_random_uniform(3, (uint64_t)i + 2, (uint64_t)k) - (i ? 0 : 0.5));
+        }
     }
     float *before = vel_alloc(t->ctx, ADAM_N * sizeof(float));
     memcpy(before, values[0], ADAM_N * sizeof(float));
-    vel_backend_cpu.adamw(b->d, values[0], values[1], values[2], values[3], 0.5f, segments, 2);
+    vel_update u = {.rule = VEL_UPDATE_ADAMW,
+                    .value = values[0],
+                    .grad = values[1],
+                    .state = state,
+                    .segments = segments,
+                    .n = 2,
+                    .rate = rates,
+                    .grad_scale = 0.5f,
+                    .beta1 = 0.9f,
+                    .beta2 = 0.999f,
+                    .eps = 1e-8f,
+                    .weight_decay = 0.01f,
+                    .correction1 = 1 - 0.9f * 0.9f,
+                    .correction2 = 1 - 0.999f * 0.999f};
+    CHECK_OK(vel_backend_cpu.update(b->d, &u));
     for (int64_t k = 0; k < ADAM_N; k++) {
-        const vel_adamw_segment *s = &segments[k >= ADAM_SPLIT];
         double g = 0.5 * values[1][k], m = vel_random_uniform(3, 2, (uint64_t)k) - 0.5;
         double v = vel_random_uniform(3, 3, (uint64_t)k), want = before[k];
+        double lr = rates[k >= ADAM_SPLIT];
         if (k < ADAM_N - 3) {
-            m = s->beta1 * m + (1 - s->beta1) * g;
-            v = s->beta2 * v + (1 - s->beta2) * g * g;
-            want -= s->lr * s->weight_decay * want;
-            want -= s->lr * (m / s->correction1) / (sqrt(v / s->correction2) + s->eps);
+            m = u.beta1 * m + (1 - u.beta1) * g;
+            v = u.beta2 * v + (1 - u.beta2) * g * g;
+            want -= lr * u.weight_decay * want;
+            want -= lr * (m / u.correction1) / (sqrt(v / u.correction2) + u.eps);
         }
         worst = VEL_MAX(worst, fabsf((float)(values[0][k] - want)));
-        worst = VEL_MAX(worst, fabsf((float)(values[2][k] - m)));
-        worst = VEL_MAX(worst, fabsf((float)(values[3][k] - v)));
+        worst = VEL_MAX(worst, fabsf((float)(state[k] - m)));
+        worst = VEL_MAX(worst, fabsf((float)(state[ADAM_N + k] - v)));
     }
     CHECK_MSG(worst < 1e-6f, "adamw is off by %g", worst);
     double squares = 0;
@@ -542,8 +559,9 @@ static void check_adamw(bench *b)
     CHECK(fabs(vel_backend_cpu.sum_squares(b->d, before, ADAM_N) / squares - 1) < 1e-12);
     before[77] = NAN;
     CHECK(isnan(vel_backend_cpu.sum_squares(b->d, before, ADAM_N)));
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 2; i++)
         vel_free(t->ctx, values[i]);
+    vel_free(t->ctx, state);
     vel_free(t->ctx, before);
 }
 

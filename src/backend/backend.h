@@ -30,13 +30,97 @@ typedef struct vel_launch {
     void *scratch;
 } vel_launch;
 
-/* One step of the optimizer over flat float32 vectors of n values (AdamW: Loshchilov and Hutter
- * 2019). Segments share their settings. */
-typedef struct vel_adamw_segment {
-    int64_t begin, end;
-    float lr, beta1, beta2, eps, weight_decay;
-    float correction1, correction2; /* 1 - beta^t */
-} vel_adamw_segment;
+/* ---- the optimizer: one call for one step over all trainable values -----------------------------
+ *
+ * Values and gradients are flat float32 vectors; a segment is one trainable tensor in them. State
+ * is one block of bytes that exec owns and saves: each segment's state vectors lie in it, in the
+ * order of its rule. Here g = grad * grad_scale, p the value and lr the rate of the segment.
+ *
+ * VEL_UPDATE_ADAMW   states m, v (Loshchilov and Hutter 2019, as torch.optim.AdamW)
+ *     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g
+ *     p = p (1 - lr weight_decay) - lr / correction1 * m / (sqrt(v / correction2) + eps)
+ * VEL_UPDATE_LION    state m (Chen et al. 2023)
+ *     p = p (1 - lr weight_decay) - lr sign(beta1 m + (1 - beta1) g);  m = beta2 m + (1 - beta2) g
+ * VEL_UPDATE_SGD     state m, absent when beta1 is 0 (as torch.optim.SGD)
+ *     d = g + weight_decay p;  m = first ? d : beta1 m + (1 - dampening) d
+ *     p = p - lr (beta1 == 0 ? d : nesterov ? d + beta1 m : m)
+ * VEL_UPDATE_SCHEDULE_FREE   states z (starts as p), v (Defazio et al. 2024, as schedulefree's
+ *     AdamWScheduleFree; p is its y)
+ *     v = beta2 v + (1 - beta2) g g;  n = g / (sqrt(v / correction2) + eps) + weight_decay p
+ *     p = p + blend (z - p) + lr (beta1 (1 - blend) - 1) n;  z = z - lr n
+ * VEL_UPDATE_PRODIGY   states m, v, s, p0 (starts as p) (Mishchenko and Defazio 2023, as
+ *     prodigyopt); g has coupled_decay p added; step = d lr correction1
+ *     phase 0, segments with lr > 0:   sums[0] = sum of g (p0 - p), in double;
+ *         m = beta1 m + d (1 - beta1) g;  v = beta2 v + d d (1 - beta2) g g
+ *         s = beta3 s + d / d0 * (safeguard ? d : step) g;  sums[1] = sum of |s|
+ *     phase 1:   p = p (1 - weight_decay step);  p = p - step m / (sqrt(v) + next_d eps)
+ *         (beta1 == 0: m absent, d g in its place)
+ * VEL_UPDATE_ADAFACTOR   states m (only with beta1 > 0), then v of a vector, or row [count / cols]
+ *     and col [count / rows] of matrices [count / (rows cols), rows, cols] (Shazeer and Stern 2018,
+ *     as transformers); lr2 = scale_parameter ? lr max(eps2, rms(p)) : lr
+ *     q = g g + eps;  v = beta2 v + (1 - beta2) q;  u = g / sqrt(v), or for matrices
+ *     row = beta2 row + (1 - beta2) mean of q over cols;  col the same over rows
+ *     u = g / sqrt(row / mean(row)) / sqrt(col);  u = u lr2 / max(1, rms(u) / clip_threshold)
+ *     m = beta1 m + (1 - beta1) u (where there is m; u is m then);  p = p (1 - weight_decay lr2) -
+ * u
+ *
+ * Eight-bit states (ADAMW, LION, SGD, where the segment says so) are those of bitsandbytes: a code
+ * for each value, an index into vel_dynamic_map (signed for m, unsigned for v), and behind the
+ * codes (at the next multiple of 4 bytes) a float32 for each VEL_STATE_BLOCK of them, the largest
+ * magnitude in it, which the map's value is multiplied by. The update uses the states before they
+ * are coded again: code = the map's value nearest to state / largest magnitude of the new block. */
+typedef enum vel_update_rule {
+    VEL_UPDATE_ADAMW,
+    VEL_UPDATE_LION,
+    VEL_UPDATE_SGD,
+    VEL_UPDATE_SCHEDULE_FREE,
+    VEL_UPDATE_PRODIGY,
+    VEL_UPDATE_ADAFACTOR,
+    VEL_UPDATE_RULES
+} vel_update_rule;
+
+enum { VEL_MAX_STATES = 4, VEL_STATE_BLOCK = 256 };
+
+typedef struct vel_segment {       /* one trainable tensor */
+    int64_t begin, count;          /* in value and grad; begin is a multiple of 16 */
+    int64_t rows, cols;            /* its last two dimensions; 0 for a vector */
+    int64_t state[VEL_MAX_STATES]; /* bytes into state, multiples of 64; -1: absent */
+    bool eight_bit;
+} vel_segment;
+
+typedef struct vel_update {
+    vel_update_rule rule;
+    int phase;
+    float *value; /* device */
+    const float *grad;
+    void *state;
+    const vel_segment *segments; /* host; the same from step to step */
+    int n;
+    const float *rate; /* [n], host: a segment's learning rate */
+    float grad_scale;
+    float beta1, beta2, beta3, eps, eps2, weight_decay, coupled_decay;
+    float correction1, correction2, blend, dampening, clip_threshold;
+    float d, next_d, d0;
+    bool first, nesterov, scale_parameter, safeguard;
+    double (*sums)[2]; /* [n], host; of a phase that has some */
+    /* Not 0: new values are rounded to bfloat16 stochastically: the lower 16 bits of the float32
+     * are dropped after vel_rounding_bits(rounding, index in value) was added to them. */
+    uint64_t rounding;
+} vel_update;
+
+/* 16 random bits, a function of the step's key and the value's place (splitmix64). */
+static inline uint32_t vel_rounding_bits(uint64_t key, int64_t index)
+{
+    uint64_t x = key + (uint64_t)index * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)(x >> 48);
+}
+
+/* The values of 8-bit codes, increasing: the dynamic data type of Dettmers et al. 2022 ("8-bit
+ * Optimizers via Block-wise Quantization"). bitsandbytes' create_dynamic_map computes the same in
+ * float32, so that its last bits depend on the machine; here each value is rounded once. */
+void vel_dynamic_map(bool is_signed, float out[256]);
 
 typedef struct vel_backend {
     const char *name; /* "cpu" */
@@ -56,9 +140,9 @@ typedef struct vel_backend {
     vel_status (*pack)(vel_device *d, const vel_kernel *k, const vel_node *n,
                        const vel_type *in_type, int input, const void *plain, void *packed);
     vel_status (*run)(vel_device *d, const vel_launch *launch);
-    /* The optimizer, over all trainable values at once. scale multiplies the gradient first. */
-    void (*adamw)(vel_device *d, float *value, const float *grad, float *m, float *v, float scale,
-                  const vel_adamw_segment *segments, int n);
+    /* One step of the optimizer, or one phase of it. VEL_UNSUPPORTED (no message kept): exec then
+     * does it on the host. */
+    vel_status (*update)(vel_device *d, const vel_update *u);
     /* dst = x * by + dst * keep, over n float32 values. */
     void (*add)(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n);
     double (*sum_squares)(vel_device *d, const float *x,

@@ -52,7 +52,8 @@ void vel_engine_destroy(vel_engine *e)
         return;
     vel_engine_drop_weights(e, "");
     if (e->device) {
-        float *vectors[] = {e->value, e->grad, e->moment1, e->moment2, e->sum};
+        vel_engine_free_optimizer(e);
+        float *vectors[] = {e->value, e->grad, e->sum};
         for (int i = 0; i < VEL_COUNT(vectors); i++)
             e->backend->free(e->device, vectors[i]);
         e->backend->free(e->device, e->arena);
@@ -62,6 +63,11 @@ void vel_engine_destroy(vel_engine *e)
         vel_free(e->ctx, (char *)e->trainables[i].path);
     vel_free(e->ctx, e->trainables);
     vel_free(e->ctx, e);
+}
+
+vel_ctx *vel_engine_ctx(vel_engine *e)
+{
+    return e->ctx;
 }
 
 const char *vel_engine_describe(vel_engine *e)
@@ -251,7 +257,7 @@ const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *
 /* Room for count values in the flat vectors; what is there is kept. */
 static vel_status grow_vectors(vel_engine *e, int64_t count)
 {
-    float **vectors[] = {&e->value, &e->grad, &e->moment1, &e->moment2, &e->sum};
+    float **vectors[] = {&e->value, &e->grad, &e->sum};
     for (int i = 0; i < VEL_COUNT(vectors); i++) {
         if (i >= 2 && !*vectors[i])
             continue; /* not in use yet */
@@ -330,10 +336,6 @@ static float **vector_of(vel_engine *e, char which)
         return &e->value;
     case 'g':
         return &e->grad;
-    case 'm':
-        return &e->moment1;
-    case 's':
-        return &e->moment2;
     default:
         return &e->sum;
     }
@@ -380,37 +382,6 @@ vel_status vel_engine_take_accumulated(vel_engine *e, int n_runs)
 double vel_engine_gradient_norm(vel_engine *e)
 {
     return sqrt(e->backend->sum_squares(e->device, e->grad, e->trainable_count));
-}
-
-vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o)
-{
-    VEL_TRY(need_vector(e, &e->moment1));
-    VEL_TRY(need_vector(e, &e->moment2));
-    vel_adamw_segment *segments = vel_alloc(e->ctx, (size_t)e->n_trainables * sizeof *segments);
-    if (!segments)
-        return VEL_NO_MEMORY;
-    int n = 0;
-    for (int i = 0; i < e->n_trainables; i++) {
-        const vel_trainable *t = &e->trainables[i];
-        vel_adamw_segment s = {t->offset,
-                               t->offset + t->count,
-                               (float)o->lr(o->user, i),
-                               (float)o->beta1,
-                               (float)o->beta2,
-                               (float)o->eps,
-                               (float)o->weight_decay,
-                               (float)(1 - pow(o->beta1, (double)o->t)),
-                               (float)(1 - pow(o->beta2, (double)o->t))};
-        /* neighbours with one rate are one segment; the padding between them holds zeros */
-        if (n && segments[n - 1].lr == s.lr)
-            segments[n - 1].end = s.end;
-        else
-            segments[n++] = s;
-    }
-    e->backend->adamw(e->device, e->value, e->grad, e->moment1, e->moment2, (float)o->grad_scale,
-                      segments, n);
-    vel_free(e->ctx, segments);
-    return VEL_OK;
 }
 
 /* ---- arena

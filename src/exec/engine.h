@@ -34,8 +34,17 @@ struct vel_engine {
     vel_trainable *trainables;
     int n_trainables, room_trainables;
     int64_t trainable_count, trainable_room; /* values */
-    float *value, *grad, *moment1, *moment2,
-        *sum; /* device, flat; moments and sum made on first use */
+    float *value, *grad, *sum;               /* device, flat; sum made on first use */
+    vel_optimizer optimizer;
+    vel_optimizer_number numbers[VEL_OPTIMIZER_NUMBERS];
+    vel_segment *segments; /* [n_segments], of trainables in their order */
+    float *rates;
+    double (*sums)[2];
+    int n_segments;
+    void *state; /* device */
+    int64_t state_bytes;
+    vel_device *host; /* a CPU beside the device, for rules that the device refuses */
+    bool evaluating;
     void *arena;
     int64_t arena_bytes;
     int n_plans;
@@ -46,6 +55,7 @@ struct vel_engine {
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data);
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);
+void vel_engine_free_optimizer(vel_engine *e);
 const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *path);
 
 #endif

@@ -11,6 +11,7 @@ typedef struct vel_plan vel_plan;
 
 vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out); /* NULL: best */
 void vel_engine_destroy(vel_engine *e); /* after its plans */
+vel_ctx *vel_engine_ctx(vel_engine *e);
 const char *vel_engine_describe(vel_engine *e);
 vel_dtype vel_engine_best_compute(vel_engine *e);
 
@@ -50,8 +51,7 @@ vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g);
 int vel_engine_trainables(const vel_engine *e);
 const vel_trainable *vel_engine_trainable_at(const vel_engine *e, int i);
 int64_t vel_engine_trainable_count(const vel_engine *e); /* values in all */
-/* Host copies in and out of the flat vectors: which is 'v' value, 'g' gradient, 'm' and 's' the two
- * moments of the optimizer. */
+/* Host copies in and out of the flat vectors: which is 'v' value, 'g' gradient. */
 void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_t n, float *out);
 void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n,
                                  const float *in);
@@ -61,15 +61,55 @@ vel_status vel_engine_accumulate(vel_engine *e, bool first);
 vel_status vel_engine_take_accumulated(vel_engine *e, int n_runs);
 double vel_engine_gradient_norm(vel_engine *e);
 
-typedef struct vel_adamw_options {
-    double beta1, beta2, eps, weight_decay;
-    int64_t t;         /* step, from 1 */
-    double grad_scale; /* multiplies the gradient: clipping */
-    /* Learning rate of trainable i. */
-    double (*lr)(void *user, int i);
-    void *user;
-} vel_adamw_options;
-vel_status vel_engine_adamw(vel_engine *e, const vel_adamw_options *o);
+/* ---- the optimizer (update.c) ------------------------------------------------------------------
+ * Its rules and their formulas are in backend/backend.h. */
+
+typedef struct vel_optimizer {
+    const char *rule; /* "adamw", "lion", "sgd", "schedule_free", "prodigy", "adafactor" */
+    bool eight_bit;   /* adamw, lion, sgd: states of 8 bits in tensors of 4096 values and more */
+    double beta1, beta2, eps, weight_decay; /* beta1: of sgd the momentum */
+    double dampening;                       /* sgd */
+    bool nesterov;
+    double power, lr_power; /* schedule_free: r and weight_lr_power */
+    int64_t warmup;
+    double beta3; /* prodigy; 0: the root of beta2 */
+    double d0, d_coef, growth_rate;
+    bool bias_correction, safeguard_warmup, coupled_decay;
+    double eps2, clip_threshold, decay_rate; /* adafactor; its eps is the first of the two */
+    bool scale_parameter, relative_step, warmup_init;
+    bool round_bf16; /* values are kept on bfloat16's grid, rounded stochastically */
+    uint64_t seed;
+} vel_optimizer;
+/* Before the first step. */
+vel_status vel_engine_set_optimizer(vel_engine *e, const vel_optimizer *o);
+/* One step; the gradient is multiplied by grad_scale first (clipping, loss scaling). lr: learning
+ * rate of trainable i. */
+vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void *user, int i),
+                             void *user);
+/* Values to look at and to save, where they are not the ones that are trained (schedule_free): on
+ * shows them, off brings back the trained ones, bit for bit. The gradient is lost. */
+vel_status vel_engine_evaluate(vel_engine *e, bool on);
+int64_t vel_engine_state_bytes(vel_engine *e); /* of the optimizer; known before the first step */
+
+/* State vector k (from 0, below VEL_MOST_STATES) of trainable i: false when there are no more. */
+enum { VEL_MOST_STATES = 4 };
+typedef struct vel_state_vector {
+    const char *name; /* "exp_avg" */
+    bool bytes;       /* coded in 8 bits; else float32 */
+    int64_t count;    /* values, or bytes */
+    int64_t offset;   /* for read and write; -1: this tensor has none of this name */
+} vel_state_vector;
+bool vel_engine_state(vel_engine *e, int i, int k, vel_state_vector *out);
+vel_status vel_engine_read_state(vel_engine *e, const vel_state_vector *v, void *out);
+vel_status vel_engine_write_state(vel_engine *e, const vel_state_vector *v, const void *in);
+/* What the optimizer counts over all values: its step ("t"), Prodigy's "d" and so on. */
+typedef struct vel_optimizer_number {
+    const char *name;
+    double value;
+} vel_optimizer_number;
+enum { VEL_OPTIMIZER_NUMBERS = 6 };
+vel_optimizer_number *vel_engine_optimizer_numbers(vel_engine *e);   /* to read and to set */
+double vel_engine_optimizer_number(vel_engine *e, const char *name); /* NaN: no such */
 
 /* ---- plans --------------------------------------------------------------------------------------
  */

@@ -166,6 +166,12 @@ static vel_status init_trainables(train_session *s)
 {
     const vel_sample *first = &s->data->samples[0];
     int down = vel_model_latent(s->model)->down;
+    vel_optimizer optimizer = {.rule = "adamw",
+                               .beta1 = s->o->beta1,
+                               .beta2 = s->o->beta2,
+                               .eps = s->o->eps,
+                               .weight_decay = s->o->weight_decay};
+    VEL_TRY(vel_engine_set_optimizer(vel_model_engine(s->model), &optimizer));
     VEL_TRY(
         vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
     return vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed);
@@ -321,10 +327,7 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
         return diverged(s, &b, "gradient", *norm);
     /* torch.nn.utils.clip_grad_norm_ */
     double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
-    vel_adamw_options a = {o->beta1,    o->beta2, o->eps,  o->weight_decay,
-                           s->step + 1, clip,     rate_of, s};
-    VEL_TRY(vel_engine_adamw(e, &a));
-    return VEL_OK;
+    return vel_engine_update(e, clip, rate_of, s);
 }
 
 static bool every(int64_t step, int n)

@@ -1,84 +1,145 @@
-/* state.c: what a run needs to go on: trainable values, both moments, the step, and a digest of the
- * settings that must not change; and the trained values as an adapter file. Both are written whole
- * or not at all. */
+/* state.c: what a run needs to go on: trainable values, the optimizer's state, the step, and a
+ * digest of the settings that must not change; and the trained values as an adapter file. Both are
+ * written whole or not at all. */
 #include <stdlib.h>
 
 #include "train/train.h"
 
-/* Order of the vectors in the file and in the engine. */
-static const struct {
-    const char *prefix;
-    char which;
-} vectors[] = {{"value.", 'v'}, {"moment1.", 'm'}, {"moment2.", 's'}};
+static const char state_format[] = "velatura-state-2";
 
-/* path: of the file, for the message. */
-static vel_status gather(vel_ctx *ctx, const char *path, vel_engine *e, vel_arena *a, float *values,
-                         vel_save_tensor *tensors)
+/* The tensors of a state file: values ("value.PATH"), then each vector of the optimizer
+ * ("exp_avg.PATH": float32, or the bytes of an 8-bit state as they are). */
+typedef struct state_file {
+    vel_ctx *ctx;
+    vel_engine *e;
+    const char *path;
+    vel_arena *a;
+    vel_save_tensor *tensors;
+    int n;
+} state_file;
+
+static vel_status add_tensor(state_file *f, const char *vector, const vel_trainable *t,
+                             const vel_state_vector *v)
 {
-    int n = vel_engine_trainables(e), at = 0;
-    for (int v = 0; v < VEL_COUNT(vectors); v++)
-        for (int i = 0; i < n; i++) {
-            const vel_trainable *t = vel_engine_trainable_at(e, i);
-            vel_save_tensor *s = &tensors[at++];
-            s->name = vel_arena_strf(a, "%s%s", vectors[v].prefix, t->path);
-            if (!s->name)
-                return VEL_NO_MEMORY;
-            s->type = VEL_FILE_F32;
-            s->rank = t->shape.rank;
-            memcpy(s->dim, t->shape.dim, (size_t)t->shape.rank * sizeof *s->dim);
-            vel_engine_read_trainables(e, vectors[v].which, t->offset, t->count, values);
-            if (!vel_all_finite(values, t->count))
-                return vel_fail(ctx, VEL_DIVERGED,
-                                "%s: not written: '%s' holds a value that is not finite; "
-                                "a lower --learning_rate may help",
-                                path, s->name);
-            s->data = values;
-            values += t->count;
-        }
+    vel_save_tensor *s = &f->tensors[f->n++];
+    bool bytes = v && v->bytes;
+    int64_t count = v ? v->count : t->count;
+    *s = (vel_save_tensor){.name = vel_arena_strf(f->a, "%s.%s", vector, t->path),
+                           .type = bytes ? VEL_FILE_U8 : VEL_FILE_F32,
+                           .rank = 1,
+                           .dim = {count}};
+    if (count == t->count && !bytes) {
+        s->rank = t->shape.rank;
+        memcpy(s->dim, t->shape.dim, (size_t)t->shape.rank * sizeof *s->dim);
+    }
+    float *data = vel_arena_alloc(f->a, (size_t)count * (bytes ? 1 : sizeof *data));
+    if (!s->name || !data)
+        return VEL_NO_MEMORY;
+    s->data = data;
+    if (v)
+        VEL_TRY(vel_engine_read_state(f->e, v, data));
+    else
+        vel_engine_read_trainables(f->e, 'v', t->offset, count, data);
+    if (bytes || vel_all_finite(data, count))
+        return VEL_OK;
+    return vel_fail(f->ctx, VEL_DIVERGED,
+                    "%s: not written: '%s' holds a value that is not finite; "
+                    "a lower --learning_rate may help",
+                    f->path, s->name);
+}
+
+static vel_status gather(state_file *f)
+{
+    for (int i = 0; i < vel_engine_trainables(f->e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(f->e, i);
+        vel_state_vector v;
+        VEL_TRY(add_tensor(f, "value", t, NULL));
+        for (int k = 0; vel_engine_state(f->e, i, k, &v); k++)
+            if (v.offset >= 0)
+                VEL_TRY(add_tensor(f, v.name, t, &v));
+    }
     return VEL_OK;
+}
+
+static json_t *describe(vel_engine *e, int64_t step, const char *digest)
+{
+    json_t *meta = json_pack("{s:s, s:o, s:s}", "format", state_format, "step",
+                             json_sprintf("%" PRId64, step), "settings", digest);
+    vel_optimizer_number *numbers = vel_engine_optimizer_numbers(e);
+    for (int i = 0; meta && i < VEL_OPTIMIZER_NUMBERS; i++) {
+        char name[64], value[64];
+        snprintf(name, sizeof name, "optimizer.%s", numbers[i].name);
+        snprintf(value, sizeof value, "%a", numbers[i].value); /* every bit */
+        json_object_set_new(meta, name, json_string(value));
+    }
+    return meta;
 }
 
 vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
                           const char *digest)
 {
-    int n = vel_engine_trainables(e) * VEL_COUNT(vectors);
-    vel_arena *a = vel_arena_create(ctx);
-    float *values =
-        vel_alloc(ctx, (size_t)vel_engine_trainable_count(e) * VEL_COUNT(vectors) * sizeof *values);
-    vel_save_tensor *tensors = a ? vel_arena_alloc(a, (size_t)n * sizeof *tensors) : NULL;
-    json_t *meta = json_pack("{s:s, s:o, s:s}", "format", "velatura-state-1", "step",
-                             json_sprintf("%" PRId64, step), "settings", digest);
-    vel_status st =
-        values && tensors && meta ? gather(ctx, path, e, a, values, tensors) : VEL_NO_MEMORY;
+    state_file f = {.ctx = ctx, .e = e, .path = path, .a = vel_arena_create(ctx)};
+    int most = vel_engine_trainables(e) * (1 + VEL_MOST_STATES);
+    f.tensors = f.a ? vel_arena_alloc(f.a, (size_t)most * sizeof *f.tensors) : NULL;
+    json_t *meta = describe(e, step, digest);
+    vel_status st = f.tensors && meta ? gather(&f) : VEL_NO_MEMORY;
     if (st == VEL_OK)
-        st = vel_safetensors_save(ctx, path, tensors, n, meta);
-    vel_arena_destroy(a);
-    vel_free(ctx, values);
+        st = vel_safetensors_save(ctx, path, f.tensors, f.n, meta);
+    vel_arena_destroy(f.a);
     json_decref(meta);
     return st;
 }
 
-static vel_status load_vectors(vel_ctx *ctx, vel_engine *e, vel_safetensors *sf)
+static vel_status load_tensor(vel_engine *e, vel_safetensors *sf, const char *vector,
+                              const vel_trainable *t, const vel_state_vector *v)
 {
-    const char *path = vel_safetensors_path(sf);
-    for (int v = 0; v < VEL_COUNT(vectors); v++)
-        for (int i = 0; i < vel_engine_trainables(e); i++) {
-            const vel_trainable *t = vel_engine_trainable_at(e, i);
-            char name[512];
-            snprintf(name, sizeof name, "%s%s", vectors[v].prefix, t->path);
-            const vel_file_tensor *f = vel_safetensors_find(sf, name);
-            if (!f || f->count != t->count)
-                return vel_fail(ctx, VEL_BAD_FILE,
-                                "%s: '%s' is missing or has another size: the state was "
-                                "saved with other settings (rank, targets)",
-                                path, name);
-            float *values = vel_alloc(ctx, (size_t)t->count * sizeof *values);
-            if (!values)
-                return VEL_NO_MEMORY;
-            vel_file_tensor_floats(f, 0, t->count, values);
-            vel_engine_write_trainables(e, vectors[v].which, t->offset, t->count, values);
-            vel_free(ctx, values);
-        }
+    vel_ctx *ctx = vel_engine_ctx(e);
+    char name[512];
+    snprintf(name, sizeof name, "%s.%s", vector, t->path);
+    const vel_file_tensor *f = vel_safetensors_find(sf, name);
+    bool bytes = v && v->bytes;
+    int64_t count = v ? v->count : t->count;
+    if (!f || f->count != count || (f->type == VEL_FILE_U8) != bytes)
+        return vel_fail(ctx, VEL_BAD_FILE,
+                        "%s: '%s' is missing or has another size: the state was "
+                        "saved with other settings (rank, targets, optimizer)",
+                        vel_safetensors_path(sf), name);
+    if (bytes)
+        return vel_engine_write_state(e, v, f->data);
+    float *values = vel_alloc(ctx, (size_t)count * sizeof *values);
+    if (!values)
+        return VEL_NO_MEMORY;
+    vel_file_tensor_floats(f, 0, count, values);
+    vel_status st = VEL_OK;
+    if (v)
+        st = vel_engine_write_state(e, v, values);
+    else
+        vel_engine_write_trainables(e, 'v', t->offset, count, values);
+    vel_free(ctx, values);
+    return st;
+}
+
+static vel_status load_tensors(vel_engine *e, vel_safetensors *sf)
+{
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        vel_state_vector v;
+        VEL_TRY(load_tensor(e, sf, "value", t, NULL));
+        for (int k = 0; vel_engine_state(e, i, k, &v); k++)
+            if (v.offset >= 0)
+                VEL_TRY(load_tensor(e, sf, v.name, t, &v));
+    }
+    vel_optimizer_number *numbers = vel_engine_optimizer_numbers(e);
+    for (int i = 0; i < VEL_OPTIMIZER_NUMBERS; i++) {
+        char name[64], *end;
+        snprintf(name, sizeof name, "optimizer.%s", numbers[i].name);
+        const char *text = vel_safetensors_meta(sf, name);
+        double value = text ? strtod(text, &end) : 0;
+        if (!text || *end || end == text || !isfinite(value))
+            return vel_fail(vel_engine_ctx(e), VEL_BAD_FILE, "%s: '%s' is missing or no number",
+                            vel_safetensors_path(sf), name);
+        numbers[i].value = value;
+    }
     return VEL_OK;
 }
 
@@ -90,7 +151,7 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
     const char *format = vel_safetensors_meta(sf, "format"), *at = vel_safetensors_meta(sf, "step");
     const char *settings = vel_safetensors_meta(sf, "settings");
     vel_status st;
-    if (!format || strcmp(format, "velatura-state-1") != 0 || !at || !settings)
+    if (!format || strcmp(format, state_format) != 0 || !at || !settings)
         st = vel_fail(ctx, VEL_BAD_FILE, "%s: not a saved training state", path);
     else if (strcmp(settings, digest) != 0)
         st = vel_fail(ctx, VEL_BAD_VALUE,
@@ -98,7 +159,7 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
                       "resume with the same, or start anew in another --output_dir",
                       path, settings, digest);
     else
-        st = load_vectors(ctx, e, sf);
+        st = load_tensors(e, sf);
     if (st == VEL_OK)
         *step = strtoll(at, NULL, 10);
     vel_safetensors_close(sf);

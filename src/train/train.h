@@ -122,8 +122,8 @@ vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uin
 /* ---- state (state.c)
  * --------------------------------------------------------------------------------- */
 
-/* Trainable values, moments and the step, in one safetensors file. digest: settings that must be
- * equal on resume. */
+/* Trainable values, the optimizer's state and the step, in one safetensors file. digest: settings
+ * that must be equal on resume. */
 vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
                           const char *digest);
 vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,

@@ -126,6 +126,7 @@ static void cpu_close(vel_device *d)
     if (!d)
         return;
     vel_onednn_close(d);
+    vel_free(d->ctx, d->codes);
     vel_free(d->ctx, d);
 }
 
@@ -261,7 +262,7 @@ const vel_backend vel_backend_cpu = {
     .release = cpu_release,
     .pack = cpu_pack,
     .run = cpu_run,
-    .adamw = vel_cpu_own_adamw,
+    .update = vel_cpu_own_update,
     .add = cpu_add,
     .sum_squares = vel_cpu_own_sum_squares,
 };

@@ -21,6 +21,7 @@ struct vel_device {
     bool amx;        /* AMX tiles with bf16, enabled for this process */
     bool dot;        /* AVX512_BF16's dot products beat float32's: on AMD, where Intel's do not */
     void *onednn;    /* onednn.c's engine and stream */
+    void *codes;     /* own.c's tables for 8-bit optimizer states; NULL until they are needed */
     char description[128];
 };
 
@@ -41,8 +42,7 @@ typedef struct vel_cpu_impl {
 /* Lists end with a row whose run is NULL; asked in this order. */
 extern const vel_cpu_impl vel_cpu_onednn_impls[]; /* onednn.c */
 extern const vel_cpu_impl vel_cpu_own_impls[];    /* own.c: through the isa table */
-void vel_cpu_own_adamw(vel_device *d, float *value, const float *grad, float *m, float *v,
-                       float scale, const vel_adamw_segment *segments, int n);
+vel_status vel_cpu_own_update(vel_device *d, const vel_update *u);
 double vel_cpu_own_sum_squares(vel_device *d, const float *x, int64_t n);
 
 vel_status vel_onednn_open(vel_device *d);

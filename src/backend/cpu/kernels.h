@@ -25,10 +25,23 @@ typedef struct vel_cpu_entry {
     int inplace; /* 1 + the input whose buffer the first output may take when types agree; 0 none */
 } vel_cpu_entry;
 
+/* A code of an 8-bit state is found from the upper 16 bits of a float: the code of the smallest
+ * value with these bits, from which a step or two lead to the nearest. */
+typedef struct vel_cpu_codes {
+    float value[256],
+        upper[256]; /* upper: above it the next code is nearer; the last is infinite */
+    uint8_t first[1 << 16];
+} vel_cpu_codes;
+
+typedef struct vel_cpu_optimizer {
+    const vel_update *update;
+    const vel_cpu_codes *codes; /* [2] unsigned, signed; NULL where no state has 8 bits */
+    int threads;
+} vel_cpu_optimizer;
+
 typedef struct vel_cpu_kernels {
     vel_cpu_entry entry[VEL_OP_COUNT];
-    void (*adamw)(float *value, const float *grad, float *m, float *v, float scale,
-                  const vel_adamw_segment *segments, int n, int threads);
+    void (*update)(const vel_cpu_optimizer *o);
     double (*sum_squares)(const float *x, int64_t n, int threads);
 } vel_cpu_kernels;
 
@@ -101,8 +114,7 @@ extern const vel_cpu_kernels vel_cpu_kernels_avx2, vel_cpu_kernels_avx512, vel_c
 VEL_CPU_KERNEL_LIST(K_, KS_)
 #undef K_
 #undef KS_
-void VEL_ISA_NAME(adamw)(float *value, const float *grad, float *m, float *v, float scale,
-                         const vel_adamw_segment *segments, int n, int threads);
+void VEL_ISA_NAME(update)(const vel_cpu_optimizer *o);
 double VEL_ISA_NAME(sum_squares)(const float *x, int64_t n, int threads);
 
 #endif

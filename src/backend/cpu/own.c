@@ -119,10 +119,47 @@ const vel_cpu_impl vel_cpu_own_impls[] = {
     {0},
 };
 
-void vel_cpu_own_adamw(vel_device *d, float *value, const float *grad, float *m, float *v,
-                       float scale, const vel_adamw_segment *segments, int n)
+/* ---- the optimizer
+ * ------------------------------------------------------------------------------------------- */
+
+static void fill_codes(vel_cpu_codes *c, bool is_signed)
 {
-    table_of(d)->adamw(value, grad, m, v, scale, segments, n, d->threads);
+    vel_dynamic_map(is_signed, c->value);
+    for (int i = 0; i < 255; i++)
+        c->upper[i] = (c->value[i] + c->value[i + 1]) / 2;
+    c->upper[255] = INFINITY;
+    for (uint32_t high = 0; high < 1 << 16; high++) {
+        uint32_t bits = high << 16 | (high >> 15 ? 0xffff : 0); /* a negative one's smallest */
+        float smallest;
+        memcpy(&smallest, &bits, sizeof smallest);
+        int code = 0;
+        while (smallest > c->upper[code])
+            code++;
+        c->first[high] = (uint8_t)code;
+    }
+}
+
+static vel_status need_codes(vel_device *d)
+{
+    if (d->codes)
+        return VEL_OK;
+    vel_cpu_codes *made = vel_alloc(d->ctx, 2 * sizeof *made);
+    if (!made)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < 2; i++)
+        fill_codes(made + i, i);
+    d->codes = made;
+    return VEL_OK;
+}
+
+vel_status vel_cpu_own_update(vel_device *d, const vel_update *u)
+{
+    for (int i = 0; i < u->n; i++)
+        if (u->segments[i].eight_bit)
+            VEL_TRY(need_codes(d));
+    vel_cpu_optimizer o = {u, d->codes, d->threads};
+    table_of(d)->update(&o);
+    return VEL_OK;
 }
 
 double vel_cpu_own_sum_squares(vel_device *d, const float *x, int64_t n)

@@ -84,10 +84,10 @@ static vel_status null_run(vel_device *d, const vel_launch *launch)
                     vel_op_name(launch->node->op));
 }
 
-static void null_adamw(vel_device *d, float *value, const float *grad, float *m, float *v,
-                       float scale, const vel_adamw_segment *segments, int n)
+static vel_status null_update(vel_device *d, const vel_update *u)
 {
-    (void)d, (void)value, (void)grad, (void)m, (void)v, (void)scale, (void)segments, (void)n;
+    (void)d, (void)u;
+    return VEL_OK;
 }
 
 static void null_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
@@ -115,7 +115,7 @@ const vel_backend vel_backend_null = {
     .release = null_release,
     .pack = null_pack,
     .run = null_run,
-    .adamw = null_adamw,
+    .update = null_update,
     .add = null_add,
     .sum_squares = null_sum_squares,
 };

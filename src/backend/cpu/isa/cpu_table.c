@@ -13,6 +13,6 @@
 
 const vel_cpu_kernels VEL_ISA_NAME(kernels) = {
     .entry = {VEL_CPU_KERNEL_LIST(K, KS)},
-    .adamw = VEL_ISA_NAME(adamw),
+    .update = VEL_ISA_NAME(update),
     .sum_squares = VEL_ISA_NAME(sum_squares),
 };
