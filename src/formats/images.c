@@ -421,6 +421,13 @@ vel_status vel_picture_jpeg(vel_ctx *ctx, const vel_image *image, int quality, u
 
 /* ---- text ---- */
 
+/* libvips before 8.14 breaks lines between words only. */
+#if VIPS_MAJOR_VERSION > 8 || VIPS_MINOR_VERSION >= 14
+#define WRAP_LONG_WORDS "wrap", VIPS_TEXT_WRAP_WORD_CHAR,
+#else
+#define WRAP_LONG_WORDS
+#endif
+
 /* A mask of the text's ink, 255 where it is black; NULL in *mask for a text without ink. */
 static vel_status draw_mask(vel_ctx *ctx, int width, int size, const char *text, VipsImage **mask)
 {
@@ -434,7 +441,7 @@ static vel_status draw_mask(vel_ctx *ctx, int width, int size, const char *text,
     char *escaped = g_markup_escape_text(text, -1); /* pango would read it as markup */
     snprintf(font, sizeof font, "sans %d", VEL_MAX(size, 1));
     int failed = vips_text(mask, escaped, "font", font, "width", VEL_MAX(width, 1), "dpi", 72,
-                           "wrap", VIPS_TEXT_WRAP_WORD_CHAR, NULL);
+                           WRAP_LONG_WORDS NULL);
     g_free(escaped);
     return failed ? fail_vips(ctx, VEL_UNSUPPORTED, "text to draw",
                               "failed; is a font installed (fonts-dejavu-core)?")
