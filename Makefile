@@ -22,7 +22,7 @@ CONFIG := $(CONFIG)-hostile
 endif
 
 CC ?= cc
-PKG := vips jansson libpcre2-8 libutf8proc
+PKG := vips gio-2.0 jansson libpcre2-8 libutf8proc
 # oneDNN: a prefix given by ONEDNN=DIR (with include/ and lib/), else what the system has.
 ONEDNN ?=
 ifneq ($(ONEDNN),)
