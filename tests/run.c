@@ -1,13 +1,15 @@
 /* run.c: the harness of test.h: runs the registered tests, each with its own context and an empty
  * folder that is removed afterwards.
  *
- *     run-tests [--program PATH] [--fault] [--most N] [--list] [--skip PATTERN] [PATTERN]
+ *     run-tests [--program PATH] [--fault] [--most N] [--fail N] [--list] [--skip PATTERN]
+ * [PATTERN]
  *
  * A pattern without '*' matches anywhere in a name; several are joined with ','. A test fails when
  * a CHECK fails or when memory of its context is left. With --fault each test runs once to count
  * its allocations and then once for each of them with that one failing, every time in a process of
  * its own: the test must come back, and not crash (CHECKs that fail then are expected and not
- * counted). With --most N it does so for N of a test's allocations at most, evenly spread. The last
+ * counted). With --most N it does so for N of a test's allocations at most, evenly spread; --fail N
+ * runs a test once with its N-th failing, for a debugger. The last
  * line is "N passed, N failed", and ", N skipped" after it if any were; the status is 0 if none
  * failed. */
 #define _GNU_SOURCE /* nftw */
@@ -22,6 +24,7 @@
 typedef struct options {
     const char *program, *pattern, *skip;
     bool fault, list;
+    int64_t fail; /* this allocation of each test; 0: none */
     int64_t most; /* with fault: as many allocations of a test fail in turn; 0: each */
 } options;
 
@@ -174,6 +177,8 @@ static bool read_options(int n, char **args, options *o)
             o->skip = args[++i];
         else if (strcmp(args[i], "--most") == 0 && i + 1 < n)
             o->most = atoll(args[++i]);
+        else if (strcmp(args[i], "--fail") == 0 && i + 1 < n)
+            o->fail = atoll(args[++i]);
         else if (args[i][0] != '-' && !o->pattern)
             o->pattern = args[i];
         else
@@ -186,10 +191,11 @@ int main(int n, char **args)
 {
     options o = {0};
     if (!read_options(n, args, &o)) {
-        fprintf(stderr,
-                "usage: %s [--program PATH] [--fault] [--most N] [--list] [--skip PATTERN] "
-                "[PATTERN]\n",
-                args[0]);
+        fprintf(
+            stderr,
+            "usage: %s [--program PATH] [--fault] [--most N] [--fail N] [--list] [--skip PATTERN] "
+            "[PATTERN]\n",
+            args[0]);
         return 2;
     }
     int passed = 0, failed = 0, skipped = 0;
@@ -204,7 +210,7 @@ int main(int n, char **args)
         if (o.fault)
             run_with_faults(t, &o);
         else
-            run_once(t, &o, 0);
+            run_once(t, &o, o.fail);
         double seconds = vel_now() - start;
         if (seconds > (o.fault ? 20 : 2))
             printf("%s took %.1f s\n", t->name, seconds);

@@ -248,6 +248,8 @@ vel_ref vel_copy_node(vel_graph *dst, const vel_node *n, const vel_ref *in)
     for (int i = 0; i < n->n_in; i++)
         copy->in[i] = in[i];
     copy->path = vel_arena_strdup(dst->arena, n->path);
+    if (!copy->path)
+        set_error(dst, "out of memory");
     dst->n_layers = VEL_MAX(dst->n_layers, n->layer);
     return (vel_ref){dst->n - 1, 0};
 }
@@ -331,7 +333,12 @@ void vel_output(vel_graph *g, const char *name, vel_ref r)
         g->outputs = grown;
         g->room_outputs = room;
     }
-    g->outputs[g->n_outputs++] = (output){vel_arena_strdup(g->arena, name), r};
+    const char *own = vel_arena_strdup(g->arena, name);
+    if (!own) {
+        set_error(g, "out of memory");
+        return;
+    }
+    g->outputs[g->n_outputs++] = (output){own, r};
 }
 
 int vel_graph_outputs(const vel_graph *g)
