@@ -34,14 +34,17 @@ typedef struct vel_file_tensor {
     int64_t dim[8];
     int64_t count;       /* elements */
     const uint8_t *data; /* in the mapping; may be unaligned */
+    bool copied;         /* data is in memory instead, put in order from where it lay scattered */
 } vel_file_tensor;
 
+/* An open file of tensors: safetensors, or one that torch.save wrote (.ckpt, .pt, .bin), which is
+ * told by its content; texts and numbers of the latter are its metadata. */
 typedef struct vel_safetensors vel_safetensors;
-/* One file. */
 vel_status vel_safetensors_open(vel_ctx *ctx, const char *path, vel_safetensors **out);
 /* A model part in a folder: PREFIX.safetensors, PREFIX.VARIANT.safetensors (variant may be NULL),
- * or shards through PREFIX[.VARIANT].safetensors.index.json; tries each of the n stems in turn
- * ("diffusion_pytorch_model", "model"). The error lists what was looked for. */
+ * or shards through PREFIX[.VARIANT].safetensors.index.json, then the same with .bin; tries each of
+ * the n stems in turn ("diffusion_pytorch_model", "model", "pytorch_model"). The error lists what
+ * was looked for. */
 vel_status vel_safetensors_open_part(vel_ctx *ctx, const char *folder, const char *const *stems,
                                      int n, const char *variant, vel_safetensors **out);
 void vel_safetensors_close(vel_safetensors *sf);

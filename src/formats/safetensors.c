@@ -9,7 +9,7 @@
  * Values are little-endian in the file and taken to be so in memory. What the tensors mean is left
  * to the key tables of the models. A file that another program truncates while it is mapped is
  * beyond our means. */
-#include "formats/formats.h"
+#include "formats/pickle.h"
 
 #include <stdlib.h>
 
@@ -152,6 +152,8 @@ static bool reserve(vel_safetensors *sf, size_t more)
     int need = sf->n + (int)more;
     if (need <= sf->room)
         return true;
+    if (more == 1)
+        need = VEL_MAX(need, sf->room < INT32_MAX / 2 ? sf->room * 2 : need);
     vel_file_tensor *larger = vel_realloc(sf->ctx, sf->tensors, (size_t)need * sizeof *larger);
     if (!larger)
         return false;
@@ -200,6 +202,33 @@ static vel_status read_entries(vel_safetensors *sf, const char *path, json_t *he
     return check_cover(sf->ctx, path, sf->tensors + first, sf->n - first, data, size);
 }
 
+static vel_status add_pickled(void *user, const vel_file_tensor *t)
+{
+    vel_safetensors *sf = user;
+    if (!reserve(sf, 1))
+        return VEL_NO_MEMORY;
+    sf->tensors[sf->n++] = *t;
+    return VEL_OK;
+}
+
+/* A tensor's name is unique in a safetensors header; a pickle may say one twice. */
+static vel_status read_pickled(vel_safetensors *sf, const char *path, const vel_map *map)
+{
+    int first = sf->n;
+    VEL_TRY(vel_pickle_read(sf->ctx, sf->arena, path, map->bytes, map->size, add_pickled, sf,
+                            sf->metadata));
+    int n = sf->n - first;
+    if (n)
+        qsort(sf->tensors + first, (size_t)n, sizeof *sf->tensors, compare_names);
+    for (int i = first + 1; i < sf->n; i++)
+        if (compare_names(&sf->tensors[i - 1], &sf->tensors[i]) == 0)
+            return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: two tensors are named %s", path,
+                            sf->tensors[i].name);
+    if (!n)
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: holds no tensors", path);
+    return VEL_OK;
+}
+
 /* Maps the file into sf->maps[sf->n_maps] and appends its tensors. */
 static vel_status read_file(vel_safetensors *sf, const char *path)
 {
@@ -209,9 +238,14 @@ static vel_status read_file(vel_safetensors *sf, const char *path)
     uint64_t length = 0;
     for (int i = 0; i < 8 && map->size >= 8; i++)
         length |= (uint64_t)map->bytes[i] << 8 * i;
+    bool headed = map->size > 8 && length <= map->size - 8 && map->bytes[8] == '{';
+    if (!headed && vel_pickle_sniff(map->bytes, map->size))
+        return read_pickled(sf, path, map);
     if (map->size < 8 || length < 2 || length > map->size - 8 || map->bytes[8] != '{')
-        return vel_fail(sf->ctx, VEL_BAD_FILE,
-                        "%s: no safetensors file, or a truncated one (%zu bytes)", path, map->size);
+        return vel_fail(
+            sf->ctx, VEL_BAD_FILE,
+            "%s: no safetensors file or one of torch.save, or a truncated one (%zu bytes)", path,
+            map->size);
     if (length > LARGEST_HEADER)
         return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: a header of %" PRIu64 " bytes, over %d", path,
                         length, LARGEST_HEADER);
@@ -349,6 +383,11 @@ static const struct part_form {
     {"%s.safetensors.%s.index.json", true, true},
     {"%s.safetensors", false, false},
     {"%s.safetensors.index.json", false, true},
+    {"%s.%s.bin", true, false},
+    {"%s.bin.index.%s.json", true, true},
+    {"%s.%s.bin.index.json", true, true},
+    {"%s.bin", false, false},
+    {"%s.bin.index.json", false, true},
 };
 
 static char *form_path(vel_ctx *ctx, const struct part_form *form, const char *folder,

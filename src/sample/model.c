@@ -29,7 +29,7 @@ static bool describe_tensor(const model_part *part, const vel_file_tensor *t,
     *out = (vel_source_tensor){.file = vel_safetensors_path(part->file),
                                .user = (void *)t,
                                .read = read_tensor,
-                               .data = t->data};
+                               .data = t->copied ? NULL : t->data};
     out->shape = vel_shape_of(t->rank, t->dim);
     switch (t->type) {
     case VEL_FILE_F32:
@@ -67,7 +67,7 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
  * half precision variant, that. */
 static vel_status open_weights(vel_model *m, model_part *part, const char *variant)
 {
-    static const char *const stems[] = {"diffusion_pytorch_model", "model"};
+    static const char *const stems[] = {"diffusion_pytorch_model", "model", "pytorch_model"};
     vel_ctx *ctx = m->ctx;
     vel_status st =
         vel_safetensors_open_part(ctx, part->folder, stems, VEL_COUNT(stems), variant, &part->file);
