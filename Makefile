@@ -84,7 +84,7 @@ CLI_OBJ := $(CLI_SRC:%.c=$(OBJ)/%.o)
 TEST_SRC := $(wildcard tests/*.c)
 TEST_OBJ := $(TEST_SRC:%.c=$(OBJ)/%.o)
 
-.PHONY: all test clean layers format size objects fault fuzz aarch64
+.PHONY: all test clean layers format size objects fault fuzz aarch64 cuda
 all: $(BUILD)/velatura
 objects: $(LIB_OBJ) $(CLI_OBJ)
 
@@ -107,6 +107,37 @@ $(OBJ)/isa-$(1)/%.o: src/backend/cpu/isa/%.c
 	$(CC) $(ALL_CFLAGS) -O3 -ffp-contract=fast -fno-math-errno $(ISA_FLAGS_$(1)) -c -o $$@ $$<
 endef
 $(foreach i,$(ISAS),$(eval $(call isa_rule,$(i))))
+
+# ---- the backend for NVIDIA GPUs: a shared object of its own, loaded when there is a driver ----
+# make cuda                       for Hopper (what is developed on), PTX for newer cards
+# make cuda CUDA_ARCHS=all        for every card that this nvcc knows, PTX for newer ones
+# Needs CUDA's nvcc and headers, cuBLASLt and cuDNN 9; the program itself needs none of them.
+CUDA_HOME ?= /usr/local/cuda
+NVCC ?= $(CUDA_HOME)/bin/nvcc
+CUDA_ARCHS ?= 90
+ifeq ($(CUDA_ARCHS),all)
+CUDA_CODES = $(sort $(subst sm_,,$(shell $(NVCC) --list-gpu-code)))
+else
+CUDA_CODES = $(CUDA_ARCHS)
+endif
+CUDA_NEWEST = $(shell printf '%s\n' $(CUDA_CODES) | sort -n | tail -1)
+CUDA_GENCODE = $(foreach a,$(CUDA_CODES),-gencode arch=compute_$(a),code=sm_$(a)) \
+    -gencode arch=compute_$(CUDA_NEWEST),code=compute_$(CUDA_NEWEST)
+NVCCFLAGS ?= -O3
+CUDA_OBJ := $(OBJ)/cuda-$(CUDA_ARCHS)
+CUDA_OBJECTS := $(patsubst src/backend/cuda/%.c,$(CUDA_OBJ)/%.o,$(wildcard src/backend/cuda/*.c)) \
+    $(patsubst src/backend/cuda/kernels/%.cu,$(CUDA_OBJ)/kernels/%.o,$(wildcard src/backend/cuda/kernels/*.cu))
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcublasLt -lcudnn -lcudart_static -lrt -lstdc++
+cuda: $(BUILD)/libvelatura-cuda.so
+$(CUDA_OBJ)/%.o: src/backend/cuda/%.c
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) -Wno-undef -isystem $(CUDA_HOME)/include -c -o $@ $<
+$(CUDA_OBJ)/kernels/%.o: src/backend/cuda/kernels/%.cu
+	@mkdir -p $(@D)
+	$(if $(findstring ccache,$(CC)),ccache) $(NVCC) -std=c++17 $(NVCCFLAGS) $(CUDA_GENCODE) -MMD -MP -MF $(@:.o=.d) -lineinfo \
+	    -Xcompiler -fPIC,-fvisibility=hidden -c -o $@ $<
+$(BUILD)/libvelatura-cuda.so: $(CUDA_OBJECTS) $(BUILD)/libvelatura.a
+	$(CC) $(ALL_CFLAGS) -shared -Wl,--no-undefined -Wl,--gc-sections -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
 # Sanitizers: libraries that keep tables to their end are named in tests/lsan.supp.
 TEST_ENV := OMP_WAIT_POLICY=passive LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0
@@ -175,4 +206,4 @@ uninstall:
 # tests/test_api.c looks at the library beside the program
 test: $(BUILD)/libvelatura.so
 
--include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(TEST_OBJ:.o=.d)
+-include $(CUDA_OBJECTS:.o=.d) $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(TEST_OBJ:.o=.d)

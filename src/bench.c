@@ -353,7 +353,8 @@ static vel_status run_op(void *user)
         VEL_TRY(vel_plan_set(p->plan, name, p->values[i],
                              (size_t)vel_shape_count(p->shapes[i]) * sizeof(float)));
     }
-    return vel_plan_run(p->plan);
+    VEL_TRY(vel_plan_run(p->plan));
+    return vel_plan_wait(p->plan);
 }
 
 /* Weights of products are frozen leaves, so that they are packed as they are in a model. */

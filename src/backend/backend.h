@@ -140,6 +140,15 @@ typedef struct vel_backend {
     vel_status (*pack)(vel_device *d, const vel_kernel *k, const vel_node *n,
                        const vel_type *in_type, int input, const void *plain, void *packed);
     vel_status (*run)(vel_device *d, const vel_launch *launch);
+    /* Waits until all that was run has ended, and gives its failure; NULL: run() itself waits. */
+    vel_status (*sync)(vel_device *d);
+    /* Recordings, for devices on which starting a kernel costs more than it takes (NULL: none).
+     * Between record and record_end, runs are noted down and not carried out; replay carries out
+     * all of them, with the same addresses, and forget ends a recording (NULL is fine). */
+    vel_status (*record)(vel_device *d);
+    vel_status (*record_end)(vel_device *d, void **recording);
+    vel_status (*replay)(vel_device *d, void *recording);
+    void (*forget)(vel_device *d, void *recording);
     /* One step of the optimizer, or one phase of it. VEL_UNSUPPORTED (no message kept): exec then
      * does it on the host. */
     vel_status (*update)(vel_device *d, const vel_update *u);
@@ -150,5 +159,29 @@ typedef struct vel_backend {
 } vel_backend;
 
 extern const vel_backend vel_backend_cpu, vel_backend_null;
+
+static inline vel_status vel_backend_sync(const vel_backend *b, vel_device *d)
+{
+    return b->sync ? b->sync(d) : VEL_OK;
+}
+
+/* Opens a device by name: NULL, "" and "auto" are the best there is, "cpu", "cuda", "cuda:1". */
+vel_status vel_backend_find(vel_ctx *ctx, const char *device, const vel_backend **backend,
+                            vel_device **out);
+
+/* What a shared object with a backend and the program must agree in: it is no public interface, so
+ * any difference is one too many. The object exports vel_backend_entry_0, which gives NULL then. */
+typedef struct vel_backend_build {
+    int64_t version, ops, sizes[6];
+} vel_backend_build;
+#define VEL_BACKEND_BUILD                                                                          \
+    {                                                                                              \
+        VEL_VERSION_MAJOR * 10000 + VEL_VERSION_MINOR * 100 + VEL_VERSION_PATCH, VEL_OP_COUNT,     \
+        {                                                                                          \
+            sizeof(vel_ctx), sizeof(vel_node), sizeof(vel_kernel), sizeof(vel_launch),             \
+                sizeof(vel_backend), sizeof(vel_attr)                                              \
+        }                                                                                          \
+    }
+typedef const vel_backend *(*vel_backend_entry)(const vel_backend_build *program);
 
 #endif

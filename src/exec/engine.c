@@ -1,35 +1,13 @@
 /* engine.c: a device with what outlives plans: packed weights, trainable values, the arena. */
 #include "exec/engine.h"
 
-/* The best backend is the first that opens. */
-static const vel_backend *const backends[] = {&vel_backend_cpu};
-
-static vel_status open_device(vel_engine *e, const char *device)
-{
-    for (int i = 0; i < VEL_COUNT(backends); i++) {
-        const vel_backend *b = backends[i];
-        bool named = device && device[0] && strcmp(device, "auto") != 0;
-        if (named && !vel_has_prefix(device, b->name))
-            continue;
-        vel_status st = b->open(e->ctx, device, &e->device);
-        if (st == VEL_OK) {
-            e->backend = b;
-            return VEL_OK;
-        }
-        if (named)
-            return st;
-    }
-    return vel_fail(e->ctx, VEL_BAD_VALUE, "--device: '%s' is not one of cpu, auto",
-                    device ? device : "");
-}
-
 vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
 {
     vel_engine *e = vel_alloc(ctx, sizeof *e);
     if (!e)
         return VEL_NO_MEMORY;
     e->ctx = ctx;
-    vel_status st = open_device(e, device);
+    vel_status st = vel_backend_find(ctx, device, &e->backend, &e->device);
     if (st) {
         vel_engine_destroy(e);
         return st;

@@ -130,7 +130,9 @@ void vel_plan_destroy(vel_plan *p);
 /* Host memory of the declared type and shape. Inputs are set before each run: another plan's run
  * may use the same memory. */
 vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t bytes);
+/* A device may still be at it when run returns: wait, or get, ends with it. */
 vel_status vel_plan_run(vel_plan *p);
+vel_status vel_plan_wait(vel_plan *p);
 /* Converted to float32, count values; gradients ("grad:...") are in the trainables instead. */
 vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t count);
 vel_shape vel_plan_output_shape(const vel_plan *p, const char *output);

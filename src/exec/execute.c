@@ -31,6 +31,8 @@ struct vel_plan {
     int64_t weight_bytes;
     int level;
     bool dry, profiling;
+    int bound_runs;  /* since the launches were bound */
+    void *recording; /* of a run with these addresses; NULL: none */
     double *seconds; /* [node] */
     int64_t runs;
 };
@@ -423,6 +425,13 @@ static vel_status make_launches(vel_plan *p)
     return VEL_OK;
 }
 
+static void forget_recording(vel_plan *p)
+{
+    if (p->recording)
+        p->backend->forget(p->device, p->recording);
+    p->recording = NULL;
+}
+
 /* Addresses, again whenever the arena or the gradient vector has moved. */
 static void bind(vel_plan *p)
 {
@@ -443,6 +452,8 @@ static void bind(vel_plan *p)
     }
     p->bound_arena = p->engine->arena;
     p->bound_grad = p->engine->grad;
+    p->bound_runs = 0;
+    forget_recording(p);
 }
 
 /* ---- making and ending
@@ -491,6 +502,7 @@ void vel_plan_destroy(vel_plan *p)
 {
     if (!p)
         return;
+    forget_recording(p);
     release_kernels(p);
     vel_graph_destroy(p->g);
     vel_arena_destroy(p->arena);
@@ -573,11 +585,8 @@ static void spoil_outputs(vel_plan *p, int32_t id)
 }
 #endif
 
-vel_status vel_plan_run(vel_plan *p)
+static vel_status run_nodes(vel_plan *p)
 {
-    if (p->dry)
-        return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
-    bind(p);
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         if (!p->prepared[id])
             continue;
@@ -586,12 +595,51 @@ vel_status vel_plan_run(vel_plan *p)
 #endif
         double start = p->profiling ? vel_now() : 0;
         VEL_TRY(p->backend->run(p->device, &p->launches[id]));
-        if (p->profiling)
+        if (p->profiling) {
+            VEL_TRY(vel_backend_sync(p->backend, p->device));
             p->seconds[id] += vel_now() - start;
+        }
     }
     copy_gradients(p);
+    return VEL_OK;
+}
+
+/* From the second run with the same addresses on: the first loads code and makes what is made on
+ * first use, which cannot be recorded. */
+static bool may_record(const vel_plan *p)
+{
+#ifdef VEL_HOSTILE
+    return false; /* outputs are spoiled anew before each node */
+#endif
+    return p->backend->record && !p->profiling && p->bound_runs > 0;
+}
+
+static vel_status record_nodes(vel_plan *p)
+{
+    VEL_TRY(p->backend->record(p->device));
+    vel_status st = run_nodes(p), ended = p->backend->record_end(p->device, &p->recording);
+    return st ? st : ended;
+}
+
+vel_status vel_plan_run(vel_plan *p)
+{
+    if (p->dry)
+        return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
+    bind(p);
+    if (may_record(p) && !p->recording)
+        VEL_TRY(record_nodes(p));
+    if (may_record(p))
+        VEL_TRY(p->backend->replay(p->device, p->recording));
+    else
+        VEL_TRY(run_nodes(p));
+    p->bound_runs++;
     p->runs++;
     return VEL_OK;
+}
+
+vel_status vel_plan_wait(vel_plan *p)
+{
+    return vel_backend_sync(p->backend, p->device);
 }
 
 static void to_floats(vel_dtype type, const void *raw, int64_t n, float *out)
@@ -614,6 +662,7 @@ vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t cou
         return vel_fail(ctx, VEL_BUG, "output '%s' has %" PRId64 " values, not %" PRId64, output,
                         vel_shape_count(t.shape), count);
     size_t bytes = (size_t)count * (size_t)vel_dtype_bytes(t.dtype);
+    VEL_TRY(vel_plan_wait(p)); /* a run that failed is told here */
     void *raw = vel_alloc(ctx, bytes);
     if (!raw)
         return VEL_NO_MEMORY;

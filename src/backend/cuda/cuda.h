@@ -27,7 +27,11 @@ struct vel_device {
     cublasLtHandle_t blas;
     cudnnHandle_t cudnn; /* bound to the stream */
     void *staging;       /* private to cuda_device.c */
-    char description[160];
+    void *room;          /* device memory for the functions over flat vectors */
+    size_t room_bytes;
+    void *products;     /* private to cublaslt.c */
+    void *convolutions; /* private to cudnn.c */
+    char description[400];
 };
 
 /* What a prepared kernel's impl points to. release and pack may be NULL: state is then freed with
@@ -39,6 +43,11 @@ typedef struct vel_cuda_impl {
                        const vel_type *in_type, int input, const void *plain, void *packed);
 } vel_cuda_impl;
 
+/* x [rows, width] = act(x + bias) + residual, in place; bias float32 or NULL, residual of x's type
+ * or NULL (kernels/finish.cu). */
+void vel_cu_finish(cudaStream_t s, int type, int act, const float *bias, const void *residual,
+                   void *x, int64_t rows, int64_t width);
+
 /* A provider fills out (zeroed, inplace -1) for node id of g, impl included, or returns
  * VEL_UNSUPPORTED and leaves nothing behind: the next one is asked. */
 typedef vel_status (*vel_cuda_prepare_fn)(vel_device *d, const vel_graph *g, int32_t id,
@@ -46,6 +55,17 @@ typedef vel_status (*vel_cuda_prepare_fn)(vel_device *d, const vel_graph *g, int
 vel_status vel_cublaslt_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 vel_status vel_cudnn_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 vel_status vel_cuda_own_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
+
+void vel_cublaslt_close(vel_device *d);
+void vel_cudnn_close(vel_device *d);
+/* Copies host memory to the device and waits. */
+vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t bytes);
+
+/* The first multiple of alignment from p on; NULL stays. */
+static inline void *vel_cuda_align(void *p, size_t alignment)
+{
+    return (void *)(((uintptr_t)p + alignment - 1) / alignment * alignment);
+}
 
 /* VEL_OK, or the status with a message that names the call. */
 vel_status vel_cuda_check(vel_device *d, cudaError_t s, const char *call);

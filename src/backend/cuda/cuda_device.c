@@ -1,0 +1,411 @@
+/* cuda_device.c: an NVIDIA GPU as a backend: opening it, its memory, the way of values to and from
+ * it, recordings of runs (CUDA graphs), and the table that ties the providers of kernels to the
+ * contract in backend.h. It is built into a shared object of its own, which the program loads when
+ * there is a driver (backend/backends.c), and brings its own copy of the base and of the op table:
+ * both sides work on the same structures, and vel_backend_build keeps them of one make.
+ *
+ * Small writes go through a ring of pinned memory and do not wait: the inputs of the next step are
+ * on their way while this one runs. */
+#include "backend/cuda/cuda.h"
+#include "backend/cuda/cuda_kernels.h"
+
+#include <stdlib.h>
+
+enum {
+    STAGING_PART = 8 << 20, /* bytes of each of the two parts of the ring */
+    LARGEST_STAGED = STAGING_PART / 4,
+    ALIGNMENT = 256
+};
+
+typedef struct staging {
+    char *bytes;         /* pinned, two parts */
+    cudaEvent_t done[2]; /* the copies out of a part have ended */
+    int part;
+    size_t used;
+    double *sum; /* pinned; where sum_squares arrives */
+} staging;
+
+/* ---- errors ---- */
+
+vel_status vel_cuda_check(vel_device *d, cudaError_t s, const char *call)
+{
+    if (s == cudaSuccess)
+        return VEL_OK;
+    cudaGetLastError(); /* forgets one that can be lived with */
+    if (s == cudaErrorMemoryAllocation)
+        return vel_fail(
+            d->ctx, VEL_NO_MEMORY,
+            "the GPU has no room left (%s): a smaller --batch, --gradient_checkpointing "
+            "or --fit helps",
+            call);
+    return vel_fail(d->ctx, VEL_BUG, "CUDA: %s (%s)", cudaGetErrorString(s), call);
+}
+
+vel_status vel_cublas_check(vel_device *d, cublasStatus_t s, const char *call)
+{
+    return s == CUBLAS_STATUS_SUCCESS
+               ? VEL_OK
+               : vel_fail(d->ctx, s == CUBLAS_STATUS_ALLOC_FAILED ? VEL_NO_MEMORY : VEL_BUG,
+                          "cuBLASLt: %s (%s)", cublasLtGetStatusString(s), call);
+}
+
+vel_status vel_cudnn_check(vel_device *d, cudnnStatus_t s, const char *call)
+{
+    return s == CUDNN_STATUS_SUCCESS
+               ? VEL_OK
+               : vel_fail(d->ctx, VEL_BUG, "cuDNN: %s (%s)", cudnnGetErrorString(s), call);
+}
+
+/* ---- opening and closing ---- */
+
+/* "12.4" of 12040. */
+static const char *version_text(int version, char out[16])
+{
+    snprintf(out, 16, "%d.%d", version / 1000, version % 1000 / 10);
+    return out;
+}
+
+/* Why there is no device, in one line. */
+static vel_status no_device(vel_ctx *ctx, cudaError_t s)
+{
+    int driver = 0;
+    char have[16], need[16];
+    cudaGetLastError();
+    cudaDriverGetVersion(&driver);
+    if (s == cudaErrorInsufficientDriver && driver == 0)
+        return vel_fail(ctx, VEL_NOT_FOUND, "cuda: no NVIDIA driver is installed");
+    if (s == cudaErrorInsufficientDriver)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "cuda: the NVIDIA driver is too old: it knows CUDA %s and this program "
+                        "needs %s; update the driver",
+                        version_text(driver, have), version_text(CUDART_VERSION, need));
+    if (s == cudaErrorNoDevice)
+        return vel_fail(ctx, VEL_NOT_FOUND, "cuda: the driver finds no NVIDIA GPU");
+    return vel_fail(ctx, VEL_NOT_FOUND, "cuda: %s", cudaGetErrorString(s));
+}
+
+/* "cuda" and "cuda:N". */
+static vel_status read_ordinal(vel_ctx *ctx, const char *device, int *ordinal)
+{
+    int count = 0;
+    cudaError_t s = cudaGetDeviceCount(&count);
+    if (s != cudaSuccess)
+        return no_device(ctx, s);
+    *ordinal = 0;
+    if (!device || !vel_has_prefix(device, "cuda") || device[4] == 0)
+        return VEL_OK;
+    char *end = NULL;
+    long n = device[4] == ':' ? strtol(device + 5, &end, 10) : -1;
+    if (n < 0 || !end || end == device + 5 || *end)
+        return vel_fail(ctx, VEL_BAD_VALUE, "--device: '%s' is not cuda or cuda:N", device);
+    if (n >= count)
+        return vel_fail(ctx, VEL_NOT_FOUND, "--device: there is no %s: this machine has %d GPU%s",
+                        device, count, count == 1 ? "" : "s");
+    *ordinal = (int)n;
+    return VEL_OK;
+}
+
+static void cuda_close(vel_device *d)
+{
+    if (!d)
+        return;
+    staging *s = d->staging;
+    if (s) {
+        for (int i = 0; i < 2; i++)
+            if (s->done[i])
+                cudaEventDestroy(s->done[i]);
+        cudaFreeHost(s->bytes);
+        cudaFreeHost(s->sum);
+        vel_free(d->ctx, s);
+    }
+    vel_cublaslt_close(d);
+    vel_cudnn_close(d);
+    cudaFree(d->room);
+    if (d->cudnn)
+        cudnnDestroy(d->cudnn);
+    if (d->blas)
+        cublasLtDestroy(d->blas);
+    if (d->stream)
+        cudaStreamDestroy(d->stream);
+    vel_free(d->ctx, d);
+}
+
+static vel_status open_staging(vel_device *d)
+{
+    staging *s = vel_alloc(d->ctx, sizeof *s);
+    if (!s)
+        return VEL_NO_MEMORY;
+    d->staging = s;
+    VEL_CUDA(d, cudaMallocHost((void **)&s->bytes, 2 * STAGING_PART));
+    VEL_CUDA(d, cudaMallocHost((void **)&s->sum, sizeof *s->sum));
+    for (int i = 0; i < 2; i++)
+        VEL_CUDA(d, cudaEventCreateWithFlags(&s->done[i], cudaEventDisableTiming));
+    return VEL_OK;
+}
+
+static bool is_on(const char *name)
+{
+    const char *value = getenv(name);
+    return value && *value && strcmp(value, "0") != 0;
+}
+
+static vel_status open_card(vel_device *d)
+{
+    struct cudaDeviceProp p;
+    VEL_CUDA(d, cudaSetDevice(d->ordinal));
+    VEL_CUDA(d, cudaGetDeviceProperties(&p, d->ordinal));
+    d->capability = 10 * p.major + p.minor;
+    d->processors = p.multiProcessorCount;
+    d->memory = p.totalGlobalMem;
+    d->tf32 = is_on("VELATURA_TF32") && d->capability >= 80;
+    VEL_CUDA(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
+    VEL_CUBLAS(d, cublasLtCreate(&d->blas));
+    VEL_CUDNN(d, cudnnCreate(&d->cudnn));
+    VEL_CUDNN(d, cudnnSetStream(d->cudnn, d->stream));
+    VEL_TRY(open_staging(d));
+    char size[32];
+    snprintf(d->description, sizeof d->description, "%s, %s, compute capability %d.%d, cuDNN %zu",
+             p.name, vel_bytes_text((int64_t)p.totalGlobalMem, size), p.major, p.minor,
+             cudnnGetVersion());
+    return VEL_OK;
+}
+
+static vel_status cuda_open(vel_ctx *ctx, const char *device, vel_device **out)
+{
+    int ordinal;
+    VEL_TRY(read_ordinal(ctx, device, &ordinal));
+    vel_device *d = vel_alloc(ctx, sizeof *d);
+    if (!d)
+        return VEL_NO_MEMORY;
+    d->ctx = ctx;
+    d->ordinal = ordinal;
+    vel_status st = open_card(d);
+    if (st) {
+        cuda_close(d);
+        return st;
+    }
+    *out = d;
+    return VEL_OK;
+}
+
+static const char *cuda_describe(vel_device *d)
+{
+    return d->description;
+}
+
+/* Ampere is the first to multiply bfloat16, Volta float16; older cards compute in float32. */
+static vel_dtype cuda_best_compute(vel_device *d)
+{
+    return d->capability >= 80 ? VEL_BF16 : d->capability >= 70 ? VEL_F16 : VEL_F32;
+}
+
+/* ---- memory ---- */
+
+static vel_status cuda_alloc(vel_device *d, size_t bytes, void **out)
+{
+    char text[32], left[32];
+    size_t room = 0, all = 0;
+    cudaError_t s = cudaMalloc(out, VEL_MAX(bytes, ALIGNMENT));
+    if (s == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        cudaMemGetInfo(&room, &all);
+        return vel_fail(d->ctx, VEL_NO_MEMORY,
+                        "the GPU has no room for %s more, only for %s: a smaller --batch, "
+                        "--gradient_checkpointing or --fit helps",
+                        vel_bytes_text((int64_t)bytes, text), vel_bytes_text((int64_t)room, left));
+    }
+    VEL_TRY(vel_cuda_check(d, s, "cudaMalloc"));
+    vel_status st =
+        vel_cuda_check(d, cudaMemsetAsync(*out, 0, VEL_MAX(bytes, ALIGNMENT), d->stream), "memset");
+    if (st) {
+        cudaFree(*out);
+        *out = NULL;
+    }
+    return st;
+}
+
+static void cuda_free(vel_device *d, void *p)
+{
+    (void)d;
+    cudaFree(p); /* waits for what still uses it */
+}
+
+/* The bytes go through pinned memory: the caller's may be reused at once, and nobody waits but when
+ * a part of the ring is needed again before its copies have ended. */
+static void write_staged(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    staging *s = d->staging;
+    if (s->used + bytes > STAGING_PART) {
+        cudaEventRecord(s->done[s->part], d->stream);
+        s->part = !s->part;
+        s->used = 0;
+        cudaEventSynchronize(s->done[s->part]);
+    }
+    char *at = s->bytes + (size_t)s->part * STAGING_PART + s->used;
+    memcpy(at, src, bytes);
+    cudaMemcpyAsync(dst, at, bytes, cudaMemcpyHostToDevice, d->stream);
+    s->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    VEL_CUDA(d, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, d->stream));
+    VEL_CUDA(d, cudaStreamSynchronize(d->stream));
+    return VEL_OK;
+}
+
+static void cuda_write(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    if (bytes <= LARGEST_STAGED) {
+        write_staged(d, dst, src, bytes);
+        return;
+    }
+    vel_cuda_upload(d, dst, src, bytes);
+}
+
+static void cuda_read(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, d->stream);
+    cudaStreamSynchronize(d->stream);
+}
+
+static vel_status cuda_sync(vel_device *d)
+{
+    return vel_cuda_check(d, cudaStreamSynchronize(d->stream), "a kernel");
+}
+
+/* ---- kernels ---- */
+
+static const vel_cuda_prepare_fn vel_cuda_providers[] = {vel_cublaslt_prepare, vel_cudnn_prepare,
+                                                         vel_cuda_own_prepare};
+
+static vel_status cuda_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out)
+{
+    for (int i = 0; i < VEL_COUNT(vel_cuda_providers); i++) {
+        *out = (vel_kernel){.inplace = -1};
+        vel_status st = vel_cuda_providers[i](d, g, id, out);
+        if (st != VEL_UNSUPPORTED)
+            return st;
+    }
+    return VEL_UNSUPPORTED;
+}
+
+static void cuda_release(vel_device *d, vel_kernel *k)
+{
+    const vel_cuda_impl *impl = k->impl;
+    if (impl && impl->release)
+        impl->release(d, k);
+    else
+        vel_free(d->ctx, k->state);
+    *k = (vel_kernel){.inplace = -1};
+}
+
+static vel_status cuda_pack(vel_device *d, const vel_kernel *k, const vel_node *n,
+                            const vel_type *in_type, int input, const void *plain, void *packed)
+{
+    const vel_cuda_impl *impl = k->impl;
+    if (!impl->pack)
+        return vel_fail(d->ctx, VEL_BUG, "%s: packs no weight", k->name);
+    return impl->pack(d, k, n, in_type, input, plain, packed);
+}
+
+static vel_status cuda_run(vel_device *d, const vel_launch *l)
+{
+    const vel_cuda_impl *impl = l->kernel->impl;
+    return impl->run(d, l);
+}
+
+/* ---- flat vectors ---- */
+
+/* Device memory that the functions below share, one call after the other. */
+static vel_status need_room(vel_device *d, size_t bytes)
+{
+    if (bytes <= d->room_bytes)
+        return VEL_OK;
+    cudaFree(d->room); /* waits for what still uses it */
+    d->room = NULL;
+    d->room_bytes = 0;
+    VEL_CUDA(d, cudaMalloc(&d->room, bytes));
+    d->room_bytes = bytes;
+    return VEL_OK;
+}
+
+static void cuda_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
+{
+    vel_cu_add_scaled(d->stream, dst, x, by, keep, n);
+}
+
+static double cuda_sum_squares(vel_device *d, const float *x, int64_t n)
+{
+    staging *s = d->staging;
+    if (need_room(d, ALIGNMENT + vel_cu_sum_squares_scratch(n)))
+        return NAN;
+    vel_cu_sum_squares(d->stream, x, n, d->room, (char *)d->room + ALIGNMENT);
+    cudaMemcpyAsync(s->sum, d->room, sizeof *s->sum, cudaMemcpyDeviceToHost, d->stream);
+    return cudaStreamSynchronize(d->stream) == cudaSuccess ? *s->sum : NAN;
+}
+
+/* ---- recordings: CUDA graphs ---- */
+
+static vel_status cuda_record(vel_device *d)
+{
+    return vel_cuda_check(d, cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal),
+                          "capture");
+}
+
+static vel_status cuda_record_end(vel_device *d, void **recording)
+{
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t made = NULL;
+    vel_status st = vel_cuda_check(d, cudaStreamEndCapture(d->stream, &graph), "end of capture");
+    if (st == VEL_OK)
+        st = vel_cuda_check(d, cudaGraphInstantiate(&made, graph, 0), "cudaGraphInstantiate");
+    if (graph)
+        cudaGraphDestroy(graph);
+    *recording = made;
+    return st;
+}
+
+static vel_status cuda_replay(vel_device *d, void *recording)
+{
+    return vel_cuda_check(d, cudaGraphLaunch(recording, d->stream), "cudaGraphLaunch");
+}
+
+static void cuda_forget(vel_device *d, void *recording)
+{
+    if (!recording)
+        return;
+    cudaStreamSynchronize(d->stream);
+    cudaGraphExecDestroy(recording);
+}
+
+static const vel_backend vel_backend_cuda = {
+    .name = "cuda",
+    .open = cuda_open,
+    .close = cuda_close,
+    .describe = cuda_describe,
+    .best_compute = cuda_best_compute,
+    .alloc = cuda_alloc,
+    .free = cuda_free,
+    .write = cuda_write,
+    .read = cuda_read,
+    .prepare = cuda_prepare,
+    .release = cuda_release,
+    .pack = cuda_pack,
+    .run = cuda_run,
+    .sync = cuda_sync,
+    .record = cuda_record,
+    .record_end = cuda_record_end,
+    .replay = cuda_replay,
+    .forget = cuda_forget,
+    .update = vel_cuda_update,
+    .add = cuda_add,
+    .sum_squares = cuda_sum_squares,
+};
+
+VEL_API const vel_backend *vel_backend_entry_0(const vel_backend_build *program);
+const vel_backend *vel_backend_entry_0(const vel_backend_build *program)
+{
+    const vel_backend_build mine = VEL_BACKEND_BUILD;
+    return memcmp(program, &mine, sizeof mine) == 0 ? &vel_backend_cuda : NULL;
+}
