@@ -76,7 +76,7 @@ ISA_OBJ := $(foreach i,$(ISAS),$(patsubst src/backend/cpu/isa/%.c,$(OBJ)/isa-$(i
 
 LIB_SRC := $(wildcard src/*.c src/base/*.c src/graph/*.c src/ops/*.c src/passes/*.c \
     src/backend/*.c src/backend/null/*.c src/backend/cpu/*.c src/exec/*.c src/formats/*.c \
-    src/tokenizers/*.c src/models/*.c src/adapters/*.c src/data/*.c src/sample/*.c src/train/*.c)
+    src/tokenizers/*.c src/models/*.c src/adapters/*.c src/data/*.c src/sample/*.c src/train/*.c src/dialects/*.c)
 DNNL_SRC := $(wildcard src/backend/cpu/onednn*.c)
 LIB_OBJ := $(patsubst %.c,$(OBJ)/%.o,$(filter-out $(DNNL_SRC),$(LIB_SRC))) $(DNNL_SRC:%.c=$(BUILD)/%.o) $(ISA_OBJ)
 CLI_SRC := $(wildcard cli/*.c)

@@ -3,7 +3,7 @@
  *
  *   main.c      the table of commands, signals, exit status
  *   args.c      command lines to settings
- *   help.c      help from the library's own list of settings
+ *   help*.c     help from the library's own lists of settings and flags
  *   draw.c      events to a terminal
  *   cmd_*.c     a command each */
 #ifndef VEL_CLI_H
@@ -55,6 +55,9 @@ int vel_cli_run_settings(cli *c, int n, char **words,
 int vel_cli_failed(cli *c, vel_status status);
 
 /* help.c */
+/* help_foreign.c: what becomes of the flags of other trainers' scripts */
+void vel_cli_help_foreign(int n, char **words, FILE *out);
+void vel_cli_help_dialects(FILE *out); /* all of them, as a page of Markdown */
 void vel_cli_help(FILE *out);
 void vel_cli_help_command(const cli_command *command, FILE *out);
 
@@ -71,5 +74,8 @@ int vel_cli_inspect(cli *c, int n, char **words);
 int vel_cli_golden(cli *c, int n, char **words);
 int vel_cli_bench(cli *c, int n, char **words);
 int vel_cli_help_command_line(cli *c, int n, char **words);
+/* A line of another trainer, from the launcher or the script on. */
+int vel_cli_foreign(cli *c, int n, char **words);
+extern const cli_command vel_cli_foreign_command;
 
 #endif

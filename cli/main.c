@@ -29,6 +29,14 @@ const cli_command vel_cli_commands[] = {
      "this text, or the settings of a command", NULL},
     {0}};
 
+const cli_command vel_cli_foreign_command = {
+    "SCRIPT.py",
+    vel_cli_foreign,
+    NULL,
+    "--flags of the script",
+    "train as a script of kohya or diffusers would, by its own command line",
+    NULL};
+
 const cli_command *vel_cli_find(const char *name)
 {
     for (const cli_command *c = vel_cli_commands; c->name; c++)
@@ -86,10 +94,12 @@ static int run_command(cli *c, int n, char **words)
     n = vel_cli_take_globals(c, n, words, &help);
     if (n < 0)
         return CLI_USAGE;
-    if (help) {
+    if (help && c->command == &vel_cli_foreign_command)
+        vel_cli_help_foreign(n, words, stdout);
+    else if (help)
         vel_cli_help_command(c->command, stdout);
+    if (help)
         return CLI_OK;
-    }
     c->ctx = vel_ctx_create(device_of(n, words));
     if (!c->ctx)
         return vel_cli_failed(c, VEL_NO_MEMORY);
@@ -106,10 +116,23 @@ static int run_command(cli *c, int n, char **words)
     return status;
 }
 
+/* Called by the name accelerate (a link to this program), the words are accelerate's. */
+static bool is_accelerate(const char *program)
+{
+    const char *slash = strrchr(program, '/'), *name = slash ? slash + 1 : program;
+    return strcmp(name, "accelerate") == 0 || strcmp(name, "velatura-accelerate") == 0;
+}
+
 int main(int argc, char **argv)
 {
     cli c = {0};
     vel_cli_display_init(&c.display);
+    if (argc > 0 && is_accelerate(argv[0])) {
+        static char name[] = "accelerate";
+        argv[0] = name;
+        c.command = &vel_cli_foreign_command;
+        return run_command(&c, argc, argv);
+    }
     const char *first = argc > 1 ? argv[1] : "help";
     if (strcmp(first, "--version") == 0 || strcmp(first, "-V") == 0) {
         printf("velatura %s\n", vel_version());
@@ -117,6 +140,10 @@ int main(int argc, char **argv)
     }
     if (strcmp(first, "--help") == 0 || strcmp(first, "-h") == 0)
         first = "help";
+    if (vel_params_is_foreign(first)) {
+        c.command = &vel_cli_foreign_command;
+        return run_command(&c, argc - 1, argv + 1);
+    }
     c.command = vel_cli_find(first);
     if (!c.command) {
         fprintf(stderr, "velatura: there is no command '%s'; there are", first);

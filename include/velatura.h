@@ -111,6 +111,30 @@ VEL_API bool vel_params_describe(const char *command, int i, vel_param_info *out
  */
 VEL_API bool vel_params_find(const char *command, const char *name, vel_param_info *out);
 
+/* ---- command lines of other trainers ------------------------------------------------------- */
+
+/* Is word the beginning of such a line: accelerate, python, or a script's name? */
+VEL_API bool vel_params_is_foreign(const char *word);
+/* A line written for kohya's sd-scripts or for diffusers' example scripts, as it stands:
+ * "accelerate launch ... script.py --flags", "python script.py --flags" or "script.py --flags",
+ * word by word. *out: settings for vel_train; NULL where the line asks for nothing more to be done.
+ * What was understood arrives as messages. */
+VEL_API vel_status vel_params_parse(vel_ctx *ctx, int n, const char *const *words,
+                                    vel_params **out);
+
+typedef struct vel_flag_info {
+    const char *script, *peer; /* "train_network.py", "kohya sd-scripts" */
+    const char *flag;          /* as in --flag */
+    const char *kind;          /* "switch", "text", "int", "float", "steps", "texts", "floats" */
+    const char *initial;       /* the peer's default; NULL: none */
+    const char *choices;       /* comma separated; NULL: any value */
+    const char *setting;       /* of vel_train; NULL unless fate is "set" */
+    const char *fate;          /* "set", "rule", "idle" (changes nothing), "refused" */
+    const char *note;          /* what becomes of it, or why nothing does; may be NULL */
+} vel_flag_info;
+/* The i-th flag of the script-th script; false past either end. */
+VEL_API bool vel_script_describe(int script, int i, vel_flag_info *out);
+
 /* ---- the work ---------------------------------------------------------------------------- */
 
 /* Trains as the settings say; files are left in --output_dir. */

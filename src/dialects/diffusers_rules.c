@@ -1,0 +1,174 @@
+/* diffusers_rules.c: what diffusers' example scripts do with several flags together. */
+#include "dialects/rules.h"
+
+#include <stdlib.h>
+
+/* ---- data ---- */
+
+static bool is_own_folder(const char *name)
+{
+    return vel_is_folder(name) || strchr(name, '/') == name || strncmp(name, "./", 2) == 0;
+}
+
+static vel_status data_rules(vel_line *l)
+{
+    const char *name = vel_line_value(l, "dataset_name"),
+               *data = vel_line_value(l, "train_data_dir");
+    const char *column = vel_line_value(l, "image_column");
+    if (l->script->bit & (DREAMBOOTH | DREAMBOOTH_LORA | TEXTUAL_INVERSION))
+        return VEL_OK;
+    if (name && strcmp(name, "imagefolder") != 0) {
+        if (!is_own_folder(name))
+            return vel_line_refuse(l, "dataset_name",
+                                   "'%s': nothing is fetched; place the pictures in a folder and "
+                                   "give it as --train_data_dir",
+                                   name);
+        data = name;
+    }
+    if (!data)
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: wants --train_data_dir", l->script->name);
+    if (column && strcmp(column, "image") != 0)
+        VEL_TRY(vel_line_set(l, "image_column", "image_column", "%s", column));
+    return vel_line_set(l, "train_data_dir", "data", "%s", data);
+}
+
+static vel_status picture_rules(vel_line *l)
+{
+    const char *filter = vel_line_value(l, "image_interpolation_mode");
+    const char *length = vel_line_value(l, "tokenizer_max_length");
+    const char *revision = vel_line_value(l, "revision");
+    if (revision && strcmp(revision, "main") != 0)
+        return vel_line_refuse(l, "revision", "nothing is fetched; give the folder of '%s' itself",
+                               revision);
+    if (length && strcmp(length, "77") != 0)
+        return vel_line_refuse(l, "tokenizer_max_length",
+                               "captions are cut at the model's 77 tokens");
+    if (!vel_line_on(l, "center_crop"))
+        VEL_TRY(vel_line_set(l, "center_crop", "random_crop", "yes"));
+    if (filter && vel_line_given(l, "image_interpolation_mode"))
+        return vel_line_set(l, "image_interpolation_mode", "resize_filter", "%s",
+                            strcmp(filter, "nearest_exact") == 0 ? "nearest" : filter);
+    return VEL_OK;
+}
+
+/* ---- the run ---- */
+
+static vel_status run_rules(vel_line *l)
+{
+    const char *steps = vel_line_value(l, "max_train_steps");
+    const char *type = vel_line_value(l, "mixed_precision");
+    double rate = vel_line_number(l, "learning_rate", 0);
+    if (steps)
+        VEL_TRY(vel_line_set(l, "max_train_steps", "steps", "%s", steps));
+    else
+        VEL_TRY(vel_line_set(l, "num_train_epochs", "epochs", "%s",
+                             vel_line_value(l, "num_train_epochs")));
+    if (vel_line_given(l, "max_train_steps") && vel_line_given(l, "num_train_epochs"))
+        vel_line_say(l, "--max_train_steps stands above --num_train_epochs");
+    if (!type)
+        type = l->launcher_precision ? l->launcher_precision : "no";
+    VEL_TRY(vel_line_set(l, "mixed_precision", "precision", "%s", type));
+    if (vel_line_on(l, "scale_lr")) {
+        rate *= vel_line_number(l, "train_batch_size", 1) *
+                vel_line_number(l, "gradient_accumulation_steps", 1);
+        vel_line_say(l, "--scale_lr: the learning rate is %g", rate);
+        VEL_TRY(vel_line_set(l, "scale_lr", "learning_rate", "%.17g", rate));
+    }
+    return vel_rule_optimizer(l, "use_8bit_adam",
+                              vel_line_on(l, "use_8bit_adam") ? "AdamW8bit" : "AdamW");
+}
+
+static vel_status loss_rules(vel_line *l)
+{
+    const char *prediction = vel_line_value(l, "prediction_type");
+    if (vel_line_on(l, "offset_noise"))
+        VEL_TRY(vel_line_set(l, "offset_noise", "noise_offset", "0.1"));
+    if (!prediction)
+        return VEL_OK;
+    return vel_line_set(l, "prediction_type", "prediction_type", "%s", prediction);
+}
+
+/* ---- output ---- */
+
+static vel_status save_rules(vel_line *l)
+{
+    const char *limit = vel_line_value(l, "checkpoints_total_limit");
+    const char *every = l->script->bit == TEXTUAL_INVERSION ? "save_steps" : "checkpointing_steps";
+    static const char *const refused[] = {"save_as_full_pipeline", "no_safe_serialization",
+                                          "skip_save_text_encoder"};
+    static const char *const why[] = {"the word is saved, not the pipeline",
+                                      "files are safetensors, which cannot run code",
+                                      "a folder is saved whole"};
+    for (int i = 0; i < VEL_COUNT(refused); i++)
+        if (vel_line_on(l, refused[i]))
+            return vel_line_refuse(l, refused[i], "%s", why[i]);
+    VEL_TRY(vel_line_set(l, every, "save_every", "%s", vel_line_value(l, every)));
+    return vel_line_set(l, "checkpoints_total_limit", "keep_last", "%s", limit ? limit : "0");
+}
+
+static vel_status sample_rules(vel_line *l)
+{
+    const char *prompts = vel_line_value(l, "validation_prompts");
+    const char *epochs = vel_line_value(l, "validation_epochs");
+    const char *count = vel_line_value(l, "num_validation_images");
+    const char *scheduler = vel_line_value(l, "validation_scheduler");
+    if (vel_line_word(l, "validation_prompts", 1))
+        return vel_line_refuse(l, "validation_prompts",
+                               "several; put them into a file, one a line, and give the file");
+    if (prompts)
+        VEL_TRY(vel_line_set(l, "validation_prompts", "sample_prompts", "%s", prompts));
+    if (!prompts && !vel_line_given(l, "validation_prompt"))
+        return VEL_OK;
+    if (count && vel_line_has(l, "sample_count"))
+        VEL_TRY(vel_line_set(l, "num_validation_images", "sample_count", "%s", count));
+    if (scheduler && strcmp(scheduler, "DDPMScheduler") == 0)
+        return vel_line_refuse(l, "validation_scheduler",
+                               "DDPMScheduler; --sample_sampler names "
+                               "those that are");
+    if (scheduler)
+        VEL_TRY(vel_line_set(l, "validation_scheduler", "sample_sampler", "dpmpp_2m"));
+    if (!epochs)
+        return vel_line_set(l, "validation_steps", "sample_every", "%s",
+                            vel_line_value(l, "validation_steps"));
+    return vel_line_set(l, "validation_epochs", "sample_every_n_epochs", "%s", epochs);
+}
+
+/* ---- what is trained ---- */
+
+static vel_status adapter_rules(vel_line *l)
+{
+    VEL_TRY(vel_line_set(l, "rank", "targets", "attn"));
+    VEL_TRY(vel_line_set(l, "rank", "text_targets", "attn"));
+    if (vel_line_has(l, "init"))
+        VEL_TRY(vel_line_set(l, "rank", "init", "gaussian"));
+    VEL_TRY(vel_line_set(l, "output_dir", "output_name", "pytorch_lora_weights"));
+    VEL_TRY(vel_line_set(l, "output_dir", "save_format", "diffusers"));
+    return vel_line_set(l, "output_dir", "save_precision", "float");
+}
+
+static vel_status kind_rules(vel_line *l)
+{
+    bool text = vel_line_on(l, "train_text_encoder");
+    switch (l->script->bit) {
+    case TEXTUAL_INVERSION:
+        VEL_TRY(vel_line_set(l, "placeholder_token", "method", "textual_inversion"));
+        return vel_line_set(l, "output_dir", "output_name", "learned_embeds");
+    case DREAMBOOTH:
+    case TEXT_TO_IMAGE:
+        VEL_TRY(vel_line_set(l, "pretrained_model_name_or_path", "method", "full"));
+        break;
+    default:
+        VEL_TRY(adapter_rules(l));
+    }
+    return vel_line_set(l, "train_text_encoder", "train_text_encoder", text ? "yes" : "no");
+}
+
+vel_status vel_diffusers_rules(vel_line *l)
+{
+    static vel_status (*const rules[])(vel_line *) = {
+        data_rules, picture_rules, run_rules,         loss_rules,
+        save_rules, sample_rules,  vel_rule_schedule, vel_rule_seed};
+    for (int i = 0; i < VEL_COUNT(rules); i++)
+        VEL_TRY(rules[i](l));
+    return kind_rules(l);
+}

@@ -1,0 +1,378 @@
+/* kohya_rules.c: what sd-scripts does with several flags together, and where its defaults surprise:
+ * then the helpful reading is taken and said, and --strict_compat gives the peer's. */
+#include "dialects/rules.h"
+
+#include <stdlib.h>
+
+/* ---- data ---- */
+
+static vel_status data_rules(vel_line *l)
+{
+    const char *ending = vel_line_given(l, "caption_extension")   ? "caption_extension"
+                         : vel_line_given(l, "caption_extention") ? "caption_extention"
+                                                                  : NULL;
+    if (vel_line_given(l, "train_data_dir"))
+        VEL_TRY(
+            vel_line_set(l, "train_data_dir", "data", "%s", vel_line_value(l, "train_data_dir")));
+    if (ending)
+        return vel_line_set(l, ending, "caption_extension", "%s", vel_line_value(l, ending));
+    if (vel_line_given(l, "in_json") || vel_line_given(l, "dataset_config"))
+        return VEL_OK;
+    if (l->strict)
+        return vel_line_set(l, "caption_extension", "caption_extension", ".caption");
+    vel_line_say(l, "no --caption_extension: .caption is looked for, then .txt (--strict_compat: "
+                    ".caption alone, so that .txt is not read)");
+    return VEL_OK;
+}
+
+static vel_status picture_rules(vel_line *l)
+{
+    const char *filter = vel_line_value(l, "resize_interpolation");
+    const char *length = vel_line_value(l, "max_token_length");
+    if (length && strcmp(length, "75") != 0)
+        return vel_line_refuse(l, "max_token_length", "captions are cut at the model's 75 tokens");
+    if (!filter)
+        return VEL_OK;
+    if (strcmp(filter, "linear") == 0)
+        filter = "bilinear";
+    if (strcmp(filter, "cubic") == 0)
+        filter = "bicubic";
+    return vel_line_set(l, "resize_interpolation", "resize_filter", "%s", filter);
+}
+
+/* ---- length ---- */
+
+static vel_status length_rules(vel_line *l)
+{
+    const char *epochs = vel_line_value(l, "max_train_epochs");
+    if (epochs) {
+        if (vel_line_given(l, "max_train_steps"))
+            vel_line_say(l, "--max_train_epochs stands above --max_train_steps");
+        return vel_line_set(l, "max_train_epochs", "epochs", "%s", epochs);
+    }
+    if (!vel_line_given(l, "max_train_steps"))
+        vel_line_say(l, "neither --max_train_steps nor --max_train_epochs: 1600 steps");
+    return vel_line_set(l, "max_train_steps", "steps", "%s", vel_line_value(l, "max_train_steps"));
+}
+
+/* ---- output ---- */
+
+/* The most that one of the flags asks for: adapters and states are forgotten together. */
+static vel_status keep_rules(vel_line *l)
+{
+    static const char *const epochs[] = {"save_last_n_epochs", "save_last_n_epochs_state"};
+    static const char *const steps[] = {"save_last_n_steps", "save_last_n_steps_state"};
+    double every = vel_line_number(l, "save_every_n_steps", 0), keep = 0;
+    const char *from = "save_every_n_steps";
+    for (int i = 0; i < 2; i++)
+        if (vel_line_given(l, epochs[i])) {
+            keep = VEL_MAX(keep, vel_line_number(l, epochs[i], 0));
+            from = epochs[i];
+        }
+    for (int i = 0; i < 2; i++)
+        if (vel_line_given(l, steps[i])) {
+            if (every < 1)
+                return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s wants --save_every_n_steps",
+                                l->script->name, steps[i]);
+            keep = VEL_MAX(keep, floor(vel_line_number(l, steps[i], 0) / every) + 1);
+            from = steps[i];
+        }
+    return vel_line_set(l, from, "keep_last", "%.0f", keep);
+}
+
+static vel_status save_rules(vel_line *l)
+{
+    const char *name = vel_line_value(l, "output_name"), *ratio, *epochs;
+    const char *type = vel_line_value(l, "save_precision");
+    bool half = strcmp(vel_line_value(l, "mixed_precision"), "no") != 0;
+    VEL_TRY(vel_line_set(l, "output_name", "output_name", "%s", name ? name : "last"));
+    if (!type && half && !l->strict)
+        vel_line_say(l, "no --save_precision: fp16, half the size (--strict_compat: float)");
+    type = type ? type : half && !l->strict ? "fp16" : "float";
+    VEL_TRY(vel_line_set(l, "save_precision", "save_precision", "%s", type));
+    VEL_TRY(keep_rules(l));
+    if (!vel_line_given(l, "save_n_epoch_ratio"))
+        return VEL_OK;
+    ratio = vel_line_value(l, "save_n_epoch_ratio");
+    epochs = vel_line_value(l, "max_train_epochs");
+    if (!epochs || atoi(ratio) < 1)
+        return vel_line_refuse(l, "save_n_epoch_ratio", "it wants --max_train_epochs");
+    return vel_line_set(l, "save_n_epoch_ratio", "save_every_n_epochs", "%d",
+                        VEL_MAX(1, atoi(epochs) / atoi(ratio)));
+}
+
+static vel_status form_rules(vel_line *l)
+{
+    const char *form = vel_line_value(l, "save_model_as");
+    bool given = vel_line_given(l, "save_model_as");
+    if (!form)
+        return VEL_OK;
+    if (strcmp(form, "ckpt") != 0 && strcmp(form, "pt") != 0)
+        return VEL_OK;
+    if (given && l->strict)
+        return vel_line_refuse(l, "save_model_as",
+                               "%s: such files can run code when they are "
+                               "opened; safetensors is written",
+                               form);
+    vel_line_say(l, "safetensors is written: a .%s file can run code when it is opened", form);
+    return VEL_OK;
+}
+
+/* ---- samples ---- */
+
+static vel_status sample_rules(vel_line *l)
+{
+    static const struct {
+        const char *peer, *ours;
+    } names[] = {{"ddim", "ddim"},          {"pndm", "pndm"},           {"lms", "lms"},
+                 {"k_lms", "lms"},          {"euler", "euler"},         {"k_euler", "euler"},
+                 {"euler_a", "euler_a"},    {"k_euler_a", "euler_a"},   {"heun", "heun"},
+                 {"dpmsolver", "dpmpp_2m"}, {"dpmsolver++", "dpmpp_2m"}};
+    const char *name = vel_line_value(l, "sample_sampler");
+    for (int i = 0; i < VEL_COUNT(names); i++)
+        if (strcmp(names[i].peer, name) == 0)
+            return vel_line_set(l, "sample_sampler", "sample_sampler", "%s", names[i].ours);
+    return vel_line_refuse(l, "sample_sampler", "there is no sampler %s; euler and heun are near",
+                           name);
+}
+
+/* ---- optimizer ---- */
+
+static const vel_pair optimizer_keys[] = {
+    {"weight_decay", "adam_weight_decay", NULL},
+    {"betas", NULL, NULL},
+    {"eps", "adam_epsilon", NULL},
+    {"momentum", "momentum", NULL},
+    {"d_coef", "prodigy_d_coef", NULL},
+    {"d0", "prodigy_d0", NULL},
+    {"decouple", "prodigy_decouple", NULL},
+    {"use_bias_correction", "prodigy_use_bias_correction", NULL},
+    {"safeguard_warmup", "prodigy_safeguard_warmup", NULL},
+    {"relative_step", "adafactor_relative_step", NULL},
+    {"scale_parameter", "adafactor_scale_parameter", NULL},
+    {"warmup_init", "adafactor_warmup_init", NULL},
+    {0}};
+
+static vel_status optimizer_rules(vel_line *l)
+{
+    const char *name = vel_line_value(l, "optimizer_type"), *flag = "optimizer_type";
+    if (vel_line_on(l, "use_8bit_adam")) {
+        flag = "use_8bit_adam";
+        name = "AdamW8bit";
+    } else if (vel_line_on(l, "use_lion_optimizer")) {
+        flag = "use_lion_optimizer";
+        name = "Lion";
+    }
+    if (vel_line_given(l, "optimizer_type") && strcmp(flag, "optimizer_type") != 0)
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s and --optimizer_type exclude each other",
+                        l->script->name, flag);
+    VEL_TRY(vel_rule_optimizer(l, flag, name[0] ? name : "AdamW"));
+    if (vel_line_given(l, "lr_scheduler_args"))
+        return vel_line_refuse(l, "lr_scheduler_args", "no schedule here takes any");
+    return vel_rule_pairs(l, "optimizer_args", optimizer_keys);
+}
+
+/* ---- adapters ---- */
+
+#define BY_BLOCK "one rank and one rate go for all blocks"
+static const vel_pair lora_keys[] = {
+    {"conv_dim", "conv_rank", NULL},
+    {"conv_alpha", "conv_alpha", NULL},
+    {"rank_dropout", "rank_dropout", NULL},
+    {"module_dropout", "module_dropout", NULL},
+    {"loraplus_lr_ratio", "loraplus_lr_ratio", NULL},
+    {"loraplus_unet_lr_ratio", "loraplus_unet_lr_ratio", NULL},
+    {"loraplus_text_encoder_lr_ratio", "loraplus_text_encoder_lr_ratio", NULL},
+    {"block_dims", "x", BY_BLOCK},
+    {"block_alphas", "x", BY_BLOCK},
+    {"conv_block_dims", "x", BY_BLOCK},
+    {"conv_block_alphas", "x", BY_BLOCK},
+    {"down_lr_weight", "x", BY_BLOCK},
+    {"mid_lr_weight", "x", BY_BLOCK},
+    {"up_lr_weight", "x", BY_BLOCK},
+    {"block_lr_zero_threshold", "x", BY_BLOCK},
+    {0}};
+
+static const vel_pair lycoris_keys[] = {
+    {"algo", "", NULL},
+    {"preset", "", NULL},
+    {"conv_dim", "conv_rank", NULL},
+    {"conv_alpha", "conv_alpha", NULL},
+    {"dropout", "dropout", NULL},
+    {"rank_dropout", "rank_dropout", NULL},
+    {"module_dropout", "module_dropout", NULL},
+    {"factor", "lokr_factor", NULL},
+    {"decompose_both", "decompose_both", NULL},
+    {"full_matrix", "full_matrix", NULL},
+    {"unbalanced_factorization", "unbalanced_factorization", NULL},
+    {"use_tucker", "use_tucker", NULL},
+    {"use_cp", "use_tucker", NULL},
+    {"use_conv_cp", "use_tucker", NULL},
+    {"use_scalar", "use_scalar", NULL},
+    {"dora_wd", "use_dora", NULL},
+    {"wd_on_output", "wd_on_output", NULL},
+    {"rs_lora", "use_rslora", NULL},
+    {"bypass_mode", NULL, "the change is computed beside the weight in any case"},
+    {"train_norm", "train_norm", NULL},
+    {"block_size", "x", "it belongs to kinds that are not offered"},
+    {"constraint", "x", "it belongs to kinds that are not offered"},
+    {"rescaled", "x", "it belongs to kinds that are not offered"},
+    {0}};
+
+static vel_status kind_of(vel_line *l, const char *algo)
+{
+    static const struct {
+        const char *algo, *network;
+    } kinds[] = {{"lora", "lora"}, {"locon", "lora"}, {"loha", "loha"}, {"lokr", "lokr"}};
+    for (int i = 0; i < VEL_COUNT(kinds); i++)
+        if (strcmp(kinds[i].algo, algo) == 0)
+            return vel_line_set(l, "network_args", "network", "%s", kinds[i].network);
+    return vel_line_refuse(l, "network_args", "algo=%s; lora, locon, loha and lokr are", algo);
+}
+
+static vel_status preset_of(vel_line *l, const char *preset)
+{
+    static const struct {
+        const char *preset, *targets, *text;
+    } presets[] = {{"full", "all", "attn+mlp"},
+                   {"attn-mlp", "attn+mlp", "attn+mlp"},
+                   {"attn-only", "attn", "attn"},
+                   {"unet-only", "all", NULL},
+                   {"unet-transformer-only", "attn+mlp", NULL}};
+    for (int i = 0; i < VEL_COUNT(presets); i++) {
+        if (strcmp(presets[i].preset, preset) != 0)
+            continue;
+        VEL_TRY(vel_line_set(l, "network_args", "targets", "%s", presets[i].targets));
+        if (!presets[i].text)
+            return vel_line_set(l, "network_args", "train_text_encoder", "no");
+        return vel_line_set(l, "network_args", "text_targets", "%s", presets[i].text);
+    }
+    return vel_line_refuse(l, "network_args",
+                           "preset=%s; full, attn-mlp, attn-only, unet-only and "
+                           "unet-transformer-only are; --targets takes patterns",
+                           preset);
+}
+
+/* Without conv_dim LyCORIS gives convolutions the rank of the rest, sd-scripts leaves them alone.
+ */
+static vel_status network_rules(vel_line *l)
+{
+    const char *module = vel_line_value(l, "network_module"), *algo, *preset;
+    if (!module)
+        return vel_fail(l->ctx, VEL_BAD_VALUE,
+                        "%s: wants --network_module: networks.lora or lycoris.kohya",
+                        l->script->name);
+    if (strcmp(module, "networks.lora") == 0) {
+        bool convolutions = vel_rule_pair(l, "network_args", "conv_dim");
+        VEL_TRY(vel_line_set(l, "network_module", "targets", convolutions ? "all" : "attn+mlp"));
+        if (convolutions && !vel_rule_pair(l, "network_args", "conv_alpha"))
+            VEL_TRY(vel_line_set(l, "network_args", "conv_alpha", "1"));
+        return vel_rule_pairs(l, "network_args", lora_keys);
+    }
+    if (strcmp(module, "lycoris.kohya") != 0)
+        return vel_line_refuse(l, "network_module", "'%s'; networks.lora and lycoris.kohya are",
+                               module);
+    algo = vel_rule_pair(l, "network_args", "algo");
+    preset = vel_rule_pair(l, "network_args", "preset");
+    VEL_TRY(kind_of(l, algo ? algo : "lora"));
+    VEL_TRY(preset_of(l, preset ? preset : "full"));
+    return vel_rule_pairs(l, "network_args", lycoris_keys);
+}
+
+static vel_status rate_rules(vel_line *l)
+{
+    const char *unet = vel_line_value(l, "unet_lr"), *text = vel_line_value(l, "text_encoder_lr");
+    bool unet_only = vel_line_on(l, "network_train_unet_only") || (text && atof(text) == 0);
+    bool text_only = vel_line_on(l, "network_train_text_encoder_only") || (unet && atof(unet) == 0);
+    const char *preset = vel_rule_pair(l, "network_args", "preset");
+    bool excluded = preset && strncmp(preset, "unet-", 5) == 0;
+    if (unet_only && text_only)
+        return vel_fail(l->ctx, VEL_BAD_VALUE,
+                        "%s: nothing is trained: neither the U-Net nor the text encoder",
+                        l->script->name);
+    if (unet && atof(unet) > 0)
+        VEL_TRY(vel_line_set(l, "unet_lr", "unet_lr", "%s", unet));
+    if (text && atof(text) > 0)
+        VEL_TRY(vel_line_set(l, "text_encoder_lr", "text_encoder_lr", "%s", text));
+    if (text_only)
+        VEL_TRY(vel_line_set(l, "network_train_text_encoder_only", "train_unet", "no"));
+    if (!unet_only && !excluded) {
+        const char *rate = text ? text : vel_line_value(l, "learning_rate");
+        vel_line_say(l,
+                     "the text encoder is trained as well, at rate %s "
+                     "(--network_train_unet_only leaves it as it is)",
+                     rate);
+    }
+    return vel_line_set(l, "network_train_unet_only", "train_text_encoder",
+                        unet_only || excluded ? "no" : "yes");
+}
+
+static vel_status adapter_rules(vel_line *l)
+{
+    const char *rank = vel_line_value(l, "network_dim");
+    if (!rank)
+        vel_line_say(l, "no --network_dim: rank 4");
+    VEL_TRY(vel_line_set(l, "network_dim", "rank", "%s", rank ? rank : "4"));
+    VEL_TRY(vel_line_set(l, "save_model_as", "save_format", "kohya"));
+    VEL_TRY(network_rules(l));
+    if (vel_line_given(l, "base_weights"))
+        VEL_TRY(vel_line_set(l, "base_weights", "base_weights", "%s",
+                             vel_line_value(l, "base_weights")));
+    if (vel_line_given(l, "base_weights_multiplier"))
+        VEL_TRY(vel_line_set(l, "base_weights_multiplier", "base_weights_multiplier", "%s",
+                             vel_line_value(l, "base_weights_multiplier")));
+    return rate_rules(l);
+}
+
+/* ---- all weights, new words ---- */
+
+static vel_status weight_rules(vel_line *l)
+{
+    bool text = strcmp(l->script->name, "train_db.py") == 0 || vel_line_on(l, "train_text_encoder");
+    if (text)
+        vel_line_say(l, "the text encoder is trained as well");
+    VEL_TRY(vel_line_set(l, "train_data_dir", "method", "full"));
+    return vel_line_set(l, "train_text_encoder", "train_text_encoder", text ? "yes" : "no");
+}
+
+static vel_status word_rules(vel_line *l)
+{
+    static const char *const needed[] = {"token_string", "init_word"};
+    static const char *const settings[] = {"placeholder_token", "initializer_token"};
+    VEL_TRY(vel_line_set(l, "token_string", "method", "textual_inversion"));
+    for (int i = 0; i < 2; i++) {
+        const char *value = vel_line_value(l, needed[i]);
+        if (!value)
+            return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: wants --%s", l->script->name, needed[i]);
+        VEL_TRY(vel_line_set(l, needed[i], settings[i], "%s", value));
+    }
+    VEL_TRY(vel_line_set(l, "num_vectors_per_token", "num_vectors", "%s",
+                         vel_line_value(l, "num_vectors_per_token")));
+    if (vel_line_on(l, "use_object_template"))
+        return vel_line_set(l, "use_object_template", "learnable_property", "object");
+    if (vel_line_on(l, "use_style_template"))
+        return vel_line_set(l, "use_style_template", "learnable_property", "style");
+    return VEL_OK;
+}
+
+vel_status vel_kohya_rules(vel_line *l)
+{
+    static vel_status (*const rules[])(vel_line *) = {
+        data_rules,   picture_rules,   length_rules,      save_rules,   form_rules,
+        sample_rules, optimizer_rules, vel_rule_schedule, vel_rule_seed};
+    if (!vel_line_given(l, "resolution") && !vel_line_given(l, "dataset_config"))
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: wants --resolution, such as 512 or 512,768",
+                        l->script->name);
+    if (l->strict)
+        VEL_TRY(vel_line_set(l, "strict_compat", "strict_compat", "yes"));
+    for (int i = 0; i < VEL_COUNT(rules); i++)
+        VEL_TRY(rules[i](l));
+    switch (l->script->bit) {
+    case TRAIN_NETWORK:
+        return adapter_rules(l);
+    case KOHYA_TI:
+        return word_rules(l);
+    default:
+        return weight_rules(l);
+    }
+}

@@ -1,0 +1,167 @@
+/* launcher.c: what stands in front of a script: `accelerate launch [options]`, `python [options]`,
+ * `python -m accelerate.commands.launch`. Here it starts nothing: its options are recognised, named
+ * where they mean something elsewhere, and passed over. */
+#include "dialects/dialects.h"
+
+#include <stdlib.h>
+
+typedef struct launcher_option {
+    const char *name;
+    bool takes_value;
+    const char *note;    /* what becomes of it; NULL: nothing to say */
+    const char *refused; /* why not; a value "1" is let through */
+} launcher_option;
+
+#define ONE_DEVICE "one process trains here; --gradient_accumulation_steps gives a larger batch"
+static const launcher_option options[] = {
+    {"mixed_precision", true, NULL, NULL}, /* read below */
+    {"num_cpu_threads_per_process", true, "all cores are used; OMP_NUM_THREADS sets another number",
+     NULL},
+    {"num_processes", true, NULL, ONE_DEVICE},
+    {"num_machines", true, NULL, ONE_DEVICE},
+    {"multi_gpu", false, NULL, ONE_DEVICE},
+    {"config_file", true, "there is no launcher to set up", NULL},
+    {"gpu_ids", true, "--device chooses the device", NULL},
+    {"cpu", false, "--device cpu chooses the processor", NULL},
+    {"quiet", false, NULL, NULL},
+    {"debug", false, NULL, NULL},
+    {"dynamo_backend", true, "nothing is compiled", NULL},
+    {"dynamo_mode", true, "nothing is compiled", NULL},
+    {"dynamo_use_fullgraph", false, "nothing is compiled", NULL},
+    {"dynamo_use_dynamic", false, "nothing is compiled", NULL},
+    {"dynamo_use_regional_compilation", false, "nothing is compiled", NULL},
+    {"enable_cpu_affinity", false, "there is one process", NULL},
+    {"main_process_ip", true, "there is one process", NULL},
+    {"main_process_port", true, "there is one process", NULL},
+    {"machine_rank", true, "there is one process", NULL},
+    {"rdzv_backend", true, "there is one process", NULL},
+    {"rdzv_conf", true, "there is one process", NULL},
+    {"max_restarts", true, "there is one process", NULL},
+    {"monitor_interval", true, "there is one process", NULL},
+    {"same_network", false, "there is one process", NULL},
+    {"downcast_bf16", false, NULL, "it is for TPUs"},
+    {"tpu", false, NULL, "it is for TPUs"},
+    {"use_deepspeed", false, NULL, ONE_DEVICE},
+    {"use_fsdp", false, NULL, ONE_DEVICE},
+    {"use_megatron_lm", false, NULL, ONE_DEVICE},
+    {"no_python", false, NULL, "only the known scripts are run"},
+    {"module", false, NULL, "only the known scripts are run"},
+};
+
+static const launcher_option *find_option(const char *word, size_t n)
+{
+    char plain[64];
+    if (n >= sizeof plain)
+        return NULL;
+    for (size_t i = 0; i < n; i++)
+        plain[i] = word[i] == '-' ? '_' : word[i];
+    plain[n] = 0;
+    for (int i = 0; i < VEL_COUNT(options); i++)
+        if (strcmp(options[i].name, plain) == 0)
+            return &options[i];
+    return NULL;
+}
+
+static vel_status unknown_option(vel_line *l, const char *word)
+{
+    const char *best = NULL;
+    int distance = 7;
+    for (int i = 0; i < VEL_COUNT(options); i++) {
+        int d = vel_edit_distance(word + strspn(word, "-"), options[i].name);
+        best = d < distance ? options[i].name : best;
+        distance = VEL_MIN(d, distance);
+    }
+    return vel_fail(l->ctx, VEL_BAD_VALUE, "accelerate launch: has no option %s%s%s", word,
+                    best ? "; the nearest: --" : "", best ? best : "");
+}
+
+static vel_status take_option(vel_line *l, int n, const char *const *words, int *taken)
+{
+    const char *word = words[0], *name = word + strspn(word, "-"), *equals = strchr(name, '=');
+    size_t length = equals ? (size_t)(equals - name) : strlen(name);
+    if (strcmp(word, "-m") == 0)
+        return vel_fail(l->ctx, VEL_UNSUPPORTED,
+                        "accelerate launch: -m: only the known scripts are run, by their file's "
+                        "name");
+    const launcher_option *o = vel_has_prefix(word, "--") ? find_option(name, length) : NULL;
+    if (!o)
+        return unknown_option(l, word);
+    const char *value = equals ? equals + 1 : NULL;
+    *taken = 1;
+    if (o->takes_value && !value) {
+        if (n < 2)
+            return vel_fail(l->ctx, VEL_BAD_VALUE, "accelerate launch: --%s wants a value",
+                            o->name);
+        value = words[1];
+        *taken = 2;
+    }
+    if (o->refused && !(value && strcmp(value, "1") == 0))
+        return vel_fail(l->ctx, VEL_UNSUPPORTED, "accelerate launch: --%s: not available: %s",
+                        o->name, o->refused);
+    if (o->note)
+        vel_log(l->ctx, 2, "accelerate launch: --%s changes nothing here: %s", o->name, o->note);
+    if (strcmp(o->name, "mixed_precision") == 0)
+        l->launcher_precision = value;
+    return VEL_OK;
+}
+
+static vel_status not_a_script(vel_line *l, const char *word)
+{
+    vel_text t;
+    vel_text_init(&t, l->ctx);
+    for (const vel_script *s = vel_scripts; s->name; s++)
+        vel_text_addf(&t, "%s%s", s == vel_scripts ? "" : ", ", s->name);
+    vel_status st = vel_fail(l->ctx, VEL_UNSUPPORTED, "%s: is none of the known scripts: %s", word,
+                             t.s ? t.s : "");
+    vel_text_finish(&t);
+    return st;
+}
+
+static vel_status at_script(vel_line *l, int n, const char *const *words, int at, int *out)
+{
+    *out = at;
+    if (at >= n)
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "no script is named, such as train_network.py");
+    return vel_script_find(words[at]) ? VEL_OK : not_a_script(l, words[at]);
+}
+
+static vel_status skip_launch(vel_line *l, int n, const char *const *words, int at, int *out)
+{
+    for (int taken = 1; at < n && words[at][0] == '-'; at += taken)
+        VEL_TRY(take_option(l, n - at, words + at, &taken));
+    return at_script(l, n, words, at, out);
+}
+
+/* Python's own options: of those that take a value in the next word, none is needed here. */
+static vel_status skip_python(vel_line *l, int n, const char *const *words, int *out)
+{
+    int at = 1;
+    while (at < n && words[at][0] == '-') {
+        const char *word = words[at];
+        bool module = strcmp(word, "-m") == 0 && at + 1 < n;
+        if (module && vel_has_prefix(words[at + 1], "accelerate.commands.launch"))
+            return skip_launch(l, n, words, at + 2, out);
+        if (strcmp(word, "-m") == 0 || strcmp(word, "-c") == 0)
+            return vel_fail(l->ctx, VEL_UNSUPPORTED,
+                            "python %s: only the known scripts are run, by their file's name",
+                            word);
+        at += strcmp(word, "-W") == 0 || strcmp(word, "-X") == 0 ? 2 : 1;
+    }
+    return at_script(l, n, words, at, out);
+}
+
+vel_status vel_launcher_skip(vel_line *l, int n, const char *const *words, int *at)
+{
+    const char *slash = n ? strrchr(words[0], '/') : NULL;
+    const char *first = n ? (slash ? slash + 1 : words[0]) : "";
+    if (vel_has_prefix(first, "python") && !vel_has_suffix(first, ".py"))
+        return skip_python(l, n, words, at);
+    if (strcmp(first, "accelerate") != 0)
+        return at_script(l, n, words, 0, at);
+    if (n < 2 || strcmp(words[1], "launch") != 0)
+        return vel_fail(l->ctx, VEL_UNSUPPORTED,
+                        "accelerate %s: only `accelerate launch SCRIPT.py --flags` is known; "
+                        "there is nothing to set up",
+                        n > 1 ? words[1] : "");
+    return skip_launch(l, n, words, 2, at);
+}

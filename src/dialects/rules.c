@@ -1,0 +1,168 @@
+/* rules.c: what several dialects do alike: seeds, warm-up, 8-bit optimizers, key=value words. */
+#include "dialects/rules.h"
+
+#include <ctype.h>
+#include <time.h>
+
+/* A peer without a seed draws one; here a run can be repeated unless the peer's way is asked for.
+ */
+vel_status vel_rule_seed(vel_line *l)
+{
+    if (vel_line_given(l, "seed"))
+        return vel_line_set(l, "seed", "seed", "%s", vel_line_value(l, "seed"));
+    if (!l->strict) {
+        vel_line_say(l, "no --seed: 0 is taken, so that the run can be repeated");
+        return VEL_OK;
+    }
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t seed = vel_random_u64((uint64_t)now.tv_nsec, (uint64_t)now.tv_sec, 0) >> 32;
+    vel_line_say(l, "no --seed: %" PRIu64 " was drawn", seed);
+    return vel_line_set(l, "seed", "seed", "%" PRIu64, seed);
+}
+
+/* "10%" and 0.1 are shares of all steps, 10 is a count. */
+static vel_status set_steps(vel_line *l, const char *flag, const char *setting)
+{
+    const char *value = vel_line_value(l, flag);
+    double x = vel_line_number(l, flag, 0);
+    if (value && vel_has_suffix(value, "%"))
+        x /= 100;
+    return vel_line_set(l, flag, setting, "%.17g", x);
+}
+
+vel_status vel_rule_schedule(vel_line *l)
+{
+    const char *name = vel_line_value(l, "lr_scheduler");
+    bool constant = strcmp(name, "constant") == 0,
+         warm = vel_line_given(l, "lr_warmup_steps") && vel_line_number(l, "lr_warmup_steps", 0);
+    bool diffusers = vel_line_value(l, "adam_beta1");
+    if (constant && warm && l->strict && diffusers) {
+        vel_line_say(l, "--lr_warmup_steps is ignored: --lr_scheduler constant has no warm-up");
+    } else if (constant && warm && l->strict) {
+        return vel_fail(l->ctx, VEL_BAD_VALUE,
+                        "%s: --lr_warmup_steps: --lr_scheduler constant has none; "
+                        "constant_with_warmup has",
+                        l->script->name);
+    } else if (constant && warm) {
+        vel_line_say(l, "--lr_warmup_steps is given, so --lr_scheduler constant is taken as "
+                        "constant_with_warmup");
+        name = "constant_with_warmup";
+    }
+    VEL_TRY(vel_line_set(l, "lr_scheduler", "lr_scheduler", "%s", name));
+    if (strcmp(name, "constant") == 0)
+        return vel_line_set(l, "lr_warmup_steps", "lr_warmup_steps", "0");
+    VEL_TRY(set_steps(l, "lr_warmup_steps", "lr_warmup_steps"));
+    return vel_line_given(l, "lr_decay_steps") ? set_steps(l, "lr_decay_steps", "lr_decay_steps")
+                                               : VEL_OK;
+}
+
+static bool same_word(const char *a, const char *b)
+{
+    while (*a && tolower((unsigned char)*a) == tolower((unsigned char)*b))
+        a++, b++;
+    return !*a && !*b;
+}
+
+vel_status vel_rule_optimizer(vel_line *l, const char *flag, const char *name)
+{
+    static const struct {
+        const char *peer, *ours, *note;
+    } names[] = {
+        {"AdamW", "adamw", NULL},
+        {"AdamW8bit", "adamw8bit", NULL},
+        {"PagedAdamW", "adamw", "states stay in memory, nothing is paged"},
+        {"PagedAdamW32bit", "adamw", "states stay in memory, nothing is paged"},
+        {"PagedAdamW8bit", "adamw8bit", "states stay in memory, nothing is paged"},
+        {"Lion", "lion", NULL},
+        {"Adafactor", "adafactor", NULL},
+        {"Prodigy", "prodigy", NULL},
+        {"AdamWScheduleFree", "adamw_schedulefree", NULL},
+        {"SGDNesterov", "sgd", NULL},
+        {"SGD", "sgd", NULL},
+    };
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        if (!same_word(names[i].peer, name))
+            continue;
+        if (names[i].note)
+            vel_line_say(l, "--%s %s: %s", flag, name, names[i].note);
+        if (strcmp(names[i].ours, "adamw") == 0 && !vel_line_has(l, "optimizer"))
+            return VEL_OK;
+        return vel_line_set(l, flag, "optimizer", "%s", names[i].ours);
+    }
+    vel_text t;
+    vel_text_init(&t, l->ctx);
+    for (int i = 0; i < VEL_COUNT(names); i++)
+        vel_text_addf(&t, "%s%s", i ? ", " : "", names[i].peer);
+    vel_status st = vel_line_refuse(l, flag, "'%s' is not one of %s", name, t.s ? t.s : "");
+    vel_text_finish(&t);
+    return st;
+}
+
+/* ---- key=value words ---- */
+
+static vel_status set_betas(vel_line *l, const char *flag, const char *value)
+{
+    double a, b;
+    value += strspn(value, "([ ");
+    if (sscanf(value, "%lf , %lf", &a, &b) != 2)
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s: betas=%s: two numbers are wanted",
+                        l->script->name, flag, value);
+    VEL_TRY(vel_line_set(l, flag, "adam_beta1", "%.17g", a));
+    return vel_line_set(l, flag, "adam_beta2", "%.17g", b);
+}
+
+static vel_status take_pair(vel_line *l, const char *flag, const char *key, const char *value,
+                            const vel_pair *pairs)
+{
+    for (const vel_pair *p = pairs; p->key; p++) {
+        if (strcmp(p->key, key) != 0)
+            continue;
+        if (!p->setting && strcmp(key, "betas") == 0)
+            return set_betas(l, flag, value);
+        if (p->note && !p->setting) {
+            vel_line_say(l, "--%s %s=%s changes nothing here: %s", flag, key, value, p->note);
+            return VEL_OK;
+        }
+        if (p->note)
+            return vel_fail(l->ctx, VEL_UNSUPPORTED, "%s: --%s %s=%s: not available: %s",
+                            l->script->name, flag, key, value, p->note);
+        vel_status st = p->setting[0] ? vel_line_set(l, flag, p->setting, "%s", value) : VEL_OK;
+        return st ? vel_fail_in(l->ctx, st, "%s", key) : VEL_OK;
+    }
+    vel_text t;
+    vel_text_init(&t, l->ctx);
+    for (const vel_pair *p = pairs; p->key; p++)
+        vel_text_addf(&t, "%s%s", p == pairs ? "" : ", ", p->key);
+    vel_status st = vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s: '%s' is not one of %s",
+                             l->script->name, flag, key, t.s ? t.s : "");
+    vel_text_finish(&t);
+    return st;
+}
+
+vel_status vel_rule_pairs(vel_line *l, const char *flag, const vel_pair *pairs)
+{
+    const char *word;
+    for (int i = 0; vel_line_given(l, flag) && (word = vel_line_word(l, flag, i)); i++) {
+        const char *equals = strchr(word, '=');
+        char *key = vel_arena_strdup(l->arena, word);
+        if (!key)
+            return VEL_NO_MEMORY;
+        if (!equals)
+            return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s: '%s' has no '='; key=value is meant",
+                            l->script->name, flag, word);
+        key[equals - word] = 0;
+        VEL_TRY(take_pair(l, flag, key, equals + 1, pairs));
+    }
+    return VEL_OK;
+}
+
+const char *vel_rule_pair(const vel_line *l, const char *flag, const char *key)
+{
+    const char *word, *found = NULL;
+    size_t n = strlen(key);
+    for (int i = 0; vel_line_given(l, flag) && (word = vel_line_word(l, flag, i)); i++)
+        if (strncmp(word, key, n) == 0 && word[n] == '=')
+            found = word + n + 1;
+    return found;
+}

@@ -1,0 +1,22 @@
+/* rules.h: rules that dialects share. */
+#ifndef VEL_DIALECT_RULES_H
+#define VEL_DIALECT_RULES_H
+
+#include "dialects/dialects.h"
+
+vel_status vel_rule_seed(vel_line *l);
+vel_status vel_rule_schedule(vel_line *l); /* lr_scheduler, lr_warmup_steps, lr_decay_steps */
+/* By the peer's name; flag: the one that says it. */
+vel_status vel_rule_optimizer(vel_line *l, const char *flag, const char *name);
+
+/* A key of a list of key=value words. setting: ours; "" where a rule reads it; NULL with a note: it
+ * changes nothing; a setting and a note: refused. */
+typedef struct vel_pair {
+    const char *key, *setting, *note;
+} vel_pair;
+/* Every word of the list; pairs ends with {0}. */
+vel_status vel_rule_pairs(vel_line *l, const char *flag, const vel_pair *pairs);
+/* The value of a key; NULL when it is not there. */
+const char *vel_rule_pair(const vel_line *l, const char *flag, const char *key);
+
+#endif

@@ -1,0 +1,218 @@
+/* test_dialects.c: command lines written for other trainers: what their flags become, what is said
+ * and what is refused. Reads lines as the program does; trains nothing. */
+#include "program.h"
+
+#include "dialects/dialects.h"
+
+/* ---- the tables ---- */
+
+TEST(dialects_tables_hold)
+{
+    for (const vel_script *s = vel_scripts; s->name; s++) {
+        int n = 0;
+        for (const vel_dialect_row *r = s->rows; r->flag; r++) {
+            if (!(r->scripts & s->bit))
+                continue;
+            n++;
+            CHECK_MSG(r->fate != FATE_SET || r->setting, "%s --%s: no setting", s->name, r->flag);
+            CHECK_MSG(r->fate == FATE_SET || (r->note && r->note[0]), "%s --%s: no note", s->name,
+                      r->flag);
+            CHECK_MSG(!r->initial || r->kind != KIND_SWITCH, "%s --%s: a switch's default", s->name,
+                      r->flag);
+            for (const vel_dialect_row *o = s->rows; o < r; o++)
+                CHECK_MSG(!(o->scripts & s->bit) || strcmp(o->flag, r->flag) != 0, "%s --%s twice",
+                          s->name, r->flag);
+        }
+        CHECK_MSG(n > 40, "%s: %d flags", s->name, n);
+        CHECK(vel_script_find(s->name) == s);
+    }
+    CHECK(!vel_script_find("train.py") && vel_script_find("a/b/train_db.py"));
+}
+
+/* ---- lines ---- */
+
+enum { MOST_WORDS = 64 };
+
+static char said[1 << 14]; /* messages of the last line */
+
+static void keep_said(void *user, const vel_event *e)
+{
+    (void)user;
+    size_t n = strlen(said);
+    if (e->kind == VEL_EVENT_LOG)
+        snprintf(said + n, sizeof said - n, "%s\n", e->text);
+}
+
+/* A line's words, apart by spaces; '_' in quotes is not needed here. */
+static vel_status parse(vel_test *t, const char *line, vel_params **p)
+{
+    static char copy[4096];
+    const char *words[MOST_WORDS];
+    int n = 0;
+    snprintf(copy, sizeof copy, "%s", line);
+    for (char *word = strtok(copy, " "); word && n < MOST_WORDS; word = strtok(NULL, " "))
+        words[n++] = word;
+    said[0] = 0;
+    vel_ctx_on_event(t->ctx, keep_said, NULL);
+    vel_status st = vel_params_parse(t->ctx, n, words, p);
+    vel_ctx_on_event(t->ctx, NULL, NULL);
+    return st;
+}
+
+/* settings: "name=value ..." that the line must come to. */
+static void comes_to(vel_test *t, const char *line, const char *settings)
+{
+    vel_params *p = NULL;
+    char copy[2048];
+    vel_status st = parse(t, line, &p);
+    CHECK_MSG(st == VEL_OK, "%s: %s", line, vel_ctx_error(t->ctx));
+    if (st)
+        return;
+    snprintf(copy, sizeof copy, "%s", settings);
+    for (char *word = strtok(copy, " "); word; word = strtok(NULL, " ")) {
+        char *value = strchr(word, '=');
+        *value++ = 0;
+        const char *got = vel_params_get(p, word);
+        CHECK_MSG(strcmp(got ? got : "", value) == 0, "%s: %s is %s, not %s", line, word,
+                  got ? got : "not set", value);
+    }
+    vel_params_destroy(p);
+}
+
+static void is_refused(vel_test *t, const char *line, const char *says)
+{
+    vel_params *p = NULL;
+    vel_status st = parse(t, line, &p);
+    CHECK_MSG(st != VEL_OK && !p, "%s: was taken", line);
+    CHECK_MSG(strstr(vel_ctx_error(t->ctx), says), "%s: does not say '%s': %s", line, says,
+              vel_ctx_error(t->ctx));
+    vel_params_destroy(p);
+}
+
+#define NETWORK                                                                                    \
+    "train_network.py --pretrained_model_name_or_path m --network_module networks.lora "           \
+    "--resolution 512 "
+#define BOOTH                                                                                      \
+    "train_dreambooth_lora.py --pretrained_model_name_or_path m --instance_data_dir d "            \
+    "--instance_prompt p "
+#define STYLE "train_text_to_image_lora.py --pretrained_model_name_or_path m --train_data_dir d "
+
+TEST(dialects_defaults)
+{
+    comes_to(t, NETWORK "--train_data_dir d",
+             "model=m data=d rank=4 alpha=1 learning_rate=2e-6 steps=1600 batch=1 precision=no "
+             "targets=attn+mlp train_text_encoder=yes save_format=kohya save_precision=float "
+             "output_name=last keep_last=0 save_every=0 caption_extension= resolution=512");
+    CHECK(strstr(said, "1600 steps") && strstr(said, "rank 4") && strstr(said, ".txt") &&
+          strstr(said, "text encoder") && strstr(said, "--seed"));
+    comes_to(t, BOOTH,
+             "rank=4 alpha=0 learning_rate=5e-4 epochs=1 batch=4 resolution=512 precision=no "
+             "targets=attn train_text_encoder=no save_format=diffusers save_precision=float "
+             "output_name=pytorch_lora_weights output_dir=lora-dreambooth-model random_crop=yes "
+             "instance_prompt=p save_every=500 keep_last=0 lr_warmup_steps=0");
+    comes_to(t, STYLE,
+             "epochs=100 batch=16 learning_rate=1e-4 output_dir=sd-model-finetuned-lora "
+             "caption_column=text image_column=file_name");
+    comes_to(t,
+             "train_banana_lora.py --pretrained_model_name_or_path=m --train_data_dir=d "
+             "--lora_rank=32 --center_crop",
+             "rank=32 random_crop=no output_name=pytorch_lora_weights");
+}
+
+TEST(dialects_forms)
+{
+    comes_to(t, NETWORK "--learning_rate=3e-4", "learning_rate=3e-4");
+    comes_to(t, NETWORK "--learning_ 3e-4", "learning_rate=3e-4"); /* a unique beginning */
+    comes_to(t, NETWORK "--network_dim 8 --network_dim=16", "rank=16");
+    comes_to(t, NETWORK "--network_args conv_dim=4 conv_alpha=2 --seed 7",
+             "conv_rank=4 conv_alpha=2 targets=all seed=7");
+    comes_to(t, NETWORK "--network_args conv_dim=4", "conv_alpha=1");
+    comes_to(t, NETWORK "--optimizer_args weight_decay=0.1 betas=(0.8,0.95) eps=1e-6",
+             "adam_weight_decay=0.1 adam_epsilon=1e-6");
+    comes_to(t, "accelerate launch --mixed_precision fp16 --num_processes=1 x/" BOOTH,
+             "precision=fp16");
+    comes_to(t, "accelerate launch --mixed_precision=bf16 " BOOTH "--mixed_precision no",
+             "precision=no");
+    comes_to(t, "accelerate launch --mixed_precision=fp16 " NETWORK, "precision=no");
+    comes_to(t, "python3 -u -X dev " NETWORK "--rank 3", "rank=3");
+    comes_to(t, "python -m accelerate.commands.launch --cpu " NETWORK, "rank=4");
+    /* settings of the program itself stand above the flags */
+    comes_to(t, NETWORK "--max_train_steps 10 --steps 3 --no-overwrite --dry_run",
+             "steps=3 overwrite=no dry_run=yes");
+    comes_to(t, NETWORK "--max_train_steps 10 --max_train_epochs 2", "epochs=2");
+    comes_to(t, BOOTH "--num_train_epochs 5 --max_train_steps 10", "epochs=0 steps=10");
+    comes_to(t, BOOTH "--train_batch_size 2 --scale_lr --gradient_accumulation_steps 2",
+             "learning_rate=0.002");
+    comes_to(t, NETWORK "--save_every_n_steps 100 --save_last_n_steps 300", "keep_last=4");
+    comes_to(t, NETWORK "--text_encoder_lr 5e-5 1e-5 --unet_lr 2e-4",
+             "text_encoder_lr=5e-5 unet_lr=2e-4 train_text_encoder=yes");
+    comes_to(t, NETWORK "--text_encoder_lr 0", "train_text_encoder=no");
+    comes_to(t, NETWORK "--unet_lr 0", "train_unet=no train_text_encoder=yes");
+}
+
+TEST(dialects_odd_defaults)
+{
+    comes_to(t, NETWORK "--strict_compat", "caption_extension=.caption strict_compat=yes");
+    comes_to(t, NETWORK "--strict_compat --mixed_precision bf16", "save_precision=float");
+    comes_to(t, NETWORK "--mixed_precision bf16", "save_precision=fp16");
+    comes_to(t, NETWORK "--lr_warmup_steps 10", "lr_scheduler=constant_with_warmup");
+    CHECK(strstr(said, "constant_with_warmup"));
+    is_refused(t, NETWORK "--lr_warmup_steps 10 --strict_compat", "--lr_warmup_steps");
+    comes_to(t, BOOTH "--lr_warmup_steps 10 --strict_compat",
+             "lr_scheduler=constant lr_warmup_steps=0 strict_compat=no");
+    comes_to(t, BOOTH "--lr_scheduler cosine", "lr_warmup_steps=500");
+    comes_to(t, NETWORK "--lr_scheduler cosine --lr_warmup_steps 10%",
+             "lr_warmup_steps=0.10000000000000001");
+}
+
+TEST(dialects_refuse)
+{
+    is_refused(t, NETWORK "--netwrok_dim 3", "--network_dim");
+    is_refused(t, NETWORK "--save 3", "has no flag --save");
+    is_refused(t, NETWORK "word", "'word'");
+    is_refused(t, NETWORK "--network_dim", "wants a value");
+    is_refused(t, NETWORK "--network_dim --seed 3", "wants a value");
+    is_refused(t, NETWORK "--network_dim many", "whole number");
+    is_refused(t, NETWORK "--xformers=yes", "takes no value");
+    is_refused(t, NETWORK "--mixed_precision fp8", "fp16");
+    is_refused(t, NETWORK "--network_args conv_dim", "no '='");
+    is_refused(t, NETWORK "--network_args convdim=3", "conv_dim");
+    is_refused(t, NETWORK "--network_args block_dims=3,3", "one rank");
+    is_refused(t, NETWORK "--network_module networks.oft", "networks.oft");
+    is_refused(t, NETWORK "--optimizer_type Magic", "Magic");
+    is_refused(t, NETWORK "--deepspeed", "one process");
+    is_refused(t, NETWORK "--huggingface_token secret", "network");
+    CHECK(!strstr(vel_ctx_error(t->ctx), "secret"));
+    is_refused(t, NETWORK "--sample_sampler dpm_2", "dpm_2");
+    is_refused(t, NETWORK "--text_encoder_lr 0 --unet_lr 0", "nothing is trained");
+    is_refused(t, "train_network.py --network_module networks.lora", "--resolution");
+    is_refused(t, "train_dreambooth_lora.py --instance_prompt p", "wants --");
+    is_refused(t, BOOTH "--push_to_hub", "network");
+    is_refused(t, BOOTH "--revision fp16", "fp16");
+    is_refused(t, STYLE "--dataset_name owner/pictures", "owner/pictures");
+    is_refused(t, "accelerate launch --num_processes 2 " BOOTH, "--num_processes");
+    is_refused(t, "accelerate launch --mixed_precison fp16 " BOOTH, "--mixed_precision");
+    is_refused(t, "accelerate launch -m " BOOTH, "-m");
+    is_refused(t, "accelerate launch", "no script");
+    is_refused(t, "accelerate launch train.py", "train_network.py");
+    is_refused(t, "accelerate config", "accelerate launch");
+    is_refused(t, "python -c x", "-c");
+    comes_to(t, NETWORK "--wandb_api_key secret --xformers", "rank=4");
+    CHECK(strstr(said, "--wandb_api_key changes nothing") && !strstr(said, "secret"));
+    CHECK(strstr(said, "--xformers changes nothing"));
+}
+
+TEST(cli_foreign_lines)
+{
+    program_result r;
+    EXPECT("train_network.py --help", 0, "--network_dim", "--max_train_steps [1600]");
+    EXPECT("accelerate launch --help", 0, "train_dreambooth_lora.py");
+    EXPECT("train_network.py --netwrok_dim 4", 2, "--network_dim");
+    EXPECT("python nothing.py", 2, "nothing.py", "train_network.py");
+    if (!program_shell(t,
+                       "ln -s \"$(realpath \"$V\")\" \"$D/accelerate\" && \"$D/accelerate\" launch "
+                       "train_network.py --netwrok_dim 4",
+                       &r))
+        return;
+    CHECK(r.status == 2 && strstr(r.text, "--network_dim"));
+}
