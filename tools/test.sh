@@ -7,7 +7,8 @@
 #   hostile           once more under AddressSanitizer and UBSan, in a build that poisons freed memory,
 #                     spoils every output before it is written and recomputes at random. Left out there:
 #                     what draws whole pictures and what waits for a program to be killed, which are slow
-#   (make fault, each allocation failing in turn, takes too long for this and is run by hand)
+#   failing memory    once more with two of each test's allocations failing (make fault takes more of
+#                     them), without the tests of single kernels and those of whole runs
 #   fuzz              parsers on mutated files, for a few seconds each
 #   oneDNN 3          all tests again with a oneDNN 3.x, where pip can download one
 #   aarch64           objects for it, where the cross compiler is installed
@@ -61,7 +62,8 @@ part "reference values of emoji-sd" build/release/velatura check-golden --model 
 part "hostile build" make -s -j"$jobs" "${hostile[@]}" $hostile_build/velatura $hostile_build/run-tests \
     $hostile_build/libvelatura.so
 part "hostile tests" make -s "${hostile[@]}" SKIP="$slow" test
-shm=$([ -w /dev/shm ] && echo /dev/shm || echo /tmp) # thousands of small files, each synced
+part "failing memory" make -s fault MOST=2 \
+    SKIP="cpu_*,null_plans_only,$slow,train_resumed*,train_settings*"
 part "fuzz" tools/fuzz.sh --plain 5
 if tools/onednn3.sh; then
     part "oneDNN 3: build" make -s -j"$jobs" ONEDNN=build/onednn3 build/release-onednn/velatura \

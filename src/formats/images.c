@@ -51,7 +51,9 @@ static gpointer start_once(gpointer unused)
     if (VIPS_INIT("velatura"))
         return NULL;
     vips_concurrency_set(1);
-    vips_cache_set_max(0);
+    /* What it caches stays small but is not off: without it, libvips 8.16 frees the profile of
+     * sRGB before it is used. Pictures come from a source, which is never cached. */
+    vips_cache_set_max_mem(16 << 20);
     return GINT_TO_POINTER(1);
 }
 
