@@ -109,7 +109,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
     vel_adapter_site *sites;
     int n;
     VEL_TRY(vel_train_sites(b->ctx, arena, b->model, &how, &sites, &n));
-    *adaption = (vel_adaption){&vel_adapter_lora, sites, n};
+    *adaption = (vel_adaption){sites, n};
     vel_trainer_options t = {.compute = vel_model_compute(b->model),
                              .smallest = o->gradient_checkpointing,
                              .train_text_encoder = o->train_text_encoder,

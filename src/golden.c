@@ -17,6 +17,9 @@ typedef struct golden {
     vel_safetensors *file; /* the one being checked */
     char name[64];         /* its name, for the lines */
     int passed, failed;
+    const vel_adapter_site *sites; /* of the adapter that is trained */
+    int n_sites;
+    bool lycoris; /* its names are LyCORIS', not PEFT's */
 } golden;
 
 /* ---- comparing
@@ -495,16 +498,28 @@ static bool is_target(const json_t *targets, const char *path)
     return false;
 }
 
-/* PEFT's name of a trainable, after a prefix such as "init.". */
-static void peft_name(const char *prefix, const char *path, char *out, size_t room)
+/* What PEFT's modules in memory call a leaf. */
+static void peft_leaf(vel_adapter_leaf leaf, char out[64])
 {
-    const char *module = strchr(path, '.') + 1;
-    const char *leaf = strstr(module, ".lora_down.weight");
-    bool down = leaf != NULL;
-    if (!leaf)
-        leaf = strstr(module, ".lora_up.weight");
-    snprintf(out, room, "%sbase_model.model.%.*s.%s.default.weight", prefix, (int)(leaf - module),
-             module, down ? "lora_A" : "lora_B");
+    if (leaf == VEL_LEAF_LORA_DOWN || leaf == VEL_LEAF_LORA_UP)
+        snprintf(out, 64, "lora_%c.default.weight", leaf == VEL_LEAF_LORA_DOWN ? 'A' : 'B');
+    else if (leaf == VEL_LEAF_DORA_SCALE)
+        snprintf(out, 64, "lora_magnitude_vector.default.weight");
+    else
+        snprintf(out, 64, "%s.default", vel_adapter_leaf_name(leaf));
+}
+
+/* The file's name of a trainable, after a prefix such as "init.": PEFT's, or LyCORIS'. */
+static void file_name(const golden *k, const char *prefix, const vel_adapter_site *site,
+                      vel_adapter_leaf leaf, char *out, size_t room)
+{
+    const char *module = strchr(site->path, '.') + 1;
+    char tail[64];
+    peft_leaf(leaf, tail);
+    if (k->lycoris)
+        snprintf(out, room, "%s%s.%s", prefix, module, vel_adapter_leaf_name(leaf));
+    else
+        snprintf(out, room, "%sbase_model.model.%s.%s", prefix, module, tail);
 }
 
 /* Sums over the tensors of one comparison. */
@@ -524,13 +539,22 @@ static void add_errors(errors *sum, const float *got, const float *want, int64_t
     sum->tensors++;
 }
 
+static void name_of(const golden *k, const char *prefix, const char *path, char *out, size_t room)
+{
+    vel_adapter_leaf leaf;
+    const vel_adapter_site *site = vel_adapter_site_find(k->sites, k->n_sites, path, &leaf);
+    snprintf(out, room, "%s%s", prefix, path);
+    if (site)
+        file_name(k, prefix, site, leaf, out, room);
+}
+
 static vel_status write_trainables(golden *k, const char *prefix)
 {
     vel_engine *e = vel_model_engine(k->model);
     for (int i = 0; i < vel_engine_trainables(e); i++) {
         const vel_trainable *t = vel_engine_trainable_at(e, i);
         char name[512];
-        peft_name(prefix, t->path, name, sizeof name);
+        name_of(k, prefix, t->path, name, sizeof name);
         float *values = load(k, name, t->count, NULL);
         if (!values)
             return VEL_BAD_FILE;
@@ -554,7 +578,7 @@ static vel_status check_trainables(golden *k, const char *prefix, char which, bo
     for (int i = 0; i < vel_engine_trainables(e); i++) {
         const vel_trainable *t = vel_engine_trainable_at(e, i);
         char name[512];
-        peft_name(prefix, t->path, name, sizeof name);
+        name_of(k, prefix, t->path, name, sizeof name);
         const vel_file_tensor *f = vel_safetensors_find(k->file, name);
         float *want = load(k, name, t->count, NULL),
               *got = vel_alloc(k->ctx, (size_t)t->count * sizeof *got);
@@ -620,30 +644,107 @@ static vel_status open_model(golden *k, const char *folder)
     return vel_model_open(k->ctx, folder, &o, &k->model);
 }
 
-static vel_status check_lora(golden *k, const json_t *config)
+/* The leaves that the file has for a module, as a site; *found false when it has none. The shapes
+ * say more than the config does (patterns of ranks, LoKr's factors, decomposed or not). */
+static vel_status read_site(golden *k, const vel_known_module *m, const char *kind,
+                            vel_adapter_site *site, bool *found)
 {
-    int n_modules, n = 0;
+    vel_leaf_dims dims[VEL_ADAPTER_LEAVES] = {{0}};
+    char name[512], problem[200];
+    *site = (vel_adapter_site){.path = m->path,
+                               .kind = vel_adapter_find(kind),
+                               .weight = vel_shape_of(m->weight_rank, m->weight_dim)};
+    *found = false;
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        file_name(k, "init.", site, (vel_adapter_leaf)i, name, sizeof name);
+        const vel_file_tensor *t = vel_safetensors_find(k->file, name);
+        if (!t || t->rank > 4)
+            continue;
+        *found = true;
+        dims[i].rank = t->rank;
+        memcpy(dims[i].dim, t->dim, sizeof dims[i].dim);
+        if (!k->lycoris && i == VEL_LEAF_DORA_SCALE)
+            dims[i] = (vel_leaf_dims){1, {t->count, 1, 1, 1}};
+    }
+    if (*found &&
+        !vel_adapter_leaves_fit(kind, m->weight_rank, m->weight_dim, dims, &site->rank, problem))
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: %s: %s", vel_safetensors_path(k->file), m->path,
+                        problem);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        site->leaf[i] = vel_shape_of(dims[i].rank, dims[i].dim);
+    return VEL_OK;
+}
+
+/* Values stated per module by a pattern over the end of its path, as PEFT matches them. */
+static double stated(const json_t *config, const char *patterns, const char *path, double otherwise)
+{
+    json_t *entry, *rows = json_object_get(config, patterns);
+    const char *key;
+    json_object_foreach (rows, key, entry)
+        if (json_is_number(entry) && vel_adapter_pattern_matches(key, strchr(path, '.') + 1))
+            return json_number_value(entry);
+    return otherwise;
+}
+
+/* The site's rank and alpha: PEFT's config, or LyCORIS' tensor. */
+static void read_strength(golden *k, const json_t *config, vel_adapter_site *s)
+{
+    const char *key = strcmp(s->kind->name, "lora") == 0 ? "lora_alpha" : "alpha";
+    char name[512];
+    bool whole = s->rank == 0; /* a LoKr of two whole factors */
+    if (whole)
+        s->rank = (int)stated(config, "rank_pattern", s->path, vel_json_number(config, "r", 1));
+    s->alpha = stated(config, "alpha_pattern", s->path, vel_json_number(config, key, s->rank));
+    if (vel_json_bool(config, "use_rslora", false))
+        s->alpha *= sqrt((double)s->rank);
+    snprintf(name, sizeof name, "%s.alpha", strchr(s->path, '.') + 1);
+    const vel_file_tensor *t = vel_safetensors_find(k->file, name);
+    float alpha = (float)s->alpha;
+    if (t && t->count == 1)
+        vel_file_tensor_floats(t, 0, 1, &alpha);
+    s->alpha = k->lycoris && whole ? s->rank : (double)alpha;
+    s->norm_gradient = k->lycoris;
+}
+
+static vel_status read_sites(golden *k, const json_t *config, const char *kind,
+                             vel_adapter_site *sites)
+{
+    int n_modules;
     const vel_known_module *modules = vel_model_modules(k->model, &n_modules);
+    for (int i = 0; i < n_modules; i++) {
+        bool found = false;
+        if (vel_has_prefix(modules[i].path, vel_model_family(k->model)->denoiser))
+            VEL_TRY(read_site(k, &modules[i], kind, &sites[k->n_sites], &found));
+        if (found)
+            read_strength(k, config, &sites[k->n_sites++]);
+    }
+    int targets = k->lycoris ? k->n_sites : 0;
+    for (int i = 0; i < n_modules && !k->lycoris; i++)
+        targets += vel_has_prefix(modules[i].path, vel_model_family(k->model)->denoiser) &&
+                   is_target(json_object_get(config, "target_modules"), modules[i].path);
+    if (k->n_sites == 0 || targets != k->n_sites)
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: trains %d modules, and its config names %d",
+                        vel_safetensors_path(k->file), k->n_sites, targets);
+    return VEL_OK;
+}
+
+static vel_status check_adapter(golden *k, const json_t *config, const char *kind)
+{
+    int n_modules;
+    vel_model_modules(k->model, &n_modules);
     vel_adapter_site *sites = vel_alloc(k->ctx, (size_t)VEL_MAX(1, n_modules) * sizeof *sites);
     if (!sites)
         return VEL_NO_MEMORY;
-    for (int i = 0; i < n_modules; i++)
-        if (vel_has_prefix(modules[i].path, vel_model_family(k->model)->denoiser) &&
-            is_target(json_object_get(config, "target_modules"), modules[i].path)) {
-            int rank = (int)vel_json_int(config, "r", 4);
-            sites[n++] = (vel_adapter_site){
-                .path = modules[i].path,
-                .rank = rank,
-                .conv_rank = rank,
-                .weight = vel_shape_of(modules[i].weight_rank, modules[i].weight_dim),
-                .alpha = vel_json_number(config, "lora_alpha", rank)};
-        }
-    vel_adaption adaption = {&vel_adapter_lora, sites, n};
-    vel_trainer_options o = {
-        .compute = VEL_F32, .clip_skip = 1, .adaptions = &adaption, .n_adaptions = 1};
+    k->sites = sites;
+    k->n_sites = 0;
     lesson l = {0};
     vel_trainer *trainer = NULL;
-    vel_status st = load_lesson(k, &l);
+    vel_status st = read_sites(k, config, kind, sites);
+    vel_adaption adaption = {sites, k->n_sites};
+    vel_trainer_options o = {
+        .compute = VEL_F32, .clip_skip = 1, .adaptions = &adaption, .n_adaptions = 1};
+    if (st == VEL_OK)
+        st = load_lesson(k, &l);
     if (st == VEL_OK)
         st = vel_trainer_create(k->model, &o, &trainer);
     if (st == VEL_OK)
@@ -651,23 +752,34 @@ static vel_status check_lora(golden *k, const json_t *config)
     vel_trainer_destroy(trainer);
     free_lesson(k, &l);
     vel_free(k->ctx, sites);
+    k->sites = NULL;
     return st;
 }
 
+/* metadata "config": PEFT's, whose "peft_type" names the kind, or one with "algo", LyCORIS' name.
+ */
 static vel_status check_train(golden *k)
 {
-    const char *text = vel_safetensors_meta(k->file, "config");
+    static const struct {
+        const char *theirs, *kind;
+    } kinds[] = {{"LORA", "lora"},  {"LOHA", "loha"}, {"LOKR", "lokr"},
+                 {"locon", "lora"}, {"loha", "loha"}, {"lokr", "lokr"}};
+    const char *text = vel_safetensors_meta(k->file, "config"), *kind = NULL;
     json_t *config = text ? json_loads(text, 0, NULL) : NULL;
     if (!config)
         return vel_fail(k->ctx, VEL_BAD_FILE, "%s: no 'config' in the metadata",
                         vel_safetensors_path(k->file));
-    const char *kind = vel_json_string(config, "peft_type", "");
+    const char *algo = vel_json_string(config, "algo", NULL);
+    const char *name = algo ? algo : vel_json_string(config, "peft_type", "");
+    for (int i = 0; i < VEL_COUNT(kinds); i++)
+        if (strcmp(kinds[i].theirs, name) == 0)
+            kind = kinds[i].kind;
     vel_status st = VEL_OK;
-    if (strcmp(kind, "LORA") != 0 || vel_json_bool(config, "use_dora", false))
-        vel_log(k->ctx, 2, "%-24s skipped: %s%s is not trained by this version", k->name, kind,
-                vel_json_bool(config, "use_dora", false) ? " with DoRA" : "");
+    k->lycoris = algo != NULL;
+    if (!kind)
+        vel_log(k->ctx, 2, "%-24s skipped: %s is not trained by this version", k->name, name);
     else
-        st = check_lora(k, config);
+        st = check_adapter(k, config, kind);
     json_decref(config);
     return st;
 }

@@ -15,6 +15,14 @@ static const vel_known_module known[N_KNOWN] = {
     {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 2, {6, 6}},
 };
 
+static float *set_leaf(vel_ctx *ctx, vel_adapter_module *m, vel_adapter_leaf leaf,
+                       vel_leaf_dims dims)
+{
+    vel_adapter_tensor *t = &m->leaf[leaf];
+    t->dims = dims;
+    return t->v = vel_alloc(ctx, (size_t)vel_adapter_tensor_count(t) * sizeof *t->v);
+}
+
 /* An adapter over all known modules with ranks 1 to 5 and alpha twice module 0's rank. */
 static vel_status make_adapter(vel_ctx *ctx, vel_adapter_file *f)
 {
@@ -22,35 +30,31 @@ static vel_status make_adapter(vel_ctx *ctx, vel_adapter_file *f)
     f->modules = vel_alloc(ctx, N_KNOWN * sizeof *f->modules);
     for (int i = 0; f->modules && i < N_KNOWN; i++) {
         vel_adapter_module *m = &f->modules[i];
-        int64_t inner = 1;
-        for (int a = 1; a < known[i].weight_rank; a++)
-            inner *= known[i].weight_dim[a];
-        memcpy(m->weight_dim, known[i].weight_dim, sizeof m->weight_dim);
+        const int64_t *w = known[i].weight_dim;
+        memcpy(m->weight_dim, w, sizeof m->weight_dim);
         m->path = vel_strdup(ctx, known[i].path);
+        m->kind = "lora";
         m->weight_rank = known[i].weight_rank;
         m->rank = i + 1;
         m->alpha = 0.5 * m->rank;
-        m->n_down = m->rank * inner;
-        m->n_up = known[i].weight_dim[0] * m->rank;
-        m->down = vel_alloc(ctx, (size_t)m->n_down * sizeof *m->down);
-        m->up = vel_alloc(ctx, (size_t)m->n_up * sizeof *m->up);
-        if (!m->path || !m->down || !m->up)
+        float *down = set_leaf(ctx, m, VEL_LEAF_LORA_DOWN,
+                               (vel_leaf_dims){m->weight_rank, {m->rank, w[1], w[2], w[3]}});
+        float *up = set_leaf(ctx, m, VEL_LEAF_LORA_UP,
+                             (vel_leaf_dims){m->weight_rank, {w[0], m->rank, 1, 1}});
+        if (!m->path || !down || !up)
             return VEL_NO_MEMORY;
-        for (int64_t j = 0; j < m->n_down; j++)
-            m->down[j] = (float)(i + 1) + (float)(j % 8) / 8;
-        for (int64_t j = 0; j < m->n_up; j++)
-            m->up[j] = -(float)(i + 1) + (float)(j % 8) / 8;
+        for (int64_t j = 0; j < vel_adapter_tensor_count(&m->leaf[VEL_LEAF_LORA_DOWN]); j++)
+            down[j] = (float)(i + 1) + (float)(j % 8) / 8;
+        for (int64_t j = 0; j < vel_adapter_tensor_count(&m->leaf[VEL_LEAF_LORA_UP]); j++)
+            up[j] = -(float)(i + 1) + (float)(j % 8) / 8;
     }
     return f->modules ? VEL_OK : VEL_NO_MEMORY;
 }
 
 static void finish_adapter(vel_adapter_file *f)
 {
-    for (int i = 0; f->modules && i < f->n; i++) {
-        vel_free(f->ctx, f->modules[i].path);
-        vel_free(f->ctx, f->modules[i].down);
-        vel_free(f->ctx, f->modules[i].up);
-    }
+    for (int i = 0; f->modules && i < f->n; i++)
+        vel_adapter_module_finish(f->ctx, &f->modules[i]);
     vel_free(f->ctx, f->modules);
 }
 
@@ -58,11 +62,16 @@ static void finish_adapter(vel_adapter_file *f)
 static void check_same(vel_test *t, const vel_adapter_module *a, const vel_adapter_module *b)
 {
     CHECK(strcmp(a->path, b->path) == 0);
-    CHECK(a->rank == b->rank && a->n_down == b->n_down && a->n_up == b->n_up);
-    for (int64_t i = 0; i < a->n_down && a->n_down == b->n_down; i++)
-        CHECK(a->down[i] == b->down[i]);
-    for (int64_t i = 0; i < a->n_up && a->n_up == b->n_up; i++)
-        CHECK(a->up[i] * a->alpha / a->rank == b->up[i] * b->alpha / b->rank);
+    CHECK(a->rank == b->rank && strcmp(a->kind, b->kind) == 0);
+    for (int leaf = 0; leaf < VEL_ADAPTER_LEAVES; leaf++) {
+        const vel_adapter_tensor *x = &a->leaf[leaf], *y = &b->leaf[leaf];
+        double by_a = leaf == VEL_LEAF_LORA_UP ? a->alpha / a->rank : 1;
+        double by_b = leaf == VEL_LEAF_LORA_UP ? b->alpha / b->rank : 1;
+        CHECK(x->dims.rank == y->dims.rank &&
+              vel_adapter_tensor_count(x) == vel_adapter_tensor_count(y));
+        for (int64_t i = 0; x->v && y->v && i < vel_adapter_tensor_count(x); i++)
+            CHECK(x->v[i] * by_a == y->v[i] * by_b);
+    }
 }
 
 static void round_trip(vel_test *t, const char *dialect, vel_file_type type, double alpha)
@@ -276,7 +285,8 @@ TEST(adapter_file_reads_dialects)
         CHECK_MSG(strcmp(f->dialect, rows[i].dialect) == 0, "%s: %s", rows[i].down, f->dialect);
         CHECK(f->n == 1 && strcmp(f->modules[0].path, m->path) == 0);
         CHECK(f->modules[0].rank == 3 && f->modules[0].alpha == 3); /* none stated: the rank */
-        CHECK(f->modules[0].down[0] == 2 && f->modules[0].up[0] == 5);
+        CHECK(f->modules[0].leaf[VEL_LEAF_LORA_DOWN].v[0] == 2 &&
+              f->modules[0].leaf[VEL_LEAF_LORA_UP].v[0] == 5);
         vel_adapter_file_destroy(f);
     }
 }
@@ -333,8 +343,7 @@ TEST(adapter_file_peft_folder)
         vel_adapter_file_destroy(f);
     }
     static const char *const refused[][2] = {
-        {"{\"peft_type\": \"LOHA\"}", "peft_type"},
-        {"{\"peft_type\": \"LORA\", \"use_dora\": true}", "use_dora"},
+        {"{\"peft_type\": \"IA3\"}", "peft_type"},
         {"{\"init_lora_weights\": \"pissa_niter_4\"}", "pissa"},
     };
     for (int i = 0; path && config && i < VEL_COUNT(refused); i++) {
@@ -343,6 +352,17 @@ TEST(adapter_file_peft_folder)
         CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_UNSUPPORTED);
         vel_adapter_file_destroy(f);
         CHECK_MSG(strstr(vel_ctx_error(t->ctx), refused[i][1]) != NULL, "%s",
+                  vel_ctx_error(t->ctx));
+    }
+    static const char *const contradicted[][2] = {
+        {"{\"peft_type\": \"LOHA\"}", "LOHA"},
+        {"{\"peft_type\": \"LORA\", \"use_dora\": true}", "lora_magnitude_vector"},
+    };
+    for (int i = 0; path && config && i < VEL_COUNT(contradicted); i++) {
+        vel_adapter_file *f = NULL;
+        CHECK_OK(vel_write_file(t->ctx, config, contradicted[i][0], strlen(contradicted[i][0])));
+        CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_BAD_FILE);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), contradicted[i][1]) != NULL, "%s",
                   vel_ctx_error(t->ctx));
     }
     vel_free(t->ctx, path);
@@ -395,17 +415,22 @@ TEST(adapter_file_refusals)
         {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q ".lora_A.weight", 2, {2, 6}, 1}};
     check_refused(t, twice, 3, VEL_BAD_FILE, "same tensor");
     static const row loha[] = {{TO_Q_KOHYA ".hada_w1_a", 2, {8, 2}, 1}};
-    check_refused(t, loha, 1, VEL_UNSUPPORTED, "LoHa");
+    check_refused(t, loha, 1, VEL_BAD_FILE, "hada_w1_b is missing");
+    static const row mixed[] = {
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q_KOHYA ".lokr_w1", 2, {2, 2}, 1}};
+    check_refused(t, mixed, 3, VEL_BAD_GRAPH, "lokr_w1 stands beside");
     static const row dora[] = {
-        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q_KOHYA ".dora_scale", 2, {8, 1}, 1}};
-    check_refused(t, dora, 3, VEL_UNSUPPORTED, "DoRA");
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q_KOHYA ".dora_scale", 2, {6, 1}, 1}};
+    check_refused(t, dora, 3, VEL_BAD_GRAPH, "dora_scale is [6, 1]");
+    static const row turned[] = {{TO_Q_KOHYA ".oft_blocks", 2, {8, 2}, 1}};
+    check_refused(t, turned, 1, VEL_UNSUPPORTED, "OFT");
     static const row infinite[] = {{DOWN, {2, 6}, INFINITY}, {UP, {8, 2}, 1}};
     check_refused(t, infinite, 2, VEL_BAD_FILE, "not finite");
     static const row alpha[] = {
         {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {TO_Q_KOHYA ".alpha", 1, {2}, 1}};
     check_refused(t, alpha, 3, VEL_BAD_FILE, "alpha");
     static const row scalar[] = {{TO_Q_KOHYA ".lora_down.weight", 0, {0}, 1}, {UP, {8, 2}, 1}};
-    check_refused(t, scalar, 2, VEL_BAD_GRAPH, "[]");
+    check_refused(t, scalar, 2, VEL_BAD_GRAPH, "0 axes");
 }
 
 TEST(adapter_file_folders)

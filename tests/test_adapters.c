@@ -47,6 +47,13 @@ static int64_t count_params(const vel_graph *g, int *n)
     return values;
 }
 
+static vel_adapter_site lora_site(const char *path, vel_shape weight, int rank, double alpha)
+{
+    vel_adapter_site s = {.path = path, .kind = &vel_adapter_lora, .weight = weight};
+    vel_adapter_site_make(&s, &(vel_adapter_how){.rank = rank, .alpha = alpha});
+    return s;
+}
+
 static void check_preset(vel_test *t, const char *preset, bool text, int modules, int64_t values)
 {
     static vel_module all[MAX_MODULES];
@@ -55,10 +62,9 @@ static void check_preset(vel_test *t, const char *preset, bool text, int modules
     int n = g ? vel_graph_modules(g, all, MAX_MODULES) : 0, matched = 0, params = 0;
     for (int i = 0; i < n; i++)
         if (all[i].path && vel_glob(vel_adapter_preset(preset, text), all[i].path))
-            sites[matched++] = (vel_adapter_site){
-                .path = all[i].path, .weight = all[i].weight, .rank = 16, .alpha = 16};
+            sites[matched++] = lora_site(all[i].path, all[i].weight, 16, 16);
     CHECK_MSG(matched == modules, "%s: %d modules, not %d", preset, matched, modules);
-    vel_adaption adaption = {&vel_adapter_lora, sites, matched};
+    vel_adaption adaption = {sites, matched};
     if (g)
         CHECK_OK(vel_adapt(g, &adaption, 1, &adapted));
     if (adapted) {
@@ -116,13 +122,11 @@ TEST(adapters_linear_numbers)
     enum { IN = 5, OUT = 3, RANK = 2 };
     vel_graph *g = vel_graph_create(t->ctx), *adapted = NULL;
     vel_ref_tensor out[1] = {0};
-    vel_adapter_site train = {
-        .path = "unet.to_q", .weight = VEL_SHAPE(OUT, IN), .rank = RANK, .alpha = 3};
-    vel_adapter_site fixed = train;
+    vel_adapter_site train = lora_site("unet.to_q", VEL_SHAPE(OUT, IN), RANK, 3);
+    vel_adapter_site fixed = lora_site("unet.to_q", VEL_SHAPE(OUT, IN), 1, 1);
     fixed.frozen = true;
     fixed.name = "style";
-    fixed.rank = fixed.alpha = 1;
-    vel_adaption adaptions[] = {{&vel_adapter_lora, &train, 1}, {&vel_adapter_lora, &fixed, 1}};
+    vel_adaption adaptions[] = {{&train, 1}, {&fixed, 1}};
     if (!g)
         return;
     vel_scope(g, "unet");
@@ -155,9 +159,8 @@ TEST(adapters_conv_numbers)
     enum { I = 2, O = 3, RANK = 2, K = 3, INNER = I * K * K };
     vel_graph *g = vel_graph_create(t->ctx), *adapted = NULL;
     vel_ref_tensor out[2] = {0};
-    vel_adapter_site site = {
-        .path = "conv", .weight = VEL_SHAPE(O, I, K, K), .rank = 7, .conv_rank = RANK, .alpha = 1};
-    vel_adaption adaption = {&vel_adapter_lora, &site, 1};
+    vel_adapter_site site = lora_site("conv", VEL_SHAPE(O, I, K, K), RANK, 1);
+    vel_adaption adaption = {&site, 1};
     if (!g)
         return;
     vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(1, 5, 4, I));
@@ -205,9 +208,9 @@ TEST(adapters_conv_numbers)
 TEST(adapters_dropout_and_outputs)
 {
     vel_graph *g = vel_graph_create(t->ctx), *adapted = NULL;
-    vel_adapter_site site = {
-        .path = "second.to_q", .weight = VEL_SHAPE(4, 4), .rank = 1, .alpha = 1, .dropout = 0.1};
-    vel_adaption adaption = {&vel_adapter_lora, &site, 1};
+    vel_adapter_site site = lora_site("second.to_q", VEL_SHAPE(4, 4), 1, 1);
+    site.dropout = 0.1;
+    vel_adaption adaption = {&site, 1};
     if (!g)
         return;
     vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(2, 4));
@@ -243,7 +246,7 @@ TEST(adapters_dropout_and_outputs)
 static void check_refused(vel_test *t, const vel_adapter_site *site, const char *what)
 {
     vel_graph *g = vel_graph_create(t->ctx), *adapted = NULL;
-    vel_adaption adaption = {&vel_adapter_lora, site, 1};
+    vel_adaption adaption = {site, 1};
     if (!g)
         return;
     vel_output(g, "y", nn_linear(g, "to_q", vel_input(g, "x", VEL_F32, VEL_SHAPE(2, 4)), 4, false));
@@ -255,36 +258,34 @@ static void check_refused(vel_test *t, const vel_adapter_site *site, const char 
 
 TEST(adapters_refusals)
 {
-    vel_adapter_site site = {.path = "to_k", .weight = VEL_SHAPE(4, 4), .rank = 1, .alpha = 1};
+    vel_adapter_site site = lora_site("to_k", VEL_SHAPE(4, 4), 1, 1);
     check_refused(t, &site, "to_k");
-    site.path = "to_q";
-    site.weight = VEL_SHAPE(4, 8);
+    site = lora_site("to_q", VEL_SHAPE(4, 8), 1, 1);
     check_refused(t, &site, "another shape");
 }
 
 TEST(adapters_lora_first_values)
 {
-    vel_adapter_site site = {
-        .path = "unet.a", .weight = VEL_SHAPE(8, 16, 3, 3), .rank = 4, .alpha = 4};
+    vel_adapter_site site = lora_site("unet.a", VEL_SHAPE(8, 16, 3, 3), 4, 4);
     vel_adapter_site other = site;
     other.path = "unet.b";
     float a[4 * 144], b[4 * 144], up[32];
     int64_t n = VEL_COUNT(a);
     double square = 0;
-    CHECK(vel_shape_count(vel_adapter_lora.leaf_shape(&site, 0)) == n);
-    vel_adapter_lora.init(&site, 0, 7, a, n);
-    vel_adapter_lora.init(&site, 0, 7, b, n);
+    CHECK(vel_shape_count(site.leaf[VEL_LEAF_LORA_DOWN]) == n);
+    vel_adapter_lora.init(&site, VEL_LEAF_LORA_DOWN, 7, a, n);
+    vel_adapter_lora.init(&site, VEL_LEAF_LORA_DOWN, 7, b, n);
     CHECK(memcmp(a, b, sizeof a) == 0);
-    vel_adapter_lora.init(&other, 0, 7, b, n);
+    vel_adapter_lora.init(&other, VEL_LEAF_LORA_DOWN, 7, b, n);
     CHECK(memcmp(a, b, sizeof a) != 0);
-    vel_adapter_lora.init(&site, 0, 8, b, n);
+    vel_adapter_lora.init(&site, VEL_LEAF_LORA_DOWN, 8, b, n);
     CHECK(memcmp(a, b, sizeof a) != 0);
     for (int64_t i = 0; i < n; i++) {
         CHECK(fabsf(a[i]) <= 1 / 12.0f); /* 1 / sqrt(16 * 9) */
         square += (double)a[i] * a[i] / (double)n;
     }
     CHECK(fabs(sqrt(square) - 1 / 12.0 / sqrt(3)) < 0.003);
-    vel_adapter_lora.init(&site, 1, 7, up, VEL_COUNT(up));
+    vel_adapter_lora.init(&site, VEL_LEAF_LORA_UP, 7, up, VEL_COUNT(up));
     for (int i = 0; i < VEL_COUNT(up); i++)
         CHECK(up[i] == 0);
 }

@@ -1,52 +1,96 @@
 /* adapters.h: adapters as a rewrite of the graph. Every matched y = x W^T becomes y + x dW^T; W
- * stays frozen, in its own type, and unrounded. Each kind says one thing: what it adds to W.
- * Gradient, recomputation, saving need no line here. */
+ * stays frozen, in its own type, and unrounded. Each kind says one thing: what it adds to W
+ * (formats/adapter_leaves.h has the formulas). DoRA is no kind: it gives the rows of W + dW new
+ * lengths, whatever made dW. Gradient, recomputation, saving need no line here. */
 #ifndef VEL_ADAPTERS_H
 #define VEL_ADAPTERS_H
 
+#include "formats/adapter_leaves.h"
 #include "graph/graph.h"
+
+struct vel_adapter_kind;
 
 typedef struct vel_adapter_site { /* one module under one adapter */
     const char *path;             /* module: "unet.mid_block...to_q" */
+    const struct vel_adapter_kind *kind;
     vel_shape weight;
-    int rank, conv_rank;
-    double alpha;
-    double dropout; /* of the side path's input, in training */
-    bool
-        frozen; /* leaves are weights "adapter.<name>.<path>.<leaf>", else params "<path>.<leaf>" */
-    const char
-        *name; /* the adapter's, when frozen; its strength is input "adapter.<name>.scale" [1] */
-    uint32_t stream; /* of the dropout mask */
-    bool linear_1x1; /* file stores a linear as 1x1 convolution: shapes only matter in files */
+    vel_shape leaf[VEL_ADAPTER_LEAVES]; /* rank 0: the module has none */
+    int rank;
+    double alpha;          /* dW is alpha / rank times the product of the leaves */
+    double dropout;        /* of the side path's input, in training */
+    double rank_dropout;   /* of LoRA's inner channels, of the rows of dW otherwise */
+    bool rank_rescale;     /* what is kept of those rows is scaled up (of channels, always) */
+    double module_dropout; /* of the whole side path */
+    bool norm_gradient;    /* DoRA: differentiate the rows' lengths too, as LyCORIS does */
+    bool frozen;           /* leaves are weights "adapter.<name>.<path>.<leaf>", else params
+                              "<path>.<leaf>" */
+    const char *name; /* the adapter's, when frozen; its strength is input "adapter.<name>.scale"
+                         [1]. DoRA's result is W + strength (W' - W) */
+    uint32_t stream;  /* of the dropout masks */
 } vel_adapter_site;
+
+/* How a new module is to be made. */
+typedef struct vel_adapter_how {
+    int rank;
+    double alpha;    /* 0: the rank */
+    bool root_scale; /* the strength is alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023) */
+    int factor;      /* LoKr: of the first matrix; 0 and -1: near the square root */
+    bool decompose_both, full_matrix; /* LoKr: the first matrix too has a rank; none has */
+    bool tucker;                      /* convolutions get a core */
+    bool dora, dora_columns;
+} vel_adapter_how;
 
 typedef struct vel_adapter_kind {
     const char *name; /* "lora" */
-    const char
-        *leaves[4]; /* tensor names below the module, NULL-terminated: "lora_down.weight" ... */
-    /* Shape of leaf i for a weight; used by files, initialisation and the rewrite. */
-    vel_shape (*leaf_shape)(const vel_adapter_site *s, int i);
-    /* y plus the side path on x. leaf[i] are the leaves' refs; n is the linear or conv2d node,
-     * whose inputs in the new graph are x, and bias already in y. scale: {0} or a [1] value. */
-    vel_ref (*apply)(vel_graph *g, const vel_node *n, vel_ref x, vel_ref y, const vel_ref *leaf,
-                     const vel_adapter_site *s, vel_ref scale);
-    /* First values of leaf i (kaiming uniform, zeros ...), from (seed, path). */
-    void (*init)(const vel_adapter_site *s, int i, uint64_t seed, float *out, int64_t n);
+    /* Shapes of the leaves of a new site with this weight; NULL: the kind is only read. */
+    void (*shape)(vel_adapter_site *s, const vel_adapter_how *how);
+    /* dW in float32, in the weight's shape; alpha / rank is in one of the leaves. */
+    vel_ref (*delta)(vel_graph *g, const vel_adapter_site *s, const vel_ref *leaf);
+    /* y + x dW^T in an order of products that does not form dW. mask: of rank_dropout, over the
+     * last axis of a value [N, .., r], {0} none. NULL: through delta. */
+    vel_ref (*apply)(vel_graph *g, const vel_adapter_site *s, const vel_node *n, vel_ref x,
+                     vel_ref y, const vel_ref *leaf, vel_ref mask);
+    /* First values of a leaf (not of dora_scale), from (seed, path). */
+    void (*init)(const vel_adapter_site *s, vel_adapter_leaf leaf, uint64_t seed, float *out,
+                 int64_t n);
 } vel_adapter_kind;
 
-extern const vel_adapter_kind vel_adapter_lora;
+#define ADAPTER(name) extern const vel_adapter_kind vel_adapter_##name;
+#include "adapters/adapters.def"
+#undef ADAPTER
 const vel_adapter_kind *vel_adapter_find(const char *name);
 /* The i-th kind of adapters.def; NULL past the end. */
 const vel_adapter_kind *vel_adapter_at(int i);
 
+/* Makes s, which has path, kind and weight, a new module: leaves, rank and alpha. */
+void vel_adapter_site_make(vel_adapter_site *s, const vel_adapter_how *how);
+/* The leaf that path is of the site: path is "<site's path>.<leaf>"; VEL_ADAPTER_LEAVES: of none.
+ */
+vel_adapter_leaf vel_adapter_site_leaf(const vel_adapter_site *s, const char *path);
+/* The site among n that the trainable at path belongs to, and which leaf it is; NULL: none. */
+const vel_adapter_site *vel_adapter_site_find(const vel_adapter_site *sites, int n,
+                                              const char *path, vel_adapter_leaf *leaf);
+
 typedef struct vel_adaption {
-    const vel_adapter_kind *kind;
     const vel_adapter_site *sites;
     int n_sites;
 } vel_adaption;
 /* Rewrites g under several adapters at once; *out is a new graph. Input "seed" [2] int32 is added
  * when a site has dropout. A site that matches no module is VEL_BAD_GRAPH with its path. */
 vel_status vel_adapt(const vel_graph *g, const vel_adaption *adaptions, int n, vel_graph **out);
+
+/* W' of a site: W + dW, with DoRA's lengths where it has them; in float32, in the weight's shape.
+ * leaf: refs of the site's leaves. What merging and comparing adapters evaluate. */
+vel_ref vel_adapter_merged(vel_graph *g, const vel_adapter_site *s, vel_ref w, const vel_ref *leaf);
+
+/* For kinds: x through n's own layer, with its stride and padding, under weight w; + y. */
+vel_ref vel_adapter_through(vel_graph *g, const vel_node *n, vel_ref x, vel_ref w, vel_ref y);
+/* For kinds: sum over p and q of a[o, p] core[p, q, h, w] b[q, i]: [o, i, h w]. a is [p, o] when
+ * transposed. */
+vel_ref vel_adapter_core(vel_graph *g, vel_ref a, bool transposed, vel_ref core, vel_ref b);
+/* For kinds: uniform within 1 / sqrt(fan in): torch's kaiming_uniform_ with a = sqrt(5). */
+void vel_adapter_kaiming(const vel_adapter_site *s, vel_adapter_leaf leaf, uint64_t seed,
+                         float *out, int64_t n);
 
 /* Presets of targets, as glob patterns over the path: "attn" (to_q, to_k, to_v, to_out.0),
  * "attn+mlp"

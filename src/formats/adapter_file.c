@@ -4,37 +4,41 @@
  *
  * The strength is alpha / rank. alpha comes from the module's own tensor, else from what stands
  * beside the tensors (PEFT's adapter_config.json, diffusers' "lora_adapter_metadata"), else it is
- * the rank. */
+ * the rank. A LoKr of two whole factors shows no rank: its strength is 1, as LyCORIS has it, unless
+ * PEFT's config says both. */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "formats/adapter_names.h"
 
 #include <pcre2.h>
 #include <stdlib.h>
 
-enum { SHOWN = 10, LARGEST_RANK = 1 << 16, PATTERN_EFFORT = 100000 };
+enum { SHOWN = 10, PATTERN_EFFORT = 100000 };
 static const size_t largest_config = (size_t)16 << 20;
 
 /* Files that a folder's adapter may be called, in order. */
 static const char *const usual_names[] = {"pytorch_lora_weights.safetensors",
                                           "adapter_model.safetensors"};
-/* What tensors of other kinds of adapters are called. */
+/* What tensors of kinds that are not read are called. */
 static const struct {
     const char *piece, *kind;
 } other_kinds[] = {
-    {"hada_", "LoHa"},
-    {"lokr_", "LoKr"},
-    {"dora_scale", "DoRA"},
-    {"lora_magnitude_vector", "DoRA"},
-    {"lora_mid", "a LoRA with Tucker decomposition"},
     {"oft_", "OFT"},
     {"bundle_emb", "an embedding bundle"},
+    {".on_input", "IA3"},
+    {".bm.weight", "GLoRA"},
+};
+/* PEFT's names of kinds. */
+static const struct {
+    const char *peft, *kind, *alpha; /* and what it calls alpha */
+} peft_kinds[] = {
+    {"LORA", "lora", "lora_alpha"},
+    {"LOHA", "loha", "alpha"},
+    {"LOKR", "lokr", "alpha"},
 };
 /* Settings of PEFT that change what the tensors mean, and the value that we read. */
 static const struct {
     const char *key, *value;
 } peft_expected[] = {
-    {"peft_type", "LORA"},
-    {"use_dora", "false"},
     {"fan_in_fan_out", "false"},
     {"use_qalora", "false"},
 };
@@ -43,6 +47,9 @@ static const char *const changed_base[] = {"pissa*", "olora", "loftq", "corda", 
 
 typedef struct part { /* a known module, as the file has it */
     const vel_file_tensor *tensor[VEL_ADAPTER_ROLES];
+    vel_leaf_dims dims[VEL_ADAPTER_LEAVES];
+    const char *kind; /* NULL: the file has nothing for it */
+    int rank;
 } part;
 
 typedef struct reading {
@@ -132,6 +139,36 @@ static const json_t *config_at(const reading *r, const char *path, const char *k
     return json_object_get(r->config, name);
 }
 
+/* The row of peft_kinds; LoRA's where none is stated or it is none of these. */
+static int peft_kind(const reading *r, const char *path)
+{
+    const json_t *type = config_at(r, path, "peft_type");
+    for (int i = 0; json_is_string(type) && i < VEL_COUNT(peft_kinds); i++)
+        if (strcmp(peft_kinds[i].peft, json_string_value(type)) == 0)
+            return i;
+    return 0;
+}
+
+static vel_status check_peft_kind(const reading *r, const char *path, const char *kind, bool dora)
+{
+    const json_t *type = config_at(r, path, "peft_type");
+    const char *name = json_is_string(type) ? json_string_value(type) : NULL;
+    int row = peft_kind(r, path);
+    if (name && strcmp(name, peft_kinds[row].peft) != 0)
+        return vel_fail(r->ctx, VEL_UNSUPPORTED,
+                        "%s: its \"peft_type\" is %s: LORA, LOHA and LOKR are supported", r->file,
+                        name);
+    if (name && strcmp(peft_kinds[row].kind, kind) != 0)
+        return vel_fail(r->ctx, VEL_BAD_FILE,
+                        "%s: its \"peft_type\" is %s, but the tensors of %s are of %s", r->file,
+                        name, path, kind);
+    if (json_is_true(config_at(r, path, "use_dora")) && !dora)
+        return vel_fail(r->ctx, VEL_BAD_FILE,
+                        "%s: its \"use_dora\" is true, but %s has no lora_magnitude_vector",
+                        r->file, path);
+    return VEL_OK;
+}
+
 static vel_status check_config(const reading *r, const char *path)
 {
     for (int i = 0; i < VEL_COUNT(peft_expected); i++) {
@@ -153,8 +190,7 @@ static vel_status check_config(const reading *r, const char *path)
     return VEL_OK;
 }
 
-/* PEFT's rule: the key is a regular expression for the end of the module's path. */
-static bool pattern_matches(const char *key, const char *module)
+bool vel_adapter_pattern_matches(const char *key, const char *module)
 {
     char pattern[512];
     int code, n = snprintf(pattern, sizeof pattern, "^(.*\\.)?(%s)$", key);
@@ -178,20 +214,34 @@ static bool pattern_matches(const char *key, const char *module)
     return found;
 }
 
+/* The entry of patterns for a module, else otherwise. */
+static const json_t *by_pattern(const reading *r, const char *path, const char *patterns,
+                                const json_t *otherwise)
+{
+    json_t *rows = (json_t *)config_at(r, path, patterns), *entry;
+    const char *key, *module = path + vel_adapter_part(path) + 1;
+    json_object_foreach (rows, key, entry)
+        if (json_is_number(entry) && vel_adapter_pattern_matches(key, module))
+            return entry;
+    return otherwise;
+}
+
+/* alpha of a module of this rank, such that the strength is alpha / rank. */
 static double config_alpha(const reading *r, const char *path, int rank)
 {
-    const char *module = path + vel_adapter_part(path) + 1;
-    const json_t *value = config_at(r, path, "lora_alpha"), *entry;
-    json_t *patterns = (json_t *)config_at(r, path, "alpha_pattern");
-    const char *key;
-    json_object_foreach (patterns, key, entry)
-        if (json_is_number(entry) && pattern_matches(key, module)) {
-            value = entry;
-            break;
-        }
+    const json_t *value = config_at(r, path, peft_kinds[peft_kind(r, path)].alpha);
+    value = by_pattern(r, path, "alpha_pattern", value);
     double alpha = json_is_number(value) ? json_number_value(value) : rank;
     bool root = json_is_true(config_at(r, path, "use_rslora")); /* alpha / sqrt(rank) */
     return root ? alpha * sqrt((double)rank) : alpha;
+}
+
+/* The rank of a module whose tensors show none; 0: not stated. */
+static int config_rank(const reading *r, const char *path)
+{
+    const json_t *value = by_pattern(r, path, "rank_pattern", config_at(r, path, "r"));
+    double rank = json_is_number(value) ? json_number_value(value) : 0;
+    return rank >= 1 && rank <= 1 << 16 ? (int)rank : 0;
 }
 
 /* ---- placing tensors ---- */
@@ -250,66 +300,82 @@ static vel_status place_tensors(reading *r, const vel_adapter_names *names)
     return st;
 }
 
-/* "[4, 320, 3, 3]" */
-static const char *dims_text(const vel_file_tensor *t, char out[160])
+/* What the tensors of a module say it is: of the first that belongs to one kind only. */
+static const char *kind_of_part(const part *p)
 {
-    int at = snprintf(out, 160, "[");
-    for (int i = 0; i < t->rank; i++)
-        at += snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "%s%" PRId64, i ? ", " : "",
-                       t->dim[i]);
-    snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "]");
-    return out;
+    bool any = false;
+    for (int i = 0; i < VEL_ADAPTER_ROLES; i++) {
+        if (!p->tensor[i])
+            continue;
+        any = true;
+        const char *kind =
+            i < VEL_ADAPTER_LEAVES ? vel_adapter_leaf_kind((vel_adapter_leaf)i) : NULL;
+        if (kind)
+            return kind;
+    }
+    if (p->tensor[VEL_LEAF_DIFF_B])
+        return "full";
+    return any ? "lora" : NULL; /* a lonely alpha: then its matrices are missing */
 }
 
-/* Are t's axes [first, second] and then those of `rest`, which may be left out where they are 1? */
-static bool has_dims(const vel_file_tensor *t, int64_t first, int64_t second, int64_t height,
-                     int64_t width)
+/* PEFT's vector of magnitudes is [o], or [1, o, 1, 1] for a convolution. */
+static bool take_magnitude(part *p, int64_t out)
 {
-    bool flat = t->rank == 2 && height == 1 && width == 1;
-    bool full = t->rank == 4 && t->dim[2] == height && t->dim[3] == width;
-    return (flat || full) && t->dim[0] == first && t->dim[1] == second;
+    const vel_file_tensor *m = p->tensor[VEL_ADAPTER_MAGNITUDE];
+    if (!m || m->count != out || p->tensor[VEL_LEAF_DORA_SCALE])
+        return false;
+    p->tensor[VEL_LEAF_DORA_SCALE] = m;
+    p->dims[VEL_LEAF_DORA_SCALE] = (vel_leaf_dims){1, {out, 1, 1, 1}};
+    return true;
 }
 
-static bool shapes_fit(const vel_known_module *m, const part *p, int64_t *rank)
+/* Sets kind, dims and rank; false with what does not fit. Absent tensors are no misfit yet. */
+static bool fit_part(part *p, const vel_known_module *m, char problem[200])
 {
-    const vel_file_tensor *down = p->tensor[VEL_ADAPTER_DOWN], *up = p->tensor[VEL_ADAPTER_UP];
-    bool image = m->weight_rank == 4;
-    *rank = down->rank ? down->dim[0] : 0;
-    return *rank >= 1 && *rank <= LARGEST_RANK &&
-           has_dims(down, *rank, m->weight_dim[1], image ? m->weight_dim[2] : 1,
-                    image ? m->weight_dim[3] : 1) &&
-           has_dims(up, m->weight_dim[0], *rank, 1, 1);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        const vel_file_tensor *t = p->tensor[i];
+        if (!t)
+            continue;
+        snprintf(problem, 200, "%s has %d axes", vel_adapter_leaf_name((vel_adapter_leaf)i),
+                 t->rank);
+        if (t->rank < 1 || t->rank > 4)
+            return false;
+        p->dims[i].rank = t->rank;
+        memcpy(p->dims[i].dim, t->dim, sizeof p->dims[i].dim);
+    }
+    snprintf(problem, 200, "the magnitudes do not fit %" PRId64 " rows", m->weight_dim[0]);
+    if (p->tensor[VEL_ADAPTER_MAGNITUDE] && !take_magnitude(p, m->weight_dim[0]))
+        return false;
+    return vel_adapter_leaves_fit(p->kind, m->weight_rank, m->weight_dim, p->dims, &p->rank,
+                                  problem);
 }
 
 /* Every module complete and of the model's shape; all that are not are named in one message. */
 static vel_status check_modules(const reading *r, int *n_used)
 {
     int lacking = 0, unfit = 0;
-    char a[160], b[160];
+    char problem[200];
     vel_text lack, fit;
     vel_text_init(&lack, r->ctx);
     vel_text_init(&fit, r->ctx);
     *n_used = 0;
     for (int m = 0; m < r->n_known; m++) {
-        const part *p = &r->parts[m];
-        const vel_file_tensor *down = p->tensor[VEL_ADAPTER_DOWN], *up = p->tensor[VEL_ADAPTER_UP];
-        int64_t rank;
-        if (!down && !up && !p->tensor[VEL_ADAPTER_ALPHA])
+        part *p = &r->parts[m];
+        p->kind = kind_of_part(p);
+        if (!p->kind)
             continue;
         ++*n_used;
-        if (!down || !up)
-            list_first(&lack, lacking++, r->known[m].path);
-        else if (!shapes_fit(&r->known[m], p, &rank)) {
-            list_first(&fit, unfit++, r->known[m].path);
-            if (unfit <= SHOWN)
-                vel_text_addf(&fit, " (%s and %s)", dims_text(down, a), dims_text(up, b));
-        }
+        if (fit_part(p, &r->known[m], problem))
+            continue;
+        bool missing = vel_has_suffix(problem, "is missing");
+        list_first(missing ? &lack : &fit, missing ? lacking++ : unfit++, r->known[m].path);
+        if ((missing ? lacking : unfit) <= SHOWN)
+            vel_text_addf(missing ? &lack : &fit, " (%s)", problem);
     }
     vel_status st = VEL_OK;
     if (lacking)
-        st = vel_fail(r->ctx, VEL_BAD_FILE,
-                      "%s: is incomplete; one of two tensors is missing for: %s", r->file,
-                      lack.s ? lack.s : "");
+        st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: is incomplete; a tensor is missing for: %s",
+                      r->file, lack.s ? lack.s : "");
     else if (unfit)
         st = vel_fail(r->ctx, VEL_BAD_GRAPH,
                       "%s: %d of its %d modules have shapes of another model: %s", r->file, unfit,
@@ -321,45 +387,56 @@ static vel_status check_modules(const reading *r, int *n_used)
 
 /* ---- values ---- */
 
-static vel_status read_values(const reading *r, const vel_file_tensor *t, float **out, int64_t *n)
+static vel_status read_values(const reading *r, const vel_file_tensor *t, vel_adapter_tensor *out)
 {
-    *n = t->count;
-    *out = vel_alloc(r->ctx, (size_t)t->count * sizeof **out);
-    if (!*out)
+    out->v = vel_alloc(r->ctx, (size_t)t->count * sizeof *out->v);
+    if (!out->v)
         return VEL_NO_MEMORY;
-    vel_file_tensor_floats(t, 0, t->count, *out);
+    vel_file_tensor_floats(t, 0, t->count, out->v);
     for (int64_t i = 0; i < t->count; i++)
-        if (!isfinite((*out)[i]))
+        if (!isfinite(out->v[i]))
             return vel_fail(r->ctx, VEL_BAD_FILE,
                             "%s: %s holds a value that is not finite; the training diverged",
                             r->file, t->name);
     return VEL_OK;
 }
 
-static vel_status read_module(const reading *r, int index, vel_adapter_module *out)
+/* rank and alpha: from the tensor, or from the config. */
+static vel_status read_strength(const reading *r, const part *p, vel_adapter_module *out)
 {
-    const vel_known_module *m = &r->known[index];
-    const part *p = &r->parts[index];
     const vel_file_tensor *alpha = p->tensor[VEL_ADAPTER_ALPHA];
-    int64_t rank;
-    shapes_fit(m, p, &rank);
-    out->path = vel_strdup(r->ctx, m->path);
-    if (!out->path)
-        return VEL_NO_MEMORY;
-    memcpy(out->weight_dim, m->weight_dim, sizeof out->weight_dim);
-    out->weight_rank = m->weight_rank;
-    out->rank = (int)rank;
-    out->alpha = config_alpha(r, m->path, out->rank);
-    if (alpha) {
+    bool product = strcmp(p->kind, "full") != 0 && strcmp(p->kind, "norm") != 0;
+    int stated = p->rank || !product ? p->rank : config_rank(r, out->path);
+    out->rank = VEL_MAX(stated, 1);
+    out->alpha = stated && product ? config_alpha(r, out->path, stated) : 1;
+    if (alpha && p->rank) {
         float value = NAN;
         if (alpha->count == 1)
             vel_file_tensor_floats(alpha, 0, 1, &value);
         out->alpha = value;
     }
-    if (!isfinite(out->alpha))
-        return vel_fail(r->ctx, VEL_BAD_FILE, "%s: the alpha of %s is no number", r->file, m->path);
-    VEL_TRY(read_values(r, p->tensor[VEL_ADAPTER_DOWN], &out->down, &out->n_down));
-    return read_values(r, p->tensor[VEL_ADAPTER_UP], &out->up, &out->n_up);
+    return isfinite(out->alpha) ? VEL_OK
+                                : vel_fail(r->ctx, VEL_BAD_FILE, "%s: the alpha of %s is no number",
+                                           r->file, out->path);
+}
+
+static vel_status read_module(const reading *r, int index, vel_adapter_module *out)
+{
+    const vel_known_module *m = &r->known[index];
+    const part *p = &r->parts[index];
+    out->path = vel_strdup(r->ctx, m->path);
+    if (!out->path)
+        return VEL_NO_MEMORY;
+    memcpy(out->weight_dim, m->weight_dim, sizeof out->weight_dim);
+    out->weight_rank = m->weight_rank;
+    out->kind = p->kind;
+    VEL_TRY(read_strength(r, p, out));
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        if (p->tensor[i]) {
+            out->leaf[i].dims = p->dims[i];
+            VEL_TRY(read_values(r, p->tensor[i], &out->leaf[i]));
+        }
+    return check_peft_kind(r, m->path, out->kind, vel_adapter_module_has_dora(out));
 }
 
 static vel_status read_modules(const reading *r, int n_used, vel_adapter_file *f)
@@ -368,7 +445,7 @@ static vel_status read_modules(const reading *r, int n_used, vel_adapter_file *f
     if (!f->modules)
         return VEL_NO_MEMORY;
     for (int m = 0; m < r->n_known; m++) {
-        if (!r->parts[m].tensor[VEL_ADAPTER_DOWN])
+        if (!r->parts[m].kind)
             continue;
         f->n++; /* counted first, so that a half-read module is freed too */
         VEL_TRY(check_config(r, r->known[m].path));
@@ -392,9 +469,10 @@ static vel_status read_all(reading *r, vel_adapter_file *f)
     f->metadata = json_deep_copy(vel_safetensors_metadata(r->sf));
     if (!f->metadata)
         f->metadata = json_object();
-    snprintf(f->kind, sizeof f->kind, "lora");
     snprintf(f->dialect, sizeof f->dialect, "%s", r->dialect);
-    return read_modules(r, n_used, f);
+    vel_status st = read_modules(r, n_used, f);
+    snprintf(f->kind, sizeof f->kind, "%s", f->n ? f->modules[0].kind : "");
+    return st;
 }
 
 vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known_module *known,
@@ -427,15 +505,35 @@ vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known
     return st;
 }
 
+/* ---- modules ---- */
+
+int64_t vel_adapter_tensor_count(const vel_adapter_tensor *t)
+{
+    int64_t n = t->dims.rank > 0;
+    for (int i = 0; i < t->dims.rank; i++)
+        n *= t->dims.dim[i];
+    return n;
+}
+
+bool vel_adapter_module_has_dora(const vel_adapter_module *m)
+{
+    return m->leaf[VEL_LEAF_DORA_SCALE].dims.rank > 0;
+}
+
+void vel_adapter_module_finish(vel_ctx *ctx, vel_adapter_module *m)
+{
+    vel_free(ctx, m->path);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        vel_free(ctx, m->leaf[i].v);
+    *m = (vel_adapter_module){0};
+}
+
 void vel_adapter_file_destroy(vel_adapter_file *f)
 {
     if (!f)
         return;
-    for (int i = 0; i < f->n; i++) {
-        vel_free(f->ctx, f->modules[i].path);
-        vel_free(f->ctx, f->modules[i].down);
-        vel_free(f->ctx, f->modules[i].up);
-    }
+    for (int i = 0; i < f->n; i++)
+        vel_adapter_module_finish(f->ctx, &f->modules[i]);
     vel_free(f->ctx, f->modules);
     vel_free(f->ctx, f->path);
     json_decref(f->metadata);

@@ -1,25 +1,31 @@
-/* adapter_file.h: adapter files in the dialects of kohya, diffusers and PEFT. Every tensor must
- * find its place. Names are made forwards from the model's modules, never guessed backwards from
- * the text. */
+/* adapter_file.h: adapter files in the dialects of kohya and LyCORIS, diffusers and PEFT. Every
+ * tensor must find its place. Names are made forwards from the model's modules, never guessed
+ * backwards from the text. */
 #ifndef VEL_ADAPTER_FILE_H
 #define VEL_ADAPTER_FILE_H
 
+#include "formats/adapter_leaves.h"
 #include "formats/formats.h"
 
+typedef struct vel_adapter_tensor {
+    vel_leaf_dims dims; /* as adapter_leaves.h states them; rank 0: the module has none */
+    float *v;           /* row-major; owned; NULL: none */
+} vel_adapter_tensor;
+
 typedef struct vel_adapter_module {
-    char *path;            /* "unet.down_blocks.0.attentions.0...attn1.to_q" */
-    int64_t weight_dim[4]; /* of the model's weight; rank 2 or 4 */
-    int weight_rank;
-    int rank;         /* r */
-    double alpha;     /* scale is alpha / rank */
-    float *down, *up; /* [r, in(*kh*kw)], [out, r], float32, row-major; owned */
-    int64_t n_down, n_up;
+    char *path;            /* "unet.down_blocks.0.attentions.0...attn1.to_q"; owned */
+    const char *kind;      /* "lora", "loha", "lokr", "full" or "norm"; static */
+    int64_t weight_dim[4]; /* of the model's weight */
+    int weight_rank;       /* 2 or 4; 1 for a norm */
+    int rank;              /* r; 1 where the kind has none */
+    double alpha;          /* dW is alpha / rank times the product of the leaves */
+    vel_adapter_tensor leaf[VEL_ADAPTER_LEAVES];
 } vel_adapter_module;
 
 typedef struct vel_adapter_file {
     vel_ctx *ctx;
     char *path;
-    char kind[16];    /* "lora" */
+    char kind[16];    /* of the first module; modules may differ */
     char dialect[24]; /* "kohya", "diffusers", "diffusers-old", "peft" */
     vel_adapter_module *modules;
     int n;
@@ -28,7 +34,7 @@ typedef struct vel_adapter_file {
 
 typedef struct vel_known_module { /* what the model at hand has */
     const char *path;             /* with its part: "unet....", "text_encoder...." */
-    int weight_rank;
+    int weight_rank;              /* 2, 4; 1: a norm, whose weight has this many values */
     int64_t weight_dim[4];
 } vel_known_module;
 
@@ -38,10 +44,21 @@ typedef struct vel_known_module { /* what the model at hand has */
 vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known_module *known,
                                  int n_known, vel_adapter_file **out);
 void vel_adapter_file_destroy(vel_adapter_file *f);
-/* dialect: "kohya" (alpha tensors, lora_unet_ names, ss_ and sshs_ metadata) or "diffusers" (no
- * alpha tensors: metadata "lora_adapter_metadata" carries it, and the scale is folded in where a
- * reader would not see it: peers' trap 3). type: F32, F16 or BF16. metadata: ss_*, modelspec.*
- * entries, hashes are added; may be NULL. */
+void vel_adapter_module_finish(vel_ctx *ctx, vel_adapter_module *m); /* frees what m holds */
+int64_t vel_adapter_tensor_count(const vel_adapter_tensor *t);       /* values; 0: there is none */
+bool vel_adapter_module_has_dora(const vel_adapter_module *m);
+
+/* PEFT's rule for rank_pattern and alpha_pattern: key is a regular expression for the end of the
+ * module's path. */
+bool vel_adapter_pattern_matches(const char *key, const char *module);
+
+/* dialect:
+ * "kohya": alpha tensors, lora_unet_ names, LyCORIS' names of leaves; ss_ and sshs_ metadata.
+ * "diffusers": no alpha tensors: metadata "lora_adapter_metadata" carries it, and the scale is
+ *   folded in where a reader would not see it: peers' trap 3.
+ * "peft": path is a folder; adapter_model.safetensors and adapter_config.json. One part of a model
+ *   only, and one kind; what PEFT has no module for is refused.
+ * type: F32, F16 or BF16. metadata: ss_*, modelspec.* entries, hashes are added; may be NULL. */
 vel_status vel_adapter_file_write(const vel_adapter_file *f, const char *path, const char *dialect,
                                   vel_file_type type, const json_t *metadata);
 

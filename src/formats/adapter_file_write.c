@@ -1,13 +1,15 @@
-/* adapter_file_write.c: writing adapters in kohya's and in diffusers' dialect.
+/* adapter_file_write.c: writing adapters in the dialects of kohya (with LyCORIS' names of what
+ * kohya has no name for), diffusers and PEFT.
  *
  * kohya's files carry alpha as tensors. diffusers' do not: new versions read it from metadata, old
  * ones and other programs take alpha to be the rank. So in that dialect the strength is folded into
- * the up tensors and the metadata says alpha = rank: every reader gets the strength that was
- * trained.
+ * one of the leaves and the metadata says alpha = rank: every reader gets the strength that was
+ * trained. PEFT always reads its adapter_config.json, which says alpha.
  *
  * The hashes of kohya's files are over the tensors of a file whose metadata are its ss_ entries
  * only; that file is written first, under the final name, and then replaced by the one with all
  * entries. */
+#include "formats/adapter_config.h"
 #include "formats/adapter_names.h"
 
 #include <stdlib.h>
@@ -20,7 +22,7 @@ typedef struct writing {
     const vel_adapter_file *file;
     const char *path, *dialect;
     vel_file_type type;
-    vel_save_tensor *tensors; /* [3 * n] */
+    vel_save_tensor *tensors; /* [VEL_ADAPTER_ROLES * modules] */
     int n;
 } writing;
 
@@ -28,131 +30,128 @@ typedef struct writing {
 
 static vel_status check_module(const writing *w, const vel_adapter_module *m)
 {
-    int64_t inner = 1;
-    for (int i = 1; i < m->weight_rank; i++)
-        inner *= m->weight_dim[i];
-    if (m->rank < 1 || m->n_down != m->rank * inner || m->n_up != m->weight_dim[0] * m->rank)
-        return vel_fail(w->ctx, VEL_BUG, "%s: the tensors of %s do not have rank %d", w->path,
-                        m->path, m->rank);
+    vel_leaf_dims dims[VEL_ADAPTER_LEAVES];
+    char problem[200];
+    int rank;
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        dims[i] = m->leaf[i].v ? m->leaf[i].dims : (vel_leaf_dims){0};
+    if (m->rank < 1 || !m->kind ||
+        !vel_adapter_leaves_fit(m->kind, m->weight_rank, m->weight_dim, dims, &rank, problem) ||
+        (rank && rank != m->rank))
+        return vel_fail(w->ctx, VEL_BUG, "%s: the tensors of %s do not make up a module of rank %d",
+                        w->path, m->path, m->rank);
     return VEL_OK;
 }
 
-static void add_tensor(writing *w, const char *name, vel_file_type type, const void *data, int rank,
-                       int64_t a, int64_t b, int64_t c, int64_t d)
+static void has_leaves(const vel_adapter_module *m, bool has[VEL_ADAPTER_LEAVES])
 {
-    w->tensors[w->n++] = (vel_save_tensor){
-        .name = name, .type = type, .rank = rank, .dim = {a, b, c, d}, .data = data};
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        has[i] = m->leaf[i].v != NULL;
 }
 
-/* The up tensor times alpha / rank, in the arena. */
-static const float *folded(const writing *w, const vel_adapter_module *m)
+/* A leaf's values times a factor, in the arena. */
+static const float *scaled(const writing *w, const vel_adapter_tensor *t, double by)
 {
-    float scale = (float)(m->alpha / m->rank);
-    if (scale == 1)
-        return m->up;
-    float *up = vel_arena_alloc(w->arena, (size_t)m->n_up * sizeof *up);
-    for (int64_t i = 0; up && i < m->n_up; i++)
-        up[i] = m->up[i] * scale;
-    return up;
+    if (by == 1)
+        return t->v;
+    int64_t n = vel_adapter_tensor_count(t);
+    float *out = vel_arena_alloc(w->arena, (size_t)n * sizeof *out);
+    for (int64_t i = 0; out && i < n; i++)
+        out[i] = t->v[i] * (float)by;
+    return out;
+}
+
+/* PEFT's vectors of magnitudes: [o] of a linear layer, [1, o, 1, 1] of a convolution. */
+static vel_status peft_magnitude(const writing *w, const vel_adapter_module *m,
+                                 vel_save_tensor *out)
+{
+    int64_t rows = m->weight_dim[0];
+    if (out->dim[0] != rows || (rows == 1 && out->dim[1] != 1))
+        return vel_fail(w->ctx, VEL_UNSUPPORTED,
+                        "%s: the dialect %s has DoRA over rows only, and %s has it over columns: "
+                        "use kohya",
+                        w->path, w->dialect, m->path);
+    if (m->weight_rank == 2) {
+        out->rank = 1;
+    } else {
+        out->dim[0] = 1;
+        out->dim[1] = rows;
+    }
+    return VEL_OK;
+}
+
+static vel_status add_leaf(writing *w, const vel_adapter_module *m, vel_adapter_leaf leaf,
+                           double by)
+{
+    const vel_adapter_tensor *t = &m->leaf[leaf];
+    const char *name = vel_adapter_name(w->arena, w->dialect, m->path, leaf);
+    if (!name)
+        return vel_fail(w->ctx, VEL_UNSUPPORTED, "%s: the dialect %s has no name for %s", w->path,
+                        w->dialect, m->path);
+    vel_save_tensor *out = &w->tensors[w->n++];
+    *out = (vel_save_tensor){
+        .name = name, .type = w->type, .rank = t->dims.rank, .data = scaled(w, t, by)};
+    memcpy(out->dim, t->dims.dim, sizeof t->dims.dim);
+    if (!out->data)
+        return VEL_NO_MEMORY;
+    bool kohya = strcmp(w->dialect, "kohya") == 0;
+    return leaf == VEL_LEAF_DORA_SCALE && !kohya ? peft_magnitude(w, m, out) : VEL_OK;
+}
+
+/* Which factor on dW the file's readers would not see: all of it where alpha is not told; and where
+ * no tensor shows the rank (a LoKr of two whole factors), readers of kohya's files take it to be 1.
+ */
+static double unseen_strength(const writing *w, const vel_adapter_module *m,
+                              vel_adapter_leaf scaled_leaf)
+{
+    bool whole = m->leaf[VEL_LEAF_LOKR_W1].v && m->leaf[VEL_LEAF_LOKR_W2].v;
+    bool told = strcmp(w->dialect, "peft") == 0 || (strcmp(w->dialect, "kohya") == 0 && !whole);
+    bool product = scaled_leaf < VEL_ADAPTER_LEAVES && scaled_leaf != VEL_LEAF_DIFF;
+    return told || !product ? 1 : m->alpha / m->rank;
 }
 
 static vel_status add_module(writing *w, const vel_adapter_module *m)
 {
-    const int64_t *d = m->weight_dim;
-    const char *name[VEL_ADAPTER_ROLES];
+    bool has[VEL_ADAPTER_LEAVES];
     VEL_TRY(check_module(w, m));
-    for (int i = 0; i < VEL_ADAPTER_ROLES; i++)
-        name[i] = vel_adapter_name(w->arena, w->dialect, m->path, (vel_adapter_role)i);
-    if (!name[VEL_ADAPTER_DOWN] || !name[VEL_ADAPTER_UP])
-        return vel_fail(w->ctx, VEL_UNSUPPORTED, "%s: the dialect %s has no name for %s", w->path,
-                        w->dialect, m->path);
-    bool carried = name[VEL_ADAPTER_ALPHA] != NULL;
-    const float *up = carried ? m->up : folded(w, m);
+    has_leaves(m, has);
+    vel_adapter_leaf leaf = vel_adapter_scaled_leaf(m->kind, has);
+    double by = unseen_strength(w, m, leaf);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        if (has[i])
+            VEL_TRY(add_leaf(w, m, (vel_adapter_leaf)i, (vel_adapter_leaf)i == leaf ? by : 1));
+    const char *name = vel_adapter_name(w->arena, w->dialect, m->path, VEL_ADAPTER_ALPHA);
     float *alpha = vel_arena_alloc(w->arena, sizeof *alpha);
-    if (!up || !alpha)
+    if (!alpha)
         return VEL_NO_MEMORY;
-    *alpha = (float)m->alpha;
-    add_tensor(w, name[VEL_ADAPTER_DOWN], w->type, m->down, m->weight_rank, m->rank, d[1], d[2],
-               d[3]);
-    add_tensor(w, name[VEL_ADAPTER_UP], w->type, up, m->weight_rank, d[0], m->rank, 1, 1);
-    if (carried)
-        add_tensor(w, name[VEL_ADAPTER_ALPHA], VEL_FILE_F32, alpha, 0, 0, 0, 0, 0);
+    *alpha = (float)(by == 1 ? m->alpha : m->rank);
+    if (name && leaf < VEL_ADAPTER_LEAVES && leaf != VEL_LEAF_DIFF)
+        w->tensors[w->n++] = (vel_save_tensor){.name = name, .type = VEL_FILE_F32, .data = alpha};
     return VEL_OK;
 }
 
 /* ---- diffusers' metadata ---- */
 
-static bool same_part(const char *a, const char *b)
-{
-    size_t n = vel_adapter_part(a);
-    return n == vel_adapter_part(b) && strncmp(a, b, n) == 0;
-}
-
-/* The path without its part, and without the wrapper that transformers 5 dropped: PEFT matches the
- * end. */
-static const char *target_name(const char *path)
-{
-    static const char wrapper[] = "text_model.";
-    const char *module = path + vel_adapter_part(path) + 1;
-    return vel_has_prefix(module, wrapper) ? module + strlen(wrapper) : module;
-}
-
-/* PEFT's config of the part of module `first`: "<part>.r" and so on. Modules of another rank than
- * the first one's are listed. */
-static int describe_part(json_t *config, const vel_adapter_file *f, const vel_adapter_module *first)
-{
-    char key[96];
-    int part = (int)vel_adapter_part(first->path), failed = 0;
-    json_t *targets = json_array(), *ranks = json_object();
-    for (int i = 0; i < f->n; i++) {
-        const vel_adapter_module *m = &f->modules[i];
-        if (!same_part(m->path, first->path))
-            continue;
-        const char *name = target_name(m->path);
-        failed |= json_array_append_new(targets, json_string(name));
-        if (m->rank != first->rank)
-            failed |= json_object_set_new(ranks, name, json_integer(m->rank));
-    }
-    struct {
-        const char *name;
-        json_t *value;
-    } rows[] = {
-        {"r", json_integer(first->rank)},
-        {"lora_alpha", json_integer(first->rank)}, /* the strength is folded in */
-        {"rank_pattern", ranks},
-        {"alpha_pattern", json_deep_copy(ranks)},
-        {"target_modules", targets},
-        {"lora_dropout", json_real(0)},
-        {"bias", json_string("none")},
-        {"use_dora", json_false()},
-        {"use_rslora", json_false()},
-    };
-    for (int i = 0; i < VEL_COUNT(rows); i++) {
-        snprintf(key, sizeof key, "%.*s.%s", part, first->path, rows[i].name);
-        failed |= json_object_set_new(config, key, rows[i].value);
-    }
-    return failed;
-}
-
-static vel_status add_diffusers_metadata(const writing *w, json_t *metadata)
+static vel_status add_diffusers_metadata(writing *w, json_t *metadata)
 {
     json_t *config = json_object();
-    int failed = 0;
-    for (int i = 0; i < w->file->n; i++) {
+    vel_status st = config ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < w->file->n && !st; i++) {
+        const char *part = w->file->modules[i].path;
         bool first = true;
         for (int j = 0; j < i && first; j++)
-            first = !same_part(w->file->modules[i].path, w->file->modules[j].path);
+            first = !vel_adapter_same_part(part, w->file->modules[j].path);
         if (first)
-            failed |= describe_part(config, w->file, &w->file->modules[i]);
+            st = vel_adapter_peft_config(w->file, part, true, config);
     }
-    char *text = config ? json_dumps(config, JSON_SORT_KEYS | JSON_INDENT(2)) : NULL;
-    failed |=
-        json_object_set_new(metadata, "lora_adapter_metadata", text ? json_string(text) : NULL);
-    failed |= json_object_set_new(metadata, "format", json_string("pt"));
+    char *text = st ? NULL : json_dumps(config, JSON_SORT_KEYS | JSON_INDENT(2));
+    if (!st &&
+        (json_object_set_new(metadata, "lora_adapter_metadata", text ? json_string(text) : NULL) ||
+         json_object_set_new(metadata, "format", json_string("pt"))))
+        st = vel_fail(w->ctx, VEL_NO_MEMORY, "%s: no memory for its metadata", w->path);
     free(text); /* jansson's */
     json_decref(config);
-    return failed ? vel_fail(w->ctx, VEL_NO_MEMORY, "%s: no memory for its metadata", w->path)
-                  : VEL_OK;
+    return st;
 }
 
 /* ---- kohya's hashes ---- */
@@ -204,31 +203,77 @@ static vel_status add_hashes(const writing *w, json_t *metadata)
     return st;
 }
 
+/* ---- PEFT's folder ---- */
+
+/* adapter_config.json goes last: a folder without it is no adapter. */
+static vel_status write_folder(writing *w, json_t *metadata)
+{
+    const vel_adapter_file *f = w->file;
+    for (int i = 1; i < f->n; i++)
+        if (!vel_adapter_same_part(f->modules[0].path, f->modules[i].path))
+            return vel_fail(w->ctx, VEL_UNSUPPORTED,
+                            "%s: PEFT keeps one part of a model in a folder, and the adapter has "
+                            "modules of two (%s, %s): use diffusers or kohya",
+                            w->path, f->modules[0].path, f->modules[i].path);
+    json_t *config = json_object();
+    char *tensors = vel_path_join(w->ctx, w->path, "adapter_model.safetensors");
+    char *beside = vel_path_join(w->ctx, w->path, "adapter_config.json");
+    vel_status st = config && tensors && beside ? VEL_OK : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_adapter_peft_config(f, f->n ? f->modules[0].path : "unet", false, config);
+    if (!st)
+        st = vel_make_folder(w->ctx, w->path);
+    if (!st && json_object_set_new(metadata, "format", json_string("pt")))
+        st = VEL_NO_MEMORY;
+    if (!st)
+        st = vel_safetensors_save(w->ctx, tensors, w->tensors, w->n, metadata);
+    if (!st)
+        st = vel_json_save(w->ctx, beside, config);
+    json_decref(config);
+    vel_free(w->ctx, tensors);
+    vel_free(w->ctx, beside);
+    return st;
+}
+
 /* ---- the file ---- */
+
+static vel_status write_kohya(writing *w, json_t *metadata)
+{
+    VEL_TRY(add_hashes(w, metadata));
+    return vel_safetensors_save(w->ctx, w->path, w->tensors, w->n, metadata);
+}
+
+static vel_status write_diffusers(writing *w, json_t *metadata)
+{
+    VEL_TRY(add_diffusers_metadata(w, metadata));
+    return vel_safetensors_save(w->ctx, w->path, w->tensors, w->n, metadata);
+}
 
 static const struct {
     const char *name;
-    vel_status (*add_metadata)(const writing *w, json_t *metadata);
+    vel_status (*write)(writing *w, json_t *metadata);
 } dialects[] = {
-    {"kohya", add_hashes},
-    {"diffusers", add_diffusers_metadata},
+    {"kohya", write_kohya},
+    {"diffusers", write_diffusers},
+    {"peft", write_folder},
 };
 
 static vel_status write_all(writing *w, json_t *metadata)
 {
+    int row = 0;
+    while (row < VEL_COUNT(dialects) && strcmp(dialects[row].name, w->dialect) != 0)
+        row++;
+    if (row == VEL_COUNT(dialects))
+        return vel_fail(w->ctx, VEL_BAD_VALUE,
+                        "%s: there is no dialect \"%s\": use kohya, diffusers or peft", w->path,
+                        w->dialect);
     w->tensors = vel_arena_alloc(w->arena,
                                  (size_t)(w->file->n * VEL_ADAPTER_ROLES + 1) * sizeof *w->tensors);
     if (!w->tensors)
         return VEL_NO_MEMORY;
     for (int i = 0; i < w->file->n; i++)
         VEL_TRY(add_module(w, &w->file->modules[i]));
-    for (int i = 0; i < VEL_COUNT(dialects); i++)
-        if (strcmp(dialects[i].name, w->dialect) == 0) {
-            VEL_TRY(dialects[i].add_metadata(w, metadata));
-            return vel_safetensors_save(w->ctx, w->path, w->tensors, w->n, metadata);
-        }
-    return vel_fail(w->ctx, VEL_BAD_VALUE, "%s: there is no dialect \"%s\": use kohya or diffusers",
-                    w->path, w->dialect);
+    return dialects[row].write(w, metadata);
 }
 
 vel_status vel_adapter_file_write(const vel_adapter_file *f, const char *path, const char *dialect,

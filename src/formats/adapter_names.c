@@ -16,6 +16,7 @@ static const form forms[] = {
     {"kohya", "unet", "lora_unet_", true},
     {"kohya", "text_encoder", "lora_te_", true},
     {"kohya", "text_encoder", "lora_te1_", true},
+    {"kohya", "unet", "lycoris_", true}, /* LyCORIS around the U-Net alone */
     {"diffusers", "unet", "unet.", false},
     {"diffusers", "text_encoder", "text_encoder.", false},
     {"diffusers", "unet", "", false}, /* adapters of the U-Net alone, saved from it */
@@ -44,33 +45,41 @@ typedef struct suffix {
     const char *text;
     vel_adapter_role role;
 } suffix;
+/* Besides "." and the leaf's own name. */
 static const suffix suffixes[] = {
-    {".lora_down.weight", VEL_ADAPTER_DOWN},
-    {".lora_up.weight", VEL_ADAPTER_UP},
     {".alpha", VEL_ADAPTER_ALPHA},
-    {".lora.down.weight", VEL_ADAPTER_DOWN},
-    {".lora.up.weight", VEL_ADAPTER_UP},
-    {"_lora.down.weight", VEL_ADAPTER_DOWN},
-    {"_lora.up.weight", VEL_ADAPTER_UP},
-    {".lora_linear_layer.down.weight", VEL_ADAPTER_DOWN},
-    {".lora_linear_layer.up.weight", VEL_ADAPTER_UP},
-    {".lora_A.weight", VEL_ADAPTER_DOWN},
-    {".lora_B.weight", VEL_ADAPTER_UP},
-    {".lora_A.default.weight", VEL_ADAPTER_DOWN}, /* PEFT's modules in memory */
-    {".lora_B.default.weight", VEL_ADAPTER_UP},
+    {".lora.down.weight", VEL_LEAF_LORA_DOWN},
+    {".lora.up.weight", VEL_LEAF_LORA_UP},
+    {"_lora.down.weight", VEL_LEAF_LORA_DOWN},
+    {"_lora.up.weight", VEL_LEAF_LORA_UP},
+    {".lora_linear_layer.down.weight", VEL_LEAF_LORA_DOWN},
+    {".lora_linear_layer.up.weight", VEL_LEAF_LORA_UP},
+    {".lora_A.weight", VEL_LEAF_LORA_DOWN},
+    {".lora_B.weight", VEL_LEAF_LORA_UP},
+    {".lora_A.default.weight", VEL_LEAF_LORA_DOWN}, /* PEFT's modules in memory */
+    {".lora_B.default.weight", VEL_LEAF_LORA_UP},
+    {".lora_magnitude_vector", VEL_ADAPTER_MAGNITUDE},
+    {".lora_magnitude_vector.weight", VEL_ADAPTER_MAGNITUDE},
+    {".lora_magnitude_vector.default.weight", VEL_ADAPTER_MAGNITUDE},
 };
+static const char in_memory[] = ".default"; /* ends PEFT's other leaves there */
 
-/* What is written. One suffix for all modules of a part: diffusers looks at the first name only to
- * tell its two conventions apart. */
+/* What is written where it is not "." and the leaf's own name. One suffix for all modules of a
+ * part: diffusers looks at the first name only to tell its two conventions apart. */
 static const struct {
-    const char *dialect, *part, *text[VEL_ADAPTER_ROLES];
+    const char *dialect, *part;
+    vel_adapter_role role;
+    const char *text;
 } written[] = {
-    {"kohya", "unet", {".lora_down.weight", ".lora_up.weight", ".alpha"}},
-    {"kohya", "text_encoder", {".lora_down.weight", ".lora_up.weight", ".alpha"}},
-    {"diffusers", "unet", {".lora.down.weight", ".lora.up.weight", NULL}},
-    {"diffusers",
-     "text_encoder",
-     {".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", NULL}},
+    {"kohya", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
+    {"diffusers", "unet", VEL_LEAF_LORA_DOWN, ".lora.down.weight"},
+    {"diffusers", "unet", VEL_LEAF_LORA_UP, ".lora.up.weight"},
+    {"diffusers", "text_encoder", VEL_LEAF_LORA_DOWN, ".lora_linear_layer.down.weight"},
+    {"diffusers", "text_encoder", VEL_LEAF_LORA_UP, ".lora_linear_layer.up.weight"},
+    {"diffusers", NULL, VEL_LEAF_DORA_SCALE, ".lora_magnitude_vector"},
+    {"peft", NULL, VEL_LEAF_LORA_DOWN, ".lora_A.weight"},
+    {"peft", NULL, VEL_LEAF_LORA_UP, ".lora_B.weight"},
+    {"peft", NULL, VEL_LEAF_DORA_SCALE, ".lora_magnitude_vector"},
 };
 
 size_t vel_adapter_part(const char *path)
@@ -146,25 +155,62 @@ vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_mo
     return VEL_OK;
 }
 
+/* The stem of name's first n characters; NULL when no module is called so. */
+static const vel_adapter_stem *find_stem(const vel_adapter_names *names, const char *name, size_t n)
+{
+    char stem[512];
+    if (n >= sizeof stem)
+        return NULL;
+    memcpy(stem, name, n);
+    stem[n] = 0;
+    vel_adapter_stem key = {.stem = stem};
+    const vel_adapter_stem *found =
+        bsearch(&key, names->stems, (size_t)names->n, sizeof *names->stems, by_stem);
+    return found && found->module >= 0 ? found : NULL;
+}
+
+/* Does name (n characters) end with "." and the leaf's name? */
+static bool ends_with_leaf(const char *name, size_t n, vel_adapter_leaf leaf)
+{
+    const char *tail = vel_adapter_leaf_name(leaf);
+    size_t length = strlen(tail);
+    return n > length + 1 && name[n - length - 1] == '.' &&
+           memcmp(name + n - length, tail, length) == 0;
+}
+
 const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, const char *tensor,
                                                vel_adapter_role *role)
 {
-    char stem[512];
-    size_t n = strlen(tensor);
+    size_t n = strlen(tensor), tail;
     for (int i = 0; i < VEL_COUNT(suffixes); i++) {
-        size_t tail = strlen(suffixes[i].text);
-        if (n <= tail || n - tail >= sizeof stem ||
-            strcmp(tensor + n - tail, suffixes[i].text) != 0)
+        tail = strlen(suffixes[i].text);
+        if (n <= tail || strcmp(tensor + n - tail, suffixes[i].text) != 0)
             continue;
-        memcpy(stem, tensor, n - tail);
-        stem[n - tail] = 0;
-        vel_adapter_stem key = {.stem = stem};
-        const vel_adapter_stem *found =
-            bsearch(&key, names->stems, (size_t)names->n, sizeof *names->stems, by_stem);
         *role = suffixes[i].role;
-        return found && found->module >= 0 ? found : NULL;
+        return find_stem(names, tensor, n - tail);
+    }
+    if (vel_has_suffix(tensor, in_memory))
+        n -= sizeof in_memory - 1;
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        if (!ends_with_leaf(tensor, n, (vel_adapter_leaf)i))
+            continue;
+        *role = i;
+        return find_stem(names, tensor, n - strlen(vel_adapter_leaf_name((vel_adapter_leaf)i)) - 1);
     }
     return NULL;
+}
+
+/* "." and the leaf's name, unless the dialect writes it otherwise; NULL: not at all. */
+static const char *written_tail(vel_arena *a, const char *dialect, const char *path,
+                                vel_adapter_role role)
+{
+    for (int i = 0; i < VEL_COUNT(written); i++)
+        if (written[i].role == role && strcmp(written[i].dialect, dialect) == 0 &&
+            of_part(path, written[i].part))
+            return written[i].text;
+    return role < VEL_ADAPTER_LEAVES
+               ? vel_arena_strf(a, ".%s", vel_adapter_leaf_name((vel_adapter_leaf)role))
+               : NULL;
 }
 
 const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
@@ -172,14 +218,9 @@ const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path
 {
     const form *f = NULL;
     for (int i = VEL_COUNT(forms) - 1; i >= 0; i--)
-        if (strcmp(forms[i].dialect, dialect) == 0 && forms[i].part && of_part(path, forms[i].part))
+        if (strcmp(forms[i].dialect, dialect) == 0 && of_part(path, forms[i].part))
             f = &forms[i];
-    for (int i = 0; f && i < VEL_COUNT(written); i++) {
-        if (strcmp(written[i].dialect, dialect) != 0 || !of_part(path, written[i].part))
-            continue;
-        const char *stem = make_stem(a, path, f, &renames[0]);
-        const char *tail = written[i].text[role];
-        return stem && tail ? vel_arena_strf(a, "%s%s", stem, tail) : NULL;
-    }
-    return NULL;
+    const char *stem = f ? make_stem(a, path, f, &renames[0]) : NULL;
+    const char *tail = stem ? written_tail(a, dialect, path, role) : NULL;
+    return tail ? vel_arena_strf(a, "%s%s", stem, tail) : NULL;
 }

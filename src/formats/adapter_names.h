@@ -5,12 +5,13 @@
 
 #include "formats/adapter_file.h"
 
-typedef enum vel_adapter_role {
-    VEL_ADAPTER_DOWN,
-    VEL_ADAPTER_UP,
-    VEL_ADAPTER_ALPHA
-} vel_adapter_role;
-enum { VEL_ADAPTER_ROLES = 3 };
+/* What a tensor of the file is: a vel_adapter_leaf, or one of these. */
+enum {
+    VEL_ADAPTER_ALPHA = VEL_ADAPTER_LEAVES,
+    VEL_ADAPTER_MAGNITUDE, /* PEFT's dora_scale, which is of the rows whatever its shape */
+    VEL_ADAPTER_ROLES
+};
+typedef int vel_adapter_role;
 
 /* Every name that any dialect has for a known module, made forwards from its path; sorted. */
 typedef struct vel_adapter_stem {

@@ -126,6 +126,16 @@ vel_ref vel_linear_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref 
     return vel_build(g, VEL_OP_linear, (vel_ref[]){x, w, bias, residual}, 4, &a);
 }
 
+vel_ref vel_row_norm(vel_graph *g, vel_ref w, vel_ref d, bool columns, bool constant)
+{
+    return build2(g, VEL_OP_row_norm, w, d, (vel_attr){.row_norm = {columns, constant}});
+}
+
+vel_ref vel_channel_scale(vel_graph *g, vel_ref x, vel_ref gain, vel_ref bias)
+{
+    return vel_build(g, VEL_OP_channel_scale, (vel_ref[]){x, gain, bias}, 3, NULL);
+}
+
 vel_ref vel_conv2d_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual,
                       int stride, const int pad[4], int act)
 {

@@ -63,6 +63,20 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     return t && describe_tensor(part, t, out);
 }
 
+vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count)
+{
+    vel_source_tensor t = {0};
+    if (!find_weight(m, path, &t))
+        return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no tensor '%s'",
+                        t.file ? t.file : m->folder, path);
+    *count = vel_shape_count(t.shape);
+    *out = vel_alloc(m->ctx, (size_t)*count * sizeof **out);
+    if (!*out)
+        return VEL_NO_MEMORY;
+    t.read(t.user, 0, *count, *out);
+    return VEL_OK;
+}
+
 /* Weights of a folder in the names that diffusers and transformers write; where there is only a
  * half precision variant, that. */
 static vel_status open_weights(vel_model *m, model_part *part, const char *variant)

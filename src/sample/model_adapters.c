@@ -4,6 +4,21 @@
  * encoder with layers skipped has fewer than the adapter's file. */
 #include "sample/model.h"
 
+vel_status vel_adapter_module_site(vel_ctx *ctx, const vel_adapter_module *m, vel_adapter_site *out)
+{
+    *out = (vel_adapter_site){.path = m->path,
+                              .kind = vel_adapter_find(m->kind),
+                              .weight = vel_shape_of(m->weight_rank, m->weight_dim),
+                              .rank = m->rank,
+                              .alpha = m->alpha};
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        if (m->leaf[i].v)
+            out->leaf[i] = vel_shape_of(m->leaf[i].dims.rank, m->leaf[i].dims.dim);
+    return out->kind ? VEL_OK
+                     : vel_fail(ctx, VEL_UNSUPPORTED, "%s: adapters of kind %s are not offered",
+                                m->path, m->kind);
+}
+
 static void finish_adapter(vel_ctx *ctx, model_adapter *a)
 {
     vel_adapter_file_destroy(a->file);
@@ -26,15 +41,9 @@ static vel_status make_sites(vel_ctx *ctx, model_adapter *a)
     if (!a->sites)
         return VEL_NO_MEMORY;
     for (int i = 0; i < a->file->n; i++) {
-        const vel_adapter_module *module = &a->file->modules[i];
-        a->sites[i] =
-            (vel_adapter_site){.path = module->path,
-                               .weight = vel_shape_of(module->weight_rank, module->weight_dim),
-                               .rank = module->rank,
-                               .conv_rank = module->rank,
-                               .alpha = module->alpha,
-                               .frozen = true,
-                               .name = a->name};
+        VEL_TRY(vel_adapter_module_site(ctx, &a->file->modules[i], &a->sites[i]));
+        a->sites[i].frozen = true;
+        a->sites[i].name = a->name;
     }
     return VEL_OK;
 }
@@ -59,9 +68,6 @@ vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *pat
     model_adapter a = {.name = vel_strdup(ctx, name), .weight = weight};
     vel_status st =
         a.name ? vel_adapter_file_read(ctx, path, known, n_known, &a.file) : VEL_NO_MEMORY;
-    if (!st && !vel_adapter_find(a.file->kind))
-        st = vel_fail(ctx, VEL_UNSUPPORTED, "%s: adapters of kind %s are not offered", path,
-                      a.file->kind);
     if (!st)
         st = make_sites(ctx, &a);
     if (st) {
@@ -111,36 +117,18 @@ static void read_leaf(void *user, int64_t first, int64_t n, float *out)
     memcpy(out, (const float *)user + first, sizeof *out * (size_t)n);
 }
 
-/* "lora_down.weight" of a module: its values and their count. */
-static const float *leaf_values(const vel_adapter_module *module, int i, int64_t *n)
-{
-    *n = i == 0 ? module->n_down : module->n_up;
-    return i == 0 ? module->down : i == 1 ? module->up : NULL;
-}
-
 static bool find_leaf(const model_adapter *a, const char *path, vel_source_tensor *out)
 {
-    const vel_adapter_kind *kind = vel_adapter_find(a->file->kind);
-    for (int i = 0; i < a->file->n; i++) {
-        const vel_adapter_module *module = &a->file->modules[i];
-        size_t length = strlen(module->path);
-        if (strncmp(path, module->path, length) != 0 || path[length] != '.')
-            continue;
-        for (int k = 0; k < 2 && kind->leaves[k]; k++) {
-            int64_t count;
-            const float *values = leaf_values(module, k, &count);
-            vel_shape shape = kind->leaf_shape(&a->sites[i], k);
-            if (strcmp(path + length + 1, kind->leaves[k]) != 0 || vel_shape_count(shape) != count)
-                continue;
-            *out = (vel_source_tensor){.shape = shape,
-                                       .file = a->file->path,
-                                       .user = (void *)values,
-                                       .read = read_leaf,
-                                       .dtype = VEL_F32};
-            return true;
-        }
-    }
-    return false;
+    vel_adapter_leaf leaf;
+    const vel_adapter_site *site = vel_adapter_site_find(a->sites, a->file->n, path, &leaf);
+    if (!site)
+        return false;
+    *out = (vel_source_tensor){.shape = site->leaf[leaf],
+                               .file = a->file->path,
+                               .user = a->file->modules[site - a->sites].leaf[leaf].v,
+                               .read = read_leaf,
+                               .dtype = VEL_F32};
+    return true;
 }
 
 bool vel_model_find_adapter_tensor(vel_model *m, const char *path, vel_source_tensor *out)
@@ -190,7 +178,8 @@ static int take_sites(const vel_adapter_site *sites, int n, const vel_module *mo
         if (!has_module(modules, n_modules, sites[i].path))
             continue;
         out[count] = sites[i];
-        out[count++].dropout = 0;
+        out[count].dropout = out[count].rank_dropout = out[count].module_dropout = 0;
+        count++;
     }
     return count;
 }
@@ -217,8 +206,7 @@ static vel_status adapt_with(vel_model *m, vel_graph **g, const vel_module *modu
                                n_modules, sites);
         if (!count)
             continue;
-        adaptions[n++] =
-            (vel_adaption){t ? t->kind : vel_adapter_find(a->file->kind), sites, count};
+        adaptions[n++] = (vel_adaption){sites, count};
         sites += count;
     }
     if (!n)

@@ -85,6 +85,25 @@ void vel_model_remove_adapters(vel_model *m);
 struct vel_adaption;
 void vel_model_set_trained(vel_model *m, const struct vel_adaption *adaptions, int n);
 
+/* A module of a file as a site of a graph: leaves, rank and alpha; paths are borrowed.
+ * VEL_UNSUPPORTED for a kind that graphs do not have. */
+struct vel_adapter_site;
+vel_status vel_adapter_module_site(vel_ctx *ctx, const vel_adapter_module *m,
+                                   struct vel_adapter_site *out);
+/* What a module makes of its weight, in float32 and the weight's shape: out <- strength (W' - W),
+ * where W' = W + dW, with DoRA's lengths where the module has them. base: W; NULL where the module
+ * has no dora_scale (dW does not depend on it then). Any kind of rank 2 and 4, and norms (w_norm;
+ * no base). The one evaluation for merging, comparing and measuring; e is any engine
+ * (vel_engine_create(ctx, NULL, &e)). A change of the bias is the leaf diff_b (b_norm) as it is. */
+vel_status vel_adapter_delta(vel_engine *e, const vel_adapter_module *m, const float *base,
+                             double strength, float *out);
+/* The same of a site and its leaves' values (NULL: it has none). */
+vel_status vel_adapter_site_delta(vel_ctx *ctx, vel_engine *e, const struct vel_adapter_site *s,
+                                  const float *const *leaf, const float *base, double strength,
+                                  float *out);
+/* A weight of the model's files ("unet.conv_in.weight") as float32; *out is owned. */
+vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count);
+
 /* Text states of prompts: out [n, length, width] (through adapters on the text encoder). Warns with
  * the cut part of prompts over length. */
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out);

@@ -69,13 +69,13 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
         bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
         int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
         double alpha = conv && o->conv_alpha > 0 ? o->conv_alpha : o->alpha;
-        out[found++] = (vel_adapter_site){.path = vel_arena_strdup(a, m->path),
-                                          .weight = vel_shape_of(m->weight_rank, m->weight_dim),
-                                          .rank = rank,
-                                          .conv_rank = rank,
-                                          .alpha = alpha > 0 ? alpha : rank,
-                                          .dropout = o->dropout,
-                                          .stream = (uint32_t)i + 1};
+        vel_adapter_site *site = &out[found++];
+        *site = (vel_adapter_site){.path = vel_arena_strdup(a, m->path),
+                                   .kind = vel_adapter_find(o->network),
+                                   .weight = vel_shape_of(m->weight_rank, m->weight_dim),
+                                   .dropout = o->dropout,
+                                   .stream = (uint32_t)i + 1};
+        vel_adapter_site_make(site, &(vel_adapter_how){.rank = rank, .alpha = alpha});
     }
     return found;
 }
@@ -119,7 +119,7 @@ static vel_status open_model(train_session *s)
     s->width = text[0].width;
     s->channels = vel_model_latent(s->model)->channels;
     VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
-    s->adaption = (vel_adaption){vel_adapter_find(o->network), s->sites, s->n_sites};
+    s->adaption = (vel_adaption){s->sites, s->n_sites};
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
                              .train_text_encoder = o->train_text_encoder,
@@ -137,29 +137,51 @@ static vel_status open_model(train_session *s)
     return vel_trainer_create(s->model, &t, &s->trainer);
 }
 
+/* DoRA's lengths begin as those of W's rows (or columns). */
+static vel_status weight_lengths(vel_model *m, const vel_adapter_site *s, float *out)
+{
+    vel_ctx *ctx = vel_model_ctx(m);
+    char *path = vel_strf(ctx, "%s.weight", s->path);
+    float *w = NULL;
+    int64_t n = 0, rows = s->weight.dim[0], columns = s->weight.dim[1];
+    vel_status st = path ? vel_model_read_weight(m, path, &w, &n) : VEL_NO_MEMORY;
+    int64_t pixels = st ? 1 : n / (rows * columns);
+    bool by_row = s->leaf[VEL_LEAF_DORA_SCALE].dim[0] == rows;
+    for (int64_t i = 0; !st && i < (by_row ? rows : columns); i++) {
+        double sum = 0;
+        for (int64_t k = 0; k < n / (by_row ? rows : columns); k++) {
+            int64_t at = by_row ? i * columns * pixels + k
+                                : (k / pixels * columns + i) * pixels + k % pixels;
+            sum += (double)w[at] * w[at];
+        }
+        out[i] = (float)sqrt(sum);
+    }
+    vel_free(ctx, w);
+    vel_free(ctx, path);
+    return st;
+}
+
 vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uint64_t seed)
 {
     vel_ctx *ctx = vel_model_ctx(m);
     vel_engine *e = vel_model_engine(m);
-    const vel_adapter_kind *kind = adaption->kind;
-    for (int i = 0; i < vel_engine_trainables(e); i++) {
+    vel_status st = VEL_OK;
+    for (int i = 0; i < vel_engine_trainables(e) && !st; i++) {
         const vel_trainable *t = vel_engine_trainable_at(e, i);
+        vel_adapter_leaf leaf;
+        const vel_adapter_site *site =
+            vel_adapter_site_find(adaption->sites, adaption->n_sites, t->path, &leaf);
         float *values = vel_alloc(ctx, (size_t)t->count * sizeof *values);
         if (!values)
             return VEL_NO_MEMORY;
-        for (int k = 0; k < adaption->n_sites; k++) {
-            const vel_adapter_site *site = &adaption->sites[k];
-            size_t stem = strlen(site->path);
-            if (strncmp(t->path, site->path, stem) != 0 || t->path[stem] != '.')
-                continue;
-            for (int leaf = 0; kind->leaves[leaf]; leaf++)
-                if (strcmp(t->path + stem + 1, kind->leaves[leaf]) == 0)
-                    kind->init(site, leaf, seed, values, t->count);
-        }
+        if (site && leaf == VEL_LEAF_DORA_SCALE)
+            st = weight_lengths(m, site, values);
+        else if (site)
+            site->kind->init(site, leaf, seed, values, t->count);
         vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
         vel_free(ctx, values);
     }
-    return VEL_OK;
+    return st;
 }
 
 static vel_status init_trainables(train_session *s)

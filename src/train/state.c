@@ -166,57 +166,72 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
     return st;
 }
 
+/* ---- the adapter's file ---- */
+
+static vel_status check_values(vel_ctx *ctx, const char *file, const char *name, vel_file_type type,
+                               const float *values, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(values[i]) || (type == VEL_FILE_F16 && fabsf(values[i]) >= 65520))
+            return vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", file,
+                            name, (double)values[i],
+                            isfinite(values[i]) ? "float16 cannot: use --save_precision bf16"
+                                                : "is not finite");
+    return VEL_OK;
+}
+
+static vel_status make_module(vel_ctx *ctx, const vel_adapter_site *s, vel_adapter_module *out)
+{
+    *out = (vel_adapter_module){.path = vel_strdup(ctx, s->path),
+                                .kind = s->kind->name,
+                                .weight_rank = s->weight.rank,
+                                .rank = s->rank,
+                                .alpha = s->alpha};
+    memcpy(out->weight_dim, s->weight.dim, sizeof out->weight_dim);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        out->leaf[i].dims.rank = s->leaf[i].rank;
+        memcpy(out->leaf[i].dims.dim, s->leaf[i].dim, sizeof out->leaf[i].dims.dim);
+    }
+    return out->path ? VEL_OK : VEL_NO_MEMORY;
+}
+
+static vel_status fill_modules(vel_engine *e, const vel_adapter_site *sites, vel_adapter_file *f,
+                               const char *path, vel_file_type type)
+{
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        vel_adapter_leaf leaf;
+        const vel_adapter_site *site = vel_adapter_site_find(sites, f->n, t->path, &leaf);
+        if (!site)
+            continue;
+        float *values = vel_alloc(f->ctx, (size_t)t->count * sizeof *values);
+        if (!values)
+            return VEL_NO_MEMORY;
+        f->modules[site - sites].leaf[leaf].v = values;
+        vel_engine_read_trainables(e, 'v', t->offset, t->count, values);
+        VEL_TRY(check_values(f->ctx, path, t->path, type, values, t->count));
+    }
+    return VEL_OK;
+}
+
 vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, const char *path,
                             const char *dialect, vel_file_type type, const json_t *metadata)
 {
     vel_ctx *ctx = vel_model_ctx(m);
-    vel_engine *e = vel_model_engine(m);
-    vel_adapter_file f = {.ctx = ctx, .n = n, .kind = "lora"};
-    f.modules = vel_alloc(ctx, (size_t)n * sizeof *f.modules);
-    vel_status st = f.modules ? VEL_OK : VEL_NO_MEMORY;
-    for (int i = 0; i < vel_engine_trainables(e) && st == VEL_OK; i++) {
-        const vel_trainable *t = vel_engine_trainable_at(e, i);
-        for (int k = 0; k < n; k++) {
-            size_t stem = strlen(sites[k].path);
-            if (strncmp(t->path, sites[k].path, stem) != 0 || t->path[stem] != '.')
-                continue;
-            vel_adapter_module *o = &f.modules[k];
-            bool down = strcmp(t->path + stem + 1, "lora_down.weight") == 0;
-            bool up = strcmp(t->path + stem + 1, "lora_up.weight") == 0;
-            if (!down && !up)
-                continue;
-            float *values = vel_alloc(ctx, (size_t)t->count * sizeof *values);
-            if (!values) {
-                st = VEL_NO_MEMORY;
-                break;
-            }
-            vel_engine_read_trainables(e, 'v', t->offset, t->count, values);
-            for (int64_t v = 0; v < t->count && st == VEL_OK; v++)
-                if (!isfinite(values[v]) || (type == VEL_FILE_F16 && fabsf(values[v]) >= 65520))
-                    st = vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s",
-                                  path, t->path, (double)values[v],
-                                  isfinite(values[v]) ? "float16 cannot: use --save_precision bf16"
-                                                      : "is not finite");
-            if (down) {
-                o->down = values;
-                o->n_down = t->count;
-                o->rank = (int)t->shape.dim[0];
-            } else {
-                o->up = values;
-                o->n_up = t->count;
-            }
-            o->path = (char *)sites[k].path;
-            o->alpha = sites[k].alpha;
-            o->weight_rank = sites[k].weight.rank;
-            memcpy(o->weight_dim, sites[k].weight.dim, sizeof o->weight_dim);
-        }
+    vel_adapter_file *f = vel_alloc(ctx, sizeof *f);
+    if (!f)
+        return VEL_NO_MEMORY;
+    f->ctx = ctx;
+    f->modules = vel_alloc(ctx, (size_t)VEL_MAX(n, 1) * sizeof *f->modules);
+    vel_status st = f->modules ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < n && !st; i++) {
+        f->n = i + 1;
+        st = make_module(ctx, &sites[i], &f->modules[i]);
     }
-    if (st == VEL_OK)
-        st = vel_adapter_file_write(&f, path, dialect, type, metadata);
-    for (int k = 0; f.modules && k < n; k++) {
-        vel_free(ctx, f.modules[k].down);
-        vel_free(ctx, f.modules[k].up);
-    }
-    vel_free(ctx, f.modules);
+    if (!st)
+        st = fill_modules(vel_model_engine(m), sites, f, path, type);
+    if (!st)
+        st = vel_adapter_file_write(f, path, dialect, type, metadata);
+    vel_adapter_file_destroy(f);
     return st;
 }
