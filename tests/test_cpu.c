@@ -533,6 +533,8 @@ static void check_adamw(bench *b)
                     .grad_scale = 0.5f,
                     .beta1 = 0.9f,
                     .beta2 = 0.999f,
+                    .one_minus_beta1 = 1 - 0.9f,
+                    .one_minus_beta2 = 1 - 0.999f,
                     .eps = 1e-8f,
                     .weight_decay = 0.01f,
                     .correction1 = 1 - 0.9f * 0.9f,

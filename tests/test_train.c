@@ -174,6 +174,7 @@ TEST(train_resumed_equals_uninterrupted)
         "precision=bf16",
         "dropout=0.2 caption_dropout=0.5 noise_offset=0.05 min_snr_gamma=5 flip=yes batch=2 "
         "accumulation=2",
+        "optimizer=AdamWScheduleFree optimizer_args=warmup_steps=2 save_every=1",
     };
     static watch w;
     char settings[512], whole[32], half[32], a[64], b[64];

@@ -99,6 +99,7 @@ typedef struct vel_update {
     const float *rate; /* [n], host: a segment's learning rate */
     float grad_scale;
     float beta1, beta2, beta3, eps, eps2, weight_decay, coupled_decay;
+    float one_minus_beta1, one_minus_beta2; /* subtracted in double, as the references do */
     float correction1, correction2, blend, dampening, clip_threshold;
     float d, next_d, d0;
     bool first, nesterov, scale_parameter, safeguard;

@@ -86,6 +86,7 @@ vel_status vel_engine_set_optimizer(vel_engine *e, const vel_optimizer *o);
  * rate of trainable i. */
 vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void *user, int i),
                              void *user);
+double vel_engine_rate(const vel_engine *e); /* of trainable 0 in the last step */
 /* Values to look at and to save, where they are not the ones that are trained (schedule_free): on
  * shows them, off brings back the trained ones, bit for bit. The gradient is lost. */
 vel_status vel_engine_evaluate(vel_engine *e, bool on);

@@ -281,6 +281,7 @@ static void schedule_free_numbers(vel_engine *e, vel_update *u, double t)
         e->rates[i] = (float)(e->rates[i] * warm);
         rate = VEL_MAX(rate, (double)e->rates[i]);
     }
+    e->rate *= warm;
     double *sum = &e->numbers[NUMBER_WEIGHT_SUM].value, *most = &e->numbers[NUMBER_LR_MAX].value;
     *most = VEL_MAX(*most, rate);
     double weight = pow(t, o->power) * pow(*most, o->lr_power);
@@ -292,10 +293,11 @@ static void schedule_free_numbers(vel_engine *e, vel_update *u, double t)
 static void adafactor_numbers(vel_engine *e, vel_update *u, double t)
 {
     const vel_optimizer *o = &e->optimizer;
+    u->one_minus_beta2 = (float)pow(t, o->decay_rate);
     u->beta2 = (float)(1 - pow(t, o->decay_rate));
     double most = o->warmup_init ? 1e-6 * t : 1e-2;
     for (int i = 0; o->relative_step && i < u->n; i++)
-        e->rates[i] = (float)VEL_MIN(most, 1 / sqrt(t));
+        e->rates[i] = (float)(e->rate = VEL_MIN(most, 1 / sqrt(t)));
 }
 
 static vel_status prodigy(vel_engine *e, vel_update *u, double t)
@@ -347,6 +349,7 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
     double t = e->numbers[NUMBER_T].value + 1;
     for (int i = 0; i < e->n_trainables; i++)
         e->rates[i] = (float)lr(user, i);
+    e->rate = e->n_trainables ? lr(user, 0) : 0;
     vel_update u = {.rule = rule_of(e),
                     .value = e->value,
                     .grad = e->grad,
@@ -358,6 +361,8 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
                     .grad_scale = (float)grad_scale,
                     .beta1 = (float)o->beta1,
                     .beta2 = (float)o->beta2,
+                    .one_minus_beta1 = (float)(1 - o->beta1),
+                    .one_minus_beta2 = (float)(1 - o->beta2),
                     .eps = (float)o->eps,
                     .eps2 = (float)o->eps2,
                     .weight_decay = (float)o->weight_decay,
@@ -376,6 +381,11 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
     VEL_TRY(u.rule == VEL_UPDATE_PRODIGY ? prodigy(e, &u, t) : run_update(e, &u));
     e->numbers[NUMBER_T].value = t;
     return VEL_OK;
+}
+
+double vel_engine_rate(const vel_engine *e)
+{
+    return e->rate;
 }
 
 vel_status vel_engine_evaluate(vel_engine *e, bool on)

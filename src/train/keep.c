@@ -100,7 +100,8 @@ static void read_old_points(train_session *s)
                              .lr = vel_json_number(row, "lr", NAN),
                              .seconds = vel_json_number(row, "seconds", NAN),
                              .grad_norm = vel_json_number(row, "grad_norm", NAN),
-                             .validation = vel_json_number(row, "validation_loss", NAN)};
+                             .validation = vel_json_number(row, "validation_loss", NAN),
+                             .d = vel_json_number(row, "d", 0)};
         if (row && p.step <= s->first_step)
             remember(s, &p);
         json_decref(row);
@@ -116,6 +117,8 @@ static void write_point(FILE *f, const vel_curve_point *p)
             p->step, p->loss, p->lr, p->grad_norm, p->seconds);
     if (isfinite(p->validation))
         fprintf(f, ", \"validation_loss\": %.9g", p->validation);
+    if (p->d > 0)
+        fprintf(f, ", \"d\": %.9g", p->d);
     fprintf(f, "}\n");
 }
 
@@ -152,6 +155,8 @@ vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
     vel_metric(s->ctx, "loss", p->step, p->loss);
     vel_metric(s->ctx, "lr", p->step, p->lr);
     vel_metric(s->ctx, "grad_norm", p->step, p->grad_norm);
+    if (p->d > 0)
+        vel_metric(s->ctx, "d", p->step, p->d);
     if (isfinite(p->validation))
         vel_metric(s->ctx, "validation_loss", p->step, p->validation);
     return remember(s, p);
@@ -218,8 +223,7 @@ json_t *vel_keep_metadata(train_session *s)
     put(meta, "ss_learning_rate", "%g", o->lr);
     put(meta, "ss_unet_lr", "%g", o->unet_lr > 0 ? o->unet_lr : o->lr);
     put(meta, "ss_text_encoder_lr", "%g", o->text_lr > 0 ? o->text_lr : o->lr);
-    put(meta, "ss_optimizer", "torch.optim.adamw.AdamW(betas=(%g, %g),eps=%g,weight_decay=%g)",
-        o->beta1, o->beta2, o->eps, o->weight_decay);
+    put(meta, "ss_optimizer", "%s(%s)", s->optimizer.title, s->optimizer.text);
     put(meta, "ss_lr_scheduler", "%s", o->lr_scheduler);
     put(meta, "ss_lr_warmup_steps", "%g", o->lr_warmup);
     put(meta, "ss_max_grad_norm", "%g", o->max_grad_norm);
@@ -286,11 +290,14 @@ vel_status vel_keep_save(train_session *s, bool last)
     if (!digest || !state || !file)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest));
+    vel_engine *e = vel_model_engine(s->model);
+    VEL_TRY(vel_engine_evaluate(e, true));
     json_t *meta = vel_keep_metadata(s);
     vel_status st = vel_train_export(s->model, s->sites, s->n_sites, file, s->o->save_format,
                                      precision_of(s->o->save_precision), meta);
     json_decref(meta);
     VEL_TRY(st);
+    VEL_TRY(vel_engine_evaluate(e, false));
     forget_old(s, ".state", s->o->keep_last);
     forget_old(s, ".safetensors", s->o->keep_last);
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);

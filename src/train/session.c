@@ -188,12 +188,7 @@ static vel_status init_trainables(train_session *s)
 {
     const vel_sample *first = &s->data->samples[0];
     int down = vel_model_latent(s->model)->down;
-    vel_optimizer optimizer = {.rule = "adamw",
-                               .beta1 = s->o->beta1,
-                               .beta2 = s->o->beta2,
-                               .eps = s->o->eps,
-                               .weight_decay = s->o->weight_decay};
-    VEL_TRY(vel_engine_set_optimizer(vel_model_engine(s->model), &optimizer));
+    VEL_TRY(vel_engine_set_optimizer(vel_model_engine(s->model), &s->optimizer.settings));
     VEL_TRY(
         vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
     return vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed);
@@ -251,14 +246,15 @@ static vel_status describe_memory(train_session *s, vel_text *t)
                                    &arena, &w, &level));
         most = VEL_MAX(most, arena);
     }
-    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)) * 4;
+    vel_engine *engine = vel_model_engine(s->model);
+    int64_t trained = vel_engine_trainable_count(engine) * 4;
     weights = vel_model_part_values(s->model, vel_model_family(s->model)->denoiser) *
               vel_dtype_bytes(vel_model_compute(s->model));
     char a[32], b[32], c[32];
-    vel_text_addf(t,
-                  "memory: weights %s, working memory of a step %s%s, adapter with optimizer %s\n",
-                  vel_bytes_text(weights, a), vel_bytes_text(most, b),
-                  level ? " (recomputing)" : "", vel_bytes_text(trained * 4, c));
+    vel_text_addf(
+        t, "memory: weights %s, working memory of a step %s%s, adapter with optimizer %s\n",
+        vel_bytes_text(weights, a), vel_bytes_text(most, b), level ? " (recomputing)" : "",
+        vel_bytes_text(2 * trained + vel_engine_state_bytes(engine), c));
     return VEL_OK;
 }
 
@@ -365,6 +361,14 @@ static void rest_parts(train_session *s)
         vel_model_rest(s->model, "text_encoder");
 }
 
+static vel_status draw_samples(train_session *s)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    VEL_TRY(vel_engine_evaluate(e, true));
+    VEL_TRY(vel_look_draw(s));
+    return vel_engine_evaluate(e, false);
+}
+
 static vel_status step_until_done(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -372,20 +376,30 @@ static vel_status step_until_done(train_session *s)
     vel_progress_begin(&progress, s->ctx, "training", s->steps);
     double smooth = NAN;
     for (s->step = s->first_step; s->step < s->steps;) {
-        double start = vel_now(), lr = rate_of(s, 0), loss = NAN, norm = NAN;
+        double start = vel_now(), loss = NAN, norm = NAN;
         VEL_TRY(one_step(s, &loss, &norm));
         s->step++;
         smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;
-        vel_curve_point p = {s->step, loss, lr, norm, vel_now() - start, NAN};
-        if (s->data->n_held_out && every(s->step, o->validation_every))
+        vel_engine *e = vel_model_engine(s->model);
+        vel_curve_point p = {s->step,
+                             loss,
+                             vel_engine_rate(e),
+                             norm,
+                             vel_now() - start,
+                             NAN,
+                             vel_engine_optimizer_number(e, "d")};
+        if (s->data->n_held_out && every(s->step, o->validation_every)) {
+            VEL_TRY(vel_engine_evaluate(e, true));
             VEL_TRY(vel_feed_validate(s, &p.validation));
+            VEL_TRY(vel_engine_evaluate(e, false));
+        }
         VEL_TRY(vel_keep_point(s, &p));
         vel_progress_at(&progress, s->step, smooth);
         bool end = s->step == s->steps;
         if (!end && every(s->step, o->save_every))
             VEL_TRY(vel_keep_save(s, false));
         if (!end && every(s->step, o->sample_every)) {
-            VEL_TRY(vel_look_draw(s));
+            VEL_TRY(draw_samples(s));
             rest_parts(s);
         }
         if (s->ctx->interrupted && !end) {
@@ -400,9 +414,41 @@ static vel_status step_until_done(train_session *s)
     return vel_keep_save(s, true);
 }
 
+/* Which optimizer is wished, and what about its settings deserves a word. */
+static vel_status choose_optimizer(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    const char *name = o->optimizer;
+    if (o->use_8bit_adam)
+        name = "AdamW8bit";
+    vel_optimizer_wish wish = {name,
+                               o->optimizer_args,
+                               o->beta1 < 0 ? NAN : o->beta1,
+                               o->beta2 < 0 ? NAN : o->beta2,
+                               o->eps < 0 ? NAN : o->eps,
+                               o->weight_decay < 0 ? NAN : o->weight_decay};
+    VEL_TRY(vel_optimizer_choose(s->ctx, &wish, &s->optimizer));
+    vel_optimizer *c = &s->optimizer.settings;
+    c->seed = (uint64_t)o->seed;
+    if (c->relative_step)
+        vel_log(s->ctx, 2,
+                "AdaFactor takes its own rate: --learning_rate and --lr_scheduler change "
+                "nothing (--optimizer_args relative_step=False makes it take them)");
+    if (strcmp(c->rule, "prodigy") == 0 && o->lr < 0.1)
+        vel_log(s->ctx, 2,
+                "Prodigy finds the rate itself and multiplies it by --learning_rate: "
+                "1 is usual, %g will hardly learn",
+                o->lr);
+    if (strcmp(c->rule, "schedule_free") == 0 && strcmp(o->lr_scheduler, "constant") != 0)
+        vel_log(s->ctx, 2, "%s needs no course of the rate: --lr_scheduler constant is usual",
+                s->optimizer.name);
+    return VEL_OK;
+}
+
 static vel_status run_session(train_session *s)
 {
     const vel_train_options *o = s->o;
+    VEL_TRY(choose_optimizer(s));
     if (!o->dry_run)
         VEL_TRY(vel_keep_check_folder(s));
     VEL_TRY(open_data(s));
@@ -417,10 +463,10 @@ static vel_status run_session(train_session *s)
     VEL_TRY(vel_keep_resume(s));
     VEL_TRY(vel_feed_prepare(s));
     s->step = s->first_step;
-    VEL_TRY(vel_look_draw(s));
+    VEL_TRY(draw_samples(s));
     rest_parts(s);
     VEL_TRY(step_until_done(s));
-    VEL_TRY(vel_look_draw(s));
+    VEL_TRY(draw_samples(s));
     return vel_look_report(s);
 }
 

@@ -7,6 +7,7 @@
 #ifndef VEL_TRAIN_SESSION_H
 #define VEL_TRAIN_SESSION_H
 
+#include "train/optimizers.h"
 #include "train/train.h"
 
 typedef struct train_session {
@@ -22,6 +23,7 @@ typedef struct train_session {
     int n_sites;
     vel_adaption adaption;
     vel_trainer *trainer;
+    vel_optimizer_choice optimizer;
 
     /* arithmetic, in optimizer steps and batches */
     int64_t steps, first_step, step, batches_per_epoch;

@@ -30,7 +30,10 @@ typedef struct vel_train_options {
     bool train_unet, train_text_encoder;
     /* optimizer */
     double lr, unet_lr, text_lr; /* the last two 0: lr */
-    double beta1, beta2, eps, weight_decay, max_grad_norm;
+    const char *optimizer, *optimizer_args;
+    bool use_8bit_adam;
+    double beta1, beta2, eps, weight_decay; /* below 0: the optimizer's own */
+    double max_grad_norm;
     const char *lr_scheduler;
     double lr_warmup; /* steps, or a share of all when below 1 */
     int lr_cycles;
@@ -139,6 +142,7 @@ typedef struct vel_curve_point {
     int64_t step;
     double loss, lr, grad_norm, seconds;
     double validation; /* NaN where it was not measured */
+    double d;          /* Prodigy's estimate; 0 with other optimizers */
 } vel_curve_point;
 
 typedef struct vel_report_sheet {

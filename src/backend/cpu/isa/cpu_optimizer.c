@@ -61,13 +61,14 @@ static void adamw(const vel_update *u, float lr, int64_t n, float *restrict p,
                   const float *restrict grad, float *restrict m, float *restrict v)
 {
     const float decay = 1.0f - lr * u->weight_decay, step = lr / u->correction1;
-    const float beta1 = u->beta1, beta2 = u->beta2, eps = u->eps, scale = u->grad_scale;
+    const float rest1 = u->one_minus_beta1, beta2 = u->beta2, rest2 = u->one_minus_beta2,
+                eps = u->eps, scale = u->grad_scale;
     const float root = 1.0f / sqrtf(u->correction2);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         float g = grad[i] * scale;
-        float m1 = m[i] + (1.0f - beta1) * (g - m[i]);
-        float v1 = beta2 * v[i] + (1.0f - beta2) * g * g;
+        float m1 = m[i] + rest1 * (g - m[i]);
+        float v1 = beta2 * v[i] + rest2 * g * g;
         m[i] = m1;
         v[i] = v1;
         p[i] = p[i] * decay - step * m1 / (sqrtf(v1) * root + eps);
@@ -79,13 +80,14 @@ static void lion(const vel_update *u, float lr, int64_t n, float *restrict p,
 {
     (void)v;
     const float decay = 1.0f - lr * u->weight_decay;
-    const float beta1 = u->beta1, beta2 = u->beta2, scale = u->grad_scale;
+    const float beta1 = u->beta1, rest1 = u->one_minus_beta1, beta2 = u->beta2,
+                rest2 = u->one_minus_beta2, scale = u->grad_scale;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float g = grad[i] * scale, direction = m[i] * beta1 + g * (1.0f - beta1);
+        float g = grad[i] * scale, direction = m[i] * beta1 + g * rest1;
         float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f;
         p[i] = p[i] * decay - lr * sign;
-        m[i] = m[i] * beta2 + g * (1.0f - beta2);
+        m[i] = m[i] * beta2 + g * rest2;
     }
 }
 
@@ -113,12 +115,13 @@ static void sgd(const vel_update *u, float lr, int64_t n, float *restrict p,
 static void schedule_free(const vel_update *u, float lr, int64_t n, float *restrict p,
                           const float *restrict grad, float *restrict z, float *restrict v)
 {
-    const float decay = u->weight_decay, beta2 = u->beta2, eps = u->eps, scale = u->grad_scale;
+    const float decay = u->weight_decay, beta2 = u->beta2, rest2 = u->one_minus_beta2, eps = u->eps,
+                scale = u->grad_scale;
     const float root = 1.0f / sqrtf(u->correction2), blend = u->blend;
     const float step = lr * (u->beta1 * (1.0f - u->blend) - 1.0f);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float g = grad[i] * scale, v1 = beta2 * v[i] + (1.0f - beta2) * g * g;
+        float g = grad[i] * scale, v1 = beta2 * v[i] + rest2 * g * g;
         float normal = g / (sqrtf(v1) * root + eps) + decay * p[i];
         v[i] = v1;
         p[i] = p[i] + blend * (z[i] - p[i]) + step * normal;
@@ -241,11 +244,11 @@ static void prodigy_sums(const vel_update *u, int number)
     for (int64_t i = 0; i < s->count; i++) {
         float g = grad[i] * u->grad_scale + u->coupled_decay * p[i];
         numerator += (double)(g * (p0[i] - p[i]));
-        v[i] = u->beta2 * v[i] + d * d * (1.0f - u->beta2) * g * g;
+        v[i] = u->beta2 * v[i] + d * d * u->one_minus_beta2 * g * g;
         moved[i] = u->beta3 * moved[i] + by * g;
         denominator += (double)fabsf(moved[i]);
         if (m)
-            m[i] = u->beta1 * m[i] + d * (1.0f - u->beta1) * g;
+            m[i] = u->beta1 * m[i] + d * u->one_minus_beta1 * g;
     }
     u->sums[number][0] = numerator;
     u->sums[number][1] = denominator;
@@ -255,7 +258,8 @@ static void prodigy_sums(const vel_update *u, int number)
 static void factor_means(const vel_update *u, int64_t rows, int64_t cols, const float *grad,
                          float *row, float *col)
 {
-    const float beta = u->beta2, scale = u->grad_scale, share = (1 - beta) / (float)rows;
+    const float beta = u->beta2, rest = u->one_minus_beta2;
+    const float scale = u->grad_scale, share = rest / (float)rows;
     for (int64_t c = 0; c < cols; c++)
         col[c] *= beta;
     for (int64_t r = 0; r < rows; r++) {
@@ -267,7 +271,7 @@ static void factor_means(const vel_update *u, int64_t rows, int64_t cols, const 
             sum += (double)q;
             col[c] += share * q;
         }
-        row[r] = beta * row[r] + (1 - beta) * (float)(sum / (double)cols);
+        row[r] = beta * row[r] + rest * (float)(sum / (double)cols);
     }
 }
 
@@ -308,8 +312,8 @@ static double row_squares(const factored_row *o)
     return sum;
 }
 
-static void row_step(const factored_row *o, float by, float decay, float beta, float *restrict p,
-                     float *restrict m)
+static void row_step(const factored_row *o, float by, float decay, float beta, float rest,
+                     float *restrict p, float *restrict m)
 {
     if (!m) {
 #pragma omp simd
@@ -319,7 +323,7 @@ static void row_step(const factored_row *o, float by, float decay, float beta, f
     }
 #pragma omp simd
     for (int64_t c = 0; c < o->n; c++) {
-        m[c] = beta * m[c] + (1.0f - beta) * (by * (o->grad[c] * o->by / sqrtf(o->second[c])));
+        m[c] = beta * m[c] + rest * (by * (o->grad[c] * o->by / sqrtf(o->second[c])));
         p[c] = p[c] * decay - m[c];
     }
 }
@@ -348,7 +352,7 @@ static void adafactor(const vel_update *u, int number)
     if (vector) {
         for (int64_t i = 0; i < s->count; i++) {
             float g = f.grad[i] * u->grad_scale;
-            f.col[i] = u->beta2 * f.col[i] + (1.0f - u->beta2) * (g * g + u->eps);
+            f.col[i] = u->beta2 * f.col[i] + u->one_minus_beta2 * (g * g + u->eps);
         }
     } else {
         f.matrices = s->count / (s->rows * s->cols);
@@ -374,7 +378,8 @@ static void adafactor(const vel_update *u, int number)
                 if (pass == 0)
                     squares += row_squares(&o);
                 else
-                    row_step(&o, by, decay, u->beta1, p + at, m ? m + at : NULL);
+                    row_step(&o, by, decay, u->beta1, u->one_minus_beta1, p + at,
+                             m ? m + at : NULL);
             }
         }
     }
