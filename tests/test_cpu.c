@@ -13,6 +13,7 @@
 
 typedef struct bench {
     vel_test *t;
+    const vel_backend *on;
     vel_device *d;
     vel_dtype type; /* of compute values */
     vel_launch launch;
@@ -34,19 +35,60 @@ static void begin(bench *b)
     b->n_in = 0;
 }
 
+static double rounded(vel_dtype type, double v)
+{
+    return type == VEL_BF16  ? vel_bf16_f32(vel_f32_bf16((float)v))
+           : type == VEL_F16 ? vel_f16_f32(vel_f32_f16((float)v))
+                             : (float)v;
+}
+
+static size_t bytes_of(vel_type type)
+{
+    return (size_t)(vel_shape_count(type.shape) * vel_dtype_bytes(type.dtype));
+}
+
+enum { CANARY = 256 }; /* bytes behind each value that nobody may write */
+
+/* Room on the device for the values (NULL: NaN), with a canary behind. */
 static void *on_device(bench *b, vel_type type, const double *value)
 {
     vel_test *t = b->t;
     int64_t n = vel_shape_count(type.shape);
+    size_t bytes = bytes_of(type);
     void *p = NULL;
-    CHECK_OK(vel_backend_cpu.alloc(b->d, (size_t)n * 4 + 64, &p));
+    char *host = vel_alloc(t->ctx, bytes + CANARY);
+    if (!host)
+        return NULL;
+    memset(host, 0xff, bytes + CANARY);
     for (int64_t i = 0; value && i < n; i++) {
         if (type.dtype == VEL_BF16)
-            ((vel_bf16 *)p)[i] = vel_f32_bf16((float)value[i]);
+            ((vel_bf16 *)host)[i] = vel_f32_bf16((float)value[i]);
+        else if (type.dtype == VEL_F16)
+            ((vel_f16 *)host)[i] = vel_f32_f16((float)value[i]);
         else
-            ((float *)p)[i] = (float)value[i];
+            ((float *)host)[i] = (float)value[i];
     }
+    CHECK_OK(b->on->alloc(b->d, bytes + CANARY, &p));
+    if (p)
+        b->on->write(b->d, p, host, bytes + CANARY);
+    vel_free(t->ctx, host);
     return p;
+}
+
+/* The bytes of a value, whose canary must be whole. */
+static void *from_device(bench *b, vel_type type, const void *p)
+{
+    vel_test *t = b->t;
+    size_t bytes = bytes_of(type);
+    char *host = vel_alloc(t->ctx, bytes + CANARY);
+    if (!host)
+        return NULL;
+    b->on->read(b->d, host, p, bytes + CANARY);
+    bool whole = true;
+    for (int i = 0; i < CANARY; i++)
+        whole = whole && host[bytes + (size_t)i] == (char)0xff;
+    CHECK_MSG(whole, "%s writes behind an output", b->kernel.name);
+    return host;
 }
 
 /* The next input, random in [-1, 1] times `size` (or as given), rounded to its type. */
@@ -64,7 +106,7 @@ static void input(bench *b, vel_dtype dtype, vel_shape s, double size, const dou
     for (int64_t k = 0; k < n; k++) {
         double v =
             given ? given[k] : size * (2 * vel_random_uniform(7, (uint64_t)i, (uint64_t)k) - 1);
-        b->value[i][k] = dtype == VEL_BF16 ? vel_bf16_f32(vel_f32_bf16((float)v)) : (float)v;
+        b->value[i][k] = rounded(dtype, v);
     }
     b->launch.in_type[i] = (vel_type){dtype, s};
     b->launch.in[i] = on_device(b, b->launch.in_type[i], b->value[i]);
@@ -80,49 +122,48 @@ static void run(bench *b, vel_op op, const vel_attr *a)
     const char *types = strchr(vel_op_types(op), '>') + 1;
     for (int i = 0; i < n->n_out; i++)
         n->out[i].dtype = types[i] == 'c' ? b->type : VEL_F32;
-    CHECK_OK(vel_backend_cpu.prepare(b->d, b->g, r.id, &b->kernel));
+    CHECK_OK(b->on->prepare(b->d, b->g, r.id, &b->kernel));
     vel_launch *l = &b->launch;
+    vel_type scratch = {VEL_F32, VEL_SHAPE((int64_t)b->kernel.scratch / 4 + 1)};
     l->kernel = &b->kernel;
     l->node = n;
-    CHECK_OK(vel_backend_cpu.alloc(b->d, b->kernel.scratch + 64, &l->scratch));
     for (int pass = 0; pass < 2; pass++) {
-        memset(l->scratch, 0xff, b->kernel.scratch); /* NaN */
+        l->scratch = on_device(b, scratch, NULL);
+        for (int i = 0; i < n->n_out; i++)
+            l->out[i] = on_device(b, n->out[i], NULL);
+        CHECK_OK(b->on->run(b->d, l));
+        CHECK_OK(vel_backend_sync(b->on, b->d));
         for (int i = 0; i < n->n_out; i++) {
-            size_t bytes =
-                (size_t)(vel_shape_count(n->out[i].shape) * vel_dtype_bytes(n->out[i].dtype));
-            if (!pass)
-                l->out[i] = on_device(b, n->out[i], NULL);
-            else if (!(b->bytes[i] = vel_alloc(t->ctx, bytes)))
-                return;
-            else
-                memcpy(b->bytes[i], l->out[i], bytes);
-            memset(l->out[i], 0xff, bytes);
+            void *got = from_device(b, n->out[i], l->out[i]);
+            if (pass)
+                CHECK_MSG(got && b->bytes[i] && !memcmp(b->bytes[i], got, bytes_of(n->out[i])),
+                          "%s: output %d differs from run to run", b->kernel.name, i);
+            vel_free(t->ctx, b->bytes[i]);
+            b->bytes[i] = got;
+            b->on->free(b->d, l->out[i]);
         }
-        CHECK_OK(vel_backend_cpu.run(b->d, l));
+        vel_free(t->ctx, from_device(b, scratch, l->scratch));
+        b->on->free(b->d, l->scratch);
     }
     for (int i = 0; i < n->n_out; i++) {
         int64_t count = vel_shape_count(n->out[i].shape);
-        CHECK_MSG(
-            !memcmp(b->bytes[i], l->out[i], (size_t)(count * vel_dtype_bytes(n->out[i].dtype))),
-            "%s: output %d differs from run to run", b->kernel.name, i);
         b->out[i] = vel_alloc(t->ctx, (size_t)count * sizeof(double));
-        for (int64_t k = 0; k < count; k++)
-            b->out[i][k] = n->out[i].dtype == VEL_BF16 ? vel_bf16_f32(((vel_bf16 *)l->out[i])[k])
-                                                       : ((float *)l->out[i])[k];
+        for (int64_t k = 0; b->out[i] && b->bytes[i] && k < count; k++)
+            b->out[i][k] = n->out[i].dtype == VEL_BF16  ? vel_bf16_f32(((vel_bf16 *)b->bytes[i])[k])
+                           : n->out[i].dtype == VEL_F16 ? vel_f16_f32(((vel_f16 *)b->bytes[i])[k])
+                                                        : ((float *)b->bytes[i])[k];
     }
 }
 
 static void end(bench *b)
 {
-    vel_backend_cpu.release(b->d, &b->kernel);
-    vel_backend_cpu.free(b->d, b->launch.scratch);
+    b->on->release(b->d, &b->kernel);
     for (int i = 0; i < VEL_MAX_IN; i++) {
-        vel_backend_cpu.free(b->d, b->launch.in[i]);
+        b->on->free(b->d, b->launch.in[i]);
         vel_free(b->t->ctx, b->value[i]);
         b->value[i] = NULL;
     }
     for (int i = 0; i < VEL_MAX_OUT; i++) {
-        vel_backend_cpu.free(b->d, b->launch.out[i]);
         vel_free(b->t->ctx, b->out[i]);
         vel_free(b->t->ctx, b->bytes[i]);
         b->out[i] = NULL;
@@ -142,7 +183,9 @@ static void compare(bench *b, const char *what, const double *truth, const doubl
         size += truth[i] * truth[i];
     }
     double relative = sqrt(error / (size + 1e-30));
-    double allowed = b->type == VEL_BF16 && !b->all_f32 ? 6e-3 : b->tolerance;
+    double allowed = b->tolerance;
+    if (b->type != VEL_F32 && !b->all_f32)
+        allowed = VEL_MAX(allowed, b->type == VEL_BF16 ? 6e-3 : 8e-4);
     CHECK_MSG(relative <= allowed, "%s %s: off by %.2e, allowed %.2e", b->kernel.name, what,
               relative, allowed);
 }
@@ -155,7 +198,7 @@ static void each_isa(vel_test *t, void (*fn)(bench *b))
     char last[128] = "";
     setenv("VELATURA_ONEDNN", "0", 1);
     for (int i = 0; i < VEL_COUNT(isas); i++) {
-        bench b = {.t = t};
+        bench b = {.t = t, .on = &vel_backend_cpu};
         setenv("VELATURA_CPU_ISA", isas[i][0], 1);
         setenv("VELATURA_AMX", isas[i][1], 1);
         CHECK_OK(vel_backend_cpu.open(t->ctx, "cpu", &b.d));
@@ -171,6 +214,26 @@ static void each_isa(vel_test *t, void (*fn)(bench *b))
     unsetenv("VELATURA_ONEDNN");
     unsetenv("VELATURA_CPU_ISA");
     unsetenv("VELATURA_AMX");
+}
+
+/* Calls fn on the GPU that make test-gpu names, in all three types. */
+static void on_gpu(vel_test *t, void (*fn)(bench *b))
+{
+    const char *device = getenv("VELATURA_TEST_DEVICE");
+    bench b = {.t = t};
+    if (!device) {
+        t->skipped = 1;
+        return;
+    }
+    setenv("VELATURA_CUDA_LIBRARIES", "0", 1);
+    CHECK_OK(vel_backend_find(t->ctx, device, &b.on, &b.d));
+    for (vel_dtype type = VEL_F32; b.d && type <= VEL_F16; type++) {
+        b.type = type;
+        fn(&b);
+    }
+    if (b.d)
+        b.on->close(b.d);
+    unsetenv("VELATURA_CUDA_LIBRARIES");
 }
 
 static double *room(bench *b, int64_t n)
@@ -281,6 +344,11 @@ TEST(cpu_attention)
     each_isa(t, check_attention);
 }
 
+TEST(gpu_attention)
+{
+    on_gpu(t, check_attention);
+}
+
 /* dq, dk, dv of one head, from the definition. */
 static void attention_grad_truth(const attention_case *c, double *const *value, double *p,
                                  double *dq, double *dk, double *dv)
@@ -341,6 +409,11 @@ static void check_attention_grad(bench *b)
 TEST(cpu_attention_grad)
 {
     each_isa(t, check_attention_grad);
+}
+
+TEST(gpu_attention_grad)
+{
+    on_gpu(t, check_attention_grad);
 }
 
 /* ---- group norm
@@ -410,6 +483,11 @@ TEST(cpu_group_norm)
     each_isa(t, check_group_norm);
 }
 
+TEST(gpu_group_norm)
+{
+    on_gpu(t, check_group_norm);
+}
+
 static void check_group_norm_grad(bench *b, bool weights)
 {
     int64_t n = GN_N * GN_PLACES * GN_WIDTH, each = GN_WIDTH / GN_GROUPS;
@@ -473,6 +551,12 @@ TEST(cpu_group_norm_grad)
     each_isa(t, check_group_norm_grad_w);
 }
 
+TEST(gpu_group_norm_grad)
+{
+    on_gpu(t, check_group_norm_grad_x);
+    on_gpu(t, check_group_norm_grad_w);
+}
+
 /* ---- activations far from zero, NaN
  * -------------------------------------------------------------------------- */
 
@@ -496,6 +580,11 @@ static void check_extremes(bench *b)
 TEST(cpu_extremes)
 {
     each_isa(t, check_extremes);
+}
+
+TEST(gpu_extremes)
+{
+    on_gpu(t, check_extremes);
 }
 
 /* ---- the optimizer

@@ -8,6 +8,8 @@
 #include "exec/exec.h"
 #include "test.h"
 
+#include <stdlib.h>
+
 typedef struct trial {
     vel_test *t;
     vel_op op;
@@ -36,11 +38,18 @@ static bool is_integer(const trial *r, int i)
     return letter_of(r->op, i) == 'i';
 }
 
-/* In bfloat16 the inputs that ops.def keeps in float32 are only rounded to that. */
+static bool is_half(vel_dtype t)
+{
+    return t == VEL_BF16 || t == VEL_F16;
+}
+
+/* In 16-bit types the inputs that ops.def keeps in float32 are only rounded to that. */
 static double rounded(const trial *r, int i, double v)
 {
     if (r->round == VEL_BF16 && letter_of(r->op, i) != 'f')
         return vel_bf16_f32(vel_f32_bf16((float)v));
+    if (r->round == VEL_F16 && letter_of(r->op, i) != 'f')
+        return vel_f16_f32(vel_f32_f16((float)v));
     return r->round == VEL_I32 ? v : (float)v;
 }
 
@@ -88,7 +97,8 @@ static void build_leaves(const trial *r, vel_graph *g, vel_ref in[VEL_CASE_IN])
     }
 }
 
-/* The case's node on the leaves; in bfloat16, ops that keep their input's type get that type. */
+/* The case's node on the leaves; in 16-bit types, ops that keep their input's type get that type.
+ */
 static vel_ref build_node(const trial *r, vel_graph *g, const vel_ref *leaves)
 {
     const vel_opdef *entry = vel_op_entry(r->op);
@@ -96,8 +106,8 @@ static vel_ref build_node(const trial *r, vel_graph *g, const vel_ref *leaves)
     for (int i = 0; i < VEL_CASE_IN; i++) {
         bool any = strchr("ta", letter_of(r->op, i)) != NULL && letter_of(r->op, i);
         in[i] = leaves[i];
-        if (r->round == VEL_BF16 && any && leaves[i].id)
-            in[i] = vel_cast(g, leaves[i], VEL_BF16);
+        if (is_half(r->round) && any && leaves[i].id)
+            in[i] = vel_cast(g, leaves[i], r->round);
     }
     return entry->build_case ? entry->build_case(g, r->c, in)
                              : vel_build(g, r->op, in, vel_op_inputs(r->op), &r->c->a);
@@ -532,12 +542,18 @@ static unsigned weight_inputs(vel_op op)
     }
 }
 
-/* Error that is allowed in bfloat16, in roundings of the output (2^-9 is the largest that one
- * rounding can do to a value): 2 leaves room for one value in between that is kept in bfloat16. The
- * gradient of attention rounds o, the probabilities and their gradient. */
-static double bf16_limit(vel_op op)
+/* The largest that one rounding can do to a value. */
+static double rounding_of(vel_dtype t)
 {
-    return (op == VEL_OP_attention_grad ? 4 : 2) * 0x1p-9;
+    return t == VEL_BF16 ? 0x1p-9 : t == VEL_F16 ? 0x1p-12 : 0;
+}
+
+/* Error that is allowed in a 16-bit type, in roundings of the output: 2 leaves room for one value
+ * in between that is kept in the type. The gradient of attention rounds o, the probabilities and
+ * their gradient. */
+static double limit_of(vel_op op, vel_dtype compute)
+{
+    return compute == VEL_F32 ? 1e-5 : (op == VEL_OP_attention_grad ? 4 : 2) * rounding_of(compute);
 }
 
 typedef struct kernel_mode {
@@ -602,8 +618,8 @@ static void check_output(trial *r, vel_plan *p, const vel_ref_tensor *truth, int
             got[j] = f[j];
         const vel_graph *g = vel_plan_graph(p);
         vel_dtype type = vel_type_of(g, vel_output_find(g, name)).dtype;
-        if (type == VEL_BF16 && limit < 0x1p-9) /* the op's own result is rounded: a cast */
-            limit = 0x1p-9;
+        if (limit < rounding_of(type)) /* the op's own result is rounded: a cast */
+            limit = rounding_of(type);
         double error = relative_rms(truth->v, got, n);
         CHECK_MSG(error <= limit, "%s case %d %s: output %d is off by %.2e, allowed %.2e",
                   vel_op_name(r->op), r->number, mode, i, error, limit);
@@ -648,7 +664,7 @@ static void check_kernel(trial *r, void *user)
     if (!status)
         status = vel_plan_run(p);
     CHECK_MSG(status == VEL_OK, "%s: %s", where(r, mode, text), vel_ctx_error(t->ctx));
-    double limit = m->compute == VEL_F32 ? 1e-5 : bf16_limit(r->op);
+    double limit = limit_of(r->op, m->compute);
     for (int i = 0; !status && i < vel_graph_outputs(g); i++)
         check_output(r, p, &truth[i], i, limit, mode);
     vel_plan_destroy(p);
@@ -658,10 +674,10 @@ static void check_kernel(trial *r, void *user)
     vel_graph_destroy(g);
 }
 
-static void check_kernels(vel_test *t, vel_dtype compute, bool weights)
+static void check_kernels(vel_test *t, const char *device, vel_dtype compute, bool weights)
 {
     kernel_mode mode = {.compute = compute, .weights = weights};
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &mode.engine));
+    CHECK_OK(vel_engine_create(t->ctx, device, &mode.engine));
     if (mode.engine)
         for_each_case(t, compute, check_kernel, &mode);
     vel_engine_destroy(mode.engine);
@@ -669,20 +685,52 @@ static void check_kernels(vel_test *t, vel_dtype compute, bool weights)
 
 TEST(ops_cpu_f32)
 {
-    check_kernels(t, VEL_F32, false);
+    check_kernels(t, "cpu", VEL_F32, false);
 }
 
 TEST(ops_cpu_f32_weights)
 {
-    check_kernels(t, VEL_F32, true);
+    check_kernels(t, "cpu", VEL_F32, true);
 }
 
 TEST(ops_cpu_bf16)
 {
-    check_kernels(t, VEL_BF16, false);
+    check_kernels(t, "cpu", VEL_BF16, false);
 }
 
 TEST(ops_cpu_bf16_weights)
 {
-    check_kernels(t, VEL_BF16, true);
+    check_kernels(t, "cpu", VEL_BF16, true);
+}
+
+/* On the GPU that make test-gpu names; both with the libraries' products and with the own ones. */
+static void check_gpu(vel_test *t, vel_dtype compute)
+{
+    const char *device = getenv("VELATURA_TEST_DEVICE");
+    if (!device) {
+        t->skipped = 1;
+        return;
+    }
+    for (int own = 0; own < 2; own++) {
+        if (own)
+            setenv("VELATURA_CUDA_LIBRARIES", "0", 1);
+        check_kernels(t, device, compute, false);
+        check_kernels(t, device, compute, true);
+    }
+    unsetenv("VELATURA_CUDA_LIBRARIES");
+}
+
+TEST(gpu_ops_f32)
+{
+    check_gpu(t, VEL_F32);
+}
+
+TEST(gpu_ops_bf16)
+{
+    check_gpu(t, VEL_BF16);
+}
+
+TEST(gpu_ops_f16)
+{
+    check_gpu(t, VEL_F16);
 }

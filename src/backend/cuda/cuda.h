@@ -61,6 +61,13 @@ void vel_cudnn_close(vel_device *d);
 /* Copies host memory to the device and waits. */
 vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t bytes);
 
+/* The same by way of pinned memory, without waiting, when they are not many; src may be reused. */
+vel_status vel_cuda_write(vel_device *d, void *dst, const void *src, size_t bytes);
+/* Device memory of at least so many bytes, shared by the functions over flat vectors, one call
+ * after the other. */
+vel_status vel_cuda_room(vel_device *d, size_t bytes, void **out);
+vel_status vel_cuda_update(vel_device *d, const vel_update *u); /* cuda_update.c */
+
 /* The first multiple of alignment from p on; NULL stays. */
 static inline void *vel_cuda_align(void *p, size_t alignment)
 {

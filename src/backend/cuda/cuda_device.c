@@ -254,13 +254,17 @@ vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t byt
     return VEL_OK;
 }
 
+vel_status vel_cuda_write(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    if (bytes > LARGEST_STAGED)
+        return vel_cuda_upload(d, dst, src, bytes);
+    write_staged(d, dst, src, bytes);
+    return VEL_OK;
+}
+
 static void cuda_write(vel_device *d, void *dst, const void *src, size_t bytes)
 {
-    if (bytes <= LARGEST_STAGED) {
-        write_staged(d, dst, src, bytes);
-        return;
-    }
-    vel_cuda_upload(d, dst, src, bytes);
+    vel_cuda_write(d, dst, src, bytes);
 }
 
 static void cuda_read(vel_device *d, void *dst, const void *src, size_t bytes)
@@ -281,7 +285,10 @@ static const vel_cuda_prepare_fn vel_cuda_providers[] = {vel_cublaslt_prepare, v
 
 static vel_status cuda_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out)
 {
-    for (int i = 0; i < VEL_COUNT(vel_cuda_providers); i++) {
+    const char *libraries = getenv("VELATURA_CUDA_LIBRARIES");
+    bool own_only = libraries && strcmp(libraries, "0") == 0;
+    for (int i = own_only ? VEL_COUNT(vel_cuda_providers) - 1 : 0;
+         i < VEL_COUNT(vel_cuda_providers); i++) {
         *out = (vel_kernel){.inplace = -1};
         vel_status st = vel_cuda_providers[i](d, g, id, out);
         if (st != VEL_UNSUPPORTED)
@@ -317,16 +324,16 @@ static vel_status cuda_run(vel_device *d, const vel_launch *l)
 
 /* ---- flat vectors ---- */
 
-/* Device memory that the functions below share, one call after the other. */
-static vel_status need_room(vel_device *d, size_t bytes)
+vel_status vel_cuda_room(vel_device *d, size_t bytes, void **out)
 {
-    if (bytes <= d->room_bytes)
-        return VEL_OK;
-    cudaFree(d->room); /* waits for what still uses it */
-    d->room = NULL;
-    d->room_bytes = 0;
-    VEL_CUDA(d, cudaMalloc(&d->room, bytes));
-    d->room_bytes = bytes;
+    if (bytes > d->room_bytes) {
+        cudaFree(d->room); /* waits for what still uses it */
+        d->room = NULL;
+        d->room_bytes = 0;
+        VEL_CUDA(d, cudaMalloc(&d->room, bytes));
+        d->room_bytes = bytes;
+    }
+    *out = d->room;
     return VEL_OK;
 }
 
@@ -338,10 +345,11 @@ static void cuda_add(vel_device *d, float *dst, const float *x, float by, float 
 static double cuda_sum_squares(vel_device *d, const float *x, int64_t n)
 {
     staging *s = d->staging;
-    if (need_room(d, ALIGNMENT + vel_cu_sum_squares_scratch(n)))
+    void *room;
+    if (vel_cuda_room(d, ALIGNMENT + vel_cu_sum_squares_scratch(n), &room))
         return NAN;
-    vel_cu_sum_squares(d->stream, x, n, d->room, (char *)d->room + ALIGNMENT);
-    cudaMemcpyAsync(s->sum, d->room, sizeof *s->sum, cudaMemcpyDeviceToHost, d->stream);
+    vel_cu_sum_squares(d->stream, x, n, room, (char *)room + ALIGNMENT);
+    cudaMemcpyAsync(s->sum, room, sizeof *s->sum, cudaMemcpyDeviceToHost, d->stream);
     return cudaStreamSynchronize(d->stream) == cudaSuccess ? *s->sum : NAN;
 }
 

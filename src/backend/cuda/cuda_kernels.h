@@ -1,0 +1,193 @@
+/* cuda_kernels.h: the launchers of kernels/: plain C, since nvcc compiles the one side and the C
+ * compiler the other. Each puts work on the stream and returns at once; what went wrong is in
+ * cudaGetLastError(). Types are vel_dtype's numbers, activations vel_act_kind's, and so on
+ * (cuda_own.c asserts it).
+ *
+ * Values are row-major, outputs are written whole, sums are made in one order whatever the timing.
+ * Arithmetic is float32 whatever the storage. Pointers to whole values are 16-byte aligned or the
+ * kernel takes elements one by one. Scratch is device memory of the bytes that the function of the
+ * same name with _scratch tells. */
+#ifndef VEL_CUDA_KERNELS_H
+#define VEL_CUDA_KERNELS_H
+
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { VEL_CU_F32, VEL_CU_BF16, VEL_CU_F16, VEL_CU_I32 };
+enum { VEL_CU_RANK = 5 };
+typedef struct vel_cu_shape {
+    int rank;
+    int64_t dim[VEL_CU_RANK];
+} vel_cu_shape;
+
+/* ---- each element alone (elementwise.cu) ---- */
+
+void vel_cu_fill(cudaStream_t s, int type, void *out, int64_t n, double value);
+void vel_cu_cast(cudaStream_t s, int from, int to, const void *x, void *out, int64_t n);
+void vel_cu_affine(cudaStream_t s, int type, const void *x, void *out, int64_t n, double by,
+                   double plus);
+void vel_cu_unary(cudaStream_t s, int type, int kind, const void *x, void *out, int64_t n);
+void vel_cu_act(cudaStream_t s, int type, int kind, const void *x, void *out, int64_t n);
+void vel_cu_act_grad(cudaStream_t s, int type, int kind, const void *x, const void *dy, void *out,
+                     int64_t n);
+/* which: 0 add, 1 sub, 2 mul, 3 div; sizes 1 of a and b stretch to out's. */
+void vel_cu_binary(cudaStream_t s, int type, int which, const void *a, vel_cu_shape a_shape,
+                   const void *b, vel_cu_shape b_shape, void *out, vel_cu_shape shape);
+/* x [rows, 2 half] -> [rows, half] */
+void vel_cu_geglu(cudaStream_t s, int type, const void *x, void *out, int64_t rows, int64_t half);
+void vel_cu_geglu_grad(cudaStream_t s, int type, const void *x, const void *dy, void *out,
+                       int64_t rows, int64_t half);
+/* seed: two int32 in device memory */
+void vel_cu_dropout(cudaStream_t s, int type, const void *x, const void *seed, void *out, int64_t n,
+                    double p, uint32_t stream);
+/* dst = x * by + dst * keep, float32 */
+void vel_cu_add_scaled(cudaStream_t s, float *dst, const float *x, float by, float keep, int64_t n);
+
+/* ---- moves (move.cu): only the size of an element matters ---- */
+
+/* out[i] = x[offset of i], with x's stride for each axis of out (0: repeated). */
+void vel_cu_gather(cudaStream_t s, int type, const void *x, void *out, vel_cu_shape out_shape,
+                   const int64_t *stride);
+/* Rows of out are zeros but for `a` at [a_at, a_at + a_n) and b after it: row r of a begins at
+ * a + r * a_row (elements), b's likewise. b may be NULL with b_n 0. */
+void vel_cu_rows(cudaStream_t s, int type, const void *a, int64_t a_row, int64_t a_n, int64_t a_at,
+                 const void *b, int64_t b_row, int64_t b_n, void *out, int64_t rows, int64_t width);
+/* x [n, h, w, c] -> [n, h f, w f, c], and the sum over each square back (dy, of x's shape). */
+void vel_cu_upsample(cudaStream_t s, int type, const void *x, void *out, int64_t n, int64_t h,
+                     int64_t w, int64_t c, int f);
+void vel_cu_upsample_grad(cudaStream_t s, int type, const void *dy, void *out, int64_t n, int64_t h,
+                          int64_t w, int64_t c, int f);
+/* table [rows, width] float32; an id outside reads as NaN. */
+void vel_cu_embed(cudaStream_t s, int type, const float *table, int64_t rows, const int32_t *ids,
+                  int64_t n, int64_t width, void *out);
+void vel_cu_embed_grad(cudaStream_t s, int type, const int32_t *ids, int64_t n, const void *dy,
+                       int64_t width, float *out, int64_t rows);
+void vel_cu_time_embed(cudaStream_t s, const float *t, int64_t batch, int dim, int flip,
+                       double shift, double period, float *out);
+
+/* ---- reductions (reduce.cu) ---- */
+
+/* Sum (largest 0) or largest value over the axes of the mask, float32. */
+size_t vel_cu_reduce_scratch(vel_cu_shape x, unsigned axes);
+void vel_cu_reduce(cudaStream_t s, int type, const void *x, vel_cu_shape shape, unsigned axes,
+                   int largest, float *out, void *scratch);
+/* One float64 per call; NaN and infinity come through. */
+size_t vel_cu_sum_squares_scratch(int64_t n);
+void vel_cu_sum_squares(cudaStream_t s, const float *x, int64_t n, double *out, void *scratch);
+void vel_cu_softmax(cudaStream_t s, int type, const void *x, void *out, int64_t rows,
+                    int64_t width);
+/* pred [batch, width] of the type; target, weight [batch], loss [1] and each [batch] float32. */
+size_t vel_cu_mse_scratch(int64_t batch, int64_t width);
+void vel_cu_mse(cudaStream_t s, int type, const void *pred, const float *target,
+                const float *weight, float *loss, float *each, int64_t batch, int64_t width,
+                void *scratch);
+void vel_cu_mse_grad(cudaStream_t s, int type, const void *pred, const float *target,
+                     const float *weight, const float *dloss, void *out, int64_t batch,
+                     int64_t width);
+
+/* ---- norms (norm.cu, group_norm.cu); stats are (mean, 1 / deviation) pairs ---- */
+
+void vel_cu_layer_norm(cudaStream_t s, int type, const void *x, const float *w, const float *b,
+                       double eps, void *out, float *stats, int64_t rows, int64_t width);
+void vel_cu_layer_norm_grad(cudaStream_t s, int type, const void *x, const float *w,
+                            const float *stats, const void *dy, void *out, int64_t rows,
+                            int64_t width);
+size_t vel_cu_layer_norm_grad_w_scratch(int64_t rows, int64_t width);
+void vel_cu_layer_norm_grad_w(cudaStream_t s, int type, const void *x, const float *stats,
+                              const void *dy, float *dw, float *db, int64_t rows, int64_t width,
+                              void *scratch);
+
+typedef struct vel_cu_group {
+    int64_t n, places, width; /* x [n, places, width] */
+    int groups, act;
+    double eps;
+} vel_cu_group;
+size_t vel_cu_group_norm_scratch(vel_cu_group g); /* of each of the three */
+void vel_cu_group_norm(cudaStream_t s, int type, vel_cu_group g, const void *x, const float *w,
+                       const float *b, void *out, float *stats, void *scratch);
+void vel_cu_group_norm_grad(cudaStream_t s, int type, vel_cu_group g, const void *x, const float *w,
+                            const float *b, const float *stats, const void *dy, void *out,
+                            void *scratch);
+void vel_cu_group_norm_grad_w(cudaStream_t s, int type, vel_cu_group g, const void *x,
+                              const float *w, const float *b, const float *stats, const void *dy,
+                              float *dw, float *db, void *scratch);
+
+/* ---- attention ---- */
+
+typedef struct vel_cu_attention {
+    int64_t batch, queries, keys, bias_rows; /* bias [bias_rows, keys]; 0: none */
+    int heads, width;                        /* width of one head */
+    int causal;
+    float scale; /* positive */
+} vel_cu_attention;
+/* Tensor cores (attention.cu): 16-bit types, width up to VEL_CU_ATTENTION_WIDTH, capability 80 up;
+ * the plain one (attention_plain.cu): every type, width up to VEL_CU_ATTENTION_PLAIN_WIDTH. */
+enum { VEL_CU_ATTENTION_WIDTH = 160, VEL_CU_ATTENTION_PLAIN_WIDTH = 512 };
+void vel_cu_attention_run(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                          const void *k, const void *v, const float *bias, void *out, float *lse);
+size_t vel_cu_attention_grad_scratch(vel_cu_attention a); /* of both gradients */
+void vel_cu_attention_grad(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                           const void *k, const void *v, const float *bias, const void *out,
+                           const float *lse, const void *dout, void *dq, void *dk, void *dv,
+                           void *scratch);
+void vel_cu_attention_plain(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                            const void *k, const void *v, const float *bias, void *out, float *lse);
+void vel_cu_attention_plain_grad(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                                 const void *k, const void *v, const float *bias, const void *out,
+                                 const float *lse, const void *dout, void *dq, void *dk, void *dv,
+                                 void *scratch);
+
+/* ---- products (product.cu): plain loops over tiles, the truth behind the libraries ---- */
+
+/* c[p] = act(op(a[p]) op(b[p]) + bias) + residual for p < count: c [m, n], of c_type; a and b of
+ * one type; bias float32 or NULL, residual of the type or NULL. */
+typedef struct vel_cu_product {
+    int64_t count, m, n, k;
+    int ta, tb, act;
+    int type, c_type;
+} vel_cu_product;
+void vel_cu_matmul(cudaStream_t s, vel_cu_product p, const void *a, const void *b,
+                   const float *bias, const void *residual, void *c);
+typedef struct vel_cu_conv {
+    int64_t n, height, width, in, out, out_height, out_width;
+    int kernel_h, kernel_w, stride, pad_top, pad_left, act;
+    int type;
+} vel_cu_conv;
+void vel_cu_conv2d(cudaStream_t s, vel_cu_conv c, const void *x, const void *w, const float *bias,
+                   const void *residual, void *y);
+void vel_cu_conv2d_grad_x(cudaStream_t s, vel_cu_conv c, const void *dy, const void *w,
+                          const void *residual, void *dx);
+void vel_cu_conv2d_grad_w(cudaStream_t s, vel_cu_conv c, const void *x, const void *dy, float *dw);
+
+/* ---- the optimizer (optimizer.cu) ---- */
+
+enum { VEL_CU_STATE_BLOCK = 256, VEL_CU_CHUNK = 1024 };
+typedef struct vel_cu_segment { /* one trainable tensor; its chunks begin at first_chunk */
+    int64_t begin, count, first_chunk, state[2];
+    float rate;
+    int eight_bit;
+} vel_cu_segment;
+typedef struct vel_cu_codes { /* of 8-bit states; above upper[i] code i + 1 is nearer */
+    float value[256], upper[256];
+} vel_cu_codes;
+typedef struct vel_cu_update { /* as vel_update */
+    int rule, first, nesterov;
+    float *value;
+    const float *grad;
+    void *state;
+    float grad_scale, beta1, beta2, eps, weight_decay, correction1, correction2, blend, dampening;
+    uint64_t rounding;
+} vel_cu_update;
+/* segments and codes (unsigned, signed) lie in device memory. */
+void vel_cu_update_run(cudaStream_t s, const vel_cu_update *u, const vel_cu_segment *segments,
+                       int n, int64_t chunks, const vel_cu_codes *codes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

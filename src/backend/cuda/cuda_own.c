@@ -1,0 +1,640 @@
+/* cuda_own.c: the own kernels as a provider: a row for every op, from a node's shapes and
+ * attributes to a launcher of kernels/ (cuda_kernels.h). Asked last, so the plain products serve
+ * what the libraries do not take; VELATURA_CUDA_LIBRARIES=0 leaves only these rows (cuda_device.c).
+ */
+#include "backend/cuda/cuda.h"
+#include "backend/cuda/cuda_kernels.h"
+
+_Static_assert((int)VEL_CU_F32 == VEL_F32 && (int)VEL_CU_BF16 == VEL_BF16 &&
+                   (int)VEL_CU_F16 == VEL_F16 && (int)VEL_CU_I32 == VEL_I32 &&
+                   (int)VEL_CU_RANK == VEL_MAX_RANK,
+               "the launchers count types as the graph does");
+_Static_assert(VEL_OP_sub == VEL_OP_add + 1 && VEL_OP_mul == VEL_OP_add + 2 &&
+                   VEL_OP_div == VEL_OP_add + 3,
+               "vel_cu_binary counts them so");
+
+typedef struct own_job {
+    vel_device *d;
+    const vel_node *n;
+    const vel_launch *l; /* for scratch(): types only */
+    cudaStream_t s;
+} own_job;
+
+typedef struct own_row {
+    void (*run)(const own_job *j);
+    size_t (*scratch)(const own_job *j);
+    bool (*takes)(vel_device *d, const vel_graph *g, const vel_node *n); /* NULL: any */
+    int inplace; /* 1 + the input whose buffer the first output may take when types agree; 0 none */
+} own_row;
+
+/* ---- reading a job ---- */
+
+static vel_cu_shape plain(vel_shape s)
+{
+    vel_cu_shape out = {.rank = s.rank};
+    memcpy(out.dim, s.dim, sizeof out.dim);
+    return out;
+}
+
+static vel_shape in_shape(const own_job *j, int i)
+{
+    return j->l->in_type[i].shape;
+}
+
+static int in_type(const own_job *j, int i)
+{
+    return (int)j->l->in_type[i].dtype;
+}
+
+static int out_type(const own_job *j)
+{
+    return (int)j->n->out[0].dtype;
+}
+
+static vel_shape out_shape(const own_job *j)
+{
+    return j->n->out[0].shape;
+}
+
+static int64_t out_count(const own_job *j)
+{
+    return vel_shape_count(out_shape(j));
+}
+
+#define IN(i) (j->l->in[i])
+#define OUT(i) (j->l->out[i])
+
+/* ---- each element alone ---- */
+
+static void run_fill(const own_job *j)
+{
+    vel_cu_fill(j->s, out_type(j), OUT(0), out_count(j), j->n->a.fill.value);
+}
+
+static void run_cast(const own_job *j)
+{
+    vel_cu_cast(j->s, in_type(j, 0), out_type(j), IN(0), OUT(0), out_count(j));
+}
+
+static bool takes_cast(vel_device *d, const vel_graph *g, const vel_node *n)
+{
+    (void)d;
+    vel_dtype from = vel_type_of(g, n->in[0]).dtype, to = n->out[0].dtype;
+    return from == to || (to != VEL_I32 && (from != VEL_I32 || to == VEL_F32));
+}
+
+static void run_affine(const own_job *j)
+{
+    vel_cu_affine(j->s, out_type(j), IN(0), OUT(0), out_count(j), j->n->a.affine.by,
+                  j->n->a.affine.plus);
+}
+
+static void run_unary(const own_job *j)
+{
+    vel_cu_unary(j->s, out_type(j), j->n->a.unary.kind, IN(0), OUT(0), out_count(j));
+}
+
+static void run_act(const own_job *j)
+{
+    vel_cu_act(j->s, out_type(j), j->n->a.act.kind, IN(0), OUT(0), out_count(j));
+}
+
+static void run_act_grad(const own_job *j)
+{
+    vel_cu_act_grad(j->s, out_type(j), j->n->a.act_grad.kind, IN(0), IN(1), OUT(0), out_count(j));
+}
+
+static void run_binary(const own_job *j)
+{
+    vel_cu_binary(j->s, out_type(j), (int)j->n->op - VEL_OP_add, IN(0), plain(in_shape(j, 0)),
+                  IN(1), plain(in_shape(j, 1)), OUT(0), plain(out_shape(j)));
+}
+
+static void run_geglu(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_geglu(j->s, out_type(j), IN(0), OUT(0), vel_shape_rows(s), vel_shape_last(s));
+}
+
+static void run_geglu_grad(const own_job *j)
+{
+    vel_shape s = in_shape(j, 1);
+    vel_cu_geglu_grad(j->s, out_type(j), IN(0), IN(1), OUT(0), vel_shape_rows(s),
+                      vel_shape_last(s));
+}
+
+static void run_dropout(const own_job *j)
+{
+    vel_cu_dropout(j->s, out_type(j), IN(0), IN(1), OUT(0), out_count(j), j->n->a.dropout.p,
+                   j->n->a.dropout.stream);
+}
+
+/* ---- moves ---- */
+
+/* stride[i]: of axis i of a row-major value, and 0 where size 1 is to be repeated. */
+static void strides_of(vel_shape s, int64_t stride[VEL_MAX_RANK])
+{
+    int64_t at = 1;
+    for (int i = s.rank - 1; i >= 0; i--) {
+        stride[i] = s.dim[i] == 1 ? 0 : at;
+        at *= s.dim[i];
+    }
+}
+
+static void run_expand(const own_job *j)
+{
+    int64_t stride[VEL_MAX_RANK];
+    strides_of(in_shape(j, 0), stride);
+    vel_cu_gather(j->s, out_type(j), IN(0), OUT(0), plain(out_shape(j)), stride);
+}
+
+static void run_permute(const own_job *j)
+{
+    int64_t stride[VEL_MAX_RANK], turned[VEL_MAX_RANK] = {0};
+    strides_of(in_shape(j, 0), stride);
+    for (int i = 0; i < out_shape(j).rank; i++)
+        turned[i] = stride[j->n->a.permute.axis[i]];
+    vel_cu_gather(j->s, out_type(j), IN(0), OUT(0), plain(out_shape(j)), turned);
+}
+
+/* Products of the sizes before and after an axis. */
+static int64_t before(vel_shape s, int axis)
+{
+    int64_t n = 1;
+    for (int i = 0; i < axis; i++)
+        n *= s.dim[i];
+    return n;
+}
+
+static int64_t after(vel_shape s, int axis)
+{
+    return vel_shape_count(s) / (before(s, axis) * s.dim[axis]);
+}
+
+static void run_slice(const own_job *j)
+{
+    int axis = j->n->a.slice.axis;
+    vel_shape x = in_shape(j, 0), y = out_shape(j);
+    int64_t inner = after(x, axis), width = y.dim[axis] * inner;
+    const char *from = IN(0);
+    from += j->n->a.slice.begin * inner * vel_dtype_bytes(j->n->out[0].dtype);
+    vel_cu_rows(j->s, out_type(j), from, x.dim[axis] * inner, width, 0, NULL, 0, 0, OUT(0),
+                before(x, axis), width);
+}
+
+static void run_unslice(const own_job *j)
+{
+    int axis = j->n->a.unslice.axis;
+    vel_shape x = in_shape(j, 0);
+    int64_t inner = after(x, axis), width = x.dim[axis] * inner;
+    vel_cu_rows(j->s, out_type(j), IN(0), width, width, j->n->a.unslice.begin * inner, NULL, 0, 0,
+                OUT(0), before(x, axis), j->n->a.unslice.total * inner);
+}
+
+static void run_concat(const own_job *j)
+{
+    int axis = j->n->a.concat.axis;
+    vel_shape a = in_shape(j, 0), b = in_shape(j, 1);
+    int64_t inner = after(a, axis), a_n = a.dim[axis] * inner, b_n = b.dim[axis] * inner;
+    vel_cu_rows(j->s, out_type(j), IN(0), a_n, a_n, 0, IN(1), b_n, b_n, OUT(0), before(a, axis),
+                a_n + b_n);
+}
+
+static void run_upsample(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    vel_cu_upsample(j->s, out_type(j), IN(0), OUT(0), s.dim[0], s.dim[1], s.dim[2], s.dim[3],
+                    j->n->a.upsample.factor);
+}
+
+static void run_upsample_grad(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_upsample_grad(j->s, out_type(j), IN(0), OUT(0), s.dim[0], s.dim[1], s.dim[2], s.dim[3],
+                         j->n->a.upsample_grad.factor);
+}
+
+static void run_embed(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_embed(j->s, out_type(j), IN(0), in_shape(j, 0).dim[0], IN(1), vel_shape_rows(s),
+                 vel_shape_last(s), OUT(0));
+}
+
+static void run_embed_grad(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_embed_grad(j->s, in_type(j, 1), IN(0), vel_shape_count(in_shape(j, 0)), IN(1), s.dim[1],
+                      OUT(0), s.dim[0]);
+}
+
+static void run_time_embed(const own_job *j)
+{
+    vel_cu_time_embed(j->s, IN(0), out_shape(j).dim[0], j->n->a.time_embed.dim,
+                      j->n->a.time_embed.flip, j->n->a.time_embed.shift, j->n->a.time_embed.period,
+                      OUT(0));
+}
+
+/* ---- reductions ---- */
+
+static unsigned axes_of(const own_job *j)
+{
+    switch (j->n->op) {
+    case VEL_OP_sum:
+        return j->n->a.sum.axes;
+    case VEL_OP_max:
+        return j->n->a.max.axes;
+    default: /* bias_grad */
+        return (1u << (in_shape(j, 0).rank - 1)) - 1;
+    }
+}
+
+static size_t scratch_reduce(const own_job *j)
+{
+    return vel_cu_reduce_scratch(plain(in_shape(j, 0)), axes_of(j));
+}
+
+static void run_reduce(const own_job *j)
+{
+    vel_cu_reduce(j->s, in_type(j, 0), IN(0), plain(in_shape(j, 0)), axes_of(j),
+                  j->n->op == VEL_OP_max, OUT(0), j->l->scratch);
+}
+
+static void run_softmax(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_softmax(j->s, out_type(j), IN(0), OUT(0), vel_shape_rows(s), vel_shape_last(s));
+}
+
+static size_t scratch_mse(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    return vel_cu_mse_scratch(s.dim[0], vel_shape_count(s) / s.dim[0]);
+}
+
+static void run_mse(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    vel_cu_mse(j->s, in_type(j, 0), IN(0), IN(1), IN(2), OUT(0), OUT(1), s.dim[0],
+               vel_shape_count(s) / s.dim[0], j->l->scratch);
+}
+
+static void run_mse_grad(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    vel_cu_mse_grad(j->s, out_type(j), IN(0), IN(1), IN(2), IN(3), OUT(0), s.dim[0],
+                    vel_shape_count(s) / s.dim[0]);
+}
+
+/* ---- norms ---- */
+
+static void run_layer_norm(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_layer_norm(j->s, out_type(j), IN(0), IN(1), IN(2), j->n->a.layer_norm.eps, OUT(0),
+                      OUT(1), vel_shape_rows(s), vel_shape_last(s));
+}
+
+static void run_layer_norm_grad(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_layer_norm_grad(j->s, out_type(j), IN(0), IN(1), IN(2), IN(3), OUT(0), vel_shape_rows(s),
+                           vel_shape_last(s));
+}
+
+static size_t scratch_layer_norm_grad_w(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    return vel_cu_layer_norm_grad_w_scratch(vel_shape_rows(s), vel_shape_last(s));
+}
+
+static void run_layer_norm_grad_w(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    vel_cu_layer_norm_grad_w(j->s, in_type(j, 0), IN(0), IN(1), IN(2), OUT(0), OUT(1),
+                             vel_shape_rows(s), vel_shape_last(s), j->l->scratch);
+}
+
+static vel_cu_group group_of(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    const vel_attr *a = &j->n->a;
+    vel_cu_group g = {
+        .n = s.dim[0], .places = vel_shape_rows(s) / s.dim[0], .width = vel_shape_last(s)};
+    if (j->n->op == VEL_OP_group_norm)
+        g.groups = a->group_norm.groups, g.act = a->group_norm.act, g.eps = a->group_norm.eps;
+    else if (j->n->op == VEL_OP_group_norm_grad)
+        g.groups = a->group_norm_grad.groups, g.act = a->group_norm_grad.act,
+        g.eps = a->group_norm_grad.eps;
+    else
+        g.groups = a->group_norm_grad_w.groups, g.act = a->group_norm_grad_w.act,
+        g.eps = a->group_norm_grad_w.eps;
+    return g;
+}
+
+static size_t scratch_group_norm(const own_job *j)
+{
+    return vel_cu_group_norm_scratch(group_of(j));
+}
+
+static void run_group_norm(const own_job *j)
+{
+    vel_cu_group_norm(j->s, out_type(j), group_of(j), IN(0), IN(1), IN(2), OUT(0), OUT(1),
+                      j->l->scratch);
+}
+
+static void run_group_norm_grad(const own_job *j)
+{
+    vel_cu_group_norm_grad(j->s, out_type(j), group_of(j), IN(0), IN(1), IN(2), IN(3), IN(4),
+                           OUT(0), j->l->scratch);
+}
+
+static void run_group_norm_grad_w(const own_job *j)
+{
+    vel_cu_group_norm_grad_w(j->s, in_type(j, 0), group_of(j), IN(0), IN(1), IN(2), IN(3), IN(4),
+                             OUT(0), OUT(1), j->l->scratch);
+}
+
+/* ---- attention ---- */
+
+static vel_cu_attention attention_of(const vel_node *n, vel_shape q, vel_shape k, vel_shape bias)
+{
+    bool grad = n->op == VEL_OP_attention_grad;
+    vel_cu_attention a = {.batch = q.dim[0],
+                          .queries = q.dim[1],
+                          .keys = k.dim[1],
+                          .bias_rows = bias.rank ? bias.dim[0] : 0,
+                          .heads = grad ? n->a.attention_grad.heads : n->a.attention.heads,
+                          .causal = grad ? n->a.attention_grad.causal : n->a.attention.causal,
+                          .scale =
+                              (float)(grad ? n->a.attention_grad.scale : n->a.attention.scale)};
+    a.width = (int)(q.dim[2] / a.heads);
+    return a;
+}
+
+static vel_cu_attention attention_job(const own_job *j)
+{
+    return attention_of(j->n, in_shape(j, 0), in_shape(j, 1), in_shape(j, 3));
+}
+
+static bool on_tensor_cores(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
+{
+    return type != VEL_F32 && a->width <= VEL_CU_ATTENTION_WIDTH && d->capability >= 80;
+}
+
+static bool takes_attention(vel_device *d, const vel_graph *g, const vel_node *n)
+{
+    vel_type q = vel_type_of(g, n->in[0]);
+    vel_cu_attention a =
+        attention_of(n, q.shape, vel_shape_at(g, n->in[1]), vel_shape_at(g, n->in[3]));
+    /* the plain kernel's tiles need the shared memory of newer cards for wide heads */
+    int widest = d->capability >= 80 ? VEL_CU_ATTENTION_PLAIN_WIDTH : 64;
+    return a.scale > 0 && a.queries <= INT32_MAX && a.keys <= INT32_MAX && a.heads < 65536 &&
+           a.batch < 4096 && (on_tensor_cores(d, q.dtype, &a) || a.width <= widest);
+}
+
+static void run_attention(const own_job *j)
+{
+    vel_cu_attention a = attention_job(j);
+    if (on_tensor_cores(j->d, j->n->out[0].dtype, &a))
+        vel_cu_attention_run(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
+    else
+        vel_cu_attention_plain(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
+}
+
+static size_t scratch_attention_grad(const own_job *j)
+{
+    return vel_cu_attention_grad_scratch(attention_job(j));
+}
+
+static void run_attention_grad(const own_job *j)
+{
+    vel_cu_attention a = attention_job(j);
+    bool tensor = on_tensor_cores(j->d, j->n->out[0].dtype, &a);
+    (tensor ? vel_cu_attention_grad
+            : vel_cu_attention_plain_grad)(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), IN(4),
+                                           IN(5), IN(6), OUT(0), OUT(1), OUT(2), j->l->scratch);
+}
+
+/* ---- products ---- */
+
+static void run_matmul(const own_job *j)
+{
+    vel_shape a = in_shape(j, 0), y = out_shape(j);
+    bool ta = j->n->a.matmul.ta;
+    vel_cu_product p = {.m = y.dim[y.rank - 2],
+                        .n = y.dim[y.rank - 1],
+                        .k = a.dim[a.rank - (ta ? 2 : 1)],
+                        .ta = ta,
+                        .tb = j->n->a.matmul.tb,
+                        .type = in_type(j, 0),
+                        .c_type = out_type(j)};
+    p.count = vel_shape_count(y) / (p.m * p.n);
+    vel_cu_matmul(j->s, p, IN(0), IN(1), NULL, NULL, OUT(0));
+}
+
+static void run_linear(const own_job *j)
+{
+    vel_shape w = in_shape(j, 1);
+    vel_cu_product p = {.count = 1,
+                        .m = vel_shape_rows(out_shape(j)),
+                        .n = w.dim[0],
+                        .k = w.dim[1],
+                        .tb = 1,
+                        .act = j->n->a.linear.act,
+                        .type = in_type(j, 0),
+                        .c_type = out_type(j)};
+    vel_cu_matmul(j->s, p, IN(0), IN(1), IN(2), IN(3), OUT(0));
+}
+
+static void run_linear_grad_x(const own_job *j)
+{
+    vel_shape w = in_shape(j, 1);
+    vel_cu_product p = {.count = 1,
+                        .m = vel_shape_rows(out_shape(j)),
+                        .n = w.dim[1],
+                        .k = w.dim[0],
+                        .type = in_type(j, 0),
+                        .c_type = out_type(j)};
+    vel_cu_matmul(j->s, p, IN(0), IN(1), NULL, IN(2), OUT(0));
+}
+
+static void run_linear_grad_w(const own_job *j)
+{
+    vel_shape y = out_shape(j);
+    vel_cu_product p = {.count = 1,
+                        .m = y.dim[0],
+                        .n = y.dim[1],
+                        .k = vel_shape_rows(in_shape(j, 0)),
+                        .ta = 1,
+                        .type = in_type(j, 0),
+                        .c_type = out_type(j)};
+    vel_cu_matmul(j->s, p, IN(1), IN(0), NULL, NULL, OUT(0));
+}
+
+/* x [N, H, W, I], w [O, I, kh, kw], y [N, H', W', O] */
+static vel_cu_conv conv_of(const own_job *j, vel_shape x, vel_shape w, vel_shape y, int stride,
+                           const int *pad)
+{
+    return (vel_cu_conv){.n = x.dim[0],
+                         .height = x.dim[1],
+                         .width = x.dim[2],
+                         .in = x.dim[3],
+                         .out = w.dim[0],
+                         .out_height = y.dim[1],
+                         .out_width = y.dim[2],
+                         .kernel_h = (int)w.dim[2],
+                         .kernel_w = (int)w.dim[3],
+                         .stride = stride,
+                         .pad_top = pad[0],
+                         .pad_left = pad[2],
+                         .type = in_type(j, 0)};
+}
+
+static void run_conv2d(const own_job *j)
+{
+    vel_cu_conv c = conv_of(j, in_shape(j, 0), in_shape(j, 1), out_shape(j), j->n->a.conv2d.stride,
+                            j->n->a.conv2d.pad);
+    c.act = j->n->a.conv2d.act;
+    vel_cu_conv2d(j->s, c, IN(0), IN(1), IN(2), IN(3), OUT(0));
+}
+
+static void run_conv2d_grad_x(const own_job *j)
+{
+    vel_cu_conv c = conv_of(j, out_shape(j), in_shape(j, 1), in_shape(j, 0),
+                            j->n->a.conv2d_grad_x.stride, j->n->a.conv2d_grad_x.pad);
+    vel_cu_conv2d_grad_x(j->s, c, IN(0), IN(1), IN(2), OUT(0));
+}
+
+static void run_conv2d_grad_w(const own_job *j)
+{
+    vel_cu_conv c = conv_of(j, in_shape(j, 0), out_shape(j), in_shape(j, 1),
+                            j->n->a.conv2d_grad_w.stride, j->n->a.conv2d_grad_w.pad);
+    vel_cu_conv2d_grad_w(j->s, c, IN(0), IN(1), OUT(0));
+}
+
+/* ---- the table ---- */
+
+static const own_row rows[VEL_OP_COUNT] = {
+    [VEL_OP_fill] = {run_fill},
+    [VEL_OP_cast] = {run_cast, .takes = takes_cast},
+    [VEL_OP_affine] = {run_affine, .inplace = 1},
+    [VEL_OP_unary] = {run_unary, .inplace = 1},
+    [VEL_OP_act] = {run_act, .inplace = 1},
+    [VEL_OP_act_grad] = {run_act_grad, .inplace = 2},
+    [VEL_OP_add] = {run_binary, .inplace = 1},
+    [VEL_OP_sub] = {run_binary, .inplace = 1},
+    [VEL_OP_mul] = {run_binary, .inplace = 1},
+    [VEL_OP_div] = {run_binary, .inplace = 1},
+    [VEL_OP_sum] = {run_reduce, scratch_reduce},
+    [VEL_OP_max] = {run_reduce, scratch_reduce},
+    [VEL_OP_bias_grad] = {run_reduce, scratch_reduce},
+    [VEL_OP_expand] = {run_expand},
+    [VEL_OP_permute] = {run_permute},
+    [VEL_OP_slice] = {run_slice},
+    [VEL_OP_unslice] = {run_unslice},
+    [VEL_OP_concat] = {run_concat},
+    [VEL_OP_upsample] = {run_upsample},
+    [VEL_OP_upsample_grad] = {run_upsample_grad},
+    [VEL_OP_dropout] = {run_dropout, .inplace = 1},
+    [VEL_OP_matmul] = {run_matmul},
+    [VEL_OP_linear] = {run_linear, .inplace = 4},
+    [VEL_OP_linear_grad_x] = {run_linear_grad_x, .inplace = 3},
+    [VEL_OP_linear_grad_w] = {run_linear_grad_w},
+    [VEL_OP_conv2d] = {run_conv2d, .inplace = 4},
+    [VEL_OP_conv2d_grad_x] = {run_conv2d_grad_x, .inplace = 3},
+    [VEL_OP_conv2d_grad_w] = {run_conv2d_grad_w},
+    [VEL_OP_group_norm] = {run_group_norm, scratch_group_norm, .inplace = 1},
+    [VEL_OP_group_norm_grad] = {run_group_norm_grad, scratch_group_norm, .inplace = 5},
+    [VEL_OP_group_norm_grad_w] = {run_group_norm_grad_w, scratch_group_norm},
+    [VEL_OP_layer_norm] = {run_layer_norm, .inplace = 1},
+    [VEL_OP_layer_norm_grad] = {run_layer_norm_grad, .inplace = 4},
+    [VEL_OP_layer_norm_grad_w] = {run_layer_norm_grad_w, scratch_layer_norm_grad_w},
+    [VEL_OP_softmax] = {run_softmax, .inplace = 1},
+    [VEL_OP_attention] = {run_attention, .takes = takes_attention},
+    [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},
+    [VEL_OP_geglu] = {run_geglu},
+    [VEL_OP_geglu_grad] = {run_geglu_grad},
+    [VEL_OP_embed] = {run_embed},
+    [VEL_OP_embed_grad] = {run_embed_grad},
+    [VEL_OP_time_embed] = {run_time_embed},
+    [VEL_OP_mse] = {run_mse, scratch_mse},
+    [VEL_OP_mse_grad] = {run_mse_grad},
+};
+
+/* Moves take integers too. */
+static bool moves_only(vel_op op)
+{
+    return op == VEL_OP_cast || op == VEL_OP_expand || op == VEL_OP_permute || op == VEL_OP_slice ||
+           op == VEL_OP_unslice;
+}
+
+/* Each letter of ops.def's types column: what the value may be. compute is the type of the 'c'
+ * ones, which must agree; it starts as VEL_I32, none seen. */
+static bool type_fits(char letter, vel_dtype t, vel_dtype *compute)
+{
+    if (letter == 'f' || letter == 'i')
+        return t == (letter == 'f' ? VEL_F32 : VEL_I32);
+    if (t == VEL_I32)
+        return false;
+    if (letter == 'c' && *compute == VEL_I32)
+        *compute = t;
+    return letter != 'c' || t == *compute;
+}
+
+static bool types_fit(const vel_graph *g, const vel_node *n)
+{
+    vel_dtype compute = VEL_I32;
+    int input = 0, output = -1;
+    for (const char *types = vel_op_types(n->op); *types; types++) {
+        if (*types == '?')
+            continue;
+        if (*types == '>') {
+            output = 0;
+        } else if (output >= 0) {
+            /* a constant may be stored in the compute type */
+            if (output < n->n_out && n->op != VEL_OP_fill &&
+                !type_fits(*types, n->out[output].dtype, &compute))
+                return false;
+            output++;
+        } else {
+            if (input < n->n_in && n->in[input].id &&
+                !type_fits(*types, vel_type_of(g, n->in[input]).dtype, &compute))
+                return false;
+            input++;
+        }
+    }
+    return true;
+}
+
+static vel_status own_run(vel_device *d, const vel_launch *l)
+{
+    own_job j = {d, l->node, l, d->stream};
+    rows[l->node->op].run(&j);
+    VEL_CUDA_LAUNCHED(d, vel_op_name(l->node->op));
+    return VEL_OK;
+}
+
+static const vel_cuda_impl own_impl = {.run = own_run};
+
+vel_status vel_cuda_own_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out)
+{
+    const vel_node *n = vel_node_at(g, id);
+    const own_row *row = &rows[n->op];
+    if (!row->run || (row->takes && !row->takes(d, g, n)) ||
+        (!moves_only(n->op) && !types_fit(g, n)))
+        return VEL_UNSUPPORTED;
+    vel_launch l = {.node = n};
+    for (int i = 0; i < n->n_in; i++)
+        if (n->in[i].id)
+            l.in_type[i] = vel_type_of(g, n->in[i]);
+    own_job j = {d, n, &l, d->stream};
+    out->name = vel_op_name(n->op);
+    out->scratch = row->scratch ? row->scratch(&j) : 0;
+    out->impl = &own_impl;
+    int input = row->inplace - 1;
+    bool shares = input >= 0 && input < n->n_in && l.in_type[input].dtype == n->out[0].dtype &&
+                  vel_shape_count(l.in_type[input].shape) == vel_shape_count(n->out[0].shape);
+    out->inplace = shares ? input : -1;
+    return VEL_OK;
+}

@@ -1,0 +1,518 @@
+/* attention.cu: attention and its gradient on tensor cores, for 16-bit types. Scores never leave the
+ * chip (Dao, Fu, Ermon, Rudra, Ré 2022, FlashAttention; the split of work into warps of 16 rows
+ * follows Dao 2023, FlashAttention-2).
+ *
+ * Forward: a block has 16 rows of queries per warp and walks over tiles of keys, two of which are in
+ * shared memory: one being used, one on its way. 4 T S d operations, and each block reads all keys
+ * and values once, from L2: 4 S d bytes for 16 WARPS queries.
+ *
+ * Backward in two walks, so that no sum is shared between blocks and equal runs give equal bytes:
+ * over queries for dk and dv, over keys for dq; scores are made again in both, 14 T S d operations
+ * in all. With few keys the first walk is cut into parts that leave float32 sums. */
+#include <type_traits>
+
+#include "tensor.cuh"
+
+static const float log2e = 1.44269504f;
+
+/* Where things are, for one head of one batch item. */
+struct geometry {
+    int64_t row;                        /* elements from one query or key to the next */
+    int64_t batch_q, batch_k;           /* from one batch item to the next */
+    int heads, d, queries, keys, causal, vectors, bias_rows, batch;
+    float scale; /* times log2(e): scores are exponents of 2 */
+};
+
+#ifdef VEL_CU_TENSOR
+
+/* Adds the bias and hides what is not to be seen: scores s [16, N] of queries from q (this lane's
+ * first) and keys from k on. bias is in units of log2. */
+template <int N>
+__device__ __forceinline__ void mask_scores(float (&s)[N / 8][4], const geometry &g, int q, int k,
+                                            const float *bias)
+{
+    int column = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = k + n * 8 + column + (i & 1), query = q + (i >> 1) * 8;
+            if (key >= g.keys || (g.causal && key > query))
+                s[n][i] = -INFINITY;
+            else if (bias)
+                s[n][i] += bias[key] * log2e;
+        }
+}
+
+template <typename T, int DP, int BK, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS)
+    attention_kernel(const T *q, const T *k, const T *v, const float *bias, T *out, float *lse,
+                     geometry g)
+{
+    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * WARPS, TILE = BK * STEP;
+    extern __shared__ __align__(16) char memory[];
+    T *sq = (T *)memory, *sk = sq + BQ * STEP, *sv = sk + 2 * TILE;
+    int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * BQ, warp = threadIdx.x >> 5;
+    q += item * g.batch_q + first * g.row + head * g.d;
+    k += item * g.batch_k + head * g.d;
+    v += item * g.batch_k + head * g.d;
+    bias = bias ? bias + (item % g.bias_rows) * (int64_t)g.keys : bias;
+    int seen = g.causal ? min(g.keys, first + BQ) : g.keys, tiles = (seen + BK - 1) / BK;
+
+    load_tile<T, DP, BQ, THREADS>(sq, q, g.row, g.queries - first, g.d, g.vectors);
+    load_tile<T, DP, BK, THREADS>(sk, k, g.row, g.keys, g.d, g.vectors);
+    load_tile<T, DP, BK, THREADS>(sv, v, g.row, g.keys, g.d, g.vectors);
+    copies_end();
+
+    float o[DP / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    int mine = first + warp * 16 + ((threadIdx.x & 31) >> 2); /* this lane's first query */
+    for (int j = 0; j < tiles; j++) {
+        const T *tk = sk + (j & 1) * TILE, *tv = sv + (j & 1) * TILE;
+        if (j + 1 < tiles) {
+            int next = (j + 1) * BK;
+            load_tile<T, DP, BK, THREADS>(sk + (~j & 1) * TILE, k + next * g.row, g.row,
+                                          g.keys - next, g.d, g.vectors);
+            load_tile<T, DP, BK, THREADS>(sv + (~j & 1) * TILE, v + next * g.row, g.row,
+                                          g.keys - next, g.d, g.vectors);
+            copies_end();
+            copies_wait<1>();
+        } else {
+            copies_wait<0>();
+        }
+        __syncthreads();
+        float s[BK / 8][4] = {};
+        multiply_tiles<T, DP, BK>(s, sq + warp * 16 * STEP, tk);
+#pragma unroll
+        for (int n = 0; n < BK / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[n][i] *= g.scale;
+        if (bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first))
+            mask_scores<BK>(s, g, mine, j * BK, bias);
+        /* the largest score of each of the lane's two rows so far, and what that changes */
+        float over[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float m = top[half];
+#pragma unroll
+            for (int n = 0; n < BK / 8; n++)
+                m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+            float from = m == -INFINITY ? 0 : m;
+            over[half] = exp2f(top[half] - from);
+            top[half] = m;
+            float part = 0;
+#pragma unroll
+            for (int n = 0; n < BK / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float p = exp2f(s[n][2 * half + i] - from);
+                    s[n][2 * half + i] = p;
+                    part += p;
+                }
+            sum[half] = sum[half] * over[half] + part;
+        }
+#pragma unroll
+        for (int n = 0; n < DP / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                o[n][i] *= over[i >> 1];
+        multiply_result<T, DP, BK>(o, s, tv);
+        __syncthreads();
+    }
+    float by[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float all = sum[half];
+        all += __shfl_xor_sync(~0u, all, 1);
+        all += __shfl_xor_sync(~0u, all, 2);
+        by[half] = 1 / all;
+        if ((threadIdx.x & 3) == 0 && mine + half * 8 < g.queries)
+            lse[((int64_t)item * g.heads + head) * g.queries + mine + half * 8] =
+                (top[half] + log2f(all)) / log2e;
+    }
+    int begin = first + warp * 16;
+    store_result<T, DP>(out + item * g.batch_q + begin * g.row + head * g.d, g.row,
+                        g.queries - begin, g.d, g.vectors, o, by);
+}
+
+/* delta[b, head, t] = sum of dout * out over the head: a warp each. */
+template <typename T>
+__global__ void __launch_bounds__(256)
+    attention_delta_kernel(const T *out, const T *dout, float *delta, geometry g, int64_t rows)
+{
+    int64_t at = (int64_t)blockIdx.x * 8 + (threadIdx.x >> 5);
+    if (at >= rows) /* rows are (item, query, head) */
+        return;
+    int lane = threadIdx.x & 31, head = (int)(at % g.heads);
+    int64_t place = at / g.heads, item = place / g.queries, query = place - item * g.queries;
+    const T *x = out + at * g.d, *y = dout + at * g.d;
+    float sum = 0;
+    for (int i = lane; i < g.d; i += 32)
+        sum += to_float(x[i]) * to_float(y[i]);
+    sum = warp_sum(sum);
+    if (lane == 0)
+        delta[(item * g.heads + head) * g.queries + query] = sum;
+}
+
+/* dk and dv: a block has 16 keys per warp, as the rows of its results, and walks over queries of its
+ * part. ds lacks the scale until the end. */
+template <typename T, int DP, int BQ, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS)
+    attention_grad_keys_kernel(const T *q, const T *k, const T *v, const float *bias,
+                               const float *lse, const T *dout, const float *delta, T *dk, T *dv,
+                               float *parts, geometry g, int splits, int each, float out_scale)
+{
+    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BK = 16 * WARPS, TILE = BQ * STEP;
+    extern __shared__ __align__(16) char memory[];
+    T *sk = (T *)memory, *sv = sk + BK * STEP, *sq = sv + BK * STEP, *sd = sq + 2 * TILE;
+    float *rows = (float *)(sd + 2 * TILE); /* [2][lse, delta][BQ] */
+    int item = blockIdx.z / splits, split = blockIdx.z % splits;
+    int head = blockIdx.y, first = blockIdx.x * BK, warp = threadIdx.x >> 5;
+    int lane = threadIdx.x & 31;
+    int64_t head_rows = ((int64_t)item * g.heads + head) * g.queries;
+    q += item * g.batch_q + head * g.d;
+    dout += item * g.batch_q + head * g.d;
+    k += item * g.batch_k + first * g.row + head * g.d;
+    v += item * g.batch_k + first * g.row + head * g.d;
+    lse += head_rows;
+    delta += head_rows;
+    bias = bias ? bias + (item % g.bias_rows) * (int64_t)g.keys : bias;
+    int begin = split * each, end = min(begin + each, g.queries);
+    if (g.causal) /* queries before the first key do not see it */
+        begin = max(begin, first / BQ * BQ);
+
+    load_tile<T, DP, BK, THREADS>(sk, k, g.row, g.keys - first, g.d, g.vectors);
+    load_tile<T, DP, BK, THREADS>(sv, v, g.row, g.keys - first, g.d, g.vectors);
+
+    auto load_queries = [&](int at, int slot) {
+        load_tile<T, DP, BQ, THREADS>(sq + slot * TILE, q + at * g.row, g.row, end - at, g.d,
+                                      g.vectors);
+        load_tile<T, DP, BQ, THREADS>(sd + slot * TILE, dout + at * g.row, g.row, end - at, g.d,
+                                      g.vectors);
+        for (int i = threadIdx.x; i < BQ; i += THREADS) {
+            bool real = at + i < end;
+            rows[slot * 2 * BQ + i] = real ? lse[at + i] * log2e : INFINITY;
+            rows[slot * 2 * BQ + BQ + i] = real ? delta[at + i] : 0;
+        }
+        copies_end();
+    };
+    float ak[DP / 8][4] = {}, av[DP / 8][4] = {};
+    int mine = first + warp * 16 + (lane >> 2); /* this lane's first key */
+    float add[2] = {0, 0};
+    if (bias)
+        for (int half = 0; half < 2; half++)
+            add[half] = mine + half * 8 < g.keys ? bias[mine + half * 8] * log2e : 0;
+    if (begin < end)
+        load_queries(begin, 0);
+    for (int at = begin, slot = 0; at < end; at += BQ, slot ^= 1) {
+        if (at + BQ < end) {
+            load_queries(at + BQ, slot ^ 1);
+            copies_wait<1>();
+        } else {
+            copies_wait<0>();
+        }
+        __syncthreads();
+        const T *tq = sq + slot * TILE, *td = sd + slot * TILE;
+        const float *row_lse = rows + slot * 2 * BQ, *row_delta = row_lse + BQ;
+        float s[BQ / 8][4] = {}, dp[BQ / 8][4] = {};
+        multiply_tiles<T, DP, BQ>(s, sk + warp * 16 * STEP, tq);
+        multiply_tiles<T, DP, BQ>(dp, sv + warp * 16 * STEP, td);
+        bool edge = g.causal && at < first + BK;
+#pragma unroll
+        for (int n = 0; n < BQ / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = n * 8 + (lane & 3) * 2 + (i & 1);
+                float p = exp2f(s[n][i] * g.scale + add[i >> 1] - row_lse[column]);
+                if (edge && mine + (i >> 1) * 8 > at + column)
+                    p = 0;
+                s[n][i] = p;
+                dp[n][i] = p * (dp[n][i] - row_delta[column]);
+            }
+        multiply_result<T, DP, BQ>(av, s, td);
+        multiply_result<T, DP, BQ>(ak, dp, tq);
+        __syncthreads();
+    }
+    copies_wait<0>();
+    int out_row = first + warp * 16;
+    float one[2] = {1, 1}, scales[2] = {out_scale, out_scale};
+    int64_t place = item * g.batch_k + out_row * g.row + head * g.d;
+    if (splits == 1) {
+        store_result<T, DP>(dk + place, g.row, g.keys - out_row, g.d, g.vectors, ak, scales);
+        store_result<T, DP>(dv + place, g.row, g.keys - out_row, g.d, g.vectors, av, one);
+        return;
+    }
+    /* parts [splits][dk, dv][batch, keys, row] */
+    int64_t whole = (int64_t)g.batch * g.batch_k;
+    float *pk = parts + split * 2 * whole + place, *pv = pk + whole;
+#pragma unroll
+    for (int n = 0; n < DP / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int r = (lane >> 2) + (i >> 1) * 8, c = n * 8 + (lane & 3) * 2 + (i & 1);
+            if (out_row + r < g.keys && c < g.d) {
+                pk[r * g.row + c] = ak[n][i] * out_scale;
+                pv[r * g.row + c] = av[n][i];
+            }
+        }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256)
+    join_parts_kernel(const float *parts, int splits, int64_t whole, T *dk, T *dv)
+{
+    int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (at >= 2 * whole)
+        return;
+    float sum = 0;
+    for (int i = 0; i < splits; i++)
+        sum += parts[i * 2 * whole + at];
+    (at < whole ? dk : dv - whole)[at] = from_float<T>(sum);
+}
+
+template <typename T, int DP, int BK, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS)
+    attention_grad_queries_kernel(const T *q, const T *k, const T *v, const float *bias,
+                                  const float *lse, const T *dout, const float *delta, T *dq,
+                                  geometry g, float out_scale)
+{
+    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * WARPS, TILE = BK * STEP;
+    extern __shared__ __align__(16) char memory[];
+    T *sq = (T *)memory, *sd = sq + BQ * STEP, *sk = sd + BQ * STEP, *sv = sk + 2 * TILE;
+    int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * BQ, warp = threadIdx.x >> 5;
+    int lane = threadIdx.x & 31;
+    q += item * g.batch_q + first * g.row + head * g.d;
+    dout += item * g.batch_q + first * g.row + head * g.d;
+    k += item * g.batch_k + head * g.d;
+    v += item * g.batch_k + head * g.d;
+    bias = bias ? bias + (item % g.bias_rows) * (int64_t)g.keys : bias;
+    int seen = g.causal ? min(g.keys, first + BQ) : g.keys, tiles = (seen + BK - 1) / BK;
+
+    load_tile<T, DP, BQ, THREADS>(sq, q, g.row, g.queries - first, g.d, g.vectors);
+    load_tile<T, DP, BQ, THREADS>(sd, dout, g.row, g.queries - first, g.d, g.vectors);
+    load_tile<T, DP, BK, THREADS>(sk, k, g.row, g.keys, g.d, g.vectors);
+    load_tile<T, DP, BK, THREADS>(sv, v, g.row, g.keys, g.d, g.vectors);
+    copies_end();
+
+    int mine = first + warp * 16 + (lane >> 2);
+    float row_lse[2], row_delta[2];
+    for (int half = 0; half < 2; half++) {
+        int64_t at = ((int64_t)item * g.heads + head) * g.queries + mine + half * 8;
+        bool real = mine + half * 8 < g.queries;
+        row_lse[half] = real ? lse[at] * log2e : INFINITY;
+        row_delta[half] = real ? delta[at] : 0;
+    }
+    float aq[DP / 8][4] = {};
+    for (int j = 0; j < tiles; j++) {
+        const T *tk = sk + (j & 1) * TILE, *tv = sv + (j & 1) * TILE;
+        if (j + 1 < tiles) {
+            int next = (j + 1) * BK;
+            load_tile<T, DP, BK, THREADS>(sk + (~j & 1) * TILE, k + next * g.row, g.row,
+                                          g.keys - next, g.d, g.vectors);
+            load_tile<T, DP, BK, THREADS>(sv + (~j & 1) * TILE, v + next * g.row, g.row,
+                                          g.keys - next, g.d, g.vectors);
+            copies_end();
+            copies_wait<1>();
+        } else {
+            copies_wait<0>();
+        }
+        __syncthreads();
+        float s[BK / 8][4] = {}, dp[BK / 8][4] = {};
+        multiply_tiles<T, DP, BK>(s, sq + warp * 16 * STEP, tk);
+        multiply_tiles<T, DP, BK>(dp, sd + warp * 16 * STEP, tv);
+#pragma unroll
+        for (int n = 0; n < BK / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[n][i] *= g.scale;
+        if (bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first))
+            mask_scores<BK>(s, g, mine, j * BK, bias);
+#pragma unroll
+        for (int n = 0; n < BK / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                dp[n][i] = exp2f(s[n][i] - row_lse[i >> 1]) * (dp[n][i] - row_delta[i >> 1]);
+        multiply_result<T, DP, BK>(aq, dp, tk);
+        __syncthreads();
+    }
+    int begin = first + warp * 16;
+    float scales[2] = {out_scale, out_scale};
+    store_result<T, DP>(dq + item * g.batch_q + begin * g.row + head * g.d, g.row,
+                        g.queries - begin, g.d, g.vectors, aq, scales);
+}
+#endif
+
+/* ---- launchers ---- */
+
+static geometry geometry_of(vel_cu_attention a, const void *const *pointers, int n)
+{
+    int64_t row = (int64_t)a.heads * a.width;
+    bool vectors = a.width % 8 == 0;
+    for (int i = 0; i < n; i++)
+        vectors = vectors && aligned(pointers[i]);
+    geometry g = {};
+    g.row = row;
+    g.batch_q = a.queries * row;
+    g.batch_k = a.keys * row;
+    g.heads = a.heads;
+    g.d = a.width;
+    g.queries = (int)a.queries;
+    g.keys = (int)a.keys;
+    g.causal = a.causal;
+    g.vectors = vectors;
+    g.bias_rows = (int)(a.bias_rows ? a.bias_rows : 1);
+    g.batch = (int)a.batch;
+    g.scale = a.scale * log2e;
+    return g;
+}
+
+enum { BACK_WARPS = 4, BACK_BLOCK = 16 * BACK_WARPS, MANY_BLOCKS = 264, MAX_SPLITS = 16 };
+
+/* Queries of a tile of the walk that makes dk and dv: what its registers allow. */
+static constexpr int back_queries(int dp)
+{
+    return dp <= 80 ? 64 : dp <= 128 ? 32 : 16;
+}
+
+static int padded_width(int d)
+{
+    static const int widths[] = {32, 48, 64, 80, 96, 128, 160};
+    for (int w : widths)
+        if (d <= w)
+            return w;
+    return 0;
+}
+
+/* Parts of the walk over queries, so that few keys still fill the card. */
+static int splits_of(vel_cu_attention a)
+{
+    int64_t blocks = blocks_for(a.keys, BACK_BLOCK) * (int64_t)a.heads * a.batch;
+    int tile = back_queries(padded_width(a.width));
+    int64_t tiles = (a.queries + tile - 1) / tile, n = MANY_BLOCKS / blocks;
+    n = n > tiles ? tiles : n;
+    return (int)(n > MAX_SPLITS ? MAX_SPLITS : n < 1 ? 1 : n);
+}
+
+template <typename K> static void allow_shared(K kernel, size_t bytes)
+{
+    if (bytes > 48 * 1024)
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+}
+
+template <typename T, int DP, int WARPS>
+static void forward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q, const T *k,
+                    const T *v, const float *bias, T *out, float *lse)
+{
+    constexpr int KEYS = DP <= 96 ? 64 : 32;
+    dim3 grid(blocks_for(a.queries, 16 * WARPS), (unsigned)a.heads, (unsigned)a.batch);
+    size_t bytes = sizeof(T) * (DP + 8) * (16 * WARPS + 4 * KEYS);
+#ifdef VEL_CU_TENSOR
+    auto kernel = attention_kernel<T, DP, KEYS, WARPS>;
+    allow_shared(kernel, bytes);
+    kernel<<<grid, 32 * WARPS, bytes, s>>>(q, k, v, bias, out, lse, g);
+#endif
+}
+
+/* scratch: delta [batch, heads, queries], then the parts of dk and dv. */
+template <typename T, int DP>
+static void backward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q, const T *k,
+                     const T *v, const float *bias, const T *out, const float *lse, const T *dout,
+                     T *dq, T *dk, T *dv, float *scratch)
+{
+    constexpr int QUERIES = back_queries(DP), KEYS = DP <= 80 ? 64 : 32, THREADS = 32 * BACK_WARPS;
+    int64_t rows = a.batch * a.heads * a.queries, whole = a.batch * g.batch_k;
+    int64_t tiles = (a.queries + QUERIES - 1) / QUERIES;
+    int splits = splits_of(a), each = (int)((tiles + splits - 1) / splits) * QUERIES;
+    float *delta = scratch, *parts = scratch + (rows + 3) / 4 * 4;
+    size_t over_q = sizeof(T) * (DP + 8) * (2 * BACK_BLOCK + 4 * KEYS);
+    size_t over_k = sizeof(T) * (DP + 8) * (2 * BACK_BLOCK + 4 * QUERIES) + 16 * QUERIES;
+    dim3 grid_q(blocks_for(a.queries, BACK_BLOCK), (unsigned)a.heads, (unsigned)a.batch);
+    dim3 grid_k(blocks_for(a.keys, BACK_BLOCK), (unsigned)a.heads, (unsigned)(a.batch * splits));
+#ifdef VEL_CU_TENSOR
+    auto queries = attention_grad_queries_kernel<T, DP, KEYS, BACK_WARPS>;
+    auto keys = attention_grad_keys_kernel<T, DP, QUERIES, BACK_WARPS>;
+    allow_shared(queries, over_q);
+    allow_shared(keys, over_k);
+    attention_delta_kernel<T><<<blocks_for(rows, 8), 256, 0, s>>>(out, dout, delta, g, rows);
+    queries<<<grid_q, THREADS, over_q, s>>>(q, k, v, bias, lse, dout, delta, dq, g, a.scale);
+    keys<<<grid_k, THREADS, over_k, s>>>(q, k, v, bias, lse, dout, delta, dk, dv, parts, g, splits,
+                                         each, a.scale);
+    if (splits > 1)
+        join_parts_kernel<T><<<blocks_for(2 * whole, 256), 256, 0, s>>>(parts, splits, whole, dk, dv);
+#endif
+}
+
+/* Runs the statement with DP as the padded width of a head. */
+#define EACH_WIDTH(width, ...)                                                                     \
+    switch (padded_width(width)) {                                                                 \
+        WIDTH_CASE(32, __VA_ARGS__)                                                                \
+        WIDTH_CASE(48, __VA_ARGS__)                                                                \
+        WIDTH_CASE(64, __VA_ARGS__)                                                                \
+        WIDTH_CASE(80, __VA_ARGS__)                                                                \
+        WIDTH_CASE(96, __VA_ARGS__)                                                                \
+        WIDTH_CASE(128, __VA_ARGS__)                                                               \
+        WIDTH_CASE(160, __VA_ARGS__)                                                               \
+    }
+#define WIDTH_CASE(w, ...)                                                                         \
+    case w: {                                                                                      \
+        constexpr int DP = w;                                                                      \
+        __VA_ARGS__;                                                                               \
+        break;                                                                                     \
+    }
+
+template <typename T>
+static void run_forward(cudaStream_t s, vel_cu_attention a, const void *q, const void *k,
+                        const void *v, const float *bias, void *out, float *lse)
+{
+    const void *const pointers[] = {q, k, v, out};
+    geometry g = geometry_of(a, pointers, 4);
+    bool many = (int64_t)blocks_for(a.queries, 128) * a.heads * a.batch >= MANY_BLOCKS / 2;
+    if (many)
+        EACH_WIDTH(a.width, forward<T, DP, 8>(s, a, g, (const T *)q, (const T *)k, (const T *)v,
+                                              bias, (T *)out, lse))
+    else
+        EACH_WIDTH(a.width, forward<T, DP, 4>(s, a, g, (const T *)q, (const T *)k, (const T *)v,
+                                              bias, (T *)out, lse))
+}
+
+extern "C" void vel_cu_attention_run(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                                     const void *k, const void *v, const float *bias, void *out,
+                                     float *lse)
+{
+    if (type == VEL_CU_BF16)
+        run_forward<bf16>(s, a, q, k, v, bias, out, lse);
+    else
+        run_forward<f16>(s, a, q, k, v, bias, out, lse);
+}
+
+extern "C" size_t vel_cu_attention_grad_scratch(vel_cu_attention a)
+{
+    int splits = a.width <= VEL_CU_ATTENTION_WIDTH ? splits_of(a) : 1;
+    int64_t rows = a.batch * a.heads * a.queries, whole = a.batch * a.keys * a.heads * a.width;
+    return sizeof(float) * (size_t)((rows + 3) / 4 * 4 + (splits > 1 ? splits * 2 * whole : 0));
+}
+
+template <typename T>
+static void run_backward(cudaStream_t s, vel_cu_attention a, const void *q, const void *k,
+                         const void *v, const float *bias, const void *out, const float *lse,
+                         const void *dout, void *dq, void *dk, void *dv, void *scratch)
+{
+    const void *const pointers[] = {q, k, v, dout, dq, dk, dv};
+    geometry g = geometry_of(a, pointers, 7);
+    EACH_WIDTH(a.width, backward<T, DP>(s, a, g, (const T *)q, (const T *)k, (const T *)v, bias,
+                                        (const T *)out, lse, (const T *)dout, (T *)dq, (T *)dk,
+                                        (T *)dv, (float *)scratch))
+}
+
+extern "C" void vel_cu_attention_grad(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                                      const void *k, const void *v, const float *bias,
+                                      const void *out, const float *lse, const void *dout, void *dq,
+                                      void *dk, void *dv, void *scratch)
+{
+    if (type == VEL_CU_BF16)
+        run_backward<bf16>(s, a, q, k, v, bias, out, lse, dout, dq, dk, dv, scratch);
+    else
+        run_backward<f16>(s, a, q, k, v, bias, out, lse, dout, dq, dk, dv, scratch);
+}
