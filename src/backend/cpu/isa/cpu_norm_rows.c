@@ -146,6 +146,29 @@ void VEL_ISA_NAME(layer_norm_grad_w)(const vel_cpu_job *job)
     }
 }
 
+/* ---- channel_scale: x * gain + bias -------------------------------------------------------------
+ */
+
+VEL_INLINE void scale_rows(const void *x, const float *gain, const float *bias, int64_t width,
+                           void *y, int64_t begin, int64_t end, bool half)
+{
+    for (int64_t r = begin; r < end; r++)
+        for (int64_t c = 0; c < width; c += VL) {
+            int64_t at = r * width + c, left = width - c;
+            vf v = vget_part(x, at, left, half) * vget_part(gain, c, left, false);
+            vput_part(y, at, left, half, bias ? v + vget_part(bias, c, left, false) : v);
+        }
+}
+
+void VEL_ISA_NAME(channel_scale)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    vel_type x = l->in_type[0];
+    int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape);
+    VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(x),
+                   scale_rows(l->in[0], l->in[1], l->in[2], width, l->out[0], begin, end, half));
+}
+
 /* ---- softmax
  * ------------------------------------------------------------------------------------------ */
 

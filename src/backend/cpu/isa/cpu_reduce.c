@@ -199,6 +199,107 @@ void VEL_ISA_NAME(reduce)(const vel_cpu_job *job)
                        join_chunks(&r, partial, out, begin, end));
 }
 
+/* ---- channel_scale_grad_w: (x [.., C], dy) -> sum of x dy over the rows [C]
+ * ---------------------- */
+
+VEL_INLINE void product_rows(const void *x, const void *dy, int64_t at, int64_t n, int64_t inner,
+                             float *out, bool half)
+{
+    for (int64_t c = 0; c < inner; c += VL) {
+        vf acc = vset(0.0f);
+        for (int64_t r = 0; r < n; r++) {
+            int64_t i = at + r * inner + c;
+            acc += vget_part(x, i, inner - c, half) * vget_part(dy, i, inner - c, half);
+        }
+        vput_part(out, c, inner - c, false, acc);
+    }
+}
+
+VEL_INLINE void product_items(const reduction *r, const void *x, const void *dy, float *partial,
+                              int64_t begin, int64_t end, bool half)
+{
+    for (int64_t item = begin; item < end; item++) {
+        int64_t first = item * r->chunk, n = VEL_MIN(r->chunk, r->reduced - first);
+        product_rows(x, dy, first * r->inner, n, r->inner, partial + item * r->inner, half);
+    }
+}
+
+static reduction rows_of(vel_shape s)
+{
+    reduction r = {.outer = 1,
+                   .together = true,
+                   .reduced = vel_shape_rows(s),
+                   .inner = vel_shape_last(s),
+                   .chunk = CHUNK_ROWS};
+    r.chunks = (r.reduced + r.chunk - 1) / r.chunk;
+    return r;
+}
+
+size_t VEL_ISA_NAME(channel_scale_grad_w_scratch)(const vel_cpu_job *job)
+{
+    reduction r = rows_of(job->launch->in_type[0].shape);
+    return (size_t)(r.chunks * r.inner) * sizeof(float);
+}
+
+void VEL_ISA_NAME(channel_scale_grad_w)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    reduction r = rows_of(l->in_type[0].shape);
+    float *partial = l->scratch, *out = l->out[0];
+    VEL_EACH_PIECE(job, r.chunks, 1, r.reduced * r.inner, vel_is_half(l->in_type[0]),
+                   product_items(&r, l->in[0], l->in[1], partial, begin, end, half));
+    VEL_EACH_PIECE(job, r.inner, VEL_GRAIN, r.inner * r.chunks, false,
+                   join_chunks(&r, partial, out, begin, end));
+}
+
+/* ---- row_norm: (w [o, ..], d) -> the length of each row, or column, of w + d
+ * --------------------- */
+
+VEL_INLINE void row_lengths(const void *w, const float *d, int64_t width, float *out, int64_t begin,
+                            int64_t end, bool half)
+{
+    for (int64_t r = begin; r < end; r++) {
+        vf acc[4] = {{0}, {0}, {0}, {0}};
+        for (int64_t c = 0; c < width; c += VL) {
+            vf v = vget_part(w, r * width + c, width - c, half) +
+                   vget_part(d, r * width + c, width - c, false);
+            acc[c / VL % 4] += v * v;
+        }
+        out[r] = sqrtf(vsum((acc[0] + acc[1]) + (acc[2] + acc[3])) + 1e-30f);
+    }
+}
+
+/* w [rows, columns, pixels] */
+VEL_INLINE void column_lengths(const void *w, const float *d, int64_t rows, int64_t columns,
+                               int64_t pixels, float *out, int64_t begin, int64_t end, bool half)
+{
+    for (int64_t c = begin; c < end; c++) {
+        double sum = 0;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t p = 0; p < pixels; p += VL) {
+                int64_t at = (r * columns + c) * pixels + p, left = pixels - p;
+                vf v = vget_part(w, at, left, half) + vget_part(d, at, left, false);
+                sum += vsum(v * v);
+            }
+        out[c] = sqrtf((float)sum + 1e-30f);
+    }
+}
+
+void VEL_ISA_NAME(row_norm)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    vel_shape s = l->in_type[0].shape;
+    int64_t count = vel_shape_count(s), rows = s.dim[0], columns = s.dim[1];
+    bool half_weight = vel_is_half(l->in_type[0]);
+    if (job->node->a.row_norm.columns)
+        VEL_EACH_PIECE(job, columns, 1, count, half_weight,
+                       column_lengths(l->in[0], l->in[1], rows, columns, count / (rows * columns),
+                                      l->out[0], begin, end, half));
+    else
+        VEL_EACH_PIECE(job, rows, 1, count, half_weight,
+                       row_lengths(l->in[0], l->in[1], count / rows, l->out[0], begin, end, half));
+}
+
 /* ---- mse: (pred [B, ..], target, weight [B]) -> loss [1], means [B]
  * ------------------------------------ */
 
