@@ -114,8 +114,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
                              .smallest = o->gradient_checkpointing,
                              .train_text_encoder = o->train_text_encoder,
                              .clip_skip = 1,
-                             .adaptions = adaption,
-                             .n_adaptions = 1};
+                             .trained = {.adaptions = adaption, .n_adaptions = 1}};
     vel_optimizer adamw = {
         .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
     VEL_TRY(vel_engine_set_optimizer(vel_model_engine(b->model), &adamw));

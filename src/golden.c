@@ -742,7 +742,7 @@ static vel_status check_adapter(golden *k, const json_t *config, const char *kin
     vel_status st = read_sites(k, config, kind, sites);
     vel_adaption adaption = {sites, k->n_sites};
     vel_trainer_options o = {
-        .compute = VEL_F32, .clip_skip = 1, .adaptions = &adaption, .n_adaptions = 1};
+        .compute = VEL_F32, .clip_skip = 1, .trained = {.adaptions = &adaption, .n_adaptions = 1}};
     if (st == VEL_OK)
         st = load_lesson(k, &l);
     if (st == VEL_OK)

@@ -92,6 +92,36 @@ vel_ref vel_adapter_core(vel_graph *g, vel_ref a, bool transposed, vel_ref core,
 void vel_adapter_kaiming(const vel_adapter_site *s, vel_adapter_leaf leaf, uint64_t seed,
                          float *out, int64_t n);
 
+/* ---- training the model's own values (thaw.c) ------------------------------------------------ */
+
+/* Which frozen weights become params of the same path. */
+typedef struct vel_thaw {
+    const char *parts[3]; /* "unet", "text_encoder"; NULL ends */
+    const char *patterns; /* globs over paths; NULL: every weight of the parts */
+} vel_thaw;
+bool vel_is_thawed(const vel_thaw *t, const char *path);
+
+/* New rows behind a table of token embeddings. The graph gets the leaf `path` [n, D] and, for ids
+ * [N, S], the inputs "word_ids" int32 [N, S] (a row of the leaf; 0 where there is no new word) and
+ * "word_mask" [N, S, 1] (1 where there is one); "ids" must hold some id of the table there. */
+typedef struct vel_words {
+    const char *table; /* path of the table's weight */
+    const char *path;  /* of the leaf */
+    int n;             /* rows */
+    bool trained;      /* the leaf is a param, else a weight */
+} vel_words;
+
+/* All that a run trains. */
+typedef struct vel_trained {
+    const vel_adaption *adaptions;
+    int n_adaptions;
+    const vel_thaw *thaw;   /* NULL: none */
+    const vel_words *words; /* NULL: none */
+} vel_trained;
+/* Rewrites *g (destroyed and replaced; as it was on failure). A graph without the table is left
+ * without words. */
+vel_status vel_apply_trained(vel_graph **g, const vel_trained *what);
+
 /* Presets of targets, as glob patterns over the path: "attn" (to_q, to_k, to_v, to_out.0),
  * "attn+mlp"
  * (+ feed-forward and projections: kohya's default), "all" (+ 3x3 convolutions), and

@@ -161,6 +161,24 @@ void vel_names_free(vel_ctx *ctx, char **names, int n);
 /* Bytes free on the file system of path (its nearest existing parent); -1 if unknown. */
 int64_t vel_free_space(const char *path);
 
+/* ---- folders (folder.c) -----------------------------------------------------------------------
+ */
+
+/* A folder that appears whole or not at all: filled at .temporary, then renamed; what was at its
+ * place goes then. */
+typedef struct vel_folder {
+    vel_ctx *ctx;
+    char *path, *temporary;
+} vel_folder;
+vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path);
+vel_status vel_folder_commit(vel_folder *f); /* ends f, whatever it returns */
+void vel_folder_discard(vel_folder *f);      /* ends f; nothing is left; fine after commit */
+/* A file or a folder with all that is in it; fine when there is none. Links are not followed. */
+vel_status vel_remove_tree(vel_ctx *ctx, const char *path);
+/* to becomes another name of from's bytes (links are resolved), or a copy: of a file under 1 MiB,
+ * or where the file system has no such thing. */
+vel_status vel_link_or_copy(vel_ctx *ctx, const char *from, const char *to);
+
 /* ---- hashes (hash.c) ------------------------------------------------------------------------- */
 
 uint64_t vel_hash64(const void *bytes, size_t n, uint64_t seed); /* fast, not cryptographic */

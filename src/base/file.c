@@ -287,7 +287,7 @@ void vel_remove_leftovers(vel_ctx *ctx, const char *folder)
         bool gone = process > 0 && kill((pid_t)process, 0) != 0 && errno == ESRCH;
         char *path = gone ? vel_path_join(ctx, folder, names[i]) : NULL;
         if (path)
-            unlink(path);
+            vel_remove_tree(ctx, path); /* a file, or a folder that was being filled */
         vel_free(ctx, path);
     }
     vel_names_free(ctx, names, n);

@@ -31,7 +31,7 @@ void vel_engine_destroy(vel_engine *e)
     vel_engine_drop_weights(e, "");
     if (e->device) {
         vel_engine_free_optimizer(e);
-        float *vectors[] = {e->value, e->grad, e->sum};
+        float *vectors[] = {e->value, e->grad, e->sum, e->average};
         for (int i = 0; i < VEL_COUNT(vectors); i++)
             e->backend->free(e->device, vectors[i]);
         e->backend->free(e->device, e->arena);
@@ -235,7 +235,7 @@ const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *
 /* Room for count values in the flat vectors; what is there is kept. */
 static vel_status grow_vectors(vel_engine *e, int64_t count)
 {
-    float **vectors[] = {&e->value, &e->grad, &e->sum};
+    float **vectors[] = {&e->value, &e->grad, &e->sum, &e->average};
     for (int i = 0; i < VEL_COUNT(vectors); i++) {
         if (i >= 2 && !*vectors[i])
             continue; /* not in use yet */
@@ -314,6 +314,8 @@ static float **vector_of(vel_engine *e, char which)
         return &e->value;
     case 'g':
         return &e->grad;
+    case 'a':
+        return &e->average;
     default:
         return &e->sum;
     }
@@ -341,6 +343,37 @@ void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64
     float **vector = vector_of(e, which);
     if (need_vector(e, vector) == VEL_OK)
         e->backend->write(e->device, *vector + first, in, (size_t)n * sizeof *in);
+}
+
+vel_status vel_engine_load_trainable(vel_engine *e, int i)
+{
+    const vel_trainable *t = &e->trainables[i];
+    vel_node leaf = {.op = VEL_OP_param, .n_out = 1, .path = t->path};
+    leaf.out[0] = (vel_type){VEL_F32, t->shape};
+    vel_source_tensor from;
+    void *plain = NULL;
+    VEL_TRY(find_source(e, &leaf, &from));
+    vel_status st = read_plain(e, &leaf, &from, &plain);
+    if (st == VEL_OK)
+        e->backend->write(e->device, e->value + t->offset, plain, (size_t)t->count * sizeof(float));
+    vel_free(e->ctx, plain);
+    return st;
+}
+
+vel_status vel_engine_average(vel_engine *e, double decay)
+{
+    if (!e->average) {
+        VEL_TRY(need_vector(e, &e->average));
+        decay = 0;
+    }
+    e->backend->add(e->device, e->average, e->value, (float)(1 - decay), (float)decay,
+                    e->trainable_count);
+    return VEL_OK;
+}
+
+bool vel_engine_has_average(const vel_engine *e)
+{
+    return e->average;
 }
 
 vel_status vel_engine_accumulate(vel_engine *e, bool first)

@@ -34,7 +34,7 @@ struct vel_engine {
     vel_trainable *trainables;
     int n_trainables, room_trainables;
     int64_t trainable_count, trainable_room; /* values */
-    float *value, *grad, *sum;               /* device, flat; sum made on first use */
+    float *value, *grad, *sum, *average;     /* device, flat; the last two made on first use */
     vel_optimizer optimizer;
     vel_optimizer_number numbers[VEL_OPTIMIZER_NUMBERS];
     vel_segment *segments; /* [n_segments], of trainables in their order */

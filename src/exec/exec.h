@@ -51,10 +51,17 @@ vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g);
 int vel_engine_trainables(const vel_engine *e);
 const vel_trainable *vel_engine_trainable_at(const vel_engine *e, int i);
 int64_t vel_engine_trainable_count(const vel_engine *e); /* values in all */
-/* Host copies in and out of the flat vectors: which is 'v' value, 'g' gradient. */
+/* Host copies in and out of the flat vectors: which is 'v' value, 'g' gradient, 'a' the average. */
 void vel_engine_read_trainables(vel_engine *e, char which, int64_t first, int64_t n, float *out);
 void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64_t n,
                                  const float *in);
+/* Reads the value of trainable i from the sources of weights, by its path: a weight that is trained
+ * starts from the model's file. */
+vel_status vel_engine_load_trainable(vel_engine *e, int i);
+/* A second vector that follows the values: average = decay * average + (1 - decay) * value. It
+ * begins, at the first call, as a copy of the values. */
+vel_status vel_engine_average(vel_engine *e, double decay);
+bool vel_engine_has_average(const vel_engine *e);
 /* Gradient accumulation: adds the last run's gradient to a sum kept aside; n runs later, the mean
  * replaces the gradient. A run's gradient overwrites the one before. */
 vel_status vel_engine_accumulate(vel_engine *e, bool first);
@@ -87,7 +94,8 @@ vel_status vel_engine_set_optimizer(vel_engine *e, const vel_optimizer *o);
 vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void *user, int i),
                              void *user);
 double vel_engine_rate(const vel_engine *e); /* of trainable 0 in the last step */
-/* Values to look at and to save, where they are not the ones that are trained (schedule_free): on
+/* Values to look at and to save, where they are not the ones that are trained (the average where
+ * one is kept, else those of schedule_free): on
  * shows them, off brings back the trained ones, bit for bit. The gradient is lost. */
 vel_status vel_engine_evaluate(vel_engine *e, bool on);
 int64_t vel_engine_state_bytes(vel_engine *e); /* of the optimizer; known before the first step */

@@ -27,7 +27,7 @@ struct vel_plan {
     vel_layout layout;
     const vel_trainable **gradient_at; /* [node]: the gradient that output 0 is, written in place */
     const void *bound_arena;           /* the launches hold pointers into this */
-    const float *bound_grad;
+    const float *bound_grad, *bound_value;
     int64_t weight_bytes;
     int level;
     bool dry, profiling;
@@ -435,7 +435,8 @@ static void forget_recording(vel_plan *p)
 /* Addresses, again whenever the arena or the gradient vector has moved. */
 static void bind(vel_plan *p)
 {
-    if (p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad)
+    if (p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad &&
+        p->bound_value == p->engine->value)
         return;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
@@ -452,6 +453,7 @@ static void bind(vel_plan *p)
     }
     p->bound_arena = p->engine->arena;
     p->bound_grad = p->engine->grad;
+    p->bound_value = p->engine->value;
     p->bound_runs = 0;
     forget_recording(p);
 }

@@ -390,6 +390,12 @@ double vel_engine_rate(const vel_engine *e)
 
 vel_status vel_engine_evaluate(vel_engine *e, bool on)
 {
+    if (e->average && e->evaluating != on) {
+        float *value = e->value;
+        e->value = e->average;
+        e->average = value;
+        e->evaluating = on;
+    }
     if (rule_of(e) != VEL_UPDATE_SCHEDULE_FREE || e->evaluating == on || e->optimizer.beta1 == 0)
         return VEL_OK;
     VEL_TRY(need_state(e));

@@ -64,6 +64,10 @@ typedef struct vel_save_tensor {
     int rank;
     int64_t dim[8];
     const void *data; /* float * for F32, F16, BF16; else raw bytes of the type */
+    /* For F32, F16, BF16 where the values are not in memory at once, instead of data: values
+     * first .. first+n-1. A value that is not finite, or too large for F16, is VEL_DIVERGED. */
+    void (*read)(void *user, int64_t first, int64_t n, float *out);
+    void *user;
 } vel_save_tensor;
 /* Written whole or not at all. metadata: object of strings, may be NULL. Tensors are stored in
  * safetensors' own order (by descending type size, then name), so that files compare equal with the

@@ -620,20 +620,58 @@ static vel_status write_header(vel_writer *w, const char *text)
     return vel_writer_write(w, "       ", padded - length);
 }
 
+static vel_status write_floats(vel_writer *w, vel_file_type type, const float *data, int64_t n)
+{
+    uint16_t part[CHUNK];
+    if (type == VEL_FILE_F32)
+        return vel_writer_write(w, data, (size_t)n * sizeof *data);
+    for (int64_t at = 0; at < n; at += CHUNK) {
+        int64_t some = VEL_MIN(n - at, CHUNK);
+        for (int64_t k = 0; k < some; k++)
+            part[k] = type == VEL_FILE_F16 ? vel_f32_f16(data[at + k]) : vel_f32_bf16(data[at + k]);
+        VEL_TRY(vel_writer_write(w, part, (size_t)some * 2));
+    }
+    return VEL_OK;
+}
+
+static vel_status check_values(vel_writer *w, const vel_save_tensor *t, const float *data,
+                               int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(data[i]) || (t->type == VEL_FILE_F16 && fabsf(data[i]) >= 65520))
+            return vel_fail(w->ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s",
+                            w->path, t->name, (double)data[i],
+                            isfinite(data[i]) ? "float16 cannot: use --save_precision bf16"
+                                              : "is not finite; a lower --learning_rate may help");
+    return VEL_OK;
+}
+
+static vel_status write_read(vel_writer *w, const save_entry *e)
+{
+    enum { SOME = 1 << 18 };
+    const vel_save_tensor *t = e->tensor;
+    int64_t most = VEL_MIN(e->count, SOME);
+    float *data = vel_alloc(w->ctx, (size_t)VEL_MAX(most, 1) * sizeof *data);
+    vel_status status = data ? VEL_OK : VEL_NO_MEMORY;
+    for (int64_t i = 0; i < e->count && !status; i += SOME) {
+        int64_t n = VEL_MIN(e->count - i, SOME);
+        t->read(t->user, i, n, data);
+        status = check_values(w, t, data, n);
+        if (!status)
+            status = write_floats(w, t->type, data, n);
+    }
+    vel_free(w->ctx, data);
+    return status;
+}
+
 static vel_status write_data(vel_writer *w, const save_entry *e)
 {
     vel_file_type type = e->tensor->type;
+    if (e->tensor->read)
+        return write_read(w, e);
     if (type != VEL_FILE_F16 && type != VEL_FILE_BF16)
         return vel_writer_write(w, e->tensor->data, (size_t)e->count * (size_t)types[type].bytes);
-    const float *data = e->tensor->data;
-    for (int64_t i = 0; i < e->count; i += CHUNK) {
-        uint16_t part[CHUNK];
-        int64_t n = VEL_MIN(e->count - i, CHUNK);
-        for (int64_t k = 0; k < n; k++)
-            part[k] = type == VEL_FILE_F16 ? vel_f32_f16(data[i + k]) : vel_f32_bf16(data[i + k]);
-        VEL_TRY(vel_writer_write(w, part, (size_t)n * 2));
-    }
-    return VEL_OK;
+    return write_floats(w, type, e->tensor->data, e->count);
 }
 
 /* Looks at the free space first, so that a long write does not start in vain. */

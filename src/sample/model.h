@@ -49,8 +49,7 @@ struct vel_model {
     int n_modules;
     model_adapter *adapters;
     int n_adapters;
-    const vel_adaption *trained; /* borrowed; NULL off */
-    int n_trained;
+    vel_trained trained; /* what it points at is borrowed; all zero: off */
     cached_plan plans[VEL_MAX_PLANS];
     int n_plans;
     uint64_t clock;

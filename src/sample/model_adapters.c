@@ -102,12 +102,10 @@ void vel_model_remove_adapters(vel_model *m)
     m->n_adapters = 0;
 }
 
-void vel_model_set_trained(vel_model *m, const struct vel_adaption *adaptions, int n)
+void vel_model_set_trained(vel_model *m, const struct vel_trained *what)
 {
-    if (n || m->n_trained)
-        vel_model_drop_adapted_plans(m);
-    m->trained = adaptions;
-    m->n_trained = n;
+    vel_model_drop_adapted_plans(m);
+    m->trained = what ? *what : (vel_trained){0};
 }
 
 /* ---- leaves for the engine ---- */
@@ -189,8 +187,8 @@ static int all_sites(const vel_model *m)
     int n = 0;
     for (int i = 0; i < m->n_adapters; i++)
         n += m->adapters[i].file->n;
-    for (int i = 0; i < m->n_trained; i++)
-        n += m->trained[i].n_sites;
+    for (int i = 0; i < m->trained.n_adaptions; i++)
+        n += m->trained.adaptions[i].n_sites;
     return n;
 }
 
@@ -198,10 +196,10 @@ static vel_status adapt_with(vel_model *m, vel_graph **g, const vel_module *modu
                              vel_adapter_site *sites, vel_adaption *adaptions)
 {
     int n = 0;
-    for (int i = 0; i < m->n_adapters + m->n_trained; i++) {
+    for (int i = 0; i < m->n_adapters + m->trained.n_adaptions; i++) {
         bool trained = i >= m->n_adapters;
         const model_adapter *a = trained ? NULL : &m->adapters[i];
-        const vel_adaption *t = trained ? &m->trained[i - m->n_adapters] : NULL;
+        const vel_adaption *t = trained ? &m->trained.adaptions[i - m->n_adapters] : NULL;
         int count = take_sites(t ? t->sites : a->sites, t ? t->n_sites : a->file->n, modules,
                                n_modules, sites);
         if (!count)
@@ -209,25 +207,20 @@ static vel_status adapt_with(vel_model *m, vel_graph **g, const vel_module *modu
         adaptions[n++] = (vel_adaption){sites, count};
         sites += count;
     }
-    if (!n)
-        return VEL_OK;
-    vel_graph *adapted = NULL;
-    VEL_TRY(vel_adapt(*g, adaptions, n, &adapted));
-    vel_graph_destroy(*g);
-    *g = adapted;
-    return m->n_trained ? vel_engine_add_trainables(m->engine, adapted) : VEL_OK;
+    vel_trained all = {adaptions, n, m->trained.thaw, m->trained.words};
+    return vel_apply_trained(g, &all);
 }
 
-vel_status vel_model_adapt_graph(vel_model *m, vel_graph **g)
+static vel_status adapt_all(vel_model *m, vel_graph **g)
 {
     int total = all_sites(m);
     if (!total)
-        return VEL_OK;
+        return adapt_with(m, g, NULL, 0, NULL, NULL);
     int n_modules = vel_graph_modules(*g, NULL, 0);
     vel_module *modules = vel_alloc(m->ctx, sizeof *modules * (size_t)VEL_MAX(n_modules, 1));
     vel_adapter_site *sites = vel_alloc(m->ctx, sizeof *sites * (size_t)total);
     vel_adaption *adaptions =
-        vel_alloc(m->ctx, sizeof *adaptions * (size_t)(m->n_adapters + m->n_trained));
+        vel_alloc(m->ctx, sizeof *adaptions * (size_t)(m->n_adapters + m->trained.n_adaptions));
     vel_status st = VEL_NO_MEMORY;
     if (modules && sites && adaptions) {
         vel_graph_modules(*g, modules, n_modules);
@@ -237,4 +230,11 @@ vel_status vel_model_adapt_graph(vel_model *m, vel_graph **g)
     vel_free(m->ctx, sites);
     vel_free(m->ctx, adaptions);
     return st;
+}
+
+vel_status vel_model_adapt_graph(vel_model *m, vel_graph **g)
+{
+    bool trains = m->trained.n_adaptions || m->trained.thaw || m->trained.words;
+    VEL_TRY(adapt_all(m, g));
+    return trains ? vel_engine_add_trainables(m->engine, *g) : VEL_OK;
 }

@@ -75,15 +75,28 @@ const vel_known_module *vel_model_modules(vel_model *m, int *n);
 /* SHA-256 of a part's weights file (cached): for caches and metadata; borrowed; NULL on failure. */
 const char *vel_model_hash(vel_model *m, const char *part);
 
+/* New values of the weight at a path, for vel_model_save. */
+typedef struct vel_new_weight {
+    const char *path; /* "unet.conv_in.weight" */
+    int64_t count;
+    void (*read)(void *user, int64_t first, int64_t n, float *out);
+    void *user;
+} vel_new_weight;
+/* Writes the model as a diffusers folder with n new weights; parts that have one are written in the
+ * type (F32, F16, BF16), the others linked or copied. Whole or not at all. A value that is not
+ * finite is VEL_DIVERGED. */
+vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
+                          vel_file_type type);
+
 /* Adapters under a name, with a strength; change takes effect at the next picture, nothing is
  * reloaded. */
 vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *path, double weight);
 vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight);
 void vel_model_remove_adapters(vel_model *m);
-/* Previews in training: the graph is rewritten with the trainables that this adaption uses; NULL
- * off. */
-struct vel_adaption;
-void vel_model_set_trained(vel_model *m, const struct vel_adaption *adaptions, int n);
+/* Previews in training: the graph is rewritten to read what is being trained (what it points at is
+ * borrowed); NULL off. */
+struct vel_trained;
+void vel_model_set_trained(vel_model *m, const struct vel_trained *what);
 
 /* A module of a file as a site of a graph: leaves, rank and alpha; paths are borrowed.
  * VEL_UNSUPPORTED for a kind that graphs do not have. */

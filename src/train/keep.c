@@ -2,7 +2,7 @@
  * steps since the last save: first the state (which a resume needs), then the adapter, then old
  * ones go.
  *
- *     OUTPUT_DIR/NAME.safetensors                 the result
+ *     OUTPUT_DIR/NAME.safetensors                 the result; of full fine-tuning the folder NAME
  *     OUTPUT_DIR/NAME-step00000100.safetensors    saves on the way
  *     OUTPUT_DIR/NAME-step00000100.state          what --resume reads
  *     OUTPUT_DIR/NAME.log.jsonl                   a line a step */
@@ -14,6 +14,12 @@
 char *vel_keep_path(train_session *s, const char *ending)
 {
     return vel_arena_strf(s->arena, "%s/%s%s", s->o->output_dir, s->o->output_name, ending);
+}
+
+/* A model is a folder, all else a file. */
+const char *vel_keep_ending(const train_session *s)
+{
+    return vel_method_is_full(s->o) ? "" : ".safetensors";
 }
 
 /* Settings in which a resumed run may differ from the one that was saved: how long it is, what it
@@ -56,13 +62,14 @@ vel_status vel_keep_check_folder(train_session *s)
     s->made_folder = !vel_is_folder(s->o->output_dir);
     VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
     vel_remove_leftovers(s->ctx, s->o->output_dir);
-    char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_path(s, ".safetensors");
+    char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_path(s, vel_keep_ending(s));
     if (!probe || !result)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_write_file(s->ctx, probe, "", 0));
     unlink(probe);
     bool resumes = s->o->resume && s->o->resume[0];
-    if (vel_is_file(result) && !resumes && !s->o->overwrite)
+    bool exists = vel_method_is_full(s->o) ? vel_is_folder(result) : vel_is_file(result);
+    if (exists && !resumes && !s->o->overwrite)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "%s exists: add --resume latest to go on from its last state, "
                         "--overwrite to replace it, or choose another --output_name",
@@ -272,11 +279,23 @@ static void forget_old(train_session *s, const char *ending, int keep)
             continue;
         char *path = vel_path_join(s->ctx, s->o->output_dir, names[i]);
         if (path)
-            unlink(path);
+            vel_remove_tree(s->ctx, path);
         vel_free(s->ctx, path);
         count--;
     }
     vel_names_free(s->ctx, names, n);
+}
+
+static vel_status export_result(train_session *s, const char *path)
+{
+    vel_file_type type = precision_of(s->o->save_precision);
+    if (s->trained.thaw)
+        return vel_train_export_model(s->model, &s->thaw, path, type);
+    json_t *meta = vel_keep_metadata(s);
+    vel_status st =
+        vel_train_export(s->model, s->sites, s->n_sites, path, s->o->save_format, type, meta);
+    json_decref(meta);
+    return st;
 }
 
 vel_status vel_keep_save(train_session *s, bool last)
@@ -284,22 +303,20 @@ vel_status vel_keep_save(train_session *s, bool last)
     char *digest = digest_of(s);
     char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir,
                                  s->o->output_name, s->step);
-    char *file = last ? vel_keep_path(s, ".safetensors")
-                      : vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".safetensors",
-                                       s->o->output_dir, s->o->output_name, s->step);
+    const char *ending = vel_keep_ending(s);
+    char *file = last ? vel_keep_path(s, ending)
+                      : vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 "%s", s->o->output_dir,
+                                       s->o->output_name, s->step, ending);
     if (!digest || !state || !file)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest));
     vel_engine *e = vel_model_engine(s->model);
     VEL_TRY(vel_engine_evaluate(e, true));
-    json_t *meta = vel_keep_metadata(s);
-    vel_status st = vel_train_export(s->model, s->sites, s->n_sites, file, s->o->save_format,
-                                     precision_of(s->o->save_precision), meta);
-    json_decref(meta);
+    vel_status st = export_result(s, file);
     VEL_TRY(st);
     VEL_TRY(vel_engine_evaluate(e, false));
     forget_old(s, ".state", s->o->keep_last);
-    forget_old(s, ".safetensors", s->o->keep_last);
+    forget_old(s, ending, s->o->keep_last);
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
     return VEL_OK;
 }

@@ -140,7 +140,7 @@ static vel_status before_after(train_session *s)
 
 vel_status vel_look_report(train_session *s)
 {
-    char *path = vel_keep_path(s, "-report.html"), *adapter = vel_keep_path(s, ".safetensors");
+    char *path = vel_keep_path(s, "-report.html"), *adapter = vel_keep_path(s, vel_keep_ending(s));
     if (!path || !adapter)
         return VEL_NO_MEMORY;
     if (s->n_prompts && s->n_sheets >= 2)
@@ -160,7 +160,7 @@ vel_status vel_look_report(train_session *s)
                     .peak_memory = vel_peak_resident_bytes(),
                     .device = vel_engine_describe(vel_model_engine(s->model))};
     VEL_TRY(vel_report_write(s->ctx, &r, path));
-    vel_log(s->ctx, 2, "adapter: %s", adapter);
+    vel_log(s->ctx, 2, "%s: %s", vel_method_is_full(s->o) ? "model" : "adapter", adapter);
     vel_log(s->ctx, 2, "report: %s", path);
     return VEL_OK;
 }

@@ -118,14 +118,12 @@ static vel_status open_model(train_session *s)
     s->length = text[0].length;
     s->width = text[0].width;
     s->channels = vel_model_latent(s->model)->channels;
-    VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
-    s->adaption = (vel_adaption){s->sites, s->n_sites};
+    VEL_TRY(vel_method_prepare(s));
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
                              .train_text_encoder = o->train_text_encoder,
                              .clip_skip = o->clip_skip,
-                             .adaptions = &s->adaption,
-                             .n_adaptions = 1};
+                             .trained = s->trained};
     if (o->memory) {
         double amount = 0;
         char unit = 0;
@@ -171,12 +169,14 @@ vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uin
         vel_adapter_leaf leaf;
         const vel_adapter_site *site =
             vel_adapter_site_find(adaption->sites, adaption->n_sites, t->path, &leaf);
+        if (!site)
+            continue;
         float *values = vel_alloc(ctx, (size_t)t->count * sizeof *values);
         if (!values)
             return VEL_NO_MEMORY;
-        if (site && leaf == VEL_LEAF_DORA_SCALE)
+        if (leaf == VEL_LEAF_DORA_SCALE)
             st = weight_lengths(m, site, values);
-        else if (site)
+        else
             site->kind->init(site, leaf, seed, values, t->count);
         vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
         vel_free(ctx, values);
@@ -184,14 +184,17 @@ vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uin
     return st;
 }
 
-static vel_status init_trainables(train_session *s)
+static vel_status register_trainables(train_session *s)
 {
     const vel_sample *first = &s->data->samples[0];
     int down = vel_model_latent(s->model)->down;
     VEL_TRY(vel_engine_set_optimizer(vel_model_engine(s->model), &s->optimizer.settings));
     VEL_TRY(
         vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
-    return vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed);
+    if (vel_engine_trainables(vel_model_engine(s->model)) == 0)
+        return vel_fail(s->ctx, VEL_BAD_VALUE, "--trained_weights: '%s' matches no weight",
+                        s->o->weights ? s->o->weights : "");
+    return VEL_OK;
 }
 
 /* ---- the plan, in words
@@ -209,7 +212,9 @@ static vel_status count_steps(train_session *s)
 
 static void describe_trainables(train_session *s, vel_text *t)
 {
-    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)), all = trained;
+    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)), all = 0;
+    if (!s->trained.thaw)
+        all += trained;
     if (s->o->train_unet)
         all += vel_model_part_values(s->model, vel_model_family(s->model)->denoiser);
     if (s->o->train_text_encoder)
@@ -246,15 +251,20 @@ static vel_status describe_memory(train_session *s, vel_text *t)
                                    &arena, &w, &level));
         most = VEL_MAX(most, arena);
     }
-    vel_engine *engine = vel_model_engine(s->model);
-    int64_t trained = vel_engine_trainable_count(engine) * 4;
-    weights = vel_model_part_values(s->model, vel_model_family(s->model)->denoiser) *
-              vel_dtype_bytes(vel_model_compute(s->model));
+    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model));
+    weights = vel_model_part_values(s->model, vel_model_family(s->model)->denoiser);
+    if (s->trained.thaw) /* they are among the trained values */
+        weights = VEL_MAX(0, weights - trained);
     char a[32], b[32], c[32];
-    vel_text_addf(
-        t, "memory: weights %s, working memory of a step %s%s, adapter with optimizer %s\n",
-        vel_bytes_text(weights, a), vel_bytes_text(most, b), level ? " (recomputing)" : "",
-        vel_bytes_text(2 * trained + vel_engine_state_bytes(engine), c));
+    vel_text_addf(t,
+                  "memory: frozen weights %s, working memory of a step %s%s, trained values with "
+                  "gradient, optimizer%s %s\n",
+                  vel_bytes_text(weights * vel_dtype_bytes(vel_model_compute(s->model)), a),
+                  vel_bytes_text(most, b), level ? " (recomputing)" : "",
+                  s->o->use_ema ? " and average" : "",
+                  vel_bytes_text(trained * 4 * (s->o->use_ema ? 3 : 2) +
+                                     vel_engine_state_bytes(vel_model_engine(s->model)),
+                                 c));
     return VEL_OK;
 }
 
@@ -345,7 +355,8 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
         return diverged(s, &b, "gradient", *norm);
     /* torch.nn.utils.clip_grad_norm_ */
     double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
-    return vel_engine_update(e, clip, rate_of, s);
+    VEL_TRY(vel_engine_update(e, clip, rate_of, s));
+    return o->use_ema ? vel_engine_average(e, vel_average_decay(o, s->step + 1)) : VEL_OK;
 }
 
 static bool every(int64_t step, int n)
@@ -455,11 +466,12 @@ static vel_status run_session(train_session *s)
     VEL_TRY(open_model(s));
     VEL_TRY(vel_look_prepare(s));
     VEL_TRY(count_steps(s));
-    VEL_TRY(init_trainables(s));
+    VEL_TRY(register_trainables(s));
     VEL_TRY(state_plan(s));
     if (o->dry_run)
         return VEL_OK;
-    vel_model_set_trained(s->model, &s->adaption, 1);
+    VEL_TRY(vel_method_first_values(s));
+    vel_model_set_trained(s->model, &s->trained);
     VEL_TRY(vel_keep_resume(s));
     VEL_TRY(vel_feed_prepare(s));
     s->step = s->first_step;

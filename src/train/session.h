@@ -1,6 +1,7 @@
 /* session.h: inside train: the state of one run, shared by its parts:
  *
  *   session.c  the order of things, from settings to report
+ *   method.c   what is trained, where its values start, how it is saved as a model
  *   feed.c     pictures and captions to batches: encoding, caching, noise, timesteps
  *   keep.c     what is left on disk: adapters, states, log, metadata
  *   look.c     what a person looks at: samples, sheets, the report */
@@ -22,6 +23,8 @@ typedef struct train_session {
     vel_adapter_site *sites;
     int n_sites;
     vel_adaption adaption;
+    vel_thaw thaw;
+    vel_trained trained; /* points at the ones above */
     vel_trainer *trainer;
     vel_optimizer_choice optimizer;
 
@@ -56,6 +59,11 @@ typedef struct train_session {
     int n_sheets, room_sheets;
 } train_session;
 
+/* method.c */
+bool vel_method_is_full(const vel_train_options *o);
+vel_status vel_method_prepare(train_session *s); /* fills s->trained */
+vel_status vel_method_first_values(train_session *s);
+
 /* feed.c */
 vel_status vel_feed_prepare(train_session *s); /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
@@ -66,7 +74,8 @@ vel_status vel_keep_check_folder(train_session *s);
 vel_status vel_keep_open_log(train_session *s); /* unless it is open */
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p);
 vel_status vel_keep_save(train_session *s, bool last);
-vel_status vel_keep_resume(train_session *s); /* sets first_step where there is a state */
+vel_status vel_keep_resume(train_session *s);        /* sets first_step where there is a state */
+const char *vel_keep_ending(const train_session *s); /* of the result: ".safetensors", "" */
 char *vel_keep_path(train_session *s,
                     const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
 json_t *vel_keep_metadata(train_session *s);

@@ -7,8 +7,32 @@
 
 static const char state_format[] = "velatura-state-2";
 
-/* The tensors of a state file: values ("value.PATH"), then each vector of the optimizer
- * ("exp_avg.PATH": float32, or the bytes of an 8-bit state as they are). */
+/* A vector of the engine that is read while it is written: at the size of a whole model there is
+ * no room for a copy. */
+typedef struct state_stream {
+    vel_engine *e;
+    char which; /* as in vel_engine_read_trainables; 0: of the optimizer */
+    int64_t offset;
+    vel_state_vector vector;
+} state_stream;
+
+static void read_stream(void *user, int64_t first, int64_t n, float *out)
+{
+    const state_stream *s = user;
+    if (s->which) {
+        vel_engine_read_trainables(s->e, s->which, s->offset + first, n, out);
+        return;
+    }
+    vel_state_vector part = s->vector;
+    part.offset += first * (int64_t)sizeof *out;
+    part.count = n;
+    if (vel_engine_read_state(s->e, &part, out))
+        out[0] = NAN; /* which is not written */
+}
+
+/* The tensors of a state file: values ("value.PATH"), then their average where one is kept, then
+ * each vector of the optimizer ("exp_avg.PATH": float32, or the bytes of an 8-bit state as they
+ * are). */
 typedef struct state_file {
     vel_ctx *ctx;
     vel_engine *e;
@@ -18,7 +42,8 @@ typedef struct state_file {
     int n;
 } state_file;
 
-static vel_status add_tensor(state_file *f, const char *vector, const vel_trainable *t,
+/* which: of the engine's vectors; 0: v, of the optimizer. */
+static vel_status add_tensor(state_file *f, const char *vector, const vel_trainable *t, char which,
                              const vel_state_vector *v)
 {
     vel_save_tensor *s = &f->tensors[f->n++];
@@ -32,20 +57,17 @@ static vel_status add_tensor(state_file *f, const char *vector, const vel_traina
         s->rank = t->shape.rank;
         memcpy(s->dim, t->shape.dim, (size_t)t->shape.rank * sizeof *s->dim);
     }
-    float *data = vel_arena_alloc(f->a, (size_t)count * (bytes ? 1 : sizeof *data));
+    void *data = vel_arena_alloc(f->a, bytes ? (size_t)count : sizeof(state_stream));
     if (!s->name || !data)
         return VEL_NO_MEMORY;
-    s->data = data;
-    if (v)
-        VEL_TRY(vel_engine_read_state(f->e, v, data));
-    else
-        vel_engine_read_trainables(f->e, 'v', t->offset, count, data);
-    if (bytes || vel_all_finite(data, count))
-        return VEL_OK;
-    return vel_fail(f->ctx, VEL_DIVERGED,
-                    "%s: not written: '%s' holds a value that is not finite; "
-                    "a lower --learning_rate may help",
-                    f->path, s->name);
+    if (bytes) {
+        s->data = data;
+        return vel_engine_read_state(f->e, v, data);
+    }
+    *(state_stream *)data = (state_stream){f->e, which, t->offset, v ? *v : (vel_state_vector){0}};
+    s->read = read_stream;
+    s->user = data;
+    return VEL_OK;
 }
 
 static vel_status gather(state_file *f)
@@ -53,10 +75,12 @@ static vel_status gather(state_file *f)
     for (int i = 0; i < vel_engine_trainables(f->e); i++) {
         const vel_trainable *t = vel_engine_trainable_at(f->e, i);
         vel_state_vector v;
-        VEL_TRY(add_tensor(f, "value", t, NULL));
+        VEL_TRY(add_tensor(f, "value", t, 'v', NULL));
+        if (vel_engine_has_average(f->e))
+            VEL_TRY(add_tensor(f, "average", t, 'a', NULL));
         for (int k = 0; vel_engine_state(f->e, i, k, &v); k++)
             if (v.offset >= 0)
-                VEL_TRY(add_tensor(f, v.name, t, &v));
+                VEL_TRY(add_tensor(f, v.name, t, 0, &v));
     }
     return VEL_OK;
 }
@@ -79,7 +103,7 @@ vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t
                           const char *digest)
 {
     state_file f = {.ctx = ctx, .e = e, .path = path, .a = vel_arena_create(ctx)};
-    int most = vel_engine_trainables(e) * (1 + VEL_MOST_STATES);
+    int most = vel_engine_trainables(e) * (2 + VEL_MOST_STATES);
     f.tensors = f.a ? vel_arena_alloc(f.a, (size_t)most * sizeof *f.tensors) : NULL;
     json_t *meta = describe(e, step, digest);
     vel_status st = f.tensors && meta ? gather(&f) : VEL_NO_MEMORY;
@@ -91,7 +115,7 @@ vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t
 }
 
 static vel_status load_tensor(vel_engine *e, vel_safetensors *sf, const char *vector,
-                              const vel_trainable *t, const vel_state_vector *v)
+                              const vel_trainable *t, char which, const vel_state_vector *v)
 {
     vel_ctx *ctx = vel_engine_ctx(e);
     char name[512];
@@ -114,7 +138,7 @@ static vel_status load_tensor(vel_engine *e, vel_safetensors *sf, const char *ve
     if (v)
         st = vel_engine_write_state(e, v, values);
     else
-        vel_engine_write_trainables(e, 'v', t->offset, count, values);
+        vel_engine_write_trainables(e, which, t->offset, count, values);
     vel_free(ctx, values);
     return st;
 }
@@ -124,10 +148,14 @@ static vel_status load_tensors(vel_engine *e, vel_safetensors *sf)
     for (int i = 0; i < vel_engine_trainables(e); i++) {
         const vel_trainable *t = vel_engine_trainable_at(e, i);
         vel_state_vector v;
-        VEL_TRY(load_tensor(e, sf, "value", t, NULL));
+        char average[512];
+        snprintf(average, sizeof average, "average.%s", t->path);
+        VEL_TRY(load_tensor(e, sf, "value", t, 'v', NULL));
+        if (vel_safetensors_find(sf, average))
+            VEL_TRY(load_tensor(e, sf, "average", t, 'a', NULL));
         for (int k = 0; vel_engine_state(e, i, k, &v); k++)
             if (v.offset >= 0)
-                VEL_TRY(load_tensor(e, sf, v.name, t, &v));
+                VEL_TRY(load_tensor(e, sf, v.name, t, 0, &v));
     }
     vel_optimizer_number *numbers = vel_engine_optimizer_numbers(e);
     for (int i = 0; i < VEL_OPTIMIZER_NUMBERS; i++) {

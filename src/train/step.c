@@ -77,8 +77,11 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
     vel_output(g, "per_sample", (vel_ref){loss.id, 1});
     vel_status st = vel_graph_check(g);
     if (st == VEL_OK)
-        st = vel_adapt(g, t->o.adaptions, t->o.n_adaptions, out);
-    vel_graph_destroy(g);
+        st = vel_apply_trained(&g, &t->o.trained);
+    if (st)
+        vel_graph_destroy(g);
+    else
+        *out = g;
     return st;
 }
 

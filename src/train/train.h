@@ -21,6 +21,8 @@ typedef struct vel_train_options {
     int min_bucket, max_bucket, bucket_step, repeats;
     double caption_dropout, validation_split;
     bool sample_latents; /* draw from the autoencoder's distribution at each step, not its mean */
+    const char *method;  /* "adapter", "full" */
+    const char *weights; /* full: patterns of the weights that are trained; NULL: all */
     /* adapter */
     const char *network; /* "lora" */
     const char *targets; /* preset or glob patterns */
@@ -40,6 +42,9 @@ typedef struct vel_train_options {
     double lr_power;
     int batch, accumulation, steps, epochs;
     int64_t seed;
+    bool use_ema, ema_warmup;
+    double ema_decay, ema_power;
+    int ema_update_after;
     double min_snr_gamma, noise_offset;
     int min_timestep, max_timestep;
     /* memory */
@@ -94,8 +99,7 @@ typedef struct vel_trainer_options {
     int64_t memory_budget;
     bool train_text_encoder;
     int clip_skip;
-    const vel_adaption *adaptions; /* of the trained adapter */
-    int n_adaptions;
+    vel_trained trained; /* what it points at is borrowed */
 } vel_trainer_options;
 
 /* Keeps a plan for each bucket. Borrows the model. */
@@ -122,6 +126,11 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
 /* First values of the registered trainables of an adapter, from (seed, path). */
 vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uint64_t seed);
 
+/* Values of thawed weights, from the model's files. */
+vel_status vel_train_load_weights(vel_model *m, const vel_thaw *thaw);
+/* The decay of the average after optimizer step `step` (from 1): diffusers' EMAModel.get_decay. */
+double vel_average_decay(const vel_train_options *o, int64_t step);
+
 /* ---- state (state.c)
  * --------------------------------------------------------------------------------- */
 
@@ -134,6 +143,10 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
 /* The trained values as an adapter file. */
 vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, const char *path,
                             const char *dialect, vel_file_type type, const json_t *metadata);
+
+/* The model with its trained weights as a diffusers folder. */
+vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char *path,
+                                  vel_file_type type);
 
 /* ---- report (report.c)
  * --------------------------------------------------------------------------------- */

@@ -1,0 +1,117 @@
+/* folder.c: folders that appear whole or not at all, as files do (file.c): filled under a temporary
+ * name beside their place, then renamed. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "base/base.h"
+
+enum { SMALL = 1 << 20 };
+
+static vel_status fail(vel_ctx *ctx, const char *what, const char *path)
+{
+    return vel_fail(ctx, VEL_IO, "%s: cannot %s: %s", path, what, strerror(errno));
+}
+
+vel_status vel_remove_tree(vel_ctx *ctx, const char *path)
+{
+    if (unlink(path) == 0 || errno == ENOENT)
+        return VEL_OK;
+    char **names;
+    int n;
+    VEL_TRY(vel_list_folder(ctx, path, &names, &n));
+    vel_status st = VEL_OK;
+    for (int i = 0; i < n && !st; i++) {
+        char *inner = vel_path_join(ctx, path, names[i]);
+        st = inner ? vel_remove_tree(ctx, inner) : VEL_NO_MEMORY;
+        vel_free(ctx, inner);
+    }
+    vel_names_free(ctx, names, n);
+    return st ? st : rmdir(path) ? fail(ctx, "be removed", path) : VEL_OK;
+}
+
+static vel_status copy_file(vel_ctx *ctx, const char *from, const char *to)
+{
+    vel_map map;
+    vel_writer w;
+    VEL_TRY(vel_map_open(ctx, &map, from));
+    vel_status st = vel_writer_open(ctx, &w, to);
+    if (st == VEL_OK) {
+        st = vel_writer_write(&w, map.bytes, map.size);
+        if (st == VEL_OK)
+            st = vel_writer_commit(&w);
+        else
+            vel_writer_discard(&w);
+    }
+    vel_map_close(&map);
+    return st;
+}
+
+vel_status vel_link_or_copy(vel_ctx *ctx, const char *from, const char *to)
+{
+    char *real = realpath(from, NULL); /* a link to a link would break when the folder moves */
+    if (!real)
+        return vel_fail(ctx, VEL_NOT_FOUND, "%s: %s", from, strerror(errno));
+    unlink(to);
+    bool small = vel_file_size(real) < SMALL; /* what a person may edit in place is no link */
+    vel_status st = !small && link(real, to) == 0 ? VEL_OK : copy_file(ctx, real, to);
+    free(real);
+    return st;
+}
+
+/* ---- a folder being filled ---- */
+
+vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    int stem = slash ? (int)(slash - path) + 1 : 0;
+    *f = (vel_folder){.ctx = ctx};
+    f->path = vel_strdup(ctx, path);
+    f->temporary =
+        vel_strf(ctx, "%.*s.velatura-%ld-%s.part", stem, path, (long)getpid(), path + stem);
+    vel_status st = f->path && f->temporary ? VEL_OK : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = vel_remove_tree(ctx, f->temporary);
+    if (st == VEL_OK)
+        st = vel_make_folder(ctx, f->temporary);
+    if (st)
+        vel_folder_discard(f);
+    return st;
+}
+
+vel_status vel_folder_commit(vel_folder *f)
+{
+    vel_ctx *ctx = f->ctx;
+    char *old = vel_strf(ctx, "%s.old.part", f->temporary);
+    vel_status st = old ? VEL_OK : VEL_NO_MEMORY;
+    bool replaced = st == VEL_OK && rename(f->path, old) == 0;
+    if (st == VEL_OK && rename(f->temporary, f->path)) {
+        st = fail(ctx, "be put in place", f->path);
+        if (replaced && rename(old, f->path) == 0)
+            replaced = false;
+    }
+    if (st == VEL_OK) {
+        vel_free(ctx, f->temporary);
+        f->temporary = NULL;
+    }
+    if (replaced)
+        vel_remove_tree(ctx, old);
+    vel_free(ctx, old);
+    vel_folder_discard(f);
+    return st;
+}
+
+void vel_folder_discard(vel_folder *f)
+{
+    if (f->temporary) {
+        char *message = vel_strdup(f->ctx, vel_ctx_error(f->ctx));
+        if (vel_remove_tree(f->ctx, f->temporary) &&
+            message) /* the first error is the one to tell */
+            vel_fail(f->ctx, VEL_IO, "%s", message);
+        vel_free(f->ctx, message);
+    }
+    vel_free(f->ctx, f->temporary);
+    vel_free(f->ctx, f->path);
+    *f = (vel_folder){0};
+}

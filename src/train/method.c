@@ -1,0 +1,100 @@
+/* method.c: what a run trains, by its method: an adapter, or the model's own weights; where the
+ * values start; and the average of the values that may follow them. */
+#include "train/session.h"
+
+bool vel_method_is_full(const vel_train_options *o)
+{
+    return strcmp(o->method, "full") == 0;
+}
+
+vel_status vel_method_prepare(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    if (vel_method_is_full(o)) {
+        int n = 0;
+        if (o->train_unet)
+            s->thaw.parts[n++] = vel_model_family(s->model)->denoiser;
+        if (o->train_text_encoder)
+            s->thaw.parts[n++] = "text_encoder";
+        s->thaw.patterns = o->weights;
+        s->trained.thaw = &s->thaw;
+        return n ? VEL_OK
+                 : vel_fail(s->ctx, VEL_BAD_VALUE,
+                            "nothing is trained: neither the denoiser nor the text encoder");
+    }
+    VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
+    s->adaption = (vel_adaption){s->sites, s->n_sites};
+    s->trained.adaptions = &s->adaption;
+    s->trained.n_adaptions = 1;
+    return VEL_OK;
+}
+
+vel_status vel_train_load_weights(vel_model *m, const vel_thaw *thaw)
+{
+    vel_engine *e = vel_model_engine(m);
+    vel_progress progress;
+    vel_progress_begin(&progress, vel_model_ctx(m), "reading weights", vel_engine_trainables(e));
+    for (int i = 0; i < vel_engine_trainables(e); i++) {
+        if (vel_is_thawed(thaw, vel_engine_trainable_at(e, i)->path))
+            VEL_TRY(vel_engine_load_trainable(e, i));
+        vel_progress_at(&progress, i + 1, NAN);
+    }
+    return VEL_OK;
+}
+
+vel_status vel_method_first_values(train_session *s)
+{
+    if (s->trained.thaw)
+        VEL_TRY(vel_train_load_weights(s->model, &s->thaw));
+    if (s->trained.n_adaptions)
+        VEL_TRY(vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed));
+    return VEL_OK;
+}
+
+/* ---- the average ---- */
+
+double vel_average_decay(const vel_train_options *o, int64_t step)
+{
+    double past = (double)(step - o->ema_update_after - 1);
+    if (past <= 0)
+        return 0;
+    double decay = o->ema_warmup ? 1 - pow(1 + past, -o->ema_power) : (1 + past) / (10 + past);
+    return VEL_MAX(0, VEL_MIN(decay, o->ema_decay));
+}
+
+/* ---- saving the model ---- */
+
+typedef struct trained_weight {
+    vel_engine *engine;
+    int64_t offset;
+} trained_weight;
+
+static void read_trained(void *user, int64_t first, int64_t n, float *out)
+{
+    const trained_weight *w = user;
+    vel_engine_read_trainables(w->engine, 'v', w->offset + first, n, out);
+}
+
+vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char *path,
+                                  vel_file_type type)
+{
+    vel_ctx *ctx = vel_model_ctx(m);
+    vel_engine *e = vel_model_engine(m);
+    int all = vel_engine_trainables(e), n = 0;
+    vel_new_weight *news = vel_alloc(ctx, (size_t)VEL_MAX(all, 1) * sizeof *news);
+    trained_weight *users = vel_alloc(ctx, (size_t)VEL_MAX(all, 1) * sizeof *users);
+    vel_status st = news && users ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < all && !st; i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        if (!vel_is_thawed(thaw, t->path))
+            continue;
+        users[n] = (trained_weight){e, t->offset};
+        news[n] = (vel_new_weight){t->path, t->count, read_trained, &users[n]};
+        n++;
+    }
+    if (st == VEL_OK)
+        st = vel_model_save(m, path, news, n, type);
+    vel_free(ctx, users);
+    vel_free(ctx, news);
+    return st;
+}

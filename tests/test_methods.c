@@ -1,0 +1,298 @@
+/* test_methods.c: what else than an adapter is trained: all weights, with and without the text
+ * encoder, and the average that follows them. Values are PyTorch's and diffusers'
+ * (tools/golden/methods.py). */
+#include <stdlib.h>
+
+#include "params.h"
+#include "test.h"
+
+static const char golden_path[] = "tests/golden/methods.safetensors";
+
+typedef struct lesson { /* an open model, a trainer and the golden batches */
+    vel_test *t;
+    vel_safetensors *golden;
+    vel_model *model;
+    vel_trainer *trainer;
+    float latent[2 * 8 * 8 * 4], noise[2 * 8 * 8 * 4], weight[2], *context;
+    int32_t timestep[2], ids[2 * 77];
+} lesson;
+
+/* A tensor of the golden file; vel_free. */
+static float *golden(lesson *l, const char *name, int64_t *count)
+{
+    const vel_file_tensor *f = vel_safetensors_find(l->golden, name);
+    if (!f) {
+        vel_test_fail(l->t, __FILE__, __LINE__, "no '%s' in %s", name, golden_path);
+        return NULL;
+    }
+    float *out = vel_alloc(l->t->ctx, (size_t)f->count * sizeof *out);
+    if (out)
+        vel_file_tensor_floats(f, 0, f->count, out);
+    *count = f->count;
+    return out;
+}
+
+static void golden_ints(lesson *l, const char *name, int32_t *out)
+{
+    int64_t n = 0;
+    float *values = golden(l, name, &n);
+    for (int64_t i = 0; values && i < n; i++)
+        out[i] = (int32_t)values[i];
+    vel_free(l->t->ctx, values);
+}
+
+/* [2, 4, 8, 8] to [2, 8, 8, 4]. */
+static void golden_latent(lesson *l, const char *name, float *out)
+{
+    int64_t n = 0;
+    float *values = golden(l, name, &n);
+    for (int64_t i = 0; values && i < n; i++) {
+        int64_t b = i / 256, c = i / 64 % 4, p = i % 64;
+        out[(b * 64 + p) * 4 + c] = values[i];
+    }
+    vel_free(l->t->ctx, values);
+}
+
+static void open_lesson(vel_test *t, lesson *l)
+{
+    int64_t n;
+    vel_model_options o = {.precision = "no", .clip_skip = 1};
+    *l = (lesson){.t = t, .weight = {1, 1}};
+    CHECK_OK(vel_safetensors_open(t->ctx, golden_path, &l->golden));
+    CHECK_OK(vel_model_open(t->ctx, "models/emoji-sd", &o, &l->model));
+    if (!l->golden || !l->model)
+        return;
+    l->context = golden(l, "context", &n);
+    golden_ints(l, "ids", l->ids);
+}
+
+static bool start(lesson *l, vel_trained what, bool text)
+{
+    vel_test *t = l->t;
+    vel_trainer_options o = {
+        .compute = VEL_F32, .clip_skip = 1, .train_text_encoder = text, .trained = what};
+    if (!l->context)
+        return false;
+    CHECK_OK(vel_trainer_create(l->model, &o, &l->trainer));
+    if (l->trainer)
+        CHECK_OK(vel_trainer_register(l->trainer, 2, 8, 8));
+    return l->trainer && !t->failures;
+}
+
+static void close_lesson(lesson *l)
+{
+    vel_trainer_destroy(l->trainer);
+    vel_free(l->t->ctx, l->context);
+    vel_model_close(l->model);
+    vel_safetensors_close(l->golden);
+}
+
+static vel_batch batch_of(lesson *l, int i)
+{
+    char name[32];
+    snprintf(name, sizeof name, "latents.%d", i);
+    golden_latent(l, name, l->latent);
+    snprintf(name, sizeof name, "noise.%d", i);
+    golden_latent(l, name, l->noise);
+    snprintf(name, sizeof name, "timesteps.%d", i);
+    golden_ints(l, name, l->timestep);
+    return (vel_batch){.n = 2,
+                       .h = 8,
+                       .w = 8,
+                       .latent = l->latent,
+                       .noise = l->noise,
+                       .timestep = l->timestep,
+                       .context = l->context,
+                       .ids = l->ids,
+                       .weight = l->weight};
+}
+
+/* Relative distance of a vector of the engine from a golden tensor; from NULL, else of the changes
+ * since from. */
+static double distance(lesson *l, const vel_trainable *p, char which, const char *name,
+                       const float *from)
+{
+    int64_t n = 0;
+    float *want = golden(l, name, &n), *got = vel_alloc(l->t->ctx, (size_t)p->count * sizeof *got);
+    double error = 0, size = 0;
+    if (!want || !got || n != p->count)
+        error = NAN;
+    else
+        vel_engine_read_trainables(vel_model_engine(l->model), which, p->offset, n, got);
+    for (int64_t i = 0; i < n && isfinite(error); i++) {
+        double wanted = want[i] - (from ? from[i] : 0), is = got[i] - (from ? from[i] : 0);
+        error += (is - wanted) * (is - wanted);
+        size += wanted * wanted;
+    }
+    vel_free(l->t->ctx, want);
+    vel_free(l->t->ctx, got);
+    return sqrt(error / fmax(size, 1e-60));
+}
+
+static int by_path(const void *a, const void *b)
+{
+    return strcmp((*(const vel_trainable *const *)a)->path,
+                  (*(const vel_trainable *const *)b)->path);
+}
+
+/* Gradients of a part: the norms of all its tensors, and some of them whole. */
+static void check_gradients(lesson *l, const char *part, const char *prefix, double tolerance)
+{
+    vel_test *t = l->t;
+    vel_engine *e = vel_model_engine(l->model);
+    static const vel_trainable *sorted[1024];
+    char name[256];
+    int64_t n_norms = 0;
+    int n = 0, whole = 0;
+    snprintf(name, sizeof name, "%s.norms", prefix);
+    float *norms = golden(l, name, &n_norms);
+    for (int i = 0; i < vel_engine_trainables(e); i++)
+        if (vel_has_prefix(vel_engine_trainable_at(e, i)->path, part) && n < VEL_COUNT(sorted))
+            sorted[n++] = vel_engine_trainable_at(e, i);
+    qsort(sorted, (size_t)n, sizeof *sorted, by_path);
+    CHECK_MSG(norms && n == n_norms, "%s: %d tensors, not %d", prefix, n, (int)n_norms);
+    double largest = 0; /* what is far below it is rounding: keys' biases, attention on one token */
+    for (int i = 0; norms && i < n_norms; i++)
+        largest = fmax(largest, norms[i]);
+    for (int i = 0; norms && i < n && n == n_norms; i++) {
+        const vel_trainable *p = sorted[i];
+        float *g = vel_alloc(t->ctx, (size_t)p->count * sizeof *g);
+        double sum = 0;
+        vel_engine_read_trainables(e, 'g', p->offset, p->count, g);
+        for (int64_t k = 0; k < p->count; k++)
+            sum += (double)g[k] * g[k];
+        vel_free(t->ctx, g);
+        double error = fabs(sqrt(sum) - norms[i]) / fmax(norms[i], 1e-4 * largest);
+        CHECK_MSG(error < tolerance, "%s: the gradient's norm is %g, not %g", p->path, sqrt(sum),
+                  norms[i]);
+        snprintf(name, sizeof name, "%s.grad0.%s", prefix, strchr(p->path, '.') + 1);
+        if (!vel_safetensors_find(l->golden, name))
+            continue;
+        error = distance(l, p, 'g', name, NULL);
+        CHECK_MSG(error < tolerance, "%s: relative error %g", name, error);
+        whole++;
+    }
+    CHECK_MSG(whole >= 2, "%s: only %d gradients compared", prefix, whole);
+    vel_free(t->ctx, norms);
+}
+
+static double rate(void *user, int i)
+{
+    (void)i;
+    return *(const double *)user;
+}
+
+static void learn(lesson *l, int i, double lr)
+{
+    vel_test *t = l->t;
+    static const vel_optimizer adamw = {
+        .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
+    vel_engine *e = vel_model_engine(l->model);
+    if (i == 0)
+        CHECK_OK(vel_engine_set_optimizer(e, &adamw));
+    CHECK_OK(vel_engine_update(e, 1, rate, &lr));
+}
+
+/* ---- all weights ---- */
+
+TEST(methods_full_is_pytorchs)
+{
+    static lesson l;
+    static const vel_thaw thaw = {.parts = {"unet"}};
+    vel_train_options ema = {.ema_decay = 0.5};
+    int64_t n = 0;
+    open_lesson(t, &l);
+    float *losses = l.golden ? golden(&l, "full.losses", &n) : NULL;
+    vel_engine *e = l.model ? vel_model_engine(l.model) : NULL;
+    if (losses && start(&l, (vel_trained){.thaw = &thaw}, false)) {
+        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        int count = vel_engine_trainables(e);
+        float **first = vel_alloc(t->ctx, (size_t)count * sizeof *first);
+        for (int i = 0; i < count; i++) {
+            const vel_trainable *p = vel_engine_trainable_at(e, i);
+            first[i] = vel_alloc(t->ctx, (size_t)p->count * sizeof **first);
+            vel_engine_read_trainables(e, 'v', p->offset, p->count, first[i]);
+        }
+        for (int i = 0; i < n; i++) {
+            vel_batch b = batch_of(&l, i);
+            double loss = 0;
+            CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+            CHECK_MSG(fabs(loss - losses[i]) < 2e-5 * losses[i], "step %d: loss %g, not %g", i,
+                      loss, losses[i]);
+            if (i == 0)
+                check_gradients(&l, "unet.", "full", 2e-4);
+            learn(&l, i, 1e-4);
+            CHECK_OK(vel_engine_average(e, vel_average_decay(&ema, i + 1)));
+        }
+        int compared = 0;
+        for (int i = 0; i < count; i++) {
+            const vel_trainable *p = vel_engine_trainable_at(e, i);
+            static const char *const kinds[] = {"final", "average"};
+            for (int k = 0; k < 2; k++) {
+                char name[256];
+                snprintf(name, sizeof name, "full.%s.%s", kinds[k], p->path + 5);
+                if (!vel_safetensors_find(l.golden, name))
+                    continue;
+                double error = distance(&l, p, k ? 'a' : 'v', name, first[i]);
+                CHECK_MSG(error < 2e-2, "%s: relative error of the change %g", name, error);
+                compared++;
+            }
+            vel_free(t->ctx, first[i]);
+        }
+        CHECK_MSG(compared == 14, "%d tensors compared", compared);
+        vel_free(t->ctx, first);
+    }
+    vel_free(t->ctx, losses);
+    close_lesson(&l);
+}
+
+TEST(methods_full_with_text_encoder)
+{
+    static lesson l;
+    static const vel_thaw thaw = {.parts = {"unet", "text_encoder"}};
+    double loss;
+    open_lesson(t, &l);
+    if (start(&l, (vel_trained){.thaw = &thaw}, true)) {
+        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        vel_batch b = batch_of(&l, 0);
+        CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+        check_gradients(&l, "text_encoder.", "both", 2e-4);
+    }
+    close_lesson(&l);
+}
+
+TEST(methods_average_decays_as_diffusers)
+{
+    static const vel_train_options how[] = {
+        {.ema_decay = 0.9999},
+        {.ema_decay = 0.3, .ema_update_after = 2},
+        {.ema_decay = 0.9999, .ema_warmup = true, .ema_power = 0.75},
+    };
+    static lesson l;
+    l = (lesson){.t = t};
+    CHECK_OK(vel_safetensors_open(t->ctx, golden_path, &l.golden));
+    for (int k = 0; l.golden && k < VEL_COUNT(how); k++) {
+        char name[32];
+        int64_t n = 0;
+        snprintf(name, sizeof name, "decays.%d", k);
+        float *want = golden(&l, name, &n);
+        for (int i = 0; want && i < n; i++)
+            CHECK_MSG(fabs(vel_average_decay(&how[k], i + 1) - want[i]) < 1e-6,
+                      "setting %d, step %d: %g, not %g", k, i + 1,
+                      vel_average_decay(&how[k], i + 1), want[i]);
+        vel_free(t->ctx, want);
+    }
+    vel_safetensors_close(l.golden);
+}
+
+TEST(methods_thaw_by_pattern)
+{
+    static const vel_thaw some = {.parts = {"unet"}, .patterns = "*.attn2.*,*.bias"};
+    CHECK(
+        vel_is_thawed(&some, "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"));
+    CHECK(vel_is_thawed(&some, "unet.conv_in.bias"));
+    CHECK(!vel_is_thawed(&some, "unet.conv_in.weight"));
+    CHECK(!vel_is_thawed(&some, "unet2.conv_in.bias"));
+    CHECK(!vel_is_thawed(&some, "text_encoder.text_model.final_layer_norm.bias"));
+    CHECK(!vel_is_thawed(NULL, "unet.conv_in.bias"));
+}

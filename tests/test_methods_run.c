@@ -1,0 +1,164 @@
+/* test_methods_run.c: `velatura train` by other methods than an adapter, on the embedded model at
+ * 64 x 64 pixels: what a run leaves, that it can be used, and that a resumed run equals an
+ * uninterrupted one byte for byte. */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "params.h"
+#include "program.h"
+
+static const char base_settings[] =
+    "model=models/emoji-sd resolution=64 rank=4 precision=no save_precision=float steps=2 "
+    "learning_rate=0.001 save_every=0 output_name=a";
+
+static char said[1 << 15]; /* messages of the last run */
+
+static void on_event(void *user, const vel_event *e)
+{
+    (void)user;
+    size_t at = strlen(said);
+    if (e->kind == VEL_EVENT_LOG)
+        snprintf(said + at, sizeof said - at, "%s\n", e->text);
+}
+
+static void set_all(vel_test *t, vel_params *p, const char *settings)
+{
+    char copy[2048], *rest = copy;
+    snprintf(copy, sizeof copy, "%s", settings);
+    for (char *word; (word = strsep(&rest, " "));) {
+        char *value = strchr(word, '=');
+        if (!value)
+            continue;
+        *value++ = 0;
+        for (char *c = value; *c; c++)
+            *c = *c == '~' ? ' ' : *c; /* blanks in values are written ~ */
+        CHECK_OK(vel_params_set(p, word, value));
+    }
+}
+
+/* A run on the pictures in <folder>/pictures into <folder>/OUT. */
+static vel_status train(vel_test *t, const char *out, const char *settings)
+{
+    vel_params *p = vel_params_create(t->ctx, "train");
+    char path[4200];
+    if (!p)
+        return VEL_NO_MEMORY;
+    set_all(t, p, base_settings);
+    snprintf(path, sizeof path, "%s/pictures", t->folder);
+    if (!vel_is_folder(path))
+        program_copy_pictures(t, path, 4);
+    CHECK_OK(vel_params_set(p, "data", path));
+    snprintf(path, sizeof path, "%s/%s", t->folder, out);
+    CHECK_OK(vel_params_set(p, "output_dir", path));
+    set_all(t, p, settings);
+    said[0] = 0;
+    vel_ctx_on_event(t->ctx, on_event, NULL);
+    vel_status st = vel_train(t->ctx, p);
+    vel_ctx_on_event(t->ctx, NULL, NULL);
+    vel_params_destroy(p);
+    return st;
+}
+
+static const char *in(vel_test *t, const char *name)
+{
+    static char paths[4][4200];
+    static int next;
+    char *path = paths[next++ % VEL_COUNT(paths)];
+    snprintf(path, sizeof paths[0], "%s/%s", t->folder, name);
+    return path;
+}
+
+static bool same_files(vel_test *t, const char *a, const char *b)
+{
+    vel_map x = {0}, y = {0};
+    CHECK_OK(vel_map_open(t->ctx, &x, a));
+    CHECK_OK(vel_map_open(t->ctx, &y, b));
+    bool same = x.bytes && y.bytes && x.size == y.size && memcmp(x.bytes, y.bytes, x.size) == 0;
+    vel_map_close(&x);
+    vel_map_close(&y);
+    return same;
+}
+
+/* ---- all weights ---- */
+
+#define SOME " trained_weights=*.attn2.to_k.*,*.bias"
+#define UNET "/unet/diffusion_pytorch_model.safetensors"
+
+TEST(methods_full_run_leaves_a_model)
+{
+    CHECK_OK(train(t, "out", "method=full save_precision=fp16 learning_rate=1e-5" SOME));
+    CHECK_MSG(strstr(said, "model: "), "%s", said);
+    static const char *const there[] = {"model_index.json",
+                                        "scheduler/scheduler_config.json",
+                                        "tokenizer/vocab.json",
+                                        "text_encoder/config.json",
+                                        "text_encoder/model.safetensors",
+                                        "vae/diffusion_pytorch_model.safetensors",
+                                        "unet/config.json",
+                                        "unet/diffusion_pytorch_model.safetensors"};
+    char path[4300];
+    struct stat made = {0}, base = {0};
+    for (int i = 0; i < VEL_COUNT(there); i++) {
+        snprintf(path, sizeof path, "%s/%s", in(t, "out/a"), there[i]);
+        CHECK_MSG(vel_is_file(path), "%s is missing", path);
+    }
+    CHECK(same_files(t, in(t, "out/a/text_encoder/model.safetensors"),
+                     "models/emoji-sd/text_encoder/model.safetensors"));
+    /* A config is no link: it may be edited in place. */
+    CHECK(stat(in(t, "out/a/unet/config.json"), &made) == 0 &&
+          stat("models/emoji-sd/unet/config.json", &base) == 0 && made.st_ino != base.st_ino);
+    /* Only what was to be trained has changed. */
+    vel_safetensors *a = NULL, *b = NULL;
+    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "out/a" UNET), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, "models/emoji-sd" UNET, &b));
+    int changed = 0, n = a && b ? vel_safetensors_count(a) : 0;
+    CHECK(a && b && n == vel_safetensors_count(b));
+    for (int i = 0; i < n; i++) {
+        const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
+        bool same = strcmp(x->name, y->name) == 0 && x->count == y->count && x->type == y->type &&
+                    memcmp(x->data, y->data, (size_t)x->count * 2) == 0;
+        bool meant = vel_glob("*.attn2.to_k.*,*.bias", x->name);
+        CHECK_MSG(same || meant, "%s has changed", x->name);
+        changed += !same;
+    }
+    CHECK_MSG(changed > 100, "%d tensors have changed", changed);
+    vel_safetensors_close(a);
+    vel_safetensors_close(b);
+    /* The result is a model: training goes on from it. */
+    snprintf(path, sizeof path, "model=%s steps=1", in(t, "out/a"));
+    CHECK_OK(train(t, "next", path));
+}
+
+TEST(methods_full_resumed_equals_uninterrupted)
+{
+    CHECK_OK(train(t, "whole", "method=full steps=3 use_ema=yes train_text_encoder=yes" SOME));
+    CHECK_OK(train(t, "half", "method=full steps=1 use_ema=yes train_text_encoder=yes" SOME));
+    CHECK(vel_is_folder(in(t, "half/a")));
+    CHECK_OK(train(t, "half",
+                   "method=full steps=3 use_ema=yes train_text_encoder=yes resume=latest" SOME));
+    CHECK(same_files(t, in(t, "whole/a" UNET), in(t, "half/a" UNET)));
+    CHECK(same_files(t, in(t, "whole/a/text_encoder/model.safetensors"),
+                     in(t, "half/a/text_encoder/model.safetensors")));
+    CHECK(!same_files(t, in(t, "whole/a/text_encoder/model.safetensors"),
+                      "models/emoji-sd/text_encoder/model.safetensors"));
+    /* Without the average the result is another. */
+    CHECK_OK(train(t, "plain", "method=full steps=3 train_text_encoder=yes" SOME));
+    CHECK(!same_files(t, in(t, "whole/a" UNET), in(t, "plain/a" UNET)));
+}
+
+TEST(methods_full_saves_on_the_way_and_states_its_memory)
+{
+    CHECK_OK(train(t, "out", "method=full steps=4 save_every=1 keep_last=1" SOME));
+    CHECK(vel_is_folder(in(t, "out/a")) && vel_is_folder(in(t, "out/a-step00000003")));
+    CHECK(!vel_is_folder(in(t, "out/a-step00000002")));
+    CHECK(train(t, "out", "method=full" SOME) == VEL_BAD_VALUE &&
+          strstr(vel_ctx_error(t->ctx), "--overwrite"));
+    CHECK_OK(train(t, "out", "method=full overwrite=yes steps=1" SOME));
+    CHECK(train(t, "none", "method=full trained_weights=*.nothing") == VEL_BAD_VALUE &&
+          strstr(vel_ctx_error(t->ctx), "matches no weight"));
+    CHECK_OK(train(t, "dry", "method=full dry_run=yes use_ema=yes"));
+    CHECK_MSG(strstr(said, "trainable params: 16,216,068") && strstr(said, "and average"), "%s",
+              said);
+}
