@@ -137,7 +137,9 @@ $(CUDA_OBJ)/kernels/%.o: src/backend/cuda/kernels/%.cu
 	$(if $(findstring ccache,$(CC)),ccache) $(NVCC) -std=c++17 $(NVCCFLAGS) $(CUDA_GENCODE) -MMD -MP -MF $(@:.o=.d) -lineinfo \
 	    -Xcompiler -fPIC,-fvisibility=hidden -c -o $@ $<
 $(BUILD)/libvelatura-cuda.so: $(CUDA_OBJECTS) $(BUILD)/libvelatura.a
-	$(CC) $(ALL_CFLAGS) -shared -Wl,--no-undefined -Wl,--gc-sections -o $@ $^ $(CUDA_LIBS) $(LIBS)
+	@printf '{ global: vel_backend_entry_0; local: *; };\n' >$(CUDA_OBJ)/exports.map
+	$(CC) $(ALL_CFLAGS) -shared -Wl,--no-undefined -Wl,--as-needed -Wl,-Bsymbolic \
+	    -Wl,--version-script=$(CUDA_OBJ)/exports.map -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
 # Sanitizers: libraries that keep tables to their end are named in tests/lsan.supp.
 TEST_ENV := OMP_WAIT_POLICY=passive LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0

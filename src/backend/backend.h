@@ -150,6 +150,10 @@ typedef struct vel_backend {
     vel_status (*record_end)(vel_device *d, void **recording);
     vel_status (*replay)(vel_device *d, void *recording);
     void (*forget)(vel_device *d, void *recording);
+    /* For profiles, with record: notes the time when the device gets here as number i (0, 1 ...);
+     * seconds gives the time from number i to i + 1 of the last replay, after sync. */
+    vel_status (*stamp)(vel_device *d, int i);
+    double (*seconds)(vel_device *d, int i);
     /* One step of the optimizer, or one phase of it. VEL_UNSUPPORTED (no message kept): exec then
      * does it on the host. */
     vel_status (*update)(vel_device *d, const vel_update *u);

@@ -587,8 +587,17 @@ static void spoil_outputs(vel_plan *p, int32_t id)
 }
 #endif
 
+/* A profile is kept by the device where it can record, else by the clock around each node. */
+static bool stamps(const vel_plan *p)
+{
+    return p->profiling && p->backend->record && p->backend->stamp;
+}
+
 static vel_status run_nodes(vel_plan *p)
 {
+    int at = 0;
+    if (stamps(p))
+        VEL_TRY(p->backend->stamp(p->device, at++));
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         if (!p->prepared[id])
             continue;
@@ -597,12 +606,24 @@ static vel_status run_nodes(vel_plan *p)
 #endif
         double start = p->profiling ? vel_now() : 0;
         VEL_TRY(p->backend->run(p->device, &p->launches[id]));
-        if (p->profiling) {
+        if (stamps(p)) {
+            VEL_TRY(p->backend->stamp(p->device, at++));
+        } else if (p->profiling) {
             VEL_TRY(vel_backend_sync(p->backend, p->device));
             p->seconds[id] += vel_now() - start;
         }
     }
     copy_gradients(p);
+    return VEL_OK;
+}
+
+static vel_status add_stamps(vel_plan *p)
+{
+    VEL_TRY(vel_backend_sync(p->backend, p->device));
+    int at = 0;
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++)
+        if (p->prepared[id])
+            p->seconds[id] += p->backend->seconds(p->device, at++);
     return VEL_OK;
 }
 
@@ -613,7 +634,7 @@ static bool may_record(const vel_plan *p)
 #ifdef VEL_HOSTILE
     return false; /* outputs are spoiled anew before each node */
 #endif
-    return p->backend->record && !p->profiling && p->bound_runs > 0;
+    return p->backend->record && (!p->profiling || stamps(p)) && p->bound_runs > 0;
 }
 
 static vel_status record_nodes(vel_plan *p)
@@ -628,12 +649,15 @@ vel_status vel_plan_run(vel_plan *p)
     if (p->dry)
         return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
     bind(p);
-    if (may_record(p) && !p->recording)
+    bool recorded = may_record(p);
+    if (recorded && !p->recording)
         VEL_TRY(record_nodes(p));
-    if (may_record(p))
+    if (recorded)
         VEL_TRY(p->backend->replay(p->device, p->recording));
     else
         VEL_TRY(run_nodes(p));
+    if (recorded && stamps(p))
+        VEL_TRY(add_stamps(p));
     p->bound_runs++;
     p->runs++;
     return VEL_OK;
@@ -735,6 +759,7 @@ const char *vel_plan_first_bad(vel_plan *p)
 
 void vel_plan_profile(vel_plan *p, bool on)
 {
+    forget_recording(p);
     p->profiling = on;
     p->runs = 0;
     for (int32_t id = 0; id < vel_graph_size(p->g); id++)

@@ -29,7 +29,10 @@ struct vel_device {
     void *staging;       /* private to cuda_device.c */
     void *room;          /* device memory for the functions over flat vectors */
     size_t room_bytes;
+    cudaEvent_t *stamps; /* [stamp_room]; NULL: not used yet */
+    int stamp_room;
     void *products;     /* private to cublaslt.c */
+    void *attentions;   /* private to cudnn_attention.c */
     void *convolutions; /* private to cudnn.c */
     char description[400];
 };
@@ -54,10 +57,13 @@ typedef vel_status (*vel_cuda_prepare_fn)(vel_device *d, const vel_graph *g, int
                                           vel_kernel *out);
 vel_status vel_cublaslt_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 vel_status vel_cudnn_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
+vel_status vel_cudnn_attention_prepare(vel_device *d, const vel_graph *g, int32_t id,
+                                       vel_kernel *out);
 vel_status vel_cuda_own_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 
 void vel_cublaslt_close(vel_device *d);
 void vel_cudnn_close(vel_device *d);
+void vel_cudnn_attention_close(vel_device *d);
 /* Copies host memory to the device and waits. */
 vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t bytes);
 

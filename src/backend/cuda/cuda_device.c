@@ -120,7 +120,12 @@ static void cuda_close(vel_device *d)
     }
     vel_cublaslt_close(d);
     vel_cudnn_close(d);
+    vel_cudnn_attention_close(d);
     cudaFree(d->room);
+    for (int i = 0; i < d->stamp_room; i++)
+        if (d->stamps[i])
+            cudaEventDestroy(d->stamps[i]);
+    vel_free(d->ctx, d->stamps);
     if (d->cudnn)
         cudnnDestroy(d->cudnn);
     if (d->blas)
@@ -280,8 +285,8 @@ static vel_status cuda_sync(vel_device *d)
 
 /* ---- kernels ---- */
 
-static const vel_cuda_prepare_fn vel_cuda_providers[] = {vel_cublaslt_prepare, vel_cudnn_prepare,
-                                                         vel_cuda_own_prepare};
+static const vel_cuda_prepare_fn vel_cuda_providers[] = {
+    vel_cublaslt_prepare, vel_cudnn_prepare, vel_cudnn_attention_prepare, vel_cuda_own_prepare};
 
 static vel_status cuda_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out)
 {
@@ -387,6 +392,37 @@ static void cuda_forget(vel_device *d, void *recording)
     cudaGraphExecDestroy(recording);
 }
 
+/* Events that a recording keeps, so that each replay notes them anew. */
+static vel_status cuda_stamp(vel_device *d, int i)
+{
+    if (i >= d->stamp_room) {
+        int room = VEL_MAX(2 * d->stamp_room, 1024);
+        cudaEvent_t *grown = vel_realloc(d->ctx, d->stamps, (size_t)room * sizeof(cudaEvent_t));
+        if (!grown)
+            return VEL_NO_MEMORY;
+        d->stamps = grown;
+        d->stamp_room = room;
+    }
+    if (!d->stamps[i])
+        VEL_CUDA(d, cudaEventCreate(&d->stamps[i]));
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    VEL_CUDA(d, cudaStreamIsCapturing(d->stream, &capture));
+    bool recording = capture == cudaStreamCaptureStatusActive;
+    return vel_cuda_check(
+        d,
+        cudaEventRecordWithFlags(d->stamps[i], d->stream,
+                                 recording ? cudaEventRecordExternal : cudaEventRecordDefault),
+        "cudaEventRecord");
+}
+
+static double cuda_seconds(vel_device *d, int i)
+{
+    float milliseconds = 0;
+    return cudaEventElapsedTime(&milliseconds, d->stamps[i], d->stamps[i + 1]) == cudaSuccess
+               ? milliseconds * 1e-3
+               : NAN;
+}
+
 static const vel_backend vel_backend_cuda = {
     .name = "cuda",
     .open = cuda_open,
@@ -406,6 +442,8 @@ static const vel_backend vel_backend_cuda = {
     .record_end = cuda_record_end,
     .replay = cuda_replay,
     .forget = cuda_forget,
+    .stamp = cuda_stamp,
+    .seconds = cuda_seconds,
     .update = vel_cuda_update,
     .add = cuda_add,
     .sum_squares = cuda_sum_squares,
