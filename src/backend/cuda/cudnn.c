@@ -91,7 +91,7 @@ static void build_graph(dnn_graph *g, const conv_shape *s)
     const conv_names *n = &names[0];
     while (n->op != s->op)
         n++;
-    double one = 1, zero = 0;
+    float one = 1, zero = 0; /* read as the compute type, whatever type is named */
     dnn_desc x = tensor_nhwc(g, ID_X, s->type, s->n, s->in, s->height, s->width);
     dnn_desc w = tensor_nhwc(g, ID_W, s->op == VEL_OP_conv2d_grad_w ? s->result : s->type, s->out,
                              s->in, s->kernel_h, s->kernel_w);
@@ -102,8 +102,8 @@ static void build_graph(dnn_graph *g, const conv_shape *s)
     vel_dnn_set(g, op, n->w, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &w);
     vel_dnn_set(g, op, n->y, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &y);
     vel_dnn_set(g, op, n->conv, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &c);
-    vel_dnn_set(g, op, n->alpha, CUDNN_TYPE_DOUBLE, 1, &one);
-    vel_dnn_set(g, op, n->beta, CUDNN_TYPE_DOUBLE, 1, &zero);
+    vel_dnn_set(g, op, n->alpha, CUDNN_TYPE_FLOAT, 1, &one);
+    vel_dnn_set(g, op, n->beta, CUDNN_TYPE_FLOAT, 1, &zero);
     vel_dnn_operation(g, op);
 }
 
