@@ -143,11 +143,33 @@ static int take_word(cli *c, vel_params *p, const char *word, bool *used)
     return -1;
 }
 
+/* Takes --config FILE out of the words, into the settings: the line stands above it. Returns the
+ * words left; -1 after a message. */
+static int take_config(cli *c, vel_params *p, int n, char **words)
+{
+    int kept = 0;
+    for (int i = 0; i < n; i++) {
+        const char *path = value_of("--config", n, words, &i);
+        if (path && vel_params_load(p, path)) {
+            fprintf(stderr, "velatura: %s\n", vel_ctx_error(c->ctx));
+            return -1;
+        }
+        if (!path)
+            words[kept++] = words[i];
+    }
+    return kept;
+}
+
 vel_params *vel_cli_settings(cli *c, int n, char **words)
 {
     vel_params *p = vel_params_create(c->ctx, c->command->settings);
     if (!p)
         fprintf(stderr, "velatura: %s\n", vel_ctx_error(c->ctx));
+    n = p ? take_config(c, p, n, words) : 0;
+    if (n < 0) {
+        vel_params_destroy(p);
+        return NULL;
+    }
     bool used = false;
     for (int i = 0, taken; p && i < n; i += taken) {
         taken = is_name(words[i]) ? take_setting(c, p, n - i, words + i)

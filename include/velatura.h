@@ -95,6 +95,10 @@ VEL_API vel_status vel_params_set(vel_params *p, const char *name, const char *v
 VEL_API const char *vel_params_get(const vel_params *p,
                                    const char *name); /* borrowed; NULL unset */
 
+/* Settings of a TOML or (by its ending) JSON file: keys are names as in --name, tables are headings
+ * only. What is set later stands above it. */
+VEL_API vel_status vel_params_load(vel_params *p, const char *path);
+
 typedef struct vel_param_info {
     const char *name;    /* as in --name */
     const char *type;    /* "int", "float", "text", "flag", "choice", "list" */

@@ -245,6 +245,59 @@ bool vel_params_find(const char *command, const char *name, vel_param_info *out)
     return r;
 }
 
+static vel_status load_value(vel_params *p, const char *path, const char *key, const json_t *value)
+{
+    char text[64];
+    const char *word = text;
+    if (json_is_string(value))
+        word = json_string_value(value);
+    else if (json_is_integer(value))
+        snprintf(text, sizeof text, "%" PRId64, (int64_t)json_integer_value(value));
+    else if (json_is_real(value))
+        snprintf(text, sizeof text, "%.17g", json_real_value(value));
+    else if (json_is_boolean(value))
+        word = json_is_true(value) ? "yes" : "no";
+    else
+        return vel_fail(p->ctx, VEL_BAD_VALUE, "%s: %s: is no text, number, true or false", path,
+                        key);
+    const vel_option_row *r = find_row(commands[p->command].rows, key);
+    bool flag = r && r->type == OPT_FLAG;
+    if (r && flag != json_is_boolean(value) && !json_is_string(value))
+        return vel_fail(p->ctx, VEL_BAD_VALUE, "%s: %s: wants %s", path, key,
+                        flag ? "true or false" : "no truth value");
+    vel_status st = vel_params_set(p, key, word);
+    return st ? vel_fail_in(p->ctx, st, "%s", path) : VEL_OK;
+}
+
+static vel_status load_all(vel_params *p, const char *path, json_t *root)
+{
+    const char *key, *inner;
+    json_t *value, *below;
+    json_object_foreach (root, key, value) {
+        if (!json_is_object(value)) {
+            VEL_TRY(load_value(p, path, key, value));
+            continue;
+        }
+        json_object_foreach (value, inner, below)
+            VEL_TRY(load_value(p, path, inner, below));
+    }
+    return VEL_OK;
+}
+
+vel_status vel_params_load(vel_params *p, const char *path)
+{
+    json_t *root = NULL;
+    if (vel_has_suffix(path, ".json"))
+        VEL_TRY(vel_json_load(p->ctx, path, &root));
+    else
+        VEL_TRY(vel_toml_load(p->ctx, path, &root));
+    vel_status st = json_is_object(root)
+                        ? load_all(p, path, root)
+                        : vel_fail(p->ctx, VEL_BAD_FILE, "%s: is no table of settings", path);
+    json_decref(root);
+    return st;
+}
+
 vel_status vel_params_check(const vel_params *p)
 {
     const char *required = commands[p->command].required;

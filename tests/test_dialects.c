@@ -202,6 +202,83 @@ TEST(dialects_refuse)
     CHECK(strstr(said, "--xformers changes nothing"));
 }
 
+TEST(dialects_config_file)
+{
+    static const char text[] = "[model]\npretrained_model_name_or_path = \"m\"\n"
+                               "[training_arguments]\nnetwork_module = 'networks.lora'\n"
+                               "network_dim = 8 # rank\nlearning_rate = 2e-4\nresolution = '256'\n"
+                               "cache_latents = true\nflip_aug = false\nxformers = true\n"
+                               "network_args = [\"conv_dim=4\", \"conv_alpha=2\"]\nsteps = 5\n";
+    char path[4200], line[9000];
+    snprintf(path, sizeof path, "%s/c.toml", t->folder);
+    CHECK_OK(vel_write_file(t->ctx, path, text, strlen(text)));
+    snprintf(line, sizeof line, "train_network.py --config_file %s/c --learning_rate 1e-3",
+             t->folder);
+    comes_to(t, line,
+             "model=m rank=8 learning_rate=1e-3 resolution=256 flip=no conv_rank=4 conv_alpha=2 "
+             "steps=5");
+    static const struct {
+        const char *text, *says;
+    } bad[] = {{"netwrok_dim = 3", "--network_dim"}, {"network_dim = true", "one value"},
+               {"xformers = 1", "true or false"},    {"network_dim = [1, 2]", "one value"},
+               {"seed = 1\nseed = 2", "line 2"}};
+    for (int i = 0; i < VEL_COUNT(bad); i++) {
+        CHECK_OK(vel_write_file(t->ctx, path, bad[i].text, strlen(bad[i].text)));
+        is_refused(t, line, bad[i].says);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), "c.toml"), "%s", vel_ctx_error(t->ctx));
+    }
+}
+
+/* What --output_config writes is read back as the line. */
+TEST(dialects_output_config)
+{
+    char line[9000], path[4200];
+    vel_params *p = NULL;
+    snprintf(path, sizeof path, "%s/out.toml", t->folder);
+    snprintf(line, sizeof line,
+             NETWORK "--network_dim 8 --network_args conv_dim=4 --flip_aug --config_file %s "
+                     "--output_config",
+             path);
+    CHECK_OK(parse(t, line, &p));
+    CHECK(!p && vel_is_file(path));
+    is_refused(t, line, "exists");
+    snprintf(line, sizeof line, "train_network.py --config_file %s --train_data_dir d", path);
+    comes_to(t, line, "model=m rank=8 conv_rank=4 flip=yes resolution=512 data=d");
+}
+
+TEST(params_from_a_file)
+{
+    static const struct {
+        const char *name, *text, *says; /* says NULL: right */
+    } files[] = {
+        {"a.toml", "[run]\nsteps = 7\nflip = true\nlr = 0.5\noutput_name = 'x'", NULL},
+        {"a.json", "{\"run\": {\"steps\": 7, \"lr\": 0.5}, \"flip\": true}", NULL},
+        {"a.toml", "stesp = 7", "--steps"},
+        {"a.toml", "steps = 'many'", "many"},
+        {"a.toml", "steps = true", "steps"},
+        {"a.toml", "flip = 1", "flip"},
+        {"a.toml", "steps = [1]", "steps"},
+        {"a.json", "[1]", "a.json"},
+    };
+    for (int i = 0; i < VEL_COUNT(files); i++) {
+        char path[4200];
+        vel_params *p = vel_params_create(t->ctx, "train");
+        if (!p)
+            return;
+        snprintf(path, sizeof path, "%s/%s", t->folder, files[i].name);
+        CHECK_OK(vel_write_file(t->ctx, path, files[i].text, strlen(files[i].text)));
+        vel_status st = vel_params_load(p, path);
+        CHECK_MSG(!st == !files[i].says, "%s: %s", files[i].text, vel_ctx_error(t->ctx));
+        if (st)
+            CHECK_MSG(files[i].says && strstr(vel_ctx_error(t->ctx), files[i].says), "%s",
+                      vel_ctx_error(t->ctx));
+        else
+            CHECK(strcmp(vel_params_get(p, "steps"), "7") == 0 &&
+                  strcmp(vel_params_get(p, "flip"), "yes") == 0);
+        vel_params_destroy(p);
+    }
+}
+
 TEST(cli_foreign_lines)
 {
     program_result r;

@@ -2,6 +2,7 @@
  * table that says what each of its flags means here, and rules over several flags.
  *
  *   line.c       words to flags, flags to settings of `velatura train`
+ *   config.c     flags in a TOML file
  *   launcher.c   what stands in front of the script: accelerate launch, python
  *   kohya*.c     sd-scripts: table and rules
  *   diffusers*.c the example scripts: table and rules
@@ -101,9 +102,10 @@ struct vel_line {
     vel_arena *arena;
     const vel_script *script;
     vel_params *p;
-    struct vel_given *given; /* [row] */
-    struct vel_own *own;     /* settings of velatura itself, which stand above the flags */
-    int n_own;
+    struct vel_given *given;  /* [row] */
+    struct vel_own *own;      /* settings of velatura itself, which stand above the flags */
+    struct vel_own *file_own; /* those of --config_file, which stand below own */
+    int n_own, n_file_own;
     bool strict;                    /* --strict_compat */
     const char *launcher_precision; /* of accelerate launch; NULL: not stated */
 };
@@ -122,6 +124,11 @@ vel_status vel_line_set(vel_line *l, const char *flag, const char *setting, cons
     VEL_PRINTF(4, 5);
 vel_status vel_line_refuse(vel_line *l, const char *flag, const char *format, ...) VEL_PRINTF(3, 4);
 void vel_line_say(vel_line *l, const char *format, ...) VEL_PRINTF(2, 3);
+
+/* A flag or setting of a file: below the line, so only where the line does not give it. truth: the
+ * word is a switch's yes or no. */
+vel_status vel_line_config(vel_line *l, const char *key, const char *const *words, int n,
+                           bool truth);
 
 /* launcher.c: passes over what stands in front of the script; *at: the script's place. */
 vel_status vel_launcher_skip(vel_line *l, int n, const char *const *words, int *at);

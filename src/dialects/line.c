@@ -2,9 +2,11 @@
  * argparse's: --name value, --name=value, a unique beginning of a name, switches without a value,
  * lists up to the next name. The last of several wins. Flags that the script does not have are
  * looked for among velatura's own settings, which stand above what the script's flags say. */
-#include "dialects/dialects.h"
+#include "dialects/config.h"
 
 #include <stdlib.h>
+
+enum { MOST_FILE_OWN = 256 };
 
 typedef struct vel_given {
     const char *const *words;
@@ -174,7 +176,7 @@ typedef struct nearest {
 
 static void look_near(nearest *best, const char *name, const char *wanted)
 {
-    int d = strstr(name, wanted) ? 1 : vel_edit_distance(wanted, name);
+    int d = strlen(wanted) > 2 && strstr(name, wanted) ? 1 : vel_edit_distance(wanted, name);
     for (int i = 0; i < 3; i++) {
         if (best->name[i] && strcmp(best->name[i], name) == 0)
             return;
@@ -304,6 +306,36 @@ static vel_status take_word(vel_line *l, int n, const char *const *words, int *t
     return *taken ? VEL_OK : unknown_flag(l, word, flag);
 }
 
+vel_status vel_line_config(vel_line *l, const char *key, const char *const *words, int n,
+                           bool truth)
+{
+    int row = find_exactly(l, key);
+    if (row < 0) {
+        vel_param_info info;
+        if (!vel_params_find("train", key, &info) || n != 1)
+            return unknown_flag(l, key, key);
+        if (l->n_file_own == MOST_FILE_OWN)
+            return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: one too many", key);
+        if (strcmp(info.name, "strict_compat") == 0) {
+            l->strict |= strcmp(words[0], "yes") == 0;
+            return VEL_OK;
+        }
+        l->file_own[l->n_file_own++] = (vel_own){info.name, words[0]};
+        return VEL_OK;
+    }
+    vel_given *g = &l->given[row];
+    const vel_dialect_row *r = &l->script->rows[row];
+    bool is_switch = r->kind == KIND_SWITCH;
+    if (is_switch != truth || (n != 1 && !is_list(r)))
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: wants %s", key,
+                        is_switch    ? "true or false"
+                        : is_list(r) ? "a list"
+                                     : "one value");
+    if (g->n < 0 && !(is_switch && strcmp(words[0], "no") == 0))
+        *g = (vel_given){words, n};
+    return VEL_OK;
+}
+
 /* ---- flags to settings ---- */
 
 static bool in_list(const char *list, const char *name)
@@ -370,6 +402,8 @@ static vel_status apply_line(vel_line *l)
         if (l->script->rows[i].scripts & l->script->bit)
             VEL_TRY(apply_row(l, i));
     VEL_TRY(l->script->rules(l));
+    for (int i = 0; i < l->n_file_own; i++)
+        VEL_TRY(vel_params_set(l->p, l->file_own[i].name, l->file_own[i].value));
     for (int i = 0; i < l->n_own; i++)
         VEL_TRY(vel_params_set(l->p, l->own[i].name, l->own[i].value));
     return VEL_OK;
@@ -406,12 +440,19 @@ static vel_status read_line(vel_line *l, int n, const char *const *words)
         rows++;
     l->given = vel_arena_alloc(l->arena, (size_t)rows * sizeof *l->given);
     l->own = vel_arena_alloc(l->arena, (size_t)(n + 1) * sizeof *l->own);
-    if (!l->given || !l->own)
+    l->file_own = vel_arena_alloc(l->arena, MOST_FILE_OWN * sizeof *l->file_own);
+    if (!l->given || !l->own || !l->file_own)
         return VEL_NO_MEMORY;
     for (int i = 0; i < rows; i++)
         l->given[i].n = -1;
     for (int i = 0, taken = 1; i < n; i += taken)
         VEL_TRY(take_word(l, n - i, words + i, &taken));
+    if (vel_line_on(l, "output_config")) {
+        vel_params_destroy(l->p);
+        l->p = NULL;
+        return vel_config_write(l);
+    }
+    VEL_TRY(vel_config_read(l));
     VEL_TRY(apply_line(l));
     say_meaning(l);
     return VEL_OK;

@@ -86,6 +86,14 @@ int64_t vel_json_int(const json_t *object, const char *key, int64_t otherwise);
 bool vel_json_bool(const json_t *object, const char *key, bool otherwise);
 const char *vel_json_string(const json_t *object, const char *key, const char *otherwise);
 
+/* ---- TOML (toml.c) --------------------------------------------------------------------------- */
+
+/* A table as a JSON object; the error names file and line. name: for messages. json_decref. */
+vel_status vel_toml_parse(vel_ctx *ctx, const char *name, const char *bytes, size_t n,
+                          json_t **out);
+vel_status vel_toml_load(vel_ctx *ctx, const char *path, json_t **out); /* at most 1 MiB */
+void vel_toml_add_text(vel_text *out, const char *value);               /* quoted */
+
 /* ---- images (images.c, over libvips) --------------------------------------------------------- */
 
 typedef struct vel_picture_info {
