@@ -195,6 +195,13 @@ install: $(BUILD)/velatura $(BUILD)/libvelatura.so $(BUILD)/libvelatura.a
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 755 $(BUILD)/velatura $(DESTDIR)$(PREFIX)/bin/velatura
 	ln -sf velatura $(DESTDIR)$(PREFIX)/bin/vel
+	ln -sf velatura $(DESTDIR)$(PREFIX)/bin/velatura-accelerate
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/share/,man/man1 bash-completion/completions \
+	    zsh/site-functions fish/vendor_completions.d)
+	$(BUILD)/velatura help --man >$(DESTDIR)$(PREFIX)/share/man/man1/velatura.1
+	$(BUILD)/velatura help --bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/velatura
+	$(BUILD)/velatura help --zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_velatura
+	$(BUILD)/velatura help --fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/velatura.fish
 	install -m 644 include/velatura.h $(DESTDIR)$(PREFIX)/include/velatura.h
 	install -m 644 $(BUILD)/libvelatura.a $(DESTDIR)$(LIBDIR)/libvelatura.a
 	install -m 755 $(BUILD)/libvelatura.so $(DESTDIR)$(LIBDIR)/libvelatura.so.$(VERSION)
@@ -202,7 +209,9 @@ install: $(BUILD)/velatura $(BUILD)/libvelatura.so $(BUILD)/libvelatura.a
 	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libvelatura.so
 	install -m 644 $(BUILD)/velatura.pc $(DESTDIR)$(LIBDIR)/pkgconfig/velatura.pc
 uninstall:
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/velatura bin/vel include/velatura.h) \
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/velatura bin/vel bin/velatura-accelerate \
+	    include/velatura.h share/man/man1/velatura.1 share/bash-completion/completions/velatura \
+	    share/zsh/site-functions/_velatura share/fish/vendor_completions.d/velatura.fish) \
 	    $(addprefix $(DESTDIR)$(LIBDIR)/,libvelatura.a libvelatura.so $(SONAME) libvelatura.so.$(VERSION) \
 	    pkgconfig/velatura.pc)
 # tests/test_api.c looks at the library beside the program

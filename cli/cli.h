@@ -4,6 +4,7 @@
  *   main.c      the table of commands, signals, exit status
  *   args.c      command lines to settings
  *   help*.c     help from the library's own lists of settings and flags
+ *   pages.c     the manual page, completion for shells
  *   draw.c      events to a terminal
  *   cmd_*.c     a command each */
 #ifndef VEL_CLI_H
@@ -60,6 +61,9 @@ void vel_cli_help_foreign(int n, char **words, FILE *out);
 void vel_cli_help_dialects(FILE *out); /* all of them, as a page of Markdown */
 void vel_cli_help(FILE *out);
 void vel_cli_help_command(const cli_command *command, FILE *out);
+
+/* pages.c: --man, --bash, --zsh, --fish, --dialects; false for another name. */
+bool vel_cli_page(const char *name, FILE *out);
 
 /* draw.c */
 void vel_cli_display_init(cli_display *d);

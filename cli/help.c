@@ -58,6 +58,10 @@ void vel_cli_help(FILE *out)
         "  --log-level N  0 nothing, 1 errors, 2 once a run, 3 once a phase (default), 4 a step, 5 "
         "all\n"
         "  --version      (alone) the version\n"
+        "\nlines of other trainers, as they stand\n"
+        "  velatura [accelerate launch | python] train_network.py --flags\n"
+        "                 kohya sd-scripts and diffusers; --help behind the script lists its "
+        "flags\n"
         "\nexamples\n"
         "  velatura train --model models/sd15 --data my-pictures --steps 1000 --output_dir out\n"
         "  velatura generate \"a cup in sks style\" --model models/sd15 --lora "
@@ -71,6 +75,8 @@ int vel_cli_help_command_line(cli *c, int n, char **words)
         vel_cli_help(stdout);
         return CLI_OK;
     }
+    if (n == 1 && vel_cli_page(words[0], stdout))
+        return CLI_OK;
     if (!command) {
         fprintf(stderr, "usage: velatura help %s; `velatura help` lists the commands\n",
                 c->command->usage);

@@ -25,8 +25,9 @@ const cli_command vel_cli_commands[] = {
     {"bench", vel_cli_bench, "bench",
      "step | unet | text | vae_decode | vae_encode | op NAME [settings]",
      "check and time a training step, a part of a model or one op", "what"},
-    {"help", vel_cli_help_command_line, NULL, "[COMMAND]",
-     "this text, or the settings of a command", NULL},
+    {"help", vel_cli_help_command_line, NULL,
+     "[COMMAND | --man | --bash | --zsh | --fish | --dialects]",
+     "this text, the settings of a command, a page, or completion for a shell", NULL},
     {0}};
 
 const cli_command vel_cli_foreign_command = {

@@ -128,7 +128,12 @@ TEST(dialects_forms)
              "conv_rank=4 conv_alpha=2 targets=all seed=7");
     comes_to(t, NETWORK "--network_args conv_dim=4", "conv_alpha=1");
     comes_to(t, NETWORK "--optimizer_args weight_decay=0.1 betas=(0.8,0.95) eps=1e-6",
-             "adam_weight_decay=0.1 adam_epsilon=1e-6");
+             "optimizer=AdamW");
+    comes_to(t, NETWORK "--optimizer_type Lion --optimizer_args weight_decay=0.1",
+             "optimizer=Lion optimizer_args=weight_decay=0.1");
+    comes_to(t, NETWORK "--use_8bit_adam", "optimizer=AdamW8bit");
+    is_refused(t, NETWORK "--use_8bit_adam --optimizer_type Lion", "exclude");
+    comes_to(t, BOOTH "--use_8bit_adam", "use_8bit_adam=yes");
     comes_to(t, "accelerate launch --mixed_precision fp16 --num_processes=1 x/" BOOTH,
              "precision=fp16");
     comes_to(t, "accelerate launch --mixed_precision=bf16 " BOOTH "--mixed_precision no",
@@ -179,7 +184,6 @@ TEST(dialects_refuse)
     is_refused(t, NETWORK "--network_args convdim=3", "conv_dim");
     is_refused(t, NETWORK "--network_args block_dims=3,3", "one rank");
     is_refused(t, NETWORK "--network_module networks.oft", "networks.oft");
-    is_refused(t, NETWORK "--optimizer_type Magic", "Magic");
     is_refused(t, NETWORK "--deepspeed", "one process");
     is_refused(t, NETWORK "--huggingface_token secret", "network");
     CHECK(!strstr(vel_ctx_error(t->ctx), "secret"));
@@ -219,8 +223,10 @@ TEST(dialects_config_file)
              "steps=5");
     static const struct {
         const char *text, *says;
-    } bad[] = {{"netwrok_dim = 3", "--network_dim"}, {"network_dim = true", "one value"},
-               {"xformers = 1", "true or false"},    {"network_dim = [1, 2]", "one value"},
+    } bad[] = {{"netwrok_dim = 3", "--network_dim"},
+               {"network_dim = true", "one value"},
+               {"xformers = 1", "true or false"},
+               {"network_dim = [1, 2]", "one value"},
                {"seed = 1\nseed = 2", "line 2"}};
     for (int i = 0; i < VEL_COUNT(bad); i++) {
         CHECK_OK(vel_write_file(t->ctx, path, bad[i].text, strlen(bad[i].text)));
@@ -277,6 +283,32 @@ TEST(params_from_a_file)
                   strcmp(vel_params_get(p, "flip"), "yes") == 0);
         vel_params_destroy(p);
     }
+}
+
+/* What is generated from the tables: whole, and of the form that its reader wants. */
+TEST(cli_pages)
+{
+    program_result r;
+    if (!program_shell(
+            t,
+            "\"$V\" help --man | grep -q 'SETTINGS OF train' && \"$V\" help --zsh | grep "
+            "-q -e '--learning_rate=' && \"$V\" help --fish | grep -q -e '-l network_dim'",
+            &r))
+        return;
+    CHECK(r.status == 0);
+    if (!program_shell(t,
+                       "\"$V\" help --bash >\"$D/c\" && bash -c '. \"$0\"; COMP_WORDS=(velatura "
+                       "train --lr_scheduler cos); COMP_CWORD=3; _velatura; echo "
+                       "\"${COMPREPLY[@]}\"; COMP_WORDS=(velatura accelerate launch "
+                       "x/train_network.py --network_d); COMP_CWORD=4; _velatura; echo "
+                       "\"${COMPREPLY[@]}\"' \"$D/c\"",
+                       &r))
+        return;
+    CHECK_MSG(strstr(r.text, "cosine cosine_with_restarts"), "%s", r.text);
+    CHECK_MSG(strstr(r.text, "--network_dim --network_dropout"), "%s", r.text);
+    program_shell(t, "\"$V\" help --dialects | cmp - docs/dialects.md", &r);
+    CHECK_MSG(r.status == 0,
+              "docs/dialects.md is old: velatura help --dialects >docs/dialects.md: %s", r.text);
 }
 
 TEST(cli_foreign_lines)

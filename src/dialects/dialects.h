@@ -122,6 +122,8 @@ bool vel_line_has(const vel_line *l, const char *setting);
 /* Sets a setting for a flag; a setting that does not exist refuses the flag. */
 vel_status vel_line_set(vel_line *l, const char *flag, const char *setting, const char *format, ...)
     VEL_PRINTF(4, 5);
+/* All words of a list that is given, joined, into a setting. */
+vel_status vel_line_set_all(vel_line *l, const char *flag, const char *setting, char between);
 vel_status vel_line_refuse(vel_line *l, const char *flag, const char *format, ...) VEL_PRINTF(3, 4);
 void vel_line_say(vel_line *l, const char *format, ...) VEL_PRINTF(2, 3);
 

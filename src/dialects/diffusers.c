@@ -116,7 +116,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
          "constant_with_warmup; --strict_compat: ignored with constant"),
     SET(DB | TI, "lr_num_cycles", KIND_INT, "1", "lr_scheduler_num_cycles"),
     SET(DB, "lr_power", KIND_FLOAT, "1.0", "lr_scheduler_power"),
-    RULE(DB | T2I, "use_8bit_adam", KIND_SWITCH, NULL, "optimizer AdamW8bit"),
+    SET(DB | T2I, "use_8bit_adam", KIND_SWITCH, NULL, "use_8bit_adam"),
     SET(DIFFUSERS, "adam_beta1", KIND_FLOAT, "0.9", "adam_beta1"),
     SET(DIFFUSERS, "adam_beta2", KIND_FLOAT, "0.999", "adam_beta2"),
     SET(DIFFUSERS, "adam_weight_decay", KIND_FLOAT, "1e-2", "adam_weight_decay"),

@@ -74,8 +74,7 @@ static vel_status run_rules(vel_line *l)
         vel_line_say(l, "--scale_lr: the learning rate is %g", rate);
         VEL_TRY(vel_line_set(l, "scale_lr", "learning_rate", "%.17g", rate));
     }
-    return vel_rule_optimizer(l, "use_8bit_adam",
-                              vel_line_on(l, "use_8bit_adam") ? "AdamW8bit" : "AdamW");
+    return VEL_OK;
 }
 
 static vel_status loss_rules(vel_line *l)

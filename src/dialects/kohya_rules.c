@@ -138,21 +138,6 @@ static vel_status sample_rules(vel_line *l)
 
 /* ---- optimizer ---- */
 
-static const vel_pair optimizer_keys[] = {
-    {"weight_decay", "adam_weight_decay", NULL},
-    {"betas", NULL, NULL},
-    {"eps", "adam_epsilon", NULL},
-    {"momentum", "momentum", NULL},
-    {"d_coef", "prodigy_d_coef", NULL},
-    {"d0", "prodigy_d0", NULL},
-    {"decouple", "prodigy_decouple", NULL},
-    {"use_bias_correction", "prodigy_use_bias_correction", NULL},
-    {"safeguard_warmup", "prodigy_safeguard_warmup", NULL},
-    {"relative_step", "adafactor_relative_step", NULL},
-    {"scale_parameter", "adafactor_scale_parameter", NULL},
-    {"warmup_init", "adafactor_warmup_init", NULL},
-    {0}};
-
 static vel_status optimizer_rules(vel_line *l)
 {
     const char *name = vel_line_value(l, "optimizer_type"), *flag = "optimizer_type";
@@ -166,10 +151,10 @@ static vel_status optimizer_rules(vel_line *l)
     if (vel_line_given(l, "optimizer_type") && strcmp(flag, "optimizer_type") != 0)
         return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s and --optimizer_type exclude each other",
                         l->script->name, flag);
-    VEL_TRY(vel_rule_optimizer(l, flag, name[0] ? name : "AdamW"));
+    VEL_TRY(vel_line_set(l, flag, "optimizer", "%s", name[0] ? name : "AdamW"));
     if (vel_line_given(l, "lr_scheduler_args"))
         return vel_line_refuse(l, "lr_scheduler_args", "no schedule here takes any");
-    return vel_rule_pairs(l, "optimizer_args", optimizer_keys);
+    return vel_line_set_all(l, "optimizer_args", "optimizer_args", ' ');
 }
 
 /* ---- adapters ---- */
@@ -315,12 +300,8 @@ static vel_status adapter_rules(vel_line *l)
     VEL_TRY(vel_line_set(l, "network_dim", "rank", "%s", rank ? rank : "4"));
     VEL_TRY(vel_line_set(l, "save_model_as", "save_format", "kohya"));
     VEL_TRY(network_rules(l));
-    if (vel_line_given(l, "base_weights"))
-        VEL_TRY(vel_line_set(l, "base_weights", "base_weights", "%s",
-                             vel_line_value(l, "base_weights")));
-    if (vel_line_given(l, "base_weights_multiplier"))
-        VEL_TRY(vel_line_set(l, "base_weights_multiplier", "base_weights_multiplier", "%s",
-                             vel_line_value(l, "base_weights_multiplier")));
+    VEL_TRY(vel_line_set_all(l, "base_weights", "base_weights", ','));
+    VEL_TRY(vel_line_set_all(l, "base_weights_multiplier", "base_weights_multiplier", ','));
     return rate_rules(l);
 }
 

@@ -158,6 +158,23 @@ vel_status vel_line_set(vel_line *l, const char *flag, const char *setting, cons
     return set(l, flag, setting, value);
 }
 
+vel_status vel_line_set_all(vel_line *l, const char *flag, const char *setting, char between)
+{
+    const char *word;
+    vel_text t;
+    if (!vel_line_given(l, flag))
+        return VEL_OK;
+    vel_text_init(&t, l->ctx);
+    for (int i = 0; (word = vel_line_word(l, flag, i)); i++) {
+        if (i)
+            vel_text_add_bytes(&t, &between, 1);
+        vel_text_add(&t, word);
+    }
+    vel_status st = t.failed ? VEL_NO_MEMORY : set(l, flag, setting, t.s ? t.s : "");
+    vel_text_finish(&t);
+    return st;
+}
+
 /* ---- words to flags ---- */
 
 bool vel_is_option(const char *word)

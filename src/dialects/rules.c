@@ -1,7 +1,6 @@
 /* rules.c: what several dialects do alike: seeds, warm-up, 8-bit optimizers, key=value words. */
 #include "dialects/rules.h"
 
-#include <ctype.h>
 #include <time.h>
 
 /* A peer without a seed draws one; here a run can be repeated unless the peer's way is asked for.
@@ -57,60 +56,7 @@ vel_status vel_rule_schedule(vel_line *l)
                                                : VEL_OK;
 }
 
-static bool same_word(const char *a, const char *b)
-{
-    while (*a && tolower((unsigned char)*a) == tolower((unsigned char)*b))
-        a++, b++;
-    return !*a && !*b;
-}
-
-vel_status vel_rule_optimizer(vel_line *l, const char *flag, const char *name)
-{
-    static const struct {
-        const char *peer, *ours, *note;
-    } names[] = {
-        {"AdamW", "adamw", NULL},
-        {"AdamW8bit", "adamw8bit", NULL},
-        {"PagedAdamW", "adamw", "states stay in memory, nothing is paged"},
-        {"PagedAdamW32bit", "adamw", "states stay in memory, nothing is paged"},
-        {"PagedAdamW8bit", "adamw8bit", "states stay in memory, nothing is paged"},
-        {"Lion", "lion", NULL},
-        {"Adafactor", "adafactor", NULL},
-        {"Prodigy", "prodigy", NULL},
-        {"AdamWScheduleFree", "adamw_schedulefree", NULL},
-        {"SGDNesterov", "sgd", NULL},
-        {"SGD", "sgd", NULL},
-    };
-    for (int i = 0; i < VEL_COUNT(names); i++) {
-        if (!same_word(names[i].peer, name))
-            continue;
-        if (names[i].note)
-            vel_line_say(l, "--%s %s: %s", flag, name, names[i].note);
-        if (strcmp(names[i].ours, "adamw") == 0 && !vel_line_has(l, "optimizer"))
-            return VEL_OK;
-        return vel_line_set(l, flag, "optimizer", "%s", names[i].ours);
-    }
-    vel_text t;
-    vel_text_init(&t, l->ctx);
-    for (int i = 0; i < VEL_COUNT(names); i++)
-        vel_text_addf(&t, "%s%s", i ? ", " : "", names[i].peer);
-    vel_status st = vel_line_refuse(l, flag, "'%s' is not one of %s", name, t.s ? t.s : "");
-    vel_text_finish(&t);
-    return st;
-}
-
 /* ---- key=value words ---- */
-
-static vel_status set_betas(vel_line *l, const char *flag, const char *value)
-{
-    double a, b;
-    value += strspn(value, "([ ");
-    if (sscanf(value, "%lf , %lf", &a, &b) != 2)
-        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s: betas=%s: two numbers are wanted",
-                        l->script->name, flag, value);
-    VEL_TRY(vel_line_set(l, flag, "adam_beta1", "%.17g", a));
-    return vel_line_set(l, flag, "adam_beta2", "%.17g", b);
-}
 
 static vel_status take_pair(vel_line *l, const char *flag, const char *key, const char *value,
                             const vel_pair *pairs)
@@ -118,8 +64,6 @@ static vel_status take_pair(vel_line *l, const char *flag, const char *key, cons
     for (const vel_pair *p = pairs; p->key; p++) {
         if (strcmp(p->key, key) != 0)
             continue;
-        if (!p->setting && strcmp(key, "betas") == 0)
-            return set_betas(l, flag, value);
         if (p->note && !p->setting) {
             vel_line_say(l, "--%s %s=%s changes nothing here: %s", flag, key, value, p->note);
             return VEL_OK;

@@ -6,8 +6,6 @@
 
 vel_status vel_rule_seed(vel_line *l);
 vel_status vel_rule_schedule(vel_line *l); /* lr_scheduler, lr_warmup_steps, lr_decay_steps */
-/* By the peer's name; flag: the one that says it. */
-vel_status vel_rule_optimizer(vel_line *l, const char *flag, const char *name);
 
 /* A key of a list of key=value words. setting: ours; "" where a rule reads it; NULL with a note: it
  * changes nothing; a setting and a note: refused. */
