@@ -330,6 +330,17 @@ static vel_attr default_attributes(vel_op op, const vel_shape *s, int n)
         for (int i = 0; i < 4; i++)
             a.conv2d.pad[i] = n > 1 ? (int)s[1].dim[2] / 2 : 0;
         break;
+    case VEL_OP_conv2d_grad_x: /* of a convolution that keeps the size */
+        a.conv2d_grad_x.stride = 1;
+        for (int i = 0; i < 4; i++)
+            a.conv2d_grad_x.pad[i] = n > 1 ? (int)s[1].dim[2] / 2 : 0;
+        a.conv2d_grad_x.height = (int)s[0].dim[1];
+        a.conv2d_grad_x.width = (int)s[0].dim[2];
+        break;
+    case VEL_OP_attention_grad:
+        a.attention_grad.heads = heads;
+        a.attention_grad.scale = 1 / sqrt((double)s[0].dim[2] / heads);
+        break;
     default:
         break;
     }

@@ -1,7 +1,8 @@
-/* test_onednn.c: the oneDNN kernels against the ops' float64 meanings: every op in f32 and bf16,
- * with packed and plain weights, with bias, activation, residual apart and in the output's own
- * buffer. Outputs and scratch hold NaN before, every buffer ends in a guard, and a second run gives
- * the same bits. bf16 may be refused where the hardware lacks it (then other kernels take it). */
+/* test_onednn.c: the oneDNN kernels, and our own in AMX tiles, against the ops' float64 meanings:
+ * every op in f32 and bf16, with packed and plain weights, with bias, activation, residual apart
+ * and in the output's own buffer. Outputs and scratch hold NaN before, every buffer ends in a
+ * guard, and a second run gives the same bits. bf16 may be refused where the hardware lacks it
+ * (then other kernels take it). */
 #include "backend/cpu/cpu.h"
 #include "test.h"
 
@@ -370,12 +371,12 @@ static void run_kernel(bench *b, const vel_cpu_impl *row, const vel_kernel *k)
 }
 
 /* Whether a kernel took the trial. */
-static bool try_trial(vel_test *t, vel_device *d, const trial *c, vel_dtype dtype, bool frozen)
+static bool try_trial(vel_test *t, vel_device *d, const vel_cpu_impl *row, const trial *c,
+                      vel_dtype dtype, bool frozen)
 {
     bench b = {.t = t, .d = d, .c = c, .g = vel_graph_create(t->ctx)};
     vel_kernel k = {.inplace = -1};
     vel_status status = VEL_UNSUPPORTED;
-    const vel_cpu_impl *row = vel_cpu_onednn_impls;
     while (row->run && row->op != c->op)
         row++;
     if (b.g) {
@@ -406,7 +407,8 @@ TEST(onednn_agrees_with_the_meaning)
     for (int i = 0; i < VEL_COUNT(trials); i++)
         for (int bf16 = 0; bf16 < 2; bf16++)
             for (int frozen = 0; frozen <= has_weight(trials[i].op); frozen++) {
-                bool took = try_trial(t, &d, &trials[i], bf16 ? VEL_BF16 : VEL_F32, frozen);
+                bool took = try_trial(t, &d, vel_cpu_onednn_impls, &trials[i],
+                                      bf16 ? VEL_BF16 : VEL_F32, frozen);
                 CHECK_MSG(took || bf16 || !taken[0], "%s (%s) is refused",
                           vel_op_name(trials[i].op), trials[i].what);
                 taken[bf16] += took;
@@ -419,6 +421,60 @@ TEST(onednn_agrees_with_the_meaning)
         printf("oneDNN %s: %d trials in f32, %d in bf16\n", vel_onednn_version(), taken[0],
                taken[1]);
     vel_onednn_close(&d);
+}
+
+/* Sizes at which a product is cut: chunks of depth, spans, blocks, several images in one, results
+ * that go past the caches. */
+static const trial tile_trials[] = {
+    {"chunks", VEL_OP_linear, {S2(70, 800), S2(100, 800), {1, {100}}, S2(70, 100)}},
+    {"chunks", VEL_OP_linear_grad_x, {S2(70, 800), S2(800, 100), S2(70, 100)}},
+    {"blocks", VEL_OP_linear, {S2(1100, 512), S2(40, 512)}},
+    {"spans", VEL_OP_linear, {S2(200, 3008), S2(33, 3008), {1, {33}}}},
+    {"spans", VEL_OP_linear_grad_x, {S2(200, 3008), S2(3008, 33)}},
+    {"past the caches", VEL_OP_linear, {S2(2100, 16), S2(1024, 16), {1, {1024}}}},
+    {"past the caches", VEL_OP_linear, {S2(2100, 16), S2(1024, 16), NONE, S2(2100, 1024)}},
+    {"chunks",
+     VEL_OP_conv2d,
+     {S4(3, 8, 8, 64), S4(48, 64, 3, 3), {1, {48}}, S4(3, 8, 8, 48)},
+     .a.conv2d = {1, {1, 1, 1, 1}}},
+    {"chunks",
+     VEL_OP_conv2d_grad_x,
+     {S4(3, 8, 8, 64), S4(64, 40, 3, 3)},
+     .a.conv2d_grad_x = {1, {1, 1, 1, 1}, 8, 8}},
+    {"blocks",
+     VEL_OP_conv2d,
+     {S4(1, 44, 40, 256), S4(16, 256, 3, 3)},
+     .a.conv2d = {1, {1, 1, 1, 1}}},
+    {"uneven padding",
+     VEL_OP_conv2d,
+     {S4(2, 6, 9, 32), S4(33, 32, 3, 1)},
+     .a.conv2d = {1, {1, 0, 0, 0}}},
+    {"uneven padding",
+     VEL_OP_conv2d_grad_x,
+     {S4(2, 5, 9, 33), S4(33, 32, 3, 1)},
+     .a.conv2d_grad_x = {1, {1, 0, 0, 0}, 6, 9}},
+};
+
+TEST(tiles_agree_with_the_meaning)
+{
+    vel_device *d;
+    int taken = 0;
+    if (vel_backend_cpu.open(t->ctx, "cpu", &d)) {
+        CHECK(t->ctx->fail_after);
+        return;
+    }
+    d->all_tiles = true;
+    for (int i = 0; i < VEL_COUNT(trials); i++)
+        taken += try_trial(t, d, vel_cpu_tiles_impls, &trials[i], VEL_BF16, true);
+    for (int i = 0; i < VEL_COUNT(tile_trials) && d->amx; i++)
+        CHECK_MSG(try_trial(t, d, vel_cpu_tiles_impls, &tile_trials[i], VEL_BF16, true),
+                  "%s (%s) is refused", vel_op_name(tile_trials[i].op), tile_trials[i].what);
+    CHECK(d->amx ? taken > 20 : !taken);
+    if (!d->amx) {
+        t->skipped = 1;
+        printf("this processor has no AMX\n");
+    }
+    vel_backend_cpu.close(d);
 }
 
 static vel_kernel prepare(vel_device *d, const vel_graph *g, const vel_node *n)

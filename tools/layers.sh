@@ -14,7 +14,7 @@ src/passes            ops/ops.h graph/graph.h base/base.h
 src/backend           graph/graph.h base/base.h
 src/backend/null      backend/backend.h graph/graph.h base/base.h
 src/backend/cpu       backend/backend.h graph/graph.h base/base.h
-src/backend/cpu/isa   backend/cpu/isa.h backend/cpu/kernels.h backend/backend.h graph/graph.h base/base.h
+src/backend/cpu/isa   backend/cpu/isa.h backend/cpu/kernels.h backend/cpu/tiles.h backend/backend.h graph/graph.h base/base.h
 src/backend/cuda      backend/backend.h graph/graph.h base/base.h
 src/exec              passes/passes.h ops/ops.h backend/backend.h graph/graph.h base/base.h
 src/formats           base/base.h

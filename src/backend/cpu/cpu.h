@@ -19,6 +19,7 @@ struct vel_device {
     vel_cpu_isa isa; /* of the own kernels; VELATURA_CPU_ISA=base|avx2|avx512|bf16 lowers it, and so
                       * does ONEDNN_MAX_CPU_ISA / DNNL_MAX_CPU_ISA (AVX2 ...) */
     bool amx;        /* AMX tiles with bf16, enabled for this process */
+    bool all_tiles;  /* AMX kernels for every product, also where oneDNN is as fast: for tests */
     bool dot;        /* AVX512_BF16's dot products beat float32's: on AMD, where Intel's do not */
     void *onednn;    /* onednn.c's engine and stream */
     void *codes;     /* own.c's tables for 8-bit optimizer states; NULL until they are needed */
@@ -40,8 +41,10 @@ typedef struct vel_cpu_impl {
 } vel_cpu_impl;
 
 /* Lists end with a row whose run is NULL; asked in this order. */
+extern const vel_cpu_impl vel_cpu_tiles_impls[];  /* tiles.c */
 extern const vel_cpu_impl vel_cpu_onednn_impls[]; /* onednn.c */
 extern const vel_cpu_impl vel_cpu_own_impls[];    /* own.c: through the isa table */
+const struct vel_cpu_kernels *vel_cpu_own_table(const vel_device *d); /* of its instruction set */
 vel_status vel_cpu_own_update(vel_device *d, const vel_update *u);
 double vel_cpu_own_sum_squares(vel_device *d, const float *x, int64_t n);
 

@@ -9,7 +9,7 @@
 #ifndef VEL_CPU_KERNELS_H
 #define VEL_CPU_KERNELS_H
 
-#include "backend/backend.h"
+#include "backend/cpu/tiles.h"
 
 typedef struct vel_cpu_job {
     const vel_launch *launch; /* for scratch(): types and node only */
@@ -43,6 +43,10 @@ typedef struct vel_cpu_kernels {
     vel_cpu_entry entry[VEL_OP_COUNT];
     void (*update)(const vel_cpu_optimizer *o);
     double (*sum_squares)(const float *x, int64_t n, int threads);
+    void (*tiles)(const vel_tiles *t, const vel_tiles_data *data); /* where there is AMX */
+    /* Plain bfloat16 [outputs, inputs, taps] into the form that tiles.h describes. */
+    void (*tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t inputs, int64_t taps,
+                       uint16_t *packed, int threads);
 } vel_cpu_kernels;
 
 extern const vel_cpu_kernels vel_cpu_kernels_base;
@@ -119,6 +123,9 @@ VEL_CPU_KERNEL_LIST(K_, KS_)
 #undef KS_
 void VEL_ISA_NAME(update)(const vel_cpu_optimizer *o);
 double VEL_ISA_NAME(sum_squares)(const float *x, int64_t n, int threads);
+void VEL_ISA_NAME(tiles)(const vel_tiles *t, const vel_tiles_data *data);
+void VEL_ISA_NAME(tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t inputs, int64_t taps,
+                              uint16_t *packed, int threads);
 
 #endif
 #endif

@@ -5,7 +5,7 @@
 #include "backend/cpu/cpu.h"
 #include "backend/cpu/kernels.h"
 
-static const vel_cpu_kernels *table_of(const vel_device *d)
+const vel_cpu_kernels *vel_cpu_own_table(const vel_device *d)
 {
 #if defined(__x86_64__)
     static const vel_cpu_kernels *const tables[] = {&vel_cpu_kernels_base, &vel_cpu_kernels_avx2,
@@ -42,7 +42,7 @@ static bool type_fits(char letter, vel_dtype t, vel_dtype *compute)
 
 static const char *own_refuse(vel_device *d, const vel_graph *g, const vel_node *n)
 {
-    if (!table_of(d)->entry[n->op].name)
+    if (!vel_cpu_own_table(d)->entry[n->op].name)
         return "no kernel";
     if ((n->op == VEL_OP_attention && !(n->a.attention.scale > 0)) ||
         (n->op == VEL_OP_attention_grad && !(n->a.attention_grad.scale > 0)))
@@ -83,7 +83,7 @@ static void fill_job(vel_device *d, const vel_launch *l, vel_cpu_job *job)
 
 static vel_status own_prepare(vel_device *d, const vel_graph *g, const vel_node *n, vel_kernel *out)
 {
-    const vel_cpu_entry *entry = &table_of(d)->entry[n->op];
+    const vel_cpu_entry *entry = &vel_cpu_own_table(d)->entry[n->op];
     vel_launch l = {.node = n};
     for (int i = 0; i < n->n_in; i++)
         if (n->in[i].id)
@@ -103,7 +103,7 @@ static vel_status own_run(vel_device *d, const vel_launch *launch)
 {
     vel_cpu_job job;
     fill_job(d, launch, &job);
-    table_of(d)->entry[launch->node->op].run(&job);
+    vel_cpu_own_table(d)->entry[launch->node->op].run(&job);
     return VEL_OK;
 }
 
@@ -158,11 +158,11 @@ vel_status vel_cpu_own_update(vel_device *d, const vel_update *u)
         if (u->segments[i].eight_bit)
             VEL_TRY(need_codes(d));
     vel_cpu_optimizer o = {u, d->codes, d->threads};
-    table_of(d)->update(&o);
+    vel_cpu_own_table(d)->update(&o);
     return VEL_OK;
 }
 
 double vel_cpu_own_sum_squares(vel_device *d, const float *x, int64_t n)
 {
-    return table_of(d)->sum_squares(x, n, d->threads);
+    return vel_cpu_own_table(d)->sum_squares(x, n, d->threads);
 }

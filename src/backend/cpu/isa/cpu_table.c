@@ -15,4 +15,8 @@ const vel_cpu_kernels VEL_ISA_NAME(kernels) = {
     .entry = {VEL_CPU_KERNEL_LIST(K, KS)},
     .update = VEL_ISA_NAME(update),
     .sum_squares = VEL_ISA_NAME(sum_squares),
+#if defined(__AMX_BF16__)
+    .tiles = VEL_ISA_NAME(tiles),
+    .tiles_pack = VEL_ISA_NAME(tiles_pack),
+#endif
 };

@@ -1,0 +1,499 @@
+/* cpu_tiles.c: products and convolutions in AMX tiles (see ../tiles.h for forms and cuts).
+ *
+ * Positions of a result are counted along the copied rows of the left operand, whose pitch includes
+ * the padding, so that a tap of a convolution is one shift for all of them: a convolution is a sum
+ * of plain products. The positions that lie in the padding are computed too and thrown away.
+ *
+ * A strip of 32 positions by a panel of 32 columns is summed in four tiles over a chunk of the
+ * depth; more than one chunk goes on from float32 sums in memory. Each sum has one order, whatever
+ * thread takes the task. */
+#include "backend/cpu/isa/product.h"
+#include "backend/cpu/kernels.h"
+
+#if defined(__AMX_BF16__)
+
+typedef struct task_space { /* of one thread */
+    float *sums;       /* [panel][image][strip][32][32], or two squares where one chunk is all */
+    uint16_t *squares; /* [chunk] of the turned weight */
+    uint16_t *copy;    /* the block's rows */
+    int64_t copied;    /* block; -1 none */
+} task_space;
+
+typedef struct job {
+    const vel_tiles *t;
+    const vel_tiles_data *d;
+    const uint16_t *tail; /* the last rows, where they fill no strip */
+    int64_t row_groups;   /* blocks of one image, or of one set of images */
+} job;
+
+typedef struct block {
+    int64_t image, images, row, rows; /* of the result */
+    const uint16_t *left;             /* its first pixel, at the first tap */
+    int64_t image_step;               /* elements from one image to the next */
+} block;
+
+/* What to fetch into the second cache meanwhile: each step of a chunk has 32 lines at from, and a
+ * strip fetches a share of them. */
+typedef struct ahead {
+    const char *from;
+    int64_t stride;      /* bytes from step to step */
+    int64_t first, last; /* lines */
+} ahead;
+
+/* ---- squares of the weight ---------------------------------------------------------------------
+ */
+
+/* 16 rows (as many as there are) of 32 elements: a tile with pairs down and rows across. */
+VEL_INLINE void tile_of_rows(uint16_t *to, const uint16_t *from, int64_t stride, int64_t rows,
+                             int64_t columns)
+{
+    __m512i row[16];
+    __mmask32 in = columns >= 32 ? ~0u : (1u << columns) - 1;
+    for (int64_t i = 0; i < 16; i++)
+        row[i] =
+            i < rows ? _mm512_maskz_loadu_epi16(in, from + i * stride) : _mm512_setzero_si512();
+    vtranspose(row);
+    for (int i = 0; i < 16; i++)
+        _mm512_store_si512(to + i * 32, row[i]);
+}
+
+/* Two rows of 32 become one row of pairs in each of two tiles. */
+VEL_INLINE void pair_rows(uint16_t *to, int64_t pair, __m512i even, __m512i odd)
+{
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_store_si512(to + pair * 32, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_store_si512(to + TILES_SQUARE / 2 + pair * 32,
+                       _mm512_permutex2var_epi16(even, high, odd));
+}
+
+/* The square with outputs and inputs exchanged. */
+VEL_INLINE void turn_square(uint16_t *to, const uint16_t *from)
+{
+    for (int half = 0; half < 2; half++) { /* 16 outputs each */
+        __m512i row[16];
+        for (int i = 0; i < 16; i++)
+            row[i] = _mm512_load_si512(from + half * (TILES_SQUARE / 2) + i * 32);
+        vtranspose(row);
+        for (int i = 0; i < 16; i += 2)
+            pair_rows(to, half * 8 + i / 2, row[i], row[i + 1]);
+    }
+}
+
+/* The elements of one tap, together: [outputs <= 32][inputs <= 32] of [.., inputs, taps]. */
+static void gather_tap(uint16_t *to, const uint16_t *from, int64_t outputs, int64_t inputs,
+                       int64_t all_inputs, int64_t taps)
+{
+    for (int64_t o = 0; o < outputs; o++)
+        for (int64_t i = 0; i < inputs; i++)
+            to[o * TILES_SIDE + i] = from[(o * all_inputs + i) * taps];
+}
+
+void VEL_ISA_NAME(tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t inputs, int64_t taps,
+                              uint16_t *packed, int threads)
+{
+    int64_t steps = (inputs + TILES_SIDE - 1) / TILES_SIDE;
+    int64_t panels = (outputs + TILES_SIDE - 1) / TILES_SIDE;
+    int team = vel_team(threads, outputs * inputs * taps);
+#pragma omp parallel for schedule(static) num_threads(team) collapse(2)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t step = 0; step < steps; step++) {
+            int64_t rows = VEL_MIN(TILES_SIDE, outputs - panel * TILES_SIDE);
+            int64_t columns = VEL_MIN(TILES_SIDE, inputs - step * TILES_SIDE);
+            const uint16_t *from = plain + (panel * TILES_SIDE * inputs + step * TILES_SIDE) * taps;
+            for (int64_t tap = 0; tap < taps; tap++) {
+                uint16_t together[TILES_SQUARE];
+                uint16_t *to = packed + ((panel * taps + tap) * steps + step) * TILES_SQUARE;
+                const uint16_t *square = from;
+                int64_t stride = inputs;
+                if (taps > 1) {
+                    gather_tap(together, from + tap, rows, columns, inputs, taps);
+                    square = together;
+                    stride = TILES_SIDE;
+                }
+                tile_of_rows(to, square, stride, VEL_MIN(rows, 16), columns);
+                tile_of_rows(to + TILES_SQUARE / 2, square + 16 * stride, stride, rows - 16,
+                             columns);
+            }
+        }
+}
+
+/* ---- the left operand --------------------------------------------------------------------------
+ */
+
+static block block_at(const job *j, int64_t index)
+{
+    const vel_tiles *t = j->t;
+    block b = {.image = index / j->row_groups * t->block_images,
+               .row = index % j->row_groups * t->block_rows};
+    b.images = VEL_MIN(t->block_images, t->images - b.image);
+    b.rows = VEL_MIN(t->block_rows, t->out_height - b.row);
+    b.image_step = (b.rows + t->kernel_h - 1) * t->pitch * t->pixel;
+    if (t->direct)
+        b.left = j->d->left + b.row * t->depth;
+    return b;
+}
+
+static void zero_pixels(uint16_t *to, int64_t n)
+{
+    memset(to, 0, (size_t)n * sizeof *to);
+}
+
+/* A row of pixels, apart by t->pixel, with zeros between. */
+static void copy_pixels(const vel_tiles *t, uint16_t *to, const uint16_t *from, int64_t n)
+{
+    if (t->pixel == t->depth) {
+        memcpy(to, from, (size_t)(n * t->depth) * sizeof *to);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(to + i * t->pixel, from + i * t->depth, (size_t)t->depth * sizeof *to);
+        zero_pixels(to + i * t->pixel + t->depth, t->pixel - t->depth);
+    }
+}
+
+/* The block's rows with their padding. Behind the last, positions that are thrown away read what
+ * was there. */
+static void copy_block(const job *j, block *b, uint16_t *to)
+{
+    const vel_tiles *t = j->t;
+    for (int64_t image = 0; image < b->images; image++)
+        for (int64_t r = 0; r < b->rows + t->kernel_h - 1; r++) {
+            uint16_t *row = to + image * b->image_step + r * t->pitch * t->pixel;
+            int64_t y = b->row + r - t->pad_top, inside = VEL_MIN(t->width, t->pitch - t->pad_left);
+            if (y < 0 || y >= t->height) {
+                zero_pixels(row, t->pitch * t->pixel);
+                continue;
+            }
+            zero_pixels(row, t->pad_left * t->pixel);
+            copy_pixels(t, row + t->pad_left * t->pixel,
+                        j->d->left + ((b->image + image) * t->height + y) * t->width * t->depth,
+                        inside);
+            int64_t used = t->pad_left + inside;
+            zero_pixels(row + used * t->pixel, (t->pitch - used) * t->pixel);
+        }
+}
+
+/* ---- sums --------------------------------------------------------------------------------------
+ */
+
+VEL_INLINE void load_sums(const float *sums, const bool two)
+{
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    if (two) {
+        _tile_loadd(2, sums + 16 * 32, 128);
+        _tile_loadd(3, sums + 16 * 32 + 16, 128);
+    }
+}
+
+VEL_INLINE void store_sums(float *sums, const bool two)
+{
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if (two) {
+        _tile_stored(2, sums + 16 * 32, 128);
+        _tile_stored(3, sums + 16 * 32 + 16, 128);
+    }
+}
+
+/* Adds n steps of one tap. stride: bytes from position to position. */
+VEL_INLINE void add_steps(const char *left, int64_t stride, const char *squares, int64_t n,
+                          ahead *next, const bool two)
+{
+    for (int64_t i = 0; i < n; i++) {
+        _tile_loadd(4, left, stride);
+        _tile_loadd(6, squares, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, squares + 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, left + 16 * stride, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        for (int64_t line = next->first; line < next->last; line++)
+            _mm_prefetch(next->from + line * 64, _MM_HINT_T1);
+        next->from += next->stride;
+        left += 64;
+        squares += TILES_SQUARE * 2;
+    }
+}
+
+/* Steps first .. last-1 of a strip whose first position is at left. */
+VEL_INLINE void sum_strip(const vel_tiles *t, const uint16_t *left, int64_t stride,
+                          const uint16_t *squares, int64_t first, int64_t last, float *sums,
+                          bool go_on, ahead *next, const bool two)
+{
+    tiles_fence();
+    if (go_on) {
+        load_sums(sums, two);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t step = first; step < last;) {
+        int64_t tap = step / t->steps, at = step % t->steps,
+                n = VEL_MIN(t->steps - at, last - step);
+        int64_t shift = (tap / t->kernel_w * t->pitch + tap % t->kernel_w) * t->pixel;
+        add_steps((const char *)(left + shift + at * TILES_SIDE), stride,
+                  (const char *)(squares + (step - first) * TILES_SQUARE), n, next, two);
+        step += n;
+    }
+    store_sums(sums, two);
+    tiles_fence();
+}
+
+/* ---- results -----------------------------------------------------------------------------------
+ */
+
+typedef struct strip_place { /* where a strip's sums go */
+    const float *sums;       /* NULL: nowhere */
+    int64_t image, strip, panel;
+} strip_place;
+
+/* 32 sums become a row of the result. bias: two vectors. left: columns from here on, 32 or fewer.
+ */
+VEL_INLINE void write_row(const vel_tiles *t, const vel_tiles_data *d, const float *sums,
+                          int64_t at, const vf *bias, int64_t left, const bool plain,
+                          const bool stream)
+{
+    vf low = vload(sums) + bias[0], high = vload(sums + VL) + bias[1];
+    if (!plain) {
+        if (t->act != VEL_ACT_NONE) {
+            low = vact(t->act, low);
+            high = vact(t->act, high);
+        }
+        if (d->residual) {
+            low += vget_part(d->residual + at, 0, VEL_MIN(left, VL), true);
+            if (left > VL)
+                high += vget_part(d->residual + at, VL, left - VL, true);
+        }
+        if (left < TILES_SIDE) {
+            vput_part(d->out + at, 0, VEL_MIN(left, VL), true, low);
+            if (left > VL)
+                vput_part(d->out + at, VL, left - VL, true, high);
+            return;
+        }
+    }
+    if (stream)
+        _mm512_stream_si512((void *)(d->out + at),
+                            (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    else
+        vput_two(d->out + at, 0, true, low, high);
+}
+
+VEL_INLINE void write_rows(const job *j, const block *b, const strip_place *p, const bool plain,
+                           const bool stream)
+{
+    const vel_tiles *t = j->t;
+    int64_t position = p->strip * TILES_SIDE, x = position % t->pitch, y = position / t->pitch;
+    int64_t column = p->panel * TILES_SIDE, left = VEL_MIN(TILES_SIDE, t->columns - column);
+    vf bias[2] = {{0}, {0}};
+    if (j->d->bias) {
+        bias[0] = vget_part(j->d->bias, column, VEL_MIN(left, VL), false);
+        if (left > VL)
+            bias[1] = vget_part(j->d->bias, column + VL, left - VL, false);
+    }
+    int64_t pixel = ((b->image + p->image) * t->out_height + b->row + y) * t->out_width + x;
+    for (int64_t i = 0; i < TILES_SIDE && y < b->rows; i++) {
+        if (x < t->out_width)
+            write_row(t, j->d, p->sums + i * TILES_SIDE, pixel++ * t->columns + column, bias, left,
+                      plain, stream);
+        if (++x == t->pitch) {
+            x = 0;
+            y++;
+        }
+    }
+}
+
+/* A result that the caches will not hold goes past them: what it would be written over is not read
+ * first. */
+static void write_strip(const job *j, const block *b, const strip_place *p)
+{
+    const vel_tiles *t = j->t;
+    bool whole = (p->panel + 1) * TILES_SIDE <= t->columns;
+    if (!p->sums)
+        return;
+    if (!whole || t->act != VEL_ACT_NONE || j->d->residual) {
+        if (whole && t->stream)
+            write_rows(j, b, p, false, true);
+        else
+            write_rows(j, b, p, false, false);
+    } else if (t->stream) {
+        write_rows(j, b, p, true, true);
+    } else {
+        write_rows(j, b, p, true, false);
+    }
+}
+
+/* ---- tasks -------------------------------------------------------------------------------------
+ */
+
+/* The squares of a panel's steps first .. last-1, one after the other. */
+static const uint16_t *squares_of(const job *j, const task_space *w, int64_t panel, int64_t first,
+                                  int64_t last)
+{
+    const vel_tiles *t = j->t;
+    if (!t->turned)
+        return j->d->weight + (panel * t->all_steps + first) * TILES_SQUARE;
+    int64_t taps = t->kernel_h * t->kernel_w;
+    for (int64_t step = first; step < last; step++) {
+        int64_t tap = taps - 1 - step / t->steps, output = step % t->steps;
+        const uint16_t *from =
+            j->d->weight + ((output * taps + tap) * t->panels + panel) * TILES_SQUARE;
+        turn_square(w->squares + (step - first) * TILES_SQUARE, from);
+    }
+    return w->squares;
+}
+
+/* The squares of a panel from step `first` on, to be fetched. */
+static ahead fetch_of(const job *j, int64_t panel, int64_t first)
+{
+    const vel_tiles *t = j->t;
+    int64_t taps = t->kernel_h * t->kernel_w, square = TILES_SQUARE * 2;
+    if (!t->turned)
+        return (ahead){(const char *)j->d->weight + (panel * t->all_steps + first) * square,
+                       square};
+    int64_t tap = taps - 1 - first / t->steps, output = first % t->steps;
+    return (ahead){(const char *)j->d->weight +
+                       ((output * taps + tap) * t->panels + panel) * square,
+                   taps * t->panels * square};
+}
+
+static void run_strip(const job *j, const block *b, int64_t image, int64_t strip,
+                      const uint16_t *squares, int64_t first, int64_t last, float *sums,
+                      ahead *next)
+{
+    const vel_tiles *t = j->t;
+    int64_t positions = (b->rows - 1) * t->pitch + t->out_width - strip * TILES_SIDE;
+    const uint16_t *left = b->left + image * b->image_step + strip * TILES_SIDE * t->pixel;
+    if (t->direct && positions < TILES_SIDE)
+        left = j->tail;
+    if (positions > 16)
+        sum_strip(t, left, t->pixel * 2, squares, first, last, sums, first > 0, next, true);
+    else
+        sum_strip(t, left, t->pixel * 2, squares, first, last, sums, first > 0, next, false);
+}
+
+/* One panel's steps first .. last-1 against all strips of a block. Meanwhile what is needed then is
+ * fetched. A strip is written while the next one is summed. */
+static void run_chunk(const job *j, const task_space *w, const block *b, int64_t panel,
+                      int64_t first, int64_t last, float *sums, ahead then)
+{
+    const vel_tiles *t = j->t;
+    const uint16_t *squares = squares_of(j, w, panel, first, last);
+    int64_t strips = ((b->rows - 1) * t->pitch + t->out_width + TILES_SIDE - 1) / TILES_SIDE;
+    int64_t all = strips * b->images;
+    bool alone = t->all_steps <= t->chunk; /* two squares in turn, else one for each strip */
+    strip_place before = {0};
+    for (int64_t s = 0; s < all; s++) {
+        float *at = sums + (alone ? s % 2 : s) * TILES_SQUARE;
+        ahead next = then;
+        if (then.from) {
+            next.first = s * 32 / all;
+            next.last = (s + 1) * 32 / all;
+        }
+        run_strip(j, b, s / strips, s % strips, squares, first, last, at, &next);
+        if (last < t->all_steps)
+            continue;
+        write_strip(j, b, &before);
+        before = (strip_place){at, s / strips, s % strips, panel};
+    }
+    write_strip(j, b, &before);
+}
+
+/* Steps of a span, for each panel of the task: what the block holds of them stays in the cache. */
+static void run_span(const job *j, const task_space *w, const block *b, int64_t panel, int64_t n,
+                     int64_t begin, int64_t end)
+{
+    const vel_tiles *t = j->t;
+    int64_t of_panel = t->span < t->all_steps ? t->block_images * t->strips * TILES_SQUARE : 0;
+    for (int64_t at = 0; at < n; at++)
+        for (int64_t first = begin; first < end; first += t->chunk) {
+            int64_t last = VEL_MIN(first + t->chunk, end);
+            ahead then = {0};
+            if (last < end)
+                then = fetch_of(j, panel + at, last);
+            else if (panel + at + 1 < t->panels)
+                then = fetch_of(j, panel + at + 1, begin);
+            run_chunk(j, w, b, panel + at, first, last, w->sums + at * of_panel, then);
+        }
+}
+
+static void run_task(const job *j, task_space *w, int64_t task)
+{
+    const vel_tiles *t = j->t;
+    int64_t index = task / t->groups, panel = task % t->groups * t->group;
+    int64_t n = VEL_MIN(t->group, t->panels - panel);
+    block b = block_at(j, index);
+    if (!t->direct) {
+        if (w->copied != index)
+            copy_block(j, &b, w->copy);
+        w->copied = index;
+        b.left = w->copy;
+    }
+    for (int64_t begin = 0; begin < t->all_steps; begin += t->span)
+        run_span(j, w, &b, panel, n, begin, VEL_MIN(begin + t->span, t->all_steps));
+}
+
+/* Each thread takes the tasks of its own part, whose blocks it has copied, then those that others
+ * have left. next: [team] counters. */
+static void take_tasks(const job *j, task_space *w, int64_t *next, int team, int me)
+{
+    int64_t tasks = j->t->blocks * j->t->groups;
+    for (int i = 0; i < team; i++) {
+        int part = (me + i) % team;
+        int64_t end = tasks * (part + 1) / team, task;
+        for (;;) {
+            task = __atomic_fetch_add(&next[part], 1, __ATOMIC_RELAXED);
+            if (task >= end)
+                break;
+            run_task(j, w, task);
+        }
+    }
+}
+
+static void *carve(char **at, size_t bytes)
+{
+    void *p = *at;
+    *at += (bytes + 63) / 64 * 64;
+    return p;
+}
+
+void VEL_ISA_NAME(tiles)(const vel_tiles *t, const vel_tiles_data *d)
+{
+    enum { MOST_THREADS = 256 };
+    int64_t next[MOST_THREADS], rows = t->out_height % TILES_SIDE;
+    char *at = d->scratch;
+    uint16_t *tail = carve(&at, t->tail);
+    job j = {t, d, tail, (t->out_height + t->block_rows - 1) / t->block_rows};
+    if (t->direct && rows) {
+        memcpy(tail, d->left + (t->out_height - rows) * t->depth, (size_t)(rows * t->depth) * 2);
+        zero_pixels(tail + rows * t->depth, (TILES_SIDE - rows) * t->depth);
+    }
+    int64_t tasks = t->blocks * t->groups;
+    int team = (int)VEL_MIN(VEL_MIN(t->threads, MOST_THREADS), tasks);
+    for (int i = 0; i < team; i++)
+        next[i] = tasks * i / team;
+#pragma omp parallel num_threads(team)
+    {
+        int me = omp_get_thread_num();
+        size_t each = (t->sums + 63) / 64 * 64 + t->square + (t->copy + 63) / 64 * 64;
+        char *own = at + (size_t)me * each;
+        task_space w = {.copied = -1};
+        w.sums = carve(&own, t->sums);
+        w.squares = carve(&own, t->square);
+        w.copy = carve(&own, t->copy);
+        tiles_begin(true);
+        take_tasks(&j, &w, next, team, me);
+        tiles_end(true);
+        if (t->stream)
+            _mm_sfence();
+    }
+}
+
+#endif
