@@ -296,3 +296,76 @@ TEST(methods_thaw_by_pattern)
     CHECK(!vel_is_thawed(&some, "text_encoder.text_model.final_layer_norm.bias"));
     CHECK(!vel_is_thawed(NULL, "unet.conv_in.bias"));
 }
+
+/* ---- prior preservation ---- */
+
+TEST(methods_prior_is_diffusers)
+{
+    static lesson l;
+    static const vel_thaw thaw = {.parts = {"unet"}};
+    double loss = 0;
+    int64_t n = 0;
+    open_lesson(t, &l);
+    float *want = l.golden ? golden(&l, "prior.loss", &n) : NULL;
+    if (want && start(&l, (vel_trained){.thaw = &thaw}, false)) {
+        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        vel_batch b = batch_of(&l, 0); /* weights as the feed gives them: twice, since mse halves */
+        l.weight[0] = 2;
+        l.weight[1] = 2 * 0.7f;
+        CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+        CHECK_MSG(fabs(loss - want[0]) < 2e-5 * want[0], "loss %g, not %g", loss, want[0]);
+        check_gradients(&l, "unet.", "prior", 2e-4);
+    }
+    vel_free(t->ctx, want);
+    close_lesson(&l);
+}
+
+/* The target is what the model said before its weights were changed: here, by a hundredth. */
+TEST(methods_prior_without_pictures)
+{
+    static lesson l;
+    static const vel_thaw thaw = {.parts = {"unet"}};
+    static float latent[4 * 256], noise[4 * 256], weight[] = {2, 2, 1.4f, 1.4f};
+    int32_t timestep[4];
+    double loss = 0;
+    int64_t n = 0;
+    open_lesson(t, &l);
+    float *want = l.golden ? golden(&l, "base_prior.loss", &n) : NULL;
+    if (want && start(&l, (vel_trained){.thaw = &thaw}, false)) {
+        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        vel_engine *e = vel_model_engine(l.model);
+        for (int i = 0; i < vel_engine_trainables(e); i++) {
+            const vel_trainable *p = vel_engine_trainable_at(e, i);
+            float *v = vel_alloc(t->ctx, (size_t)p->count * sizeof *v);
+            vel_engine_read_trainables(e, 'v', p->offset, p->count, v);
+            for (int64_t k = 0; k < p->count; k++)
+                v[k] *= 1.01f;
+            vel_engine_write_trainables(e, 'v', p->offset, p->count, v);
+            vel_free(t->ctx, v);
+        }
+        vel_batch b = batch_of(&l, 0);
+        size_t state = 77 * 192, two = 2 * state * sizeof(float);
+        float *context = vel_alloc(t->ctx, 2 * two); /* as it is, then the two exchanged */
+        memcpy(context, l.context, two);
+        memcpy(context + 2 * state, l.context + state, two / 2);
+        memcpy(context + 3 * state, l.context, two / 2);
+        for (int i = 0; i < 2; i++) {
+            memcpy(latent + i * 512, l.latent, sizeof l.latent);
+            memcpy(noise + i * 512, l.noise, sizeof l.noise);
+            memcpy(timestep + 2 * i, l.timestep, sizeof l.timestep);
+        }
+        b.n = 4;
+        b.latent = latent;
+        b.noise = noise;
+        b.timestep = timestep;
+        b.weight = weight;
+        b.context = context;
+        b.n_base = 2;
+        b.base_context = context + 2 * state;
+        CHECK_OK(vel_trainer_run(l.trainer, &b, false, &loss, NULL));
+        CHECK_MSG(fabs(loss - want[0]) < 2e-5 * want[0], "loss %g, not %g", loss, want[0]);
+        vel_free(t->ctx, context);
+    }
+    vel_free(t->ctx, want);
+    close_lesson(&l);
+}

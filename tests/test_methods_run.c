@@ -162,3 +162,72 @@ TEST(methods_full_saves_on_the_way_and_states_its_memory)
     CHECK_MSG(strstr(said, "trainable params: 16,216,068") && strstr(said, "and average"), "%s",
               said);
 }
+
+/* ---- DreamBooth ---- */
+
+static int pictures_in(vel_test *t, const char *name)
+{
+    char **names;
+    int n = 0, found = 0;
+    CHECK_OK(vel_list_folder(t->ctx, in(t, name), &names, &n));
+    for (int i = 0; i < n; i++)
+        found += vel_has_suffix(names[i], ".png");
+    vel_names_free(t->ctx, names, n);
+    return found;
+}
+
+/* Settings with the class folder in the test's folder. */
+static const char *with_class(vel_test *t, const char *more)
+{
+    static char text[4600];
+    snprintf(text, sizeof text,
+             "with_prior_preservation=yes class_data_dir=%s class_prompt=a~cat "
+             "class_image_steps=1 sample_batch_size=2 min_bucket_reso=64 %s",
+             in(t, "class"), more);
+    return text;
+}
+
+TEST(methods_class_pictures_are_drawn_once)
+{
+    CHECK_OK(train(t, "dry", with_class(t, "num_class_images=3 dry_run=yes")));
+    CHECK_MSG(strstr(said, "0 of 3") && strstr(said, "would be drawn"), "%s", said);
+    CHECK(!vel_is_folder(in(t, "class")));
+    CHECK_OK(train(t, "one", with_class(t, "num_class_images=1 steps=1")));
+    CHECK(pictures_in(t, "class") == 1);
+    CHECK_OK(train(t, "two", with_class(t, "num_class_images=3 steps=1")));
+    CHECK(pictures_in(t, "class") == 3 && strstr(said, "1 of 3"));
+    /* More of the class than of the subject: the class counts. */
+    CHECK_OK(train(t, "all", with_class(t, "num_class_images=3 dry_run=yes")));
+    CHECK_MSG(!strstr(said, "drawn") && strstr(said, "4 batches of 1 an epoch"), "%s", said);
+    CHECK(rename(in(t, "class"), in(t, "kept")) == 0);
+    CHECK_OK(train(t, "all", with_class(t, "num_class_images=7 dry_run=yes")));
+    CHECK_MSG(strstr(said, "7 batches of 1 an epoch"), "%s", said);
+    /* The seed of a picture is its number's: drawn at once or in two runs, they are the same. */
+    CHECK_OK(train(t, "whole", with_class(t, "num_class_images=2 steps=1")));
+    char **a, **b;
+    int n, m;
+    CHECK_OK(vel_list_folder(t->ctx, in(t, "kept"), &a, &n));
+    CHECK_OK(vel_list_folder(t->ctx, in(t, "class"), &b, &m));
+    CHECK(n == 3 && m == 2 && strcmp(a[0], b[0]) == 0 && strcmp(a[1], b[1]) == 0 &&
+          strncmp(a[0], "0-", 2) == 0 && strlen(a[0]) == 2 + 40 + 4);
+    vel_names_free(t->ctx, a, n);
+    vel_names_free(t->ctx, b, m);
+}
+
+TEST(methods_prior_runs_resume)
+{
+    CHECK_OK(train(t, "class_of", with_class(t, "num_class_images=2 steps=1")));
+    CHECK_OK(train(t, "whole", with_class(t, "num_class_images=2 steps=4 enable_bucket=yes")));
+    CHECK_OK(train(t, "half", with_class(t, "num_class_images=2 steps=2 enable_bucket=yes")));
+    CHECK_OK(train(t, "half",
+                   with_class(t, "num_class_images=2 steps=4 enable_bucket=yes resume=latest")));
+    CHECK(same_files(t, in(t, "whole/a.safetensors"), in(t, "half/a.safetensors")));
+    CHECK_OK(train(t, "without", "steps=4 enable_bucket=yes min_bucket_reso=64"));
+    CHECK(!same_files(t, in(t, "whole/a.safetensors"), in(t, "without/a.safetensors")));
+    CHECK_OK(
+        train(t, "base", "with_prior_preservation=yes class_prompt=a~cat train_text_encoder=yes"));
+    CHECK(strstr(said, "own predictions under \"a cat\""));
+    CHECK(train(t, "none", "with_prior_preservation=yes class_data_dir=/nonexistent/class") ==
+              VEL_BAD_VALUE &&
+          strstr(vel_ctx_error(t->ctx), "--class_prompt"));
+}

@@ -48,6 +48,8 @@ typedef struct vel_dataset {
     int n_skipped;
     int missing_captions;
     vel_data_options options;
+    int least_items; /* an epoch has at least so many: the pictures are shown again from the first
+                      * on (diffusers' DreamBooth, where the class has more pictures) */
 } vel_dataset;
 
 /* Finds, probes (not decodes) and sorts into buckets. No readable picture at all is VEL_BAD_FILE.

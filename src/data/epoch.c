@@ -38,6 +38,7 @@ typedef struct plan {
     int64_t epoch;
     int batch;
     bool fill;
+    int32_t *times;        /* [samples] how often each is shown */
     int32_t *item, *begin; /* [n_items], [n_batches + 1] */
     int32_t *order;        /* scratch, [most items of a bucket] */
     int32_t *repeated;     /* scratch, as long */
@@ -51,7 +52,7 @@ static void plan_bucket(plan *p, const by_bucket *first, int n_samples)
 {
     int32_t n = 0;
     for (int i = 0; i < n_samples; i++)
-        for (int k = 0; k < p->d->samples[first[i].sample].repeats; k++)
+        for (int k = 0; k < p->times[first[i].sample]; k++)
             p->repeated[n++] = first[i].sample;
     vel_random_shuffle(p->seed, stream_of(USE_ITEMS, p->epoch, first->bucket), p->order, n);
     int64_t rest = n % p->batch;
@@ -72,12 +73,35 @@ static int bucket_end(const by_bucket *entry, int n, int first)
     return end;
 }
 
-static int64_t items_of(const vel_dataset *d, const by_bucket *entry, int n)
+static int64_t items_of(const plan *p, const by_bucket *entry, int n)
 {
     int64_t items = 0;
     for (int i = 0; i < n; i++)
-        items += d->samples[entry[i].sample].repeats;
+        items += p->times[entry[i].sample];
     return items;
+}
+
+/* Each as often as it repeats; all of that again, and the first of them once more, until there are
+ * least_items. */
+static vel_status count_times(plan *p)
+{
+    const vel_dataset *d = p->d;
+    p->times = vel_alloc(d->ctx, (size_t)VEL_MAX(d->n, 1) * sizeof *p->times);
+    if (!p->times)
+        return VEL_NO_MEMORY;
+    int64_t all = 0;
+    for (int i = 0; i < d->n; i++)
+        all += d->samples[i].held_out ? 0 : d->samples[i].repeats;
+    int64_t rounds = VEL_MAX(1, d->least_items / VEL_MAX(all, 1));
+    int64_t rest = d->least_items > all ? d->least_items % all : 0;
+    for (int i = 0; i < d->n; i++) {
+        if (d->samples[i].held_out)
+            continue;
+        int64_t repeats = d->samples[i].repeats, more = VEL_MIN(rest, repeats);
+        p->times[i] = (int32_t)VEL_MIN(repeats * rounds + more, INT32_MAX);
+        rest -= more;
+    }
+    return VEL_OK;
 }
 
 /* Puts the batches in a shuffled order into e. */
@@ -107,7 +131,7 @@ static vel_status plan_epoch(plan *p, const by_bucket *entry, int n, vel_epoch *
     int64_t items = 0, most = 0, batches = 0;
     for (int i = 0, end; i < n; i = end) {
         end = bucket_end(entry, n, i);
-        int64_t here = items_of(p->d, entry + i, end - i);
+        int64_t here = items_of(p, entry + i, end - i);
         int64_t here_batches = (here + p->batch - 1) / p->batch;
         batches += here_batches;
         items += p->fill ? here_batches * p->batch : here;
@@ -144,7 +168,7 @@ vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int6
     plan p = {.d = d, .seed = seed, .epoch = epoch, .batch = batch, .fill = fill};
     vel_epoch *e = vel_alloc(ctx, sizeof *e);
     by_bucket *entry = vel_alloc(ctx, (size_t)d->n_train * sizeof *entry);
-    vel_status status = e && entry ? VEL_OK : VEL_NO_MEMORY;
+    vel_status status = e && entry ? count_times(&p) : VEL_NO_MEMORY;
     if (!status) {
         e->ctx = ctx;
         int n = 0;
@@ -154,7 +178,7 @@ vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int6
         qsort(entry, (size_t)n, sizeof *entry, compare_by_bucket);
         status = plan_epoch(&p, entry, n, e);
     }
-    void *scratch[] = {entry, p.item, p.begin, p.order, p.repeated};
+    void *scratch[] = {entry, p.item, p.begin, p.order, p.repeated, p.times};
     for (int i = 0; i < VEL_COUNT(scratch); i++)
         vel_free(ctx, scratch[i]);
     if (status)

@@ -340,8 +340,34 @@ static int group_size(const vel_model *m, const vel_draw *draws, const int *eval
     return k;
 }
 
-vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch_size,
-                          const char *phase, vel_image *out, float *latents)
+/* Where pictures go: into out and latents (either may be NULL), or batch by batch to a function. */
+typedef struct target {
+    vel_image *out;
+    float *latents;
+    vel_drawn_fn drawn;
+    void *user;
+} target;
+
+static vel_status draw_group(batch *b, int first, const texts *t, vel_progress *progress,
+                             int64_t *done, const target *to)
+{
+    vel_image *images = to->out ? to->out + first : NULL;
+    float *latents = to->latents ? to->latents + first * b->s.values : NULL;
+    if (to->drawn && !(images = vel_alloc(b->m->ctx, sizeof *images * (size_t)b->n)))
+        return VEL_NO_MEMORY;
+    vel_status st = run_batch(b, t, progress, done, images, latents);
+    if (!to->drawn)
+        return st;
+    if (!st)
+        st = to->drawn(to->user, first, b->n, images);
+    for (int i = 0; i < b->n; i++)
+        vel_image_finish(&images[i]);
+    vel_free(b->m->ctx, images);
+    return st;
+}
+
+static vel_status draw_all(vel_model *m, const vel_draw *draws, int n, int batch_size,
+                           const char *phase, const target *to)
 {
     if (n < 1)
         return VEL_OK;
@@ -349,8 +375,6 @@ vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch_
     vel_progress progress;
     int64_t total = 0, done = 0;
     int *evaluations = vel_alloc(m->ctx, sizeof *evaluations * (size_t)n);
-    if (out)
-        memset(out, 0, sizeof *out * (size_t)n);
     vel_status st = evaluations ? check_draws(m, draws, n, evaluations, &total) : VEL_NO_MEMORY;
     if (!st)
         st = encode_texts(m, draws, n, &t);
@@ -364,15 +388,30 @@ vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch_
                    .s = latent_shape(m, &draws[i]),
                    .guided = is_guided(&draws[i]),
                    .evaluations = evaluations[i]};
-        st = run_batch(&b, &t, phase ? &progress : NULL, &done, out ? out + i : NULL, latents);
-        if (latents)
-            latents += k * b.s.values;
+        st = draw_group(&b, i, &t, phase ? &progress : NULL, &done, to);
         finish_batch(&b);
         i += k;
     }
-    for (int i = 0; st && out && i < n; i++)
-        vel_image_finish(&out[i]);
     finish_texts(m->ctx, &t);
     vel_free(m->ctx, evaluations);
     return st;
+}
+
+vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch_size,
+                          const char *phase, vel_image *out, float *latents)
+{
+    target to = {.out = out, .latents = latents};
+    if (out && n > 0)
+        memset(out, 0, sizeof *out * (size_t)n);
+    vel_status st = draw_all(m, draws, n, batch_size, phase, &to);
+    for (int i = 0; st && out && i < n; i++)
+        vel_image_finish(&out[i]);
+    return st;
+}
+
+vel_status vel_model_draw_each(vel_model *m, const vel_draw *draws, int n, int batch_size,
+                               const char *phase, vel_drawn_fn drawn, void *user)
+{
+    target to = {.drawn = drawn, .user = user};
+    return draw_all(m, draws, n, batch_size, phase, &to);
 }

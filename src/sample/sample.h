@@ -149,6 +149,12 @@ typedef struct vel_draw {
 vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch, const char *phase,
                           vel_image *out, float *latents);
 
+/* As each batch is drawn its pictures are handed over: first is the index of images[0] among the
+ * draws; they are finished after the call. */
+typedef vel_status (*vel_drawn_fn)(void *user, int first, int n, vel_image *images);
+vel_status vel_model_draw_each(vel_model *m, const vel_draw *draws, int n, int batch,
+                               const char *phase, vel_drawn_fn drawn, void *user);
+
 /* A sheet: rows x columns of pictures with labels; any label may be NULL. */
 vel_status vel_sheet(vel_ctx *ctx, const vel_image *images, int rows, int columns,
                      const char *const *row_labels, const char *const *column_labels, int cell,

@@ -26,7 +26,7 @@ static uint64_t stream_of(int kind, int64_t micro, int64_t item)
 
 static char *latent_key(train_session *s, int sample, int flipped, const char *content)
 {
-    const vel_sample *p = &s->data->samples[sample];
+    const vel_sample *p = &s->samples[sample];
     const char *encoder = s->o->cache_to_disk ? vel_model_hash(s->model, "vae") : "";
     return vel_strf(s->ctx, "latent %s type %d %s %dx%d %s %d", encoder ? encoder : "",
                     (int)vel_model_compute(s->model), content, p->width, p->height,
@@ -42,7 +42,7 @@ static vel_status content_of(train_session *s, int sample, char out[65])
         return VEL_OK;
     }
     vel_map map;
-    VEL_TRY(vel_map_open(s->ctx, &map, s->data->samples[sample].image));
+    VEL_TRY(vel_map_open(s->ctx, &map, s->samples[sample].image));
     vel_sha256 *h = vel_sha256_create(s->ctx);
     if (h) {
         vel_sha256_add(h, map.bytes, map.size);
@@ -54,7 +54,7 @@ static vel_status content_of(train_session *s, int sample, char out[65])
 
 static vel_status read_pixels(train_session *s, int sample, int flipped, float *out)
 {
-    const vel_sample *p = &s->data->samples[sample];
+    const vel_sample *p = &s->samples[sample];
     vel_picture_load how = {.width = p->width,
                             .height = p->height,
                             .crop_x = 0.5,
@@ -73,7 +73,7 @@ static vel_status read_pixels(train_session *s, int sample, int flipped, float *
 
 static vel_status encode_pixels(train_session *s, int sample, const float *pixels, float *moments)
 {
-    const vel_sample *p = &s->data->samples[sample];
+    const vel_sample *p = &s->samples[sample];
     VEL_TRY(vel_model_encode(s->model, pixels, 1, p->height, p->width, moments));
     int down = vel_model_latent(s->model)->down;
     int64_t n = (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
@@ -88,7 +88,7 @@ static vel_status encode_pixels(train_session *s, int sample, const float *pixel
 
 static int64_t moments_count(const train_session *s, int sample)
 {
-    const vel_sample *p = &s->data->samples[sample];
+    const vel_sample *p = &s->samples[sample];
     int down = vel_model_latent(s->model)->down;
     return (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
 }
@@ -98,12 +98,13 @@ static int64_t moments_count(const train_session *s, int sample)
 static vel_status moments_of(train_session *s, int sample, int64_t epoch, const float **out,
                              float **owned)
 {
-    const vel_sample *p = &s->data->samples[sample];
+    const vel_sample *p = &s->samples[sample];
     int64_t count = moments_count(s, sample);
-    int flipped = s->o->flip && !p->held_out
+    bool of_class = sample >= s->data->n;
+    int flipped = s->o->flip && !p->held_out && !of_class
                       ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
                       : 0;
-    bool cached = !s->o->random_crop || p->held_out;
+    bool cached = !s->o->random_crop || p->held_out || of_class;
     char content[65];
     char *key = NULL;
     *owned = NULL;
@@ -161,21 +162,28 @@ static void latent_from(const train_session *s, const float *moments, int64_t pi
 /* ---- captions
  * ---------------------------------------------------------------------------------------- */
 
+/* Of a text among the captions, to which it is added when it is new. */
+static int caption_index(train_session *s, const char *text)
+{
+    int k = 0;
+    while (k < s->n_captions && strcmp(s->captions[k], text) != 0)
+        k++;
+    if (k == s->n_captions)
+        s->captions[s->n_captions++] = text;
+    return k;
+}
+
 static vel_status collect_captions(train_session *s)
 {
-    s->captions = vel_arena_alloc(s->arena, (size_t)(s->data->n + 1) * sizeof *s->captions);
-    s->caption_of = vel_arena_alloc(s->arena, (size_t)s->data->n * sizeof *s->caption_of);
+    s->captions = vel_arena_alloc(s->arena, (size_t)(s->n_samples + 2) * sizeof *s->captions);
+    s->caption_of = vel_arena_alloc(s->arena, (size_t)s->n_samples * sizeof *s->caption_of);
     if (!s->captions || !s->caption_of)
         return VEL_NO_MEMORY;
     s->captions[s->n_captions++] = "";
-    for (int i = 0; i < s->data->n; i++) {
-        int k = 0;
-        while (k < s->n_captions && strcmp(s->captions[k], s->data->samples[i].caption) != 0)
-            k++;
-        if (k == s->n_captions)
-            s->captions[s->n_captions++] = s->data->samples[i].caption;
-        s->caption_of[i] = k;
-    }
+    for (int i = 0; i < s->n_samples; i++)
+        s->caption_of[i] = caption_index(s, s->samples[i].caption);
+    if (s->prior == PRIOR_BASE)
+        s->class_caption = caption_index(s, s->o->class_prompt ? s->o->class_prompt : "");
     return VEL_OK;
 }
 
@@ -237,8 +245,8 @@ vel_status vel_feed_prepare(train_session *s)
     VEL_TRY(encode_captions(s));
     int64_t most = 0;
     vel_progress progress;
-    vel_progress_begin(&progress, s->ctx, "reading pictures", s->data->n);
-    for (int i = 0; i < s->data->n; i++) {
+    vel_progress_begin(&progress, s->ctx, "reading pictures", s->n_samples);
+    for (int i = 0; i < s->n_samples; i++) {
         most = VEL_MAX(most, moments_count(s, i) / 2);
         const float *moments;
         float *owned = NULL;
@@ -250,7 +258,7 @@ vel_status vel_feed_prepare(train_session *s)
         if (s->ctx->interrupted)
             return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
     }
-    int n = VEL_MAX(s->o->batch, VALIDATION_TIMES);
+    int n = VEL_MAX(vel_prior_batch(s), VALIDATION_TIMES);
     int64_t each = (int64_t)s->length * s->width;
     s->latent = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
     s->noise = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
@@ -354,6 +362,32 @@ static void describe_batch(train_session *s, int n, const vel_sample *first, int
                        .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
 }
 
+/* The same noisy latent once more, under the class prompt. */
+static void repeat_slot(train_session *s, int from, int to, int64_t pixels)
+{
+    int64_t each = pixels * s->channels;
+    memcpy(s->latent + to * each, s->latent + from * each, (size_t)each * sizeof *s->latent);
+    memcpy(s->noise + to * each, s->noise + from * each, (size_t)each * sizeof *s->noise);
+    s->timestep[to] = s->timestep[from];
+    s->weight[to] = s->weight[from];
+    put_caption(s, to, s->class_caption);
+}
+
+/* n samples of the subject and n that preserve the class: the sum of the two means, not the mean
+ * over all. */
+static void weigh_prior(train_session *s, int n, vel_batch *out)
+{
+    for (int i = 0; i < n; i++) {
+        s->weight[i] *= 2;
+        s->weight[n + i] *= 2 * (float)s->o->prior_loss_weight;
+    }
+    out->n = 2 * n;
+    if (s->prior == PRIOR_BASE) {
+        out->n_base = n;
+        out->base_context = s->base_context;
+    }
+}
+
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
 {
     int64_t number = micro / s->batches_per_epoch, at = micro % s->batches_per_epoch;
@@ -364,6 +398,15 @@ vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
     for (int i = 0; i < n; i++)
         VEL_TRY(
             fill_slot(s, micro, i, s->epoch->sample[begin + i], number, (int64_t)out->h * out->w));
+    if (s->prior == PRIOR_IMAGES) /* as train_dreambooth.py: the instances, then their classes */
+        for (int i = 0; i < n; i++)
+            VEL_TRY(fill_slot(s, micro, n + i, vel_prior_sample(s, number, begin + i, first),
+                              number, (int64_t)out->h * out->w));
+    if (s->prior == PRIOR_BASE)
+        for (int i = 0; i < n; i++)
+            repeat_slot(s, i, n + i, (int64_t)out->h * out->w);
+    if (s->prior)
+        weigh_prior(s, n, out);
     return VEL_OK;
 }
 

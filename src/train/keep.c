@@ -25,13 +25,13 @@ const char *vel_keep_ending(const train_session *s)
 /* Settings in which a resumed run may differ from the one that was saved: how long it is, what it
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
 static const char *const may_differ[] = {
-    "variant",         "device",         "cache_to_disk",   "steps",
-    "epochs",          "memory",         "output_dir",      "output_name",
-    "save_format",     "save_precision", "save_every",      "keep_last",
-    "resume",          "overwrite",      "dry_run",         "comment",
-    "sample_prompts",  "sample_every",   "sample_steps",    "sample_guidance",
-    "sample_seed",     "sample_sampler", "sample_negative", "gradient_checkpointing",
-    "validation_every"};
+    "variant",          "device",           "cache_to_disk",   "steps",
+    "epochs",           "memory",           "output_dir",      "output_name",
+    "save_format",      "save_precision",   "save_every",      "keep_last",
+    "resume",           "overwrite",        "dry_run",         "comment",
+    "sample_prompts",   "sample_every",     "sample_steps",    "sample_guidance",
+    "sample_seed",      "sample_sampler",   "sample_negative", "gradient_checkpointing",
+    "validation_every", "sample_batch_size"};
 
 /* The other settings as one line, the same for every order in which they were given. */
 static char *digest_of(train_session *s)

@@ -189,8 +189,8 @@ static vel_status register_trainables(train_session *s)
     const vel_sample *first = &s->data->samples[0];
     int down = vel_model_latent(s->model)->down;
     VEL_TRY(vel_engine_set_optimizer(vel_model_engine(s->model), &s->optimizer.settings));
-    VEL_TRY(
-        vel_trainer_register(s->trainer, s->o->batch, first->height / down, first->width / down));
+    VEL_TRY(vel_trainer_register(s->trainer, vel_prior_batch(s), first->height / down,
+                                 first->width / down));
     if (vel_engine_trainables(vel_model_engine(s->model)) == 0)
         return vel_fail(s->ctx, VEL_BAD_VALUE, "--trained_weights: '%s' matches no weight",
                         s->o->weights ? s->o->weights : "");
@@ -247,8 +247,8 @@ static vel_status describe_memory(train_session *s, vel_text *t)
         if (seen)
             continue;
         int64_t arena, w;
-        VEL_TRY(vel_trainer_memory(s->trainer, s->o->batch, p->height / down, p->width / down, true,
-                                   &arena, &w, &level));
+        VEL_TRY(vel_trainer_memory(s->trainer, vel_prior_batch(s), p->height / down,
+                                   p->width / down, true, &arena, &w, &level));
         most = VEL_MAX(most, arena);
     }
     int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model));
@@ -281,6 +281,7 @@ static vel_status describe_plan(train_session *s)
         vel_text_addf(&t, ", %d batches a step", o->accumulation);
     vel_text_addf(&t, "; %" PRId64 " steps = %.1f epochs = %" PRId64 " pictures shown\n", s->steps,
                   epochs, s->steps * o->batch * o->accumulation);
+    vel_prior_describe(s, &t);
     vel_status st = describe_memory(s, &t);
     vel_text_addf(&t, "device: %s, %s\n", vel_engine_describe(vel_model_engine(s->model)),
                   vel_model_compute(s->model) == VEL_F32 ? "float32"
@@ -464,12 +465,15 @@ static vel_status run_session(train_session *s)
         VEL_TRY(vel_keep_check_folder(s));
     VEL_TRY(open_data(s));
     VEL_TRY(open_model(s));
+    VEL_TRY(vel_prior_prepare(s));
+    VEL_TRY(vel_prior_samples(s));
     VEL_TRY(vel_look_prepare(s));
     VEL_TRY(count_steps(s));
     VEL_TRY(register_trainables(s));
     VEL_TRY(state_plan(s));
     if (o->dry_run)
         return VEL_OK;
+    VEL_TRY(vel_prior_context(s));
     VEL_TRY(vel_method_first_values(s));
     vel_model_set_trained(s->model, &s->trained);
     VEL_TRY(vel_keep_resume(s));
@@ -498,6 +502,7 @@ static void finish_session(train_session *s)
     vel_epoch_destroy(s->epoch);
     vel_trainer_destroy(s->trainer);
     vel_model_close(s->model);
+    vel_dataset_close(s->class_data);
     vel_dataset_close(s->data);
     vel_arena_destroy(s->arena);
 }

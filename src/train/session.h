@@ -2,6 +2,7 @@
  *
  *   session.c  the order of things, from settings to report
  *   method.c   what is trained, where its values start, how it is saved as a model
+ *   prior.c    what keeps the class as it was: its pictures, drawn if need be
  *   feed.c     pictures and captions to batches: encoding, caching, noise, timesteps
  *   keep.c     what is left on disk: adapters, states, log, metadata
  *   look.c     what a person looks at: samples, sheets, the report */
@@ -33,7 +34,18 @@ typedef struct train_session {
     vel_epoch *epoch;
     int64_t epoch_number; /* of epoch; -1 none */
 
+    /* prior preservation */
+    enum { PRIOR_NONE, PRIOR_IMAGES, PRIOR_BASE } prior;
+    vel_dataset *class_data; /* of PRIOR_IMAGES */
+    int class_pictures;      /* how many there are, or will be once they are drawn */
+    int32_t *class_order;    /* [class_data->n] in the epoch class_epoch - 1 */
+    int64_t class_epoch;
+    int class_caption;   /* of PRIOR_BASE */
+    float *base_context; /* [batch, length, width] of the class prompt by the base model */
+
     /* feed */
+    vel_sample *samples; /* those of data, then class_data's at each size of a batch */
+    int n_samples;
     vel_cache *cache;
     const char **captions; /* distinct; [0] is "" */
     int *caption_of;       /* [sample] */
@@ -68,6 +80,15 @@ vel_status vel_method_first_values(train_session *s);
 vel_status vel_feed_prepare(train_session *s); /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
 vel_status vel_feed_validate(train_session *s, double *loss);
+
+/* prior.c */
+vel_status vel_prior_prepare(train_session *s); /* draws what the class folder lacks */
+vel_status vel_prior_samples(train_session *s); /* fills s->samples; with or without a prior */
+vel_status vel_prior_context(train_session *s); /* before the model is changed */
+int vel_prior_batch(const train_session *s);    /* samples that the model sees at once */
+/* The class sample beside item number `item` of an epoch, at the size of a sample of the batch. */
+int vel_prior_sample(train_session *s, int64_t epoch, int item, const vel_sample *size);
+void vel_prior_describe(const train_session *s, vel_text *t);
 
 /* keep.c */
 vel_status vel_keep_check_folder(train_session *s);

@@ -20,6 +20,8 @@ struct vel_trainer {
     int n_plans;
     float *noisy, *target; /* [n, h, w, C] of the largest batch so far */
     int64_t room;
+    vel_plan *base; /* the unchanged model's prediction; NULL until it is wanted */
+    int base_n, base_h, base_w;
 };
 
 vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_trainer **out)
@@ -46,6 +48,7 @@ void vel_trainer_destroy(vel_trainer *t)
         return;
     for (int i = 0; i < t->n_plans; i++)
         vel_plan_destroy(t->plans[i].plan);
+    vel_plan_destroy(t->base);
     vel_free(t->ctx, t->noisy);
     vel_free(t->ctx, t->target);
     vel_free(t->ctx, t);
@@ -177,6 +180,44 @@ static void noise_batch(vel_trainer *t, const vel_batch *b)
     }
 }
 
+static vel_status base_plan(vel_trainer *t, int n, int h, int w)
+{
+    if (t->base && t->base_n == n && t->base_h == h && t->base_w == w)
+        return VEL_OK;
+    vel_plan_destroy(t->base);
+    t->base = NULL;
+    vel_graph *g = vel_graph_create(t->ctx);
+    if (!g)
+        return VEL_NO_MEMORY;
+    vel_ref x = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, t->channels));
+    vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
+    vel_condition c = {.context =
+                           vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width))};
+    const vel_family *family = vel_model_family(t->model);
+    vel_output(g, "out", family->denoise(g, vel_model_config(t->model), x, time, &c));
+    vel_plan_options o = {.compute = t->o.compute};
+    VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &t->base));
+    t->base_n = n;
+    t->base_h = h;
+    t->base_w = w;
+    return VEL_OK;
+}
+
+/* Targets of the last samples of a batch: what the model said before it was changed. */
+static vel_status base_targets(vel_trainer *t, const vel_batch *b, const float *time)
+{
+    int n = b->n_base, first = b->n - n;
+    int64_t each = (int64_t)b->h * b->w * t->channels;
+    size_t state = (size_t)t->length * (size_t)t->width * sizeof(float);
+    VEL_TRY(base_plan(t, n, b->h, b->w));
+    VEL_TRY(vel_plan_set(t->base, "latent", t->noisy + first * each,
+                         (size_t)(n * each) * sizeof(float)));
+    VEL_TRY(vel_plan_set(t->base, "time", time + first, (size_t)n * sizeof(float)));
+    VEL_TRY(vel_plan_set(t->base, "context", b->base_context, (size_t)n * state));
+    VEL_TRY(vel_plan_run(t->base));
+    return vel_plan_get(t->base, "out", t->target + first * each, n * each);
+}
+
 static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
 {
     int64_t count = (int64_t)b->n * b->h * b->w * t->channels;
@@ -197,6 +238,8 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
                         VEL_COUNT(time));
     for (int i = 0; i < b->n; i++)
         time[i] = (float)b->timestep[i];
+    if (b->n_base)
+        VEL_TRY(base_targets(t, b, time));
     size_t bytes = (size_t)count * sizeof(float), per = (size_t)b->n * sizeof(float);
     VEL_TRY(vel_plan_set(p, "latent", t->noisy, bytes));
     VEL_TRY(vel_plan_set(p, "target", t->target, bytes));

@@ -23,6 +23,11 @@ typedef struct vel_train_options {
     bool sample_latents; /* draw from the autoencoder's distribution at each step, not its mean */
     const char *method;  /* "adapter", "full" */
     const char *weights; /* full: patterns of the weights that are trained; NULL: all */
+    /* prior preservation */
+    bool with_prior_preservation;
+    const char *class_data, *class_prompt; /* class_data NULL: the base model's own predictions */
+    double prior_loss_weight;
+    int num_class_images, sample_batch_size, class_image_steps;
     /* adapter */
     const char *network; /* "lora" */
     const char *targets; /* preset or glob patterns */
@@ -91,6 +96,10 @@ typedef struct vel_batch {   /* what a step learns from, host memory */
     const int32_t *ids;      /* [n, length]; used then */
     const float *weight;     /* [n] weight of each sample's loss */
     int32_t seed[2];         /* of dropout */
+    /* The last n_base samples are to get what the unchanged model predicts for their noisy latent
+     * under base_context [n_base, length, width]. */
+    int n_base;
+    const float *base_context;
 } vel_batch;
 
 typedef struct vel_trainer_options {
