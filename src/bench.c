@@ -532,10 +532,14 @@ vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out
                         o->what);
     if (!o->model)
         return vel_fail(ctx, VEL_BAD_VALUE, "bench %s needs --model", o->what);
-    vel_model_options m = {.device = o->device, .precision = o->precision, .clip_skip = 1};
+    bool text = strcmp(o->what, "text") == 0 || o->train_text_encoder;
+    vel_model_options m = {
+        .device = o->device, .precision = o->precision, .clip_skip = 1, .no_text = !text};
     VEL_TRY(vel_model_open(ctx, o->model, &m, &b.model));
     vel_text_addf(out, "%s on %s, %s\n", o->what, vel_engine_describe(vel_model_engine(b.model)),
-                  vel_model_compute(b.model) == VEL_F32 ? "float32" : "bfloat16");
+                  vel_model_compute(b.model) == VEL_F32   ? "float32"
+                  : vel_model_compute(b.model) == VEL_F16 ? "float16"
+                                                          : "bfloat16");
     vel_status st = run ? bench_part(&b, run) : bench_step(&b);
     vel_model_close(b.model);
     return st;

@@ -570,7 +570,10 @@ static void check_extremes(bench *b)
     run(b, VEL_OP_act, &(vel_attr){.act = {VEL_ACT_SILU}});
     for (int i = 1; i < VEL_COUNT(x) - 2; i++) {
         double v = b->value[0][i], want = v / (1 + exp(-v)), got = b->out[0][i];
-        CHECK_MSG(fabs(got - want) <= 4e-3 * fabs(want) + 1e-30 || (isinf(got) && isinf(want)),
+        double least = b->type == VEL_F16 ? 0x1p-24 : 1e-30; /* float16's smallest */
+        if (isinf(v))
+            continue;
+        CHECK_MSG(fabs(got - want) <= 4e-3 * fabs(want) + least || (isinf(got) && isinf(want)),
                   "%s: silu(%g) is %g, not %g", b->kernel.name, v, got, want);
     }
     CHECK(isnan(b->out[0][VEL_COUNT(x) - 2]) && !isnan(b->out[0][VEL_COUNT(x) - 1]));

@@ -499,7 +499,9 @@ static vel_status build_case(vel_graph *g, const vel_safetensors *golden, const 
     VEL_TRY(st);
     vel_scope(g, is_unet ? "unet" : "vae");
     if (is_unet) {
-        vel_condition c = {.context = golden_input(g, golden, "context", inputs)};
+        vel_condition c = {.context = golden_input(g, golden, "context", inputs),
+                           .pooled = golden_input(g, golden, "pooled", inputs),
+                           .extra = golden_input(g, golden, "extra", inputs)};
         vel_ref x = golden_input(g, golden, "latent", inputs);
         vel_output(g, "out",
                    vel_unet_build(g, &unet, x, golden_input(g, golden, "time", inputs), &c));
@@ -533,20 +535,26 @@ static void check_case(vel_test *t, const vel_safetensors *golden, const char *n
     vel_graph_destroy(g);
 }
 
-/* Switches of the configs, each against diffusers (tools/golden/models.py). */
-TEST(models_golden_configs)
+static void check_cases(vel_test *t, const char *file, int cases)
 {
     vel_safetensors *golden = NULL;
     const char *name;
     json_t *text;
     int n = 0;
-    CHECK_OK(vel_safetensors_open(t->ctx, "tests/golden/models.safetensors", &golden));
+    CHECK_OK(vel_safetensors_open(t->ctx, file, &golden));
     if (!golden)
         return;
     json_object_foreach ((json_t *)vel_safetensors_metadata(golden), name, text) {
         check_case(t, golden, name, json_string_value(text));
         n++;
     }
-    CHECK(n == 8);
+    CHECK(n == cases);
     vel_safetensors_close(golden);
+}
+
+/* Switches of the configs, each against diffusers (tools/golden/models.py). */
+TEST(models_golden_configs)
+{
+    check_cases(t, "tests/golden/models.safetensors", 8);
+    check_cases(t, "tests/golden/sdxl.safetensors", 1);
 }

@@ -46,9 +46,10 @@ static bool is_half(vel_dtype t)
 /* In 16-bit types the inputs that ops.def keeps in float32 are only rounded to that. */
 static double rounded(const trial *r, int i, double v)
 {
-    if (r->round == VEL_BF16 && letter_of(r->op, i) != 'f')
+    bool half = !strchr("fi", letter_of(r->op, i));
+    if (r->round == VEL_BF16 && half)
         return vel_bf16_f32(vel_f32_bf16((float)v));
-    if (r->round == VEL_F16 && letter_of(r->op, i) != 'f')
+    if (r->round == VEL_F16 && half)
         return vel_f16_f32(vel_f32_f16((float)v));
     return r->round == VEL_I32 ? v : (float)v;
 }

@@ -1,10 +1,12 @@
 """make_sd15.py: a diffusers folder with the true shapes of Stable Diffusion 1.5 and random values.
 
-    python tools/make_sd15.py /opt/sd15
+    python tools/make_sd15.py build/sd15
+    python tools/make_sd15.py build/sdxl --family sdxl --device cuda
 
 For benchmarks and memory tests where the real checkpoint is not at hand. The classes of diffusers and
 transformers initialise the values (their defaults, one seed), so activations stay finite; everything is
-kept as float16, about 2 GB. The vocabulary is made up: 256 bytes, 256 bytes that end a word, 48,894
+kept as float16, about 2 GB. With --family sdxl it is SDXL's U-Net and autoencoder (5.3 GB), without text
+encoders: for `velatura bench`. The vocabulary is made up: 256 bytes, 256 bytes that end a word, 48,894
 merges of letters and the two special tokens: CLIP's 49,408 ids, none with its meaning. Needs torch,
 diffusers and transformers; the program itself does not.
 """
@@ -15,7 +17,6 @@ import os
 import string
 
 VOCABULARY = 49408
-U_NET_VALUES = 859520964
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -101,6 +102,16 @@ def make_unet():
                                 block_out_channels=(320, 640, 1280, 1280), layers_per_block=2)
 
 
+def make_sdxl_unet():
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10), layers_per_block=2, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+
+
 def make_vae():
     from diffusers import AutoencoderKL
     return AutoencoderKL(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
@@ -118,24 +129,38 @@ def make_text_encoder():
         pad_token_id=VOCABULARY - 1))
 
 
+FAMILIES = {
+    "sd15": {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder},
+    "sdxl": {"unet": make_sdxl_unet, "vae": make_vae},
+}
+U_NET_VALUES = {"sd15": 859520964, "sdxl": 2567463684}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder")
+    parser.add_argument("--family", choices=list(FAMILIES), default="sd15")
+    parser.add_argument("--device", default="cpu", help="where values are made; a GPU is faster [cpu]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     import torch
-    for name, make in (("unet", make_unet), ("vae", make_vae), ("text_encoder", make_text_encoder)):
+    for name, make in FAMILIES[args.family].items():
         torch.manual_seed(args.seed)
-        model = make()
+        with torch.device(args.device):
+            model = make()
         values = sum(p.numel() for p in model.parameters())
-        if name == "unet" and values != U_NET_VALUES:
-            raise SystemExit(f"the U-Net has {values} values, not {U_NET_VALUES}")
+        if name == "unet" and values != U_NET_VALUES[args.family]:
+            raise SystemExit(f"the U-Net has {values} values, not {U_NET_VALUES[args.family]}")
         model.half().save_pretrained(os.path.join(args.folder, name), max_shard_size="10GB")
         print(f"{name}: {values:,} values", flush=True)
-    write_tokenizer(os.path.join(args.folder, "tokenizer"))
+    index = dict(MODEL_INDEX)
+    if args.family == "sdxl":
+        index["_class_name"] = "StableDiffusionXLPipeline"
+    else:
+        write_tokenizer(os.path.join(args.folder, "tokenizer"))
     os.makedirs(os.path.join(args.folder, "scheduler"), exist_ok=True)
     write_json(os.path.join(args.folder, "scheduler", "scheduler_config.json"), SCHEDULER)
-    write_json(os.path.join(args.folder, "model_index.json"), MODEL_INDEX)
+    write_json(os.path.join(args.folder, "model_index.json"), index)
 
 
 if __name__ == "__main__":

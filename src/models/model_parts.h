@@ -40,7 +40,7 @@ void vel_settings_fail(vel_settings *s, const char *key, const char *format, ...
 
 /* ---- UNet2DConditionModel (unet.c) ---- */
 
-enum { VEL_MAX_LEVELS = 8 };
+enum { VEL_MAX_LEVELS = 8, VEL_UNET_SIZES = 6 };
 
 typedef struct vel_unet_config {
     int levels;
@@ -63,6 +63,7 @@ typedef struct vel_unet_config {
     bool time_flip;
     double time_shift;
     int kernel_in, kernel_out, downsample_pad;
+    int pooled_width, size_width; /* SDXL's added conditions; 0 without them */
 } vel_unet_config;
 vel_status vel_unet_read(vel_ctx *ctx, const json_t *json, const char *file, vel_unet_config *out);
 /* Inside the part's scope. */
@@ -102,7 +103,15 @@ struct vel_config {
     vel_clip_config clip;
     vel_vae_config vae;
 };
-extern const vel_family vel_family_sd;
+extern const vel_family vel_family_sd, vel_family_sdxl;
+/* sd.c, for families that are alike but for their text encoders */
+void vel_sd_latent(const vel_config *c, vel_latent_info *out);
+vel_status vel_sd_check_latent(vel_ctx *ctx, const vel_config *c, const char *unet,
+                               const char *vae);
+vel_ref vel_sd_denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
+                       const vel_condition *condition);
+vel_ref vel_sd_decode(vel_graph *g, const vel_config *c, vel_ref z);
+vel_ref vel_sd_encode(vel_graph *g, const vel_config *c, vel_ref image);
 
 /* ---- blocks of both image parts (nn.c) ---- */
 

@@ -31,20 +31,30 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
                         "%s: \"cross_attention_dim\" is %d, but %s has a \"hidden_size\" of "
                         "%d: these parts are of different models",
                         files[UNET], c->unet.context[0], files[TEXT], c->clip.width);
+    if (c->unet.pooled_width)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "%s: \"addition_embed_type\" is text_time, which is SDXL's: the model has "
+                        "no second text encoder to make it from",
+                        files[UNET]);
+    *out = c;
+    return vel_sd_check_latent(ctx, c, files[UNET], files[VAE]);
+}
+
+vel_status vel_sd_check_latent(vel_ctx *ctx, const vel_config *c, const char *unet, const char *vae)
+{
     if (c->unet.in_channels != c->vae.latent_channels)
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: \"in_channels\" is %d, but latents have %d channels (%s): "
                         "models for inpainting or depth are not supported",
-                        files[UNET], c->unet.in_channels, c->vae.latent_channels, files[VAE]);
+                        unet, c->unet.in_channels, c->vae.latent_channels, vae);
     if (c->unet.out_channels != c->unet.in_channels)
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: \"out_channels\" is %d: only %d, as \"in_channels\", is supported",
-                        files[UNET], c->unet.out_channels, c->unet.in_channels);
-    *out = c;
+                        unet, c->unet.out_channels, c->unet.in_channels);
     return VEL_OK;
 }
 
-static void latent(const vel_config *c, vel_latent_info *out)
+void vel_sd_latent(const vel_config *c, vel_latent_info *out)
 {
     int down = 1 << (c->vae.levels - 1);
     *out = (vel_latent_info){
@@ -91,7 +101,7 @@ vel_ref vel_clip_text_state(vel_graph *g, const vel_config *c, vel_ref ids, int 
     return text_state(g, c, ids, c->clip.layers - which, which == 0);
 }
 
-static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
+vel_ref vel_sd_denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
                        const vel_condition *condition)
 {
     vel_scope(g, "%s", parts[UNET]);
@@ -100,7 +110,7 @@ static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
     return out;
 }
 
-static vel_ref decode(vel_graph *g, const vel_config *c, vel_ref z)
+vel_ref vel_sd_decode(vel_graph *g, const vel_config *c, vel_ref z)
 {
     vel_scope(g, "%s", parts[VAE]);
     vel_ref out = vel_vae_decode(g, &c->vae, z);
@@ -108,7 +118,7 @@ static vel_ref decode(vel_graph *g, const vel_config *c, vel_ref z)
     return out;
 }
 
-static vel_ref encode(vel_graph *g, const vel_config *c, vel_ref image)
+vel_ref vel_sd_encode(vel_graph *g, const vel_config *c, vel_ref image)
 {
     vel_scope(g, "%s", parts[VAE]);
     vel_ref out = vel_vae_encode(g, &c->vae, image);
@@ -123,10 +133,10 @@ const vel_family vel_family_sd = {
     .denoiser = "unet",
     .detect = detect,
     .read = read_configs,
-    .latent = latent,
+    .latent = vel_sd_latent,
     .texts = texts,
     .encode_text = encode_text,
-    .denoise = denoise,
-    .decode = decode,
-    .encode = encode,
+    .denoise = vel_sd_denoise,
+    .decode = vel_sd_decode,
+    .encode = vel_sd_encode,
 };

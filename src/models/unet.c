@@ -11,7 +11,6 @@ enum { MID_NONE, MID_CROSS, MID_RESNET };
 /* Settings with a single meaning we build; absent is fine. */
 static const vel_expected expected[] = {
     {"act_fn", "silu|swish"},
-    {"addition_embed_type", "null"},
     {"attention_type", "default"},
     {"center_input_sample", "false"},
     {"class_embed_type", "null"},
@@ -33,6 +32,7 @@ static const vel_expected expected[] = {
 };
 static const char *const down_types[] = {"DownBlock2D", "CrossAttnDownBlock2D", NULL};
 static const char *const up_types[] = {"UpBlock2D", "CrossAttnUpBlock2D", NULL};
+static const char *const addition_types[] = {"null", "text_time", NULL};
 static const char *const mid_types[] = {"null", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D", NULL};
 /* of the reference, for settings that are absent */
 static const bool attends_by_default[2][4] = {{true, true, true, false}, {false, true, true, true}};
@@ -65,6 +65,23 @@ static void read_levels(vel_settings *s, vel_unet_config *c)
     vel_setting_bools(s, "only_cross_attention", false, c->only_cross, c->levels);
     read_blocks(s, c, "down_block_types", down_types, attends_by_default[0], c->down_attends);
     read_blocks(s, c, "up_block_types", up_types, attends_by_default[1], c->up_attends);
+}
+
+/* SDXL's: the pooled text and six sizes, each as sinusoids, are added to the time's embedding. */
+static void read_addition(vel_settings *s, vel_unet_config *c)
+{
+    const char *type = "addition_embed_type", *width = "projection_class_embeddings_input_dim";
+    if (json_is_null(json_object_get(s->json, type)) ||
+        vel_setting_choice(s, type, -1, addition_types, 0) == 0)
+        return;
+    c->size_width = vel_setting_int(s, "addition_time_embed_dim", 256, 2, 1 << 16);
+    c->pooled_width = vel_setting_int(s, width, 2816, 1, 1 << 20) - VEL_UNET_SIZES * c->size_width;
+    if (c->pooled_width <= 0)
+        vel_settings_fail(s, width,
+                          "is no more than the %d sizes of \"addition_time_embed_dim\" %d",
+                          VEL_UNET_SIZES, c->size_width);
+    if (c->size_width % 2)
+        vel_settings_fail(s, "addition_time_embed_dim", "must be even");
 }
 
 static void check_levels(vel_settings *s, const vel_unet_config *c)
@@ -101,6 +118,7 @@ vel_status vel_unet_read(vel_ctx *ctx, const json_t *json, const char *file, vel
     c->time_flip = vel_setting_bool(&s, "flip_sin_to_cos", true);
     c->time_shift = vel_setting_number(&s, "freq_shift", 0);
     c->time_width = vel_setting_int(&s, "time_embedding_dim", 4 * c->channels[0], 1, 1 << 18);
+    read_addition(&s, c);
     c->kernel_in = vel_setting_int(&s, "conv_in_kernel", 3, 1, 31);
     c->kernel_out = vel_setting_int(&s, "conv_out_kernel", 3, 1, 31);
     c->downsample_pad = vel_setting_int(&s, "downsample_padding", 1, 0, 1);
@@ -261,8 +279,10 @@ static vel_ref up_block(vel_graph *g, const vel_unet_config *c, int i, vel_ref x
     return x;
 }
 
-static bool inputs_fit(vel_graph *g, const vel_unet_config *c, vel_ref latent, vel_ref context)
+static bool inputs_fit(vel_graph *g, const vel_unet_config *c, vel_ref latent,
+                       const vel_condition *condition)
 {
+    vel_ref context = condition->context;
     vel_shape x = vel_shape_at(g, latent), text = vel_shape_at(g, context);
     char shape[96];
     if (x.rank != 4 || x.dim[3] != c->in_channels)
@@ -271,9 +291,31 @@ static bool inputs_fit(vel_graph *g, const vel_unet_config *c, vel_ref latent, v
     else if (text.rank != 3 || text.dim[2] != c->context[0] || text.dim[0] != x.dim[0])
         nn_bad(g, "text states of shape %s; the model takes [%" PRId64 ", S, %d]",
                vel_shape_text(text, shape), x.dim[0], c->context[0]);
+    else if (c->pooled_width && !(condition->pooled.id && condition->extra.id))
+        nn_bad(g, "no pooled text or no sizes, which this model takes");
     else
         return true;
     return false;
+}
+
+/* Mirrors TimestepEmbedding: x [N, _] -> [N, time_width]. */
+static vel_ref time_mlp(vel_graph *g, const vel_unet_config *c, const char *name, vel_ref x)
+{
+    vel_scope(g, "%s", name);
+    x = vel_act(g, nn_linear(g, "linear_1", x, c->time_width, true), VEL_ACT_SILU);
+    x = nn_linear(g, "linear_2", x, c->time_width, true);
+    vel_end(g);
+    return x;
+}
+
+/* pooled [N, P], sizes [N, 6] -> [N, time_width] */
+static vel_ref addition(vel_graph *g, const vel_unet_config *c, vel_ref pooled, vel_ref sizes)
+{
+    int64_t n = vel_shape_at(g, pooled).dim[0];
+    vel_ref t = vel_reshape(g, sizes, VEL_SHAPE(n * VEL_UNET_SIZES));
+    t = vel_time_embed(g, t, c->size_width, c->time_flip, c->time_shift, 10000);
+    t = vel_reshape(g, t, VEL_SHAPE(n, VEL_UNET_SIZES * c->size_width));
+    return time_mlp(g, c, "add_embedding", vel_concat(g, pooled, t, 1));
 }
 
 vel_ref vel_unet_build(vel_graph *g, const vel_unet_config *c, vel_ref latent, vel_ref time,
@@ -281,14 +323,14 @@ vel_ref vel_unet_build(vel_graph *g, const vel_unet_config *c, vel_ref latent, v
 {
     vel_ref context = condition->context; /* [N, S, D] */
     skips left = {.n = 0};
-    if (!inputs_fit(g, c, latent, context))
+    if (!inputs_fit(g, c, latent, condition))
         return (vel_ref){0};
-    vel_scope(g, "time_embedding");
     vel_ref t = vel_time_embed(g, time, c->channels[0], c->time_flip, c->time_shift, 10000);
-    t = vel_act(g, nn_linear(g, "linear_1", t, c->time_width, true), VEL_ACT_SILU);
+    t = time_mlp(g, c, "time_embedding", t); /* [N, T] */
+    if (c->pooled_width)
+        t = vel_add(g, t, addition(g, c, condition->pooled, condition->extra));
     /* every resnet takes silu of the embedding: once for all */
-    t = vel_act(g, nn_linear(g, "linear_2", t, c->time_width, true), VEL_ACT_SILU); /* [N, T] */
-    vel_end(g);
+    t = vel_act(g, t, VEL_ACT_SILU);
     vel_ref x = nn_conv(g, "conv_in", latent, c->channels[0], c->kernel_in, 1, c->kernel_in / 2);
     left.at[left.n++] = x;
     for (int i = 0; i < c->levels; i++)

@@ -183,14 +183,16 @@ static vel_status find_family(vel_model *m)
     return st;
 }
 
-static vel_status open_text(vel_model *m)
+static vel_status open_text(vel_model *m, bool none)
 {
     vel_text_info texts[2];
     int n = m->family->texts(m->config, texts);
+    m->text = texts[0];
+    if (none)
+        return VEL_OK;
     if (n != 1)
         return vel_fail(m->ctx, VEL_UNSUPPORTED, "%s: models with %d text encoders are not offered",
                         m->folder, n);
-    m->text = texts[0];
     char *folder = vel_path_join(m->ctx, m->folder, m->text.tokenizer);
     vel_status st = folder ? vel_tokenizer_open(m->ctx, folder, &m->tokenizer) : VEL_NO_MEMORY;
     if (!st && vel_tokenizer_size(m->tokenizer) > m->text.vocabulary)
@@ -232,7 +234,7 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
     VEL_TRY(read_configs(m));
     VEL_TRY(read_schedule(m));
     m->family->latent(m->config, &m->latent);
-    VEL_TRY(open_text(m));
+    VEL_TRY(open_text(m, o->no_text));
     for (int i = 0; i < m->n_parts; i++)
         VEL_TRY(open_weights(m, &m->parts[i], o->variant));
     VEL_TRY(vel_engine_create(m->ctx, o->device, &m->engine));

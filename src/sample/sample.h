@@ -49,6 +49,7 @@ typedef struct vel_model_options {
     const char *vae;       /* other folder for the autoencoder; NULL */
     const char *variant;   /* "fp16" file names */
     int clip_skip;
+    bool no_text; /* prompts are not asked for: neither tokenizer nor text encoder need be known */
 } vel_model_options;
 /* folder: a diffusers folder, or a hub name, which resolves to the Hugging Face cache or
  * VELATURA_MODEL_ROOT; never to the network. */

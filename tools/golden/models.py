@@ -3,6 +3,8 @@ mix of the switches that their configs have, random weights (exact in float16), 
 
     python tools/golden/models.py
 
+tests/golden/sdxl.safetensors holds SDXL's U-Net in the same way (its added conditions: pooled text, sizes).
+
 Keys are CASE.weights.NAME, CASE.in.NAME and CASE.out.NAME (images as NHWC); metadata maps each case to
 its class and config. Needs torch, diffusers and safetensors.
 """
@@ -32,6 +34,11 @@ UNETS = {
     "no_middle": (dict(mid_block_type=None, downsample_padding=0), (8, 4)),
     "plain_middle": (dict(mid_block_type="UNetMidBlock2D", upcast_attention=True), (4, 4)),
 }
+SDXL = dict(
+    UNET, addition_embed_type="text_time", addition_time_embed_dim=6, projection_class_embeddings_input_dim=43,
+    use_linear_projection=True, attention_head_dim=[1, 2], transformer_layers_per_block=[1, 3],
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+)
 VAE = dict(
     block_out_channels=[4, 8], layers_per_block=1, norm_num_groups=2, sample_size=16,
     down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
@@ -58,6 +65,18 @@ def random_weights(model):
     return model.eval()
 
 
+def make_sdxl(keep):
+    torch.manual_seed(2)
+    model = random_weights(UNet2DConditionModel(**SDXL))
+    x, t, context = torch.randn(2, 4, 6, 8), torch.tensor([17.0, 950.0]), torch.randn(2, 5, 12)
+    pooled = torch.randn(2, 7)
+    sizes = torch.tensor([[64.0, 48.0, 0.0, 3.0, 64.0, 48.0], [100.0, 80.0, 9.0, 0.0, 48.0, 64.0]])
+    with torch.no_grad():
+        out = model(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    keep("sdxl", model, dict(latent=nhwc(x), time=t, context=context, pooled=pooled, extra=sizes),
+         dict(out=nhwc(out)))
+
+
 def main():
     torch.manual_seed(1)
     tensors, configs = {}, {}
@@ -82,6 +101,10 @@ def main():
             decoded, moments = model.decode(z).sample, model.encode(image).latent_dist.parameters
         keep(case, model, dict(z=nhwc(z), image=nhwc(image)), dict(decoded=nhwc(decoded), moments=nhwc(moments)))
     save_file(tensors, "tests/golden/models.safetensors", metadata=configs)
+    tensors.clear()
+    configs.clear()
+    make_sdxl(keep)
+    save_file(tensors, "tests/golden/sdxl.safetensors", metadata=configs)
 
 
 main()

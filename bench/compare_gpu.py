@@ -1,0 +1,271 @@
+"""compare_gpu.py: this program and PyTorch (diffusers, PEFT) in turn, on one GPU, in one run.
+
+    python bench/compare_gpu.py --models FOLDER [--velatura build/release/velatura]
+
+Each model's cases run ours, PyTorch's, ours, PyTorch's ...; --compile adds torch.compile after that. Each
+turn of ours is a process of its own, PyTorch's cases share one a turn (it is slow to start). Medians,
+ranges and ratios are printed and kept in bench/results/<gpu>-<date>.json with the driver, the versions and
+the commands. The folders with the shapes of SD 1.5 and SDXL are made in --models by tools/make_sd15.py.
+
+"peak" is the most memory of the card in use while the process ran, as nvidia-smi sees it, less what was in
+use before: each program's context and libraries included. PyTorch's own peak (max_memory_allocated) is
+kept beside it. "first" is the time to the end of the first run: ours from the start of the process,
+PyTorch's from the start of making the model in a process that has its imports done, plus these imports.
+"""
+import argparse
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GIB = 1 << 30
+
+
+def case(name, kind, batch, size, precision, rank=0, checkpointing=False, goal=0, peak_goal=0.6):
+    return {"name": name, "kind": kind, "batch": batch, "size": size, "precision": precision, "rank": rank,
+            "checkpointing": checkpointing, "goal": goal, "peak_goal": peak_goal}
+
+
+CASES = {
+    "sd15": [
+        case("sd15 step bf16", "step", 1, 512, "bf16", 32, goal=7),
+        case("sd15 step fp16", "step", 1, 512, "fp16", 32, goal=7),
+        case("sd15 step fp16 checkpointing", "step", 1, 512, "fp16", 32, True, goal=7),
+        case("sd15 step batch 4", "step", 4, 512, "bf16", 32, goal=3),
+        case("sd15 unet", "unet", 2, 512, "bf16", goal=5),
+        case("sd15 vae_decode", "vae_decode", 1, 512, "bf16"),
+        case("sd15 vae_encode", "vae_encode", 1, 512, "bf16"),
+    ],
+    "sdxl": [
+        case("sdxl step", "step", 1, 1024, "bf16", 32, goal=5),
+        case("sdxl step checkpointing", "step", 1, 1024, "bf16", 32, True, goal=5),
+        case("sdxl step batch 4 checkpointing", "step", 4, 1024, "bf16", 32, True),
+        case("sdxl unet", "unet", 2, 1024, "bf16"),
+        case("sdxl vae_decode", "vae_decode", 1, 1024, "bf16"),
+    ],
+}
+
+
+class Memory:
+    """The most memory of the card in use, sampled by nvidia-smi."""
+
+    def __init__(self, gpu):
+        self.command = ["nvidia-smi", "-i", str(gpu), "--query-gpu=memory.used",
+                        "--format=csv,noheader,nounits"]
+        self.most = 0
+        self.base = self.now()
+        self.child = subprocess.Popen(self.command + ["-lms", "20"], stdout=subprocess.PIPE, text=True)
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def now(self):
+        try:
+            return int(subprocess.run(self.command, capture_output=True, text=True, check=True).stdout)
+        except (OSError, ValueError, subprocess.CalledProcessError):
+            return 0
+
+    def read(self):
+        for line in self.child.stdout:
+            if line.strip().isdigit():
+                self.most = max(self.most, int(line))
+
+    def end(self):
+        self.child.terminate()
+        self.child.wait()
+        return max(self.most - self.base, 0) << 20
+
+
+def run_child(args, command):
+    memory = Memory(args.gpu)
+    env = dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1",
+               TRANSFORMERS_VERBOSITY="error")
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=args.timeout,
+                              check=False)
+        code, text, errors = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        text = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        code, errors = -1, f"ended after {args.timeout} s"
+    peak = memory.end()
+    if code:
+        print(f"{' '.join(command)}\nended with {code}:\n{errors[-1500:]}", flush=True)
+    return text, peak
+
+
+def ours_command(args, model, c):
+    command = [args.velatura, "bench", c["kind"], "--model", os.path.join(args.models, model), "--batch",
+               str(c["batch"]), "--width", str(c["size"]), "--height", str(c["size"]), "--precision",
+               c["precision"], "--repeats", str(args.repeats), "--device", f"cuda:{args.gpu}"]
+    if c["kind"] == "step":
+        command += ["--rank", str(c["rank"])]
+    if c["checkpointing"]:
+        command += ["--gradient_checkpointing"]
+    return command
+
+
+def run_ours(args, model, c):
+    text, peak = run_child(args, ours_command(args, model, c))
+    times = re.search(r"^times ms:([ 0-9.]+)$", text, re.M)
+    first = re.search(r"^first (?:run|step) ends ([0-9.]+) s after the start", text, re.M)
+    if not times:
+        return None
+    memory = re.search(r"^working memory.*$", text, re.M)
+    return {"times": [float(t) / 1e3 for t in times[1].split()], "first": float(first[1]) if first else 0,
+            "peak": peak, "memory": memory[0] if memory else "", "engine": text.splitlines()[0]}
+
+
+def run_peer(args, model, cases, mode):
+    """{case: turn}; each case has a process of its own when its peak is wanted, else they share one."""
+    found = {}
+    groups = [[c] for c in cases] if args.peaks else [cases]
+    for group in groups:
+        spec = {"model": model, "cases": group, "modes": [mode], "repeats": args.repeats}
+        text, peak = run_child(args, [args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), json.dumps(spec)])
+        ready = 0
+        for line in text.splitlines():
+            if not line.startswith("{"):
+                continue
+            turn = json.loads(line)
+            ready = turn.get("ready", ready)
+            if "failed" in turn:
+                print(f"PyTorch, {turn['case']}, {mode}: {turn['failed']}", flush=True)
+            elif "case" in turn:
+                turn["first"] += ready
+                turn["peak"] = peak if len(group) == 1 else turn["reserved"]
+                found[turn["case"]] = turn
+    return found
+
+
+def summary(turns):
+    times = sorted(t for turn in turns for t in turn["times"])
+    return {"median": statistics.median(times), "min": times[0], "max": times[-1],
+            "first": min(t["first"] for t in turns), "peak": max(t["peak"] for t in turns), "turns": turns}
+
+
+HEADER = ("case", "ours ms", "min..max", "PyTorch ms", "min..max", "ratio", "goal", "compiled ms", "ratio",
+          "first s", "peer's", "peak GiB", "peer's", "allocated", "share")
+
+
+def row(c, r):
+    a, b, m = r["velatura"], r.get("eager"), r.get("compile")
+    out = [c["name"], f"{a['median'] * 1e3:.2f}", f"{a['min'] * 1e3:.2f}..{a['max'] * 1e3:.2f}"]
+    out += [f"{b['median'] * 1e3:.2f}", f"{b['min'] * 1e3:.2f}..{b['max'] * 1e3:.2f}",
+            f"{b['median'] / a['median']:.2f}x"] if b else ["", "", ""]
+    out += [f"{c['goal']}x" if c["goal"] else ""]
+    out += [f"{m['median'] * 1e3:.2f}", f"{m['median'] / a['median']:.2f}x"] if m else ["", ""]
+    out += [f"{a['first']:.1f}", f"{b['first']:.1f}" if b else "", f"{a['peak'] / GIB:.2f}"]
+    if b:
+        allocated = max(t["allocated"] for t in b["turns"])
+        out += [f"{b['peak'] / GIB:.2f}", f"{allocated / GIB:.2f}", f"{100 * a['peak'] / b['peak']:.0f} %"]
+    return out + [""] * (len(HEADER) - len(out))
+
+
+def print_table(rows):
+    rows = [HEADER, *rows]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(HEADER))]
+    for r in rows:
+        print("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, widths))))
+    sys.stdout.flush()
+
+
+def first_line(*command):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return (done.stdout or done.stderr).strip().splitlines()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+VERSIONS = ("import torch, diffusers, peft, transformers; print('torch', torch.__version__, 'diffusers', "
+            "diffusers.__version__, 'peft', peft.__version__, 'transformers', transformers.__version__, 'cuDNN', "
+            "torch.backends.cudnn.version())")
+
+
+def machine(args):
+    return {"gpu": first_line("nvidia-smi", "-i", str(args.gpu),
+                              "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"),
+            "python": first_line(args.python, "-c", VERSIONS), "velatura": first_line(args.velatura, "--version")}
+
+
+def run_model(args, model, cases, kept, save):
+    ours, peer = {c["name"]: [] for c in cases}, {c["name"]: [] for c in cases}
+    compiled = {}
+
+    def keep():
+        for c in cases:
+            r = {"case": c, "commands": [ours_command(args, model, c)]}
+            for key, turns in (("velatura", ours[c["name"]]), ("eager", peer[c["name"]]),
+                               ("compile", compiled.get(c["name"], []))):
+                if turns:
+                    r[key] = summary(turns)
+            if "velatura" in r:
+                kept["cases"][c["name"]] = r
+        save()
+
+    for _ in range(args.rounds):
+        for c in cases:
+            turn = run_ours(args, model, c)
+            ours[c["name"]] += [turn] if turn else []
+        if not args.no_peer:
+            for name, turn in run_peer(args, model, cases, "eager").items():
+                peer[name].append(turn)
+        keep()
+    if args.compile:
+        for name, turn in run_peer(args, model, [c for c in cases if not c["checkpointing"]], "compile").items():
+            compiled[name] = [turn]
+        keep()
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--python", default=sys.executable, help="of the environment with torch")
+    parser.add_argument("--velatura", default=os.path.join(ROOT, "build", "release", "velatura"))
+    parser.add_argument("--models", default=os.path.join(ROOT, "build", "gpu-models"),
+                        help="folder for the models; made when missing")
+    parser.add_argument("--cases", default="", help="words, separated by commas; a case whose name has one is run")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each turn")
+    parser.add_argument("--rounds", type=int, default=2, help="2: A B A B")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, once, at the end")
+    parser.add_argument("--no_peer", action="store_true", help="only this program")
+    parser.add_argument("--peaks", action="store_true", help="a process for each of PyTorch's cases")
+    parser.add_argument("--gpu", type=int, default=0)
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for one process")
+    parser.add_argument("--output", help="JSON file [bench/results/<gpu>-<date>.json]")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    words = [w for w in args.cases.split(",") if w]
+    chosen = {m: [c for c in cases if not words or any(w in c["name"] for w in words)]
+              for m, cases in CASES.items()}
+    info = machine(args)
+    name = "-".join(re.sub(r"[^a-z0-9 ]", "", info["gpu"].split(",")[0].lower()).split()) or "gpu"
+    path = args.output or os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
+    kept = {"machine": info, "cases": {}}
+
+    def save():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(kept, file, indent=1)
+            file.write("\n")
+        print_table([row(r["case"], r) for r in kept["cases"].values()])
+
+    print(info, flush=True)
+    for model, cases in chosen.items():
+        if not cases:
+            continue
+        folder = os.path.join(args.models, model)
+        if not os.path.exists(os.path.join(folder, "model_index.json")):
+            subprocess.run([args.python, os.path.join(ROOT, "tools", "make_sd15.py"), folder, "--family", model,
+                            "--device", "cuda"], check=True)
+        run_model(args, model, cases, kept, save)
+
+
+if __name__ == "__main__":
+    main()

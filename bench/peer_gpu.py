@@ -1,0 +1,139 @@
+"""peer_gpu.py: cases on PyTorch (diffusers, PEFT) on a GPU, in a process of its own; compare_gpu.py starts it.
+
+The argument is a JSON object: model (sd15, sdxl), cases (a list of name, kind, batch, size, rank,
+precision, checkpointing), modes (of eager, compile), repeats. Every case is run in every mode, eager
+first, and one line of JSON is printed for each: the times of `repeats` runs after some to warm up, the
+seconds from BENCH_START (the parent's monotonic clock when it started this process) to the end of the
+case's first run, and the most memory that PyTorch's allocator gave out and held.
+
+The models have the true shapes and random values, made on the GPU. fp16 and bf16 are done as the training
+scripts of diffusers do them: frozen weights in that type, the adapter in float32 under autocast, fp16 with
+a gradient scaler; evaluations are in that type throughout. compile is torch.compile of the U-Net (or of
+the autoencoder's part), with its default settings.
+"""
+import contextlib
+import json
+import os
+import sys
+import time
+
+import torch
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEP = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+def make(model, kind, dtype):
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
+    import make_sd15
+    torch.manual_seed(0)
+    part = make_sd15.make_vae if kind.startswith("vae") else make_sd15.FAMILIES[model]["unet"]
+    with torch.device("cuda"):
+        return part().to(dtype).requires_grad_(False)
+
+
+class Run:
+    """One case: its model, inputs and one call of what is timed."""
+
+    def __init__(self, model, case, mode):
+        self.case, self.dtype = case, TYPES[case["precision"]]
+        self.is_step, kind = case["kind"] == "step", case["kind"]
+        self.model = make(model, kind, self.dtype)
+        if self.is_step:
+            self.adapt()
+        n, side = case["batch"], case["size"] if kind == "vae_encode" else case["size"] // 8
+        torch.manual_seed(7)
+        channels = 3 if kind == "vae_encode" else 4
+        self.picture = torch.randn(n, channels, side, side, device="cuda").to(self.dtype)
+        self.noise = torch.randn(n, channels, side, side, device="cuda")
+        self.time = torch.tensor([(100 + 200 * i) % 1000 for i in range(n)], device="cuda")
+        self.more = {}
+        if not kind.startswith("vae"):
+            width = self.model.config.cross_attention_dim
+            self.states = torch.randn(n, 77, width, device="cuda").to(self.dtype)
+        if model == "sdxl" and not kind.startswith("vae"):
+            ids = torch.tensor([[case["size"], case["size"], 0, 0, case["size"], case["size"]]] * n)
+            self.more = {"added_cond_kwargs": {"text_embeds": torch.randn(n, 1280, device="cuda").to(self.dtype),
+                                               "time_ids": ids.to("cuda", self.dtype)}}
+        self.call = self.pick()
+        if mode == "compile":
+            self.call = torch.compile(self.call)
+
+    def adapt(self):
+        from peft import LoraConfig
+        self.model.add_adapter(LoraConfig(r=self.case["rank"], lora_alpha=self.case["rank"],
+                                          init_lora_weights="gaussian", target_modules=list(STEP)))
+        if self.case["checkpointing"]:
+            self.model.enable_gradient_checkpointing()
+        self.model.train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        for p in self.trained:
+            p.data = p.data.float()
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
+
+    def pick(self):
+        if self.case["kind"] == "vae_encode":
+            return lambda x: self.model.encode(x).latent_dist.mode()
+        if self.case["kind"] == "vae_decode":
+            return lambda x: self.model.decode(x, return_dict=False)[0]
+        return self.model
+
+    def step(self):
+        autocast = torch.autocast("cuda", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+        with autocast:
+            out = self.call(self.picture, self.time, self.states, return_dict=False, **self.more)[0]
+        loss = torch.nn.functional.mse_loss(out.float(), self.noise)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def evaluate(self):
+        with torch.inference_mode():
+            if self.case["kind"].startswith("vae"):
+                return self.call(self.picture)
+            return self.call(self.picture, self.time, self.states, return_dict=False, **self.more)[0]
+
+    def timed(self):
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        self.step() if self.is_step else self.evaluate()
+        torch.cuda.synchronize()
+        return time.monotonic() - start
+
+
+def measure(model, case, mode, repeats):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = time.monotonic()
+    run = Run(model, case, mode)
+    run.timed()
+    first = time.monotonic()
+    for _ in range(3):
+        run.timed()
+    return {"case": case["name"], "mode": mode, "times": [run.timed() for _ in range(repeats)],
+            "first": first - before, "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved()}
+
+
+def main():
+    started = float(os.environ.get("BENCH_START", time.monotonic()))
+    spec = json.loads(sys.argv[1])
+    torch.zeros(1, device="cuda")
+    print(json.dumps({"ready": time.monotonic() - started, "gpu": torch.cuda.get_device_name()}), flush=True)
+    for mode in spec["modes"]:
+        for case in spec["cases"]:
+            try:
+                print(json.dumps(measure(spec["model"], case, mode, spec["repeats"])), flush=True)
+            except Exception as error:  # the others are still of use
+                print(json.dumps({"case": case["name"], "mode": mode, "failed": repr(error)[:400]}), flush=True)
+            if mode == "compile":
+                torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    main()
