@@ -374,10 +374,12 @@ const char *vel_model_hash(vel_model *m, const char *name)
 static vel_status list_modules(vel_model *m)
 {
     int side = VEL_MAX(8, m->latent.picture / m->latent.down), room = 0;
-    vel_graph *graphs[2] = {vel_model_build(m, PLAN_DENOISE, 1, side, side, 1),
-                            vel_model_build(m, PLAN_TEXT, 1, 0, 0, 1)};
-    vel_status st = graphs[0] && graphs[1] ? VEL_OK : VEL_BAD_GRAPH;
-    for (int i = 0; i < 2 && !st; i++)
+    int n_graphs = m->tokenizer ? 2 : 1; /* opened without its text encoder */
+    vel_graph *graphs[2] = {vel_model_build(m, PLAN_DENOISE, 1, side, side, 1)};
+    if (n_graphs == 2)
+        graphs[1] = vel_model_build(m, PLAN_TEXT, 1, 0, 0, 1);
+    vel_status st = graphs[0] && graphs[n_graphs - 1] ? VEL_OK : VEL_BAD_GRAPH;
+    for (int i = 0; i < n_graphs && !st; i++)
         room += vel_graph_modules(graphs[i], NULL, 0);
     vel_known_module *out =
         st ? NULL : vel_arena_alloc(m->arena, sizeof *out * (size_t)VEL_MAX(room, 1));
@@ -385,7 +387,7 @@ static vel_status list_modules(vel_model *m)
     if (!st && (!out || !found))
         st = VEL_NO_MEMORY;
     int n = 0;
-    for (int i = 0; i < 2 && !st; i++) {
+    for (int i = 0; i < n_graphs && !st; i++) {
         int count = vel_graph_modules(graphs[i], found, room);
         for (int k = 0; k < count && n < room; k++, n++) {
             out[n].path = vel_arena_strdup(m->arena, found[k].path);

@@ -38,6 +38,9 @@ void vel_cu_act_grad(cudaStream_t s, int type, int kind, const void *x, const vo
 /* which: 0 add, 1 sub, 2 mul, 3 div; sizes 1 of a and b stretch to out's. */
 void vel_cu_binary(cudaStream_t s, int type, int which, const void *a, vel_cu_shape a_shape,
                    const void *b, vel_cu_shape b_shape, void *out, vel_cu_shape shape);
+/* x [rows, width] * gain + bias (NULL: none) */
+void vel_cu_channel_scale(cudaStream_t s, int type, const void *x, const float *gain,
+                          const float *bias, void *out, int64_t rows, int64_t width);
 /* x [rows, 2 half] -> [rows, half] */
 void vel_cu_geglu(cudaStream_t s, int type, const void *x, void *out, int64_t rows, int64_t half);
 void vel_cu_geglu_grad(cudaStream_t s, int type, const void *x, const void *dy, void *out,
@@ -76,6 +79,13 @@ void vel_cu_time_embed(cudaStream_t s, const float *t, int64_t batch, int dim, i
 size_t vel_cu_reduce_scratch(vel_cu_shape x, unsigned axes);
 void vel_cu_reduce(cudaStream_t s, int type, const void *x, vel_cu_shape shape, unsigned axes,
                    int largest, float *out, void *scratch);
+/* The length of each row (of each place on axis 1: columns) of w + change. */
+void vel_cu_row_norm(cudaStream_t s, int type, const void *w, const float *change,
+                     vel_cu_shape shape, int columns, float *out);
+/* out [width] = sums of x * dy over the rows */
+size_t vel_cu_channel_sums_scratch(int64_t rows, int64_t width);
+void vel_cu_channel_sums(cudaStream_t s, int type, const void *x, const void *dy, float *out,
+                         int64_t rows, int64_t width, void *scratch);
 /* One float64 per call; NaN and infinity come through. */
 size_t vel_cu_sum_squares_scratch(int64_t n);
 void vel_cu_sum_squares(cudaStream_t s, const float *x, int64_t n, double *out, void *scratch);

@@ -129,6 +129,13 @@ static void run_dropout(const own_job *j)
                    j->n->a.dropout.stream);
 }
 
+static void run_channel_scale(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_channel_scale(j->s, out_type(j), IN(0), IN(1), IN(2), OUT(0), vel_shape_rows(s),
+                         vel_shape_last(s));
+}
+
 /* ---- moves ---- */
 
 /* stride[i]: of axis i of a row-major value, and 0 where size 1 is to be repeated. */
@@ -258,6 +265,25 @@ static void run_reduce(const own_job *j)
 {
     vel_cu_reduce(j->s, in_type(j, 0), IN(0), plain(in_shape(j, 0)), axes_of(j),
                   j->n->op == VEL_OP_max, OUT(0), j->l->scratch);
+}
+
+static void run_row_norm(const own_job *j)
+{
+    vel_cu_row_norm(j->s, in_type(j, 0), IN(0), IN(1), plain(in_shape(j, 0)),
+                    j->n->a.row_norm.columns, OUT(0));
+}
+
+static size_t scratch_channel_sums(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    return vel_cu_channel_sums_scratch(vel_shape_rows(s), vel_shape_last(s));
+}
+
+static void run_channel_sums(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    vel_cu_channel_sums(j->s, in_type(j, 0), IN(0), IN(1), OUT(0), vel_shape_rows(s),
+                        vel_shape_last(s), j->l->scratch);
 }
 
 static void run_softmax(const own_job *j)
@@ -544,6 +570,9 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_conv2d] = {run_conv2d, .inplace = 4},
     [VEL_OP_conv2d_grad_x] = {run_conv2d_grad_x, .inplace = 3},
     [VEL_OP_conv2d_grad_w] = {run_conv2d_grad_w},
+    [VEL_OP_row_norm] = {run_row_norm},
+    [VEL_OP_channel_scale] = {run_channel_scale, .inplace = 1},
+    [VEL_OP_channel_scale_grad_w] = {run_channel_sums, scratch_channel_sums},
     [VEL_OP_group_norm] = {run_group_norm, scratch_group_norm, .inplace = 1},
     [VEL_OP_group_norm_grad] = {run_group_norm_grad, scratch_group_norm, .inplace = 5},
     [VEL_OP_group_norm_grad_w] = {run_group_norm_grad_w, scratch_group_norm},

@@ -305,6 +305,48 @@ extern "C" void vel_cu_binary(cudaStream_t s, int type, int which, const void *a
     VEL_CU_EACH_TYPE(type, binary<T>(s, f, a, b, out, n, how));
 }
 
+/* ---- x [rows, width] * gain + bias ---- */
+
+template <typename T, int V>
+__global__ void __launch_bounds__(THREADS)
+    channel_scale_kernel(const T *x, const float *gain, const float *bias, T *out, int64_t packs,
+                         uint32_t row_packs)
+{
+    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= packs)
+        return;
+    int64_t column = (at - at / row_packs * row_packs) * V;
+    float v[V], by[V], plus[V] = {0};
+    load<T, V>(x + at * V, v);
+    load_floats<V>(gain + column, by);
+    if (bias)
+        load_floats<V>(bias + column, plus);
+#pragma unroll
+    for (int k = 0; k < V; k++)
+        v[k] = v[k] * by[k] + plus[k];
+    store<T, V>(out + at * V, v);
+}
+
+template <typename T>
+static void channel_scale(cudaStream_t s, const T *x, const float *gain, const float *bias, T *out,
+                          int64_t rows, int64_t width)
+{
+    constexpr int V = VECTOR<T>();
+    int64_t n = rows * width;
+    if (width % V == 0 && aligned(x) && aligned(gain) && aligned(bias) && aligned(out))
+        channel_scale_kernel<T, V><<<blocks_for(n / V, THREADS), THREADS, 0, s>>>(
+            x, gain, bias, out, n / V, (uint32_t)(width / V));
+    else
+        channel_scale_kernel<T, 1><<<blocks_for(n, THREADS), THREADS, 0, s>>>(x, gain, bias, out, n,
+                                                                              (uint32_t)width);
+}
+
+extern "C" void vel_cu_channel_scale(cudaStream_t s, int type, const void *x, const float *gain,
+                                     const float *bias, void *out, int64_t rows, int64_t width)
+{
+    VEL_CU_EACH_TYPE(type, channel_scale<T>(s, (const T *)x, gain, bias, (T *)out, rows, width));
+}
+
 /* ---- GEGLU ---- */
 
 template <typename T, int V>

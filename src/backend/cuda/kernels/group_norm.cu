@@ -7,6 +7,9 @@
  * per element of e bytes forward, 3e backward. */
 #include "common.cuh"
 
+/* A thread of 8 channels needs more registers than 1024 of them have. */
+#define BOUNDS(V) __launch_bounds__((V) == 8 ? 512 : 1024)
+
 enum { MAX_THREADS = 512, MAX_PIECES = 128, MAX_GROUPS = 256 };
 
 /* A block's threads: `across` of them cover a row, `down` rows at once. */
@@ -39,130 +42,189 @@ static tiling tile(vel_cu_group g, int v)
 
 static bool tiled(vel_cu_group g, const tiling *t)
 {
-    return t->threads <= 1024 && g.width <= 4096 && g.groups <= MAX_GROUPS;
+    return t->threads <= (t->v == 8 ? 512 : 1024) && g.width <= 4096 && g.groups <= MAX_GROUPS;
 }
 
-/* ---- pairs of sums ---- */
+/* ---- what the kernels share ---- */
 
-/* (count, mean, sum of squared differences) of two sets, of the union: Chan, Golub, LeVeque 1983. */
-struct moments {
-    float n, mean, m2;
+/* A thread's place: V channels from `column` on, every `down`th place from `first` of its piece. */
+struct spot {
+    int64_t image, begin, end, at; /* at: of the first element */
+    int column, line, group, rest; /* of channel `column`: its group, and its place in it */
+    bool active;
 };
-__device__ __forceinline__ moments join(moments a, moments b)
+
+template <int V> __device__ __forceinline__ spot spot_of(const vel_cu_group &g, const tiling &t)
 {
-    float n = a.n + b.n, d = b.mean - a.mean;
-    if (n == 0)
-        return a;
-    return {n, a.mean + d * b.n / n, a.m2 + b.m2 + d * d * a.n * b.n / n};
+    spot s;
+    s.image = blockIdx.y;
+    s.begin = blockIdx.x * t.each;
+    s.end = min(s.begin + t.each, g.places);
+    s.line = threadIdx.x / t.across;
+    s.column = (threadIdx.x - s.line * t.across) * V;
+    s.active = s.line < t.down;
+    int each = (int)g.width / g.groups;
+    s.group = s.column / each;
+    s.rest = s.column - s.group * each;
+    s.at = (s.image * g.places + s.begin + s.line) * g.width + s.column;
+    return s;
 }
 
-/* Each thread has V channels: sums around the channel's first value, so that a mean far from zero
- * costs no digits. parts [n, pieces, groups, 3]. */
-template <typename T, int V>
-__global__ void group_moments_kernel(const T *x, vel_cu_group g, tiling t, float *parts)
+/* out[k] = table[the group of channel k][which] for a thread's channels. */
+template <int V>
+__device__ __forceinline__ void of_groups(const float *table, int which, const spot &s, int each,
+                                          float (&out)[V])
 {
-    extern __shared__ float shared[]; /* [3][down][width] */
-    int64_t image = blockIdx.y, begin = blockIdx.x * t.each, end = min(begin + t.each, g.places);
-    int column = threadIdx.x % t.across, line = threadIdx.x / t.across, width = (int)g.width;
-    const T *from = x + image * g.places * width + column * V;
-    float first[V], sum[V] = {0}, square[V] = {0}, count = 0;
-    if (line < t.down) {
-        load<T, V>(from + begin * width, first);
-        for (int64_t p = begin + line; p < end; p += t.down) {
+    int group = s.group, rest = s.rest;
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+        out[k] = table[2 * group + which];
+        if (++rest == each)
+            rest = 0, group++;
+    }
+}
+
+/* Places of the piece that a line has. */
+__device__ __forceinline__ float places_of(const spot &s, int line, int down)
+{
+    int n = ((int)(s.end - s.begin) - line + down - 1) / down;
+    return n > 0 ? (float)n : 0.0f;
+}
+
+/* ---- forward: means and squares around them, joined as Chan, Golub, LeVeque 1983 ---- */
+
+/* A thread sums around its channels' first values, so that a mean far from zero costs no digits.
+ * parts [n, groups, pieces, (mean, sum of squares)]. */
+template <typename T, int V>
+__global__ void BOUNDS(V) group_moments_kernel(const T *x, vel_cu_group g, tiling t, float *parts)
+{
+    extern __shared__ float shared[]; /* [mean, squares][down][width] */
+    spot s = spot_of<V>(g, t);
+    int width = (int)g.width, each = width / g.groups;
+    float *means = shared, *squares = shared + t.down * width;
+    if (s.active) {
+        float first[V], sum[V] = {0}, square[V] = {0};
+        load<T, V>(x + s.at - s.line * width, first);
+        int64_t at = s.at;
+#pragma unroll 4
+        for (int64_t p = s.begin + s.line; p < s.end; p += t.down, at += (int64_t)t.down * width) {
             float v[V];
-            load<T, V>(from + p * width, v);
+            load<T, V>(x + at, v);
 #pragma unroll
             for (int k = 0; k < V; k++) {
                 float d = v[k] - first[k];
                 sum[k] += d;
                 square[k] += d * d;
             }
-            count += 1;
         }
-        float over = count > 0 ? 1 / count : 0;
+        float n = places_of(s, s.line, t.down), over = n > 0 ? 1 / n : 0;
 #pragma unroll
         for (int k = 0; k < V; k++) {
-            float mean = sum[k] * over;
-            float *to = shared + (line * width + column * V + k) * 3;
-            to[0] = count;
-            to[1] = first[k] + mean;
-            to[2] = square[k] - sum[k] * mean;
+            means[s.line * width + s.column + k] = first[k] + sum[k] * over;
+            squares[s.line * width + s.column + k] = square[k] - sum[k] * sum[k] * over;
         }
     }
     __syncthreads();
-    /* a warp joins one group's moments: its channels, all lines */
-    int each = width / g.groups, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
-    for (int group = threadIdx.x >> 5; group < g.groups; group += warps) {
-        moments m = {0, 0, 0};
-        for (int i = lane; i < each * t.down; i += 32) {
-            const float *at = shared + (i / each * width + group * each + i % each) * 3;
-            m = join(m, moments{at[0], at[1], at[2]});
+    float count = (float)(s.end - s.begin);
+    for (int c = threadIdx.x; c < width; c += blockDim.x) { /* lines of one channel */
+        float mean = 0, square = 0;
+        for (int i = 0; i < t.down; i++)
+            mean += places_of(s, i, t.down) * means[i * width + c];
+        mean /= count;
+        for (int i = 0; i < t.down; i++) {
+            float d = means[i * width + c] - mean;
+            square += squares[i * width + c] + places_of(s, i, t.down) * d * d;
         }
-        for (int step = 16; step; step >>= 1) {
-            moments other = {__shfl_down_sync(~0u, m.n, step), __shfl_down_sync(~0u, m.mean, step),
-                             __shfl_down_sync(~0u, m.m2, step)};
-            m = join(m, other);
+        means[c] = mean;
+        squares[c] = square;
+    }
+    __syncthreads();
+    int warps = blockDim.x >> 5, lane = threadIdx.x & 31;
+    for (int group = threadIdx.x >> 5; group < g.groups; group += warps) { /* its channels */
+        float mean = 0, square = 0;
+        for (int c = group * each + lane; c < (group + 1) * each; c += 32)
+            mean += means[c];
+        mean = warp_sum(mean) / (float)each;
+        for (int c = group * each + lane; c < (group + 1) * each; c += 32) {
+            float d = means[c] - mean;
+            square += squares[c] + count * d * d;
         }
+        square = warp_sum(square);
         if (lane == 0) {
-            float *to = parts + ((image * t.pieces + blockIdx.x) * g.groups + group) * 3;
-            to[0] = m.n;
-            to[1] = m.mean;
-            to[2] = m.m2;
+            int64_t to = (s.image * g.groups + group) * t.pieces + blockIdx.x;
+            reinterpret_cast<float2 *>(parts)[to] = make_float2(mean, square);
         }
     }
 }
 
-/* (mean, 1 / deviation) of every group of the image, in shared memory: a warp takes groups in turn. */
-__device__ static void join_moments(const float *parts, vel_cu_group g, tiling t, int64_t image,
-                                    float *stats)
+enum { LANE_PIECES = MAX_PIECES / 32 };
+
+/* The pairs of one group's pieces, a lane's share of them; zeros past the end. */
+__device__ __forceinline__ void load_pairs(const float *parts, const vel_cu_group &g,
+                                           const tiling &t, int64_t image, int group,
+                                           float2 (&out)[LANE_PIECES])
 {
-    int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    const float2 *from = reinterpret_cast<const float2 *>(parts) +
+                         (image * g.groups + group) * t.pieces;
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < LANE_PIECES; i++)
+        out[i] = lane + 32 * i < t.pieces ? from[lane + 32 * i] : make_float2(0, 0);
+}
+
+/* (mean, 1 / deviation) of every group of the image, in shared memory: a warp takes groups in turn. */
+__device__ static void join_moments(const float *parts, const vel_cu_group &g, const tiling &t,
+                                    int64_t image, float *stats)
+{
+    int lane = threadIdx.x & 31, warps = blockDim.x >> 5, each = (int)g.width / g.groups;
     for (int group = threadIdx.x >> 5; group < g.groups; group += warps) {
-        moments m = {0, 0, 0};
-        for (int64_t i = lane; i < t.pieces; i += 32) {
-            const float *at = parts + ((image * t.pieces + i) * g.groups + group) * 3;
-            m = join(m, moments{at[0], at[1], at[2]});
+        float2 pair[LANE_PIECES];
+        float n[LANE_PIECES], mean = 0, square = 0;
+        load_pairs(parts, g, t, image, group, pair);
+#pragma unroll
+        for (int i = 0; i < LANE_PIECES; i++) {
+            int64_t places = min(t.each, g.places - (lane + 32 * i) * t.each);
+            n[i] = places > 0 ? (float)places : 0.0f;
+            mean += n[i] * pair[i].x;
         }
-        for (int step = 16; step; step >>= 1) {
-            moments other = {__shfl_down_sync(~0u, m.n, step), __shfl_down_sync(~0u, m.mean, step),
-                             __shfl_down_sync(~0u, m.m2, step)};
-            m = join(m, other);
-        }
+        mean = warp_sum(mean) / (float)g.places;
+#pragma unroll
+        for (int i = 0; i < LANE_PIECES; i++)
+            square += pair[i].y + n[i] * (float)each * (pair[i].x - mean) * (pair[i].x - mean);
+        square = warp_sum(square) / ((float)g.places * (float)each);
         if (lane == 0) {
-            stats[2 * group] = m.mean;
-            stats[2 * group + 1] = 1.0f / sqrtf(m.m2 / m.n + (float)g.eps);
+            stats[2 * group] = mean;
+            stats[2 * group + 1] = 1.0f / sqrtf(square + (float)g.eps);
         }
     }
     __syncthreads();
 }
 
 template <typename T, int V>
-__global__ void group_apply_kernel(const T *x, vel_cu_group g, tiling t, const float *parts,
+__global__ void BOUNDS(V) group_apply_kernel(const T *x, vel_cu_group g, tiling t, const float *parts,
                                    const float *w, const float *b, T *out, float *stats)
 {
     __shared__ float group_stats[2 * MAX_GROUPS];
-    int64_t image = blockIdx.y, begin = blockIdx.x * t.each, end = min(begin + t.each, g.places);
-    int column = threadIdx.x % t.across, line = threadIdx.x / t.across;
-    join_moments(parts, g, t, image, group_stats);
+    spot s = spot_of<V>(g, t);
+    float by[V], plus[V], mean[V], scale[V];
+    if (s.active) {
+        load_floats<V>(w + s.column, by);
+        load_floats<V>(b + s.column, plus);
+    }
+    join_moments(parts, g, t, s.image, group_stats);
     if (blockIdx.x == 0)
         for (int i = threadIdx.x; i < 2 * g.groups; i += blockDim.x)
-            stats[image * 2 * g.groups + i] = group_stats[i];
-    if (line >= t.down)
+            stats[s.image * 2 * g.groups + i] = group_stats[i];
+    if (!s.active)
         return;
-    int each = (int)(g.width / g.groups);
-    float by[V], plus[V];
-#pragma unroll
-    for (int k = 0; k < V; k++) { /* (x - mean) scale w + b = x by + plus, but without the loss */
-        int c = column * V + k, group = c / each;
-        by[k] = group_stats[2 * group + 1] * w[c];
-        plus[k] = b[c];
-    }
-    float mean[V];
+    of_groups<V>(group_stats, 0, s, (int)g.width / g.groups, mean);
+    of_groups<V>(group_stats, 1, s, (int)g.width / g.groups, scale);
 #pragma unroll
     for (int k = 0; k < V; k++)
-        mean[k] = group_stats[2 * ((column * V + k) / each)];
-    int64_t at = (image * g.places + begin + line) * g.width + column * V;
-    for (int64_t p = begin + line; p < end; p += t.down, at += t.down * g.width) {
+        by[k] *= scale[k];
+    int64_t at = s.at;
+#pragma unroll 2
+    for (int64_t p = s.begin + s.line; p < s.end; p += t.down, at += t.down * g.width) {
         float v[V];
         load<T, V>(x + at, v);
 #pragma unroll
@@ -174,28 +236,25 @@ __global__ void group_apply_kernel(const T *x, vel_cu_group g, tiling t, const f
 
 /* ---- gradient to x: scale (d - mean(d) - n mean(d n)), d = dy act'(n w + b) w ---- */
 
-/* parts [n, pieces, groups, 2]: sums of d and d n. Channels: [n, pieces, 2, width] instead, of
+/* parts [n, groups, pieces, 2]: sums of d and d n. CHANNELS: [n, pieces, 2, width] instead, of
  * dy act' n and dy act', for the gradients to w and b. */
 template <typename T, int V, bool CHANNELS>
-__global__ void group_sums_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
+__global__ void BOUNDS(V) group_sums_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
                                   const float *b, const float *stats, float *parts)
 {
     extern __shared__ float shared[]; /* [2][down][width] */
-    int64_t image = blockIdx.y, begin = blockIdx.x * t.each, end = min(begin + t.each, g.places);
-    int column = threadIdx.x % t.across, line = threadIdx.x / t.across, width = (int)g.width;
-    int each = width / g.groups;
-    if (line < t.down) {
+    spot s = spot_of<V>(g, t);
+    int width = (int)g.width, each = width / g.groups;
+    float *sums = shared, *products = shared + t.down * width;
+    if (s.active) {
         float mean[V], scale[V], wv[V], bv[V], sum[V] = {0}, product[V] = {0};
-#pragma unroll
-        for (int k = 0; k < V; k++) {
-            int c = column * V + k;
-            mean[k] = stats[2 * (image * g.groups + c / each)];
-            scale[k] = stats[2 * (image * g.groups + c / each) + 1];
-            wv[k] = w[c];
-            bv[k] = b[c];
-        }
-        int64_t at = (image * g.places + begin + line) * width + column * V;
-        for (int64_t p = begin + line; p < end; p += t.down, at += (int64_t)t.down * width) {
+        of_groups<V>(stats + 2 * s.image * g.groups, 0, s, each, mean);
+        of_groups<V>(stats + 2 * s.image * g.groups, 1, s, each, scale);
+        load_floats<V>(w + s.column, wv);
+        load_floats<V>(b + s.column, bv);
+        int64_t at = s.at;
+#pragma unroll 2
+        for (int64_t p = s.begin + s.line; p < s.end; p += t.down, at += (int64_t)t.down * width) {
             float v[V], d[V];
             load<T, V>(x + at, v);
             load<T, V>(dy + at, d);
@@ -210,76 +269,83 @@ __global__ void group_sums_kernel(const T *x, const T *dy, vel_cu_group g, tilin
 #pragma unroll
         for (int k = 0; k < V; k++) {
             float by = CHANNELS ? 1 : wv[k];
-            shared[line * width + column * V + k] = sum[k] * by;
-            shared[(t.down + line) * width + column * V + k] = product[k] * by;
+            sums[s.line * width + s.column + k] = sum[k] * by;
+            products[s.line * width + s.column + k] = product[k] * by;
         }
     }
     __syncthreads();
-    int64_t piece = image * t.pieces + blockIdx.x;
-    if (CHANNELS) {
-        for (int c = threadIdx.x; c < width; c += blockDim.x) {
-            float sum = 0, product = 0;
-            for (int i = 0; i < t.down; i++) {
-                sum += shared[i * width + c];
-                product += shared[(t.down + i) * width + c];
-            }
+    for (int c = threadIdx.x; c < width; c += blockDim.x) { /* lines of one channel */
+        float sum = 0, product = 0;
+        for (int i = 0; i < t.down; i++) {
+            sum += sums[i * width + c];
+            product += products[i * width + c];
+        }
+        if (CHANNELS) {
+            int64_t piece = s.image * t.pieces + blockIdx.x;
             parts[piece * 2 * width + c] = product;
             parts[(piece * 2 + 1) * width + c] = sum;
+        } else {
+            sums[c] = sum;
+            products[c] = product;
         }
-        return;
     }
+    if (CHANNELS)
+        return;
+    __syncthreads();
     int warps = blockDim.x >> 5, lane = threadIdx.x & 31;
     for (int group = threadIdx.x >> 5; group < g.groups; group += warps) {
         float sum = 0, product = 0;
-        for (int i = lane; i < each * t.down; i += 32) {
-            int at = i / each * width + group * each + i % each;
-            sum += shared[at];
-            product += shared[t.down * width + at];
+        for (int c = group * each + lane; c < (group + 1) * each; c += 32) {
+            sum += sums[c];
+            product += products[c];
         }
         sum = warp_sum(sum);
         product = warp_sum(product);
         if (lane == 0) {
-            parts[(piece * g.groups + group) * 2] = sum;
-            parts[(piece * g.groups + group) * 2 + 1] = product;
+            int64_t to = (s.image * g.groups + group) * t.pieces + blockIdx.x;
+            reinterpret_cast<float2 *>(parts)[to] = make_float2(sum, product);
         }
     }
 }
 
 template <typename T, int V>
-__global__ void group_grad_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
+__global__ void BOUNDS(V) group_grad_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
                                   const float *b, const float *stats, const float *parts, T *out)
 {
     __shared__ float means[2 * MAX_GROUPS];
-    int64_t image = blockIdx.y, begin = blockIdx.x * t.each, end = min(begin + t.each, g.places);
-    int column = threadIdx.x % t.across, line = threadIdx.x / t.across;
+    spot s = spot_of<V>(g, t);
     int warps = blockDim.x >> 5, lane = threadIdx.x & 31, each = (int)(g.width / g.groups);
     float over = 1.0f / ((float)g.places * (float)each);
     for (int group = threadIdx.x >> 5; group < g.groups; group += warps) {
+        float2 pair[LANE_PIECES];
         float sum = 0, product = 0;
-        for (int64_t i = lane; i < t.pieces; i += 32) {
-            const float *at = parts + ((image * t.pieces + i) * g.groups + group) * 2;
-            sum += at[0];
-            product += at[1];
+        load_pairs(parts, g, t, s.image, group, pair);
+#pragma unroll
+        for (int i = 0; i < LANE_PIECES; i++) {
+            sum += pair[i].x;
+            product += pair[i].y;
         }
-        means[2 * group] = warp_sum(sum) * over;
-        means[2 * group + 1] = warp_sum(product) * over;
+        sum = warp_sum(sum) * over;
+        product = warp_sum(product) * over;
+        if (lane == 0) {
+            means[2 * group] = sum;
+            means[2 * group + 1] = product;
+        }
+    }
+    float mean[V], scale[V], wv[V], bv[V], mean_d[V], mean_dn[V];
+    if (s.active) {
+        of_groups<V>(stats + 2 * s.image * g.groups, 0, s, each, mean);
+        of_groups<V>(stats + 2 * s.image * g.groups, 1, s, each, scale);
+        load_floats<V>(w + s.column, wv);
+        load_floats<V>(b + s.column, bv);
     }
     __syncthreads();
-    if (line >= t.down)
+    if (!s.active)
         return;
-    float mean[V], scale[V], wv[V], bv[V], mean_d[V], mean_dn[V];
-#pragma unroll
-    for (int k = 0; k < V; k++) {
-        int c = column * V + k, group = c / each;
-        mean[k] = stats[2 * (image * g.groups + group)];
-        scale[k] = stats[2 * (image * g.groups + group) + 1];
-        wv[k] = w[c];
-        bv[k] = b[c];
-        mean_d[k] = means[2 * group];
-        mean_dn[k] = means[2 * group + 1];
-    }
-    int64_t at = (image * g.places + begin + line) * g.width + column * V;
-    for (int64_t p = begin + line; p < end; p += t.down, at += t.down * g.width) {
+    of_groups<V>(means, 0, s, each, mean_d);
+    of_groups<V>(means, 1, s, each, mean_dn);
+    int64_t at = s.at;
+    for (int64_t p = s.begin + s.line; p < s.end; p += t.down, at += t.down * g.width) {
         float v[V], d[V];
         load<T, V>(x + at, v);
         load<T, V>(dy + at, d);
@@ -389,7 +455,7 @@ static void forward(cudaStream_t s, vel_cu_group g, tiling t, const T *x, const 
                     const float *b, T *out, float *stats, float *parts)
 {
     dim3 grid((unsigned)t.pieces, (unsigned)g.n);
-    size_t shared = sizeof(float) * 3 * (size_t)t.down * (size_t)g.width;
+    size_t shared = sizeof(float) * 2 * (size_t)t.down * (size_t)g.width;
     group_moments_kernel<T, V><<<grid, t.threads, shared, s>>>(x, g, t, parts);
     group_apply_kernel<T, V><<<grid, t.threads, 0, s>>>(x, g, t, parts, w, b, out, stats);
 }
@@ -418,7 +484,7 @@ static void group_norm(cudaStream_t s, vel_cu_group g, const T *x, const float *
                        T *out, float *stats, float *parts)
 {
     constexpr int V = VECTOR<T>();
-    tiling t = tile(g, aligned(x) && aligned(out) ? V : 1);
+    tiling t = tile(g, aligned(x) && aligned(out) && aligned(w) && aligned(b) ? V : 1);
     if (!tiled(g, &t))
         group_any_kernel<T><<<(unsigned)(g.n * g.groups), 256, 0, s>>>(x, NULL, g, w, b, stats, out);
     else if (t.v == V)
@@ -433,7 +499,8 @@ static void group_norm_grad(cudaStream_t s, vel_cu_group g, const T *x, const fl
                             float *db, float *parts)
 {
     constexpr int V = VECTOR<T>();
-    tiling t = tile(g, aligned(x) && aligned(dy) && (!out || aligned(out)) ? V : 1);
+    bool vectors = aligned(x) && aligned(dy) && aligned(w) && aligned(b) && (!out || aligned(out));
+    tiling t = tile(g, vectors ? V : 1);
     if (!tiled(g, &t) && out)
         group_any_kernel<T><<<(unsigned)(g.n * g.groups), 256, 0, s>>>(x, dy, g, w, b,
                                                                        (float *)stats, out);
@@ -447,7 +514,7 @@ static void group_norm_grad(cudaStream_t s, vel_cu_group g, const T *x, const fl
 
 extern "C" size_t vel_cu_group_norm_scratch(vel_cu_group g)
 {
-    int64_t pairs = 3 * g.groups > 2 * g.width ? 3 * g.groups : 2 * g.width;
+    int64_t pairs = 2 * (g.groups > g.width ? g.groups : g.width);
     return sizeof(float) * (size_t)(g.n * MAX_PIECES * pairs);
 }
 

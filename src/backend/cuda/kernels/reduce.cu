@@ -154,6 +154,72 @@ extern "C" void vel_cu_reduce(cudaStream_t s, int type, const void *x, vel_cu_sh
             parts, a.results, (int)splits, largest, out);
 }
 
+/* ---- lengths of the rows or columns of a weight and its change; sums of x dy by channel ---- */
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    row_norm_kernel(const T *w, const float *change, axes_of a, float *out)
+{
+    int64_t first = place(blockIdx.x, a.n_kept, a.kept, a.kept_stride);
+    float sum = 0;
+    for (int64_t i = threadIdx.x; i < a.length; i += THREADS) {
+        int64_t at = first + place(i, a.n_reduced, a.reduced, a.reduced_stride);
+        float v = to_float(w[at]) + change[at];
+        sum += v * v;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0)
+        out[blockIdx.x] = sqrtf(sum + 1e-30f);
+}
+
+extern "C" void vel_cu_row_norm(cudaStream_t s, int type, const void *w, const float *change,
+                                vel_cu_shape shape, int columns, float *out)
+{
+    axes_of a = split_axes(shape, ((1u << shape.rank) - 1) & ~(1u << (columns ? 1 : 0)));
+    VEL_CU_EACH_TYPE(type, row_norm_kernel<T><<<(unsigned)a.results, THREADS, 0, s>>>(
+                               (const T *)w, change, a, out));
+}
+
+static int64_t channel_splits(int64_t rows) { return rows < 64 ? rows : 64; }
+
+extern "C" size_t vel_cu_channel_sums_scratch(int64_t rows, int64_t width)
+{
+    return sizeof(float) * (size_t)(channel_splits(rows) * width);
+}
+
+/* parts [width, splits]: 32 channels by 8 rows at a time. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    channel_sums_kernel(const T *x, const T *dy, float *parts, int64_t rows, int64_t width,
+                        int64_t each)
+{
+    __shared__ float part[8][32];
+    int64_t c = (int64_t)blockIdx.x * 32 + threadIdx.x, begin = blockIdx.y * each;
+    int64_t end = begin + each < rows ? begin + each : rows;
+    float sum = 0;
+    if (c < width)
+        for (int64_t r = begin + threadIdx.y; r < end; r += 8)
+            sum += to_float(x[r * width + c]) * to_float(dy[r * width + c]);
+    part[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || c >= width)
+        return;
+    for (int i = 1; i < 8; i++)
+        sum += part[i][threadIdx.x];
+    parts[c * gridDim.y + blockIdx.y] = sum;
+}
+
+extern "C" void vel_cu_channel_sums(cudaStream_t s, int type, const void *x, const void *dy,
+                                    float *out, int64_t rows, int64_t width, void *scratch)
+{
+    int64_t splits = channel_splits(rows), each = (rows + splits - 1) / splits;
+    dim3 grid(blocks_for(width, 32), (unsigned)splits), block(32, 8);
+    VEL_CU_EACH_TYPE(type, channel_sums_kernel<T><<<grid, block, 0, s>>>(
+                               (const T *)x, (const T *)dy, (float *)scratch, rows, width, each));
+    join_parts_kernel<<<blocks_for(width, THREADS), THREADS, 0, s>>>((const float *)scratch, width,
+                                                                     (int)splits, 0, out);
+}
+
 /* ---- sum of squares: in float64, as the CPU's ---- */
 
 enum { SQUARE_BLOCKS = 512 };
