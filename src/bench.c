@@ -103,7 +103,11 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
     vel_train_options how = {.targets = o->targets,
                              .text_targets = "attn+mlp",
                              .rank = o->rank,
-                             .network = "lora",
+                             .network = o->adapter,
+                             .use_dora = o->dora,
+                             .wd_on_output = true,
+                             .dora_norm_gradient = o->dora_norm_gradient,
+                             .lokr_factor = o->factor,
                              .train_unet = true,
                              .train_text_encoder = o->train_text_encoder};
     vel_adapter_site *sites;

@@ -33,9 +33,9 @@ typedef struct vel_score_options {
 
 typedef struct vel_bench_options {
     const char *what; /* "step", "unet", "vae_decode", "vae_encode", "text", or an op's name */
-    const char *model, *device, *precision, *shapes, *targets;
-    int batch, width, height, rank, repeats, length;
-    bool gradient_checkpointing, profile, train_text_encoder;
+    const char *model, *device, *precision, *shapes, *targets, *adapter;
+    int batch, width, height, rank, repeats, length, factor;
+    bool gradient_checkpointing, profile, train_text_encoder, dora, dora_norm_gradient;
 } vel_bench_options;
 
 struct vel_params {

@@ -103,6 +103,253 @@ TEST(adapter_file_round_trips)
     round_trip(t, "diffusers", VEL_FILE_F16, 1);
 }
 
+/* ---- the other kinds ---- */
+
+typedef struct made { /* a leaf of a made-up module */
+    vel_adapter_leaf leaf;
+    vel_leaf_dims dims;
+} made;
+
+/* A module over known[k] with these leaves, all of values of their own. */
+static vel_status make_module(vel_ctx *ctx, vel_adapter_module *m, int k, const char *kind,
+                              double alpha, int rank, const made *leaves, int n)
+{
+    *m = (vel_adapter_module){.path = vel_strdup(ctx, known[k].path),
+                              .kind = kind,
+                              .weight_rank = known[k].weight_rank,
+                              .rank = rank,
+                              .alpha = alpha};
+    memcpy(m->weight_dim, known[k].weight_dim, sizeof m->weight_dim);
+    for (int i = 0; i < n; i++) {
+        float *v = set_leaf(ctx, m, leaves[i].leaf, leaves[i].dims);
+        if (!v)
+            return VEL_NO_MEMORY;
+        for (int64_t j = 0; j < vel_adapter_tensor_count(&m->leaf[leaves[i].leaf]); j++)
+            v[j] = (float)(i + 1) - (float)(j % 16) / 8;
+    }
+    return m->path ? VEL_OK : VEL_NO_MEMORY;
+}
+
+/* The leaf that may carry the strength instead of alpha. */
+static void check_module(vel_test *t, const char *what, const vel_adapter_module *a,
+                         const vel_adapter_module *b)
+{
+    bool has[VEL_ADAPTER_LEAVES];
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        has[i] = a->leaf[i].v != NULL;
+    int scaled = vel_adapter_scaled_leaf(a->kind, has);
+    CHECK_MSG(strcmp(a->kind, b->kind) == 0 && strcmp(a->path, b->path) == 0, "%s", what);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        const vel_adapter_tensor *x = &a->leaf[i], *y = &b->leaf[i];
+        bool same = x->dims.rank == y->dims.rank &&
+                    memcmp(x->dims.dim, y->dims.dim, (size_t)x->dims.rank * sizeof(int64_t)) == 0;
+        CHECK_MSG(same, "%s: %s", what, vel_adapter_leaf_name((vel_adapter_leaf)i));
+        double by_a = i == scaled ? a->alpha / a->rank : 1;
+        double by_b = i == scaled ? b->alpha / b->rank : 1;
+        for (int64_t j = 0; same && x->v && j < vel_adapter_tensor_count(x); j++)
+            CHECK_MSG(fabs(x->v[j] * by_a - y->v[j] * by_b) < 1e-6, "%s: %s", what,
+                      vel_adapter_leaf_name((vel_adapter_leaf)i));
+    }
+}
+
+#define TWO(a, b)                                                                                  \
+    {                                                                                              \
+        2,                                                                                         \
+        {                                                                                          \
+            a, b                                                                                   \
+        }                                                                                          \
+    }
+#define FOUR(a, b, c, d)                                                                           \
+    {                                                                                              \
+        4,                                                                                         \
+        {                                                                                          \
+            a, b, c, d                                                                             \
+        }                                                                                          \
+    }
+
+static const struct kind_row {
+    const char *what, *kind;
+    int module, rank;
+    double alpha;
+    const char *dialects; /* that can hold it */
+    made leaf[6];
+} kind_rows[] = {
+    {"LoHa",
+     "loha",
+     LINEAR,
+     2,
+     3,
+     "kohya diffusers peft",
+     {{VEL_LEAF_HADA_W1_A, TWO(8, 2)},
+      {VEL_LEAF_HADA_W1_B, TWO(2, 6)},
+      {VEL_LEAF_HADA_W2_A, TWO(8, 2)},
+      {VEL_LEAF_HADA_W2_B, TWO(2, 6)}}},
+    {"LoHa on a convolution",
+     "loha",
+     FULL_CONV,
+     2,
+     1,
+     "kohya diffusers peft",
+     {{VEL_LEAF_HADA_W1_A, TWO(4, 2)},
+      {VEL_LEAF_HADA_W1_B, TWO(2, 72)},
+      {VEL_LEAF_HADA_W2_A, TWO(4, 2)},
+      {VEL_LEAF_HADA_W2_B, TWO(2, 72)}}},
+    {"LoHa with cores",
+     "loha",
+     FULL_CONV,
+     2,
+     1,
+     "kohya diffusers peft",
+     {{VEL_LEAF_HADA_W1_A, TWO(2, 4)},
+      {VEL_LEAF_HADA_W1_B, TWO(2, 8)},
+      {VEL_LEAF_HADA_W2_A, TWO(2, 4)},
+      {VEL_LEAF_HADA_W2_B, TWO(2, 8)},
+      {VEL_LEAF_HADA_T1, FOUR(2, 2, 3, 3)},
+      {VEL_LEAF_HADA_T2, FOUR(2, 2, 3, 3)}}},
+    {"LoKr",
+     "lokr",
+     OUT,
+     1,
+     2,
+     "kohya diffusers peft",
+     {{VEL_LEAF_LOKR_W1, TWO(2, 2)},
+      {VEL_LEAF_LOKR_W2_A, TWO(4, 1)},
+      {VEL_LEAF_LOKR_W2_B, TWO(1, 4)}}},
+    {"LoKr of two whole matrices",
+     "lokr",
+     OUT,
+     4,
+     2,
+     "kohya diffusers peft",
+     {{VEL_LEAF_LOKR_W1, TWO(2, 2)}, {VEL_LEAF_LOKR_W2, TWO(4, 4)}}},
+    {"LoKr of odd factors",
+     "lokr",
+     LINEAR,
+     1,
+     2,
+     "kohya",
+     {{VEL_LEAF_LOKR_W1, TWO(8, 1)}, {VEL_LEAF_LOKR_W2, TWO(1, 6)}}},
+    {"LoKr on a convolution",
+     "lokr",
+     FULL_CONV,
+     1,
+     2,
+     "kohya diffusers peft",
+     {{VEL_LEAF_LOKR_W1, TWO(2, 2)},
+      {VEL_LEAF_LOKR_W2_A, TWO(2, 1)},
+      {VEL_LEAF_LOKR_W2_B, TWO(1, 36)}}},
+    {"DoRA",
+     "lora",
+     LINEAR,
+     2,
+     3,
+     "kohya diffusers peft",
+     {{VEL_LEAF_LORA_DOWN, TWO(2, 6)},
+      {VEL_LEAF_LORA_UP, TWO(8, 2)},
+      {VEL_LEAF_DORA_SCALE, TWO(8, 1)}}},
+    {"DoRA on a convolution",
+     "lora",
+     FULL_CONV,
+     2,
+     2,
+     "kohya diffusers peft",
+     {{VEL_LEAF_LORA_DOWN, FOUR(2, 8, 3, 3)},
+      {VEL_LEAF_LORA_UP, FOUR(4, 2, 1, 1)},
+      {VEL_LEAF_DORA_SCALE, FOUR(4, 1, 1, 1)}}},
+    {"DoRA over columns",
+     "lora",
+     LINEAR,
+     2,
+     2,
+     "kohya",
+     {{VEL_LEAF_LORA_DOWN, TWO(2, 6)},
+      {VEL_LEAF_LORA_UP, TWO(8, 2)},
+      {VEL_LEAF_DORA_SCALE, TWO(1, 6)}}},
+    {"DoRA over LoHa",
+     "loha",
+     LINEAR,
+     2,
+     3,
+     "kohya",
+     {{VEL_LEAF_HADA_W1_A, TWO(8, 2)},
+      {VEL_LEAF_HADA_W1_B, TWO(2, 6)},
+      {VEL_LEAF_HADA_W2_A, TWO(8, 2)},
+      {VEL_LEAF_HADA_W2_B, TWO(2, 6)},
+      {VEL_LEAF_DORA_SCALE, TWO(8, 1)}}},
+    {"LoCon with a core",
+     "lora",
+     FULL_CONV,
+     2,
+     3,
+     "kohya",
+     {{VEL_LEAF_LORA_DOWN, FOUR(2, 8, 1, 1)},
+      {VEL_LEAF_LORA_UP, FOUR(4, 2, 1, 1)},
+      {VEL_LEAF_LORA_MID, FOUR(2, 2, 3, 3)}}},
+    {"a whole change",
+     "full",
+     LINEAR,
+     1,
+     1,
+     "kohya",
+     {{VEL_LEAF_DIFF, TWO(8, 6)}, {VEL_LEAF_DIFF_B, {1, {8}}}}},
+};
+
+static void check_kind(vel_test *t, const struct kind_row *row, const char *dialect)
+{
+    vel_adapter_module m;
+    vel_adapter_file f = {.ctx = t->ctx, .modules = &m, .n = 1}, *g = NULL;
+    char what[96], name[64];
+    snprintf(what, sizeof what, "%s, %s", row->what, dialect);
+    snprintf(name, sizeof name, "%s%s", dialect, strcmp(dialect, "peft") ? ".safetensors" : "");
+    char *path = vel_path_join(t->ctx, t->folder, name);
+    int n = 0;
+    while (n < VEL_COUNT(row->leaf) && row->leaf[n].dims.rank)
+        n++;
+    vel_status st =
+        make_module(t->ctx, &m, row->module, row->kind, row->alpha, row->rank, row->leaf, n);
+    if (!st && path) {
+        st = vel_adapter_file_write(&f, path, dialect, VEL_FILE_F32, NULL);
+        if (!strstr(row->dialects, dialect)) {
+            CHECK_MSG(st == VEL_UNSUPPORTED && strstr(vel_ctx_error(t->ctx), "use kohya"), "%s: %s",
+                      what, vel_ctx_error(t->ctx));
+        } else {
+            CHECK_MSG(st == VEL_OK, "%s: %s", what, vel_ctx_error(t->ctx));
+            CHECK_OK(vel_adapter_file_read(t->ctx, path, known, N_KNOWN, &g));
+        }
+    }
+    if (g && g->n == 1)
+        check_module(t, what, &m, &g->modules[0]);
+    vel_adapter_file_destroy(g);
+    vel_adapter_module_finish(t->ctx, &m);
+    vel_free(t->ctx, path);
+}
+
+TEST(adapter_file_kinds)
+{
+    static const char *const dialects[] = {"kohya", "diffusers", "peft"};
+    for (int i = 0; i < VEL_COUNT(kind_rows); i++)
+        for (int d = 0; d < VEL_COUNT(dialects); d++)
+            check_kind(t, &kind_rows[i], dialects[d]);
+}
+
+/* LyCORIS' and PEFT's own examples of the rule. */
+TEST(adapter_file_lokr_factors)
+{
+    static const struct {
+        int64_t dimension;
+        int factor;
+        int64_t small, large;
+    } rows[] = {{127, -1, 1, 127}, {128, -1, 8, 16},   {250, -1, 10, 25}, {360, 16, 15, 24},
+                {512, 4, 4, 128},  {1024, 16, 16, 64}, {250, 4, 2, 125},  {320, -1, 16, 20},
+                {96, 64, 8, 12},   {6, 3, 2, 3}};
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        int64_t small, large;
+        vel_lokr_factors(rows[i].dimension, rows[i].factor, &small, &large);
+        CHECK_MSG(small == rows[i].small && large == rows[i].large, "%d: %d x %d", i, (int)small,
+                  (int)large);
+    }
+}
+
 TEST(adapter_file_unknown_dialect)
 {
     vel_adapter_file f;

@@ -175,6 +175,10 @@ TEST(train_resumed_equals_uninterrupted)
         "dropout=0.2 caption_dropout=0.5 noise_offset=0.05 min_snr_gamma=5 flip=yes batch=2 "
         "accumulation=2",
         "optimizer=AdamWScheduleFree optimizer_args=warmup_steps=2 save_every=1",
+        "network=loha rank_dropout=0.3 module_dropout=0.2 scale_weight_norms=0.05",
+        "network=lokr lokr_factor=4 use_dora=yes dropout=0.1 loraplus_lr_ratio=4",
+        "network=locon conv_rank=1 use_tucker=yes use_dora=yes rank_dropout=0.5 use_rslora=yes "
+        "loraplus_lr_ratio=4 scale_weight_norms=0.1",
     };
     static watch w;
     char settings[512], whole[32], half[32], a[64], b[64];
@@ -193,6 +197,38 @@ TEST(train_resumed_equals_uninterrupted)
         snprintf(b, sizeof b, "%s/a.safetensors", half);
         CHECK_MSG(same_files(t, a, b), "%s: the resumed run gives another adapter", kinds[i]);
     }
+}
+
+/* ---- other adapters ---- */
+
+/* A run that starts from a file, and at rate 0, gives the file back, whatever alpha says; a run
+ * over a base with the file merged begins with the loss that a warm start begins with. */
+TEST(train_starts_from_an_adapter)
+{
+    static watch w;
+    char path[4200], settings[9000];
+    snprintf(path, sizeof path, "%s/first/a.safetensors", t->folder);
+    CHECK_OK(train(t, &w, "first", "network=lokr lokr_factor=4 steps=2"));
+    double second = w.loss[1];
+    snprintf(settings, sizeof settings,
+             "network=lokr lokr_factor=4 alpha=2 network_weights=%s learning_rate=0 steps=2 "
+             "adam_weight_decay=0",
+             path);
+    CHECK_OK(train(t, &w, "again", settings));
+    double warm = w.loss[0];
+    CHECK(w.loss[1] != second); /* the same noise, another adapter */
+    snprintf(settings, sizeof settings, "rank=2 base_weights=%s steps=1", path);
+    CHECK_OK(train(t, &w, "merged", settings));
+    CHECK_MSG(fabs(w.loss[0] - warm) < 1e-4 * warm, "merged %g, warm %g", w.loss[0], warm);
+    snprintf(settings, sizeof settings,
+             "network_weights=%s dim_from_weights=yes learning_rate=0 steps=1", path);
+    CHECK_OK(train(t, &w, "shapes", settings));
+    CHECK_MSG(fabs(w.loss[0] - warm) < 1e-6 * warm, "shapes %g, warm %g", w.loss[0], warm);
+    snprintf(settings, sizeof settings, "network_weights=%s steps=1", path);
+    CHECK(train(t, &w, "wrong", settings) == VEL_BAD_VALUE && says(t, "--network lokr"));
+    snprintf(settings, sizeof settings, "network=lokr lokr_factor=2 network_weights=%s steps=1",
+             path);
+    CHECK(train(t, &w, "wrong", settings) == VEL_BAD_VALUE && says(t, "--dim_from_weights"));
 }
 
 TEST(train_refuses_to_resume_with_other_settings)

@@ -41,6 +41,7 @@ static const struct {
     {"attn", ATTENTION, TEXT_ATTENTION},
     {"attn+mlp", ATTENTION "," FEED_FORWARD, TEXT_ATTENTION ",*.fc1,*.fc2"},
     {"all", ATTENTION "," FEED_FORWARD "," CONVOLUTIONS, TEXT_ATTENTION ",*.fc1,*.fc2"},
+    {"conv", CONVOLUTIONS, ""},
 };
 
 const char *vel_adapter_preset(const char *name, bool text_encoder)

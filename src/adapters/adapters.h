@@ -36,6 +36,7 @@ typedef struct vel_adapter_how {
     bool root_scale; /* the strength is alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023) */
     int factor;      /* LoKr: of the first matrix; 0 and -1: near the square root */
     bool decompose_both, full_matrix; /* LoKr: the first matrix too has a rank; none has */
+    bool unbalanced;                  /* LoKr: the first has the larger factor of the rows */
     bool tucker;                      /* convolutions get a core */
     bool dora, dora_columns;
 } vel_adapter_how;
@@ -124,8 +125,8 @@ vel_status vel_apply_trained(vel_graph **g, const vel_trained *what);
 
 /* Presets of targets, as glob patterns over the path: "attn" (to_q, to_k, to_v, to_out.0),
  * "attn+mlp"
- * (+ feed-forward and projections: kohya's default), "all" (+ 3x3 convolutions), and
- * text_encoder's. NULL when there is none of that name. */
+ * (+ feed-forward and projections: kohya's default), "all" (+ 3x3 convolutions), "conv" (those
+ * alone), and text_encoder's. NULL when there is none of that name. */
 const char *vel_adapter_preset(const char *name, bool text_encoder);
 
 #endif

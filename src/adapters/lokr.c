@@ -11,6 +11,11 @@ static void shape(vel_adapter_site *s, const vel_adapter_how *how)
     int factor = how->factor ? how->factor : -1;
     vel_lokr_factors(w[0], factor, &out1, &out2);
     vel_lokr_factors(w[1], factor, &in1, &in2);
+    if (how->unbalanced) {
+        int64_t larger = out2;
+        out2 = out1;
+        out1 = larger;
+    }
     if (how->decompose_both && !how->full_matrix && 2 * r < VEL_MAX(out1, in1)) {
         s->leaf[VEL_LEAF_LOKR_W1_A] = VEL_SHAPE(out1, r);
         s->leaf[VEL_LEAF_LOKR_W1_B] = VEL_SHAPE(r, in1);

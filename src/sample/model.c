@@ -53,6 +53,8 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     vel_model *m = user;
     if (vel_has_prefix(path, "adapter."))
         return vel_model_find_adapter_tensor(m, path, out);
+    if (vel_model_find_merged(m, path, out))
+        return true;
     model_part *part = find_part(m, path, strcspn(path, "."));
     const vel_file_tensor *t = NULL;
     char name[512];
@@ -265,6 +267,7 @@ void vel_model_close(vel_model *m)
 {
     if (!m)
         return;
+    vel_model_forget_merged(m);
     vel_model_drop_plans(m);
     vel_model_remove_adapters(m);
     vel_engine_destroy(m->engine);

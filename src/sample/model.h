@@ -21,6 +21,12 @@ typedef struct model_adapter {
     vel_adapter_site *sites; /* one for each of the file's modules */
 } model_adapter;
 
+typedef struct merged_weight { /* a weight that an adapter was merged into */
+    char *path;
+    vel_shape shape;
+    float *v;
+} merged_weight;
+
 typedef enum plan_kind { PLAN_TEXT, PLAN_DENOISE, PLAN_DECODE, PLAN_ENCODE } plan_kind;
 
 typedef struct cached_plan {
@@ -49,6 +55,8 @@ struct vel_model {
     int n_modules;
     model_adapter *adapters;
     int n_adapters;
+    merged_weight *merged;
+    int n_merged;
     vel_trained trained; /* what it points at is borrowed; all zero: off */
     cached_plan plans[VEL_MAX_PLANS];
     int n_plans;
@@ -66,6 +74,9 @@ vel_status vel_model_adapt_graph(vel_model *m, vel_graph **g);
 vel_status vel_model_set_strengths(vel_model *m, vel_plan *p);
 /* An adapter's leaf for the engine; path starts with "adapter.". */
 bool vel_model_find_adapter_tensor(vel_model *m, const char *path, vel_source_tensor *out);
+/* A weight that an adapter was merged into; false: path is none. */
+bool vel_model_find_merged(const vel_model *m, const char *path, vel_source_tensor *out);
+void vel_model_forget_merged(vel_model *m);
 /* Forgets the plans that adapters change. */
 void vel_model_drop_adapted_plans(vel_model *m);
 void vel_model_drop_plans(vel_model *m);

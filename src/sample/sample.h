@@ -94,6 +94,8 @@ vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *
 vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *path, double weight);
 vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight);
 void vel_model_remove_adapters(vel_model *m);
+/* Adds an adapter's change to the model's weights for good, in float32, before any plan is made. */
+vel_status vel_model_merge_adapter(vel_model *m, const char *path, double weight);
 /* Previews in training: the graph is rewritten to read what is being trained (what it points at is
  * borrowed); NULL off. */
 struct vel_trained;

@@ -218,12 +218,60 @@ static void put_model(train_session *s, json_t *meta)
     /* No date: the same settings and seed give the same file, byte for byte. */
 }
 
+/* kohya's module for plain LoRA, LyCORIS' for the rest, with the arguments that make them. */
+static void put_network(const vel_train_options *o, json_t *meta)
+{
+    bool plain =
+        strcmp(o->network, "lora") == 0 && !o->use_dora && !o->use_rslora && !o->use_tucker;
+    bool lokr = strcmp(o->network, "lokr") == 0;
+    json_t *args = json_object();
+    if (!plain)
+        json_object_set_new(args, "algo", json_string(o->network));
+    if (o->conv_rank > 0)
+        put(args, "conv_dim", "%d", o->conv_rank);
+    if (o->conv_alpha > 0)
+        put(args, "conv_alpha", "%g", o->conv_alpha);
+    if (lokr)
+        put(args, "factor", "%d", o->lokr_factor);
+    const struct {
+        const char *name;
+        double value;
+    } numbers[] = {{"rank_dropout", o->rank_dropout},
+                   {"module_dropout", o->module_dropout},
+                   {"loraplus_lr_ratio", o->loraplus_lr_ratio},
+                   {"loraplus_unet_lr_ratio", o->loraplus_unet_lr_ratio},
+                   {"loraplus_text_encoder_lr_ratio", o->loraplus_text_lr_ratio}};
+    for (int i = 0; i < VEL_COUNT(numbers); i++)
+        if (numbers[i].value > 0)
+            put(args, numbers[i].name, "%g", numbers[i].value);
+    const struct {
+        const char *name;
+        bool on;
+    } flags[] = {{"dora_wd", o->use_dora},
+                 {"rs_lora", o->use_rslora},
+                 {"use_tucker", o->use_tucker},
+                 {"decompose_both", lokr && o->decompose_both},
+                 {"full_matrix", lokr && o->full_matrix},
+                 {"unbalanced_factorization", lokr && o->unbalanced_factorization}};
+    for (int i = 0; i < VEL_COUNT(flags); i++)
+        if (flags[i].on)
+            put(args, flags[i].name, "True");
+    char *text = json_dumps(args, JSON_COMPACT | JSON_PRESERVE_ORDER);
+    put(meta, "ss_network_module", "%s", plain ? "networks.lora" : "lycoris.kohya");
+    if (json_object_size(args))
+        put(meta, "ss_network_args", "%s", text ? text : "{}");
+    if (o->scale_weight_norms > 0)
+        put(meta, "ss_scale_weight_norms", "%g", o->scale_weight_norms);
+    free(text);
+    json_decref(args);
+}
+
 json_t *vel_keep_metadata(train_session *s)
 {
     const vel_train_options *o = s->o;
     json_t *meta = json_object();
     put(meta, "ss_output_name", "%s", o->output_name);
-    put(meta, "ss_network_module", "networks.lora");
+    put_network(o, meta);
     put(meta, "ss_network_dim", "%d", o->rank);
     put(meta, "ss_network_alpha", "%g", o->alpha > 0 ? o->alpha : (double)o->rank);
     put(meta, "ss_network_dropout", "%g", o->dropout);

@@ -23,6 +23,10 @@ vel_status vel_method_prepare(train_session *s)
                             "nothing is trained: neither the denoiser nor the text encoder");
     }
     VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
+    if (o->dim_from_weights && !o->network_weights)
+        return vel_fail(s->ctx, VEL_BAD_VALUE, "--dim_from_weights: wants --network_weights");
+    if (o->dim_from_weights)
+        VEL_TRY(vel_train_take_shapes(s->model, o->network_weights, s->sites, &s->n_sites));
     s->adaption = (vel_adaption){s->sites, s->n_sites};
     s->trained.adaptions = &s->adaption;
     s->trained.n_adaptions = 1;
@@ -48,6 +52,8 @@ vel_status vel_method_first_values(train_session *s)
         VEL_TRY(vel_train_load_weights(s->model, &s->thaw));
     if (s->trained.n_adaptions)
         VEL_TRY(vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed));
+    if (s->trained.n_adaptions && s->o->network_weights)
+        return vel_train_warm_start(s->model, s->o->network_weights, s->sites, s->n_sites);
     return VEL_OK;
 }
 

@@ -53,16 +53,18 @@ static bool is_skipped(const vel_known_module *modules, int n, const char *path,
     return layer > last + 1 - clip_skip;
 }
 
-/* Sites of modules under a part that match the patterns. */
+/* Sites of modules under a part that match the patterns, or more of them (NULL: none). */
 static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
                        const vel_train_options *o, const char *part, const char *patterns,
-                       vel_adapter_site *out)
+                       const char *more, vel_adapter_site *out)
 {
     int found = 0;
+    bool locon = strcmp(o->network, "locon") == 0; /* LoRA on convolutions as well */
     for (int i = 0; i < n; i++) {
         const vel_known_module *m = &modules[i];
-        if (strncmp(m->path, part, strlen(part)) != 0 || m->path[strlen(part)] != '.' ||
-            !vel_glob(patterns, m->path))
+        if (m->weight_rank < 2 || strncmp(m->path, part, strlen(part)) != 0 ||
+            m->path[strlen(part)] != '.' ||
+            !(vel_glob(patterns, m->path) || (more && vel_glob(more, m->path))))
             continue;
         if (strcmp(part, "text_encoder") == 0 && is_skipped(modules, n, m->path, o->clip_skip))
             continue;
@@ -71,11 +73,25 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
         double alpha = conv && o->conv_alpha > 0 ? o->conv_alpha : o->alpha;
         vel_adapter_site *site = &out[found++];
         *site = (vel_adapter_site){.path = vel_arena_strdup(a, m->path),
-                                   .kind = vel_adapter_find(o->network),
+                                   .kind = vel_adapter_find(locon ? "lora" : o->network),
                                    .weight = vel_shape_of(m->weight_rank, m->weight_dim),
                                    .dropout = o->dropout,
+                                   .rank_dropout = o->rank_dropout,
+                                   .rank_rescale = o->rank_dropout_scale,
+                                   .module_dropout = o->module_dropout,
+                                   .norm_gradient = o->dora_norm_gradient,
                                    .stream = (uint32_t)i + 1};
-        vel_adapter_site_make(site, &(vel_adapter_how){.rank = rank, .alpha = alpha});
+        vel_adapter_how how = {.rank = rank,
+                               .alpha = alpha,
+                               .root_scale = o->use_rslora,
+                               .factor = o->lokr_factor,
+                               .decompose_both = o->decompose_both,
+                               .full_matrix = o->full_matrix,
+                               .unbalanced = o->unbalanced_factorization,
+                               .tucker = o->use_tucker,
+                               .dora = o->use_dora,
+                               .dora_columns = !o->wd_on_output};
+        vel_adapter_site_make(site, &how);
     }
     return found;
 }
@@ -89,11 +105,13 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
     *sites = vel_arena_alloc(a, (size_t)n_modules * sizeof **sites);
     if (!modules || !*sites)
         return VEL_NO_MEMORY;
+    bool locon = strcmp(o->network, "locon") == 0;
     const char *unet = vel_adapter_preset(o->targets, false),
                *text = vel_adapter_preset(o->text_targets, true);
     if (o->train_unet)
         *n += match_sites(a, modules, n_modules, o, vel_model_family(m)->denoiser,
-                          unet ? unet : o->targets, *sites);
+                          unet ? unet : o->targets,
+                          locon ? vel_adapter_preset("conv", false) : NULL, *sites);
     if (*n == 0 && o->train_unet)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "--targets: '%s' matches no module of the model; a preset (attn, "
@@ -101,7 +119,7 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
                         o->targets);
     if (o->train_text_encoder)
         *n += match_sites(a, modules, n_modules, o, "text_encoder", text ? text : o->text_targets,
-                          *sites + *n);
+                          NULL, *sites + *n);
     if (*n == 0)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "nothing is trained: neither the denoiser nor the text encoder");
@@ -118,6 +136,8 @@ static vel_status open_model(train_session *s)
     s->length = text[0].length;
     s->width = text[0].width;
     s->channels = vel_model_latent(s->model)->channels;
+    if (o->base_weights)
+        VEL_TRY(vel_train_merge_base(s->model, o->base_weights, o->base_weights_multiplier));
     VEL_TRY(vel_method_prepare(s));
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
@@ -135,25 +155,32 @@ static vel_status open_model(train_session *s)
     return vel_trainer_create(s->model, &t, &s->trainer);
 }
 
-/* DoRA's lengths begin as those of W's rows (or columns). */
-static vel_status weight_lengths(vel_model *m, const vel_adapter_site *s, float *out)
+void vel_train_row_lengths(const vel_adapter_site *s, const float *w, int64_t n, float *out)
 {
-    vel_ctx *ctx = vel_model_ctx(m);
-    char *path = vel_strf(ctx, "%s.weight", s->path);
-    float *w = NULL;
-    int64_t n = 0, rows = s->weight.dim[0], columns = s->weight.dim[1];
-    vel_status st = path ? vel_model_read_weight(m, path, &w, &n) : VEL_NO_MEMORY;
-    int64_t pixels = st ? 1 : n / (rows * columns);
+    int64_t rows = s->weight.dim[0], columns = s->weight.dim[1], pixels = n / (rows * columns);
     bool by_row = s->leaf[VEL_LEAF_DORA_SCALE].dim[0] == rows;
-    for (int64_t i = 0; !st && i < (by_row ? rows : columns); i++) {
+    int64_t lengths = by_row ? rows : columns;
+    for (int64_t i = 0; i < lengths; i++) {
         double sum = 0;
-        for (int64_t k = 0; k < n / (by_row ? rows : columns); k++) {
+        for (int64_t k = 0; k < n / lengths; k++) {
             int64_t at = by_row ? i * columns * pixels + k
                                 : (k / pixels * columns + i) * pixels + k % pixels;
             sum += (double)w[at] * w[at];
         }
         out[i] = (float)sqrt(sum);
     }
+}
+
+/* DoRA's lengths begin as those of W's rows (or columns). */
+static vel_status weight_lengths(vel_model *m, const vel_adapter_site *s, float *out)
+{
+    vel_ctx *ctx = vel_model_ctx(m);
+    char *path = vel_strf(ctx, "%s.weight", s->path);
+    float *w = NULL;
+    int64_t n = 0;
+    vel_status st = path ? vel_model_read_weight(m, path, &w, &n) : VEL_NO_MEMORY;
+    if (!st)
+        vel_train_row_lengths(s, w, n, out);
     vel_free(ctx, w);
     vel_free(ctx, path);
     return st;
@@ -309,6 +336,14 @@ static vel_status state_plan(train_session *s)
 /* ---- stepping
  * ---------------------------------------------------------------------------------------------- */
 
+/* LoRA+ (Hayou et al. 2024): up learns faster. */
+static double plus_ratio(const vel_train_options *o, const char *path, bool text)
+{
+    double own = text ? o->loraplus_text_lr_ratio : o->loraplus_unet_lr_ratio;
+    double ratio = own > 0 ? own : o->loraplus_lr_ratio;
+    return ratio > 0 && vel_has_suffix(path, ".lora_up.weight") ? ratio : 1;
+}
+
 static double rate_of(void *user, int i)
 {
     train_session *s = user;
@@ -318,7 +353,7 @@ static double rate_of(void *user, int i)
     double peak =
         text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
     int64_t warmup = (int64_t)(o->lr_warmup < 1 ? o->lr_warmup * (double)s->steps : o->lr_warmup);
-    return peak *
+    return peak * plus_ratio(o, t->path, text) *
            vel_lr_factor(o->lr_scheduler, s->step, warmup, s->steps, o->lr_cycles, o->lr_power);
 }
 
@@ -357,6 +392,8 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
     /* torch.nn.utils.clip_grad_norm_ */
     double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
     VEL_TRY(vel_engine_update(e, clip, rate_of, s));
+    if (o->scale_weight_norms > 0 && s->trained.n_adaptions)
+        VEL_TRY(vel_train_limit_norms(s->model, s->sites, s->n_sites, o->scale_weight_norms));
     return o->use_ema ? vel_engine_average(e, vel_average_decay(o, s->step + 1)) : VEL_OK;
 }
 

@@ -34,6 +34,15 @@ typedef struct vel_train_options {
     const char *text_targets;
     int rank, conv_rank;
     double alpha, conv_alpha, dropout; /* alpha 0: the rank */
+    double rank_dropout, module_dropout;
+    bool rank_dropout_scale, use_rslora, use_dora, wd_on_output, dora_norm_gradient;
+    int lokr_factor;
+    bool decompose_both, full_matrix, unbalanced_factorization, use_tucker;
+    double scale_weight_norms; /* largest norm of a module's change; 0: any */
+    double loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_lr_ratio; /* of up; 0: 1 */
+    const char *network_weights;                        /* adapter file to start from */
+    bool dim_from_weights;                              /* with its shapes */
+    const char *base_weights, *base_weights_multiplier; /* adapters merged first; lists */
     bool train_unet, train_text_encoder;
     /* optimizer */
     double lr, unet_lr, text_lr; /* the last two 0: lr */
@@ -139,6 +148,24 @@ vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uin
 vel_status vel_train_load_weights(vel_model *m, const vel_thaw *thaw);
 /* The decay of the average after optimizer step `step` (from 1): diffusers' EMAModel.get_decay. */
 double vel_average_decay(const vel_train_options *o, int64_t step);
+
+/* ---- other adapters, and limits (adapt.c)
+ * --------------------------------------------------------------------------------- */
+
+/* Lengths of the rows (or columns) of a weight of n values, as the site's dora_scale has them. */
+void vel_train_row_lengths(const vel_adapter_site *s, const float *w, int64_t n, float *out);
+/* Gives the sites that the adapter file has the file's kind, shapes and strength; drops the others.
+ */
+vel_status vel_train_take_shapes(vel_model *m, const char *path, vel_adapter_site *sites, int *n);
+/* Gives the registered trainables the values of an adapter file of the same shapes; modules that
+ * the file does not have keep theirs. The change of W is the file's, whatever alpha says. */
+vel_status vel_train_warm_start(vel_model *m, const char *path, const vel_adapter_site *sites,
+                                int n);
+/* Merges adapter files into the model's weights: "a.safetensors,b.safetensors" (or between spaces),
+ * each with its multiplier (1 where there are fewer). */
+vel_status vel_train_merge_base(vel_model *m, const char *files, const char *multipliers);
+/* After a step: no module's change is larger than `most` (Frobenius norm). */
+vel_status vel_train_limit_norms(vel_model *m, const vel_adapter_site *sites, int n, double most);
 
 /* ---- state (state.c)
  * --------------------------------------------------------------------------------- */
