@@ -54,11 +54,12 @@ static const uintptr_t far_away = (uintptr_t)1 << 62; /* no address of a program
 enum { MAX_NOTED = 4096 };
 static struct far_state {
     bool recording, far_reads;
-    int runs, adds, replays, recordings, forgotten, syncs;
+    int runs, adds, replays, recordings, forgotten, syncs, converts;
     int n; /* of the one recording */
     struct {
-        const vel_launch *launch; /* NULL: an add */
-        float *dst;
+        const vel_launch *launch; /* NULL: an add, or a convert where type is not VEL_F32 */
+        vel_dtype type;
+        void *dst;
         const float *x;
         float by, keep;
         int64_t n;
@@ -129,6 +130,7 @@ static void far_add(vel_device *d, float *dst, const float *x, float by, float k
 {
     if (far_.recording && far_.n < MAX_NOTED) {
         far_.noted[far_.n].launch = NULL;
+        far_.noted[far_.n].type = VEL_F32;
         far_.noted[far_.n].dst = dst;
         far_.noted[far_.n].x = x;
         far_.noted[far_.n].by = by;
@@ -138,6 +140,22 @@ static void far_add(vel_device *d, float *dst, const float *x, float by, float k
     }
     far_.adds++;
     vel_backend_cpu.add(d, near_of(dst), near_of(x), by, keep, n);
+}
+
+static vel_status far_convert(vel_device *d, vel_dtype to, void *dst, const float *x, int64_t n)
+{
+    (void)d;
+    if (far_.recording && far_.n < MAX_NOTED) {
+        far_.noted[far_.n].launch = NULL;
+        far_.noted[far_.n].type = to;
+        far_.noted[far_.n].dst = dst;
+        far_.noted[far_.n].x = x;
+        far_.noted[far_.n++].n = n;
+        return VEL_OK;
+    }
+    far_.converts++;
+    vel_floats_bf16(near_of(x), near_of(dst), n);
+    return to == VEL_BF16 ? VEL_OK : VEL_BUG;
 }
 
 static vel_status far_sync(vel_device *d)
@@ -171,6 +189,9 @@ static vel_status far_replay(vel_device *d, void *recording)
     for (int i = 0; i < far_.n; i++) {
         if (far_.noted[i].launch)
             VEL_TRY(run_now(d, far_.noted[i].launch));
+        else if (far_.noted[i].type != VEL_F32)
+            VEL_TRY(far_convert(d, far_.noted[i].type, far_.noted[i].dst, far_.noted[i].x,
+                                far_.noted[i].n));
         else
             far_add(d, far_.noted[i].dst, far_.noted[i].x, far_.noted[i].by, far_.noted[i].keep,
                     far_.noted[i].n);
@@ -202,6 +223,7 @@ static vel_backend far_backend(void)
     b.pack = far_pack, b.run = far_run, b.add = far_add, b.sum_squares = far_sum_squares;
     b.sync = far_sync, b.record = far_record, b.record_end = far_record_end;
     b.replay = far_replay, b.forget = far_forget, b.update = far_update;
+    b.convert = far_convert;
     return b;
 }
 
@@ -234,6 +256,8 @@ static vel_graph *small_model(vel_test *t)
     vel_ref y = vel_linear_op(g, x, vel_weight(g, "w", VEL_SHAPE(OUT, IN)),
                               vel_weight(g, "bias", VEL_SHAPE(OUT)), (vel_ref){0}, VEL_ACT_NONE);
     vel_ref p = vel_param(g, "p", VEL_SHAPE(OUT, IN)), q = vel_param(g, "q", VEL_SHAPE(OUT, IN));
+    vel_ref r = vel_param(g, "r", VEL_SHAPE(OUT, IN)); /* is cast, p and q are added first */
+    y = vel_linear_op(g, x, r, (vel_ref){0}, y, VEL_ACT_NONE);
     vel_ref side = vel_linear_op(g, x, vel_add(g, p, q), (vel_ref){0}, (vel_ref){0}, VEL_ACT_NONE);
     vel_output(g, "loss",
                vel_mse(g, vel_add(g, y, vel_act(g, side, VEL_ACT_SILU)), target, weight));
@@ -241,7 +265,7 @@ static vel_graph *small_model(vel_test *t)
 }
 
 typedef struct outcome {
-    float loss[4], value[2 * OUT * IN];
+    float loss[4], value[3 * OUT * IN];
     double norm[4];
     bool moved; /* whether the larger arena has another address */
 } outcome;
@@ -253,7 +277,7 @@ static double rate(void *user, int i)
 }
 
 /* Four steps of training; the arena is moved before the last. */
-static void train(vel_test *t, vel_engine *e, outcome *o)
+static void train(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
 {
     float x[ROWS * IN], target[ROWS * OUT], weight[ROWS];
     read_ramp(NULL, 3, VEL_COUNT(x), x);
@@ -262,7 +286,7 @@ static void train(vel_test *t, vel_engine *e, outcome *o)
         weight[i] = 1;
     vel_graph *g = small_model(t);
     vel_plan *p = NULL;
-    vel_plan_options options = {.compute = VEL_F32, .gradient = true};
+    vel_plan_options options = {.compute = compute, .gradient = true};
     CHECK_OK(vel_engine_add_source(e, find_ramp, NULL));
     CHECK_OK(vel_engine_add_trainables(e, g));
     CHECK_OK(vel_engine_set_optimizer(
@@ -285,12 +309,12 @@ static void train(vel_test *t, vel_engine *e, outcome *o)
     vel_plan_destroy(p);
 }
 
-TEST(backends_exec_leaves_device_memory_alone)
+static void check_far_away(vel_test *t, vel_dtype compute)
 {
     vel_engine *e = NULL;
     outcome here = {{0}}, away = {{0}};
     CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
-    train(t, e, &here);
+    train(t, e, compute, &here);
     vel_engine_destroy(e);
     CHECK(here.loss[3] < here.loss[0] && here.norm[0] > 0);
 
@@ -298,7 +322,7 @@ TEST(backends_exec_leaves_device_memory_alone)
     memset(&far_, 0, sizeof far_);
     CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
     e->backend = &far_b;
-    train(t, e, &away);
+    train(t, e, compute, &away);
     vel_engine_destroy(e);
     CHECK(memcmp(here.loss, away.loss, sizeof here.loss) == 0);
     CHECK(memcmp(here.value, away.value, sizeof here.value) == 0);
@@ -310,4 +334,12 @@ TEST(backends_exec_leaves_device_memory_alone)
               far_.forgotten);
 #endif
     CHECK(far_.runs > 0 && far_.syncs >= 4);
+    CHECK_MSG(far_.converts == (compute == VEL_BF16 ? 4 : 0), /* once a run */
+              "%d converts", far_.converts);
+}
+
+TEST(backends_exec_leaves_device_memory_alone)
+{
+    check_far_away(t, VEL_F32);
+    check_far_away(t, VEL_BF16);
 }

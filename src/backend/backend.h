@@ -157,6 +157,8 @@ typedef struct vel_backend {
     /* One step of the optimizer, or one phase of it. VEL_UNSUPPORTED (no message kept): exec then
      * does it on the host. */
     vel_status (*update)(vel_device *d, const vel_update *u);
+    /* n float32 values in another type; NULL: exec casts tensor by tensor. */
+    vel_status (*convert)(vel_device *d, vel_dtype to, void *dst, const float *x, int64_t n);
     /* dst = x * by + dst * keep, over n float32 values. */
     void (*add)(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n);
     double (*sum_squares)(vel_device *d, const float *x,

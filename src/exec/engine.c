@@ -16,6 +16,14 @@ vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
     return VEL_OK;
 }
 
+static void free_shadows(vel_engine *e)
+{
+    for (int type = 0; type < VEL_I32; type++) {
+        e->backend->free(e->device, e->shadow[type]);
+        e->shadow[type] = NULL;
+    }
+}
+
 static void free_weight(vel_engine *e, weight_entry *w)
 {
     if (!w->mapped)
@@ -34,6 +42,7 @@ void vel_engine_destroy(vel_engine *e)
         float *vectors[] = {e->value, e->grad, e->sum, e->average};
         for (int i = 0; i < VEL_COUNT(vectors); i++)
             e->backend->free(e->device, vectors[i]);
+        free_shadows(e);
         e->backend->free(e->device, e->arena);
         e->backend->close(e->device);
     }
@@ -256,7 +265,17 @@ static vel_status grow_vectors(vel_engine *e, int64_t count)
         *vectors[i] = grown;
     }
     e->trainable_room = count;
+    free_shadows(e);
     return VEL_OK;
+}
+
+vel_status vel_engine_need_shadow(vel_engine *e, vel_dtype type)
+{
+    return e->shadow[type]
+               ? VEL_OK
+               : e->backend->alloc(e->device,
+                                   (size_t)e->trainable_room * (size_t)vel_dtype_bytes(type),
+                                   &e->shadow[type]);
 }
 
 vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g)
@@ -280,7 +299,7 @@ vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g)
         if (!path)
             return VEL_NO_MEMORY;
         e->trainables[e->n_trainables++] = (vel_trainable){path, n->out[0].shape, total, count};
-        total += (count + 15) / 16 * 16; /* each starts on a cache line */
+        total += (count + 31) / 32 * 32; /* each starts on a cache line, in 16 bits too */
     }
     if (e->n_trainables == first)
         return VEL_OK;

@@ -35,6 +35,7 @@ struct vel_engine {
     int n_trainables, room_trainables;
     int64_t trainable_count, trainable_room; /* values */
     float *value, *grad, *sum, *average;     /* device, flat; the last two made on first use */
+    void *shadow[VEL_I32]; /* [dtype]: the values in another type, for plans; made on first use */
     vel_optimizer optimizer;
     vel_optimizer_number numbers[VEL_OPTIMIZER_NUMBERS];
     vel_segment *segments; /* [n_segments], of trainables in their order */
@@ -55,6 +56,7 @@ struct vel_engine {
  * and in_type are the node that reads it. */
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data);
+vel_status vel_engine_need_shadow(vel_engine *e, vel_dtype type);
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);
 void vel_engine_free_optimizer(vel_engine *e);
 const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *path);

@@ -26,7 +26,9 @@ struct vel_plan {
     vel_launch *launches; /* [node] */
     vel_layout layout;
     const vel_trainable **gradient_at; /* [node]: the gradient that output 0 is, written in place */
-    const void *bound_arena;           /* the launches hold pointers into this */
+    const vel_trainable **shadow_at;   /* [node]: the trainable that this cast of it is a part of */
+    bool shadowed[VEL_I32];  /* [dtype]: the plan reads all trainable values in this type */
+    const void *bound_arena; /* the launches hold pointers into this */
     const float *bound_grad, *bound_value;
     int64_t weight_bytes;
     int level;
@@ -113,6 +115,27 @@ static void release_kernels(vel_plan *p)
     p->prepared = NULL;
 }
 
+/* Casts of trainable values are done by one kernel for all of them, where the backend has it: they
+ * are parts of one flat vector in the other type, made at the start of each run. */
+static vel_status find_shadows(vel_plan *p)
+{
+    int32_t n = vel_graph_size(p->g);
+    p->shadow_at = vel_arena_alloc(p->arena, (size_t)n * sizeof *p->shadow_at);
+    if (!p->shadow_at)
+        return VEL_NO_MEMORY;
+    memset(p->shadowed, 0, sizeof p->shadowed);
+    for (int32_t id = 1; id < n && p->backend->convert; id++) {
+        const vel_node *node = vel_node_at(p->g, id), *of = vel_at(p->g, node->in[0]);
+        while (of->op == VEL_OP_reshape)
+            of = vel_at(p->g, of->in[0]);
+        if (node->op != VEL_OP_cast || of->op != VEL_OP_param || node->out[0].dtype == VEL_I32)
+            continue;
+        p->shadow_at[id] = vel_engine_find_trainable(p->engine, of->path);
+        p->shadowed[node->out[0].dtype] |= p->shadow_at[id] != NULL;
+    }
+    return VEL_OK;
+}
+
 /* A kernel for each node; *refused[id] where the backend has none. */
 static vel_status prepare_kernels(vel_plan *p, bool **refused, int *n_refused)
 {
@@ -123,10 +146,11 @@ static vel_status prepare_kernels(vel_plan *p, bool **refused, int *n_refused)
     if (!p->kernels || !p->prepared || !*refused)
         return VEL_NO_MEMORY;
     *n_refused = 0;
+    VEL_TRY(find_shadows(p));
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(p->g, id);
         p->kernels[id].inplace = -1;
-        if (!needs_kernel(node))
+        if (!needs_kernel(node) || p->shadow_at[id])
             continue;
         vel_status st = p->backend->prepare(p->device, p->g, id, &p->kernels[id]);
         if (st == VEL_UNSUPPORTED) {
@@ -228,7 +252,7 @@ static bool query_outside(void *user, int32_t id, int output)
         const vel_node *of = vel_at(p->g, n->in[0]);
         return query_outside(user, n->in[0].id, n->in[0].out) && of->op != VEL_OP_input;
     }
-    return output == 0 && p->gradient_at[id];
+    return output == 0 && (p->gradient_at[id] || p->shadow_at[id]);
 }
 
 /* A gradient that one kernel writes whole goes straight into the trainables' vector. */
@@ -334,6 +358,9 @@ static void *address_of(const vel_plan *p, vel_ref r)
         const vel_trainable *t = vel_engine_find_trainable(p->engine, n->path);
         return t ? p->engine->value + t->offset : NULL;
     }
+    if (p->shadow_at[r.id])
+        return (char *)p->engine->shadow[n->out[0].dtype] +
+               p->shadow_at[r.id]->offset * vel_dtype_bytes(n->out[0].dtype);
     if (p->gradient_at[r.id] && r.out == 0)
         return p->engine->grad + p->gradient_at[r.id]->offset;
     return NULL; /* a weight: filled by load_weights */
@@ -433,11 +460,14 @@ static void forget_recording(vel_plan *p)
 }
 
 /* Addresses, again whenever the arena or the gradient vector has moved. */
-static void bind(vel_plan *p)
+static vel_status bind(vel_plan *p)
 {
     if (p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad &&
         p->bound_value == p->engine->value)
-        return;
+        return VEL_OK;
+    for (int type = 0; type < VEL_I32; type++)
+        if (p->shadowed[type])
+            VEL_TRY(vel_engine_need_shadow(p->engine, (vel_dtype)type));
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
         if (!needs_kernel(n))
@@ -456,6 +486,7 @@ static void bind(vel_plan *p)
     p->bound_value = p->engine->value;
     p->bound_runs = 0;
     forget_recording(p);
+    return VEL_OK;
 }
 
 /* ---- making and ending
@@ -593,9 +624,19 @@ static bool stamps(const vel_plan *p)
     return p->profiling && p->backend->record && p->backend->stamp;
 }
 
+static vel_status make_shadows(vel_plan *p)
+{
+    for (int type = 0; type < VEL_I32; type++)
+        if (p->shadowed[type])
+            VEL_TRY(p->backend->convert(p->device, (vel_dtype)type, p->engine->shadow[type],
+                                        p->engine->value, p->engine->trainable_count));
+    return VEL_OK;
+}
+
 static vel_status run_nodes(vel_plan *p)
 {
     int at = 0;
+    VEL_TRY(make_shadows(p));
     if (stamps(p))
         VEL_TRY(p->backend->stamp(p->device, at++));
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
@@ -648,7 +689,7 @@ vel_status vel_plan_run(vel_plan *p)
 {
     if (p->dry)
         return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
-    bind(p);
+    VEL_TRY(bind(p));
     bool recorded = may_record(p);
     if (recorded && !p->recording)
         VEL_TRY(record_nodes(p));
@@ -725,7 +766,8 @@ const vel_graph *vel_plan_graph(const vel_plan *p)
 
 const char *vel_plan_first_bad(vel_plan *p)
 {
-    bind(p);
+    if (bind(p) || make_shadows(p))
+        return NULL;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
         if (!p->prepared[id] || p->backend->run(p->device, &p->launches[id]))

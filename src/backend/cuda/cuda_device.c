@@ -342,6 +342,13 @@ vel_status vel_cuda_room(vel_device *d, size_t bytes, void **out)
     return VEL_OK;
 }
 
+static vel_status cuda_convert(vel_device *d, vel_dtype to, void *dst, const float *x, int64_t n)
+{
+    vel_cu_cast(d->stream, VEL_F32, (int)to, x, dst, n);
+    VEL_CUDA_LAUNCHED(d, "cast");
+    return VEL_OK;
+}
+
 static void cuda_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
 {
     vel_cu_add_scaled(d->stream, dst, x, by, keep, n);
@@ -445,6 +452,7 @@ static const vel_backend vel_backend_cuda = {
     .stamp = cuda_stamp,
     .seconds = cuda_seconds,
     .update = vel_cuda_update,
+    .convert = cuda_convert,
     .add = cuda_add,
     .sum_squares = cuda_sum_squares,
 };
