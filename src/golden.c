@@ -866,7 +866,8 @@ static vel_status check_loss_values(golden *k, const lesson *l)
         float prior = 0;
         for (int i = 0; i < b.n; i++) {
             snr[i] = (float)vel_schedule_snr(vel_model_schedule(k->model), time[i]);
-            weight[i] = fminf(snr[i], 5) / snr[i];
+            weight[i] = (float)vel_objective_weight(&(vel_objective){.min_snr_gamma = 5},
+                                                    vel_model_schedule(k->model), time[i]);
             prior += each[i];
         }
         check(k, "per_sample_mse", each, b.n, TOLERANCE);

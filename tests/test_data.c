@@ -779,3 +779,86 @@ TEST(data_cache_without_disk)
     vel_cache_close(c);
     vel_free(t->ctx, folder);
 }
+
+/* ---- masks ---- */
+
+/* 64 x 64, RGBA: the left half opaque, the right half transparent. */
+static const uint8_t half_transparent[] = {
+    0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a, 0x00, 0x00, 0x00, 0x0d, 0x49, 0x48, 0x44,
+    0x52, 0x00, 0x00, 0x00, 0x40, 0x00, 0x00, 0x00, 0x40, 0x08, 0x06, 0x00, 0x00, 0x00, 0xaa,
+    0x69, 0x71, 0xde, 0x00, 0x00, 0x00, 0x6a, 0x49, 0x44, 0x41, 0x54, 0x78, 0xda, 0xed, 0xd0,
+    0x31, 0x0d, 0x00, 0x30, 0x0c, 0x03, 0xb0, 0xdc, 0xbb, 0x77, 0x97, 0x3f, 0xcb, 0x0e, 0x46,
+    0x34, 0xc9, 0x87, 0x09, 0x38, 0xe7, 0xce, 0x96, 0xa5, 0x29, 0x02, 0x04, 0x08, 0x10, 0x20,
+    0x40, 0x80, 0x00, 0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x00, 0x01, 0x02, 0x04,
+    0x08, 0x10, 0x20, 0x40, 0x80, 0x00, 0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x00,
+    0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x00, 0x01, 0x02, 0x04, 0x08, 0x10, 0x20,
+    0x40, 0x80, 0x00, 0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x00, 0x01, 0x02, 0x04,
+    0x08, 0x10, 0x20, 0x40, 0xc0, 0xff, 0x01, 0x0f, 0x19, 0xc0, 0xb8, 0xa6, 0x56, 0x0b, 0x72,
+    0xd3, 0x00, 0x00, 0x00, 0x00, 0x49, 0x45, 0x4e, 0x44, 0xae, 0x42, 0x60, 0x82};
+
+/* A mask is scaled, cut and mirrored as its picture: here its red channel is the picture's. */
+TEST(data_masks_are_laid_as_their_pictures)
+{
+    enum { DOWN = 8, SIDE = 64, PLACES = SIDE / DOWN * SIDE / DOWN };
+    vel_dataset *d = NULL;
+    put_picture(t, "data/a.png", 160, 110, 9);
+    put_picture(t, "masks/a.png", 160, 110, 0);
+    put_picture(t, "data/b.png", 80, 64, 7);
+    put_picture(t, "masks/b.png", 64, 80, 0);
+    char *folder = path_in(t, "data"), *masks = path_in(t, "masks");
+    vel_data_options o = options_of(t);
+    o.folder = folder;
+    o.flip = true;
+    o.center_crop = false;
+    o.instance_prompt = "x";
+    CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+    static float pixels[SIDE * SIDE * 3], mask[PLACES];
+    int flips = 0;
+    for (int64_t epoch = 0; d && epoch < 6; epoch++) {
+        CHECK_OK(vel_sample_pixels(d, 0, 3, epoch, pixels));
+        CHECK_OK(vel_sample_mask(d, 0, 3, epoch, masks, DOWN, mask));
+        flips += vel_sample_flipped(d, 0, 3, epoch);
+        for (int i = 0; i < PLACES; i++) {
+            double sum = 0;
+            for (int k = 0; k < DOWN * DOWN; k++) {
+                int x = i % (SIDE / DOWN) * DOWN + k % DOWN,
+                    y = i / (SIDE / DOWN) * DOWN + k / DOWN;
+                sum += ((double)pixels[3 * (y * SIDE + x)] * 0.5 + 0.5) / (DOWN * DOWN);
+            }
+            CHECK(fabs(sum - (double)mask[i]) < 1e-5);
+        }
+    }
+    CHECK(flips > 0 && flips < 6);
+    CHECK(vel_sample_mask(d, 1, 3, 0, masks, DOWN, mask) == VEL_BAD_VALUE &&
+          strstr(vel_ctx_error(t->ctx), "another shape"));
+    CHECK(vel_sample_mask(d, 1, 3, 0, folder, DOWN, mask) == VEL_OK);
+    CHECK(vel_sample_mask(d, 1, 3, 0, t->folder, DOWN, mask) == VEL_BAD_VALUE &&
+          strstr(vel_ctx_error(t->ctx), "has no mask"));
+    CHECK_OK(vel_sample_mask(d, 1, 3, 0, NULL, DOWN, mask)); /* no alpha channel */
+    for (int i = 0; i < PLACES; i++)
+        CHECK(mask[i] == 1);
+    vel_dataset_close(d);
+    vel_free(t->ctx, folder);
+    vel_free(t->ctx, masks);
+}
+
+TEST(data_alpha_masks)
+{
+    enum { SIDE = 64, DOWN = 8 };
+    vel_dataset *d = NULL;
+    char *path = path_in(t, "a.png");
+    CHECK_OK(vel_write_file(t->ctx, path, (const char *)half_transparent, sizeof half_transparent));
+    vel_data_options o = options_of(t);
+    o.instance_prompt = "x";
+    o.center_crop = true;
+    for (int strict = 0; strict < 2; strict++) {
+        float mask[SIDE / DOWN * SIDE / DOWN];
+        o.strict_peer = strict;
+        CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+        CHECK_OK(vel_sample_mask(d, 0, 3, 0, NULL, DOWN, mask));
+        for (int i = 0; i < VEL_COUNT(mask); i++)
+            CHECK(mask[i] == (i % (SIDE / DOWN) < SIDE / DOWN / 2 ? 1 : 0));
+        vel_dataset_close(d);
+    }
+    vel_free(t->ctx, path);
+}

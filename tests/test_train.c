@@ -231,6 +231,39 @@ TEST(train_starts_from_an_adapter)
     CHECK(train(t, &w, "wrong", settings) == VEL_BAD_VALUE && says(t, "--dim_from_weights"));
 }
 
+/* ---- what is learned ---- */
+
+TEST(train_objectives_run_and_resume)
+{
+    static const char *const kinds[] = {
+        "loss_type=huber huber_c=0.2 multires_noise_iterations=4 ip_noise_gamma=0.1 "
+        "noise_offset=0.1 noise_offset_random_strength=yes debiased_estimation_loss=yes",
+        "v_parameterization=yes zero_terminal_snr=yes min_snr_gamma=5 loss_type=l1 alpha_mask=yes",
+    };
+    static watch w;
+    char settings[512], whole[32], half[32], a[64], b[64];
+    for (int i = 0; i < VEL_COUNT(kinds); i++) {
+        snprintf(whole, sizeof whole, "whole%d", i);
+        snprintf(half, sizeof half, "half%d", i);
+        snprintf(settings, sizeof settings, "%s steps=2", kinds[i]);
+        CHECK_OK(train(t, &w, whole, settings));
+        CHECK(w.steps == 2 && w.loss[1] > 0 && w.loss[1] < 10);
+        snprintf(settings, sizeof settings, "%s steps=1", kinds[i]);
+        CHECK_OK(train(t, &w, half, settings));
+        snprintf(settings, sizeof settings, "%s steps=2 resume=latest", kinds[i]);
+        CHECK_OK(train(t, &w, half, settings));
+        snprintf(a, sizeof a, "%s/a.safetensors", whole);
+        snprintf(b, sizeof b, "%s/a.safetensors", half);
+        CHECK_MSG(same_files(t, a, b), "%s: the resumed run gives another adapter", kinds[i]);
+    }
+    CHECK(train(t, &w, "no", "masked_loss=yes") == VEL_BAD_VALUE && says(t, "--masked_loss"));
+    CHECK(train(t, &w, "no", "masked_loss=yes conditioning_data_dir=/none") == VEL_BAD_VALUE &&
+          says(t, "has no mask"));
+    CHECK(train(t, &w, "no", "zero_terminal_snr=yes debiased_estimation_loss=yes") ==
+              VEL_BAD_VALUE &&
+          says(t, "--zero_terminal_snr"));
+}
+
 TEST(train_refuses_to_resume_with_other_settings)
 {
     static watch w;

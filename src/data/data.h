@@ -32,6 +32,7 @@ typedef struct vel_sample {
     int source_width, source_height;
     int width, height; /* of its bucket */
     bool held_out;     /* for validation */
+    double weight;     /* of its loss: 1, or that of its subset */
 } vel_sample;
 
 typedef struct vel_skipped {
@@ -76,6 +77,11 @@ void vel_epoch_destroy(vel_epoch *e);
  * (seed, epoch, index)); out: [height, width, 3] in -1..1. */
 vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
                              float *out);
+/* The weight of each place of the sample as vel_sample_pixels shows it, 0..1, [height / down, width
+ * / down], means over down x down pixels. folder: of masks, pictures with the sample's name (red
+ * channel); NULL: the sample's own alpha channel, 1 where it has none. */
+vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+                           const char *folder, int down, float *out);
 /* Of the bytes of a file: a part of cache keys, and how duplicates are found. */
 vel_status vel_content_hash(vel_ctx *ctx, const char *path, uint64_t *out);
 /* 0, 1: which of the variants (flip) is shown; for caches that hold both. */

@@ -198,7 +198,7 @@ static vel_status add_picture(vel_dataset_inner *d, const source *from, const ch
     if (d->shown.ctx->interrupted)
         return vel_fail(d->shown.ctx, VEL_INTERRUPTED, "%s: stopped while reading the data",
                         d->shown.options.folder);
-    vel_sample s = {.repeats = from->repeats};
+    vel_sample s = {.repeats = from->repeats, .weight = 1};
     const char *why;
     VEL_TRY(look_at(d, path, &s, &why));
     if (why)

@@ -223,8 +223,17 @@ static float to_unit(uint8_t value)
     return ((float)value / 255.0f - 0.5f) / 0.5f;
 }
 
-vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
-                             float *out)
+/* What is shown of a picture: a window of its bucket's size in the picture at the size to which it
+ * is scaled. */
+typedef struct window {
+    vel_image image;
+    int x0, y0, width, height;
+    bool flip;
+} window;
+
+/* path: the sample's picture, or its mask, which is laid in the same way. */
+static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+                              const char *path, bool alpha, window *out)
 {
     const vel_sample *s = &d->samples[index];
     vel_size bucket, scaled, source = {s->source_width, s->source_height};
@@ -235,26 +244,99 @@ vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int
                             .crop_x = 0.5,
                             .crop_y = 0.5,
                             .background = {255, 255, 255},
+                            .alpha = alpha,
                             .strict_peer = d->options.strict_peer};
     if (how.strict_peer && source.width > scaled.width && source.height > scaled.height)
         how.filter = "area"; /* kohya shrinks with OpenCV's INTER_AREA */
-    vel_image image;
-    VEL_TRY(vel_picture_read(d->ctx, s->image, &how, &image));
-    if (image.width != scaled.width || image.height != scaled.height || image.channels != 3) {
-        vel_image_finish(&image);
-        return vel_fail(d->ctx, VEL_BUG, "%s: was not read as %dx%d", s->image, scaled.width,
+    *out = (window){.width = bucket.width, .height = bucket.height};
+    VEL_TRY(vel_picture_read(d->ctx, path, &how, &out->image));
+    if (out->image.width != scaled.width || out->image.height != scaled.height ||
+        out->image.channels != 3) {
+        vel_image_finish(&out->image);
+        return vel_fail(d->ctx, VEL_BUG, "%s: was not read as %dx%d", path, scaled.width,
                         scaled.height);
     }
-    int x0 = crop_at(d, index, seed, epoch, USE_CROP_X, scaled.width - bucket.width);
-    int y0 = crop_at(d, index, seed, epoch, USE_CROP_Y, scaled.height - bucket.height);
-    bool flip = vel_sample_flipped(d, index, seed, epoch);
-    for (int y = 0; y < bucket.height; y++) {
-        for (int x = 0; x < bucket.width; x++) {
-            int64_t from = (int64_t)(y0 + y) * image.width + x0 + (flip ? bucket.width - 1 - x : x);
+    out->x0 = crop_at(d, index, seed, epoch, USE_CROP_X, scaled.width - bucket.width);
+    out->y0 = crop_at(d, index, seed, epoch, USE_CROP_Y, scaled.height - bucket.height);
+    out->flip = vel_sample_flipped(d, index, seed, epoch);
+    return VEL_OK;
+}
+
+static const uint8_t *pixel_of(const window *w, int x, int y)
+{
+    int column = w->x0 + (w->flip ? w->width - 1 - x : x);
+    return w->image.pixels + 3 * ((int64_t)(w->y0 + y) * w->image.width + column);
+}
+
+vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+                             float *out)
+{
+    window w;
+    VEL_TRY(open_window(d, index, seed, epoch, d->samples[index].image, false, &w));
+    for (int y = 0; y < w.height; y++)
+        for (int x = 0; x < w.width; x++)
             for (int c = 0; c < 3; c++)
-                *out++ = to_unit(image.pixels[3 * from + c]);
+                *out++ = to_unit(pixel_of(&w, x, y)[c]);
+    vel_image_finish(&w.image);
+    return VEL_OK;
+}
+
+/* The picture in the folder of masks that has the sample's name, with any ending. */
+static vel_status find_mask(const vel_dataset *d, const char *picture, const char *folder,
+                            char **out)
+{
+    static const char *const endings[] = {"png", "jpg", "jpeg", "webp", "bmp", "PNG", "JPG"};
+    const char *slash = strrchr(picture, '/'), *name = slash ? slash + 1 : picture;
+    int stem = (int)vel_stem_length(name);
+    for (int i = 0; i < VEL_COUNT(endings); i++) {
+        char *path = vel_strf(d->ctx, "%s/%.*s.%s", folder, stem, name, endings[i]);
+        if (!path)
+            return VEL_NO_MEMORY;
+        if (vel_is_file(path)) {
+            *out = path;
+            return VEL_OK;
         }
+        vel_free(d->ctx, path);
     }
-    vel_image_finish(&image);
+    return vel_fail(d->ctx, VEL_BAD_VALUE,
+                    "--conditioning_data_dir: %s has no mask %.*s.png (or jpg, webp, bmp) for %s",
+                    folder, stem, name, picture);
+}
+
+/* A mask of another shape than its picture belongs to another picture. */
+static vel_status check_mask(const vel_dataset *d, const vel_sample *s, const char *path)
+{
+    vel_picture_info info;
+    VEL_TRY(vel_picture_probe(d->ctx, path, &info));
+    double ratio =
+        ((double)info.width * s->source_height) / ((double)info.height * s->source_width);
+    if (fabs(ratio - 1) < 0.02)
+        return VEL_OK;
+    return vel_fail(d->ctx, VEL_BAD_VALUE, "%s: is %d x %d, of another shape than %s, %d x %d",
+                    path, info.width, info.height, s->image, s->source_width, s->source_height);
+}
+
+vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+                           const char *folder, int down, float *out)
+{
+    window w;
+    char *mask = NULL;
+    const char *picture = d->samples[index].image;
+    if (folder)
+        VEL_TRY(find_mask(d, picture, folder, &mask));
+    vel_status st = mask ? check_mask(d, &d->samples[index], mask) : VEL_OK;
+    if (st == VEL_OK)
+        st = open_window(d, index, seed, epoch, mask ? mask : picture, !mask, &w);
+    vel_free(d->ctx, mask);
+    if (st)
+        return st;
+    for (int y = 0; y < w.height / down; y++)
+        for (int x = 0; x < w.width / down; x++) {
+            int64_t sum = 0;
+            for (int i = 0; i < down * down; i++)
+                sum += *pixel_of(&w, x * down + i % down, y * down + i / down);
+            *out++ = (float)((double)sum / (255.0 * down * down));
+        }
+    vel_image_finish(&w.image);
     return VEL_OK;
 }

@@ -111,6 +111,7 @@ typedef struct vel_picture_load {
     uint8_t background[3]; /* what transparent pixels are laid over; white is usual */
     bool strict_peer;      /* without EXIF orientation and colour profile, as kohya does; and as
                             * there alpha is dropped, whatever colour lies under it */
+    bool alpha;            /* the alpha channel as grey instead of the colours; white where none */
     const char *filter;    /* NULL is "lanczos"; lanczos, nearest, bilinear, bicubic, area, box */
 } vel_picture_load;
 /* Any format libvips reads; EXIF orientation applied, ICC profile to sRGB, 16 bit and grey to 8-bit

@@ -228,9 +228,16 @@ static void lay_over(const uint8_t *rgba, const uint8_t background[3], vel_image
     }
 }
 
+static void take_alpha(const uint8_t *rgba, int bands, vel_image *out)
+{
+    size_t n = (size_t)out->width * (size_t)out->height;
+    for (size_t i = 0; i < n; i++)
+        memset(out->pixels + 3 * i, bands == 4 ? rgba[4 * i + 3] : 255, 3);
+}
+
 /* Decodes; nothing is computed before this. */
 static vel_status take_pixels(vel_ctx *ctx, const char *path, VipsImage *image,
-                              const uint8_t background[3], vel_image *out)
+                              const vel_picture_load *how, vel_image *out)
 {
     size_t size;
     int bands = vips_image_get_bands(image);
@@ -239,8 +246,10 @@ static vel_status take_pixels(vel_ctx *ctx, const char *path, VipsImage *image,
         return fail_vips(ctx, VEL_BAD_FILE, path, "is damaged or truncated");
     vel_status status =
         vel_image_create(ctx, vips_image_get_width(image), vips_image_get_height(image), 3, out);
-    if (!status && bands == 4)
-        lay_over(bytes, background, out);
+    if (!status && how->alpha)
+        take_alpha(bytes, bands, out);
+    else if (!status && bands == 4)
+        lay_over(bytes, how->background, out);
     else if (!status)
         memcpy(out->pixels, bytes, size);
     g_free(bytes);
@@ -255,9 +264,9 @@ static vel_status decode(vel_ctx *ctx, const char *path, const vel_picture_load 
     VEL_TRY(open_picture(ctx, path, &o));
     bool fine = how->strict_peer || step(&o.image, &next, vips_autorot(o.image, &next, NULL));
     fine = fine && split_alpha(&o.image, &alpha) && to_srgb(&o.image, !how->strict_peer);
-    if (fine && alpha && !how->strict_peer)
+    if (fine && alpha && (how->alpha || !how->strict_peer))
         fine = step(&o.image, &next, vips_bandjoin2(o.image, alpha, &next, NULL));
-    vel_status status = fine ? take_pixels(ctx, path, o.image, how->background, out)
+    vel_status status = fine ? take_pixels(ctx, path, o.image, how, out)
                              : fail_vips(ctx, VEL_BAD_FILE, path, "cannot be converted to RGB");
     drop(&alpha);
     finish_opened(&o);

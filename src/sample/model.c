@@ -228,6 +228,21 @@ static vel_status choose_precision(vel_model *m, const char *wanted)
 
 /* ---- opening and closing ---- */
 
+/* What the caller wants otherwise than the folder says. */
+static vel_status change_schedule(vel_model *m, const vel_model_options *o)
+{
+    bool named = o->prediction && strcmp(o->prediction, "auto") != 0;
+    if (!named && !o->zero_snr)
+        return VEL_OK;
+    vel_noise_config c = m->schedule.config;
+    if (named)
+        c.prediction = strcmp(o->prediction, "v_prediction") == 0 ? VEL_PREDICTS_V
+                       : strcmp(o->prediction, "sample") == 0     ? VEL_PREDICTS_SAMPLE
+                                                                  : VEL_PREDICTS_NOISE;
+    c.rescale_zero_snr = c.rescale_zero_snr || o->zero_snr;
+    return vel_schedule_init(m->ctx, &m->schedule, &c);
+}
+
 static vel_status open_all(vel_model *m, const char *name, const vel_model_options *o)
 {
     VEL_TRY(vel_model_find_folder(m->ctx, name, &m->folder));
@@ -235,6 +250,7 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
     VEL_TRY(place_parts(m, o));
     VEL_TRY(read_configs(m));
     VEL_TRY(read_schedule(m));
+    VEL_TRY(change_schedule(m, o));
     m->family->latent(m->config, &m->latent);
     VEL_TRY(open_text(m, o->no_text));
     for (int i = 0; i < m->n_parts; i++)

@@ -50,6 +50,8 @@ typedef struct vel_model_options {
     const char *variant;   /* "fp16" file names */
     int clip_skip;
     bool no_text; /* prompts are not asked for: neither tokenizer nor text encoder need be known */
+    const char *prediction; /* "epsilon", "v_prediction", "sample"; NULL, "auto": the folder's */
+    bool zero_snr;          /* the noise schedule is stretched to end in pure noise */
 } vel_model_options;
 /* folder: a diffusers folder, or a hub name, which resolves to the Hugging Face cache or
  * VELATURA_MODEL_ROOT; never to the network. */

@@ -8,7 +8,7 @@ enum {
     STREAM_TIME = 1,
     STREAM_NOISE,
     STREAM_LATENT,
-    STREAM_OFFSET,
+    STREAM_OBJECTIVE,
     STREAM_CAPTION,
     STREAM_DROPOUT,
     STREAM_VALIDATION
@@ -242,6 +242,7 @@ vel_status vel_feed_prepare(train_session *s)
     char *folder =
         s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
     VEL_TRY(vel_cache_open(s->ctx, folder, &s->cache));
+    VEL_TRY(vel_cache_open(s->ctx, NULL, &s->mask_cache));
     VEL_TRY(encode_captions(s));
     int64_t most = 0;
     vel_progress progress;
@@ -262,28 +263,21 @@ vel_status vel_feed_prepare(train_session *s)
     int64_t each = (int64_t)s->length * s->width;
     s->latent = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
     s->noise = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
+    s->disturbed = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
+    s->room = vel_arena_alloc(s->arena, (size_t)most * sizeof(float));
+    s->mask = vel_arena_alloc(s->arena, (size_t)(n * most / s->channels) * sizeof(float));
     s->context = vel_arena_alloc(s->arena, (size_t)(n * each) * sizeof(float));
     s->weight = vel_arena_alloc(s->arena, (size_t)n * sizeof(float));
     s->timestep = vel_arena_alloc(s->arena, (size_t)n * sizeof(int32_t));
     s->batch_ids = vel_arena_alloc(s->arena, (size_t)(n * s->length) * sizeof(int32_t));
-    return s->latent && s->noise && s->context && s->weight && s->timestep && s->batch_ids
+    return s->latent && s->noise && s->disturbed && s->room && s->mask && s->context && s->weight &&
+                   s->timestep && s->batch_ids
                ? VEL_OK
                : VEL_NO_MEMORY;
 }
 
 /* ---- batches
  * ------------------------------------------------------------------------------------------- */
-
-/* Hang et al. 2023: min(SNR, gamma) / SNR for noise, / (SNR + 1) for v prediction. */
-static double snr_weight(const train_session *s, int t)
-{
-    if (s->o->min_snr_gamma <= 0)
-        return 1;
-    const vel_schedule *schedule = vel_model_schedule(s->model);
-    double snr = vel_schedule_snr(schedule, t), capped = VEL_MIN(snr, s->o->min_snr_gamma);
-    return schedule->config.prediction == VEL_PREDICTS_V ? capped / (snr + 1)
-                                                         : capped / VEL_MAX(snr, 1e-12);
-}
 
 static void put_caption(train_session *s, int slot, int caption)
 {
@@ -296,18 +290,45 @@ static void put_caption(train_session *s, int slot, int caption)
                (size_t)s->length * sizeof(int32_t));
 }
 
-static void draw_noise(train_session *s, int64_t micro, int slot, int64_t pixels, float *noise)
+/* The mask of a sample as it is shown in this epoch, one weight for each place of the latent. */
+static vel_status put_mask(train_session *s, int slot, int sample, int64_t epoch, int64_t places)
 {
+    if (!s->masks)
+        return VEL_OK;
+    if (sample >= s->data->n) { /* of the class: all of it is learned */
+        for (int64_t i = 0; i < places; i++)
+            s->mask[slot * places + i] = 1;
+        return VEL_OK;
+    }
+    const vel_sample *p = &s->samples[sample];
     uint64_t seed = (uint64_t)s->o->seed;
-    int64_t count = pixels * s->channels;
-    vel_random_normal(seed, stream_of(STREAM_NOISE, micro, slot), 0, noise, count);
-    if (s->o->noise_offset == 0)
-        return;
-    float offset[16];
-    int c = VEL_MIN(s->channels, VEL_COUNT(offset));
-    vel_random_normal(seed, stream_of(STREAM_OFFSET, micro, slot), 0, offset, c);
-    for (int64_t i = 0; i < count; i++)
-        noise[i] += (float)s->o->noise_offset * offset[i % s->channels % c];
+    int down = vel_model_latent(s->model)->down;
+    char key[64];
+    snprintf(key, sizeof key, "mask %d %d", sample,
+             vel_sample_flipped(s->data, sample, seed, epoch));
+    bool kept = !s->o->random_crop || p->held_out;
+    const float *known = kept ? vel_cache_find(s->mask_cache, key, places) : NULL;
+    float *out = s->mask + slot * places;
+    if (known) {
+        memcpy(out, known, (size_t)places * sizeof *out);
+        return VEL_OK;
+    }
+    VEL_TRY(vel_sample_mask(s->data, sample, seed, epoch,
+                            s->o->alpha_mask ? NULL : s->o->conditioning_data_dir, down, out));
+    return kept ? vel_cache_put(s->mask_cache, key, out, places) : VEL_OK;
+}
+
+/* Noise, input noise and mask of a slot whose latent is there. h, w: of the latent. */
+static void draw_noise(train_session *s, int64_t micro, int slot, int h, int w)
+{
+    uint64_t seed = (uint64_t)s->o->seed, stream = stream_of(STREAM_NOISE, micro, slot);
+    int64_t each = (int64_t)h * w * s->channels;
+    float *noise = s->noise + slot * each;
+    vel_random_normal(seed, stream, 0, noise, each);
+    stream = stream_of(STREAM_OBJECTIVE, micro, slot);
+    vel_objective_noise(&s->o->objective, seed, stream, s->latent + slot * each, h, w, s->channels,
+                        noise, s->room);
+    vel_objective_disturb(&s->o->objective, seed, stream, noise, each, s->disturbed + slot * each);
 }
 
 static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sample, int64_t epoch,
@@ -323,11 +344,16 @@ static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sampl
         vel_random_normal(seed, stream_of(STREAM_LATENT, micro, slot), 0, noise, each);
     latent_from(s, moments, pixels, s->o->sample_latents ? noise : NULL, latent);
     vel_free(s->ctx, owned);
-    draw_noise(s, micro, slot, pixels, noise);
+    const vel_sample *p = &s->samples[sample];
+    int down = vel_model_latent(s->model)->down;
+    draw_noise(s, micro, slot, p->height / down, p->width / down);
+    VEL_TRY(put_mask(s, slot, sample, epoch, pixels));
     int low = s->o->min_timestep, high = s->o->max_timestep;
     double u = vel_random_uniform(seed, stream_of(STREAM_TIME, micro, slot), 0);
     s->timestep[slot] = low + (int32_t)(u * (high - low));
-    s->weight[slot] = (float)snr_weight(s, s->timestep[slot]);
+    s->weight[slot] =
+        (float)(p->weight * vel_objective_weight(&s->o->objective, vel_model_schedule(s->model),
+                                                 s->timestep[slot]));
     bool dropped =
         vel_random_uniform(seed, stream_of(STREAM_CAPTION, micro, slot), 0) < s->o->caption_dropout;
     put_caption(s, slot, dropped ? 0 : s->caption_of[sample]);
@@ -355,6 +381,8 @@ static void describe_batch(train_session *s, int n, const vel_sample *first, int
                        .w = first->width / down,
                        .latent = s->latent,
                        .noise = s->noise,
+                       .disturbed = s->o->objective.ip_noise_gamma > 0 ? s->disturbed : NULL,
+                       .mask = s->mask,
                        .timestep = s->timestep,
                        .context = s->context,
                        .ids = s->batch_ids,
@@ -368,6 +396,8 @@ static void repeat_slot(train_session *s, int from, int to, int64_t pixels)
     int64_t each = pixels * s->channels;
     memcpy(s->latent + to * each, s->latent + from * each, (size_t)each * sizeof *s->latent);
     memcpy(s->noise + to * each, s->noise + from * each, (size_t)each * sizeof *s->noise);
+    memcpy(s->disturbed + to * each, s->disturbed + from * each, (size_t)each * sizeof *s->noise);
+    memcpy(s->mask + to * pixels, s->mask + from * pixels, (size_t)pixels * sizeof *s->mask);
     s->timestep[to] = s->timestep[from];
     s->weight[to] = s->weight[from];
     put_caption(s, to, s->class_caption);
@@ -423,6 +453,7 @@ vel_status vel_feed_validate(train_session *s, double *loss)
         VEL_TRY(moments_of(s, i, 0, &moments, &owned));
         vel_batch b;
         describe_batch(s, VALIDATION_TIMES, &s->data->samples[i], 0, &b);
+        b.disturbed = NULL;
         int64_t pixels = (int64_t)b.h * b.w, each = pixels * s->channels;
         for (int k = 0; k < VALIDATION_TIMES; k++) {
             latent_from(s, moments, pixels, NULL, s->latent + k * each);
@@ -431,6 +462,7 @@ vel_status vel_feed_validate(train_session *s, double *loss)
             s->timestep[k] = (2 * k + 1) * train_steps / (2 * VALIDATION_TIMES);
             s->weight[k] = 1;
             put_caption(s, k, s->caption_of[i]);
+            VEL_TRY(put_mask(s, k, i, 0, pixels));
         }
         vel_free(s->ctx, owned);
         double batch_loss;

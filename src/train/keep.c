@@ -291,9 +291,9 @@ json_t *vel_keep_metadata(train_session *s)
     put(meta, "ss_total_batch_size", "%d", o->batch * o->accumulation);
     put(meta, "ss_mixed_precision", "%s", vel_model_compute(s->model) == VEL_F32 ? "no" : "bf16");
     put(meta, "ss_seed", "%" PRId64, o->seed);
-    put(meta, "ss_noise_offset", "%g", o->noise_offset);
-    if (o->min_snr_gamma > 0)
-        put(meta, "ss_min_snr_gamma", "%g", o->min_snr_gamma);
+    put(meta, "ss_noise_offset", "%g", o->objective.noise_offset);
+    if (o->objective.min_snr_gamma > 0)
+        put(meta, "ss_min_snr_gamma", "%g", o->objective.min_snr_gamma);
     else
         put(meta, "ss_min_snr_gamma", "None");
     if (o->comment)

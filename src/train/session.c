@@ -129,8 +129,22 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
 static vel_status open_model(train_session *s)
 {
     const vel_train_options *o = s->o;
-    vel_model_options m = {o->device, o->precision, o->vae, o->variant, o->clip_skip};
+    vel_model_options m = {.device = o->device,
+                           .precision = o->precision,
+                           .vae = o->vae,
+                           .variant = o->variant,
+                           .clip_skip = o->clip_skip,
+                           .prediction =
+                               o->v_parameterization ? "v_prediction" : o->prediction_type,
+                           .zero_snr = o->zero_terminal_snr};
     VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
+    VEL_TRY(vel_objective_check(s->ctx, &o->objective, vel_model_schedule(s->model)));
+    if (o->masked_loss && !o->alpha_mask &&
+        !(o->conditioning_data_dir && *o->conditioning_data_dir))
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--masked_loss: needs masks: --conditioning_data_dir FOLDER with a picture "
+                        "of the same name for each, or --alpha_mask");
+    s->masks = o->alpha_mask || o->masked_loss;
     vel_text_info text[2];
     vel_model_family(s->model)->texts(vel_model_config(s->model), text);
     s->length = text[0].length;
@@ -143,6 +157,8 @@ static vel_status open_model(train_session *s)
                              .smallest = o->gradient_checkpointing,
                              .train_text_encoder = o->train_text_encoder,
                              .clip_skip = o->clip_skip,
+                             .objective = o->objective,
+                             .masked = s->masks,
                              .trained = s->trained};
     if (o->memory) {
         double amount = 0;
@@ -536,6 +552,7 @@ static void finish_session(train_session *s)
     vel_free(s->ctx, s->points);
     vel_free(s->ctx, s->contexts);
     vel_cache_close(s->cache);
+    vel_cache_close(s->mask_cache);
     vel_epoch_destroy(s->epoch);
     vel_trainer_destroy(s->trainer);
     vel_model_close(s->model);

@@ -46,14 +46,15 @@ typedef struct train_session {
     /* feed */
     vel_sample *samples; /* those of data, then class_data's at each size of a batch */
     int n_samples;
-    vel_cache *cache;
+    vel_cache *cache, *mask_cache;
     const char **captions; /* distinct; [0] is "" */
     int *caption_of;       /* [sample] */
     int n_captions;
     float *contexts; /* [n_captions, length, width]; NULL when the text encoder is trained */
     int32_t *ids;    /* [n_captions, length] */
     int length, width, channels;
-    float *latent, *noise, *context, *weight; /* one batch */
+    bool masks; /* the loss is weighted by place */
+    float *latent, *noise, *context, *weight, *disturbed, *mask, *room; /* one batch */
     int32_t *timestep, *batch_ids;
 
     /* keep */

@@ -75,9 +75,15 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
         condition.context = vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width));
     }
     vel_ref prediction = family->denoise(g, config, x, time, &condition);
-    vel_ref loss = vel_mse(g, prediction, target, weight);
+    vel_ref huber = {0}, mask = {0}, per_sample;
+    if (vel_objective_has_huber(&t->o.objective))
+        huber = vel_input(g, "huber", VEL_F32, VEL_SHAPE(n));
+    if (t->o.masked)
+        mask = vel_input(g, "mask", VEL_F32, VEL_SHAPE(n, h, w, 1));
+    vel_ref loss = vel_objective_loss(g, &t->o.objective, prediction, target, weight, huber, mask,
+                                      &per_sample);
     vel_output(g, "loss", loss);
-    vel_output(g, "per_sample", (vel_ref){loss.id, 1});
+    vel_output(g, "per_sample", per_sample);
     vel_status st = vel_graph_check(g);
     if (st == VEL_OK)
         st = vel_apply_trained(&g, &t->o.trained);
@@ -170,9 +176,10 @@ static void noise_batch(vel_trainer *t, const vel_batch *b)
         double a = s->alphas_cumprod[b->timestep[i]];
         float signal = (float)sqrt(a), noise = (float)sqrt(1 - a);
         const float *x = b->latent + i * each, *e = b->noise + i * each;
+        const float *shown = (b->disturbed ? b->disturbed : b->noise) + i * each;
         float *noisy = t->noisy + i * each, *target = t->target + i * each;
         for (int64_t k = 0; k < each; k++) {
-            noisy[k] = signal * x[k] + noise * e[k];
+            noisy[k] = signal * x[k] + noise * shown[k];
             target[k] = s->config.prediction == VEL_PREDICTS_V        ? signal * e[k] - noise * x[k]
                         : s->config.prediction == VEL_PREDICTS_SAMPLE ? x[k]
                                                                       : e[k];
@@ -245,6 +252,15 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     VEL_TRY(vel_plan_set(p, "target", t->target, bytes));
     VEL_TRY(vel_plan_set(p, "time", time, per));
     VEL_TRY(vel_plan_set(p, "weight", b->weight, per));
+    if (t->o.masked)
+        VEL_TRY(vel_plan_set(p, "mask", b->mask, bytes / (size_t)t->channels));
+    if (vel_objective_has_huber(&t->o.objective)) {
+        float huber[VEL_COUNT(time)];
+        for (int i = 0; i < b->n; i++)
+            huber[i] = (float)vel_objective_huber(&t->o.objective, vel_model_schedule(t->model),
+                                                  b->timestep[i]);
+        VEL_TRY(vel_plan_set(p, "huber", huber, per));
+    }
     if (t->o.train_text_encoder)
         VEL_TRY(vel_plan_set(p, "ids", b->ids, per * (size_t)t->length));
     else

@@ -7,6 +7,7 @@
 #include "adapters/adapters.h"
 #include "data/data.h"
 #include "sample/sample.h"
+#include "train/objective.h"
 
 /* Settings of `velatura train`; src/params_train.c has a row for each field. Strings are borrowed.
  */
@@ -59,7 +60,11 @@ typedef struct vel_train_options {
     bool use_ema, ema_warmup;
     double ema_decay, ema_power;
     int ema_update_after;
-    double min_snr_gamma, noise_offset;
+    vel_objective objective;
+    const char *prediction_type; /* "auto": as the model's folder says */
+    bool v_parameterization, zero_terminal_snr;
+    bool masked_loss, alpha_mask;
+    const char *conditioning_data_dir;
     int min_timestep, max_timestep;
     /* memory */
     bool gradient_checkpointing;
@@ -100,6 +105,8 @@ typedef struct vel_batch {   /* what a step learns from, host memory */
     int n, h, w;             /* samples, latent height and width */
     const float *latent;     /* [n, h, w, C], scaled, clean */
     const float *noise;      /* the same shape */
+    const float *disturbed;  /* the noise of the input where it is another; NULL: noise */
+    const float *mask;       /* [n, h, w] weight of each place, where the trainer is masked */
     const int32_t *timestep; /* [n] */
     const float *context;    /* [n, length, width]; unused where the text encoder is trained */
     const int32_t *ids;      /* [n, length]; used then */
@@ -117,7 +124,9 @@ typedef struct vel_trainer_options {
     int64_t memory_budget;
     bool train_text_encoder;
     int clip_skip;
-    vel_trained trained; /* what it points at is borrowed */
+    vel_objective objective; /* zeros: the squared error */
+    bool masked;             /* batches have a mask */
+    vel_trained trained;     /* what it points at is borrowed */
 } vel_trainer_options;
 
 /* Keeps a plan for each bucket. Borrows the model. */

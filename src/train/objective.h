@@ -1,0 +1,53 @@
+/* objective.h: what a step is asked to learn: the noise that is added, the weight of each sample's
+ * loss by its timestep, and the distance between prediction and target. Formulas are those of
+ * kohya's sd-scripts, which names the settings. */
+#ifndef VEL_OBJECTIVE_H
+#define VEL_OBJECTIVE_H
+
+#include "sample/sample.h"
+
+typedef struct vel_objective {
+    /* noise */
+    double noise_offset; /* a mean of its own for each channel: 0 off */
+    bool noise_offset_random_strength;
+    double adaptive_noise_scale; /* added to the offset, times the channel's mean in the latent */
+    int multires_iterations;     /* noise of coarser and coarser grids: 0 off */
+    double multires_discount;
+    double ip_noise_gamma; /* the noise in the input is not quite the one in the target: 0 off */
+    bool ip_noise_gamma_random_strength;
+    /* loss */
+    double min_snr_gamma, v_pred_like_loss; /* 0 off */
+    bool debiased_estimation, scale_v_pred_loss_like_noise_pred;
+    const char *loss_type;      /* "l2", "l1", "huber", "smooth_l1" */
+    const char *huber_schedule; /* "snr", "exponential", "constant" */
+    double huber_c, huber_scale;
+} vel_objective;
+
+/* Settings that exclude each other. */
+vel_status vel_objective_check(vel_ctx *ctx, const vel_objective *o, const vel_schedule *s);
+
+/* noise [h, w, C]: N(0, 1) in, the noise to learn out. latent: the clean one; room: as large as
+ * noise. All that is random follows from (seed, stream). */
+void vel_objective_noise(const vel_objective *o, uint64_t seed, uint64_t stream,
+                         const float *latent, int h, int w, int c, float *noise, float *room);
+/* The noise of the input: noise itself, disturbed where that is asked for. */
+void vel_objective_disturb(const vel_objective *o, uint64_t seed, uint64_t stream,
+                           const float *noise, int64_t n, float *out);
+/* noise += by * small [small_h, small_w, C], enlarged to [h, w, C] as torch.nn.Upsample(bilinear).
+ */
+void vel_noise_add_enlarged(float *noise, int h, int w, int c, const float *small, int small_h,
+                            int small_w, double by);
+
+/* Weight of a sample's loss at timestep t: min-SNR (Hang et al. 2023), debiased estimation (Yu et
+ * al. 2023), and the two for v prediction, one after the other. */
+double vel_objective_weight(const vel_objective *o, const vel_schedule *s, int t);
+/* Where the loss turns from square to linear at timestep t; of huber and smooth_l1. */
+double vel_objective_huber(const vel_objective *o, const vel_schedule *s, int t);
+bool vel_objective_has_huber(const vel_objective *o);
+
+/* The loss [1] of prediction and target [B, H, W, C]; weight [B]; huber [B], {0} where the loss has
+ * none; mask [B, H, W, 1], {0} none. *per_sample [B] is without the weight. */
+vel_ref vel_objective_loss(vel_graph *g, const vel_objective *o, vel_ref prediction, vel_ref target,
+                           vel_ref weight, vel_ref huber, vel_ref mask, vel_ref *per_sample);
+
+#endif
