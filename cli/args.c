@@ -55,6 +55,10 @@ int vel_cli_take_globals(cli *c, int n, char **words, bool *help)
                    (value = value_of("--log_level", n, words, &i))) {
             if (!take_level(c, value))
                 return -1;
+        } else if ((value = value_of("--model-root", n, words, &i)) ||
+                   (value = value_of("--model_root", n, words, &i))) {
+            if (setenv("VELATURA_MODEL_ROOT", value, 1))
+                return -1;
         } else {
             words[kept++] = words[i];
         }

@@ -54,6 +54,7 @@ void vel_cli_help(FILE *out)
         "\nwith every command\n"
         "  --help         its settings\n"
         "  --config FILE  settings from a TOML or JSON file, below those of the line\n"
+        "  --model-root DIR  where models are looked for by name (else VELATURA_MODEL_ROOT)\n"
         "  --quiet        no progress; only errors, unless --log-level says more\n"
         "  --log-level N  0 nothing, 1 errors, 2 once a run, 3 once a phase (default), 4 a step, 5 "
         "all\n"

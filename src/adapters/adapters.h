@@ -17,6 +17,7 @@ typedef struct vel_adapter_site { /* one module under one adapter */
     vel_shape leaf[VEL_ADAPTER_LEAVES]; /* rank 0: the module has none */
     int rank;
     double alpha;          /* dW is alpha / rank times the product of the leaves */
+    bool gaussian;         /* LoRA's down starts as N(0, 1 / rank^2), as diffusers' scripts do */
     double dropout;        /* of the side path's input, in training */
     double rank_dropout;   /* of LoRA's inner channels, of the rows of dW otherwise */
     bool rank_rescale;     /* what is kept of those rows is scaled up (of channels, always) */

@@ -58,10 +58,15 @@ static vel_ref apply(vel_graph *g, const vel_adapter_site *s, const vel_node *n,
 static void init(const vel_adapter_site *s, vel_adapter_leaf leaf, uint64_t seed, float *out,
                  int64_t n)
 {
-    if (leaf == VEL_LEAF_LORA_UP)
+    if (leaf == VEL_LEAF_LORA_UP) {
         memset(out, 0, (size_t)n * sizeof *out);
-    else
+    } else if (leaf == VEL_LEAF_LORA_DOWN && s->gaussian) { /* the deviation is 1 / rank */
+        vel_random_normal(seed, vel_hash64(s->path, strlen(s->path), (uint64_t)leaf), 0, out, n);
+        for (int64_t i = 0; i < n; i++)
+            out[i] /= (float)s->rank;
+    } else {
         vel_adapter_kaiming(s, leaf, seed, out, n);
+    }
 }
 
 const vel_adapter_kind vel_adapter_lora = {

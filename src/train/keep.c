@@ -4,6 +4,7 @@
  *
  *     OUTPUT_DIR/NAME.safetensors                 the result; of full fine-tuning the folder NAME
  *     OUTPUT_DIR/NAME-step00000100.safetensors    saves on the way
+ *     OUTPUT_DIR/NAME-000002.safetensors          those by epoch
  *     OUTPUT_DIR/NAME-step00000100.state          what --resume reads
  *     OUTPUT_DIR/NAME.log.jsonl                   a line a step */
 #include <stdlib.h>
@@ -22,23 +23,30 @@ const char *vel_keep_ending(const train_session *s)
     return vel_method_is_full(s->o) ? "" : ".safetensors";
 }
 
+#define STEP_MARK "-step"
+#define EPOCH_MARK "-"
+#define METADATA "metadata_"
+
 /* Settings in which a resumed run may differ from the one that was saved: how long it is, what it
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
-static const char *const may_differ[] = {
-    "variant",          "device",           "cache_to_disk",   "steps",
-    "epochs",           "memory",           "output_dir",      "output_name",
-    "save_format",      "save_precision",   "save_every",      "keep_last",
-    "resume",           "overwrite",        "dry_run",         "comment",
-    "sample_prompts",   "sample_every",     "sample_steps",    "sample_guidance",
-    "sample_seed",      "sample_sampler",   "sample_negative", "gradient_checkpointing",
-    "validation_every", "sample_batch_size"};
+static const char may_differ[] =
+    "variant,device,memory,gradient_checkpointing,cache_to_disk,steps,epochs,resume,overwrite,"
+    "dry_run,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,sample_*,"
+    "validation_every,validate_every_n_epochs";
+/* These begin like some of those. */
+static const char must_agree[] = "sample_latents";
 
 /* The other settings as one line, the same for every order in which they were given. */
 static char *digest_of(train_session *s)
 {
     json_t *subset = json_copy((json_t *)s->settings);
-    for (int i = 0; i < VEL_COUNT(may_differ); i++)
-        json_object_del(subset, may_differ[i]);
+    const char *key;
+    json_t *value;
+    void *next;
+    json_object_foreach_safe (subset, next, key, value) {
+        if (vel_glob(may_differ, key) && !vel_glob(must_agree, key))
+            json_object_del(subset, key);
+    }
     char *text = json_dumps(subset, JSON_COMPACT | JSON_SORT_KEYS);
     json_decref(subset);
     char *kept = text ? vel_arena_strdup(s->arena, text) : NULL;
@@ -46,15 +54,22 @@ static char *digest_of(train_session *s)
     return kept;
 }
 
-/* A step number in NAME-stepNNNNNNNN<ending>; -1 when the name is another. */
+/* The number in NAME<mark>NNN<ending>; -1 when the name is another. */
+static int64_t number_of(const train_session *s, const char *name, const char *mark,
+                         const char *ending)
+{
+    size_t stem = strlen(s->o->output_name), n = strlen(mark);
+    if (strncmp(name, s->o->output_name, stem) != 0 || strncmp(name + stem, mark, n) != 0)
+        return -1;
+    const char *digits = name + stem + n;
+    char *end;
+    long long number = strtoll(digits, &end, 10);
+    return *digits >= '0' && *digits <= '9' && strcmp(end, ending) == 0 ? number : -1;
+}
+
 static int64_t step_of(const train_session *s, const char *name, const char *ending)
 {
-    size_t stem = strlen(s->o->output_name);
-    if (strncmp(name, s->o->output_name, stem) != 0 || strncmp(name + stem, "-step", 5) != 0)
-        return -1;
-    char *end;
-    long long step = strtoll(name + stem + 5, &end, 10);
-    return end != name + stem + 5 && strcmp(end, ending) == 0 ? step : -1;
+    return number_of(s, name, STEP_MARK, ending);
 }
 
 vel_status vel_keep_check_folder(train_session *s)
@@ -266,6 +281,19 @@ static void put_network(const vel_train_options *o, json_t *meta)
     json_decref(args);
 }
 
+/* What the settings metadata_... state: modelspec.... */
+static void put_stated(train_session *s, json_t *meta)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach ((json_t *)s->settings, key, value) {
+        char name[128];
+        snprintf(name, sizeof name, "modelspec.%s", key + VEL_MIN(strlen(METADATA), strlen(key)));
+        if (vel_has_prefix(key, METADATA))
+            json_object_set(meta, name, value);
+    }
+}
+
 json_t *vel_keep_metadata(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -300,6 +328,7 @@ json_t *vel_keep_metadata(train_session *s)
         put(meta, "ss_training_comment", "%s", o->comment);
     put_dataset(s, meta);
     put_model(s, meta);
+    put_stated(s, meta);
     return meta;
 }
 
@@ -313,17 +342,17 @@ static vel_file_type precision_of(const char *name)
                                        : VEL_FILE_F32;
 }
 
-/* Removes all but the newest keep files NAME-stepN<ending>. */
-static void forget_old(train_session *s, const char *ending, int keep)
+/* Removes all but the newest keep files NAME<mark>N<ending>. */
+static void forget_old(train_session *s, const char *mark, const char *ending, int keep)
 {
     char **names;
     int n, count = 0;
     if (keep <= 0 || vel_list_folder(s->ctx, s->o->output_dir, &names, &n))
         return;
     for (int i = 0; i < n; i++)
-        count += step_of(s, names[i], ending) >= 0;
+        count += number_of(s, names[i], mark, ending) >= 0;
     for (int i = 0; i < n && count > keep; i++) { /* names are sorted, and so are the steps */
-        if (step_of(s, names[i], ending) < 0)
+        if (number_of(s, names[i], mark, ending) < 0)
             continue;
         char *path = vel_path_join(s->ctx, s->o->output_dir, names[i]);
         if (path)
@@ -339,11 +368,24 @@ static vel_status export_result(train_session *s, const char *path)
     vel_file_type type = precision_of(s->o->save_precision);
     if (s->trained.thaw)
         return vel_train_export_model(s->model, &s->thaw, path, type);
-    json_t *meta = vel_keep_metadata(s);
+    json_t *meta = s->o->no_metadata ? json_object() : vel_keep_metadata(s);
     vel_status st =
         vel_train_export(s->model, s->sites, s->n_sites, path, s->o->save_format, type, meta);
     json_decref(meta);
     return st;
+}
+
+/* By epoch where that is why it is saved, as kohya's tools name it, else by step. */
+static char *save_path(train_session *s, const char *ending)
+{
+    const vel_train_options *o = s->o;
+    int64_t epochs = o->save_every_n_epochs;
+    bool by_step = o->save_every > 0 && s->step % o->save_every == 0;
+    if (epochs > 0 && !by_step && s->step % (epochs * s->steps_per_epoch) == 0)
+        return vel_arena_strf(s->arena, "%s/%s" EPOCH_MARK "%06" PRId64 "%s", o->output_dir,
+                              o->output_name, s->step / s->steps_per_epoch, ending);
+    return vel_arena_strf(s->arena, "%s/%s" STEP_MARK "%08" PRId64 "%s", o->output_dir,
+                          o->output_name, s->step, ending);
 }
 
 vel_status vel_keep_save(train_session *s, bool last)
@@ -352,9 +394,7 @@ vel_status vel_keep_save(train_session *s, bool last)
     char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir,
                                  s->o->output_name, s->step);
     const char *ending = vel_keep_ending(s);
-    char *file = last ? vel_keep_path(s, ending)
-                      : vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 "%s", s->o->output_dir,
-                                       s->o->output_name, s->step, ending);
+    char *file = last ? vel_keep_path(s, ending) : save_path(s, ending);
     if (!digest || !state || !file)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest));
@@ -363,8 +403,9 @@ vel_status vel_keep_save(train_session *s, bool last)
     vel_status st = export_result(s, file);
     VEL_TRY(st);
     VEL_TRY(vel_engine_evaluate(e, false));
-    forget_old(s, ".state", s->o->keep_last);
-    forget_old(s, ending, s->o->keep_last);
+    forget_old(s, STEP_MARK, ".state", s->o->keep_last);
+    forget_old(s, STEP_MARK, ending, s->o->keep_last);
+    forget_old(s, EPOCH_MARK, ending, s->o->keep_last);
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
     return VEL_OK;
 }

@@ -4,47 +4,6 @@
 
 #include "train/session.h"
 
-enum { MOST_PROMPTS = 64 };
-
-static vel_status add_prompt(train_session *s, const char *text, size_t n)
-{
-    while (n && (text[n - 1] == '\r' || text[n - 1] == ' '))
-        n--;
-    if (n == 0 || text[0] == '#' || s->n_prompts == MOST_PROMPTS)
-        return VEL_OK;
-    char *copy = vel_arena_alloc(s->arena, n + 1);
-    if (!copy)
-        return VEL_NO_MEMORY;
-    memcpy(copy, text, n);
-    s->prompts[s->n_prompts++] = copy;
-    return VEL_OK;
-}
-
-vel_status vel_look_prepare(train_session *s)
-{
-    const char *from = s->o->sample_prompts;
-    s->prompts = vel_arena_alloc(s->arena, MOST_PROMPTS * sizeof *s->prompts);
-    if (!s->prompts)
-        return VEL_NO_MEMORY;
-    if (!from || !from[0])
-        return VEL_OK;
-    if (!vel_is_file(from))
-        return add_prompt(s, from, strlen(from));
-    char *text;
-    size_t n;
-    VEL_TRY(vel_read_file(s->ctx, from, 1 << 20, &text, &n));
-    vel_status st = vel_utf8_valid(text, n)
-                        ? VEL_OK
-                        : vel_fail(s->ctx, VEL_BAD_FILE, "%s: not valid UTF-8", from);
-    for (const char *line = text; st == VEL_OK && *line;) {
-        size_t length = strcspn(line, "\n");
-        st = add_prompt(s, line, length);
-        line += length + (line[length] == '\n');
-    }
-    vel_free(s->ctx, text);
-    return st;
-}
-
 static vel_report_sheet *new_sheet(train_session *s)
 {
     if (s->n_sheets == s->room_sheets) {
@@ -93,24 +52,11 @@ vel_status vel_look_draw(train_session *s)
     if (s->n_prompts == 0)
         return VEL_OK;
     vel_report_sheet *sheet = new_sheet(s);
-    vel_draw *draws = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *draws);
-    if (!sheet || !draws) {
-        vel_free(s->ctx, draws);
+    if (!sheet)
         return VEL_NO_MEMORY;
-    }
-    for (int i = 0; i < s->n_prompts; i++)
-        draws[i] = (vel_draw){.prompt = s->prompts[i],
-                              .negative = s->o->sample_negative,
-                              .guidance = s->o->sample_guidance,
-                              .width = s->data->options.width,
-                              .height = s->data->options.height,
-                              .steps = s->o->sample_steps,
-                              .seed = (uint64_t)s->o->sample_seed + (uint64_t)i,
-                              .sampler = s->o->sample_sampler};
     int batch = s->data->options.width <= 256 ? 4 : 1;
-    vel_status st = vel_model_draw(s->model, draws, s->n_prompts, batch, "drawing samples",
+    vel_status st = vel_model_draw(s->model, s->draws, s->n_prompts, batch, "drawing samples",
                                    sheet->images, NULL);
-    vel_free(s->ctx, draws);
     return st ? st : save_sheet(s, sheet);
 }
 

@@ -80,6 +80,7 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
                                    .rank_rescale = o->rank_dropout_scale,
                                    .module_dropout = o->module_dropout,
                                    .norm_gradient = o->dora_norm_gradient,
+                                   .gaussian = strcmp(o->init, "gaussian") == 0,
                                    .stream = (uint32_t)i + 1};
         vel_adapter_how how = {.rank = rank,
                                .alpha = alpha,
@@ -248,8 +249,8 @@ static vel_status count_steps(train_session *s)
     VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, 0, true, &s->epoch));
     s->epoch_number = 0;
     s->batches_per_epoch = s->epoch->n_batches;
-    int64_t per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
-    s->steps = s->o->epochs > 0 ? s->o->epochs * per_epoch : s->o->steps;
+    s->steps_per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
+    s->steps = s->o->epochs > 0 ? s->o->epochs * s->steps_per_epoch : s->o->steps;
     return VEL_OK;
 }
 
@@ -276,6 +277,12 @@ static void describe_trainables(train_session *s, vel_text *t)
     }
     vel_text_addf(t, "trainable params: %s || all params: %s || trainable%%: %.4f\n", a, b,
                   100.0 * (double)trained / (double)all);
+    int text = 0;
+    for (int i = 0; i < s->n_sites; i++)
+        text += vel_has_prefix(s->sites[i].path, "text_encoder");
+    if (s->n_sites)
+        vel_text_addf(t, "adapter: %s on %d modules: %d of the denoiser, %d of the text encoder\n",
+                      s->o->network, s->n_sites, s->n_sites - text, text);
 }
 
 static vel_status describe_memory(train_session *s, vel_text *t)
@@ -413,9 +420,11 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
     return o->use_ema ? vel_engine_average(e, vel_average_decay(o, s->step + 1)) : VEL_OK;
 }
 
-static bool every(int64_t step, int n)
+/* Every n steps, or every n epochs. */
+static bool due(const train_session *s, int steps, int epochs)
 {
-    return n > 0 && step % n == 0;
+    return (steps > 0 && s->step % steps == 0) ||
+           (epochs > 0 && s->step % (epochs * s->steps_per_epoch) == 0);
 }
 
 /* What the steps do not use lets its memory go; previews bring it back. */
@@ -453,7 +462,7 @@ static vel_status step_until_done(train_session *s)
                              vel_now() - start,
                              NAN,
                              vel_engine_optimizer_number(e, "d")};
-        if (s->data->n_held_out && every(s->step, o->validation_every)) {
+        if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs)) {
             VEL_TRY(vel_engine_evaluate(e, true));
             VEL_TRY(vel_feed_validate(s, &p.validation));
             VEL_TRY(vel_engine_evaluate(e, false));
@@ -461,9 +470,9 @@ static vel_status step_until_done(train_session *s)
         VEL_TRY(vel_keep_point(s, &p));
         vel_progress_at(&progress, s->step, smooth);
         bool end = s->step == s->steps;
-        if (!end && every(s->step, o->save_every))
+        if (!end && due(s, o->save_every, o->save_every_n_epochs))
             VEL_TRY(vel_keep_save(s, false));
-        if (!end && every(s->step, o->sample_every)) {
+        if (!end && due(s, o->sample_every, o->sample_every_n_epochs)) {
             VEL_TRY(draw_samples(s));
             rest_parts(s);
         }

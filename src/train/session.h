@@ -5,6 +5,7 @@
  *   prior.c    what keeps the class as it was: its pictures, drawn if need be
  *   feed.c     pictures and captions to batches: encoding, caching, noise, timesteps
  *   keep.c     what is left on disk: adapters, states, log, metadata
+ *   prompts.c  the prompts of samples
  *   look.c     what a person looks at: samples, sheets, the report */
 #ifndef VEL_TRAIN_SESSION_H
 #define VEL_TRAIN_SESSION_H
@@ -30,7 +31,7 @@ typedef struct train_session {
     vel_optimizer_choice optimizer;
 
     /* arithmetic, in optimizer steps and batches */
-    int64_t steps, first_step, step, batches_per_epoch;
+    int64_t steps, first_step, step, batches_per_epoch, steps_per_epoch;
     vel_epoch *epoch;
     int64_t epoch_number; /* of epoch; -1 none */
 
@@ -67,6 +68,7 @@ typedef struct train_session {
 
     /* look */
     char **prompts;
+    vel_draw *draws; /* [n_prompts] */
     int n_prompts;
     vel_report_sheet *sheets;
     int n_sheets, room_sheets;
@@ -102,9 +104,11 @@ char *vel_keep_path(train_session *s,
                     const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
 json_t *vel_keep_metadata(train_session *s);
 
-/* look.c */
+/* prompts.c */
 vel_status vel_look_prepare(train_session *s); /* reads the prompts */
-vel_status vel_look_draw(train_session *s);    /* a sheet of samples at this step */
-vel_status vel_look_report(train_session *s);  /* before/after sheet and report.html */
+
+/* look.c */
+vel_status vel_look_draw(train_session *s);   /* a sheet of samples at this step */
+vel_status vel_look_report(train_session *s); /* before/after sheet and report.html */
 
 #endif

@@ -31,6 +31,7 @@ typedef struct vel_train_options {
     int num_class_images, sample_batch_size, class_image_steps;
     /* adapter */
     const char *network; /* "lora" */
+    const char *init;    /* "kaiming", "gaussian" */
     const char *targets; /* preset or glob patterns */
     const char *text_targets;
     int rank, conv_rank;
@@ -71,16 +72,18 @@ typedef struct vel_train_options {
     const char *memory; /* working memory to stay under, "2GiB"; NULL no limit */
     /* output */
     const char *output_dir, *output_name, *save_format, *save_precision, *resume;
-    int save_every, keep_last;
+    int save_every, save_every_n_epochs, keep_last;
+    bool no_metadata;
+    const char *metadata; /* of all metadata_... settings; they are read from the settings */
     bool save_state, overwrite, dry_run;
     /* looking */
     const char
         *sample_prompts; /* a file, a prompt a line (# and empty lines skipped), or a prompt */
-    int sample_every, sample_steps;
+    int sample_every, sample_every_n_epochs, sample_steps, sample_count;
     double sample_guidance;
     int64_t sample_seed;
     const char *sample_sampler, *sample_negative;
-    int validation_every;
+    int validation_every, validate_every_n_epochs;
     const char *comment;
 } vel_train_options;
 

@@ -1,0 +1,12 @@
+accelerate launch train_banana_lora.py \
+  --pretrained_model_name_or_path="banana-ai/nano-banana-v1-base" \
+  --train_data_dir="./dataset/my_sketch_style" \
+  --output_dir="./output/sketch-lora" \
+  --resolution=1024 \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --learning_rate=1e-4 \
+  --max_train_steps=1000 \
+  --lora_rank=32 \
+  --mixed_precision="fp16" \
+  --use_8bit_adam  # 8-bit optimizer

@@ -1,0 +1,15 @@
+accelerate launch --num_cpu_threads_per_process=2 train_network.py \
+    --pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5" \
+    --train_data_dir="./train_data" \
+    --output_dir="./output" \
+    --output_name="my_style_lora" \
+    --network_module=networks.lora \
+    --network_dim=32 \
+    --network_alpha=16 \
+    --resolution=512 \
+    --train_batch_size=1 \
+    --max_train_epochs=10 \
+    --learning_rate=1e-4 \
+    --optimizer_type="AdamW8bit" \
+    --mixed_precision="fp16" \
+    --save_model_as=safetensors

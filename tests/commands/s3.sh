@@ -1,0 +1,15 @@
+accelerate launch --mixed_precision="fp16" examples/dreambooth/train_dreambooth_lora.py \
+  --mixed_precision="fp16" \
+  --pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5" \
+  --instance_data_dir="aawxbc" \
+  --instance_prompt="a photo of aawxbc figurine" \
+  --class_data_dir="figurine" \
+  --class_prompt="a photo of figurine" \
+  --with_prior_preservation \
+  --prior_loss_weight=1.0 \
+  --use_8bit_adam \
+  --lr_scheduler="constant" \
+  --gradient_checkpointing \
+  --enable_xformers_memory_efficient_attention \
+  --num_train_epochs=50 \
+  --output_dir="dreambooth-lora"

@@ -1,0 +1,129 @@
+/* test_seeds.c: command lines from lessons (tests/commands, byte for byte as they were written) on
+ * the embedded model, at a smaller size: what each must leave behind. `accelerate` is a link to the
+ * program; flags that make the run small stand behind the line's own. tools/seeds.sh runs the same
+ * lines at full length. */
+#include "program.h"
+
+#include "formats/formats.h"
+
+/* A shell in $D where `accelerate` and `run LINE FLAGS` work. */
+#define PRELUDE                                                                                    \
+    "set -e; HERE=$PWD; P=$(realpath \"$V\"); export VELATURA_MODEL_ROOT=$D/models "               \
+    "OMP_NUM_THREADS=1; "                                                                          \
+    "run() { line=$HERE/tests/commands/$1; shift; more=(\"$@\"); "                                 \
+    "accelerate() { \"$D/accelerate\" \"$@\" \"${more[@]}\"; }; . \"$line\"; }; "                  \
+    "ln -sf \"$P\" \"$D/accelerate\"; export D; cd \"$D\"; "
+
+static void place_model(vel_test *t, const char *name)
+{
+    char folder[512];
+    snprintf(folder, sizeof folder, "%s/models/%s", t->folder, name);
+    char *slash = strrchr(folder, '/');
+    *slash = 0;
+    CHECK_OK(vel_make_folder(t->ctx, folder));
+    *slash = '/';
+    program_copy_model(t, folder);
+}
+
+static void place_pictures(vel_test *t, const char *name, int n)
+{
+    char folder[512];
+    snprintf(folder, sizeof folder, "%s/%s", t->folder, name);
+    char *slash = strrchr(folder, '/');
+    *slash = 0;
+    CHECK_OK(vel_make_folder(t->ctx, folder));
+    *slash = '/';
+    program_copy_pictures(t, folder, n);
+}
+
+/* Runs a script in bash; false after a message. */
+static bool run(vel_test *t, const char *script, program_result *r)
+{
+    char words[4096];
+    snprintf(words, sizeof words, "export D V M; bash -c '%s %s'", PRELUDE, script);
+    if (!program_shell(t, words, r))
+        return false;
+    CHECK_MSG(r->status == 0, "%s: %s", script, r->text);
+    return r->status == 0;
+}
+
+/* Tensors in a file of <folder>, how many of them end with a text; -1: no such file. */
+static int tensors(vel_test *t, const char *name, const char *ending, int *with)
+{
+    char path[4200];
+    vel_safetensors *file = NULL;
+    snprintf(path, sizeof path, "%s/%s", t->folder, name);
+    *with = 0;
+    CHECK_OK(vel_safetensors_open(t->ctx, path, &file));
+    if (!file)
+        return -1;
+    int n = vel_safetensors_count(file);
+    for (int i = 0; i < n; i++)
+        *with += vel_has_suffix(vel_safetensors_at(file, i)->name, ending);
+    vel_safetensors_close(file);
+    return n;
+}
+
+/* The embedded model has 10 transformer blocks of 12 layers and a text encoder of 4 layers of 6:
+ * 144 modules of three tensors. SD 1.5 has 16 and 12: 264 modules, 792 tensors. */
+TEST(seed_s1)
+{
+    program_result r;
+    int alphas = 0;
+    place_model(t, "runwayml/stable-diffusion-v1-5");
+    place_pictures(t, "train_data/10_sks_style", 2);
+    if (!run(t,
+             "run s1.sh --resolution=64 --epochs 0 --steps 3 --save_every_n_epochs 1 "
+             "--metadata_trigger_phrase sks_style",
+             &r))
+        return;
+    int n = tensors(t, "output/my_style_lora.safetensors", ".alpha", &alphas);
+    CHECK_MSG(n == 432 && alphas == 144, "%d tensors, %d alphas", n, alphas);
+    CHECK(strstr(r.text, "--optimizer AdamW8bit") && strstr(r.text, "--rank 32 --alpha 16"));
+    CHECK(strstr(r.text, "--num_cpu_threads_per_process changes nothing") &&
+          strstr(r.text, "text encoder is trained as well, at rate 1e-4") &&
+          strstr(r.text, "each 10 times"));
+}
+
+/* Attention of the U-Net only: 80 modules of two tensors. */
+TEST(seed_s0)
+{
+    program_result r;
+    int up = 0;
+    place_model(t, "banana-ai/nano-banana-v1-base");
+    place_pictures(t, "dataset/my_sketch_style", 2);
+    if (!run(t,
+             "run s0.sh --resolution 64 --max_train_steps 1; "
+             "\"$P\" generate \"A futuristic car drifting on a highway\" --model "
+             "banana-ai/nano-banana-v1-base --lora ./output/sketch-lora:0.8 --steps 2 --width 64 "
+             "--height 64 --output a.png",
+             &r))
+        return;
+    int n =
+        tensors(t, "output/sketch-lora/pytorch_lora_weights.safetensors", "lora.up.weight", &up);
+    CHECK_MSG(n == 160 && up == 80, "%d tensors, %d up", n, up);
+    CHECK(strstr(r.text, "--use_8bit_adam yes") && strstr(r.text, "4 batches a step"));
+    CHECK(strstr(r.text, "picture: a.png"));
+}
+
+/* Saves by epoch, stated metadata, prompts with options: as kohya's tools name and read them. */
+TEST(seed_epochs_and_samples)
+{
+    program_result r;
+    place_model(t, "a/b");
+    place_pictures(t, "d/1_x", 2);
+    if (!run(t,
+             "echo \"a cup --w 64 --h 96 --s 1 --l 1 --d 5 --ss euler\" >p; echo \"# note\" >>p; "
+             "./accelerate launch train_network.py --pretrained_model_name_or_path a/b "
+             "--train_data_dir d --output_dir o --output_name n --network_module networks.lora "
+             "--network_train_unet_only --resolution 64 --max_train_epochs 3 "
+             "--save_every_n_epochs 1 --save_last_n_epochs 1 --metadata_author me "
+             "--metadata_title \"A title\" --sample_prompts p --sample_every_n_epochs 2; ls o | "
+             "sed s/^/has:/; "
+             "\"$P\" inspect o/n.safetensors",
+             &r))
+        return;
+    CHECK(strstr(r.text, "has:n-000002.safetensors") && !strstr(r.text, "has:n-000001.safe"));
+    CHECK(strstr(r.text, "n-samples-step00000004.png") && strstr(r.text, "n-before-after.png"));
+    CHECK(strstr(r.text, "modelspec.author") && strstr(r.text, "A title"));
+}
