@@ -1,48 +1,23 @@
 /* inspect_adapter.c: an adapter file described without the model it belongs to. Names are taken
  * apart here for display only: which module a tensor belongs to is decided elsewhere, from the
- * model.
+ * model; and the sizes of weights are those that the tensors imply.
  *
- * The size of a module's change is the Frobenius norm of alpha/rank * up * down. With U [out, r]
- * and D [r, in] its square is the sum over the elementwise product of U'U and D D', two r x r
- * matrices, so the change itself is never formed. */
+ * The size of a module's change is the Frobenius norm of dW. For up down, with U [out, r] and
+ * D [r, in], its square is the sum over the elementwise product of U'U and D D', two r x r
+ * matrices, so the change itself is never formed; that of a Kronecker product is the product of its
+ * factors' norms. The other kinds' changes are formed, as merging does. */
+#include "formats/adapter_names.h"
 #include "inspect.h"
+#include "sample/sample.h"
 
 #include <stdlib.h>
 
-typedef enum piece { DOWN, UP, ALPHA, OTHER } piece;
-
-/* Endings of tensor names; kind: what an adapter with such a tensor is. */
+/* How kinds are called. */
 static const struct {
-    const char *text;
-    piece piece;
-    const char *kind;
-} endings[] = {
-    {".lora_linear_layer.down.weight", DOWN, "LoRA"},
-    {".lora_linear_layer.up.weight", UP, "LoRA"},
-    {".lora_A.default.weight", DOWN, "LoRA"},
-    {".lora_B.default.weight", UP, "LoRA"},
-    {".lora_down.weight", DOWN, "LoRA"},
-    {".lora_up.weight", UP, "LoRA"},
-    {".lora.down.weight", DOWN, "LoRA"},
-    {".lora.up.weight", UP, "LoRA"},
-    {"_lora.down.weight", DOWN, "LoRA"},
-    {"_lora.up.weight", UP, "LoRA"},
-    {".lora_A.weight", DOWN, "LoRA"},
-    {".lora_B.weight", UP, "LoRA"},
-    {".lora_mid.weight", OTHER, "LoCon with a Tucker core"},
-    {".hada_w1_a", OTHER, "LoHa"},
-    {".hada_w1_b", OTHER, "LoHa"},
-    {".hada_w2_a", OTHER, "LoHa"},
-    {".hada_w2_b", OTHER, "LoHa"},
-    {".lokr_w1", OTHER, "LoKr"},
-    {".lokr_w1_a", OTHER, "LoKr"},
-    {".lokr_w1_b", OTHER, "LoKr"},
-    {".lokr_w2", OTHER, "LoKr"},
-    {".lokr_w2_a", OTHER, "LoKr"},
-    {".lokr_w2_b", OTHER, "LoKr"},
-    {".dora_scale", OTHER, "DoRA"},
-    {".lora_magnitude_vector", OTHER, "DoRA"},
-    {".alpha", ALPHA, NULL},
+    const char *kind, *title;
+} titles[] = {
+    {"lora", "LoRA"},          {"loha", "LoHa"},  {"lokr", "LoKr"},
+    {"full", "whole changes"}, {"norm", "norms"},
 };
 
 /* Beginnings of names, or pieces of them, that tell a dialect; the first that fits. */
@@ -64,16 +39,18 @@ static const struct {
 
 typedef struct module {
     const char *stem; /* name without its ending; in the arena */
-    const vel_file_tensor *down, *up, *alpha;
-    const char *part;
-    int64_t rank;
-    double strength, norm; /* alpha / rank; norm NaN where it is not computed */
+    const vel_file_tensor *tensor[VEL_ADAPTER_ROLES];
+    const char *kind, *part;
+    int64_t rank;          /* 0: the tensors show none */
+    int64_t first, second; /* LoKr: rows of its two factors */
+    double strength, norm; /* alpha / rank; norm of dW, NaN where it is not computed */
 } module;
 
 typedef struct summary {
     vel_ctx *ctx;
     vel_arena *arena;
     const vel_safetensors *sf;
+    vel_engine *engine; /* made for the first change that must be formed */
     module *modules;
     int n;
     json_t *config;  /* adapter_config.json or what stands for it; NULL */
@@ -81,21 +58,14 @@ typedef struct summary {
     double alpha;    /* stated for all modules without a tensor of their own; NaN: none */
 } summary;
 
-static int ending_of(const char *name)
-{
-    for (int i = 0; i < VEL_COUNT(endings); i++)
-        if (vel_has_suffix(name, endings[i].text))
-            return i;
-    return -1;
-}
-
 bool vel_inspect_is_adapter(const vel_safetensors *sf)
 {
-    for (int i = 0; i < vel_safetensors_count(sf); i++) {
-        int e = ending_of(vel_safetensors_at(sf, i)->name);
-        if (e >= 0 && endings[e].kind)
+    size_t stem;
+    vel_adapter_role role;
+    for (int i = 0; i < vel_safetensors_count(sf); i++)
+        if (vel_adapter_tail(vel_safetensors_at(sf, i)->name, &stem, &role) &&
+            role != VEL_ADAPTER_ALPHA)
             return true;
-    }
     return false;
 }
 
@@ -123,14 +93,22 @@ static void join(summary *s)
     for (int i = 0; i < s->n; i++) {
         module *last = kept ? &s->modules[kept - 1] : NULL, *m = &s->modules[i];
         if (last && strcmp(last->stem, m->stem) == 0) {
-            last->down = m->down ? m->down : last->down;
-            last->up = m->up ? m->up : last->up;
-            last->alpha = m->alpha ? m->alpha : last->alpha;
+            for (int r = 0; r < VEL_ADAPTER_ROLES; r++)
+                last->tensor[r] = m->tensor[r] ? m->tensor[r] : last->tensor[r];
         } else {
             s->modules[kept++] = *m;
         }
     }
     s->n = kept;
+}
+
+/* What a module is: by the first tensor that only one kind has. */
+static const char *kind_of(const module *m)
+{
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        if (m->tensor[i] && vel_adapter_leaf_kind((vel_adapter_leaf)i))
+            return vel_adapter_leaf_kind((vel_adapter_leaf)i);
+    return m->tensor[VEL_LEAF_DIFF_B] ? "full" : "lora";
 }
 
 static vel_status collect(summary *s)
@@ -141,22 +119,23 @@ static vel_status collect(summary *s)
         return VEL_NO_MEMORY;
     for (int i = 0; i < n; i++) {
         const vel_file_tensor *t = vel_safetensors_at(s->sf, i);
-        int e = ending_of(t->name);
-        if (e < 0)
+        size_t length;
+        vel_adapter_role role;
+        if (!vel_adapter_tail(t->name, &length, &role))
             continue;
         char *stem = vel_arena_strdup(s->arena, t->name);
         if (!stem)
             return VEL_NO_MEMORY;
-        stem[strlen(stem) - strlen(endings[e].text)] = 0;
+        stem[length] = 0;
         for (char *c = stem; *c; c++)
             *c = (unsigned char)*c < ' ' || *c == 127 ? '?' : *c; /* a terminal would obey them */
-        module m = {.stem = stem, .part = part_of(stem), .norm = NAN, .strength = NAN};
-        m.down = endings[e].piece == DOWN ? t : NULL;
-        m.up = endings[e].piece == UP ? t : NULL;
-        m.alpha = endings[e].piece == ALPHA ? t : NULL;
-        s->modules[s->n++] = m;
+        module *m = &s->modules[s->n++];
+        *m = (module){.stem = stem, .part = part_of(stem), .norm = NAN, .strength = NAN};
+        m->tensor[role] = t;
     }
     join(s);
+    for (int i = 0; i < s->n; i++)
+        s->modules[i].kind = kind_of(&s->modules[i]);
     return VEL_OK;
 }
 
@@ -178,8 +157,10 @@ static void read_config(summary *s)
         s->config = NULL;
     const char *prefix = text ? "unet." : "";
     char key[64];
-    snprintf(key, sizeof key, "%slora_alpha", prefix);
+    snprintf(key, sizeof key, "%salpha", prefix);
     s->alpha = vel_json_number(s->config, key, NAN);
+    snprintf(key, sizeof key, "%slora_alpha", prefix);
+    s->alpha = vel_json_number(s->config, key, s->alpha);
     snprintf(key, sizeof key, "%suse_rslora", prefix);
     s->rootscaled = vel_json_bool(s->config, key, false);
 }
@@ -195,64 +176,189 @@ static void gram(const float *x, int64_t r, int64_t n, int64_t step_r, int64_t s
         }
 }
 
-static vel_status measure_module(summary *s, module *m)
+static double product_norm(vel_ctx *ctx, const float *u, const float *d, int64_t out, int64_t r,
+                           int64_t in)
 {
-    const vel_file_tensor *down = m->down, *up = m->up;
-    bool fits = down && up && down->rank >= 2 && up->rank >= 2 && down->dim[0] == up->dim[1];
-    m->rank = down && down->rank ? down->dim[0] : 0;
-    fits = fits && m->rank > 0 && m->rank <= 4096 && up->count == up->dim[0] * m->rank;
-    if (!fits)
-        return VEL_OK;
-    float alpha = (float)(isfinite(s->alpha) ? s->alpha : (double)m->rank);
-    if (m->alpha && m->alpha->count == 1)
-        vel_file_tensor_floats(m->alpha, 0, 1, &alpha);
-    bool root = s->rootscaled && !m->alpha;
-    m->strength = (double)alpha / (root ? sqrt((double)m->rank) : (double)m->rank);
-
-    size_t square = (size_t)(m->rank * m->rank);
-    float *d = vel_alloc(s->ctx, sizeof *d * (size_t)down->count),
-          *u = vel_alloc(s->ctx, sizeof *u * (size_t)up->count);
-    double *dd = vel_alloc(s->ctx, sizeof *dd * square),
-           *uu = vel_alloc(s->ctx, sizeof *uu * square);
-    if (d && u && dd && uu) {
-        double sum = 0;
-        vel_file_tensor_floats(down, 0, down->count, d);
-        vel_file_tensor_floats(up, 0, up->count, u);
-        gram(d, m->rank, down->count / m->rank, down->count / m->rank, 1, dd);
-        gram(u, m->rank, up->dim[0], 1, m->rank, uu);
+    size_t square = (size_t)(r * r);
+    double *dd = vel_alloc(ctx, sizeof *dd * square), *uu = vel_alloc(ctx, sizeof *uu * square);
+    double sum = dd && uu ? 0 : NAN;
+    if (dd && uu) {
+        gram(d, r, in, in, 1, dd);
+        gram(u, r, out, 1, r, uu);
         for (size_t i = 0; i < square; i++)
             sum += dd[i] * uu[i];
-        m->norm = fabs(m->strength) * sqrt(VEL_MAX(sum, 0.0));
     }
-    vel_status st = d && u && dd && uu ? VEL_OK : VEL_NO_MEMORY;
-    vel_free(s->ctx, d);
-    vel_free(s->ctx, u);
-    vel_free(s->ctx, dd);
-    vel_free(s->ctx, uu);
+    vel_free(ctx, dd);
+    vel_free(ctx, uu);
+    return sqrt(VEL_MAX(sum, 0.0));
+}
+
+/* The weight's axes that the tensors imply; 0 axes: they do not fit together. */
+static int implied_weight(const module *m, int64_t dim[4])
+{
+    const vel_file_tensor *const *t = m->tensor;
+    static const vel_file_tensor none;
+    const vel_file_tensor *core = t[VEL_LEAF_LORA_MID]  ? t[VEL_LEAF_LORA_MID]
+                                  : t[VEL_LEAF_HADA_T1] ? t[VEL_LEAF_HADA_T1]
+                                                        : t[VEL_LEAF_LOKR_T2];
+#define AT(leaf) (t[VEL_LEAF_##leaf] ? t[VEL_LEAF_##leaf] : &none)
+    const vel_file_tensor *kernel = core ? core : AT(LORA_DOWN);
+    int64_t first = 1, columns = 1;
+    dim[2] = dim[3] = 1;
+    if (strcmp(m->kind, "lora") == 0) {
+        dim[0] = AT(LORA_UP)->dim[0];
+        dim[1] = AT(LORA_DOWN)->dim[1];
+    } else if (strcmp(m->kind, "loha") == 0) {
+        dim[0] = AT(HADA_W1_A)->dim[core ? 1 : 0];
+        dim[1] = AT(HADA_W1_B)->dim[1];
+    } else if (strcmp(m->kind, "lokr") == 0) {
+        first = t[VEL_LEAF_LOKR_W1] ? AT(LOKR_W1)->dim[0] : AT(LOKR_W1_A)->dim[0];
+        columns = t[VEL_LEAF_LOKR_W1] ? AT(LOKR_W1)->dim[1] : AT(LOKR_W1_B)->dim[1];
+        bool whole = t[VEL_LEAF_LOKR_W2] != NULL;
+        dim[0] = first * (whole ? AT(LOKR_W2)->dim[0] : AT(LOKR_W2_A)->dim[core ? 1 : 0]);
+        dim[1] = columns * (whole ? AT(LOKR_W2)->dim[1] : AT(LOKR_W2_B)->dim[1]);
+        kernel = core ? core : AT(LOKR_W2);
+    } else {
+        kernel = AT(DIFF);
+        dim[0] = kernel->dim[0];
+        dim[1] = kernel->dim[1];
+    }
+#undef AT
+    if (kernel->rank == 4) {
+        dim[2] = kernel->dim[2];
+        dim[3] = kernel->dim[3];
+    }
+    bool sane = true;
+    for (int i = 0; i < 4; i++)
+        sane = sane && dim[i] > 0 && dim[i] < 1 << 24;
+    return !sane ? 0 : kernel->rank == 4 ? 4 : 2;
+}
+
+/* The module with its values; *fits false when its tensors make up none. */
+static vel_status read_module(summary *s, const module *m, vel_adapter_module *out, bool *fits)
+{
+    vel_leaf_dims dims[VEL_ADAPTER_LEAVES] = {{0}};
+    char problem[200];
+    *out = (vel_adapter_module){.kind = m->kind, .rank = 1, .alpha = 1};
+    *fits = false;
+    out->weight_rank = implied_weight(m, out->weight_dim);
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        const vel_file_tensor *t = m->tensor[i];
+        if (!t || i == VEL_LEAF_DORA_SCALE || i == VEL_LEAF_DIFF_B)
+            continue; /* what is measured is dW */
+        if (t->rank < 1 || t->rank > 4)
+            return VEL_OK;
+        dims[i].rank = t->rank;
+        memcpy(dims[i].dim, t->dim, sizeof dims[i].dim);
+    }
+    if (!out->weight_rank || !vel_adapter_leaves_fit(m->kind, out->weight_rank, out->weight_dim,
+                                                     dims, &out->rank, problem))
+        return VEL_OK;
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++) {
+        out->leaf[i].dims = dims[i];
+        if (!dims[i].rank)
+            continue;
+        out->leaf[i].v = vel_alloc(s->ctx, (size_t)m->tensor[i]->count * sizeof(float));
+        if (!out->leaf[i].v)
+            return VEL_NO_MEMORY;
+        vel_file_tensor_floats(m->tensor[i], 0, m->tensor[i]->count, out->leaf[i].v);
+    }
+    *fits = true;
+    return VEL_OK;
+}
+
+static vel_status formed_norm(summary *s, const vel_adapter_module *v, double *norm)
+{
+    int64_t n = 1;
+    for (int i = 0; i < v->weight_rank; i++)
+        n *= v->weight_dim[i];
+    if (n > (int64_t)1 << 28) /* no weight that a file of this kind belongs to */
+        return VEL_OK;
+    if (!s->engine)
+        VEL_TRY(vel_engine_create(s->ctx, "cpu", &s->engine));
+    float *change = vel_alloc(s->ctx, (size_t)n * sizeof *change);
+    vel_status st = change ? vel_adapter_delta(s->engine, v, NULL, 1, change) : VEL_NO_MEMORY;
+    double sum = 0;
+    for (int64_t i = 0; !st && i < n; i++)
+        sum += (double)change[i] * change[i];
+    *norm = st ? NAN : sqrt(sum);
+    vel_free(s->ctx, change);
+    return st;
+}
+
+/* Norm of v's change with a strength of 1. */
+static vel_status change_norm(summary *s, const vel_adapter_module *v, double *norm)
+{
+    const vel_adapter_tensor *up = &v->leaf[VEL_LEAF_LORA_UP], *down = &v->leaf[VEL_LEAF_LORA_DOWN];
+    if (up->v && !v->leaf[VEL_LEAF_LORA_MID].v) {
+        *norm = product_norm(s->ctx, up->v, down->v, up->dims.dim[0], v->rank,
+                             vel_adapter_tensor_count(down) / v->rank);
+        return VEL_OK;
+    }
+    vel_adapter_module plain = *v;
+    plain.rank = VEL_MAX(v->rank, 1);
+    plain.alpha = plain.rank;
+    plain.path = "the module";
+    return formed_norm(s, &plain, norm);
+}
+
+static vel_status measure_module(summary *s, module *m)
+{
+    vel_adapter_module v;
+    bool fits;
+    vel_status st = read_module(s, m, &v, &fits);
+    if (!st && fits) {
+        m->rank = v.rank;
+        float alpha = (float)(isfinite(s->alpha) ? s->alpha : (double)m->rank);
+        const vel_file_tensor *own = m->tensor[VEL_ADAPTER_ALPHA];
+        if (own && own->count == 1)
+            vel_file_tensor_floats(own, 0, 1, &alpha);
+        bool root = s->rootscaled && !own;
+        m->strength =
+            m->rank ? (double)alpha / (root ? sqrt((double)m->rank) : (double)m->rank) : 1;
+        const vel_adapter_tensor *w1 =
+            &v.leaf[v.leaf[VEL_LEAF_LOKR_W1].v ? VEL_LEAF_LOKR_W1 : VEL_LEAF_LOKR_W1_A];
+        if (strcmp(m->kind, "lokr") == 0) {
+            m->first = w1->dims.dim[0];
+            m->second = v.weight_dim[0] / m->first;
+        }
+        st = change_norm(s, &v, &m->norm);
+        m->norm *= fabs(m->strength);
+    }
+    for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
+        vel_free(s->ctx, v.leaf[i].v);
     return st;
 }
 
 /* ---- the text
  * ---------------------------------------------------------------------------------------------- */
 
-/* Every distinct kind among the tensors: "LoRA", "LoHa + DoRA". */
+static bool has_lengths(const module *m)
+{
+    return m->tensor[VEL_LEAF_DORA_SCALE] || m->tensor[VEL_ADAPTER_MAGNITUDE];
+}
+
+/* Every distinct kind among the modules: "LoRA", "LoHa + LoKr", "LoRA with DoRA". */
 static void add_kinds(summary *s, vel_text *out)
 {
-    bool any = false, seen[VEL_COUNT(endings)] = {false};
-    for (int i = 0; i < vel_safetensors_count(s->sf); i++) {
-        int e = ending_of(vel_safetensors_at(s->sf, i)->name);
-        if (e >= 0 && endings[e].kind)
-            seen[e] = true;
+    bool any = false, cores = false, lengths = false;
+    for (int k = 0; k < VEL_COUNT(titles); k++) {
+        bool seen = false;
+        for (int i = 0; i < s->n; i++)
+            seen = seen || strcmp(s->modules[i].kind, titles[k].kind) == 0;
+        if (seen)
+            vel_text_addf(out, "%s%s", any ? " + " : "", titles[k].title);
+        any = any || seen;
     }
-    for (int e = 0; e < VEL_COUNT(endings); e++) {
-        bool said = !seen[e];
-        for (int k = 0; k < e && !said; k++)
-            said = seen[k] && strcmp(endings[k].kind, endings[e].kind) == 0;
-        if (said)
-            continue;
-        vel_text_addf(out, "%s%s", any ? " + " : "", endings[e].kind);
-        any = true;
+    for (int i = 0; i < s->n; i++) {
+        const vel_file_tensor *const *t = s->modules[i].tensor;
+        cores = cores || t[VEL_LEAF_LORA_MID] || t[VEL_LEAF_HADA_T1] || t[VEL_LEAF_LOKR_T2];
+        lengths = lengths || has_lengths(&s->modules[i]);
     }
+    if (cores)
+        vel_text_add(out, " with Tucker cores");
+    if (lengths)
+        vel_text_add(out, cores ? " and DoRA" : " with DoRA");
 }
 
 static const char *dialect_of(const summary *s)
@@ -266,12 +372,22 @@ static const char *dialect_of(const summary *s)
 
 static double rank_of(const module *m)
 {
-    return (double)m->rank;
+    return m->rank ? (double)m->rank : NAN;
+}
+
+static double first_of(const module *m)
+{
+    return m->first ? (double)m->first : NAN;
+}
+
+static double second_of(const module *m)
+{
+    return m->first ? (double)m->second : NAN;
 }
 
 static double alpha_of(const module *m)
 {
-    return m->strength * (double)m->rank;
+    return m->rank ? m->strength * (double)m->rank : NAN;
 }
 
 static double strength_of(const module *m)
@@ -321,8 +437,20 @@ static void add_head(summary *s, vel_text *out)
                   types.s ? types.s : "no type", vel_bytes_text(bytes, b));
     vel_text_finish(&types);
     add_range(s, out, "rank        ", rank_of);
+    add_range(s, out, "factor      ", first_of);
+    add_range(s, out, "  and       ", second_of);
     add_range(s, out, "alpha       ", alpha_of);
     add_range(s, out, "strength    ", strength_of);
+    int rows = 0, columns = 0;
+    for (int i = 0; i < s->n; i++) {
+        const vel_file_tensor *t = s->modules[i].tensor[VEL_LEAF_DORA_SCALE];
+        bool across = t && t->rank > 1 && t->dim[0] == 1 && t->count > 1;
+        rows += has_lengths(&s->modules[i]) && !across;
+        columns += across;
+    }
+    if (rows + columns)
+        vel_text_addf(out, "DoRA        over rows of %d modules, over columns of %d\n", rows,
+                      columns);
 }
 
 /* "down_blocks.0" of a stem in any dialect; "" when it names no block. */
@@ -375,8 +503,7 @@ static void add_blocks(const summary *s, vel_text *out)
     }
     if (n == 0)
         return;
-    vel_text_add(out,
-                 "\nchange by block: Frobenius norm of alpha/rank * up * down over its modules\n");
+    vel_text_add(out, "\nchange by block: Frobenius norm of dW over its modules\n");
     for (int k = 0; k < n; k++) {
         int bar = most > 0 ? (int)(30 * sqrt(blocks[k].square / most) + 0.5) : 0;
         vel_text_addf(out, "  %10.4f  %-28s %3d modules  %.*s\n", sqrt(blocks[k].square),
@@ -405,9 +532,11 @@ static void add_modules(summary *s, vel_text *out)
             vel_text_addf(out, "  %10.4f  rank %-4" PRId64 " %s\n", m->norm, m->rank, m->stem);
         else
             vel_text_addf(out, "           -  %s%s\n", m->stem,
-                          m->down && !m->up   ? " (without its up)"
-                          : m->up && !m->down ? " (without its down)"
-                                              : "");
+                          m->tensor[VEL_LEAF_LORA_DOWN] && !m->tensor[VEL_LEAF_LORA_UP]
+                              ? " (without its up)"
+                          : m->tensor[VEL_LEAF_LORA_UP] && !m->tensor[VEL_LEAF_LORA_DOWN]
+                              ? " (without its down)"
+                              : "");
     }
 }
 
@@ -426,6 +555,7 @@ vel_status vel_inspect_adapter(vel_ctx *ctx, const vel_safetensors *sf, vel_text
         add_modules(&s, out);
     }
     json_decref(s.config);
+    vel_engine_destroy(s.engine);
     vel_arena_destroy(s.arena);
     return st;
 }

@@ -289,3 +289,119 @@ TEST(adapters_lora_first_values)
     for (int i = 0; i < VEL_COUNT(up); i++)
         CHECK(up[i] == 0);
 }
+
+/* A norm under an adapter is the norm with the sums of weights and biases; a bias under "diff_b" is
+ * the sum of biases; both by their strength. */
+TEST(adapters_norms_and_biases)
+{
+    enum { C = 6, OUT = 4 };
+    vel_graph *g = vel_graph_create(t->ctx), *adapted = NULL;
+    vel_ref_tensor out[3] = {0};
+    vel_adapter_site norm = {.path = "norm",
+                             .kind = &vel_adapter_norm,
+                             .weight = VEL_SHAPE(C),
+                             .rank = 1,
+                             .frozen = true,
+                             .name = "style"};
+    norm.leaf[VEL_LEAF_W_NORM] = norm.leaf[VEL_LEAF_B_NORM] = VEL_SHAPE(C);
+    vel_adapter_site bias = norm;
+    memset(bias.leaf, 0, sizeof bias.leaf);
+    bias.path = "to_q";
+    bias.kind = &vel_adapter_full;
+    bias.weight = VEL_SHAPE(OUT, C);
+    bias.leaf[VEL_LEAF_DIFF_B] = VEL_SHAPE(OUT);
+    const vel_adapter_site sites[] = {norm, bias};
+    vel_adaption adaption = {sites, 2};
+    if (!g)
+        return;
+    vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(2, C));
+    vel_scope(g, "norm");
+    vel_ref w = vel_weight(g, "weight", VEL_SHAPE(C)), b = vel_weight(g, "bias", VEL_SHAPE(C));
+    vel_end(g);
+    vel_output(g, "norm", vel_layer_norm_op(g, x, w, b, 1e-5));
+    vel_output(g, "q", nn_linear(g, "to_q", x, OUT, true));
+    vel_output(
+        g, "plain",
+        vel_layer_norm_op(g, x, vel_fill(g, VEL_SHAPE(C), 1), vel_fill(g, VEL_SHAPE(C), 0), 1e-5));
+    CHECK_OK(vel_adapt(g, &adaption, 1, &adapted));
+    if (adapted)
+        CHECK_OK(vel_reference_run(adapted, fill_leaf, NULL, out));
+    for (int i = 0; out[0].v && i < 2 * C; i++) {
+        int c = i % C;
+        double weight =
+            leaf_value("norm.weight", c) + 0.75 * leaf_value("adapter.style.norm.w_norm", c);
+        double shift =
+            leaf_value("norm.bias", c) + 0.75 * leaf_value("adapter.style.norm.b_norm", c);
+        CHECK(fabs(out[0].v[i] - (out[2].v[i] * weight + shift)) < 1e-12);
+    }
+    double row[C];
+    for (int j = 0; j < C; j++)
+        row[j] = leaf_value("x", j);
+    for (int i = 0; out[1].v && i < OUT; i++) {
+        double y = row_product(row, "to_q.weight", i, C) + leaf_value("to_q.bias", i);
+        y += 0.75 * leaf_value("adapter.style.to_q.diff_b", i);
+        CHECK(fabs(out[1].v[i] - y) < 1e-12);
+    }
+    vel_reference_free(t->ctx, out, 3);
+    vel_graph_destroy(adapted);
+    vel_graph_destroy(g);
+}
+
+/* At strength s, DoRA's layer is that of W + s (W' - W): the plain one at 0. Alone on its module,
+ * and after another adapter. */
+TEST(adapters_dora_strength)
+{
+    enum { IN = 5, OUT = 3 };
+    for (int second = 0; second < 2; second++)
+        for (int columns = 0; columns < 2; columns++) {
+            vel_graph *g = vel_graph_create(t->ctx), *adapted = NULL;
+            vel_ref_tensor out[1] = {0};
+            vel_adapter_site site = {
+                .path = "to_q", .kind = &vel_adapter_lora, .weight = VEL_SHAPE(OUT, IN)};
+            vel_adapter_site_make(
+                &site,
+                &(vel_adapter_how){.rank = 2, .alpha = 3, .dora = true, .dora_columns = columns});
+            site.frozen = true;
+            site.name = "style";
+            vel_adapter_site other = lora_site("to_q", VEL_SHAPE(OUT, IN), 1, 1);
+            vel_adaption adaptions[] = {{&other, 1}, {&site, 1}};
+            if (!g)
+                return;
+            vel_output(
+                g, "y",
+                nn_linear(g, "to_q", vel_input(g, "x", VEL_F32, VEL_SHAPE(1, IN)), OUT, true));
+            CHECK_OK(vel_adapt(g, adaptions + !second, 1 + second, &adapted));
+            if (adapted)
+                CHECK_OK(vel_reference_run(adapted, fill_leaf, NULL, out));
+            double sum[OUT][IN], row[OUT] = {0}, column[IN] = {0}, x[IN], side = 0;
+            for (int i = 0; i < OUT; i++)
+                for (int j = 0; j < IN; j++) {
+                    double dw = 0;
+                    for (int r = 0; r < 2; r++)
+                        dw += 1.5 * leaf_value("adapter.style.to_q.lora_up.weight", i * 2 + r) *
+                              leaf_value("adapter.style.to_q.lora_down.weight", r * IN + j);
+                    sum[i][j] = leaf_value("to_q.weight", i * IN + j) + dw;
+                    row[i] += sum[i][j] * sum[i][j];
+                    column[j] += sum[i][j] * sum[i][j];
+                }
+            for (int j = 0; j < IN; j++)
+                x[j] = leaf_value("x", j);
+            side = row_product(x, "to_q.lora_down.weight", 0, IN);
+            for (int i = 0; out[0].v && i < OUT; i++) {
+                double y = leaf_value("to_q.bias", i);
+                y += second ? side * leaf_value("to_q.lora_up.weight", i) : 0;
+                for (int j = 0; j < IN; j++) {
+                    double w = leaf_value("to_q.weight", i * IN + j);
+                    double length = sqrt(columns ? column[j] : row[i]);
+                    double gain =
+                        leaf_value("adapter.style.to_q.dora_scale", columns ? j : i) / length;
+                    y += x[j] * (w + 0.75 * (gain * sum[i][j] - w));
+                }
+                CHECK_MSG(fabs(out[0].v[i] - y) < 1e-6, "%d %d: %g, not %g", second, columns,
+                          out[0].v[i], y);
+            }
+            vel_reference_free(t->ctx, out, 1);
+            vel_graph_destroy(adapted);
+            vel_graph_destroy(g);
+        }
+}

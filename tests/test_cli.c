@@ -259,6 +259,33 @@ TEST(inspect_measures_an_adapter)
     vel_text_free(text);
 }
 
+/* |w1| = 5, |w2| = 3 and alpha / rank = 2 give 30; the LoHa's change is [[2 * 4]] at strength 1. */
+TEST(inspect_measures_other_kinds)
+{
+    static const float five[] = {3, 4, 0, 0}, a[] = {1, 0}, b[] = {3, 0, 0}, alpha[] = {2},
+                       two[] = {2}, four[] = {4}, one[] = {1}, lengths[] = {1, 1, 1, 1};
+    const vel_save_tensor tensors[] = {
+        {"lora_unet_mid_block_a.lokr_w1", VEL_FILE_F32, 2, {2, 2}, five},
+        {"lora_unet_mid_block_a.lokr_w2_a", VEL_FILE_F32, 2, {2, 1}, a},
+        {"lora_unet_mid_block_a.lokr_w2_b", VEL_FILE_F32, 2, {1, 3}, b},
+        {"lora_unet_mid_block_a.alpha", VEL_FILE_F32, 0, {0}, alpha},
+        {"lora_unet_mid_block_a.dora_scale", VEL_FILE_F32, 2, {4, 1}, lengths},
+        {"lora_unet_mid_block_b.hada_w1_a", VEL_FILE_F32, 2, {1, 1}, two},
+        {"lora_unet_mid_block_b.hada_w1_b", VEL_FILE_F32, 2, {1, 1}, one},
+        {"lora_unet_mid_block_b.hada_w2_a", VEL_FILE_F32, 2, {1, 1}, four},
+        {"lora_unet_mid_block_b.hada_w2_b", VEL_FILE_F32, 2, {1, 1}, one},
+    };
+    char path[4200], *text = NULL;
+    snprintf(path, sizeof path, "%s/kinds.safetensors", t->folder);
+    CHECK_OK(vel_safetensors_save(t->ctx, path, tensors, VEL_COUNT(tensors), NULL));
+    CHECK_OK(vel_inspect(t->ctx, path, &text));
+    static const char *const says[] = {"LoHa + LoKr with DoRA", "factor      2",
+                                       "over rows of 1 modules", "30.0000  rank", "8.0000  rank"};
+    for (int i = 0; text && i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(text, says[i]), "does not say '%s': %s", says[i], text);
+    vel_text_free(text);
+}
+
 TEST(inspect_lists_other_tensors)
 {
     static const float x[6] = {0};

@@ -175,10 +175,6 @@ TEST(train_resumed_equals_uninterrupted)
         "dropout=0.2 caption_dropout=0.5 noise_offset=0.05 min_snr_gamma=5 flip=yes batch=2 "
         "accumulation=2",
         "optimizer=AdamWScheduleFree optimizer_args=warmup_steps=2 save_every=1",
-        "network=loha rank_dropout=0.3 module_dropout=0.2 scale_weight_norms=0.05",
-        "network=lokr lokr_factor=4 use_dora=yes dropout=0.1 loraplus_lr_ratio=4",
-        "network=locon conv_rank=1 use_tucker=yes use_dora=yes rank_dropout=0.5 use_rslora=yes "
-        "loraplus_lr_ratio=4 scale_weight_norms=0.1",
     };
     static watch w;
     char settings[512], whole[32], half[32], a[64], b[64];
@@ -200,6 +196,31 @@ TEST(train_resumed_equals_uninterrupted)
 }
 
 /* ---- other adapters ---- */
+
+TEST(train_kinds_resume)
+{
+    static const char *const kinds[] = {
+        "network=loha rank_dropout=0.3 module_dropout=0.2 scale_weight_norms=0.05",
+        "network=lokr lokr_factor=4 use_dora=yes dropout=0.1 loraplus_lr_ratio=4",
+        "network=locon conv_rank=1 use_tucker=yes use_dora=yes rank_dropout=0.5 use_rslora=yes "
+        "loraplus_lr_ratio=4 scale_weight_norms=0.1",
+    };
+    static watch w;
+    char settings[512], whole[32], half[32], a[64], b[64];
+    for (int i = 0; i < VEL_COUNT(kinds); i++) {
+        snprintf(whole, sizeof whole, "whole%d", i);
+        snprintf(half, sizeof half, "half%d", i);
+        snprintf(settings, sizeof settings, "%s steps=2", kinds[i]);
+        CHECK_OK(train(t, &w, whole, settings));
+        snprintf(settings, sizeof settings, "%s steps=1", kinds[i]);
+        CHECK_OK(train(t, &w, half, settings));
+        snprintf(settings, sizeof settings, "%s steps=2 resume=latest", kinds[i]);
+        CHECK_OK(train(t, &w, half, settings));
+        snprintf(a, sizeof a, "%s/a.safetensors", whole);
+        snprintf(b, sizeof b, "%s/a.safetensors", half);
+        CHECK_MSG(same_files(t, a, b), "%s: the resumed run gives another adapter", kinds[i]);
+    }
+}
 
 /* A run that starts from a file, and at rate 0, gives the file back, whatever alpha says; a run
  * over a base with the file merged begins with the loss that a warm start begins with. */

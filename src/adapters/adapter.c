@@ -363,12 +363,43 @@ static bool is_weight_of(const vel_node *weight, const char *path)
     return strncmp(weight->path, path, n) == 0 && strcmp(weight->path + n, ".weight") == 0;
 }
 
+static vel_ref changed(vel_graph *g, vel_ref value, vel_ref change, vel_ref strength)
+{
+    if (!change.id || !value.id)
+        return value;
+    if (strength.id)
+        change = vel_mul(g, change, along_channels(g, strength, vel_shape_at(g, change).dim[0]));
+    return vel_add(g, value, change);
+}
+
+/* A norm reads its weight and bias with the sites' changes. */
+static void change_norm(rewrite *r, const vel_node *n, vel_ref *in)
+{
+    const vel_node *w = vel_at(r->from, n->in[1]);
+    for (int i = 0; i < r->n_sites; i++) {
+        placed *p = &r->sites[i];
+        if (p->site->kind != &vel_adapter_norm || !is_weight_of(w, p->site->path))
+            continue;
+        if (!vel_shape_equal(w->out[0].shape, p->site->weight))
+            vel_bad(r->to, n, "an adapter was made for a weight of another shape");
+        if (!p->made)
+            make_leaves(r, p);
+        vel_graph_place(r->to, n->path, n->layer, n->backward);
+        in[1] = changed(r->to, in[1], p->leaf[VEL_LEAF_W_NORM], p->scale);
+        in[2] = changed(r->to, in[2], p->leaf[VEL_LEAF_B_NORM], p->scale);
+        vel_graph_place(r->to, NULL, 0, false);
+        p->used = true;
+    }
+}
+
 static void copy_node(rewrite *r, int32_t id)
 {
     const vel_node *n = vel_node_at(r->from, id);
     vel_ref in[VEL_MAX_IN] = {{0}};
     for (int i = 0; i < n->n_in; i++)
         in[i] = mapped(r, n->in[i]);
+    if (n->op == VEL_OP_group_norm || n->op == VEL_OP_layer_norm)
+        change_norm(r, n, in);
     vel_ref y = vel_copy_node(r->to, n, in), own = y;
     bool linear = n->op == VEL_OP_linear, conv = n->op == VEL_OP_conv2d;
     if (linear || conv) {

@@ -178,8 +178,7 @@ static bool ends_with_leaf(const char *name, size_t n, vel_adapter_leaf leaf)
            memcmp(name + n - length, tail, length) == 0;
 }
 
-const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, const char *tensor,
-                                               vel_adapter_role *role)
+bool vel_adapter_tail(const char *tensor, size_t *stem, vel_adapter_role *role)
 {
     size_t n = strlen(tensor), tail;
     for (int i = 0; i < VEL_COUNT(suffixes); i++) {
@@ -187,7 +186,8 @@ const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, c
         if (n <= tail || strcmp(tensor + n - tail, suffixes[i].text) != 0)
             continue;
         *role = suffixes[i].role;
-        return find_stem(names, tensor, n - tail);
+        *stem = n - tail;
+        return true;
     }
     if (vel_has_suffix(tensor, in_memory))
         n -= sizeof in_memory - 1;
@@ -195,9 +195,17 @@ const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, c
         if (!ends_with_leaf(tensor, n, (vel_adapter_leaf)i))
             continue;
         *role = i;
-        return find_stem(names, tensor, n - strlen(vel_adapter_leaf_name((vel_adapter_leaf)i)) - 1);
+        *stem = n - strlen(vel_adapter_leaf_name((vel_adapter_leaf)i)) - 1;
+        return true;
     }
-    return NULL;
+    return false;
+}
+
+const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, const char *tensor,
+                                               vel_adapter_role *role)
+{
+    size_t stem;
+    return vel_adapter_tail(tensor, &stem, role) ? find_stem(names, tensor, stem) : NULL;
 }
 
 /* "." and the leaf's name, unless the dialect writes it otherwise; NULL: not at all. */

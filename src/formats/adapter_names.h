@@ -29,6 +29,10 @@ vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_mo
 /* The stem of a tensor's name, and its role; NULL when no known module is called so. */
 const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, const char *tensor,
                                                vel_adapter_role *role);
+/* What a tensor's name ends with, whatever its module is called; *stem: the length of what stands
+ * before. False when it ends with no name of a leaf or of alpha. The ending of the file's own leaf
+ * is taken, so "x.lora_B.default.weight" is a LORA_UP. */
+bool vel_adapter_tail(const char *tensor, size_t *stem, vel_adapter_role *role);
 /* The tensor's name for writing, in the arena; NULL when the dialect has none for this part. */
 const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
                              vel_adapter_role role);

@@ -41,7 +41,8 @@ int vel_graph_modules(const vel_graph *g, vel_module *out, int room)
     int n = 0;
     for (int32_t id = 1; used && id < size; id++) {
         const vel_node *node = vel_node_at(g, id);
-        if (node->op != VEL_OP_linear && node->op != VEL_OP_conv2d)
+        bool norm = node->op == VEL_OP_group_norm || node->op == VEL_OP_layer_norm;
+        if (node->op != VEL_OP_linear && node->op != VEL_OP_conv2d && !norm)
             continue;
         const vel_node *w = vel_at(g, node->in[1]);
         bool is_leaf = w->op == VEL_OP_weight || w->op == VEL_OP_param;

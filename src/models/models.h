@@ -85,11 +85,12 @@ const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, con
 const vel_family *vel_family_at(int i);
 vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *scheduler, const char *file,
                                  vel_noise_config *out);
-/* Every module of the graph that has a weight of rank 2 or 4 used by linear or conv2d: for adapter
- * targets and file keys. Paths are in the graph's arena; returns how many, fills at most room. */
+/* Every module of the graph that has a weight of rank 2 or 4 used by linear or conv2d, or of rank 1
+ * used by a norm: for adapter targets and file keys. Paths are in the graph's arena; returns how
+ * many, fills at most room. */
 typedef struct vel_module {
     const char *path; /* "unet.down_blocks.0....attn1.to_q" */
-    vel_shape weight; /* [out, in] or [O, I, kh, kw] */
+    vel_shape weight; /* [out, in] or [O, I, kh, kw]; a norm's [C] */
 } vel_module;
 int vel_graph_modules(const vel_graph *g, vel_module *out, int room);
 
