@@ -15,9 +15,10 @@ enum {
     MOST_SPAN = 64,         /* steps */
     MOST_CHUNK = 12,        /* steps: 2 KB of weight each, in the first cache */
     STREAM_BYTES = 4 << 20, /* results from which on they go past the caches */
+    PANELS_AT_ONCE = 24,    /* whose sums fit: then their squares are turned in one go */
     TASKS_EACH = 6,         /* tasks for each thread, so that none waits long at the end */
     LEAST_WEIGHT = 400000,  /* elements of a matrix: below, oneDNN is as fast */
-    MOST_PIXELS = 400,      /* of a convolution's image: above, oneDNN is faster */
+    LEAST_REUSE = 1100,    /* weights of a tap for each position of a convolution, likewise */
 };
 
 /* ---- cutting ----------------------------------------------------------------------------------
@@ -99,6 +100,9 @@ static void cut(vel_tiles *t)
     t->chunk = even_size(t->span, MOST_CHUNK, 1);
     t->blocks = pieces(t->images, t->block_images) * pieces(t->out_height, t->block_rows);
     t->strips = pieces((t->block_rows - 1) * t->pitch + t->out_width, TILES_SIDE);
+    int64_t of_panel = t->block_images * t->strips * TILES_SQUARE * 4;
+    if (t->turned && PANELS_AT_ONCE * of_panel <= SUM_BYTES)
+        t->span = t->chunk; /* squares of neighbouring panels lie side by side */
     cut_groups(t);
     int64_t results = t->images * t->out_height * t->out_width * t->columns * 2;
     t->stream = results >= STREAM_BYTES && t->columns % TILES_SIDE == 0;
@@ -164,8 +168,8 @@ static bool is_worth_it(const vel_device *d, const vel_tiles *t)
         return true;
     if (t->kernel_h * t->kernel_w == 1)
         return t->depth * t->columns >= LEAST_WEIGHT;
-    return t->out_height * t->out_width <= MOST_PIXELS && t->depth >= TILES_SIDE &&
-           t->columns >= TILES_SIDE;
+    return t->depth * t->columns >= LEAST_REUSE * t->out_height * t->out_width &&
+           VEL_MIN(t->depth, t->columns) >= TILES_SIDE;
 }
 
 static vel_status finish(vel_device *d, const vel_graph *g, const vel_node *n, vel_tiles *t,

@@ -218,7 +218,8 @@ VEL_INLINE void geglu_rows(const void *x, void *out, int64_t width, int64_t begi
             int64_t left = width - c;
             vf a = vget_part(x, r * 2 * width + c, left, half);
             vf b = vget_part(x, r * 2 * width + width + c, left, half);
-            vput_part(out, r * width + c, left, half, a * (b * vnormal(b)));
+            vf density, phi = half ? vnormal_rough(b, &density) : vnormal(b);
+            vput_part(out, r * width + c, left, half, a * (b * phi));
         }
 }
 
@@ -230,8 +231,10 @@ VEL_INLINE void geglu_grad_rows(const void *x, const void *dy, void *dx, int64_t
             int64_t left = width - c, at = r * 2 * width + c;
             vf a = vget_part(x, at, left, half), b = vget_part(x, at + width, left, half);
             vf d = vget_part(dy, r * width + c, left, half);
-            vf phi = vnormal(b);
-            vf slope = phi + b * vnormal_density(b);
+            vf density, phi = half ? vnormal_rough(b, &density) : vnormal(b);
+            if (!half)
+                density = vnormal_density(b);
+            vf slope = phi + b * density;
             vput_part(dx, at, left, half, d * (b * phi));
             vput_part(dx, at + width, left, half, d * a * slope);
         }

@@ -450,6 +450,21 @@ VEL_INLINE vf vnormal_density(vf x)
     return 0.398942280f * vexp(-0.5f * x * x);
 }
 
+/* Both at once to 1e-4, for values that become bfloat16: the normal distribution up to x (Abramowitz
+ * and Stegun 7.1.26) and its density there. */
+VEL_INLINE vf vnormal_rough(vf x, vf *density)
+{
+    vf e = vexp2_rough(vmax(vset(-1e30f), x * x * -0.721347520f)); /* e^(-x^2 / 2) */
+    vf k = vreciprocal(1.0f + 0.231641888f * vabs(x)), p = vset(0.530702715f);
+    p = p * k - 0.726576014f;
+    p = p * k + 0.710706871f;
+    p = p * k - 0.142248368f;
+    p = p * k + 0.127414796f;
+    p = p * k * e;
+    *density = 0.398942280f * e;
+    return vselect(x < 0.0f, p, 1.0f - p);
+}
+
 /* The activations of vel_act_kind, and their slopes. The kind is the same for a whole kernel, so
  * its branch is predicted. The constants are those of PyTorch's gelu(tanh) and CLIP's quick_gelu.
  */
