@@ -71,6 +71,8 @@ static vel_status time_runs(bench *b, const char *what, run_fn run, void *user)
     return st;
 }
 
+static vel_status profile(bench *b, vel_plan *plan, run_fn run, void *user);
+
 /* ---- a training step
  * --------------------------------------------------------------------------------- */
 
@@ -193,12 +195,8 @@ static vel_status bench_step(bench *b)
             vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
             vel_bytes_text(vel_plan_weight_bytes(plan), w),
             vel_bytes_text(vel_peak_resident_bytes(), r));
-        if (b->o->profile) {
-            vel_plan_profile(plan, true);
-            for (int i = 0; i < 3 && st == VEL_OK; i++)
-                st = run_step(&s);
-            vel_plan_profile_text(plan, b->out);
-        }
+        if (b->o->profile)
+            st = profile(b, plan, run_step, &s);
     }
     vel_trainer_destroy(s.trainer);
     vel_arena_destroy(arena);
@@ -267,6 +265,8 @@ static vel_status bench_part(bench *b, run_fn run)
         p.time[i] = 500;
     if (st == VEL_OK)
         st = time_runs(b, b->o->what, run, &p);
+    if (st == VEL_OK && b->o->profile)
+        st = profile(b, vel_model_last_plan(b->model), run, &p);
     char r[32];
     vel_text_addf(b->out, "peak of the process %s\n", vel_bytes_text(vel_peak_resident_bytes(), r));
     float *owned[] = {p.in, p.context, p.time, p.out};
@@ -508,13 +508,92 @@ static vel_status bench_op(bench *b, vel_op op)
         vel_plan_profile(p.plan, true);
         for (int i = 0; i < b->o->repeats && st == VEL_OK; i++)
             st = run_op(&p);
-        vel_plan_profile_text(p.plan, b->out);
+        if (st == VEL_OK)
+            st = vel_plan_profile_text(b->ctx, p.plan, &(vel_ceilings){0}, b->out);
     }
     vel_plan_destroy(p.plan);
     vel_engine_destroy(e);
     for (int i = 0; i < n; i++)
         vel_free(b->ctx, values[i]);
     return st;
+}
+
+/* ---- ceilings
+ * --------------------------------------------------------------------------------------------- */
+
+enum { CEILING_RUNS = 8 };
+
+/* The best rate of an op's kernel over a few runs: its operations, or its bytes, a second. */
+static vel_status best_rate(bench *b, vel_op op, const char *text, bool operations, double *best)
+{
+    vel_shape shapes[VEL_MAX_IN];
+    float *values[VEL_MAX_IN] = {NULL};
+    int n = parse_shapes(text, shapes, VEL_MAX_IN);
+    vel_engine *e = vel_model_engine(b->model);
+    op_weights w = {shapes, values};
+    op_bench p = {.values = values, .shapes = shapes, .n = n};
+    vel_status st = vel_engine_add_source(e, bench_source, &w);
+    for (int i = 0; i < n && st == VEL_OK; i++)
+        if (!(values[i] = random_values(b->ctx, (uint64_t)i + 1, vel_shape_count(shapes[i]))))
+            st = VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = make_op_plan(b, op, e, shapes, n, &p);
+    for (int i = 0; i < n && st == VEL_OK; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "in%d", i);
+        p.n = vel_plan_has_input(p.plan, name) ? i + 1 : i;
+        if (p.n == i)
+            break;
+    }
+    const vel_graph *g = st == VEL_OK ? vel_plan_graph(p.plan) : NULL;
+    int32_t id = g ? vel_output_find(g, "out").id : 0;
+    while (id && vel_node_at(g, id)->op != op)
+        id = vel_node_at(g, id)->in[0].id; /* the output may be cast */
+    for (int i = 0; i < CEILING_RUNS && id && st == VEL_OK; i++) {
+        vel_plan_profile(p.plan, true);
+        st = run_op(&p);
+        double paper = operations ? vel_node_flops(g, id) : vel_node_bytes(g, id);
+        *best = fmax(*best, paper / fmax(vel_plan_seconds(p.plan, id), 1e-9));
+    }
+    vel_plan_destroy(p.plan);
+    vel_engine_remove_source(e, bench_source, &w);
+    vel_engine_drop_weights(e, "w");
+    for (int i = 0; i < n; i++)
+        vel_free(b->ctx, values[i]);
+    return st;
+}
+
+/* What this machine reaches with these kernels: in products and convolutions of the best shapes,
+ * and with values that fit the second cache. */
+static vel_status find_ceilings(bench *b, vel_ceilings *c)
+{
+    static const struct {
+        vel_op op;
+        const char *shapes;
+        bool operations;
+    } trials[] = {
+        {VEL_OP_conv2d, "1x64x64x320,320x320x3x3", true},
+        {VEL_OP_conv2d, "1x64x64x640,640x640x3x3", true},
+        {VEL_OP_linear, "1x1024x640,5120x640", true},
+        {VEL_OP_linear, "1x1024x1280,1280x1280", true},
+        {VEL_OP_add, "1x1024x320,1x1024x320", false},
+    };
+    for (int i = 0; i < VEL_COUNT(trials); i++)
+        VEL_TRY(best_rate(b, trials[i].op, trials[i].shapes, trials[i].operations,
+                          trials[i].operations ? &c->flops : &c->bytes));
+    return VEL_OK;
+}
+
+/* A few more runs of a plan, by node. */
+static vel_status profile(bench *b, vel_plan *plan, run_fn run, void *user)
+{
+    enum { PROFILED_RUNS = 3 };
+    vel_ceilings ceilings = {0};
+    VEL_TRY(find_ceilings(b, &ceilings));
+    vel_plan_profile(plan, true);
+    for (int i = 0; i < PROFILED_RUNS; i++)
+        VEL_TRY(run(user));
+    return vel_plan_profile_text(b->ctx, plan, &ceilings, b->out);
 }
 
 /* ---- the command

@@ -153,7 +153,16 @@ const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */
 /* One line per kernel name: count, milliseconds, operations, bytes; after runs with profiling on.
  */
 void vel_plan_profile(vel_plan *p, bool on);
-void vel_plan_profile_text(vel_plan *p, vel_text *out);
+const char *vel_plan_kernel(const vel_plan *p, int32_t id); /* its name; NULL: node id has none */
+double vel_plan_seconds(const vel_plan *p, int32_t id);     /* of node id, in one run */
+/* What the machine reaches at its best, a second; the floor of a node is the longer of its
+ * operations and its bytes at these rates. */
+typedef struct vel_ceilings {
+    double flops, bytes;
+} vel_ceilings;
+/* profile.c: a line for each kernel and shape, then one for each op. */
+vel_status vel_plan_profile_text(vel_ctx *ctx, const vel_plan *p, const vel_ceilings *ceilings,
+                                 vel_text *out);
 /* Floating-point operations and bytes moved of node id, for profiles and rooflines. */
 double vel_node_flops(const vel_graph *g, int32_t id);
 double vel_node_bytes(const vel_graph *g, int32_t id);

@@ -808,66 +808,14 @@ void vel_plan_profile(vel_plan *p, bool on)
         p->seconds[id] = 0;
 }
 
-/* Nodes of one kernel and equal shapes are one line; sorted by time. */
-typedef struct profile_row {
-    const char *kernel;
-    char shapes[160];
-    int count;
-    double seconds, flops, bytes;
-} profile_row;
-
-static void describe_shapes(const vel_plan *p, const vel_node *n, char out[160])
+const char *vel_plan_kernel(const vel_plan *p, int32_t id)
 {
-    char text[96];
-    int at = 0;
-    out[0] = 0;
-    for (int i = 0; i < n->n_in && i < 2; i++)
-        if (n->in[i].id)
-            at += snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), "%s%s", i ? " " : "",
-                           vel_shape_text(vel_shape_at(p->g, n->in[i]), text));
-    snprintf(out + at, (size_t)VEL_MAX(0, 160 - at), " -> %s",
-             vel_shape_text(n->out[0].shape, text));
+    if (!p->prepared[id])
+        return NULL;
+    return p->kernels[id].name ? p->kernels[id].name : vel_op_name(vel_node_at(p->g, id)->op);
 }
 
-void vel_plan_profile_text(vel_plan *p, vel_text *out)
+double vel_plan_seconds(const vel_plan *p, int32_t id)
 {
-    int32_t n = vel_graph_size(p->g);
-    profile_row *rows = vel_alloc(p->engine->ctx, (size_t)n * sizeof *rows);
-    int n_rows = 0;
-    double total = 0;
-    if (!rows)
-        return;
-    for (int32_t id = 1; id < n; id++) {
-        if (!p->prepared[id])
-            continue;
-        profile_row row = {.kernel = p->kernels[id].name ? p->kernels[id].name
-                                                         : vel_op_name(vel_node_at(p->g, id)->op)};
-        describe_shapes(p, vel_node_at(p->g, id), row.shapes);
-        int r = 0;
-        while (r < n_rows &&
-               (strcmp(rows[r].kernel, row.kernel) || strcmp(rows[r].shapes, row.shapes)))
-            r++;
-        if (r == n_rows)
-            rows[n_rows++] = row;
-        rows[r].count++;
-        rows[r].seconds += p->seconds[id] / (double)VEL_MAX(1, p->runs);
-        rows[r].flops += vel_node_flops(p->g, id);
-        rows[r].bytes += vel_node_bytes(p->g, id);
-        total += p->seconds[id] / (double)VEL_MAX(1, p->runs);
-    }
-    vel_text_addf(out, "%8s %6s %5s %9s %8s  %s\n", "ms", "%", "n", "GFLOP/s", "GB/s",
-                  "kernel  shapes");
-    for (int done = 0; done < n_rows; done++) {
-        int best = 0;
-        for (int r = 1; r < n_rows; r++)
-            if (rows[r].seconds > rows[best].seconds)
-                best = r;
-        profile_row *row = &rows[best];
-        vel_text_addf(out, "%8.2f %6.2f %5d %9.1f %8.2f  %s  %s\n", row->seconds * 1e3,
-                      100 * row->seconds / total, row->count, row->flops / row->seconds / 1e9,
-                      row->bytes / row->seconds / 1e9, row->kernel, row->shapes);
-        row->seconds = -1;
-    }
-    vel_text_addf(out, "%8.2f  in all\n", total * 1e3);
-    vel_free(p->engine->ctx, rows);
+    return p->seconds[id] / (double)VEL_MAX(1, p->runs);
 }

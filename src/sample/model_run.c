@@ -120,6 +120,14 @@ static vel_status get_plan(vel_model *m, plan_kind kind, int n, int h, int w, ve
     return VEL_OK;
 }
 
+vel_plan *vel_model_last_plan(vel_model *m)
+{
+    for (int i = 0; i < m->n_plans; i++)
+        if (m->plans[i].used == m->clock)
+            return m->plans[i].plan;
+    return NULL;
+}
+
 /* ---- runs ---- */
 
 /* Runs and takes output "out"; NaN and infinity are refused with the place where they began. */

@@ -61,6 +61,7 @@ void vel_model_close(vel_model *m);
 /* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures
  * are encoded). */
 void vel_model_rest(vel_model *m, const char *part);
+vel_plan *vel_model_last_plan(vel_model *m); /* that ran last, for profiles; NULL none */
 vel_ctx *vel_model_ctx(vel_model *m);
 vel_engine *vel_model_engine(vel_model *m);
 const vel_family *vel_model_family(const vel_model *m);
