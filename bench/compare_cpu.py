@@ -1,6 +1,6 @@
 """compare_cpu.py: this program and PyTorch (diffusers, PEFT) in turn, on one machine, in one run.
 
-    python bench/compare_cpu.py --python VENV/bin/python --sd15 FOLDER
+    python bench/compare_cpu.py --python VENV/bin/python --sd15 FOLDER [--minutes 25] [--resume]
 
 Each case runs A B A B, every turn in a process of its own; medians, spreads and ratios are printed and
 kept in bench/results/<cpu>-<date>.json with the machine, the versions and the commands. PyTorch is given
@@ -9,10 +9,17 @@ without channels_last, and the fastest is timed. "First" is the time from the st
 end of its first run (imports and loading included); "peak" is the largest resident memory, mapped files
 included. The virtual environment has torch, diffusers, transformers, peft and accelerate from PyPI; the
 folder with the shapes of SD 1.5 is made by tools/make_sd15.py when it is missing.
+
+The probes take longer than the rest. --probe-only makes them and keeps them in the results; --reuse-probe
+takes the settings from the newest results of this machine, or for a case that none of them has, those of
+the case that it names as its like. --minutes leaves out the cases that would not fit, as far as earlier
+results tell, and --resume takes up a run that was cut short. Cases that begin with "avx2" run both sides
+as on a machine that has no more than AVX2, in float32.
 """
 import argparse
 import datetime
 import fcntl
+import glob
 import json
 import os
 import re
@@ -32,9 +39,9 @@ FOREIGN = 0.06     # a turn is repeated when other processes had more of the pro
 MOST_TRIES = 3
 
 
-def case(name, model, kind, batch, size, rank=0, checkpointing=False):
+def case(name, model, kind, batch, size, rank=0, checkpointing=False, isa="", like=""):
     return {"name": name, "model": model, "kind": kind, "batch": batch, "size": size, "rank": rank,
-            "checkpointing": checkpointing}
+            "checkpointing": checkpointing, "isa": isa, "like": like}
 
 
 CASES = [
@@ -43,14 +50,21 @@ CASES = [
     case("sd15 vae_decode", "sd15", "vae_decode", 1, 512),
     case("emoji step", "emoji", "step", 4, 256, 16),
     case("emoji unet", "emoji", "unet", 2, 256),
-    case("emoji vae_decode", "emoji", "vae_decode", 1, 256),
-    case("sd15 vae_encode", "sd15", "vae_encode", 1, 512),
+    case("sd15 vae_encode", "sd15", "vae_encode", 1, 512, like="sd15 vae_decode"),
     case("sd15 text", "sd15", "text", 2, 512),
-    case("sd15 step checkpointing", "sd15", "step", 1, 512, 32, True),
-    case("sd15 step batch 4", "sd15", "step", 4, 512, 32),
-    case("sd15 step batch 4 checkpointing", "sd15", "step", 4, 512, 32, True),
-    case("emoji vae_encode", "emoji", "vae_encode", 1, 256),
-    case("emoji text", "emoji", "text", 2, 256),
+    case("sd15 step checkpointing", "sd15", "step", 1, 512, 32, True, like="sd15 step"),
+    case("avx2 sd15 unet", "sd15", "unet", 2, 512, isa="avx2"),
+    case("avx2 emoji step", "emoji", "step", 4, 256, 16, isa="avx2"),
+    case("avx2 emoji unet", "emoji", "unet", 2, 256, isa="avx2", like="avx2 sd15 unet"),
+    case("avx2 sd15 step", "sd15", "step", 1, 512, 32, isa="avx2", like="avx2 emoji step"),
+    case("sd15 step batch 4", "sd15", "step", 4, 512, 32, like="sd15 step"),
+    case("sd15 step batch 4 checkpointing", "sd15", "step", 4, 512, 32, True, like="sd15 step"),
+    case("avx2 sd15 vae_decode", "sd15", "vae_decode", 1, 512, isa="avx2", like="avx2 sd15 unet"),
+    case("emoji step batch 1", "emoji", "step", 1, 256, 16, like="emoji step"),
+    case("emoji step checkpointing", "emoji", "step", 4, 256, 16, True, like="emoji step"),
+    case("emoji vae_decode", "emoji", "vae_decode", 1, 256),
+    case("emoji vae_encode", "emoji", "vae_encode", 1, 256, like="emoji vae_decode"),
+    case("emoji text", "emoji", "text", 2, 256, like="sd15 text"),
 ]
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
@@ -120,12 +134,13 @@ def run_child(command, env, timeout):
         return output.read(), usage.ru_maxrss * 1024, round(max(others, 0), 3)
 
 
-def undisturbed(args, command):
+def undisturbed(args, c, command):
     """run_child under the locks, again when others computed meanwhile; the best of the tries."""
     best = None
-    for _ in range(MOST_TRIES):
+    env = dict(args.env, **(AVX2 if c["isa"] else {}))
+    for _ in range(args.tries):
         args.locks.take()
-        found = run_child(command, args.env, args.timeout)
+        found = run_child(command, env, args.timeout)
         if best is None or found[2] < best[2]:
             best = found
         if best[2] <= FOREIGN:
@@ -145,7 +160,7 @@ def ours_command(args, c, repeats):
 
 
 def run_ours(args, c, repeats):
-    text, peak, others = undisturbed(args, ours_command(args, c, repeats))
+    text, peak, others = undisturbed(args, c, ours_command(args, c, repeats))
     times = [float(t) / 1e3 for t in re.search(r"^times ms:([ 0-9.]+)$", text, re.M)[1].split()]
     first = float(re.search(r"^first (?:run|step) ends ([0-9.]+) s after the start", text, re.M)[1])
     return {"times": times, "first": first, "peak": peak, "others": others,
@@ -158,7 +173,7 @@ def peer_command(args, c, repeats, settings):
 
 
 def run_peer(args, c, repeats, setting):
-    text, peak, others = undisturbed(args, peer_command(args, c, repeats, [setting]))
+    text, peak, others = undisturbed(args, c, peer_command(args, c, repeats, [setting]))
     answer = json.loads(text.splitlines()[-1])
     return {"times": answer["results"][0]["times"], "first": answer["first"], "peak": peak,
             "others": others}
@@ -166,10 +181,10 @@ def run_peer(args, c, repeats, setting):
 
 def probe(args, c):
     """Every setting once in one process; the fastest, and all with their times."""
-    precisions = ("f32",) if args.isa else args.precisions.split(",")
+    precisions = ("f32",) if c["isa"] else args.precisions.split(",")
     layouts = (False,) if c["kind"] == "text" else (True, False)
     settings = [[p, layout] for p in precisions for layout in layouts]
-    text, _, _ = undisturbed(args, peer_command(args, c, 2, settings))
+    text, _, _ = undisturbed(args, c, peer_command(args, c, 2, settings))
     results = json.loads(text.splitlines()[-1])["results"]
     best = min(results, key=lambda r: min(r["times"]))
     return best["setting"], results
@@ -186,22 +201,57 @@ def setting_name(setting):
     return setting[0] + (" channels_last" if setting[1] else "")
 
 
+def shown(args, command):
+    """The command without where things lie on this machine."""
+    names = {args.velatura: "velatura", args.python: "python", args.sd15: "build/sd15",
+             args.emoji: "models/emoji-sd", ROOT + os.sep: ""}
+    for path, name in names.items():
+        command = [word.replace(path, name) for word in command]
+    return " ".join(f"'{word}'" if " " in word else word for word in command)
+
+
+def known_setting(c, earlier):
+    """What an earlier probe of this case, or of the one it is like, found; None: neither was probed."""
+    for name in (c["name"], c["like"]):
+        for cases in earlier:
+            if cases.get(name, {}).get("setting"):
+                words = cases[name]["setting"].split()
+                return [words[0], len(words) > 1], cases[name].get("probe", {}), name
+    return None
+
+
+def choose_setting(args, c, earlier):
+    known = known_setting(c, earlier) if args.reuse_probe else None
+    if known:
+        return known
+    setting, results = probe(args, c)
+    return setting, {setting_name(r["setting"]): r["times"] for r in results}, c["name"]
+
+
+def repeats_of(args, c, known_seconds):
+    """Fewer of what takes long, more of what is over in a moment."""
+    if known_seconds and known_seconds > 8:
+        return 1
+    return args.repeats * (5 if c["model"] == "emoji" or c["kind"] == "text" else 1)
+
+
 def run_case(args, c, earlier):
-    if args.reuse_probe and earlier:
-        words = earlier["setting"].split()
-        setting, probed = [words[0], len(words) > 1], earlier["probe"]
-    else:
-        setting, results = probe(args, c)
-        probed = {setting_name(r["setting"]): r["times"] for r in results}
+    start = time.monotonic()
+    setting, probed, probed_as = choose_setting(args, c, earlier)
+    result = {"case": {k: v for k, v in c.items() if k != "name"}, "setting": setting_name(setting),
+              "probe": probed, "probed as": probed_as}
+    if args.probe_only:
+        return result
     ours, peer = [], []
-    repeats = args.repeats * (5 if c["model"] == "emoji" or c["kind"] == "text" else 1)
+    fastest = min((min(times) for times in probed.values()), default=0)
+    repeats = repeats_of(args, c, fastest * (c["batch"] if probed_as != c["name"] else 1))
     for _ in range(args.rounds):
         ours.append(run_ours(args, c, repeats))
         peer.append(run_peer(args, c, repeats, setting))
-    return {"case": {k: v for k, v in c.items() if k != "name"}, "setting": setting_name(setting),
-            "probe": probed,
-            "velatura": summary(ours), "pytorch": summary(peer),
-            "commands": [ours_command(args, c, repeats), peer_command(args, c, repeats, [setting])]}
+    return dict(result, velatura=summary(ours), pytorch=summary(peer), rounds=args.rounds,
+                seconds=round(time.monotonic() - start),
+                commands=[shown(args, ours_command(args, c, repeats)),
+                          shown(args, peer_command(args, c, repeats, [setting]))])
 
 
 HEADER = ("case", "ours s", "min..max", "PyTorch s", "min..max", "its setting", "speed", "first s",
@@ -275,9 +325,13 @@ def parse():
     parser.add_argument("--quick", action="store_true", help="one round, two runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precisions", default=PRECISIONS, help="PyTorch's, that the probe tries")
-    parser.add_argument("--reuse-probe", action="store_true", help="the settings in the output file")
+    parser.add_argument("--reuse-probe", action="store_true", help="settings that earlier results name")
+    parser.add_argument("--probe-only", action="store_true", help="find PyTorch's settings, time nothing")
+    parser.add_argument("--minutes", type=float, help="leave out cases that would not fit in this time")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that the output file has, "
+                                                              "timed with this commit")
+    parser.add_argument("--tries", type=int, default=MOST_TRIES, help="of a turn that was disturbed")
     parser.add_argument("--nice", type=int, default=0, help="of both programs; negative needs root")
-    parser.add_argument("--isa", choices=["avx2"], help="as on a machine that has no more; f32")
     parser.add_argument("--lock", action="append", default=[], help="file to flock while timing")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one process")
     parser.add_argument("--output", help="JSON file [bench/results/<cpu>-<date>.json]")
@@ -286,7 +340,7 @@ def parse():
         args.rounds, args.repeats = 1, 2
     args.models = {"sd15": args.sd15, "emoji": args.emoji}
     args.env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1",
-                    TRANSFORMERS_VERBOSITY="error", **(AVX2 if args.isa else {}))
+                    TRANSFORMERS_VERBOSITY="error")
     return args
 
 
@@ -296,14 +350,61 @@ def chosen(words):
     return [c for c in CASES if not names or any(hit(c, w) for w in names)]
 
 
-def output_path(args, info):
-    if args.output:
-        return args.output
+def results_stem(info):
     words = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", " ", info["model"])
     name = "-".join(words.lower().split()) or "cpu"
     kind = "-amx" if "amx_bf16" in info["flags"] else "-bf16" if "avx512_bf16" in info["flags"] else ""
-    kind = f"-{args.isa}" if args.isa else kind
-    return os.path.join(ROOT, "bench", "results", f"{name}{kind}-{datetime.date.today()}.json")
+    return os.path.join(ROOT, "bench", "results", f"{name}{kind}-")
+
+
+def read_json(path):
+    if not os.path.exists(path):
+        return {"cases": {}}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def write_json(path, kept):
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(kept, file, indent=1)
+        file.write("\n")
+    os.replace(path + ".new", path)
+
+
+def is_done(args, result, commit):
+    return bool(result) and result.get("commit") == commit and result.get("rounds", 0) >= args.rounds
+
+
+def expected_seconds(args, c, earlier):
+    """From earlier results of the case; without any, a guess from what its kind does."""
+    for cases in earlier:
+        if cases.get(c["name"], {}).get("seconds"):
+            return cases[c["name"]]["seconds"] * args.rounds / max(cases[c["name"]].get("rounds", 2), 1)
+    if c["model"] == "emoji" or c["kind"] == "text":
+        return 20 * args.rounds
+    turn = {"step": 30 * c["batch"] if c["batch"] > 1 else 30}.get(c["kind"], 18)
+    return turn * (3 if c["isa"] else 1) * args.rounds
+
+
+def run_cases(args, cases, kept, path, earlier):
+    """Gives the names of those that were left out for want of time."""
+    commit, start, left_out = kept["versions"]["commit"], time.monotonic(), []
+    for c in cases:
+        name = c["name"]
+        if args.resume and is_done(args, kept["cases"].get(name), commit):
+            continue
+        spent = time.monotonic() - start
+        if args.minutes and spent + expected_seconds(args, c, earlier) > 60 * args.minutes:
+            left_out.append(name)
+            continue
+        result = run_case(args, c, [kept["cases"], *earlier])
+        args.locks.drop()
+        kept["cases"][name] = dict(result, commit=commit)
+        write_json(path, kept)
+        if not args.probe_only:
+            print(", ".join(f"{k} {v}" for k, v in zip(HEADER, row(name, result))), flush=True)
+    return left_out
 
 
 def main():
@@ -314,25 +415,19 @@ def main():
             os.path.join(args.sd15, "model_index.json")):
         subprocess.run([args.python, os.path.join(ROOT, "tools", "make_sd15.py"), args.sd15], check=True)
     info = machine()
-    path = output_path(args, info)
-    kept = {"cases": {}}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            kept = json.load(file)
-    kept.update({"machine": info, "threads": args.threads, "versions": versions(args)})
-    args.locks, rows = Locks(args.lock), []
-    for c in cases:
-        result = run_case(args, c, kept["cases"].get(c["name"]))
-        args.locks.drop()
-        kept["cases"][c["name"]] = result
-        rows.append(row(c["name"], result))
-        print(", ".join(f"{k} {v}" for k, v in zip(HEADER, rows[-1])), flush=True)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(kept, file, indent=1)
-            file.write("\n")
+    stem = results_stem(info)
+    path = args.output or f"{stem}{datetime.date.today()}.json"
+    earlier = [read_json(p)["cases"] for p in sorted(glob.glob(stem + "*.json"), reverse=True)]
+    kept = read_json(path)
+    kept.update({"machine": info, "threads": args.threads, "versions": versions(args),
+                 "command": shown(args, ["python", "bench/compare_cpu.py", *sys.argv[1:]])})
+    args.locks = Locks(args.lock)
+    left_out = run_cases(args, cases, kept, path, earlier)
     print()
-    print_table(rows)
+    timed = [c["name"] for c in cases if kept["cases"].get(c["name"], {}).get("velatura")]
+    print_table([row(name, kept["cases"][name]) for name in timed])
+    if left_out:
+        print("left out for want of time:", ", ".join(left_out))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ enum {
     PANELS_AT_ONCE = 24,    /* whose sums fit: then their squares are turned in one go */
     TASKS_EACH = 6,         /* tasks for each thread, so that none waits long at the end */
     LEAST_WEIGHT = 400000,  /* elements of a matrix: below, oneDNN is as fast */
-    LEAST_REUSE = 1100,    /* weights of a tap for each position of a convolution, likewise */
+    LEAST_REUSE = 1100,     /* weights of a tap for each position of a convolution, likewise */
 };
 
 /* ---- cutting ----------------------------------------------------------------------------------

@@ -450,8 +450,8 @@ VEL_INLINE vf vnormal_density(vf x)
     return 0.398942280f * vexp(-0.5f * x * x);
 }
 
-/* Both at once to 1e-4, for values that become bfloat16: the normal distribution up to x (Abramowitz
- * and Stegun 7.1.26) and its density there. */
+/* Both at once to 1e-4, for values that become bfloat16: the normal distribution up to x
+ * (Abramowitz and Stegun 7.1.26) and its density there. */
 VEL_INLINE vf vnormal_rough(vf x, vf *density)
 {
     vf e = vexp2_rough(vmax(vset(-1e30f), x * x * -0.721347520f)); /* e^(-x^2 / 2) */
