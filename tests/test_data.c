@@ -331,7 +331,8 @@ TEST(data_damaged_captions)
     vel_arena *a = vel_arena_create(t->ctx);
     for (int i = 0; a && i < VEL_COUNT(cases); i++) {
         vel_caption c = {0};
-        vel_status status = vel_caption_parse(t->ctx, "a.txt", cases[i].text, cases[i].n, a, &c);
+        vel_status status =
+            vel_caption_parse(t->ctx, "a.txt", cases[i].text, cases[i].n, false, a, &c);
         CHECK_MSG(status == VEL_BAD_FILE && strstr(vel_ctx_error(t->ctx), cases[i].words),
                   "case %d: %s", i, vel_ctx_error(t->ctx));
     }

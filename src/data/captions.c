@@ -2,9 +2,9 @@
  *
  * kohya's default is .caption alone, so the .txt files of most data sets are not read there and
  * nobody is told; here both are looked for unless an ending is given or strict_peer is set. As with
- * kohya the first line is the caption. A byte order mark is skipped. Text that is no UTF-8 is an
- * error with the file and the offset of the byte: a caption read wrongly trains wrongly, and only
- * the user knows which encoding was meant. */
+ * kohya the first line is the caption, or one of all when wildcards are enabled. A byte order mark
+ * is skipped. Text that is no UTF-8 is an error with the file and the offset of the byte: a caption
+ * read wrongly trains wrongly, and only the user knows which encoding was meant. */
 #include "data/parts.h"
 
 enum { LARGEST_CAPTION = 1 << 20 };
@@ -73,11 +73,13 @@ static bool is_line_end(char c)
 }
 
 vel_status vel_caption_parse(vel_ctx *ctx, const char *path, const char *bytes, size_t n,
-                             vel_arena *a, vel_caption *out)
+                             bool all_lines, vel_arena *a, vel_caption *out)
 {
     VEL_TRY(vel_check_utf8(ctx, path, bytes, n));
-    const char *first = "";
     size_t length = 0;
+    char *text = vel_arena_alloc(a, n + 1);
+    if (!text)
+        return VEL_NO_MEMORY;
     out->n_lines = 0;
     for (size_t at = vel_bom_bytes(bytes, n); at < n; at++) {
         size_t end = at;
@@ -88,26 +90,26 @@ vel_status vel_caption_parse(vel_ctx *ctx, const char *path, const char *bytes, 
             from++;
         while (to > from && is_space(bytes[to - 1]))
             to--;
-        if (to > from && out->n_lines++ == 0) {
-            first = bytes + from;
-            length = to - from;
+        if (to > from && (out->n_lines++ == 0 || all_lines)) {
+            if (length)
+                text[length++] = '\n';
+            memcpy(text + length, bytes + from, to - from);
+            length += to - from;
         }
         at = end;
     }
-    char *text = vel_arena_alloc(a, length + 1);
-    if (!text)
-        return VEL_NO_MEMORY;
-    memcpy(text, first, length);
+    text[length] = 0;
     out->text = text;
     return VEL_OK;
 }
 
-static vel_status read_caption(vel_ctx *ctx, const char *path, vel_arena *a, vel_caption *out)
+static vel_status read_caption(vel_ctx *ctx, const char *path, bool all_lines, vel_arena *a,
+                               vel_caption *out)
 {
     char *bytes;
     size_t n;
     VEL_TRY(vel_read_file(ctx, path, LARGEST_CAPTION, &bytes, &n));
-    vel_status status = vel_caption_parse(ctx, path, bytes, n, a, out);
+    vel_status status = vel_caption_parse(ctx, path, bytes, n, all_lines, a, out);
     vel_free(ctx, bytes);
     return status;
 }
@@ -121,7 +123,8 @@ vel_status vel_caption_find(vel_ctx *ctx, const vel_data_options *o, const char 
         char *path = vel_strf(ctx, "%.*s.%s", (int)vel_stem_length(picture), picture, ending);
         if (!path)
             return VEL_NO_MEMORY;
-        vel_status status = vel_is_file(path) ? read_caption(ctx, path, a, out) : VEL_OK;
+        vel_status status =
+            vel_is_file(path) ? read_caption(ctx, path, o->captions.wildcard, a, out) : VEL_OK;
         vel_free(ctx, path);
         if (status)
             return status;

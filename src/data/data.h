@@ -7,6 +7,30 @@
 #include "base/base.h"
 #include "formats/formats.h"
 
+/* How the words beside a picture become the caption that is learned (caption_rules.c); names as in
+ * kohya's sd-scripts. Texts may be NULL. */
+typedef struct vel_caption_rules {
+    const char *prefix, *suffix;
+    const char *trigger;   /* stands for "[trigger]", and is put first where a caption lacks it */
+    const char *style;     /* "tags"; "text": left whole; "auto": tags where parts are short */
+    const char *separator; /* of tags; NULL: "," */
+    const char *secondary_separator; /* becomes the separator after all else */
+    const char *keep_separator;      /* "|||": what is before the first, after the second, stays */
+    bool shuffle, wildcard;          /* wildcard: {a|b}, and one of several lines */
+    int keep_tokens;                 /* tags at the beginning that stay */
+    double tag_dropout;
+    int dropout_every;  /* every n-th epoch has no captions; 0 never */
+    int warmup_min;     /* token warm-up: tags that are seen at first ... */
+    double warmup_step; /* ... and the step, or share of all, from which all are */
+} vel_caption_rules;
+/* Does a caption differ from one time to the next? */
+bool vel_caption_varies(const vel_caption_rules *r);
+vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r);
+/* The caption as it is learned this time: random from (seed, stream); warm: 0..1, the share of the
+ * token warm-up that is over. *out is vel_free'd by the caller. */
+vel_status vel_caption_use(vel_ctx *ctx, const vel_caption_rules *r, const char *caption,
+                           uint64_t seed, uint64_t stream, double warm, char **out);
+
 typedef struct vel_data_options {
     const char *folder;
     const char *instance_prompt;   /* one caption for all; NULL: captions from files */
@@ -23,6 +47,7 @@ typedef struct vel_data_options {
     double validation_split; /* share held out, chosen by hash of the file name */
     bool strict_peer;
     int size_multiple; /* pixels per latent: 8 */
+    vel_caption_rules captions;
 } vel_data_options;
 
 typedef struct vel_sample {

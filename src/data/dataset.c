@@ -163,7 +163,7 @@ static void count_caption(vel_dataset_inner *d, const vel_caption *c)
         return;
     }
     d->empty_captions += *c->text == 0;
-    d->cut_captions += c->n_lines > 1;
+    d->cut_captions += c->n_lines > 1 && !d->shown.options.captions.wildcard;
     for (int i = 0; i < VEL_COUNT(d->from_ending); i++)
         if (c->extension && c->extension == vel_caption_ending(&d->shown.options, i))
             d->from_ending[i]++;

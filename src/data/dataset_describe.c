@@ -92,14 +92,25 @@ static void describe_counts(const vel_dataset *d, vel_text *out)
     vel_text_addf(out, ": %" PRId64 " item%s an epoch\n", items, plural(items));
 }
 
+/* As a step may see it. */
+static void add_used_caption(const vel_dataset *d, vel_text *out, const char *caption,
+                             uint64_t stream)
+{
+    char *used;
+    if (vel_caption_use(d->ctx, &d->options.captions, caption, 0, stream, 1, &used))
+        return;
+    add_clean(out, used);
+    vel_text_add(out, "\"\n");
+    vel_free(d->ctx, used);
+}
+
 static void describe_captions(const vel_dataset_inner *in, vel_text *out)
 {
     const vel_dataset *d = &in->shown;
     vel_text_add(out, "  captions  ");
     if (d->options.instance_prompt) {
         vel_text_add(out, "one for all: \"");
-        add_clean(out, d->options.instance_prompt);
-        vel_text_add(out, "\"\n");
+        add_used_caption(d, out, d->options.instance_prompt, 0);
         return;
     }
     vel_text_addf(out, "%d of %d", d->n - d->missing_captions, d->n);
@@ -110,7 +121,8 @@ static void describe_captions(const vel_dataset_inner *in, vel_text *out)
             vel_text_add(out, " files");
         }
     }
-    vel_text_add(out, "; such as\n");
+    vel_text_add(out, vel_caption_varies(&d->options.captions) ? "; as used, for example\n"
+                                                               : "; such as\n");
     for (int i = 0; i < VEL_MIN(d->n, SHOWN_CAPTIONS); i++) {
         const vel_sample *s = &d->samples[(int64_t)i * (d->n - 1) / (SHOWN_CAPTIONS - 1)];
         if (d->n < SHOWN_CAPTIONS)
@@ -118,8 +130,7 @@ static void describe_captions(const vel_dataset_inner *in, vel_text *out)
         vel_text_add(out, "            ");
         add_name(d, out, s->image);
         vel_text_add(out, ": \"");
-        add_clean(out, s->caption);
-        vel_text_add(out, "\"\n");
+        add_used_caption(d, out, s->caption, (uint64_t)i);
     }
 }
 

@@ -13,10 +13,11 @@ typedef struct vel_caption {
     int n_lines;           /* with words in them; the first one is used */
 } vel_caption;
 
-/* The text of a caption file from its bytes; path is for messages. VEL_BAD_FILE when it is no
- * UTF-8, with the offset of the first bad byte. */
+/* The text of a caption file from its bytes: the first line with words, or all of them, each ended
+ * by a line break but the last. path is for messages. VEL_BAD_FILE when it is no UTF-8, with the
+ * offset of the first bad byte. */
 vel_status vel_caption_parse(vel_ctx *ctx, const char *path, const char *bytes, size_t n,
-                             vel_arena *a, vel_caption *out);
+                             bool all_lines, vel_arena *a, vel_caption *out);
 /* Looks for the side-car of a picture; out->text stays NULL when there is none. */
 vel_status vel_caption_find(vel_ctx *ctx, const vel_data_options *o, const char *picture,
                             vel_arena *a, vel_caption *out);

@@ -173,6 +173,18 @@ static int caption_index(train_session *s, const char *text)
     return k;
 }
 
+/* In the session's arena: for captions that are the same each time. */
+static vel_status used_caption(train_session *s, int sample, uint64_t stream, double warm,
+                               const char **out)
+{
+    char *text;
+    VEL_TRY(vel_caption_use(s->ctx, &s->o->captions, s->samples[sample].caption,
+                            (uint64_t)s->o->seed, stream, warm, &text));
+    *out = vel_arena_strdup(s->arena, text);
+    vel_free(s->ctx, text);
+    return *out ? VEL_OK : VEL_NO_MEMORY;
+}
+
 static vel_status collect_captions(train_session *s)
 {
     s->captions = vel_arena_alloc(s->arena, (size_t)(s->n_samples + 2) * sizeof *s->captions);
@@ -180,8 +192,14 @@ static vel_status collect_captions(train_session *s)
     if (!s->captions || !s->caption_of)
         return VEL_NO_MEMORY;
     s->captions[s->n_captions++] = "";
-    for (int i = 0; i < s->n_samples; i++)
-        s->caption_of[i] = caption_index(s, s->samples[i].caption);
+    for (int i = 0; i < s->n_samples; i++) {
+        const char *text = s->samples[i].caption;
+        if (i < s->data->n && vel_caption_varies(&s->o->captions))
+            text = ""; /* made and encoded when it is used */
+        else if (i < s->data->n)
+            VEL_TRY(used_caption(s, i, 0, 1, &text));
+        s->caption_of[i] = caption_index(s, text);
+    }
     if (s->prior == PRIOR_BASE)
         s->class_caption = caption_index(s, s->o->class_prompt ? s->o->class_prompt : "");
     return VEL_OK;
@@ -243,6 +261,7 @@ vel_status vel_feed_prepare(train_session *s)
         s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
     VEL_TRY(vel_cache_open(s->ctx, folder, &s->cache));
     VEL_TRY(vel_cache_open(s->ctx, NULL, &s->mask_cache));
+    VEL_TRY(vel_cache_open(s->ctx, NULL, &s->text_cache));
     VEL_TRY(encode_captions(s));
     int64_t most = 0;
     vel_progress progress;
@@ -288,6 +307,43 @@ static void put_caption(train_session *s, int slot, int caption)
     else
         memcpy(s->batch_ids + slot * s->length, s->ids + (int64_t)caption * s->length,
                (size_t)s->length * sizeof(int32_t));
+}
+
+/* A text that was not encoded before the first step. */
+static vel_status put_text(train_session *s, int slot, const char *text)
+{
+    enum { MOST_TEXTS = 256 }; /* wildcards and short lists of tags come again */
+    if (!s->contexts)
+        return vel_tokenizer_encode(vel_model_tokenizer(s->model), text, s->length,
+                                    s->batch_ids + slot * s->length, NULL, NULL);
+    int64_t each = (int64_t)s->length * s->width;
+    float *out = s->context + slot * each;
+    const float *known = vel_cache_find(s->text_cache, text, each);
+    if (known) {
+        memcpy(out, known, (size_t)each * sizeof *out);
+        return VEL_OK;
+    }
+    VEL_TRY(vel_model_encode_text(s->model, &text, 1, out));
+    return s->n_cached_texts++ < MOST_TEXTS ? vel_cache_put(s->text_cache, text, out, each)
+                                            : VEL_OK;
+}
+
+/* The caption of a sample in this step, random from the stream; dropped: none. */
+static vel_status put_caption_of(train_session *s, int slot, int sample, uint64_t stream,
+                                 bool dropped)
+{
+    const vel_caption_rules *r = &s->o->captions;
+    if (dropped || sample >= s->data->n || !vel_caption_varies(r)) {
+        put_caption(s, slot, dropped ? 0 : s->caption_of[sample]);
+        return VEL_OK;
+    }
+    double until = r->warmup_step < 1 ? floor(r->warmup_step * (double)s->steps) : r->warmup_step;
+    char *text;
+    VEL_TRY(vel_caption_use(s->ctx, r, s->samples[sample].caption, (uint64_t)s->o->seed, stream,
+                            until > 0 ? (double)s->step / until : 1, &text));
+    vel_status st = put_text(s, slot, text);
+    vel_free(s->ctx, text);
+    return st;
 }
 
 /* The mask of a sample as it is shown in this epoch, one weight for each place of the latent. */
@@ -354,10 +410,11 @@ static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sampl
     s->weight[slot] =
         (float)(p->weight * vel_objective_weight(&s->o->objective, vel_model_schedule(s->model),
                                                  s->timestep[slot]));
-    bool dropped =
-        vel_random_uniform(seed, stream_of(STREAM_CAPTION, micro, slot), 0) < s->o->caption_dropout;
-    put_caption(s, slot, dropped ? 0 : s->caption_of[sample]);
-    return VEL_OK;
+    uint64_t stream = stream_of(STREAM_CAPTION, micro, slot);
+    int every = s->o->captions.dropout_every; /* epochs counted from 1, as kohya does */
+    bool dropped = vel_random_uniform(seed, stream, 0) < s->o->caption_dropout ||
+                   (every > 0 && (epoch + 1) % every == 0);
+    return put_caption_of(s, slot, sample, stream, dropped);
 }
 
 static vel_status epoch_of(train_session *s, int64_t number)
@@ -461,7 +518,7 @@ vel_status vel_feed_validate(train_session *s, double *loss)
                               s->noise + k * each, each);
             s->timestep[k] = (2 * k + 1) * train_steps / (2 * VALIDATION_TIMES);
             s->weight[k] = 1;
-            put_caption(s, k, s->caption_of[i]);
+            VEL_TRY(put_caption_of(s, k, i, 0, false));
             VEL_TRY(put_mask(s, k, i, 0, pixels));
         }
         vel_free(s->ctx, owned);

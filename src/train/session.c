@@ -25,7 +25,9 @@ static vel_status open_data(train_session *s)
                           .repeats = o->repeats,
                           .validation_split = o->validation_split,
                           .strict_peer = o->strict_compat,
-                          .size_multiple = 8};
+                          .size_multiple = 8,
+                          .captions = o->captions};
+    VEL_TRY(vel_caption_check(s->ctx, &o->captions));
     int got = sscanf(o->resolution, "%d,%d", &d.width, &d.height);
     if (got == 1)
         d.height = d.width;
@@ -431,7 +433,7 @@ static bool due(const train_session *s, int steps, int epochs)
 static void rest_parts(train_session *s)
 {
     vel_model_rest(s->model, "vae");
-    if (!s->o->train_text_encoder)
+    if (!s->o->train_text_encoder && !vel_caption_varies(&s->o->captions))
         vel_model_rest(s->model, "text_encoder");
 }
 
@@ -562,6 +564,7 @@ static void finish_session(train_session *s)
     vel_free(s->ctx, s->contexts);
     vel_cache_close(s->cache);
     vel_cache_close(s->mask_cache);
+    vel_cache_close(s->text_cache);
     vel_epoch_destroy(s->epoch);
     vel_trainer_destroy(s->trainer);
     vel_model_close(s->model);

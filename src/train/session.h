@@ -47,7 +47,8 @@ typedef struct train_session {
     /* feed */
     vel_sample *samples; /* those of data, then class_data's at each size of a batch */
     int n_samples;
-    vel_cache *cache, *mask_cache;
+    vel_cache *cache, *mask_cache, *text_cache;
+    int n_cached_texts;
     const char **captions; /* distinct; [0] is "" */
     int *caption_of;       /* [sample] */
     int n_captions;

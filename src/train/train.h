@@ -21,6 +21,7 @@ typedef struct vel_train_options {
     bool enable_bucket, bucket_no_upscale, random_crop, flip, cache_to_disk, strict_compat;
     int min_bucket, max_bucket, bucket_step, repeats;
     double caption_dropout, validation_split;
+    vel_caption_rules captions;
     bool sample_latents; /* draw from the autoencoder's distribution at each step, not its mean */
     const char *method;  /* "adapter", "full" */
     const char *weights; /* full: patterns of the weights that are trained; NULL: all */

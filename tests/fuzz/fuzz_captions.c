@@ -45,7 +45,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
     if (a) {
         const char *text = n ? (const char *)bytes : "";
         vel_caption c = {0};
-        vel_status status = vel_caption_parse(ctx, "a.txt", text, n, a, &c);
+        vel_status status = vel_caption_parse(ctx, "a.txt", text, n, n & 1, a, &c);
         if (!status && (!vel_utf8_valid(c.text, strlen(c.text)) || strpbrk(c.text, "\r\n")))
             __builtin_trap();
         check_list(ctx, a, "metadata.jsonl", text, n);
