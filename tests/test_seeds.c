@@ -127,3 +127,30 @@ TEST(seed_epochs_and_samples)
     CHECK(strstr(r.text, "n-samples-step00000004.png") && strstr(r.text, "n-before-after.png"));
     CHECK(strstr(r.text, "modelspec.author") && strstr(r.text, "A title"));
 }
+
+/* Class pictures are drawn first and kept; then the subject, seen beside them; then the same prompt
+ * with and without the adapter under the lesson's sampler. 256 tensors with SD 1.5, 160 here. */
+TEST(seed_s3)
+{
+    program_result r;
+    int up = 0;
+    place_model(t, "runwayml/stable-diffusion-v1-5");
+    place_pictures(t, "aawxbc", 2);
+    if (!run(
+            t,
+            "run s3.sh --resolution=64 --train_batch_size 2 --num_class_images=3 "
+            "--class_image_steps 2 --num_train_epochs 1; ls figurine | sed s/^/has:/; draw() { "
+            "\"$P\" generate \"a photo of aawxbc figurine\" --model runwayml/stable-diffusion-v1-5 "
+            "--sampler pndm --seed 1 --steps 2 --width 64 --height 64 \"$@\"; }; draw --output "
+            "base.png; draw --lora dreambooth-lora --output adapted.png; cmp base.png adapted.png "
+            "|| echo they differ",
+            &r))
+        return;
+    int n = tensors(t, "dreambooth-lora/pytorch_lora_weights.safetensors", "lora.up.weight", &up);
+    CHECK_MSG(n == 160 && up == 80, "%d tensors, %d up", n, up);
+    CHECK(strstr(r.text, "has:0-") && strstr(r.text, "has:2-") && !strstr(r.text, "has:3-"));
+    CHECK(strstr(r.text, "--enable_xformers_memory_efficient_attention changes nothing"));
+    /* an epoch is as long as the class: 3 in batches of 2 */
+    CHECK_MSG(strstr(r.text, "2 steps = 1.0 epochs"), "%s", r.text);
+    CHECK(strstr(r.text, "they differ"));
+}
