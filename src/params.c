@@ -201,9 +201,31 @@ void vel_params_destroy(vel_params *p)
     vel_free(p->ctx, p);
 }
 
+/* What a --dataset_config says of the whole run; its subsets are read when the data are. */
+static vel_status load_dataset_config(vel_params *p, const char *path)
+{
+    vel_dataset_config config;
+    vel_arena *a = vel_arena_create(p->ctx);
+    vel_status st = a ? vel_dataset_config_read(p->ctx, path, a, &config) : VEL_NO_MEMORY;
+    for (int i = 0; st == VEL_OK && i < config.n_settings; i++) {
+        st = vel_params_set(p, config.setting[i].name, config.setting[i].value);
+        if (st)
+            vel_fail_in(p->ctx, st, "%s", path);
+    }
+    if (st == VEL_OK && config.subsets[0].width) {
+        char size[64];
+        snprintf(size, sizeof size, "%d,%d", config.subsets[0].width, config.subsets[0].height);
+        st = vel_params_set(p, "resolution", size);
+    }
+    vel_arena_destroy(a);
+    return st || vel_params_get(p, "data") ? st : vel_params_set(p, "data", path);
+}
+
 vel_status vel_params_set(vel_params *p, const char *name, const char *value)
 {
     const vel_option_row *rows = commands[p->command].rows, *r = find_row(rows, name);
+    if (r && value && strcmp(r->name, "dataset_config") == 0)
+        VEL_TRY(load_dataset_config(p, value));
     if (r)
         return set_row(p, r, value ? value : "");
     char nearest[256];

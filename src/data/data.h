@@ -31,8 +31,19 @@ vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r);
 vel_status vel_caption_use(vel_ctx *ctx, const vel_caption_rules *r, const char *caption,
                            uint64_t seed, uint64_t stream, double warm, char **out);
 
-typedef struct vel_data_options {
+/* One of several folders that are learned from together. Texts may be NULL. */
+typedef struct vel_data_subset {
     const char *folder;
+    const char *list; /* kohya's JSON: {"picture": {"caption": "..", "tags": ".."}} */
+    const char *class_words, *caption_extension; /* stand-in caption; NULL: the options' */
+    int repeats;
+    int width, height; /* 0: the options' */
+} vel_data_subset;
+
+typedef struct vel_data_options {
+    const char *folder;             /* with subsets: what messages name */
+    const vel_data_subset *subsets; /* instead of what folder's layout says */
+    int n_subsets;
     const char *instance_prompt;   /* one caption for all; NULL: captions from files */
     const char *caption_extension; /* NULL: .caption, then .txt */
     const char *caption_column;    /* of metadata.jsonl; NULL: "text" */
@@ -56,9 +67,24 @@ typedef struct vel_sample {
     int repeats;
     int source_width, source_height;
     int width, height; /* of its bucket */
+    int subset;        /* of the options */
     bool held_out;     /* for validation */
     double weight;     /* of its loss: 1, or that of its subset */
 } vel_sample;
+
+/* kohya's --dataset_config (dataset_config.c): the subsets, and what it says of the whole run.
+ * Texts live in a. */
+typedef struct vel_dataset_config {
+    vel_data_subset *subsets;
+    int n_subsets;
+    struct {
+        const char *name, *value;
+    } setting[64];
+    int n_settings;
+    bool class_data; /* a subset of regularisation pictures was among them */
+} vel_dataset_config;
+vel_status vel_dataset_config_read(vel_ctx *ctx, const char *path, vel_arena *a,
+                                   vel_dataset_config *out);
 
 typedef struct vel_skipped {
     char *path, *why;

@@ -121,7 +121,7 @@ static const char *why_unusable(const vel_dataset_inner *d, vel_size size, vel_s
     if (high / LARGEST_ASPECT >= low && high > low * LARGEST_ASPECT)
         return "is more than 16 times as long as wide";
     vel_size scaled;
-    vel_bucket_choose(&d->table, size, bucket, &scaled);
+    vel_bucket_choose(&d->tables[d->subset], size, bucket, &scaled);
     return bucket->width ? NULL : "is smaller than a bucket, and --bucket_no_upscale is set";
 }
 
@@ -198,7 +198,7 @@ static vel_status add_picture(vel_dataset_inner *d, const source *from, const ch
     if (d->shown.ctx->interrupted)
         return vel_fail(d->shown.ctx, VEL_INTERRUPTED, "%s: stopped while reading the data",
                         d->shown.options.folder);
-    vel_sample s = {.repeats = from->repeats, .weight = 1};
+    vel_sample s = {.repeats = from->repeats, .weight = 1, .subset = d->subset};
     const char *why;
     VEL_TRY(look_at(d, path, &s, &why));
     if (why)
@@ -462,8 +462,88 @@ static vel_status add_flat_or_kohya(vel_dataset_inner *d)
     return add_folder(d, &(source){o->folder, o->repeats, NULL});
 }
 
+/* ---- subsets ---- */
+
+static const char *const picture_endings[] = {"",     ".png", ".jpg",  ".jpeg", ".webp", ".bmp",
+                                              ".PNG", ".JPG", ".JPEG", ".WEBP", ".BMP"};
+
+/* The picture that a key of kohya's list means: a path, or a name in the folder, with or without
+ * its ending; NULL in *out: there is none. Owned. */
+static vel_status find_listed(vel_ctx *ctx, const char *folder, const char *key, char **out)
+{
+    for (int i = 0; i < VEL_COUNT(picture_endings); i++)
+        for (int inside = 0; inside < 2; inside++) {
+            char *path = vel_strf(ctx, "%s%s%s%s", inside ? folder : "", inside ? "/" : "", key,
+                                  picture_endings[i]);
+            if (!path)
+                return VEL_NO_MEMORY;
+            *out = path;
+            if (vel_is_file(path))
+                return VEL_OK;
+            vel_free(ctx, path);
+        }
+    *out = NULL;
+    return VEL_OK;
+}
+
+static vel_status add_entry(vel_dataset_inner *d, const source *from, const char *key,
+                            const json_t *entry)
+{
+    vel_ctx *ctx = d->shown.ctx;
+    const char *caption = vel_json_string(entry, "caption", NULL);
+    const char *tags = vel_json_string(entry, "tags", NULL);
+    vel_listed row = {.file = key, .caption = caption ? caption : tags};
+    char *path, *both = NULL;
+    VEL_TRY(find_listed(ctx, from->folder, key, &path));
+    if (!path)
+        return skip_joined(d, from->folder, key,
+                           "is named in the list of pictures but does not exist");
+    if (caption && tags && *tags && (both = vel_strf(ctx, "%s, %s", caption, tags)))
+        row.caption = both;
+    vel_status status = add_picture(d, from, path, &row);
+    vel_free(ctx, both);
+    vel_free(ctx, path);
+    return status;
+}
+
+/* kohya's JSON of captions; jansson keeps the order of the file. */
+static vel_status add_json(vel_dataset_inner *d, const source *from, const char *list)
+{
+    json_t *root, *entry;
+    const char *key;
+    VEL_TRY(vel_json_load(d->shown.ctx, list, &root));
+    vel_status status = json_is_object(root) ? VEL_OK
+                                             : vel_fail(d->shown.ctx, VEL_BAD_FILE,
+                                                        "%s: is no list of pictures", list);
+    json_object_foreach (root, key, entry)
+        if (!status)
+            status = add_entry(d, from, key, entry);
+    json_decref(root);
+    return status;
+}
+
+static vel_status add_subsets(vel_dataset_inner *d)
+{
+    vel_data_options *o = &d->shown.options;
+    const char *ending = o->caption_extension;
+    vel_status status = VEL_OK;
+    snprintf(d->shown.layout, sizeof d->shown.layout, "%d subset%s", o->n_subsets,
+             o->n_subsets > 1 ? "s" : "");
+    for (int i = 0; i < o->n_subsets && !status; i++) {
+        const vel_data_subset *s = &o->subsets[i];
+        source from = {s->folder, s->repeats, s->class_words};
+        d->subset = i;
+        o->caption_extension = s->caption_extension ? s->caption_extension : ending;
+        status = s->list ? add_json(d, &from, s->list) : add_folder(d, &from);
+    }
+    o->caption_extension = ending;
+    return status;
+}
+
 static vel_status add_all(vel_dataset_inner *d)
 {
+    if (d->shown.options.n_subsets)
+        return add_subsets(d);
     const vel_data_options *o = &d->shown.options;
     char *folder = NULL, *list = NULL;
     if (!o->instance_prompt)
@@ -532,15 +612,24 @@ static void hold_out(vel_dataset *d)
     d->n_train = d->n - d->n_held_out;
 }
 
+static vel_status check_folder(vel_ctx *ctx, const char *folder)
+{
+    if (!folder || !*folder)
+        return vel_fail(ctx, VEL_BAD_VALUE, "--train_data_dir: no folder of pictures is given");
+    if (vel_is_file(folder))
+        return vel_fail(ctx, VEL_BAD_VALUE, "%s: is a file; give the folder of the pictures",
+                        folder);
+    if (!vel_is_folder(folder))
+        return vel_fail(ctx, VEL_NOT_FOUND, "%s: there is no such folder of pictures", folder);
+    return VEL_OK;
+}
+
 static vel_status check_options(vel_ctx *ctx, const vel_data_options *o)
 {
-    if (!o->folder || !*o->folder)
-        return vel_fail(ctx, VEL_BAD_VALUE, "--train_data_dir: no folder of pictures is given");
-    if (vel_is_file(o->folder))
-        return vel_fail(ctx, VEL_BAD_VALUE, "%s: is a file; give the folder of the pictures",
-                        o->folder);
-    if (!vel_is_folder(o->folder))
-        return vel_fail(ctx, VEL_NOT_FOUND, "%s: there is no such folder of pictures", o->folder);
+    if (!o->n_subsets)
+        VEL_TRY(check_folder(ctx, o->folder));
+    for (int i = 0; i < o->n_subsets; i++)
+        VEL_TRY(check_folder(ctx, o->subsets[i].folder));
     if (o->repeats < 1 || o->repeats > LARGEST_REPEATS)
         return vel_fail(ctx, VEL_BAD_VALUE, "--dataset_repeats: %d is not in 1..%d", o->repeats,
                         LARGEST_REPEATS);
@@ -549,6 +638,24 @@ static vel_status check_options(vel_ctx *ctx, const vel_data_options *o)
                         o->validation_split);
     if (o->caption_extension && !o->caption_extension[*o->caption_extension == '.'])
         return vel_fail(ctx, VEL_BAD_VALUE, "--caption_extension: is empty; .txt is usual");
+    return VEL_OK;
+}
+
+static vel_status keep_subsets(vel_dataset_inner *d)
+{
+    vel_data_options *o = &d->shown.options;
+    vel_data_subset *kept = vel_arena_alloc(d->arena, (size_t)(o->n_subsets + 1) * sizeof *kept);
+    if (!kept)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < o->n_subsets; i++) {
+        kept[i] = o->subsets[i];
+        const char **texts[] = {&kept[i].folder, &kept[i].list, &kept[i].class_words,
+                                &kept[i].caption_extension};
+        for (int k = 0; k < VEL_COUNT(texts); k++)
+            if (*texts[k] && !(*texts[k] = vel_arena_strdup(d->arena, *texts[k])))
+                return VEL_NO_MEMORY;
+    }
+    o->subsets = kept;
     return VEL_OK;
 }
 
@@ -562,6 +669,25 @@ static vel_status keep_options(vel_dataset_inner *d, const vel_data_options *o)
     for (int i = 0; i < VEL_COUNT(texts); i++) {
         if (*texts[i] && !(*texts[i] = vel_arena_strdup(d->arena, *texts[i])))
             return VEL_NO_MEMORY;
+    }
+    return keep_subsets(d);
+}
+
+/* One table of buckets for each subset, since each may have its own resolution. */
+static vel_status make_tables(vel_dataset_inner *d)
+{
+    const vel_data_options *all = &d->shown.options;
+    int n = VEL_MAX(1, all->n_subsets);
+    d->tables = vel_arena_alloc(d->arena, (size_t)n * sizeof *d->tables);
+    if (!d->tables)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < n; i++) {
+        vel_data_options o = *all;
+        if (all->n_subsets && all->subsets[i].width) {
+            o.width = all->subsets[i].width;
+            o.height = all->subsets[i].height;
+        }
+        VEL_TRY(vel_bucket_table_make(d->shown.ctx, &o, d->arena, &d->tables[i]));
     }
     return VEL_OK;
 }
@@ -577,7 +703,7 @@ vel_status vel_dataset_open(vel_ctx *ctx, const vel_data_options *o, vel_dataset
     d->arena = vel_arena_create(ctx);
     vel_status status = d->arena ? keep_options(d, o) : VEL_NO_MEMORY;
     if (!status)
-        status = vel_bucket_table_make(ctx, o, d->arena, &d->table);
+        status = make_tables(d);
     if (!status)
         status = add_all(d);
     if (!status)

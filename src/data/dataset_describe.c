@@ -151,7 +151,7 @@ static int compare_rows(const void *a, const void *b)
 static bucket_row row_of(const vel_dataset_inner *in, const vel_sample *s)
 {
     vel_size bucket, scaled, source = {s->source_width, s->source_height};
-    vel_bucket_choose(&in->table, source, &bucket, &scaled);
+    vel_bucket_choose(vel_sample_table(&in->shown, s), source, &bucket, &scaled);
     double kept = (double)bucket.width * bucket.height / ((double)scaled.width * scaled.height);
     return (bucket_row){vel_sample_bucket(s), 1, s->repeats, 1 - kept};
 }
@@ -173,7 +173,7 @@ static void describe_buckets(const vel_dataset_inner *in, vel_text *out)
                   "  buckets   %s of at most %dx%d pixels%s\n"
                   "            width height  ratio  pictures     items  cut off\n",
                   d->options.buckets ? "by ratio," : "one size,", d->options.width,
-                  d->options.height, in->table.no_upscale ? ", never enlarged" : "");
+                  d->options.height, in->tables[0].no_upscale ? ", never enlarged" : "");
     for (int i = 0; i < n; i++) {
         if (kept && vel_size_compare(row[kept - 1].bucket, row[i].bucket) == 0) {
             row[kept - 1].pictures++;
@@ -276,7 +276,7 @@ static void warn_duplicates(const vel_dataset *d, vel_text *out)
 static bool is_enlarged(const vel_dataset_inner *in, const vel_sample *s)
 {
     vel_size bucket, scaled, source = {s->source_width, s->source_height};
-    vel_bucket_choose(&in->table, source, &bucket, &scaled);
+    vel_bucket_choose(vel_sample_table(&in->shown, s), source, &bucket, &scaled);
     return scaled.width > 2 * source.width || scaled.height > 2 * source.height;
 }
 

@@ -237,7 +237,7 @@ static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, in
 {
     const vel_sample *s = &d->samples[index];
     vel_size bucket, scaled, source = {s->source_width, s->source_height};
-    vel_bucket_choose(&vel_dataset_inside(d)->table, source, &bucket, &scaled);
+    vel_bucket_choose(vel_sample_table(d, s), source, &bucket, &scaled);
     /* The picture is read at the very size it is scaled to, so that cutting is ours, in pixels. */
     vel_picture_load how = {.width = scaled.width,
                             .height = scaled.height,

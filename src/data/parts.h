@@ -72,9 +72,10 @@ int vel_size_compare(vel_size a, vel_size b); /* by width, then height */
  * ------------------- */
 
 typedef struct vel_dataset_inner {
-    vel_dataset shown; /* first: a vel_dataset * of ours is a vel_dataset_inner * */
-    vel_arena *arena;  /* every string of the dataset */
-    vel_bucket_table table;
+    vel_dataset shown;        /* first: a vel_dataset * of ours is a vel_dataset_inner * */
+    vel_arena *arena;         /* every string of the dataset */
+    vel_bucket_table *tables; /* [subsets; at least one]; in the arena */
+    int subset;               /* whose pictures are being listed */
     int samples_room, skipped_room;
     int from_ending[2];  /* captions by vel_caption_ending */
     int empty_captions;  /* a file or row is there, but no word in it */
@@ -85,6 +86,10 @@ typedef struct vel_dataset_inner {
 static inline const vel_dataset_inner *vel_dataset_inside(const vel_dataset *d)
 {
     return (const vel_dataset_inner *)d;
+}
+static inline const vel_bucket_table *vel_sample_table(const vel_dataset *d, const vel_sample *s)
+{
+    return &vel_dataset_inside(d)->tables[s->subset];
 }
 static inline vel_size vel_sample_bucket(const vel_sample *s)
 {

@@ -193,12 +193,12 @@ static const vel_pair lycoris_keys[] = {
     {"use_tucker", "use_tucker", NULL},
     {"use_cp", "use_tucker", NULL},
     {"use_conv_cp", "use_tucker", NULL},
-    {"use_scalar", "use_scalar", NULL},
+    {"use_scalar", "x", "the strength is learned in the factors"},
     {"dora_wd", "use_dora", NULL},
     {"wd_on_output", "wd_on_output", NULL},
     {"rs_lora", "use_rslora", NULL},
     {"bypass_mode", NULL, "the change is computed beside the weight in any case"},
-    {"train_norm", "train_norm", NULL},
+    {"train_norm", "x", "layers that normalise are left as they are"},
     {"block_size", "x", "it belongs to kinds that are not offered"},
     {"constraint", "x", "it belongs to kinds that are not offered"},
     {"rescaled", "x", "it belongs to kinds that are not offered"},
@@ -261,6 +261,8 @@ static vel_status network_rules(vel_line *l)
     preset = vel_rule_pair(l, "network_args", "preset");
     VEL_TRY(kind_of(l, algo ? algo : "lora"));
     VEL_TRY(preset_of(l, preset ? preset : "full"));
+    if (vel_rule_pair(l, "network_args", "dora_wd"))
+        VEL_TRY(vel_line_set(l, "network_args", "dora_norm_gradient", "yes"));
     return vel_rule_pairs(l, "network_args", lycoris_keys);
 }
 
@@ -348,12 +350,11 @@ vel_status vel_kohya_rules(vel_line *l)
         VEL_TRY(vel_line_set(l, "strict_compat", "strict_compat", "yes"));
     for (int i = 0; i < VEL_COUNT(rules); i++)
         VEL_TRY(rules[i](l));
-    switch (l->script->bit) {
-    case TRAIN_NETWORK:
-        return adapter_rules(l);
-    case KOHYA_TI:
-        return word_rules(l);
-    default:
-        return weight_rules(l);
-    }
+    VEL_TRY(l->script->bit == TRAIN_NETWORK ? adapter_rules(l)
+            : l->script->bit == KOHYA_TI    ? word_rules(l)
+                                            : weight_rules(l));
+    if (!vel_line_given(l, "dataset_config"))
+        return VEL_OK;
+    return vel_line_set(l, "dataset_config", "dataset_config", "%s",
+                        vel_line_value(l, "dataset_config"));
 }

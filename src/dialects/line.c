@@ -408,7 +408,7 @@ static vel_status apply_row(vel_line *l, int row)
     if (given && r->fate == FATE_IDLE)
         vel_line_say(l, "--%s changes nothing here: %s", r->flag, r->note);
     const char *value = given ? (g->n ? g->words[0] : NULL) : r->initial;
-    if (r->fate != FATE_SET || !value || (!given && !vel_line_has(l, r->setting)))
+    if (r->fate != FATE_SET || !value || (!given && (!value[0] || !vel_line_has(l, r->setting))))
         return VEL_OK;
     return set(l, r->flag, r->setting, value);
 }

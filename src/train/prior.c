@@ -23,6 +23,8 @@ static vel_status open_class(train_session *s, vel_dataset **out)
 {
     vel_data_options d = s->data->options;
     d.folder = s->o->class_data;
+    d.subsets = NULL;
+    d.n_subsets = 0;
     d.instance_prompt = s->o->class_prompt;
     d.repeats = 1;
     d.validation_split = 0;

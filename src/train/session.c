@@ -36,6 +36,17 @@ static vel_status open_data(train_session *s)
                         "--resolution: '%s' is not a size in pixels divisible by 8, such "
                         "as 512 or 512,768",
                         o->resolution);
+    vel_data_subset listed = {.folder = o->data, .list = o->in_json, .repeats = o->repeats};
+    vel_dataset_config config;
+    if (o->dataset_config) {
+        VEL_TRY(vel_dataset_config_read(s->ctx, o->dataset_config, s->arena, &config));
+        d.folder = o->dataset_config;
+        d.subsets = config.subsets;
+        d.n_subsets = config.n_subsets;
+    } else if (o->in_json) {
+        d.subsets = &listed;
+        d.n_subsets = 1;
+    }
     return vel_dataset_open(s->ctx, &d, &s->data);
 }
 

@@ -17,6 +17,7 @@ typedef struct vel_train_options {
     int clip_skip;
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;
+    const char *in_json, *dataset_config;
     const char *resolution; /* "512" or "512,768": width, height */
     bool enable_bucket, bucket_no_upscale, random_crop, flip, cache_to_disk, strict_compat;
     int min_bucket, max_bucket, bucket_step, repeats;
