@@ -266,6 +266,26 @@ vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_opt
     return o->prompt_file ? read_prompt_file(d, o->prompt_file) : VEL_OK;
 }
 
+/* --embedding: files, each with another name for its word before an equals sign, if wanted. */
+static vel_status load_words(vel_drawing *d)
+{
+    for (const char *at = d->o->embedding; at && *at;) {
+        size_t n = strcspn(at, ",");
+        char *item = part_of(d->arena, at, n), *path = item, *name = NULL;
+        at += n + (at[n] == ',');
+        if (!item)
+            return VEL_NO_MEMORY;
+        char *equals = vel_is_file(item) ? NULL : strchr(item, '=');
+        if (equals) {
+            *equals = 0;
+            name = item;
+            path = equals + 1;
+        }
+        VEL_TRY(vel_model_add_words(d->model, path, name));
+    }
+    return VEL_OK;
+}
+
 vel_status vel_drawing_load(vel_drawing *d)
 {
     const vel_generate_options *o = d->o;
@@ -273,7 +293,7 @@ vel_status vel_drawing_load(vel_drawing *d)
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
     for (int i = 0; i < d->n_adapters; i++)
         VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));
-    return VEL_OK;
+    return load_words(d);
 }
 
 void vel_drawing_finish(vel_drawing *d)

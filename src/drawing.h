@@ -34,7 +34,7 @@ typedef struct vel_drawing {
 /* Reads prompts (when wanted) and finds every adapter file; loads nothing. */
 vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_options *o,
                             bool prompts);
-vel_status vel_drawing_load(vel_drawing *d); /* the model and its adapters */
+vel_status vel_drawing_load(vel_drawing *d); /* the model, its adapters and learned words */
 void vel_drawing_finish(vel_drawing *d);     /* d may be half made */
 vel_status vel_drawing_set_weights(vel_drawing *d, const double *weights); /* [n_adapters] */
 /* The settings of the i-th picture. */

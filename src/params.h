@@ -14,9 +14,10 @@ typedef struct vel_generate_options {
     int64_t seed; /* -1: a random one, which is then printed and written into the file */
     const char *sampler;
     double eta;
-    const char *lora;   /* "file:0.8,other.safetensors" */
-    double lora_scale;  /* multiplies every strength */
-    const char *output; /* a file, or a folder for several */
+    const char *lora;      /* "file:0.8,other.safetensors" */
+    double lora_scale;     /* multiplies every strength */
+    const char *embedding; /* files of learned words: "cat.safetensors,<dog>=other.pt" */
+    const char *output;    /* a file, or a folder for several */
 } vel_generate_options;
 
 typedef struct vel_grid_options {

@@ -34,7 +34,9 @@
         TEXT("lora", NULL, at lora, NULL, "adapters",                                              \
              "files with strengths: style.safetensors:0.8,other.safetensors"),                     \
         FLOAT("lora_scale", NULL, at lora_scale, "1", -10, 10, "adapters",                         \
-              "multiplies every strength")
+              "multiplies every strength"),                                                        \
+        TEXT("embedding", "embeddings", at embedding, NULL, "adapters",                            \
+             "files of learned words: cat.safetensors,'<dog>=other.pt'")
 
 #define OPTIONS vel_generate_options
 const vel_option_row vel_generate_rows[] = {DRAW_ROWS(, NULL, "7.5", "30", "-1"),

@@ -369,3 +369,120 @@ TEST(methods_prior_without_pictures)
     vel_free(t->ctx, want);
     close_lesson(&l);
 }
+
+/* ---- new words ---- */
+
+/* The word of the golden file in the model: two vectors that start from another word's. */
+static bool add_golden_word(lesson *l)
+{
+    vel_test *t = l->t;
+    vel_tokenizer *tokenizer = vel_model_tokenizer(l->model);
+    static const char *const prompts[] = {"a photo of a <new>", "<new> on a table"};
+    static float first[2 * 192];
+    int32_t *cat = NULL, want[2 * 77];
+    int n = 0;
+    CHECK_OK(vel_tokenizer_ids(tokenizer, vel_safetensors_meta(l->golden, "init"), &cat, &n));
+    CHECK(n == 1);
+    for (int i = 0; cat && i < 2; i++)
+        CHECK_OK(vel_model_embedding(l->model, cat[0], first + i * 192));
+    vel_free(t->ctx, cat);
+    CHECK_OK(vel_model_add_word(l->model, "<new>", 2, first));
+    golden_ints(l, "words.ids", want);
+    for (int i = 0; i < 2; i++)
+        CHECK_OK(vel_tokenizer_encode(tokenizer, prompts[i], 77, l->ids + 77 * i, NULL, NULL));
+    CHECK(memcmp(want, l->ids, sizeof want) == 0);
+    return !t->failures;
+}
+
+TEST(methods_words_are_diffusers)
+{
+    static lesson l;
+    int64_t n = 0, n_first = 0;
+    open_lesson(t, &l);
+    float *losses = l.golden ? golden(&l, "words.losses", &n) : NULL;
+    float *first = l.golden ? golden(&l, "words.first", &n_first) : NULL;
+    if (losses && first && l.context && add_golden_word(&l)) {
+        vel_words words = *vel_model_words(l.model);
+        words.trained = true;
+        vel_engine *e = vel_model_engine(l.model);
+        bool ready = start(&l, (vel_trained){.words = &words}, true);
+        CHECK(ready && vel_engine_trainables(e) == 1);
+        const vel_trainable *rows = ready ? vel_engine_trainable_at(e, 0) : NULL;
+        CHECK(rows && rows->count == 2 * 192);
+        if (rows)
+            CHECK_OK(vel_engine_load_trainable(e, 0));
+        for (int i = 0; rows && i < n; i++) {
+            vel_batch b = batch_of(&l, i);
+            double loss = 0;
+            CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+            CHECK_MSG(fabs(loss - losses[i]) < 2e-5 * losses[i], "step %d: loss %g, not %g", i,
+                      loss, losses[i]);
+            double error = i ? 0 : distance(&l, rows, 'g', "words.grad0", NULL);
+            CHECK_MSG(error < 2e-4, "gradient: relative error %g", error);
+            learn(&l, i, 5e-3);
+        }
+        double error = rows ? distance(&l, rows, 'v', "words.final", first) : 0;
+        CHECK_MSG(error < 2e-2, "relative error of the change %g", error);
+    }
+    vel_free(t->ctx, losses);
+    vel_free(t->ctx, first);
+    close_lesson(&l);
+}
+
+TEST(methods_sentences)
+{
+    int objects = 0, styles = 0;
+    for (const char *s; (s = vel_train_template("object", objects)); objects++)
+        CHECK_MSG(strstr(s, "{}"), "%s", s);
+    for (const char *s; (s = vel_train_template("style", styles)); styles++)
+        CHECK_MSG(strstr(s, " in the style of {}"), "%s", s);
+    CHECK(objects == 27 && styles == 19 && !vel_train_template("captions", 0));
+}
+
+static void check_word_file(vel_test *t, const char *path, const char *name, int n, int width,
+                            float last)
+{
+    vel_word *words;
+    int count = 0;
+    vel_status st = vel_words_read(t->ctx, path, false, &words, &count);
+    CHECK_OK(st);
+    if (st)
+        return;
+    CHECK_MSG(count == 1 && strcmp(words[0].name, name) == 0 && words[0].n == n &&
+                  words[0].width == width && words[0].values[n * width - 1] == last,
+              "%s: %d words, the first '%s' [%d, %d]", path, count, words[0].name, words[0].n,
+              words[0].width);
+    vel_words_free(t->ctx, words, count);
+}
+
+TEST(methods_word_files)
+{
+    float values[] = {1, 2, 3, 4, 5, 6};
+    vel_word word[] = {{"<one>", 2, 3, values}, {"<two>", 1, 3, values}}, *words;
+    char path[4200];
+    int n = 0;
+    check_word_file(t, "tests/golden/words_a1111.pt", "toy", 2, 4, 7);
+    check_word_file(t, "tests/golden/words_diffusers.bin", "<old>", 1, 4, 3);
+    snprintf(path, sizeof path, "%s/my-cat.safetensors", t->folder);
+    CHECK_OK(vel_words_write(t->ctx, path, word, 1, "kohya", VEL_FILE_F32, NULL));
+    check_word_file(t, path, "my-cat", 2, 3, 6);
+    CHECK(vel_words_write(t->ctx, path, word, 2, "kohya", VEL_FILE_F32, NULL) == VEL_BAD_VALUE);
+    CHECK_OK(vel_words_write(t->ctx, path, word, 2, "diffusers", VEL_FILE_F16, NULL));
+    CHECK_OK(vel_words_read(t->ctx, path, false, &words, &n));
+    CHECK(n == 2 && strcmp(words[1].name, "<two>") == 0 && words[1].values[2] == 3);
+    vel_words_free(t->ctx, words, n);
+    CHECK_OK(vel_words_read(t->ctx, path, true, &words, &n)); /* none is bundled */
+    CHECK(n == 0);
+    vel_words_free(t->ctx, words, n);
+    /* Not words: too many rows, and SDXL's. */
+    vel_save_tensor odd = {.name = "x", .type = VEL_FILE_F32, .rank = 2, .dim = {0, 4}};
+    static const int64_t zeros[4096] = {0};
+    odd.dim[0] = 2048;
+    odd.data = zeros;
+    CHECK_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
+    CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_BAD_FILE);
+    odd.dim[0] = 1;
+    odd.name = "clip_g";
+    CHECK_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
+    CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_UNSUPPORTED);
+}

@@ -231,3 +231,103 @@ TEST(methods_prior_runs_resume)
               VEL_BAD_VALUE &&
           strstr(vel_ctx_error(t->ctx), "--class_prompt"));
 }
+
+/* ---- new words ---- */
+
+static void check_word(vel_test *t, const char *path, const char *name)
+{
+    vel_word *words;
+    int n = 0;
+    vel_status st = vel_words_read(t->ctx, path, false, &words, &n);
+    CHECK_OK(st);
+    if (st)
+        return;
+    CHECK_MSG(n == 1 && strcmp(words[0].name, name) == 0, "%s: %d words, '%s'", path, n,
+              words[0].name);
+    vel_words_free(t->ctx, words, n);
+}
+
+#define WORDS "placeholder_token=<my-cat> initializer_token=cat num_vectors=2 "
+
+TEST(methods_words_run)
+{
+    static program_result r;
+    CHECK_OK(train(t, "whole", "method=textual_inversion steps=4 " WORDS));
+    CHECK_MSG(strstr(said, "in sentences for an object"), "%s", said);
+    CHECK_OK(train(t, "half", "method=textual_inversion steps=2 " WORDS));
+    CHECK_OK(train(t, "half", "method=textual_inversion steps=4 resume=latest " WORDS));
+    CHECK(same_files(t, in(t, "whole/a.safetensors"), in(t, "half/a.safetensors")));
+    CHECK_OK(train(t, "style", "method=textual_inversion steps=4 learnable_property=style " WORDS));
+    CHECK(!same_files(t, in(t, "whole/a.safetensors"), in(t, "style/a.safetensors")));
+    CHECK_OK(train(t, "more", "method=textual_inversion steps=1 save_format=kohya " WORDS));
+    vel_word *words;
+    int n;
+    CHECK_OK(vel_words_read(t->ctx, in(t, "whole/a.safetensors"), false, &words, &n));
+    CHECK(n == 1 && strcmp(words[0].name, "<my-cat>") == 0 && words[0].n == 2);
+    vel_words_free(t->ctx, words, n);
+    check_word(t, in(t, "more/a.safetensors"), "a");
+    if (!program_shell(t,
+                       "$V generate --model $M --steps 1 --width 64 --height 64 --seed 1 --output "
+                       "$D/p.png --prompt 'a <my-cat> and a <dog>' --embedding "
+                       "$D/whole/a.safetensors,'<cow>='$D/more/a.safetensors",
+                       &r))
+        return;
+    CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)") &&
+                  strstr(r.text, "word: <cow>") && strstr(r.text, "<dog> is no word"),
+              "%s", r.text);
+}
+
+TEST(methods_words_refusals)
+{
+    static const struct {
+        const char *settings, *says;
+    } cases[] = {
+        {"method=textual_inversion", "--placeholder_token"},
+        {"method=textual_inversion placeholder_token=<a>", "--initializer_token"},
+        {"method=textual_inversion placeholder_token=cat initializer_token=cat", "vocabulary"},
+        {"method=full " WORDS, "not with --method full"},
+        {WORDS, "no caption has the word"},
+        {"method=textual_inversion embedding_weights=/nonexistent.pt " WORDS, "nonexistent"},
+    };
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        vel_status st = train(t, "out", cases[i].settings);
+        CHECK_MSG(st && strstr(vel_ctx_error(t->ctx), cases[i].says), "%s: %s", cases[i].settings,
+                  vel_ctx_error(t->ctx));
+    }
+}
+
+/* Words and adapter together: one file in kohya's names, two in diffusers'. */
+TEST(methods_pivotal_run)
+{
+    static program_result r;
+#define PIVOTAL "instance_prompt=a~photo~of~<my-cat> train_text_encoder=yes " WORDS
+    CHECK_OK(train(t, "whole", "steps=4 stop_text_encoder_training=2 " PIVOTAL));
+    CHECK_MSG(strstr(said, "step 2: the text encoder is learned"), "%s", said);
+    CHECK_OK(train(t, "half", "steps=3 stop_text_encoder_training=2 " PIVOTAL));
+    CHECK_OK(train(t, "half", "steps=4 stop_text_encoder_training=2 resume=latest " PIVOTAL));
+    CHECK(same_files(t, in(t, "whole/a.safetensors"), in(t, "half/a.safetensors")));
+    /* What was stopped is as it was then; the denoiser went on. */
+    CHECK_OK(train(t, "two", "steps=2 " PIVOTAL));
+    vel_safetensors *a = NULL, *b = NULL;
+    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "whole/a.safetensors"), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "two/a.safetensors"), &b));
+    int words = 0;
+    for (int i = 0; a && b && i < vel_safetensors_count(a); i++) {
+        const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
+        bool same = x->count == y->count && memcmp(x->data, y->data, (size_t)x->count * 4) == 0;
+        bool text = vel_glob("lora_te_*,bundle_emb.*", x->name), alpha = x->count == 1;
+        CHECK_MSG(alpha || same == text, "%s: %s", x->name, same ? "has not moved" : "has moved");
+        words += strcmp(x->name, "bundle_emb.<my-cat>.string_to_param.*") == 0 && x->dim[0] == 2;
+    }
+    CHECK(words == 1);
+    vel_safetensors_close(a);
+    vel_safetensors_close(b);
+    CHECK_OK(train(t, "apart", "steps=1 save_format=diffusers " PIVOTAL));
+    CHECK(vel_is_file(in(t, "apart/a.safetensors")));
+    check_word(t, in(t, "apart/a_emb.safetensors"), "<my-cat>");
+    if (program_shell(t,
+                      "$V generate --model $M --steps 1 --width 64 --height 64 --output $D/p.png "
+                      "--prompt 'a <my-cat>' --lora $D/whole/a.safetensors",
+                      &r))
+        CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)"), "%s", r.text);
+}

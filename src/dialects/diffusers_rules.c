@@ -151,6 +151,7 @@ static vel_status kind_rules(vel_line *l)
     switch (l->script->bit) {
     case TEXTUAL_INVERSION:
         VEL_TRY(vel_line_set(l, "placeholder_token", "method", "textual_inversion"));
+        VEL_TRY(vel_line_set(l, "placeholder_token", "save_precision", "float"));
         return vel_line_set(l, "output_dir", "output_name", "learned_embeds");
     case DREAMBOOTH:
     case TEXT_TO_IMAGE:

@@ -323,6 +323,7 @@ static vel_status word_rules(vel_line *l)
     static const char *const needed[] = {"token_string", "init_word"};
     static const char *const settings[] = {"placeholder_token", "initializer_token"};
     VEL_TRY(vel_line_set(l, "token_string", "method", "textual_inversion"));
+    VEL_TRY(vel_line_set(l, "token_string", "save_format", "kohya"));
     for (int i = 0; i < 2; i++) {
         const char *value = vel_line_value(l, needed[i]);
         if (!value)
@@ -335,7 +336,7 @@ static vel_status word_rules(vel_line *l)
         return vel_line_set(l, "use_object_template", "learnable_property", "object");
     if (vel_line_on(l, "use_style_template"))
         return vel_line_set(l, "use_style_template", "learnable_property", "style");
-    return VEL_OK;
+    return vel_line_set(l, "token_string", "learnable_property", "captions");
 }
 
 vel_status vel_kohya_rules(vel_line *l)

@@ -272,6 +272,8 @@ static vel_status place_tensors(reading *r, const vel_adapter_names *names)
     for (int i = 0; i < total && !st; i++) {
         const vel_file_tensor *t = vel_safetensors_at(r->sf, i);
         vel_adapter_role role;
+        if (vel_words_is_bundled(t->name))
+            continue;
         const vel_adapter_stem *stem = vel_adapter_names_find(names, t->name, &role);
         if (!stem) {
             kind = kind ? kind : kind_of(t->name);
@@ -471,6 +473,8 @@ static vel_status read_all(reading *r, vel_adapter_file *f)
         f->metadata = json_object();
     snprintf(f->dialect, sizeof f->dialect, "%s", r->dialect);
     vel_status st = read_modules(r, n_used, f);
+    if (!st)
+        st = vel_words_read(r->ctx, r->file, true, &f->words, &f->n_words);
     snprintf(f->kind, sizeof f->kind, "%s", f->n ? f->modules[0].kind : "");
     return st;
 }
@@ -535,6 +539,7 @@ void vel_adapter_file_destroy(vel_adapter_file *f)
     for (int i = 0; i < f->n; i++)
         vel_adapter_module_finish(f->ctx, &f->modules[i]);
     vel_free(f->ctx, f->modules);
+    vel_words_free(f->ctx, f->words, f->n_words);
     vel_free(f->ctx, f->path);
     json_decref(f->metadata);
     vel_free(f->ctx, f);

@@ -30,6 +30,8 @@ typedef struct vel_adapter_file {
     vel_adapter_module *modules;
     int n;
     json_t *metadata; /* of the file; object */
+    vel_word *words;  /* learned words that lie beside the modules */
+    int n_words;
 } vel_adapter_file;
 
 typedef struct vel_known_module { /* what the model at hand has */
@@ -53,12 +55,12 @@ bool vel_adapter_module_has_dora(const vel_adapter_module *m);
 bool vel_adapter_pattern_matches(const char *key, const char *module);
 
 /* dialect:
- * "kohya": alpha tensors, lora_unet_ names, LyCORIS' names of leaves; ss_ and sshs_ metadata.
- * "diffusers": no alpha tensors: metadata "lora_adapter_metadata" carries it, and the scale is
- *   folded in where a reader would not see it: peers' trap 3.
- * "peft": path is a folder; adapter_model.safetensors and adapter_config.json. One part of a model
- *   only, and one kind; what PEFT has no module for is refused.
- * type: F32, F16 or BF16. metadata: ss_*, modelspec.* entries, hashes are added; may be NULL. */
+ * "kohya": learned words, alpha tensors, lora_unet_ names, LyCORIS' names of leaves; ss_ and sshs_
+ * metadata. "diffusers": no alpha tensors: metadata "lora_adapter_metadata" carries it, and the
+ * scale is folded in where a reader would not see it: peers' trap 3. "peft": path is a folder;
+ * adapter_model.safetensors and adapter_config.json. One part of a model only, and one kind; what
+ * PEFT has no module for is refused. type: F32, F16 or BF16. metadata: ss_*, modelspec.* entries,
+ * hashes are added; may be NULL. */
 vel_status vel_adapter_file_write(const vel_adapter_file *f, const char *path, const char *dialect,
                                   vel_file_type type, const json_t *metadata);
 

@@ -267,12 +267,19 @@ static vel_status write_all(writing *w, json_t *metadata)
         return vel_fail(w->ctx, VEL_BAD_VALUE,
                         "%s: there is no dialect \"%s\": use kohya, diffusers or peft", w->path,
                         w->dialect);
-    w->tensors = vel_arena_alloc(w->arena,
-                                 (size_t)(w->file->n * VEL_ADAPTER_ROLES + 1) * sizeof *w->tensors);
+    int most = w->file->n * VEL_ADAPTER_ROLES + w->file->n_words + 1;
+    w->tensors = vel_arena_alloc(w->arena, (size_t)most * sizeof *w->tensors);
     if (!w->tensors)
         return VEL_NO_MEMORY;
     for (int i = 0; i < w->file->n; i++)
         VEL_TRY(add_module(w, &w->file->modules[i]));
+    for (int i = 0; i < w->file->n_words && strcmp(w->dialect, "kohya") == 0; i++) {
+        const vel_word *word = &w->file->words[i];
+        char *key = vel_arena_strf(w->arena, "bundle_emb.%s.string_to_param.*", word->name);
+        if (!key)
+            return VEL_NO_MEMORY;
+        w->tensors[w->n++] = vel_words_tensor(word, key, w->type);
+    }
     return dialects[row].write(w, metadata);
 }
 

@@ -75,6 +75,25 @@ typedef struct vel_save_tensor {
 vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
                                 int n, const json_t *metadata);
 
+/* ---- learned words (words.c) ----------------------------------------------------------------- */
+
+typedef struct vel_word {
+    char *name;
+    int n, width;  /* vectors, and values in each */
+    float *values; /* [n, width] */
+} vel_word;
+/* A file of any dialect, a pickle too. bundled: only the words beside an adapter's tensors, of
+ * which there may be none. vel_words_free. */
+vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word **out, int *n);
+void vel_words_free(vel_ctx *ctx, vel_word *words, int n);
+/* form: "diffusers" (which A1111 and ComfyUI read too, by the file's name) or "kohya", which is for
+ * one word. */
+vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words, int n,
+                           const char *form, vel_file_type type, const json_t *metadata);
+vel_save_tensor vel_words_tensor(const vel_word *word, const char *key, vel_file_type type);
+/* Is the tensor a word's in a file of an adapter? "bundle_emb.WORD.string_to_param.*" */
+bool vel_words_is_bundled(const char *key);
+
 /* ---- JSON (json.c, over jansson) ------------------------------------------------------------ */
 
 /* At most 64 MiB, depth-limited; the error names file, line and what is wrong. json_decref. */

@@ -53,7 +53,7 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     vel_model *m = user;
     if (vel_has_prefix(path, "adapter."))
         return vel_model_find_adapter_tensor(m, path, out);
-    if (vel_model_find_merged(m, path, out))
+    if (vel_model_find_merged(m, path, out) || vel_model_find_word_rows(m, path, out))
         return true;
     model_part *part = find_part(m, path, strcspn(path, "."));
     const vel_file_tensor *t = NULL;
@@ -288,6 +288,7 @@ void vel_model_close(vel_model *m)
     vel_model_remove_adapters(m);
     vel_engine_destroy(m->engine);
     vel_tokenizer_close(m->tokenizer);
+    vel_free(m->ctx, m->word_rows);
     for (int i = 0; i < m->n_parts; i++) {
         vel_safetensors_close(m->parts[i].file);
         vel_free(m->ctx, m->parts[i].folder);

@@ -57,6 +57,9 @@ struct vel_model {
     int n_adapters;
     merged_weight *merged;
     int n_merged;
+    vel_words words;     /* n 0: none were learned */
+    float *word_rows;    /* [words.n, text.width] */
+    int32_t first_word;  /* the first id that is a word's */
     vel_trained trained; /* what it points at is borrowed; all zero: off */
     cached_plan plans[VEL_MAX_PLANS];
     int n_plans;
@@ -77,6 +80,13 @@ bool vel_model_find_adapter_tensor(vel_model *m, const char *path, vel_source_te
 /* A weight that an adapter was merged into; false: path is none. */
 bool vel_model_find_merged(const vel_model *m, const char *path, vel_source_tensor *out);
 void vel_model_forget_merged(vel_model *m);
+/* The rows of learned words for the engine. */
+bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor *out);
+/* Adds a word of the file at path, under its own name or another. */
+vel_status vel_model_take_word(vel_model *m, const char *path, const vel_word *word,
+                               const char *name);
+/* Names <words> of a prompt that were not learned. */
+void vel_model_warn_unknown_words(vel_model *m, const char *prompt);
 /* Forgets the plans that adapters change. */
 void vel_model_drop_adapted_plans(vel_model *m);
 void vel_model_drop_plans(vel_model *m);

@@ -70,6 +70,8 @@ vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *pat
         a.name ? vel_adapter_file_read(ctx, path, known, n_known, &a.file) : VEL_NO_MEMORY;
     if (!st)
         st = make_sites(ctx, &a);
+    for (int i = 0; !st && i < a.file->n_words; i++)
+        st = vel_model_take_word(m, a.file->path, &a.file->words[i], NULL);
     if (st) {
         finish_adapter(ctx, &a);
         return st;
@@ -207,7 +209,8 @@ static vel_status adapt_with(vel_model *m, vel_graph **g, const vel_module *modu
         adaptions[n++] = (vel_adaption){sites, count};
         sites += count;
     }
-    vel_trained all = {adaptions, n, m->trained.thaw, m->trained.words};
+    const vel_words *words = m->trained.words ? m->trained.words : vel_model_words(m);
+    vel_trained all = {adaptions, n, m->trained.thaw, words};
     return vel_apply_trained(g, &all);
 }
 

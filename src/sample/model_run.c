@@ -219,6 +219,7 @@ static vel_status tokenize(vel_model *m, const char *prompt, int32_t *ids)
         vel_tokenizer_encode(m->tokenizer, prompt, m->text.length, ids, &n_cut, &cut_at);
     if (st)
         return vel_fail_in(m->ctx, st, "prompt");
+    vel_model_warn_unknown_words(m, prompt);
     if (n_cut)
         vel_log(
             m->ctx, 2,
@@ -245,8 +246,7 @@ vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n
         if (!st)
             st = vel_model_set_strengths(m, p);
         if (!st)
-            st = vel_plan_set(p, "ids", ids + (int64_t)first * m->text.length,
-                              sizeof *ids * (size_t)batch * (size_t)m->text.length);
+            st = vel_model_set_ids(m, p, ids + (int64_t)first * m->text.length, batch);
         if (!st)
             st = run_plan(m, p, "text encoder", out + first * state, batch * state);
     }

@@ -187,18 +187,25 @@ static vel_status used_caption(train_session *s, int sample, uint64_t stream, do
 
 static vel_status collect_captions(train_session *s)
 {
-    s->captions = vel_arena_alloc(s->arena, (size_t)(s->n_samples + 2) * sizeof *s->captions);
+    while (vel_words_sentence(s, s->n_sentences))
+        s->n_sentences++;
+    int most = s->n_samples + s->n_sentences + 2;
+    s->captions = vel_arena_alloc(s->arena, (size_t)most * sizeof *s->captions);
     s->caption_of = vel_arena_alloc(s->arena, (size_t)s->n_samples * sizeof *s->caption_of);
     if (!s->captions || !s->caption_of)
         return VEL_NO_MEMORY;
     s->captions[s->n_captions++] = "";
+    s->first_sentence = s->n_captions;
+    for (int i = 0; i < s->n_sentences; i++)
+        s->captions[s->n_captions++] = vel_words_sentence(s, i);
     for (int i = 0; i < s->n_samples; i++) {
         const char *text = s->samples[i].caption;
         if (i < s->data->n && vel_caption_varies(&s->o->captions))
             text = ""; /* made and encoded when it is used */
         else if (i < s->data->n)
             VEL_TRY(used_caption(s, i, 0, 1, &text));
-        s->caption_of[i] = caption_index(s, text);
+        bool sentence = s->n_sentences && i < s->data->n; /* the first one, to measure */
+        s->caption_of[i] = sentence ? s->first_sentence : caption_index(s, text);
     }
     if (s->prior == PRIOR_BASE)
         s->class_caption = caption_index(s, s->o->class_prompt ? s->o->class_prompt : "");
@@ -209,7 +216,7 @@ static vel_status collect_captions(train_session *s)
 static vel_status encode_caption(train_session *s, int i, int64_t each)
 {
     float *out = s->contexts + i * each;
-    if (!s->o->cache_to_disk)
+    if (!s->o->cache_to_disk || s->o->train_text_encoder || s->n_words)
         return vel_model_encode_text(s->model, s->captions + i, 1, out);
     const char *encoder = vel_model_hash(s->model, "text_encoder");
     char *key = vel_strf(s->ctx, "text %s skip %d type %d %s", encoder ? encoder : "",
@@ -229,19 +236,8 @@ static vel_status encode_caption(train_session *s, int i, int64_t each)
     return st;
 }
 
-static vel_status encode_captions(train_session *s)
+vel_status vel_feed_encode_text(train_session *s)
 {
-    VEL_TRY(collect_captions(s));
-    if (s->o->train_text_encoder) {
-        s->ids =
-            vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->length * sizeof *s->ids);
-        if (!s->ids)
-            return VEL_NO_MEMORY;
-        for (int i = 0; i < s->n_captions; i++)
-            VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(s->model), s->captions[i], s->length,
-                                         s->ids + (int64_t)i * s->length, NULL, NULL));
-        return VEL_OK;
-    }
     int64_t each = (int64_t)s->length * s->width;
     s->contexts = vel_alloc(s->ctx, (size_t)(s->n_captions * each) * sizeof *s->contexts);
     if (!s->contexts)
@@ -252,6 +248,20 @@ static vel_status encode_captions(train_session *s)
         VEL_TRY(encode_caption(s, i, each));
         vel_progress_at(&progress, i + 1, NAN);
     }
+    return VEL_OK;
+}
+
+static vel_status encode_captions(train_session *s)
+{
+    VEL_TRY(collect_captions(s));
+    if (!s->text_in_graph)
+        return vel_feed_encode_text(s);
+    s->ids = vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->length * sizeof *s->ids);
+    if (!s->ids)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < s->n_captions; i++)
+        VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(s->model), s->captions[i], s->length,
+                                     s->ids + (int64_t)i * s->length, NULL, NULL));
     return VEL_OK;
 }
 
@@ -328,13 +338,22 @@ static vel_status put_text(train_session *s, int slot, const char *text)
                                             : VEL_OK;
 }
 
+/* Of a sample; where new words are shown in sentences, one of those. */
+static int caption_for(const train_session *s, uint64_t stream, int sample)
+{
+    if (!s->n_sentences || sample >= s->data->n)
+        return s->caption_of[sample];
+    double u = vel_random_uniform((uint64_t)s->o->seed, stream, 1);
+    return s->first_sentence + (int)(u * s->n_sentences);
+}
+
 /* The caption of a sample in this step, random from the stream; dropped: none. */
 static vel_status put_caption_of(train_session *s, int slot, int sample, uint64_t stream,
                                  bool dropped)
 {
     const vel_caption_rules *r = &s->o->captions;
-    if (dropped || sample >= s->data->n || !vel_caption_varies(r)) {
-        put_caption(s, slot, dropped ? 0 : s->caption_of[sample]);
+    if (dropped || sample >= s->data->n || s->n_sentences || !vel_caption_varies(r)) {
+        put_caption(s, slot, dropped ? 0 : caption_for(s, stream, sample));
         return VEL_OK;
     }
     double until = r->warmup_step < 1 ? floor(r->warmup_step * (double)s->steps) : r->warmup_step;

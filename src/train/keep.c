@@ -363,14 +363,49 @@ static void forget_old(train_session *s, const char *mark, const char *ending, i
     vel_names_free(s->ctx, names, n);
 }
 
+static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adapters */
+
+/* The dialect of the result: kohya's for adapters and diffusers' for words, unless one is named. */
+static const char *format_of(const train_session *s)
+{
+    bool any = strcmp(s->o->save_format, "auto") == 0;
+    return !any ? s->o->save_format : vel_method_is_words(s->o) ? "diffusers" : "kohya";
+}
+
+/* New words: a file of their own, or in the adapter's where its dialect has room for them. */
+static vel_status export_words(train_session *s, const char *path, const char *form, json_t *meta)
+{
+    vel_word *words;
+    VEL_TRY(vel_words_trained(s, &words));
+    vel_status st = vel_words_write(s->ctx, path, words, s->n_words, form,
+                                    precision_of(s->o->save_precision), meta);
+    vel_words_free(s->ctx, words, s->n_words);
+    return st;
+}
+
+static vel_status export_adapter(train_session *s, const char *path, json_t *meta)
+{
+    const char *form = format_of(s);
+    bool bundle = s->n_words && strcmp(form, "kohya") == 0;
+    vel_word *words = NULL;
+    if (bundle)
+        VEL_TRY(vel_words_trained(s, &words));
+    VEL_TRY(vel_train_export(s->model, s->sites, s->n_sites, words, bundle ? s->n_words : 0, path,
+                             form, precision_of(s->o->save_precision), meta));
+    if (!s->n_words || bundle)
+        return VEL_OK;
+    int stem = (int)(strlen(path) - strlen(".safetensors"));
+    char *beside = vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
+    return beside ? export_words(s, beside, "diffusers", meta) : VEL_NO_MEMORY;
+}
+
 static vel_status export_result(train_session *s, const char *path)
 {
-    vel_file_type type = precision_of(s->o->save_precision);
     if (s->trained.thaw)
-        return vel_train_export_model(s->model, &s->thaw, path, type);
+        return vel_train_export_model(s->model, &s->thaw, path, precision_of(s->o->save_precision));
     json_t *meta = s->o->no_metadata ? json_object() : vel_keep_metadata(s);
-    vel_status st =
-        vel_train_export(s->model, s->sites, s->n_sites, path, s->o->save_format, type, meta);
+    vel_status st = vel_method_is_words(s->o) ? export_words(s, path, format_of(s), meta)
+                                              : export_adapter(s, path, meta);
     json_decref(meta);
     return st;
 }
@@ -406,6 +441,10 @@ vel_status vel_keep_save(train_session *s, bool last)
     forget_old(s, STEP_MARK, ".state", s->o->keep_last);
     forget_old(s, STEP_MARK, ending, s->o->keep_last);
     forget_old(s, EPOCH_MARK, ending, s->o->keep_last);
+    if (s->n_words) {
+        forget_old(s, STEP_MARK, words_ending, s->o->keep_last);
+        forget_old(s, EPOCH_MARK, words_ending, s->o->keep_last);
+    }
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
     return VEL_OK;
 }

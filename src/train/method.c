@@ -7,14 +7,25 @@ bool vel_method_is_full(const vel_train_options *o)
     return strcmp(o->method, "full") == 0;
 }
 
-vel_status vel_method_prepare(train_session *s)
+bool vel_method_is_words(const vel_train_options *o)
+{
+    return strcmp(o->method, "textual_inversion") == 0;
+}
+
+static vel_status choose(train_session *s)
 {
     const vel_train_options *o = s->o;
+    if (vel_method_is_full(o) && vel_words_wanted(o))
+        return vel_fail(
+            s->ctx, VEL_UNSUPPORTED,
+            "--placeholder_token: new words are learned alone or beside an adapter, not "
+            "with --method full");
     if (vel_method_is_full(o)) {
         int n = 0;
+        s->text_in_graph = o->train_text_encoder && o->stop_text_encoder_training >= 0;
         if (o->train_unet)
             s->thaw.parts[n++] = vel_model_family(s->model)->denoiser;
-        if (o->train_text_encoder)
+        if (s->text_in_graph)
             s->thaw.parts[n++] = "text_encoder";
         s->thaw.patterns = o->weights;
         s->trained.thaw = &s->thaw;
@@ -22,6 +33,14 @@ vel_status vel_method_prepare(train_session *s)
                  : vel_fail(s->ctx, VEL_BAD_VALUE,
                             "nothing is trained: neither the denoiser nor the text encoder");
     }
+    s->text_in_graph = o->train_text_encoder || vel_words_wanted(o);
+    if (vel_words_wanted(o))
+        VEL_TRY(vel_words_prepare(s));
+    if (vel_method_is_words(o))
+        return s->n_words ? VEL_OK
+                          : vel_fail(s->ctx, VEL_BAD_VALUE,
+                                     "--method textual_inversion: give --placeholder_token, the "
+                                     "new word");
     VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
     if (o->dim_from_weights && !o->network_weights)
         return vel_fail(s->ctx, VEL_BAD_VALUE, "--dim_from_weights: wants --network_weights");
@@ -31,6 +50,30 @@ vel_status vel_method_prepare(train_session *s)
     s->trained.adaptions = &s->adaption;
     s->trained.n_adaptions = 1;
     return VEL_OK;
+}
+
+vel_status vel_method_prepare(train_session *s)
+{
+    VEL_TRY(choose(s));
+    s->stepped = s->trained;
+    return VEL_OK;
+}
+
+/* The sites of the text encoder come last: those before them are the rest. */
+void vel_method_without_text(train_session *s)
+{
+    static const char text[] = "text_encoder.";
+    s->stepped_adaption = s->adaption;
+    while (s->stepped_adaption.n_sites &&
+           vel_has_prefix(s->sites[s->stepped_adaption.n_sites - 1].path, text))
+        s->stepped_adaption.n_sites--;
+    s->stepped_thaw = (vel_thaw){.patterns = s->thaw.patterns};
+    for (int i = 0, n = 0; i < VEL_COUNT(s->thaw.parts) && s->thaw.parts[i]; i++)
+        if (strcmp(s->thaw.parts[i], "text_encoder") != 0)
+            s->stepped_thaw.parts[n++] = s->thaw.parts[i];
+    s->stepped = (vel_trained){.adaptions = &s->stepped_adaption,
+                               .n_adaptions = s->trained.n_adaptions && s->stepped_adaption.n_sites,
+                               .thaw = s->trained.thaw ? &s->stepped_thaw : NULL};
 }
 
 vel_status vel_train_load_weights(vel_model *m, const vel_thaw *thaw)
@@ -53,7 +96,11 @@ vel_status vel_method_first_values(train_session *s)
     if (s->trained.n_adaptions)
         VEL_TRY(vel_train_init_values(s->model, &s->adaption, (uint64_t)s->o->seed));
     if (s->trained.n_adaptions && s->o->network_weights)
-        return vel_train_warm_start(s->model, s->o->network_weights, s->sites, s->n_sites);
+        VEL_TRY(vel_train_warm_start(s->model, s->o->network_weights, s->sites, s->n_sites));
+    vel_engine *e = vel_model_engine(s->model);
+    for (int i = 0; s->trained.words && i < vel_engine_trainables(e); i++)
+        if (strcmp(vel_engine_trainable_at(e, i)->path, s->words.path) == 0)
+            VEL_TRY(vel_engine_load_trainable(e, i));
     return VEL_OK;
 }
 

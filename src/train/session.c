@@ -27,6 +27,8 @@ static vel_status open_data(train_session *s)
                           .strict_peer = o->strict_compat,
                           .size_multiple = 8,
                           .captions = o->captions};
+    if (vel_words_in_sentences(o))
+        d.instance_prompt = o->placeholder_token;
     VEL_TRY(vel_caption_check(s->ctx, &o->captions));
     int got = sscanf(o->resolution, "%d,%d", &d.width, &d.height);
     if (got == 1)
@@ -140,6 +142,8 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
     return VEL_OK;
 }
 
+static vel_status make_trainer(train_session *s);
+
 static vel_status open_model(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -167,13 +171,19 @@ static vel_status open_model(train_session *s)
     if (o->base_weights)
         VEL_TRY(vel_train_merge_base(s->model, o->base_weights, o->base_weights_multiplier));
     VEL_TRY(vel_method_prepare(s));
+    return make_trainer(s);
+}
+
+static vel_status make_trainer(train_session *s)
+{
+    const vel_train_options *o = s->o;
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
-                             .train_text_encoder = o->train_text_encoder,
+                             .train_text_encoder = s->text_in_graph,
                              .clip_skip = o->clip_skip,
                              .objective = o->objective,
                              .masked = s->masks,
-                             .trained = s->trained};
+                             .trained = s->stepped};
     if (o->memory) {
         double amount = 0;
         char unit = 0;
@@ -274,7 +284,7 @@ static void describe_trainables(train_session *s, vel_text *t)
         all += trained;
     if (s->o->train_unet)
         all += vel_model_part_values(s->model, vel_model_family(s->model)->denoiser);
-    if (s->o->train_text_encoder)
+    if (s->text_in_graph)
         all += vel_model_part_values(s->model, "text_encoder");
     char a[32], b[32], *out[] = {a, b};
     int64_t numbers[] = {trained, all};
@@ -344,6 +354,7 @@ static vel_status describe_plan(train_session *s)
         vel_text_addf(&t, ", %d batches a step", o->accumulation);
     vel_text_addf(&t, "; %" PRId64 " steps = %.1f epochs = %" PRId64 " pictures shown\n", s->steps,
                   epochs, s->steps * o->batch * o->accumulation);
+    vel_words_describe(s, &t);
     vel_prior_describe(s, &t);
     vel_status st = describe_memory(s, &t);
     vel_text_addf(&t, "device: %s, %s\n", vel_engine_describe(vel_model_engine(s->model)),
@@ -386,8 +397,13 @@ static double rate_of(void *user, int i)
     const vel_train_options *o = s->o;
     const vel_trainable *t = vel_engine_trainable_at(vel_model_engine(s->model), i);
     bool text = vel_has_prefix(t->path, "text_encoder");
+    bool word = s->n_words && strcmp(t->path, s->words.path) == 0;
+    if (text && s->text_frozen)
+        return 0;
     double peak =
         text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
+    if (word && (o->embedding_lr > 0 || vel_method_is_words(o)))
+        peak = o->embedding_lr > 0 ? o->embedding_lr : o->lr;
     int64_t warmup = (int64_t)(o->lr_warmup < 1 ? o->lr_warmup * (double)s->steps : o->lr_warmup);
     return peak * plus_ratio(o, t->path, text) *
            vel_lr_factor(o->lr_scheduler, s->step, warmup, s->steps, o->lr_cycles, o->lr_power);
@@ -444,8 +460,36 @@ static bool due(const train_session *s, int steps, int epochs)
 static void rest_parts(train_session *s)
 {
     vel_model_rest(s->model, "vae");
-    if (!s->o->train_text_encoder && !vel_caption_varies(&s->o->captions))
+    if (!s->text_in_graph && !vel_caption_varies(&s->o->captions))
         vel_model_rest(s->model, "text_encoder");
+}
+
+/* From now on the text encoder and new words stay as they are: their states are computed once and
+ * the steps go without them. */
+static vel_status freeze_text(train_session *s)
+{
+    if (s->text_frozen || !s->text_in_graph)
+        return VEL_OK;
+    vel_log(s->ctx, 2, "step %" PRId64 ": the text encoder is learned and stays as it is", s->step);
+    s->text_frozen = true;
+    s->text_in_graph = false;
+    vel_trainer_destroy(s->trainer);
+    s->trainer = NULL;
+    VEL_TRY(vel_feed_encode_text(s));
+    vel_engine *e = vel_model_engine(s->model);
+    for (int i = 0; i < vel_engine_trainables(e);
+         i++) { /* gradients that no step writes any more */
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        float *zeros = vel_alloc(s->ctx, (size_t)t->count * sizeof *zeros);
+        if (!zeros)
+            return VEL_NO_MEMORY;
+        vel_engine_write_trainables(e, 'g', t->offset, t->count, zeros);
+        vel_free(s->ctx, zeros);
+    }
+    vel_method_without_text(s);
+    VEL_TRY(make_trainer(s));
+    rest_parts(s);
+    return VEL_OK;
 }
 
 static vel_status draw_samples(train_session *s)
@@ -464,6 +508,8 @@ static vel_status step_until_done(train_session *s)
     double smooth = NAN;
     for (s->step = s->first_step; s->step < s->steps;) {
         double start = vel_now(), loss = NAN, norm = NAN;
+        if (o->stop_text_encoder_training > 0 && s->step >= o->stop_text_encoder_training)
+            VEL_TRY(freeze_text(s));
         VEL_TRY(one_step(s, &loss, &norm));
         s->step++;
         smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;

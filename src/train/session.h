@@ -26,6 +26,15 @@ typedef struct train_session {
     int n_sites;
     vel_adaption adaption;
     vel_thaw thaw;
+    vel_words words;
+    char **word_names;
+    int n_words;
+    const char *property; /* learnable_property, resolved */
+    bool text_in_graph;   /* the text encoder runs in each step */
+    bool text_frozen;     /* it was trained until stop_text_encoder_training */
+    vel_trained stepped;  /* what the steps train: less than trained once the text is frozen */
+    vel_adaption stepped_adaption;
+    vel_thaw stepped_thaw;
     vel_trained trained; /* points at the ones above */
     vel_trainer *trainer;
     vel_optimizer_choice optimizer;
@@ -49,8 +58,9 @@ typedef struct train_session {
     int n_samples;
     vel_cache *cache, *mask_cache, *text_cache;
     int n_cached_texts;
-    const char **captions; /* distinct; [0] is "" */
-    int *caption_of;       /* [sample] */
+    int first_sentence, n_sentences; /* templates of new words, among captions; 0: none */
+    const char **captions;           /* distinct; [0] is "" */
+    int *caption_of;                 /* [sample] */
     int n_captions;
     float *contexts; /* [n_captions, length, width]; NULL when the text encoder is trained */
     int32_t *ids;    /* [n_captions, length] */
@@ -77,11 +87,22 @@ typedef struct train_session {
 
 /* method.c */
 bool vel_method_is_full(const vel_train_options *o);
+bool vel_method_is_words(const vel_train_options *o);
 vel_status vel_method_prepare(train_session *s); /* fills s->trained */
 vel_status vel_method_first_values(train_session *s);
+void vel_method_without_text(train_session *s); /* takes the text encoder out of s->stepped */
+
+/* new_words.c */
+bool vel_words_wanted(const vel_train_options *o);
+bool vel_words_in_sentences(const vel_train_options *o); /* so that no captions are needed */
+vel_status vel_words_prepare(train_session *s);          /* after the model is open */
+const char *vel_words_sentence(train_session *s, int i); /* NULL: no more, or none wanted */
+void vel_words_describe(const train_session *s, vel_text *t);
+vel_status vel_words_trained(train_session *s, vel_word **out); /* [n_words]; vel_words_free */
 
 /* feed.c */
-vel_status vel_feed_prepare(train_session *s); /* encodes pictures and captions */
+vel_status vel_feed_encode_text(train_session *s); /* the captions' states, by the model as it is */
+vel_status vel_feed_prepare(train_session *s);     /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
 vel_status vel_feed_validate(train_session *s, double *loss);
 

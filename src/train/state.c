@@ -242,14 +242,19 @@ static vel_status fill_modules(vel_engine *e, const vel_adapter_site *sites, vel
     return VEL_OK;
 }
 
-vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, const char *path,
-                            const char *dialect, vel_file_type type, const json_t *metadata)
+vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, vel_word *words,
+                            int n_words, const char *path, const char *dialect, vel_file_type type,
+                            const json_t *metadata)
 {
     vel_ctx *ctx = vel_model_ctx(m);
     vel_adapter_file *f = vel_alloc(ctx, sizeof *f);
-    if (!f)
+    if (!f) {
+        vel_words_free(ctx, words, n_words);
         return VEL_NO_MEMORY;
+    }
     f->ctx = ctx;
+    f->words = words;
+    f->n_words = n_words;
     f->modules = vel_alloc(ctx, (size_t)VEL_MAX(n, 1) * sizeof *f->modules);
     vel_status st = f->modules ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++) {

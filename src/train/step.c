@@ -85,8 +85,11 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
     vel_output(g, "loss", loss);
     vel_output(g, "per_sample", per_sample);
     vel_status st = vel_graph_check(g);
+    vel_trained what = t->o.trained;
+    if (!what.words)
+        what.words = vel_model_words(t->model);
     if (st == VEL_OK)
-        st = vel_apply_trained(&g, &t->o.trained);
+        st = vel_apply_trained(&g, &what);
     if (st)
         vel_graph_destroy(g);
     else
@@ -262,7 +265,7 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
         VEL_TRY(vel_plan_set(p, "huber", huber, per));
     }
     if (t->o.train_text_encoder)
-        VEL_TRY(vel_plan_set(p, "ids", b->ids, per * (size_t)t->length));
+        VEL_TRY(vel_model_set_ids(t->model, p, b->ids, b->n));
     else
         VEL_TRY(vel_plan_set(p, "context", b->context, per * (size_t)t->length * (size_t)t->width));
     return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed)

@@ -24,13 +24,19 @@ typedef struct vel_train_options {
     double caption_dropout, validation_split;
     vel_caption_rules captions;
     bool sample_latents; /* draw from the autoencoder's distribution at each step, not its mean */
-    const char *method;  /* "adapter", "full" */
+    const char *method;  /* "adapter", "full", "textual_inversion" */
     const char *weights; /* full: patterns of the weights that are trained; NULL: all */
     /* prior preservation */
     bool with_prior_preservation;
     const char *class_data, *class_prompt; /* class_data NULL: the base model's own predictions */
     double prior_loss_weight;
     int num_class_images, sample_batch_size, class_image_steps;
+    /* new words: comma separated lists */
+    const char *placeholder_token, *initializer_token, *embedding_weights;
+    const char *learnable_property; /* "auto", "object", "style", "captions" */
+    int num_vectors;
+    double embedding_lr;            /* 0: text_lr or lr */
+    int stop_text_encoder_training; /* steps; 0: never; -1: it is not trained at all */
     /* adapter */
     const char *network; /* "lora" */
     const char *init;    /* "kaiming", "gaussian" */
@@ -160,6 +166,8 @@ vel_status vel_train_init_values(vel_model *m, const vel_adaption *adaption, uin
 
 /* Values of thawed weights, from the model's files. */
 vel_status vel_train_load_weights(vel_model *m, const vel_thaw *thaw);
+/* Sentence i in which a new word is shown; NULL past the last. property: object, style. */
+const char *vel_train_template(const char *property, int i);
 /* The decay of the average after optimizer step `step` (from 1): diffusers' EMAModel.get_decay. */
 double vel_average_decay(const vel_train_options *o, int64_t step);
 
@@ -190,9 +198,11 @@ vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t
                           const char *digest);
 vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
                           int64_t *step);
-/* The trained values as an adapter file. */
-vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, const char *path,
-                            const char *dialect, vel_file_type type, const json_t *metadata);
+/* The trained values as an adapter file; words (which are taken) lie in it where the dialect has
+ * room for them. */
+vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, vel_word *words,
+                            int n_words, const char *path, const char *dialect, vel_file_type type,
+                            const json_t *metadata);
 
 /* The model with its trained weights as a diffusers folder. */
 vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char *path,

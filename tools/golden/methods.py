@@ -169,3 +169,9 @@ put("words.losses", torch.stack(losses))
 put("words.final", table[new])
 save_file(out, OUT, {"made_by": "tools/golden/methods.py", "init": "cat"})
 print(sum(v.nbytes for v in out.values()), "bytes")
+
+# Files of words as programs leave them: A1111's, and diffusers' from before safetensors.
+torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.arange(8.0).reshape(2, 4)},
+            "name": "toy", "step": 9, "sd_checkpoint": None, "sd_checkpoint_name": None},
+           "tests/golden/words_a1111.pt")
+torch.save({"<old>": torch.arange(4.0).half()}, "tests/golden/words_diffusers.bin")

@@ -1,0 +1,150 @@
+/* words.c: files of learned words (textual inversion): rows for a text encoder's table.
+ *
+ *   diffusers   {WORD: [n, width]}; older ones [width]
+ *   kohya       {"emb_params": [n, width]}; the file's name is the word
+ *   A1111       a pickle with string_to_param = {"*": [n, width]} and the word as name
+ *   bundles     bundle_emb.WORD.string_to_param.* beside an adapter's tensors, as OneTrainer,
+ *               ComfyUI and A1111 read them */
+#include "formats/formats.h"
+
+enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
+
+static const char bundle[] = "bundle_emb.", param[] = "string_to_param";
+
+void vel_words_free(vel_ctx *ctx, vel_word *words, int n)
+{
+    for (int i = 0; words && i < n; i++) {
+        vel_free(ctx, words[i].name);
+        vel_free(ctx, words[i].values);
+    }
+    vel_free(ctx, words);
+}
+
+bool vel_words_is_bundled(const char *key)
+{
+    return vel_has_prefix(key, bundle);
+}
+
+/* "folder/cat.pt" -> "cat" */
+static char *stem_of(vel_ctx *ctx, const char *path)
+{
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const char *dot = strrchr(name, '.');
+    return vel_strf(ctx, "%.*s", (int)(dot && dot > name ? dot - name : (int)strlen(name)), name);
+}
+
+/* Which word the tensor is of; NULL without memory. */
+static char *word_of(vel_ctx *ctx, const vel_safetensors *sf, const char *key)
+{
+    if (vel_words_is_bundled(key)) {
+        const char *name = key + sizeof bundle - 1, *end = strstr(name, ".string_to_param");
+        if (end)
+            return vel_strf(ctx, "%.*s", (int)(end - name), name);
+    }
+    if (vel_has_prefix(key, param)) {
+        const char *name = vel_safetensors_meta(sf, "name");
+        return name && name[0] ? vel_strdup(ctx, name) : stem_of(ctx, vel_safetensors_path(sf));
+    }
+    if (strcmp(key, "emb_params") == 0)
+        return stem_of(ctx, vel_safetensors_path(sf));
+    return vel_strdup(ctx, key);
+}
+
+static vel_status read_word(vel_ctx *ctx, const vel_safetensors *sf, const vel_file_tensor *t,
+                            vel_word *out)
+{
+    const char *path = vel_safetensors_path(sf);
+    if (strcmp(t->name, "clip_g") == 0 || strcmp(t->name, "clip_l") == 0)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "%s: holds '%s': a word for SDXL's two text encoders, not for this model's "
+                        "one",
+                        path, t->name);
+    bool real = t->type == VEL_FILE_F32 || t->type == VEL_FILE_F16 || t->type == VEL_FILE_BF16 ||
+                t->type == VEL_FILE_F64;
+    if (!real || t->rank < 1 || t->rank > 2 || t->count < 1 ||
+        (t->rank == 2 && t->dim[0] > MOST_ROWS) || t->dim[t->rank - 1] > INT32_MAX)
+        return vel_fail(ctx, VEL_BAD_FILE,
+                        "%s: '%s' is no word's vectors: [vectors, width], at most %d vectors", path,
+                        t->name, MOST_ROWS);
+    out->n = t->rank == 2 ? (int)t->dim[0] : 1;
+    out->width = (int)t->dim[t->rank - 1];
+    out->name = word_of(ctx, sf, t->name);
+    out->values = vel_alloc(ctx, (size_t)t->count * sizeof *out->values);
+    if (!out->name || !out->values)
+        return VEL_NO_MEMORY;
+    vel_file_tensor_floats(t, 0, t->count, out->values);
+    if (!vel_all_finite(out->values, t->count))
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: '%s' holds values that are not finite", path,
+                        t->name);
+    return VEL_OK;
+}
+
+/* Tensors that are words'; in a pickle of A1111 others lie beside string_to_param. */
+static bool is_word(const vel_safetensors *sf, const char *key, bool bundled)
+{
+    if (bundled)
+        return vel_words_is_bundled(key);
+    for (int i = 0; i < vel_safetensors_count(sf); i++)
+        if (vel_has_prefix(vel_safetensors_at(sf, i)->name, param))
+            return vel_has_prefix(key, param);
+    return true;
+}
+
+vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word **out, int *n)
+{
+    vel_safetensors *sf;
+    *out = NULL;
+    *n = 0;
+    VEL_TRY(vel_safetensors_open(ctx, path, &sf));
+    int count = vel_safetensors_count(sf), found = 0;
+    for (int i = 0; i < count; i++)
+        found += is_word(sf, vel_safetensors_at(sf, i)->name, bundled);
+    vel_status st = VEL_OK;
+    if (found > MOST_WORDS || (!found && !bundled))
+        st = vel_fail(
+            ctx, VEL_BAD_FILE,
+            "%s: holds %d tensors: not a file of learned words (an adapter goes to --lora)", path,
+            found);
+    vel_word *words = vel_alloc(ctx, (size_t)VEL_MAX(found, 1) * sizeof *words);
+    if (!st && !words)
+        st = VEL_NO_MEMORY;
+    int at = 0;
+    for (int i = 0; i < count && !st; i++) {
+        const vel_file_tensor *t = vel_safetensors_at(sf, i);
+        if (is_word(sf, t->name, bundled))
+            st = read_word(ctx, sf, t, &words[at++]);
+    }
+    vel_safetensors_close(sf);
+    if (st) {
+        vel_words_free(ctx, words, at);
+        return st;
+    }
+    *out = words;
+    *n = found;
+    return VEL_OK;
+}
+
+vel_save_tensor vel_words_tensor(const vel_word *word, const char *key, vel_file_type type)
+{
+    return (vel_save_tensor){
+        .name = key, .type = type, .rank = 2, .dim = {word->n, word->width}, .data = word->values};
+}
+
+vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words, int n,
+                           const char *form, vel_file_type type, const json_t *metadata)
+{
+    bool kohya = strcmp(form, "kohya") == 0;
+    if (kohya && n != 1)
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "%s: kohya's form holds one word a file, not %d: use --save_format "
+                        "diffusers",
+                        path, n);
+    vel_save_tensor *tensors = vel_alloc(ctx, (size_t)VEL_MAX(n, 1) * sizeof *tensors);
+    if (!tensors)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < n; i++)
+        tensors[i] = vel_words_tensor(&words[i], kohya ? "emb_params" : words[i].name, type);
+    vel_status st = vel_safetensors_save(ctx, path, tensors, n, metadata);
+    vel_free(ctx, tensors);
+    return st;
+}
