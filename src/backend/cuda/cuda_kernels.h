@@ -152,6 +152,12 @@ void vel_cu_attention_plain_grad(cudaStream_t s, int type, vel_cu_attention a, c
                                  const float *lse, const void *dout, void *dq, void *dk, void *dv,
                                  void *scratch);
 
+/* Tensor cores for wider heads (attention_wide.cu), up to VEL_CU_ATTENTION_PLAIN_WIDTH, where the
+ * card gives a block so many bytes of shared memory. */
+size_t vel_cu_attention_wide_shared(int width);
+void vel_cu_attention_wide(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                           const void *k, const void *v, const float *bias, void *out, float *lse);
+
 /* ---- products (product.cu): plain loops over tiles, the truth behind the libraries ---- */
 
 /* c[p] = act(op(a[p]) op(b[p]) + bias) + residual for p < count: c [m, n], of c_type; a and b of

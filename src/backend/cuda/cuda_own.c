@@ -408,6 +408,15 @@ static bool on_tensor_cores(const vel_device *d, vel_dtype type, const vel_cu_at
     return type != VEL_F32 && a->width <= VEL_CU_ATTENTION_WIDTH && d->capability >= 80;
 }
 
+/* Wide heads, forward, on cards with enough shared memory for the tiles. */
+static bool on_wide_tensor_cores(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
+{
+    int most = 0;
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->ordinal);
+    return type != VEL_F32 && a->width <= VEL_CU_ATTENTION_PLAIN_WIDTH && d->capability >= 80 &&
+           vel_cu_attention_wide_shared(a->width) <= (size_t)most;
+}
+
 static bool takes_attention(vel_device *d, const vel_graph *g, const vel_node *n)
 {
     vel_type q = vel_type_of(g, n->in[0]);
@@ -422,10 +431,11 @@ static bool takes_attention(vel_device *d, const vel_graph *g, const vel_node *n
 static void run_attention(const own_job *j)
 {
     vel_cu_attention a = attention_job(j);
-    if (on_tensor_cores(j->d, j->n->out[0].dtype, &a))
-        vel_cu_attention_run(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
-    else
-        vel_cu_attention_plain(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
+    vel_dtype type = j->n->out[0].dtype;
+    (on_tensor_cores(j->d, type, &a)        ? vel_cu_attention_run
+     : on_wide_tensor_cores(j->d, type, &a) ? vel_cu_attention_wide
+                                            : vel_cu_attention_plain)(
+        j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
 }
 
 static size_t scratch_attention_grad(const own_job *j)

@@ -44,6 +44,41 @@ __device__ __forceinline__ void mask_scores(float (&s)[N / 8][4], const geometry
         }
 }
 
+/* Takes a tile's scores in: s becomes probabilities relative to the largest score of each of the
+ * lane's two rows so far, and what was added up before is scaled to it. */
+template <int DP, int BK>
+__device__ __forceinline__ void next_scores(float (&s)[BK / 8][4], float (&o)[DP / 8][4],
+                                            float (&top)[2], float (&sum)[2])
+{
+    float over[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float m = top[half];
+#pragma unroll
+        for (int n = 0; n < BK / 8; n++)
+            m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        float from = m == -INFINITY ? 0 : m, part = 0;
+        over[half] = exp2f(top[half] - from);
+        top[half] = m;
+#pragma unroll
+        for (int n = 0; n < BK / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float p = exp2f(s[n][2 * half + i] - from);
+                s[n][2 * half + i] = p;
+                part += p;
+            }
+        sum[half] = sum[half] * over[half] + part;
+    }
+#pragma unroll
+    for (int n = 0; n < DP / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            o[n][i] *= over[i >> 1];
+}
+
 template <typename T, int DP, int BK, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
     attention_kernel(const T *q, const T *k, const T *v, const float *bias, T *out, float *lse,
@@ -89,35 +124,7 @@ __global__ void __launch_bounds__(32 * WARPS)
                 s[n][i] *= g.scale;
         if (bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first))
             mask_scores<BK>(s, g, mine, j * BK, bias);
-        /* the largest score of each of the lane's two rows so far, and what that changes */
-        float over[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float m = top[half];
-#pragma unroll
-            for (int n = 0; n < BK / 8; n++)
-                m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-            float from = m == -INFINITY ? 0 : m;
-            over[half] = exp2f(top[half] - from);
-            top[half] = m;
-            float part = 0;
-#pragma unroll
-            for (int n = 0; n < BK / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float p = exp2f(s[n][2 * half + i] - from);
-                    s[n][2 * half + i] = p;
-                    part += p;
-                }
-            sum[half] = sum[half] * over[half] + part;
-        }
-#pragma unroll
-        for (int n = 0; n < DP / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                o[n][i] *= over[i >> 1];
+        next_scores<DP, BK>(s, o, top, sum);
         multiply_result<T, DP, BK>(o, s, tv);
         __syncthreads();
     }
@@ -156,6 +163,56 @@ __global__ void __launch_bounds__(256)
         delta[(item * g.heads + head) * g.queries + query] = sum;
 }
 
+/* What the gradient needs to know of n queries from lse and delta on, for a tile of BQ: the log of
+ * the sum of exp in units of log2, infinite (no probability) where there is no query, and delta. */
+template <int BQ, int THREADS>
+__device__ __forceinline__ void load_row_numbers(float *to, const float *lse, const float *delta,
+                                                 int n)
+{
+    for (int i = threadIdx.x; i < BQ; i += THREADS) {
+        to[i] = i < n ? lse[i] * log2e : INFINITY;
+        to[BQ + i] = i < n ? delta[i] : 0;
+    }
+}
+
+/* Scores s [16 keys, BQ queries] become probabilities, and dp what ds is but for the scale. add is
+ * the bias of the lane's two keys; a query before column hidden (+ 8 for the second key) does not
+ * see the key. */
+template <int BQ>
+__device__ __forceinline__ void turn_scores(float (&s)[BQ / 8][4], float (&dp)[BQ / 8][4],
+                                            float scale, const float (&add)[2], const float *lse,
+                                            const float *delta, int hidden)
+{
+    int first = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < BQ / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = n * 8 + first + (i & 1);
+            float p = exp2f(s[n][i] * scale + add[i >> 1] - lse[column]);
+            if (hidden + (i >> 1) * 8 > column)
+                p = 0;
+            s[n][i] = p;
+            dp[n][i] = p * (dp[n][i] - delta[column]);
+        }
+}
+
+/* As store_result, into float32 sums. */
+template <int DP>
+__device__ __forceinline__ void store_floats(float *to, int64_t row, int real, int d,
+                                             const float (&c)[DP / 8][4], float by)
+{
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < DP / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int r = (lane >> 2) + (i >> 1) * 8, at = n * 8 + (lane & 3) * 2 + (i & 1);
+            if (r < real && at < d)
+                to[r * row + at] = c[n][i] * by;
+        }
+}
+
 /* dk and dv: a block has 16 keys per warp, as the rows of its results, and walks over queries of its
  * part. ds lacks the scale until the end. */
 template <typename T, int DP, int BQ, int WARPS>
@@ -191,11 +248,7 @@ __global__ void __launch_bounds__(32 * WARPS)
                                       g.vectors);
         load_tile<T, DP, BQ, THREADS>(sd + slot * TILE, dout + at * g.row, g.row, end - at, g.d,
                                       g.vectors);
-        for (int i = threadIdx.x; i < BQ; i += THREADS) {
-            bool real = at + i < end;
-            rows[slot * 2 * BQ + i] = real ? lse[at + i] * log2e : INFINITY;
-            rows[slot * 2 * BQ + BQ + i] = real ? delta[at + i] : 0;
-        }
+        load_row_numbers<BQ, THREADS>(rows + slot * 2 * BQ, lse + at, delta + at, end - at);
         copies_end();
     };
     float ak[DP / 8][4] = {}, av[DP / 8][4] = {};
@@ -220,17 +273,7 @@ __global__ void __launch_bounds__(32 * WARPS)
         multiply_tiles<T, DP, BQ>(s, sk + warp * 16 * STEP, tq);
         multiply_tiles<T, DP, BQ>(dp, sv + warp * 16 * STEP, td);
         bool edge = g.causal && at < first + BK;
-#pragma unroll
-        for (int n = 0; n < BQ / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = n * 8 + (lane & 3) * 2 + (i & 1);
-                float p = exp2f(s[n][i] * g.scale + add[i >> 1] - row_lse[column]);
-                if (edge && mine + (i >> 1) * 8 > at + column)
-                    p = 0;
-                s[n][i] = p;
-                dp[n][i] = p * (dp[n][i] - row_delta[column]);
-            }
+        turn_scores<BQ>(s, dp, g.scale, add, row_lse, row_delta, edge ? mine - at : -BK);
         multiply_result<T, DP, BQ>(av, s, td);
         multiply_result<T, DP, BQ>(ak, dp, tq);
         __syncthreads();
@@ -246,17 +289,9 @@ __global__ void __launch_bounds__(32 * WARPS)
     }
     /* parts [splits][dk, dv][batch, keys, row] */
     int64_t whole = (int64_t)g.batch * g.batch_k;
-    float *pk = parts + split * 2 * whole + place, *pv = pk + whole;
-#pragma unroll
-    for (int n = 0; n < DP / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int r = (lane >> 2) + (i >> 1) * 8, c = n * 8 + (lane & 3) * 2 + (i & 1);
-            if (out_row + r < g.keys && c < g.d) {
-                pk[r * g.row + c] = ak[n][i] * out_scale;
-                pv[r * g.row + c] = av[n][i];
-            }
-        }
+    parts += split * 2 * whole + place;
+    store_floats<DP>(parts, g.row, g.keys - out_row, g.d, ak, out_scale);
+    store_floats<DP>(parts + whole, g.row, g.keys - out_row, g.d, av, 1);
 }
 
 template <typename T>
