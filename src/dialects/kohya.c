@@ -223,7 +223,7 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "max_grad_norm", KIND_FLOAT, "1.0", "max_grad_norm"),
     RULE(KOHYA, "optimizer_args", KIND_TEXTS, NULL, "optimizer_args"),
     REFUSED(KOHYA, "lr_scheduler_type", KIND_TEXT, NULL, "no code of others is run"),
-    RULE(KOHYA, "lr_scheduler_args", KIND_TEXTS, NULL, "none is known"),
+    RULE(KOHYA, "lr_scheduler_args", KIND_TEXTS, NULL, "step_rules of piecewise_constant"),
     RULE(KOHYA, "lr_scheduler", KIND_TEXT, "constant", "lr_scheduler"),
     RULE(KOHYA, "lr_warmup_steps", KIND_STEPS, "0",
          "lr_warmup_steps; with --lr_scheduler constant it becomes constant_with_warmup"),

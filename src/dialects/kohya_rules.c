@@ -138,6 +138,8 @@ static vel_status sample_rules(vel_line *l)
 
 /* ---- optimizer ---- */
 
+static const vel_pair schedule_keys[] = {{"step_rules", "lr_step_rules", NULL}, {0}};
+
 static vel_status optimizer_rules(vel_line *l)
 {
     const char *name = vel_line_value(l, "optimizer_type"), *flag = "optimizer_type";
@@ -152,8 +154,7 @@ static vel_status optimizer_rules(vel_line *l)
         return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s and --optimizer_type exclude each other",
                         l->script->name, flag);
     VEL_TRY(vel_line_set(l, flag, "optimizer", "%s", name[0] ? name : "AdamW"));
-    if (vel_line_given(l, "lr_scheduler_args"))
-        return vel_line_refuse(l, "lr_scheduler_args", "no schedule here takes any");
+    VEL_TRY(vel_rule_pairs(l, "lr_scheduler_args", schedule_keys));
     return vel_line_set_all(l, "optimizer_args", "optimizer_args", ' ');
 }
 

@@ -277,6 +277,27 @@ static vel_status count_steps(train_session *s)
     return VEL_OK;
 }
 
+/* A count of steps, or below 1 a share of all. */
+static int64_t steps_of(const train_session *s, double wish)
+{
+    return (int64_t)(wish < 1 ? wish * (double)s->steps : wish);
+}
+
+static vel_status choose_course(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    s->course = (vel_lr_course){.name = o->lr_scheduler,
+                                .warmup = steps_of(s, o->lr_warmup),
+                                .total = s->steps,
+                                .decay = steps_of(s, o->lr_decay),
+                                .cycles = o->lr_cycles,
+                                .power = o->lr_power,
+                                .min_ratio = o->lr_min_ratio,
+                                .timescale = o->lr_timescale,
+                                .rules = o->lr_rules};
+    return vel_lr_check(s->ctx, &s->course);
+}
+
 static void describe_trainables(train_session *s, vel_text *t)
 {
     int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)), all = 0;
@@ -404,9 +425,7 @@ static double rate_of(void *user, int i)
         text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
     if (word && (o->embedding_lr > 0 || vel_method_is_words(o)))
         peak = o->embedding_lr > 0 ? o->embedding_lr : o->lr;
-    int64_t warmup = (int64_t)(o->lr_warmup < 1 ? o->lr_warmup * (double)s->steps : o->lr_warmup);
-    return peak * plus_ratio(o, t->path, text) *
-           vel_lr_factor(o->lr_scheduler, s->step, warmup, s->steps, o->lr_cycles, o->lr_power);
+    return peak * plus_ratio(o, t->path, text) * vel_lr_factor(&s->course, s->step);
 }
 
 static vel_status diverged(train_session *s, const vel_batch *b, const char *what, double value)
@@ -590,6 +609,7 @@ static vel_status run_session(train_session *s)
     VEL_TRY(vel_prior_samples(s));
     VEL_TRY(vel_look_prepare(s));
     VEL_TRY(count_steps(s));
+    VEL_TRY(choose_course(s));
     VEL_TRY(register_trainables(s));
     VEL_TRY(state_plan(s));
     if (o->dry_run)

@@ -38,6 +38,7 @@ typedef struct train_session {
     vel_trained trained; /* points at the ones above */
     vel_trainer *trainer;
     vel_optimizer_choice optimizer;
+    vel_lr_course course;
 
     /* arithmetic, in optimizer steps and batches */
     int64_t steps, first_step, step, batches_per_epoch, steps_per_epoch;

@@ -63,7 +63,9 @@ typedef struct vel_train_options {
     const char *lr_scheduler;
     double lr_warmup; /* steps, or a share of all when below 1 */
     int lr_cycles;
-    double lr_power;
+    double lr_power, lr_decay, lr_min_ratio;
+    int lr_timescale;
+    const char *lr_rules;
     int batch, accumulation, steps, epochs;
     int64_t seed;
     bool use_ema, ema_warmup;
@@ -101,10 +103,20 @@ vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t 
 /* ---- schedules (lr.c)
  * ------------------------------------------------------------------------------ */
 
-/* constant, linear, cosine, cosine_with_restarts, polynomial; warm-up before any of them (as
- * transformers' get_scheduler). Factor on the peak rate at step (from 0) of total. */
-double vel_lr_factor(const char *name, int64_t step, int64_t warmup, int64_t total, int cycles,
-                     double power);
+/* A schedule by name (vel_lr_names), as transformers' get_scheduler, in optimizer steps. */
+typedef struct vel_lr_course {
+    const char *name;
+    int64_t warmup, total;
+    int64_t decay;     /* steps at the end, of warmup_stable_decay */
+    int cycles;        /* of the cosines: 1 goes down once */
+    double power;      /* of polynomial */
+    double min_ratio;  /* least share of the rate: cosine_with_min_lr, warmup_stable_decay */
+    double timescale;  /* steps, of inverse_sqrt; 0: the warm-up, or 10000 */
+    const char *rules; /* of piecewise_constant: "1:10,0.1:20,0.01" */
+} vel_lr_course;
+vel_status vel_lr_check(vel_ctx *ctx, const vel_lr_course *c);
+/* Factor on the peak rate at step (from 0). */
+double vel_lr_factor(const vel_lr_course *c, int64_t step);
 extern const char vel_lr_names[]; /* comma separated */
 
 /* ---- one step (step.c)
