@@ -135,13 +135,26 @@ static int take_setting(cli *c, vel_params *p, int n, char **words)
     return taken;
 }
 
-/* A word without a name: for the one setting that takes it, once. */
-static int take_word(cli *c, vel_params *p, const char *word, bool *used)
+/* The i-th of comma separated names; false past the last. */
+static bool name_at(const char *list, int i, char out[64])
 {
-    if (!c->command->positional || *used || strncmp(word, "-", 1) == 0)
+    const char *at = list;
+    for (; at && i > 0; i--)
+        at = (at = strchr(at, ',')) ? at + 1 : NULL;
+    if (!at)
+        return false;
+    snprintf(out, 64, "%.*s", (int)strcspn(at, ","), at);
+    return true;
+}
+
+/* A word without a name: for the settings that take those, in their order. */
+static int take_word(cli *c, vel_params *p, const char *word, int *used)
+{
+    char name[64];
+    if (word[0] == '-' || !name_at(c->command->positional, *used, name))
         return refuse_word(c, word);
-    *used = true;
-    if (vel_params_set(p, c->command->positional, word) == VEL_OK)
+    ++*used;
+    if (vel_params_set(p, name, word) == VEL_OK)
         return 1;
     fprintf(stderr, "velatura: %s\n", vel_ctx_error(c->ctx));
     return -1;
@@ -174,7 +187,7 @@ vel_params *vel_cli_settings(cli *c, int n, char **words)
         vel_params_destroy(p);
         return NULL;
     }
-    bool used = false;
+    int used = 0;
     for (int i = 0, taken; p && i < n; i += taken) {
         taken = is_name(words[i]) ? take_setting(c, p, n - i, words + i)
                                   : take_word(c, p, words[i], &used);
@@ -195,6 +208,23 @@ int vel_cli_run_settings(cli *c, int n, char **words,
     vel_status st = run(c->ctx, p);
     vel_params_destroy(p);
     return st ? vel_cli_failed(c, st) : CLI_OK;
+}
+
+int vel_cli_run_text(cli *c, int n, char **words,
+                     vel_status (*run)(vel_ctx *, const vel_params *, char **text))
+{
+    vel_params *p = vel_cli_settings(c, n, words);
+    if (!p)
+        return CLI_USAGE;
+    char *text = NULL;
+    vel_status st = run(c->ctx, p, &text);
+    vel_params_destroy(p);
+    if (st)
+        return vel_cli_failed(c, st);
+    vel_cli_clear_line(&c->display);
+    fputs(text, stdout);
+    vel_text_free(text);
+    return CLI_OK;
 }
 
 int vel_cli_failed(cli *c, vel_status status)

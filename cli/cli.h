@@ -38,7 +38,8 @@ typedef struct cli_command {
     const char *settings; /* name of its settings for vel_params_create; NULL: it has none */
     const char *usage;    /* what follows the name */
     const char *summary;
-    const char *positional; /* setting that takes a word without a name; NULL: none does */
+    const char *positional; /* settings that take words without a name, in order, comma separated;
+                               NULL: none does */
 } cli_command;
 
 extern const cli_command vel_cli_commands[]; /* ends with {0} */
@@ -52,6 +53,9 @@ vel_params *vel_cli_settings(cli *c, int n, char **words);
 /* The common body of commands that only take settings. */
 int vel_cli_run_settings(cli *c, int n, char **words,
                          vel_status (*run)(vel_ctx *, const vel_params *));
+/* The same for commands that return a text, which is printed. */
+int vel_cli_run_text(cli *c, int n, char **words,
+                     vel_status (*run)(vel_ctx *, const vel_params *, char **text));
 /* Prints a failure of the library and returns the exit status that belongs to it. */
 int vel_cli_failed(cli *c, vel_status status);
 
@@ -77,6 +81,7 @@ int vel_cli_score(cli *c, int n, char **words);
 int vel_cli_inspect(cli *c, int n, char **words);
 int vel_cli_golden(cli *c, int n, char **words);
 int vel_cli_bench(cli *c, int n, char **words);
+int vel_cli_checkpoint(cli *c, int n, char **words);
 int vel_cli_help_command_line(cli *c, int n, char **words);
 /* A line of another trainer, from the launcher or the script on. */
 int vel_cli_foreign(cli *c, int n, char **words);

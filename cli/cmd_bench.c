@@ -10,16 +10,5 @@ int vel_cli_bench(cli *c, int n, char **words)
         words++;
         n--;
     }
-    vel_params *p = vel_cli_settings(c, n, words);
-    if (!p)
-        return CLI_USAGE;
-    char *text = NULL;
-    vel_status st = vel_bench(c->ctx, p, &text);
-    vel_params_destroy(p);
-    if (st)
-        return vel_cli_failed(c, st);
-    vel_cli_clear_line(&c->display);
-    fputs(text, stdout);
-    vel_text_free(text);
-    return CLI_OK;
+    return vel_cli_run_text(c, n, words, vel_bench);
 }

@@ -20,6 +20,8 @@ const cli_command vel_cli_commands[] = {
      "measure how close drawn pictures come to true ones", NULL},
     {"inspect", vel_cli_inspect, NULL, "FILE_OR_FOLDER", "tell what a model or an adapter is",
      NULL},
+    {"checkpoint", vel_cli_checkpoint, "checkpoint", "convert MODEL OUTPUT [settings]",
+     "a model from a folder to a single file and back", "what,input,output"},
     {"check-golden", vel_cli_golden, NULL, "--model FOLDER FOLDER",
      "compare with reference values, file by file", NULL},
     {"bench", vel_cli_bench, "bench",

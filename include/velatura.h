@@ -156,6 +156,8 @@ VEL_API vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char 
                                     int *passed, int *failed);
 /* Checks and times one op or one training step; *text is owned, vel_text_free. */
 VEL_API vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text);
+/* Converts a model between a diffusers folder and a single file; *text says what was written. */
+VEL_API vel_status vel_checkpoint_command(vel_ctx *ctx, const vel_params *p, char **text);
 VEL_API void vel_text_free(char *text);
 
 #ifdef __cplusplus

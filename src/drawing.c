@@ -289,7 +289,8 @@ static vel_status load_words(vel_drawing *d)
 vel_status vel_drawing_load(vel_drawing *d)
 {
     const vel_generate_options *o = d->o;
-    vel_model_options m = {o->device, o->precision, o->vae, o->variant, o->clip_skip};
+    vel_model_options m = {o->device,  o->precision, o->vae,
+                           o->variant, o->clip_skip, .tokenizer = o->tokenizer};
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
     for (int i = 0; i < d->n_adapters; i++)
         VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));

@@ -13,7 +13,7 @@ static const struct {
 } commands[] = {
     {"train", vel_train_rows, "model,data"}, {"generate", vel_generate_rows, "model"},
     {"grid", vel_grid_rows, "model"},        {"score", vel_score_rows, "model,data"},
-    {"bench", vel_bench_rows, ""},
+    {"bench", vel_bench_rows, ""},           {"checkpoint", vel_checkpoint_rows, "input,output"},
 };
 
 /* ---- finding and setting

@@ -6,7 +6,7 @@
 #include "train/train.h"
 
 typedef struct vel_generate_options {
-    const char *model, *vae, *variant, *device, *precision;
+    const char *model, *vae, *variant, *tokenizer, *device, *precision;
     int clip_skip;
     const char *prompt, *prompt_file, *negative;
     double guidance;
@@ -39,6 +39,12 @@ typedef struct vel_bench_options {
     bool gradient_checkpointing, profile, train_text_encoder, dora, dora_norm_gradient;
 } vel_bench_options;
 
+typedef struct vel_checkpoint_options {
+    const char *what; /* "convert" */
+    const char *input, *output, *tokenizer, *variant, *save_precision;
+    bool overwrite;
+} vel_checkpoint_options;
+
 struct vel_params {
     vel_ctx *ctx;
     int command; /* row in params.c's table of commands */
@@ -48,6 +54,7 @@ struct vel_params {
         vel_grid_options grid;
         vel_score_options score;
         vel_bench_options bench;
+        vel_checkpoint_options checkpoint;
     } o;
     char **owned; /* texts of values that were set */
     int n_owned;
@@ -61,6 +68,7 @@ vel_status vel_generate_run(vel_ctx *ctx, const vel_generate_options *o);
 vel_status vel_grid_run(vel_ctx *ctx, const vel_grid_options *o);
 vel_status vel_score_run(vel_ctx *ctx, const vel_score_options *o);
 vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out);
+vel_status vel_checkpoint_run(vel_ctx *ctx, const vel_checkpoint_options *o, vel_text *out);
 vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed,
                           int *failed);
 vel_status vel_inspect_run(vel_ctx *ctx, const char *path, vel_text *out);

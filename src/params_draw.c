@@ -4,9 +4,11 @@
 /* first_*: the defaults that differ from command to command. */
 #define DRAW_ROWS(at, first_sampler, first_guidance, first_steps, first_seed)                      \
     TEXT("model", "pretrained_model_name_or_path", at model, NULL, "model",                        \
-         "model folder (diffusers layout) or a hub name that resolves to a local folder"),         \
+         "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),   \
         TEXT("vae", NULL, at vae, NULL, "model", "another autoencoder's folder"),                  \
         TEXT("variant", NULL, at variant, NULL, "model", "file variant, such as fp16"),            \
+        TEXT("tokenizer", "tokenizer_name", at tokenizer, NULL, "model",                           \
+             "folder of the tokenizer, for a model in a single file"),                             \
         TEXT("device", NULL, at device, NULL, "model", "cpu; default: the best there is"),         \
         CHOICE("precision", "mixed_precision", at precision, "auto", VEL_PRECISIONS, "model",      \
                "compute type"),                                                                    \

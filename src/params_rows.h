@@ -1,5 +1,5 @@
 /* params_rows.h: how a row of the one option table is written. The rows themselves are in
- * params_train.c and params_draw.c; params.c finds and sets them.
+ * params_train.c, params_draw.c and params_files.c; params.c finds and sets them.
  *
  * Defaults are text that goes through the same setter, so a default out of bounds fails the first
  * test that runs. aliases are the peers' names for the same thing. */
@@ -23,7 +23,7 @@ typedef struct vel_option_row {
 
 /* Each ends with {0}. */
 extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows[],
-    vel_score_rows[], vel_bench_rows[];
+    vel_score_rows[], vel_bench_rows[], vel_checkpoint_rows[];
 
 /* Which field of which struct a row fills: a table defines OPTIONS as its struct. */
 #define FIELD(type, field) offsetof(type, field), sizeof(((type *)0)->field)

@@ -4,10 +4,12 @@
 #define OPTIONS vel_train_options
 const vel_option_row vel_train_rows[] = {
     TEXT("model", "pretrained_model_name_or_path", model, NULL, "model",
-         "model folder (diffusers layout) or a hub name that resolves to a local folder"),
+         "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),
     TEXT("vae", "pretrained_vae_model_name_or_path", vae, NULL, "model",
          "another autoencoder's folder"),
     TEXT("variant", NULL, variant, NULL, "model", "file variant, such as fp16"),
+    TEXT("tokenizer", "tokenizer_name", tokenizer, NULL, "model",
+         "folder of the tokenizer, for a model in a single file"),
     TEXT("device", NULL, device, NULL, "model", "cpu; default: the best there is"),
     CHOICE("precision", "mixed_precision", precision, "auto", VEL_PRECISIONS, "model",
            "compute type; auto: bf16 where the hardware multiplies it, else float32"),

@@ -486,6 +486,9 @@ TEST(halves_are_rounded_as_by_the_compiler)
         vel_f16 wanted_bits;
         memcpy(&wanted_bits, &wanted, 2);
         CHECK_MSG(vel_f32_f16(f) == wanted_bits, "%a", (double)f);
+        vel_f16 bulk;
+        vel_floats_f16(&f, &bulk, 1);
+        CHECK_MSG(bulk == wanted_bits, "%a in bulk", (double)f);
     }
 }
 #endif

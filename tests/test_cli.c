@@ -6,7 +6,7 @@
 #include "inspect.h"
 #include "train/report_chart.h"
 
-static const char *const commands[] = {"train", "generate", "grid", "score", "bench"};
+static const char *const commands[] = {"train", "generate", "grid", "score", "bench", "checkpoint"};
 
 TEST(cli_help)
 {

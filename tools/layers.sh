@@ -22,7 +22,7 @@ src/tokenizers        formats/formats.h base/base.h
 src/models            formats/formats.h graph/graph.h base/base.h
 src/adapters          graph/graph.h formats/adapter_leaves.h base/base.h
 src/data              formats/formats.h tokenizers/tokenizers.h base/base.h
-src/sample            exec/exec.h models/models.h adapters/adapters.h formats/formats.h formats/adapter_file.h tokenizers/tokenizers.h base/base.h
+src/sample            exec/exec.h models/models.h models/checkpoint.h adapters/adapters.h formats/formats.h formats/adapter_file.h tokenizers/tokenizers.h base/base.h
 src/train             sample/sample.h exec/exec.h models/models.h adapters/adapters.h data/data.h formats/formats.h formats/adapter_file.h tokenizers/tokenizers.h base/base.h
 src/dialects          formats/formats.h base/base.h
 src                   *

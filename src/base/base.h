@@ -236,6 +236,7 @@ vel_f16 vel_f32_f16(float f); /* nearest even; overflow gives infinity */
 void vel_f16_floats(const void *from, float *out, int64_t n);
 void vel_bf16_floats(const void *from, float *out, int64_t n);
 void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n);
+void vel_floats_f16(const float *from, vel_f16 *out, int64_t n);
 bool vel_all_finite(const float *x, int64_t n);
 
 #endif

@@ -94,6 +94,27 @@ EACH_WIDTH void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n)
     }
 }
 
+/* As vel_f32_f16, without branches. Normal values are rounded with integers; what is below 2^-14 by
+ * adding 0.5, whose last bit is the unit of half's subnormals. */
+EACH_WIDTH void vel_floats_f16(const float *from, vel_f16 *out, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u, tiny;
+        memcpy(&u, &from[i], 4);
+        uint32_t sign = u >> 16 & 0x8000u;
+        u &= 0x7fffffffu;
+        float f;
+        memcpy(&f, &u, 4);
+        f += 0.5f;
+        memcpy(&tiny, &f, 4);
+        tiny -= 0x3f000000u;
+        uint32_t normal = (u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13;
+        uint32_t special = u > 0x7f800000u ? 0x7e00u | (u >> 13 & 0x3ffu) : 0x7c00u;
+        uint32_t h = u >= 0x47800000u ? special : u >= 0x38800000u ? normal : tiny;
+        out[i] = (vel_f16)(sign | h);
+    }
+}
+
 EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
 {
     uint32_t bad = 0;

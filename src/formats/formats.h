@@ -47,6 +47,10 @@ vel_status vel_safetensors_open(vel_ctx *ctx, const char *path, vel_safetensors 
  * was looked for. */
 vel_status vel_safetensors_open_part(vel_ctx *ctx, const char *folder, const char *const *stems,
                                      int n, const char *variant, vel_safetensors **out);
+/* A file whose tensors are views of others' bytes, which outlive it; names are copied. path: for
+ * messages. */
+vel_status vel_safetensors_of(vel_ctx *ctx, const char *path, const vel_file_tensor *tensors, int n,
+                              vel_safetensors **out);
 void vel_safetensors_close(vel_safetensors *sf);
 int vel_safetensors_count(const vel_safetensors *sf);
 const vel_file_tensor *vel_safetensors_at(const vel_safetensors *sf, int i); /* sorted by name */
@@ -64,6 +68,10 @@ typedef struct vel_save_tensor {
     int rank;
     int64_t dim[8];
     const void *data; /* float * for F32, F16, BF16; else raw bytes of the type */
+    bool raw;         /* data holds bytes of the type, whichever it is; in a mapping */
+    /* Instead of data, for F32, F16, BF16: makes all values. Called from several threads, for
+     * several tensors at a time. */
+    vel_status (*fill)(void *user, float *out);
     /* For F32, F16, BF16 where the values are not in memory at once, instead of data: values
      * first .. first+n-1. A value that is not finite, or too large for F16, is VEL_DIVERGED. */
     void (*read)(void *user, int64_t first, int64_t n, float *out);

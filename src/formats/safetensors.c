@@ -13,19 +13,18 @@
 
 #include <stdlib.h>
 
-enum { LARGEST_HEADER = 100000000, LARGEST_RANK = 8, CHUNK = 4096 };
+enum { LARGEST_HEADER = 100000000, LARGEST_RANK = 8 };
 
-/* rank_in_file: place in the reference implementation's enum, by which its writer sorts. */
 static const struct type_row {
     const char *name;
-    int bytes, rank_in_file;
+    int bytes;
 } types[] = {
-    [VEL_FILE_F64] = {"F64", 8, 10},        [VEL_FILE_F32] = {"F32", 4, 9},
-    [VEL_FILE_F16] = {"F16", 2, 6},         [VEL_FILE_BF16] = {"BF16", 2, 7},
-    [VEL_FILE_I64] = {"I64", 8, 11},        [VEL_FILE_I32] = {"I32", 4, 8},
-    [VEL_FILE_I16] = {"I16", 2, 5},         [VEL_FILE_I8] = {"I8", 1, 2},
-    [VEL_FILE_U8] = {"U8", 1, 1},           [VEL_FILE_BOOL] = {"BOOL", 1, 0},
-    [VEL_FILE_F8_E4M3] = {"F8_E4M3", 1, 4}, [VEL_FILE_F8_E5M2] = {"F8_E5M2", 1, 3},
+    [VEL_FILE_F64] = {"F64", 8},         [VEL_FILE_F32] = {"F32", 4},
+    [VEL_FILE_F16] = {"F16", 2},         [VEL_FILE_BF16] = {"BF16", 2},
+    [VEL_FILE_I64] = {"I64", 8},         [VEL_FILE_I32] = {"I32", 4},
+    [VEL_FILE_I16] = {"I16", 2},         [VEL_FILE_I8] = {"I8", 1},
+    [VEL_FILE_U8] = {"U8", 1},           [VEL_FILE_BOOL] = {"BOOL", 1},
+    [VEL_FILE_F8_E4M3] = {"F8_E4M3", 1}, [VEL_FILE_F8_E5M2] = {"F8_E5M2", 1},
 };
 
 struct vel_safetensors {
@@ -211,12 +210,9 @@ static vel_status add_pickled(void *user, const vel_file_tensor *t)
     return VEL_OK;
 }
 
-/* A tensor's name is unique in a safetensors header; a pickle may say one twice. */
-static vel_status read_pickled(vel_safetensors *sf, const char *path, const vel_map *map)
+/* A tensor's name is unique in a safetensors header; others may say one twice. */
+static vel_status sort_from(vel_safetensors *sf, const char *path, int first)
 {
-    int first = sf->n;
-    VEL_TRY(vel_pickle_read(sf->ctx, sf->arena, path, map->bytes, map->size, add_pickled, sf,
-                            sf->metadata));
     int n = sf->n - first;
     if (n)
         qsort(sf->tensors + first, (size_t)n, sizeof *sf->tensors, compare_names);
@@ -224,9 +220,17 @@ static vel_status read_pickled(vel_safetensors *sf, const char *path, const vel_
         if (compare_names(&sf->tensors[i - 1], &sf->tensors[i]) == 0)
             return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: two tensors are named %s", path,
                             sf->tensors[i].name);
-    if (!n)
-        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: holds no tensors", path);
     return VEL_OK;
+}
+
+static vel_status read_pickled(vel_safetensors *sf, const char *path, const vel_map *map)
+{
+    int first = sf->n;
+    VEL_TRY(vel_pickle_read(sf->ctx, sf->arena, path, map->bytes, map->size, add_pickled, sf,
+                            sf->metadata));
+    if (sf->n == first)
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: holds no tensors", path);
+    return sort_from(sf, path, first);
 }
 
 /* Maps the file into sf->maps[sf->n_maps] and appends its tensors. */
@@ -294,6 +298,27 @@ vel_status vel_safetensors_open(vel_ctx *ctx, const char *path, vel_safetensors 
         qsort(sf->tensors, (size_t)sf->n, sizeof *sf->tensors, compare_names);
     *out = sf;
     return VEL_OK;
+}
+
+vel_status vel_safetensors_of(vel_ctx *ctx, const char *path, const vel_file_tensor *tensors, int n,
+                              vel_safetensors **out)
+{
+    vel_safetensors *sf;
+    *out = NULL;
+    VEL_TRY(create(ctx, path, 1, &sf));
+    vel_status status = reserve(sf, (size_t)n) ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < n && !status; i++) {
+        sf->tensors[sf->n] = tensors[i];
+        sf->tensors[sf->n].name = vel_arena_strdup(sf->arena, tensors[i].name);
+        status = sf->tensors[sf->n++].name ? VEL_OK : VEL_NO_MEMORY;
+    }
+    if (!status)
+        status = sort_from(sf, path, 0);
+    if (status)
+        vel_safetensors_close(sf);
+    else
+        *out = sf;
+    return status;
 }
 
 /* Names in an index are from a stranger: only plain names in the same folder are opened. */
@@ -535,181 +560,4 @@ void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, 
         CASE(F8_E4M3, uint8_t, f8_f32(v, 4))
         CASE(F8_E5M2, uint8_t, f8_f32(v, 5))
     }
-}
-
-/* ---- writing ---- */
-
-typedef struct save_entry {
-    const vel_save_tensor *tensor;
-    int64_t count;
-} save_entry;
-
-static int compare_for_file(const void *a, const void *b)
-{
-    const vel_save_tensor *x = ((const save_entry *)a)->tensor,
-                          *y = ((const save_entry *)b)->tensor;
-    int order = types[y->type].rank_in_file - types[x->type].rank_in_file;
-    return order ? order : strcmp(x->name, y->name);
-}
-
-static vel_status order_entries(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
-                                int n, save_entry *entries)
-{
-    for (int i = 0; i < n; i++) {
-        const vel_save_tensor *t = &tensors[i];
-        entries[i].tensor = t;
-        if ((unsigned)t->type >= VEL_COUNT(types) || t->rank < 0 || t->rank > LARGEST_RANK ||
-            !count_of(t->rank, t->dim, types[t->type].bytes, &entries[i].count))
-            return vel_fail(ctx, VEL_BUG, "%s: tensor %s: impossible type or shape", path, t->name);
-        if (!vel_utf8_valid(t->name, strlen(t->name)) || strcmp(t->name, "__metadata__") == 0)
-            return vel_fail(ctx, VEL_BAD_VALUE, "%s: '%s' cannot name a tensor", path, t->name);
-    }
-    if (n)
-        qsort(entries, (size_t)n, sizeof *entries, compare_for_file);
-    return VEL_OK;
-}
-
-static json_t *header_entry(const save_entry *e, int64_t begin, int64_t end)
-{
-    json_t *shape = json_array();
-    for (int i = 0; i < e->tensor->rank; i++)
-        json_array_append_new(shape, json_integer(e->tensor->dim[i]));
-    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", types[e->tensor->type].name, "shape", shape,
-                     "data_offsets", (json_int_t)begin, (json_int_t)end);
-}
-
-/* *text (free) is the header; *bytes the size of the data after it. */
-static vel_status make_header(vel_ctx *ctx, const char *path, const save_entry *entries, int n,
-                              const json_t *metadata, char **text, int64_t *bytes)
-{
-    json_t *header = json_object();
-    vel_status status = VEL_OK;
-    int64_t at = 0;
-    if (metadata && json_object_size(metadata))
-        json_object_set(header, "__metadata__", (json_t *)metadata);
-    for (int i = 0; i < n && !status; i++) {
-        const char *name = entries[i].tensor->name;
-        int64_t end = at + entries[i].count * types[entries[i].tensor->type].bytes;
-        if (json_object_get(header, name))
-            status = vel_fail(ctx, VEL_BUG, "%s: two tensors are named %s", path, name);
-        else if (json_object_set_new(header, name, header_entry(&entries[i], at, end)))
-            status = vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for its header", path);
-        at = end;
-    }
-    *text = status ? NULL : json_dumps(header, JSON_COMPACT);
-    json_decref(header);
-    *bytes = at;
-    if (!status && !*text)
-        status = vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for its header", path);
-    if (!status && strlen(*text) > LARGEST_HEADER) {
-        free(*text);
-        status = vel_fail(ctx, VEL_BAD_VALUE, "%s: its header would be over %d bytes", path,
-                          LARGEST_HEADER);
-    }
-    return status;
-}
-
-static vel_status write_header(vel_writer *w, const char *text)
-{
-    size_t length = strlen(text), padded = (length + 7) / 8 * 8;
-    uint8_t head[8];
-    for (int i = 0; i < 8; i++)
-        head[i] = (uint8_t)((uint64_t)padded >> 8 * i);
-    VEL_TRY(vel_writer_write(w, head, 8));
-    VEL_TRY(vel_writer_write(w, text, length));
-    return vel_writer_write(w, "       ", padded - length);
-}
-
-static vel_status write_floats(vel_writer *w, vel_file_type type, const float *data, int64_t n)
-{
-    uint16_t part[CHUNK];
-    if (type == VEL_FILE_F32)
-        return vel_writer_write(w, data, (size_t)n * sizeof *data);
-    for (int64_t at = 0; at < n; at += CHUNK) {
-        int64_t some = VEL_MIN(n - at, CHUNK);
-        for (int64_t k = 0; k < some; k++)
-            part[k] = type == VEL_FILE_F16 ? vel_f32_f16(data[at + k]) : vel_f32_bf16(data[at + k]);
-        VEL_TRY(vel_writer_write(w, part, (size_t)some * 2));
-    }
-    return VEL_OK;
-}
-
-static vel_status check_values(vel_writer *w, const vel_save_tensor *t, const float *data,
-                               int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        if (!isfinite(data[i]) || (t->type == VEL_FILE_F16 && fabsf(data[i]) >= 65520))
-            return vel_fail(w->ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s",
-                            w->path, t->name, (double)data[i],
-                            isfinite(data[i]) ? "float16 cannot: use --save_precision bf16"
-                                              : "is not finite; a lower --learning_rate may help");
-    return VEL_OK;
-}
-
-static vel_status write_read(vel_writer *w, const save_entry *e)
-{
-    enum { SOME = 1 << 18 };
-    const vel_save_tensor *t = e->tensor;
-    int64_t most = VEL_MIN(e->count, SOME);
-    float *data = vel_alloc(w->ctx, (size_t)VEL_MAX(most, 1) * sizeof *data);
-    vel_status status = data ? VEL_OK : VEL_NO_MEMORY;
-    for (int64_t i = 0; i < e->count && !status; i += SOME) {
-        int64_t n = VEL_MIN(e->count - i, SOME);
-        t->read(t->user, i, n, data);
-        status = check_values(w, t, data, n);
-        if (!status)
-            status = write_floats(w, t->type, data, n);
-    }
-    vel_free(w->ctx, data);
-    return status;
-}
-
-static vel_status write_data(vel_writer *w, const save_entry *e)
-{
-    vel_file_type type = e->tensor->type;
-    if (e->tensor->read)
-        return write_read(w, e);
-    if (type != VEL_FILE_F16 && type != VEL_FILE_BF16)
-        return vel_writer_write(w, e->tensor->data, (size_t)e->count * (size_t)types[type].bytes);
-    return write_floats(w, type, e->tensor->data, e->count);
-}
-
-/* Looks at the free space first, so that a long write does not start in vain. */
-static vel_status write_all(vel_ctx *ctx, const char *path, const save_entry *entries, int n,
-                            const char *header, int64_t bytes)
-{
-    int64_t space = vel_free_space(path);
-    if (space >= 0 && space < bytes) {
-        char need[32], there[32];
-        return vel_fail(ctx, VEL_IO, "%s: needs %s, but the disk has only %s left; free some space",
-                        path, vel_bytes_text(bytes, need), vel_bytes_text(space, there));
-    }
-    vel_writer w;
-    VEL_TRY(vel_writer_open(ctx, &w, path));
-    vel_status status = write_header(&w, header);
-    for (int i = 0; i < n && !status; i++)
-        status = write_data(&w, &entries[i]);
-    if (!status)
-        return vel_writer_commit(&w);
-    vel_writer_discard(&w);
-    return status;
-}
-
-vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
-                                int n, const json_t *metadata)
-{
-    char *header = NULL;
-    int64_t bytes = 0;
-    save_entry *entries = vel_alloc(ctx, (size_t)n * sizeof *entries);
-    if (!entries)
-        return VEL_NO_MEMORY;
-    vel_status status = order_entries(ctx, path, tensors, n, entries);
-    if (!status)
-        status = make_header(ctx, path, entries, n, metadata, &header, &bytes);
-    if (!status) {
-        status = write_all(ctx, path, entries, n, header, bytes);
-        free(header);
-    }
-    vel_free(ctx, entries);
-    return status;
 }

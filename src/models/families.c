@@ -95,6 +95,20 @@ const char *vel_key_alias(const char *path, int i, char *buffer, size_t n)
     return NULL;
 }
 
+bool vel_key_canonical(const char *part, const char *name, char *buffer, size_t n)
+{
+    for (int r = 0; r < VEL_COUNT(renamed); r++) {
+        if (strcmp(renamed[r].part, part) != 0)
+            continue;
+        const char *theirs = renamed[r].theirs, *at = *theirs ? strstr(name, theirs) : name;
+        bool wrapped = !*theirs && vel_has_prefix(name, renamed[r].ours);
+        if (at && !wrapped)
+            return snprintf(buffer, n, "%.*s%s%s", (int)(at - name), name, renamed[r].ours,
+                            at + strlen(theirs)) < (int)n;
+    }
+    return snprintf(buffer, n, "%s", name) < (int)n;
+}
+
 bool vel_key_is_buffer(const char *key)
 {
     for (int i = 0; i < VEL_COUNT(buffers); i++)

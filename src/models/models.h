@@ -98,6 +98,9 @@ int vel_graph_modules(const vel_graph *g, vel_module *out, int room);
  * path without its part, then those of other versions of the reference; written into buffer and
  * returned, NULL past the last. */
 const char *vel_key_alias(const char *path, int i, char *buffer, size_t n);
+/* The other way: the path without its part for a name that any version of the reference uses;
+ * false when it does not fit into buffer. */
+bool vel_key_canonical(const char *part, const char *name, char *buffer, size_t n);
 /* Keys that files hold and no model needs: position ids and the like. */
 bool vel_key_is_buffer(const char *key);
 

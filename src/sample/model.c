@@ -48,6 +48,16 @@ static bool describe_tensor(const model_part *part, const vel_file_tensor *t,
     return true;
 }
 
+const vel_file_tensor *vel_model_tensor(const vel_model *m, const char *path)
+{
+    const model_part *part = find_part(m, path, strcspn(path, "."));
+    const vel_file_tensor *t = NULL;
+    char name[512];
+    for (int i = 0; part && !t && vel_key_alias(path, i, name, sizeof name); i++)
+        t = vel_safetensors_find(part->file, name);
+    return t;
+}
+
 static bool find_weight(void *user, const char *path, vel_source_tensor *out)
 {
     vel_model *m = user;
@@ -56,10 +66,7 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     if (vel_model_find_merged(m, path, out) || vel_model_find_word_rows(m, path, out))
         return true;
     model_part *part = find_part(m, path, strcspn(path, "."));
-    const vel_file_tensor *t = NULL;
-    char name[512];
-    for (int i = 0; part && !t && vel_key_alias(path, i, name, sizeof name); i++)
-        t = vel_safetensors_find(part->file, name);
+    const vel_file_tensor *t = vel_model_tensor(m, path);
     if (part && !t)
         out->file = vel_safetensors_path(part->file);
     return t && describe_tensor(part, t, out);
@@ -85,6 +92,8 @@ static vel_status open_weights(vel_model *m, model_part *part, const char *varia
 {
     static const char *const stems[] = {"diffusion_pytorch_model", "model", "pytorch_model"};
     vel_ctx *ctx = m->ctx;
+    if (part->file) /* a view of a single file */
+        return VEL_OK;
     vel_status st =
         vel_safetensors_open_part(ctx, part->folder, stems, VEL_COUNT(stems), variant, &part->file);
     if (st != VEL_NOT_FOUND || (variant && strcmp(variant, "fp16") == 0))
@@ -125,7 +134,11 @@ static vel_status place_parts(vel_model *m, const vel_model_options *o)
         part->name = m->family->parts[i];
         if (o->vae && strcmp(part->name, "vae") == 0)
             VEL_TRY(find_vae(m, o->vae, &part->folder));
-        else if (!(part->folder = vel_path_join(m->ctx, m->folder, part->name)))
+        else if (m->single && !(part->file = m->checkpoint.parts[i]))
+            return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no part %s; %s", m->folder, part->name,
+                            strcmp(part->name, "vae") == 0 ? "name one with --vae"
+                                                           : "a whole model is needed");
+        else if (!m->single && !(part->folder = vel_path_join(m->ctx, m->folder, part->name)))
             return VEL_NO_MEMORY;
     }
     return VEL_OK;
@@ -133,36 +146,45 @@ static vel_status place_parts(vel_model *m, const vel_model_options *o)
 
 static vel_status read_configs(vel_model *m)
 {
-    json_t *json[VEL_MAX_PARTS] = {0};
+    const json_t *json[VEL_MAX_PARTS] = {0};
     char *files[VEL_MAX_PARTS] = {0};
     vel_status st = VEL_OK;
     for (int i = 0; i < m->n_parts && !st; i++) {
-        files[i] = vel_path_join(m->ctx, m->parts[i].folder, "config.json");
-        st = files[i] ? vel_json_load(m->ctx, files[i], &json[i]) : VEL_NO_MEMORY;
+        bool single = m->parts[i].folder == NULL;
+        files[i] = single ? vel_strdup(m->ctx, m->folder)
+                          : vel_path_join(m->ctx, m->parts[i].folder, "config.json");
+        if (single)
+            m->parts[i].config = json_incref(m->checkpoint.configs[i]);
+        st = !files[i] ? VEL_NO_MEMORY
+             : single  ? VEL_OK
+                       : vel_json_load(m->ctx, files[i], &m->parts[i].config);
+        json[i] = m->parts[i].config;
     }
     if (!st)
-        st = m->family->read(m->ctx, m->arena, (const json_t *const *)json,
-                             (const char *const *)files, &m->config);
-    for (int i = 0; i < m->n_parts; i++) {
-        json_decref(json[i]);
+        st = m->family->read(m->ctx, m->arena, json, (const char *const *)files, &m->config);
+    for (int i = 0; i < m->n_parts; i++)
         vel_free(m->ctx, files[i]);
-    }
     return st;
 }
 
 static vel_status read_schedule(vel_model *m)
 {
     json_t *json = NULL;
-    char *file = vel_path_join(m->ctx, m->folder, "scheduler/scheduler_config.json");
+    char *file = m->single ? vel_strdup(m->ctx, m->folder)
+                           : vel_path_join(m->ctx, m->folder, "scheduler/scheduler_config.json");
     vel_noise_config config;
-    vel_status st = file ? vel_json_load(m->ctx, file, &json) : VEL_NO_MEMORY;
+    vel_status st = file ? VEL_OK : VEL_NO_MEMORY;
+    if (m->single)
+        json = json_incref(m->checkpoint.scheduler);
+    else if (!st)
+        st = vel_json_load(m->ctx, file, &json);
     if (!st)
         st = vel_noise_config_read(m->ctx, json, file, &config);
     if (!st && !json_object_get(json, "timestep_spacing"))
         config.spacing[0] = 0; /* not stated: every sampler has its own, as with from_config */
     if (!st && (st = vel_schedule_init(m->ctx, &m->schedule, &config)))
         vel_fail_in(m->ctx, st, "%s", file);
-    json_decref(json);
+    m->scheduler = json;
     vel_free(m->ctx, file);
     return st;
 }
@@ -174,7 +196,8 @@ static vel_status find_family(vel_model *m)
     vel_status st = VEL_NO_MEMORY;
     if (file && !vel_is_file(file))
         st = vel_fail(m->ctx, VEL_NOT_FOUND,
-                      "%s: there is no model_index.json; a model is a folder as diffusers saves it",
+                      "%s: there is no model_index.json; a model is a folder as diffusers saves "
+                      "it, or a single file",
                       m->folder);
     else if (file)
         st = vel_json_load(m->ctx, file, &index);
@@ -185,18 +208,28 @@ static vel_status find_family(vel_model *m)
     return st;
 }
 
-static vel_status open_text(vel_model *m, bool none)
+vel_status vel_model_words_folder(vel_model *m, const char *named, char **out)
+{
+    bool second = m->text.width == 1024; /* as diffusers tells 2.x */
+    if (m->single || named)
+        return vel_model_find_tokenizer(m->ctx, m->folder, named, second, out);
+    *out = vel_path_join(m->ctx, m->folder, m->text.tokenizer);
+    return *out ? VEL_OK : VEL_NO_MEMORY;
+}
+
+static vel_status open_text(vel_model *m, const vel_model_options *o)
 {
     vel_text_info texts[2];
     int n = m->family->texts(m->config, texts);
     m->text = texts[0];
-    if (none)
+    if (o->no_text || o->weights_only)
         return VEL_OK;
     if (n != 1)
         return vel_fail(m->ctx, VEL_UNSUPPORTED, "%s: models with %d text encoders are not offered",
                         m->folder, n);
-    char *folder = vel_path_join(m->ctx, m->folder, m->text.tokenizer);
-    vel_status st = folder ? vel_tokenizer_open(m->ctx, folder, &m->tokenizer) : VEL_NO_MEMORY;
+    char *folder = NULL;
+    VEL_TRY(vel_model_words_folder(m, o->tokenizer, &folder));
+    vel_status st = vel_tokenizer_open(m->ctx, folder, &m->tokenizer);
     if (!st && vel_tokenizer_size(m->tokenizer) > m->text.vocabulary)
         st = vel_fail(m->ctx, VEL_BAD_FILE,
                       "%s: has %d words, the text encoder %d: they belong to different models",
@@ -226,6 +259,16 @@ static vel_status choose_precision(vel_model *m, const char *wanted)
     return VEL_OK;
 }
 
+/* ---- single files ---- */
+
+static vel_status open_single(vel_model *m)
+{
+    VEL_TRY(vel_safetensors_open(m->ctx, m->folder, &m->single));
+    VEL_TRY(vel_checkpoint_read(m->ctx, m->single, &m->checkpoint));
+    m->family = m->checkpoint.family;
+    return VEL_OK;
+}
+
 /* ---- opening and closing ---- */
 
 /* What the caller wants otherwise than the folder says. */
@@ -246,15 +289,17 @@ static vel_status change_schedule(vel_model *m, const vel_model_options *o)
 static vel_status open_all(vel_model *m, const char *name, const vel_model_options *o)
 {
     VEL_TRY(vel_model_find_folder(m->ctx, name, &m->folder));
-    VEL_TRY(find_family(m));
+    VEL_TRY(vel_is_file(m->folder) ? open_single(m) : find_family(m));
     VEL_TRY(place_parts(m, o));
     VEL_TRY(read_configs(m));
     VEL_TRY(read_schedule(m));
     VEL_TRY(change_schedule(m, o));
     m->family->latent(m->config, &m->latent);
-    VEL_TRY(open_text(m, o->no_text));
+    VEL_TRY(open_text(m, o));
     for (int i = 0; i < m->n_parts; i++)
         VEL_TRY(open_weights(m, &m->parts[i], o->variant));
+    if (o->weights_only)
+        return VEL_OK;
     VEL_TRY(vel_engine_create(m->ctx, o->device, &m->engine));
     VEL_TRY(choose_precision(m, o->precision));
     return vel_engine_add_source(m->engine, find_weight, m);
@@ -290,9 +335,14 @@ void vel_model_close(vel_model *m)
     vel_tokenizer_close(m->tokenizer);
     vel_free(m->ctx, m->word_rows);
     for (int i = 0; i < m->n_parts; i++) {
-        vel_safetensors_close(m->parts[i].file);
+        if (m->parts[i].folder) /* else a view, which is the checkpoint's */
+            vel_safetensors_close(m->parts[i].file);
         vel_free(m->ctx, m->parts[i].folder);
+        json_decref(m->parts[i].config);
     }
+    json_decref(m->scheduler);
+    vel_checkpoint_finish(&m->checkpoint);
+    vel_safetensors_close(m->single);
     vel_arena_destroy(m->arena);
     vel_free(m->ctx, m->folder);
     vel_free(m->ctx, m);

@@ -3,6 +3,7 @@
 #define VEL_SAMPLE_MODEL_H
 
 #include "adapters/adapters.h"
+#include "models/checkpoint.h"
 #include "sample/sample.h"
 
 enum { VEL_MAX_PARTS = 8, VEL_MAX_PLANS = 6 };
@@ -11,7 +12,8 @@ typedef struct model_part {
     const char *name; /* "unet": the folder's name and the first word of its paths */
     char *folder;
     vel_safetensors *file;
-    char hash[65]; /* "" until asked for */
+    json_t *config; /* as its config.json */
+    char hash[65];  /* "" until asked for */
 } model_part;
 
 typedef struct model_adapter {
@@ -38,14 +40,17 @@ typedef struct cached_plan {
 
 struct vel_model {
     vel_ctx *ctx;
-    char *folder;
+    char *folder;            /* or the single file */
+    vel_safetensors *single; /* NULL: a folder */
+    vel_checkpoint checkpoint;
     const vel_family *family;
     vel_arena *arena; /* of the config and the module list */
     vel_config *config;
     vel_schedule schedule;
+    json_t *scheduler; /* as scheduler_config.json */
     vel_latent_info latent;
     vel_text_info text;
-    vel_tokenizer *tokenizer;
+    vel_tokenizer *tokenizer; /* NULL: opened for its weights only */
     vel_engine *engine;
     vel_dtype compute;
     int clip_skip;
@@ -66,9 +71,14 @@ struct vel_model {
     uint64_t clock;
 };
 
-/* An existing folder for a name that a user gave: itself, or where the hub's name is kept on this
- * machine. *out is owned. */
+/* An existing folder or single file for a name that a user gave: itself, or where the hub's name is
+ * kept on this machine. *out is owned. */
 vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out);
+/* The folder with a tokenizer's files for a model in a single file, which brings none: the folder
+ * that the user names (or its tokenizer/), what lies beside the file, VELATURA_MODEL_ROOT, a full
+ * model on this machine. *out is owned. */
+vel_status vel_model_find_tokenizer(vel_ctx *ctx, const char *file, const char *named, bool second,
+                                    char **out);
 
 /* The graph of a kind without adapters; NULL with the error set. */
 vel_graph *vel_model_build(vel_model *m, plan_kind kind, int n, int h, int w, int clip_skip);
@@ -90,5 +100,8 @@ void vel_model_warn_unknown_words(vel_model *m, const char *prompt);
 /* Forgets the plans that adapters change. */
 void vel_model_drop_adapted_plans(vel_model *m);
 void vel_model_drop_plans(vel_model *m);
+
+/* Where a model's tokenizer lies; *out is owned. */
+vel_status vel_model_words_folder(vel_model *m, const char *named, char **out);
 
 #endif

@@ -142,15 +142,82 @@ vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out)
     *out = NULL;
     if (!name || !name[0])
         return vel_fail(ctx, VEL_BAD_VALUE, "model: no folder given");
-    if (vel_is_folder(name)) {
+    if (vel_is_folder(name) || vel_is_file(name)) {
         *out = vel_strdup(ctx, name);
         return *out ? VEL_OK : VEL_NO_MEMORY;
     }
-    if (vel_is_file(name))
-        return vel_fail(
-            ctx, VEL_UNSUPPORTED,
-            "%s: is a file; a model is given as a diffusers folder with model_index.json", name);
     if (!is_hub_name(name))
-        return vel_fail(ctx, VEL_NOT_FOUND, "%s: there is no such model folder", name);
+        return vel_fail(ctx, VEL_NOT_FOUND, "%s: there is no such model folder or file", name);
     return find_by_hub_name(ctx, name, out);
+}
+
+/* ---- the tokenizer of a single file ---- */
+
+static bool has_words(vel_ctx *ctx, const char *folder)
+{
+    static const char *const files[] = {"tokenizer.json", "vocab.json"};
+    bool found = false;
+    for (int i = 0; i < VEL_COUNT(files) && !found; i++) {
+        char *path = vel_path_join(ctx, folder, files[i]);
+        found = path && vel_is_file(path);
+        vel_free(ctx, path);
+    }
+    return found;
+}
+
+/* folder, or the tokenizer/ in it. */
+static bool take_tokenizer(vel_ctx *ctx, const char *folder, char **out)
+{
+    char *inner = vel_path_join(ctx, folder, "tokenizer");
+    bool in_it = inner && has_words(ctx, inner);
+    if (in_it || has_words(ctx, folder)) {
+        *out = in_it ? inner : vel_strdup(ctx, folder);
+        if (!in_it)
+            vel_free(ctx, inner);
+        return *out != NULL;
+    }
+    vel_free(ctx, inner);
+    return false;
+}
+
+vel_status vel_model_find_tokenizer(vel_ctx *ctx, const char *file, const char *named, bool second,
+                                    char **out)
+{
+    static const char *const models[2][3] = {
+        {"stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
+         "CompVis/stable-diffusion-v1-4"},
+        {"stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2",
+         "stabilityai/stable-diffusion-2-base"}};
+    char *folder = NULL;
+    *out = NULL;
+    if (named) {
+        VEL_TRY(vel_model_find_folder(ctx, named, &folder));
+        bool found = take_tokenizer(ctx, folder, out);
+        vel_free(ctx, folder);
+        return found ? VEL_OK
+                     : vel_fail(ctx, VEL_NOT_FOUND,
+                                "%s: no tokenizer.json and no vocab.json in this folder or its "
+                                "tokenizer/",
+                                named);
+    }
+    const char *slash = strrchr(file, '/'), *root = getenv("VELATURA_MODEL_ROOT");
+    folder = slash ? vel_strf(ctx, "%.*s", (int)(slash - file), file) : vel_strdup(ctx, ".");
+    bool found = folder && take_tokenizer(ctx, folder, out);
+    vel_free(ctx, folder);
+    if (!found && root && root[0])
+        found = take_tokenizer(ctx, root, out);
+    for (int i = 0; !found && i < VEL_COUNT(models[0]); i++)
+        if (!vel_model_find_folder(ctx, models[second][i], &folder)) {
+            found = take_tokenizer(ctx, folder, out);
+            vel_free(ctx, folder);
+        }
+    if (found)
+        return VEL_OK;
+    return vel_fail(
+        ctx, VEL_NOT_FOUND,
+        "%s: a single file holds no tokenizer. Place the folder tokenizer/ (vocab.json, "
+        "merges.txt, tokenizer_config.json, special_tokens_map.json) of a Stable "
+        "Diffusion %s model beside it or at $VELATURA_MODEL_ROOT/tokenizer, or name "
+        "such a folder with --tokenizer",
+        file, second ? "2.x" : "1.x");
 }

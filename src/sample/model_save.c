@@ -189,9 +189,37 @@ static vel_status save_all(vel_model *m, const char *to, const vel_new_weight *n
     return st;
 }
 
+/* ---- from or to a single file ---- */
+
+typedef struct news_list {
+    const vel_new_weight *at;
+    int n;
+} news_list;
+
+static bool put_new(void *user, const char *path, const vel_file_tensor *t, float *out,
+                    vel_status *status)
+{
+    const news_list *news = user;
+    for (int i = 0; i < news->n; i++)
+        if (strcmp(news->at[i].path, path) == 0 && news->at[i].count == t->count) {
+            *status = VEL_OK;
+            if (out) {
+#pragma omp critical(news_are_read_one_by_one)
+                news->at[i].read(news->at[i].user, 0, t->count, out);
+            }
+            return true;
+        }
+    return false;
+}
+
 vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
                           vel_file_type type)
 {
+    if (m->single || vel_has_suffix(path, ".safetensors")) {
+        vel_export_options o = {
+            .type = type, .overwrite = true, .change = put_new, .user = &(news_list){news, n}};
+        return vel_model_export(m, path, &o);
+    }
     vel_folder f;
     VEL_TRY(vel_folder_begin(m->ctx, &f, path));
     vel_status st = save_all(m, f.temporary, news, n, type);

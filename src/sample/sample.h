@@ -52,12 +52,35 @@ typedef struct vel_model_options {
     bool no_text; /* prompts are not asked for: neither tokenizer nor text encoder need be known */
     const char *prediction; /* "epsilon", "v_prediction", "sample"; NULL, "auto": the folder's */
     bool zero_snr;          /* the noise schedule is stretched to end in pure noise */
+    const char *tokenizer;  /* folder of the tokenizer, for single files; NULL: looked for */
+    bool weights_only;      /* neither tokenizer nor device are needed: nothing can be run */
 } vel_model_options;
-/* folder: a diffusers folder, or a hub name, which resolves to the Hugging Face cache or
- * VELATURA_MODEL_ROOT; never to the network. */
+/* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
+ * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */
 vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_options *o,
                           vel_model **out);
 void vel_model_close(vel_model *m);
+
+/* Writes the model: a path that ends with .safetensors is a single file in the family's original
+ * names, any other a diffusers folder (with the tokenizer, where one is found). Each file appears
+ * whole or not at all. */
+typedef struct vel_export_options {
+    vel_file_type type; /* F32, F16 or BF16 */
+    bool keep_type;     /* of each tensor instead */
+    bool overwrite;     /* else an existing file is refused */
+    const char *tokenizer;
+    /* Values instead of the file's for the tensor at path ("unet....weight"); NULL: none. Called
+     * first for each tensor with out NULL: are there any? Then from several threads: out holds the
+     * file's values. */
+    bool (*change)(void *user, const char *path, const vel_file_tensor *t, float *out,
+                   vel_status *status);
+    void *user;
+    const json_t *metadata; /* of a single file, texts; may be NULL */
+} vel_export_options;
+vel_status vel_model_export(vel_model *m, const char *path, const vel_export_options *o);
+/* The values of the tensor at path ("unet....weight") as the model's file has them; NULL none. */
+const vel_file_tensor *vel_model_tensor(const vel_model *m, const char *path);
+
 /* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures
  * are encoded). */
 void vel_model_rest(vel_model *m, const char *part);
@@ -86,8 +109,9 @@ typedef struct vel_new_weight {
     void (*read)(void *user, int64_t first, int64_t n, float *out);
     void *user;
 } vel_new_weight;
-/* Writes the model as a diffusers folder with n new weights; parts that have one are written in the
- * type (F32, F16, BF16), the others linked or copied. Whole or not at all. A value that is not
+/* Writes the model with n new weights: as a single file when path ends with .safetensors (all in
+ * the type: F32, F16, BF16), else as a diffusers folder, where parts that have none are linked or
+ * copied. Whole or not at all. A value that is not
  * finite is VEL_DIVERGED. */
 vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
                           vel_file_type type);

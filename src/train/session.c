@@ -151,6 +151,7 @@ static vel_status open_model(train_session *s)
                            .precision = o->precision,
                            .vae = o->vae,
                            .variant = o->variant,
+                           .tokenizer = o->tokenizer,
                            .clip_skip = o->clip_skip,
                            .prediction =
                                o->v_parameterization ? "v_prediction" : o->prediction_type,

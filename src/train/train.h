@@ -13,7 +13,7 @@
  */
 typedef struct vel_train_options {
     /* model */
-    const char *model, *vae, *variant, *device, *precision;
+    const char *model, *vae, *variant, *tokenizer, *device, *precision;
     int clip_skip;
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;

@@ -1,0 +1,348 @@
+/* model_export.c: a model in another form: a folder as diffusers lays it out, or a single file in
+ * the family's original names. Values stream from the open model's files, changed or converted on
+ * the way; nothing is ever whole in memory. A folder appears whole or not at all. */
+#include <stdlib.h>
+
+#include "sample/model.h"
+
+typedef struct source { /* of one tensor that is written */
+    const struct saving *s;
+    vel_file_tensor pieces[3]; /* in the order of their rows */
+    const char *paths[3];
+    int n;
+} source;
+
+typedef struct saving {
+    vel_ctx *ctx;
+    vel_model *m;
+    vel_arena *arena;
+    const vel_export_options *o;
+    const char *path;
+    vel_save_tensor *tensors;
+    source *sources;
+    int n, room;
+} saving;
+
+/* ---- values ---- */
+
+static bool is_changed(const saving *s, const char *path, const vel_file_tensor *t)
+{
+    vel_status st = VEL_OK;
+    return s->o->change && s->o->change(s->o->user, path, t, NULL, &st);
+}
+
+static vel_status fill(void *user, float *out)
+{
+    const source *from = user;
+    const vel_export_options *o = from->s->o;
+    vel_status st = VEL_OK;
+    if (from->s->ctx->interrupted)
+        return vel_fail(from->s->ctx, VEL_INTERRUPTED, "%s: interrupted; nothing was written",
+                        from->s->path);
+    for (int i = 0; i < from->n && !st; i++) {
+        const vel_file_tensor *t = &from->pieces[i];
+        vel_file_tensor_floats(t, 0, t->count, out);
+        if (o->change)
+            o->change(o->user, from->paths[i], t, out, &st);
+        if (!t->copied)
+            vel_map_forget(t->data, (size_t)t->count * (size_t)vel_file_type_bytes(t->type));
+        out += t->count;
+    }
+    return st;
+}
+
+static bool is_real(vel_file_type t)
+{
+    return t == VEL_FILE_F32 || t == VEL_FILE_F16 || t == VEL_FILE_BF16;
+}
+
+/* What type a tensor gets; integers stay what they are. */
+static vel_file_type type_of(const saving *s, const vel_file_tensor *t)
+{
+    bool number = is_real(t->type) || t->type == VEL_FILE_F64 || t->type == VEL_FILE_F8_E4M3 ||
+                  t->type == VEL_FILE_F8_E5M2;
+    if (!number || (s->o->keep_type && is_real(t->type)))
+        return t->type;
+    return s->o->keep_type ? VEL_FILE_F32 : s->o->type;
+}
+
+/* Adds piece t of the tensor `name`; pieces of one tensor come in the order of their rows. */
+static vel_status add_piece(saving *s, const char *name, const char *path, const vel_file_tensor *t,
+                            bool image, int slot, int slots)
+{
+    source *from = slot ? s->sources + s->n - 1 : s->sources + s->n;
+    vel_save_tensor *out = s->tensors + (from - s->sources);
+    if (slot && (strcmp(out->name, name) != 0 || from->n != slot))
+        return vel_fail(s->ctx, VEL_BAD_FILE, "%s: %s lacks a neighbour, with which it is joined",
+                        vel_model_folder(s->m), path);
+    if (!slot) {
+        s->n++;
+        *from = (source){.s = s};
+        *out = (vel_save_tensor){.name = name, .type = type_of(s, t), .rank = t->rank};
+        memcpy(out->dim, t->dim, sizeof out->dim);
+        for (; image && out->rank < 4; out->rank++)
+            out->dim[out->rank] = 1;
+        bool as_is = out->type == t->type && slots == 1 && !t->copied && !is_changed(s, path, t);
+        if (as_is || !is_real(out->type)) {
+            out->raw = as_is;
+            out->data = t->data;
+        } else {
+            out->fill = fill;
+            out->user = from;
+        }
+    } else {
+        out->dim[0] += t->dim[0];
+    }
+    from->pieces[from->n] = *t;
+    from->paths[from->n++] = path;
+    return VEL_OK;
+}
+
+static vel_status make_room(saving *s)
+{
+    for (int p = 0; p < s->m->n_parts; p++)
+        s->room += vel_safetensors_count(s->m->parts[p].file);
+    s->tensors = vel_arena_alloc(s->arena, sizeof *s->tensors * (size_t)(s->room + 1));
+    s->sources = vel_arena_alloc(s->arena, sizeof *s->sources * (size_t)(s->room + 1));
+    return s->tensors && s->sources ? VEL_OK : VEL_NO_MEMORY;
+}
+
+/* "unet.conv_in.weight" of a name in the part's file, whichever version wrote it. */
+static const char *path_of(saving *s, const model_part *part, const char *name)
+{
+    char known[512];
+    if (!vel_key_canonical(part->name, name, known, sizeof known))
+        return NULL;
+    return vel_arena_strf(s->arena, "%s.%s", part->name, known);
+}
+
+/* ---- a single file ---- */
+
+typedef struct single_entry {
+    vel_checkpoint_key key;
+    const char *path;
+    const vel_file_tensor *tensor;
+} single_entry;
+
+static int by_place(const void *a, const void *b)
+{
+    const single_entry *x = a, *y = b;
+    int order = strcmp(x->key.theirs, y->key.theirs);
+    return order ? order : x->key.slot - y->key.slot;
+}
+
+static vel_status collect_single(saving *s, const vel_checkpoint_names *names, single_entry *list,
+                                 int *n)
+{
+    for (int p = 0; p < s->m->n_parts; p++) {
+        const model_part *part = &s->m->parts[p];
+        for (int i = 0; i < vel_safetensors_count(part->file); i++) {
+            const vel_file_tensor *t = vel_safetensors_at(part->file, i);
+            single_entry *e = &list[*n];
+            if (vel_key_is_buffer(t->name))
+                continue;
+            if (!vel_checkpoint_name(names, s->arena, part->name, t->name, &e->key))
+                return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                                "%s: tensor %s of %s has no name in single files", s->path, t->name,
+                                vel_safetensors_path(part->file));
+            e->path = path_of(s, part, t->name);
+            e->tensor = t;
+            if (!e->path)
+                return VEL_NO_MEMORY;
+            ++*n;
+        }
+    }
+    qsort(list, (size_t)*n, sizeof *list, by_place);
+    return VEL_OK;
+}
+
+/* The configs, so that what tensors do not tell is not guessed when the file is read again. */
+static json_t *single_metadata(const saving *s)
+{
+    json_t *all = s->o->metadata ? json_deep_copy(s->o->metadata) : json_object();
+    json_t *configs = json_object();
+    for (int p = 0; p < s->m->n_parts; p++)
+        json_object_set(configs, s->m->parts[p].name, s->m->parts[p].config);
+    json_object_set(configs, "scheduler", s->m->scheduler);
+    char *text = json_dumps(configs, JSON_COMPACT | JSON_SORT_KEYS);
+    json_decref(configs);
+    json_object_set_new(all, "format", json_string("pt"));
+    if (text && json_object_set_new(all, vel_checkpoint_meta, json_string(text))) {
+        json_decref(all);
+        all = NULL;
+    }
+    free(text); /* jansson's */
+    return all;
+}
+
+static vel_status save_single(saving *s)
+{
+    const json_t *configs[VEL_MAX_PARTS];
+    const vel_checkpoint_names *names;
+    int n = 0;
+    for (int p = 0; p < s->m->n_parts; p++)
+        configs[p] = s->m->parts[p].config;
+    VEL_TRY(vel_checkpoint_names_make(s->ctx, s->arena, configs, &names));
+    single_entry *list = vel_arena_alloc(s->arena, sizeof *list * (size_t)(s->room + 1));
+    if (!list)
+        return VEL_NO_MEMORY;
+    VEL_TRY(collect_single(s, names, list, &n));
+    for (int i = 0; i < n; i++)
+        VEL_TRY(add_piece(s, list[i].key.theirs, list[i].path, list[i].tensor, list[i].key.image,
+                          list[i].key.slot, list[i].key.slots));
+    json_t *metadata = single_metadata(s);
+    vel_status st = metadata ? vel_safetensors_save(s->ctx, s->path, s->tensors, s->n, metadata)
+                             : VEL_NO_MEMORY;
+    json_decref(metadata);
+    return st;
+}
+
+/* ---- a folder ---- */
+
+static vel_status save_json(saving *s, const char *folder, const char *file, const json_t *json)
+{
+    char *inner = *folder ? vel_path_join(s->ctx, s->path, folder) : vel_strdup(s->ctx, s->path);
+    char *path = inner ? vel_path_join(s->ctx, inner, file) : NULL;
+    vel_status st = path ? vel_make_folder(s->ctx, inner) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_json_save(s->ctx, path, json);
+    vel_free(s->ctx, inner);
+    vel_free(s->ctx, path);
+    return st;
+}
+
+static vel_status save_part(saving *s, const model_part *part)
+{
+    static const char *const stems[] = {"diffusion_pytorch_model", "model"};
+    bool text = json_object_get(part->config, "architectures") != NULL; /* transformers' */
+    VEL_TRY(save_json(s, part->name, "config.json", part->config));
+    s->n = 0;
+    for (int i = 0; i < vel_safetensors_count(part->file); i++) {
+        const vel_file_tensor *t = vel_safetensors_at(part->file, i);
+        const char *path = path_of(s, part, t->name);
+        if (!path)
+            return VEL_NO_MEMORY;
+        if (!vel_key_is_buffer(t->name))
+            VEL_TRY(add_piece(s, path + strlen(part->name) + 1, path, t, false, 0, 1));
+    }
+    char *file = vel_strf(s->ctx, "%s/%s/%s.safetensors", s->path, part->name, stems[text]);
+    json_t *metadata = json_pack("{s:s}", "format", "pt");
+    vel_status st = file && metadata
+                        ? vel_safetensors_save(s->ctx, file, s->tensors, s->n, metadata)
+                        : VEL_NO_MEMORY;
+    json_decref(metadata);
+    vel_free(s->ctx, file);
+    return st;
+}
+
+/* The tokenizer's files as they are. */
+static vel_status copy_words(saving *s)
+{
+    static const size_t largest = (size_t)64 << 20;
+    char *from = NULL, **names = NULL;
+    int n = 0;
+    if (vel_model_words_folder(s->m, s->o->tokenizer, &from)) {
+        vel_log(s->ctx, 1, "%s: is written without a tokenizer: %s", s->path,
+                vel_ctx_error(s->ctx));
+        return s->o->tokenizer ? VEL_NOT_FOUND : VEL_OK;
+    }
+    char *to = vel_path_join(s->ctx, s->path, "tokenizer");
+    vel_status st = to ? vel_make_folder(s->ctx, to) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_list_folder(s->ctx, from, &names, &n);
+    for (int i = 0; i < n && !st; i++) {
+        char *a = vel_path_join(s->ctx, from, names[i]), *b = vel_path_join(s->ctx, to, names[i]);
+        char *bytes = NULL;
+        size_t size = 0;
+        bool wanted = vel_has_suffix(names[i], ".json") || vel_has_suffix(names[i], ".txt");
+        st = a && b ? VEL_OK : VEL_NO_MEMORY;
+        if (!st && wanted && vel_is_file(a))
+            st = vel_read_file(s->ctx, a, largest, &bytes, &size);
+        if (!st && bytes)
+            st = vel_write_file(s->ctx, b, bytes, size);
+        vel_free(s->ctx, bytes);
+        vel_free(s->ctx, a);
+        vel_free(s->ctx, b);
+    }
+    vel_names_free(s->ctx, names, n);
+    vel_free(s->ctx, from);
+    vel_free(s->ctx, to);
+    return st;
+}
+
+static json_t *make_index(const saving *s)
+{
+    json_t *index =
+        json_pack("{s:s, s:[s,s], s:[s,s]}", "_class_name", "StableDiffusionPipeline", "scheduler",
+                  "diffusers", vel_json_string(s->m->scheduler, "_class_name", "PNDMScheduler"),
+                  "tokenizer", "transformers", "CLIPTokenizer");
+    static const char *const absent[] = {"feature_extractor", "image_encoder", "safety_checker"};
+    for (int i = 0; i < VEL_COUNT(absent); i++)
+        json_object_set_new(index, absent[i], json_pack("[n,n]"));
+    json_object_set_new(index, "requires_safety_checker", json_false());
+    for (int p = 0; p < s->m->n_parts; p++) {
+        const model_part *part = &s->m->parts[p];
+        const json_t *classes = json_object_get(part->config, "architectures");
+        const char *class_name = json_string_value(json_array_get(classes, 0));
+        json_object_set_new(
+            index, part->name,
+            json_pack("[s,s]", classes ? "transformers" : "diffusers",
+                      class_name ? class_name
+                                 : vel_json_string(part->config, "_class_name", "unknown")));
+    }
+    return index;
+}
+
+static vel_status save_folder(saving *s)
+{
+    for (int p = 0; p < s->m->n_parts; p++)
+        VEL_TRY(save_part(s, &s->m->parts[p]));
+    VEL_TRY(save_json(s, "scheduler", "scheduler_config.json", s->m->scheduler));
+    VEL_TRY(copy_words(s));
+    json_t *index = make_index(s);
+    vel_status st = index ? save_json(s, "", "model_index.json", index) : VEL_NO_MEMORY;
+    json_decref(index);
+    return st;
+}
+
+static vel_status save_whole_folder(saving *s)
+{
+    vel_folder f;
+    VEL_TRY(vel_folder_begin(s->ctx, &f, s->path));
+    s->path = f.temporary;
+    vel_status st = save_folder(s);
+    if (st == VEL_OK)
+        return vel_folder_commit(&f);
+    vel_folder_discard(&f);
+    return st;
+}
+
+vel_status vel_model_export(vel_model *m, const char *path, const vel_export_options *o)
+{
+    saving s = {.ctx = m->ctx, .m = m, .o = o, .path = path};
+    bool single = vel_has_suffix(path, ".safetensors");
+    char *index = vel_path_join(m->ctx, path, "model_index.json");
+    bool taken = single ? vel_is_file(path) : index && vel_is_file(index);
+    vel_free(m->ctx, index);
+    if (vel_has_suffix(path, ".ckpt") || vel_has_suffix(path, ".pt") ||
+        vel_has_suffix(path, ".bin"))
+        return vel_fail(m->ctx, VEL_UNSUPPORTED,
+                        "%s: pickles are read, not written; name a .safetensors file or a folder",
+                        path);
+    char **names = NULL;
+    int n = 0;
+    if (!single && !taken && vel_is_folder(path) && !vel_list_folder(m->ctx, path, &names, &n)) {
+        vel_names_free(m->ctx, names, n);
+        if (n)
+            return vel_fail(m->ctx, VEL_BAD_VALUE,
+                            "%s: is a folder with other files; name a new one", path);
+    }
+    if (taken && !o->overwrite)
+        return vel_fail(m->ctx, VEL_BAD_VALUE, "%s: exists; --overwrite replaces it", path);
+    s.arena = vel_arena_create(m->ctx);
+    vel_status st = s.arena ? make_room(&s) : VEL_NO_MEMORY;
+    if (!st)
+        st = single ? save_single(&s) : save_whole_folder(&s);
+    vel_arena_destroy(s.arena);
+    return st;
+}
