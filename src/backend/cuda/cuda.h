@@ -16,6 +16,8 @@
 
 #include "backend/backend.h"
 
+typedef struct vel_cuda_recorder vel_cuda_recorder;
+
 struct vel_device {
     vel_ctx *ctx;
     int ordinal;
@@ -29,7 +31,8 @@ struct vel_device {
     void *staging;       /* private to cuda_device.c */
     void *room;          /* device memory for the functions over flat vectors */
     size_t room_bytes;
-    cudaEvent_t *stamps; /* [stamp_room]; NULL: not used yet */
+    vel_cuda_recorder *recorder; /* while a run is recorded (cuda_record.c) */
+    cudaEvent_t *stamps;         /* [stamp_room]; NULL: not used yet */
     int stamp_room;
     void *products;     /* private to cublaslt.c */
     void *attentions;   /* private to cudnn_attention.c */
@@ -73,6 +76,28 @@ vel_status vel_cuda_write(vel_device *d, void *dst, const void *src, size_t byte
  * after the other. */
 vel_status vel_cuda_room(vel_device *d, size_t bytes, void **out);
 vel_status vel_cuda_update(vel_device *d, const vel_update *u); /* cuda_update.c */
+
+/* ---- recordings (cuda_record.c): the entries of the backend, and what each piece of work says:
+ * the memory it reads and writes before, piece_end after it was put on the stream ---- */
+vel_status vel_cuda_record(vel_device *d);
+vel_status vel_cuda_record_end(vel_device *d, void **recording);
+vel_status vel_cuda_replay(vel_device *d, void *recording);
+void vel_cuda_forget(vel_device *d, void *recording);
+vel_status vel_cuda_stamp(vel_device *d, int i);
+double vel_cuda_seconds(vel_device *d, int i);
+
+enum { VEL_CUDA_RANGES = VEL_MAX_IN + VEL_MAX_OUT + 1 };
+typedef struct vel_cuda_range {
+    const char *begin, *end;
+    bool writes;
+} vel_cuda_range;
+static inline vel_cuda_range vel_cuda_range_of(const void *p, int64_t bytes, bool writes)
+{
+    return (vel_cuda_range){p, (const char *)p + bytes, writes};
+}
+vel_status vel_cuda_piece(vel_device *d, const vel_cuda_range *ranges, int n);
+vel_status vel_cuda_launch_piece(vel_device *d, const vel_launch *l);
+vel_status vel_cuda_piece_end(vel_device *d);
 
 /* The first multiple of alignment from p on; NULL stays. */
 static inline void *vel_cuda_align(void *p, size_t alignment)

@@ -324,7 +324,9 @@ static vel_status cuda_pack(vel_device *d, const vel_kernel *k, const vel_node *
 static vel_status cuda_run(vel_device *d, const vel_launch *l)
 {
     const vel_cuda_impl *impl = l->kernel->impl;
-    return impl->run(d, l);
+    VEL_TRY(vel_cuda_launch_piece(d, l));
+    VEL_TRY(impl->run(d, l));
+    return vel_cuda_piece_end(d);
 }
 
 /* ---- flat vectors ---- */
@@ -344,14 +346,22 @@ vel_status vel_cuda_room(vel_device *d, size_t bytes, void **out)
 
 static vel_status cuda_convert(vel_device *d, vel_dtype to, void *dst, const float *x, int64_t n)
 {
+    vel_cuda_range ranges[] = {vel_cuda_range_of(x, n * (int64_t)sizeof *x, false),
+                               vel_cuda_range_of(dst, n * vel_dtype_bytes(to), true)};
+    VEL_TRY(vel_cuda_piece(d, ranges, VEL_COUNT(ranges)));
     vel_cu_cast(d->stream, VEL_F32, (int)to, x, dst, n);
     VEL_CUDA_LAUNCHED(d, "cast");
-    return VEL_OK;
+    return vel_cuda_piece_end(d);
 }
 
 static void cuda_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
 {
+    vel_cuda_range ranges[] = {vel_cuda_range_of(x, n * (int64_t)sizeof *x, false),
+                               vel_cuda_range_of(dst, n * (int64_t)sizeof *dst, true)};
+    if (vel_cuda_piece(d, ranges, VEL_COUNT(ranges)))
+        return;
     vel_cu_add_scaled(d->stream, dst, x, by, keep, n);
+    vel_cuda_piece_end(d);
 }
 
 static double cuda_sum_squares(vel_device *d, const float *x, int64_t n)
@@ -363,71 +373,6 @@ static double cuda_sum_squares(vel_device *d, const float *x, int64_t n)
     vel_cu_sum_squares(d->stream, x, n, room, (char *)room + ALIGNMENT);
     cudaMemcpyAsync(s->sum, room, sizeof *s->sum, cudaMemcpyDeviceToHost, d->stream);
     return cudaStreamSynchronize(d->stream) == cudaSuccess ? *s->sum : NAN;
-}
-
-/* ---- recordings: CUDA graphs ---- */
-
-static vel_status cuda_record(vel_device *d)
-{
-    return vel_cuda_check(d, cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal),
-                          "capture");
-}
-
-static vel_status cuda_record_end(vel_device *d, void **recording)
-{
-    cudaGraph_t graph = NULL;
-    cudaGraphExec_t made = NULL;
-    vel_status st = vel_cuda_check(d, cudaStreamEndCapture(d->stream, &graph), "end of capture");
-    if (st == VEL_OK)
-        st = vel_cuda_check(d, cudaGraphInstantiate(&made, graph, 0), "cudaGraphInstantiate");
-    if (graph)
-        cudaGraphDestroy(graph);
-    *recording = made;
-    return st;
-}
-
-static vel_status cuda_replay(vel_device *d, void *recording)
-{
-    return vel_cuda_check(d, cudaGraphLaunch(recording, d->stream), "cudaGraphLaunch");
-}
-
-static void cuda_forget(vel_device *d, void *recording)
-{
-    if (!recording)
-        return;
-    cudaStreamSynchronize(d->stream);
-    cudaGraphExecDestroy(recording);
-}
-
-/* Events that a recording keeps, so that each replay notes them anew. */
-static vel_status cuda_stamp(vel_device *d, int i)
-{
-    if (i >= d->stamp_room) {
-        int room = VEL_MAX(2 * d->stamp_room, 1024);
-        cudaEvent_t *grown = vel_realloc(d->ctx, d->stamps, (size_t)room * sizeof(cudaEvent_t));
-        if (!grown)
-            return VEL_NO_MEMORY;
-        d->stamps = grown;
-        d->stamp_room = room;
-    }
-    if (!d->stamps[i])
-        VEL_CUDA(d, cudaEventCreate(&d->stamps[i]));
-    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    VEL_CUDA(d, cudaStreamIsCapturing(d->stream, &capture));
-    bool recording = capture == cudaStreamCaptureStatusActive;
-    return vel_cuda_check(
-        d,
-        cudaEventRecordWithFlags(d->stamps[i], d->stream,
-                                 recording ? cudaEventRecordExternal : cudaEventRecordDefault),
-        "cudaEventRecord");
-}
-
-static double cuda_seconds(vel_device *d, int i)
-{
-    float milliseconds = 0;
-    return cudaEventElapsedTime(&milliseconds, d->stamps[i], d->stamps[i + 1]) == cudaSuccess
-               ? milliseconds * 1e-3
-               : NAN;
 }
 
 static const vel_backend vel_backend_cuda = {
@@ -445,12 +390,12 @@ static const vel_backend vel_backend_cuda = {
     .pack = cuda_pack,
     .run = cuda_run,
     .sync = cuda_sync,
-    .record = cuda_record,
-    .record_end = cuda_record_end,
-    .replay = cuda_replay,
-    .forget = cuda_forget,
-    .stamp = cuda_stamp,
-    .seconds = cuda_seconds,
+    .record = vel_cuda_record,
+    .record_end = vel_cuda_record_end,
+    .replay = vel_cuda_replay,
+    .forget = vel_cuda_forget,
+    .stamp = vel_cuda_stamp,
+    .seconds = vel_cuda_seconds,
     .update = vel_cuda_update,
     .convert = cuda_convert,
     .add = cuda_add,
