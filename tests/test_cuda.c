@@ -94,6 +94,8 @@ static void check_rule(pair *p, vel_update_rule rule, bool eight_bit)
                     .grad_scale = 0.5f,
                     .beta1 = 0.9f,
                     .beta2 = 0.99f,
+                    .one_minus_beta1 = 0.1f,
+                    .one_minus_beta2 = 0.01f,
                     .eps = 1e-8f,
                     .weight_decay = 0.01f,
                     .nesterov = true};

@@ -196,7 +196,8 @@ typedef struct vel_cu_update { /* as vel_update */
     float *value;
     const float *grad;
     void *state;
-    float grad_scale, beta1, beta2, eps, weight_decay, correction1, correction2, blend, dampening;
+    float grad_scale, beta1, beta2, one_minus_beta1, one_minus_beta2;
+    float eps, weight_decay, correction1, correction2, blend, dampening;
     uint64_t rounding;
 } vel_cu_update;
 /* segments and codes (unsigned, signed) lie in device memory. */

@@ -27,6 +27,8 @@ static vel_cu_update settings_of(const vel_update *u)
                            .grad_scale = u->grad_scale,
                            .beta1 = u->beta1,
                            .beta2 = u->beta2,
+                           .one_minus_beta1 = u->one_minus_beta1,
+                           .one_minus_beta2 = u->one_minus_beta2,
                            .eps = u->eps,
                            .weight_decay = u->weight_decay,
                            .correction1 = u->correction1,

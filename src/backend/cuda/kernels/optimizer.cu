@@ -13,14 +13,14 @@ __device__ static float new_value(const vel_cu_update &u, float lr, float p, flo
 {
     float g = grad * u.grad_scale, decay = 1.0f - lr * u.weight_decay;
     if (u.rule == RULE_ADAMW) {
-        a = a + (1.0f - u.beta1) * (g - a);
-        b = u.beta2 * b + (1.0f - u.beta2) * g * g;
+        a = a + u.one_minus_beta1 * (g - a);
+        b = u.beta2 * b + u.one_minus_beta2 * g * g;
         return p * decay -
                lr / u.correction1 * a / (sqrtf(b) * (1.0f / sqrtf(u.correction2)) + u.eps);
     }
     if (u.rule == RULE_LION) {
-        float direction = a * u.beta1 + g * (1.0f - u.beta1);
-        a = a * u.beta2 + g * (1.0f - u.beta2);
+        float direction = a * u.beta1 + g * u.one_minus_beta1;
+        a = a * u.beta2 + g * u.one_minus_beta2;
         return p * decay - lr * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
     }
     if (u.rule == RULE_SGD) {
@@ -30,7 +30,7 @@ __device__ static float new_value(const vel_cu_update &u, float lr, float p, flo
         a = u.first ? d : u.beta1 * a + (1.0f - u.dampening) * d;
         return p - lr * (u.nesterov ? d + u.beta1 * a : a);
     }
-    b = u.beta2 * b + (1.0f - u.beta2) * g * g;
+    b = u.beta2 * b + u.one_minus_beta2 * g * g;
     float n = g / (sqrtf(b) * (1.0f / sqrtf(u.correction2)) + u.eps) + u.weight_decay * p;
     float next = p + u.blend * (a - p) + lr * (u.beta1 * (1.0f - u.blend) - 1.0f) * n;
     a -= lr * n;
