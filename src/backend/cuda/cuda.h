@@ -17,6 +17,7 @@
 #include "backend/backend.h"
 
 typedef struct vel_cuda_recorder vel_cuda_recorder;
+typedef struct vel_cuda_slab vel_cuda_slab;
 
 struct vel_device {
     vel_ctx *ctx;
@@ -27,9 +28,10 @@ struct vel_device {
     bool tf32;      /* float32 products may round their inputs to tf32: VELATURA_TF32=1 */
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    cudnnHandle_t cudnn; /* bound to the stream */
-    void *staging;       /* private to cuda_device.c */
-    void *room;          /* device memory for the functions over flat vectors */
+    cudnnHandle_t cudnn;  /* bound to the stream */
+    vel_cuda_slab *slabs; /* of small blocks of memory */
+    void *staging;        /* private to cuda_device.c */
+    void *room;           /* device memory for the functions over flat vectors */
     size_t room_bytes;
     vel_cuda_recorder *recorder; /* while a run is recorded (cuda_record.c) */
     cudaEvent_t *stamps;         /* [stamp_room]; NULL: not used yet */

@@ -14,6 +14,8 @@
 enum {
     STAGING_PART = 8 << 20, /* bytes of each of the two parts of the ring */
     LARGEST_STAGED = STAGING_PART / 4,
+    SLAB_BYTES = 64 << 20,
+    LARGEST_IN_SLAB = 32 << 20,
     ALIGNMENT = 256
 };
 
@@ -206,33 +208,86 @@ static vel_dtype cuda_best_compute(vel_device *d)
 
 /* ---- memory ---- */
 
-static vel_status cuda_alloc(vel_device *d, size_t bytes, void **out)
+/* The driver hands out whole pages of 2 MiB; a model has hundreds of small weights. They lie one
+ * behind the other in slabs, and a slab goes when the last of them does. */
+struct vel_cuda_slab {
+    char *bytes;
+    size_t used;
+    int live;
+    vel_cuda_slab *next;
+};
+
+static vel_status take_memory(vel_device *d, size_t bytes, void **out)
 {
     char text[32], left[32];
     size_t room = 0, all = 0;
-    cudaError_t s = cudaMalloc(out, VEL_MAX(bytes, ALIGNMENT));
-    if (s == cudaErrorMemoryAllocation) {
-        cudaGetLastError();
-        cudaMemGetInfo(&room, &all);
-        return vel_fail(d->ctx, VEL_NO_MEMORY,
-                        "the GPU has no room for %s more, only for %s: a smaller --batch, "
-                        "--gradient_checkpointing or --fit helps",
-                        vel_bytes_text((int64_t)bytes, text), vel_bytes_text((int64_t)room, left));
+    cudaError_t s = cudaMalloc(out, bytes);
+    if (s != cudaErrorMemoryAllocation)
+        return vel_cuda_check(d, s, "cudaMalloc");
+    cudaGetLastError();
+    cudaMemGetInfo(&room, &all);
+    return vel_fail(d->ctx, VEL_NO_MEMORY,
+                    "the GPU has no room for %s more, only for %s: a smaller --batch, "
+                    "--gradient_checkpointing or --fit helps",
+                    vel_bytes_text((int64_t)bytes, text), vel_bytes_text((int64_t)room, left));
+}
+
+static vel_status take_from_slab(vel_device *d, size_t bytes, void **out)
+{
+    vel_cuda_slab *s = d->slabs;
+    while (s && s->used + bytes > SLAB_BYTES)
+        s = s->next;
+    if (!s) {
+        s = vel_alloc(d->ctx, sizeof *s);
+        if (!s)
+            return VEL_NO_MEMORY;
+        vel_status st = take_memory(d, SLAB_BYTES, (void **)&s->bytes);
+        if (st) {
+            vel_free(d->ctx, s);
+            return st;
+        }
+        s->next = d->slabs;
+        d->slabs = s;
     }
-    VEL_TRY(vel_cuda_check(d, s, "cudaMalloc"));
-    vel_status st =
-        vel_cuda_check(d, cudaMemsetAsync(*out, 0, VEL_MAX(bytes, ALIGNMENT), d->stream), "memset");
-    if (st) {
-        cudaFree(*out);
-        *out = NULL;
+    *out = s->bytes + s->used;
+    s->used += bytes;
+    s->live++;
+    return VEL_OK;
+}
+
+static bool give_to_slab(vel_device *d, const char *p)
+{
+    for (vel_cuda_slab **at = &d->slabs; *at; at = &(*at)->next) {
+        vel_cuda_slab *s = *at;
+        if (p < s->bytes || p >= s->bytes + SLAB_BYTES)
+            continue;
+        if (--s->live == 0) {
+            *at = s->next;
+            cudaFree(s->bytes); /* waits for what still uses it */
+            vel_free(d->ctx, s);
+        }
+        return true;
     }
-    return st;
+    return false;
 }
 
 static void cuda_free(vel_device *d, void *p)
 {
-    (void)d;
-    cudaFree(p); /* waits for what still uses it */
+    if (p && !give_to_slab(d, p))
+        cudaFree(p);
+}
+
+static vel_status cuda_alloc(vel_device *d, size_t bytes, void **out)
+{
+    *out = NULL;
+    bytes = (VEL_MAX(bytes, 1) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    VEL_TRY(bytes <= LARGEST_IN_SLAB ? take_from_slab(d, bytes, out) : take_memory(d, bytes, out));
+    vel_status st = vel_cuda_check(d, cudaMemsetAsync(*out, 0, bytes, d->stream), "memset");
+    if (st) {
+        cuda_free(d, *out);
+        *out = NULL;
+    }
+    return st;
 }
 
 /* The bytes go through pinned memory: the caller's may be reused at once, and nobody waits but when
