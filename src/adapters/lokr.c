@@ -56,11 +56,7 @@ static vel_ref first(vel_graph *g, const vel_ref *leaf)
 
 static vel_ref delta(vel_graph *g, const vel_adapter_site *s, const vel_ref *leaf)
 {
-    vel_ref w1 = first(g, leaf), w2 = second(g, leaf);
-    vel_shape one = vel_shape_at(g, w1), two = vel_shape_at(g, w2);
-    w1 = vel_reshape(g, w1, VEL_SHAPE(one.dim[0], 1, one.dim[1], 1));
-    w2 = vel_reshape(g, w2, VEL_SHAPE(1, two.dim[0], 1, two.dim[1]));
-    return vel_reshape(g, vel_mul(g, w1, w2), s->weight);
+    return vel_reshape(g, vel_kron(g, first(g, leaf), second(g, leaf)), s->weight);
 }
 
 /* As LyCORIS: w2, or the second of its factors, is zero. */

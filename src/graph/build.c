@@ -126,6 +126,11 @@ vel_ref vel_linear_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref 
     return vel_build(g, VEL_OP_linear, (vel_ref[]){x, w, bias, residual}, 4, &a);
 }
 
+vel_ref vel_kron(vel_graph *g, vel_ref a, vel_ref b)
+{
+    return build2(g, VEL_OP_kron, a, b, (vel_attr){0});
+}
+
 vel_ref vel_row_norm(vel_graph *g, vel_ref w, vel_ref d, bool columns, bool constant)
 {
     return build2(g, VEL_OP_row_norm, w, d, (vel_attr){.row_norm = {columns, constant}});
