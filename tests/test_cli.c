@@ -392,3 +392,14 @@ TEST(chart_smoothing)
     vel_chart_smooth(y, 5, 3, out);
     CHECK(fabs(out[0] - 1) < 1e-12 && fabs(out[3] - 1) < 1e-12 && out[4] > 1 && out[4] < 2);
 }
+
+/* Each kind of measurement once, as small as it goes. */
+TEST(cli_bench)
+{
+    EXPECT("bench step --model models/emoji-sd --width 64 --height 64 --rank 4 --repeats 1", 0,
+           "equal bits", "step: median");
+    EXPECT("bench unet --model models/emoji-sd --width 64 --height 64 --repeats 1 --profile", 0,
+           "by op:", "floor at");
+    EXPECT("bench op linear --shapes 40x64,32x64 --repeats 1", 0, "check: relative RMS error");
+    EXPECT("bench frobnicate", 1, "frobnicate", "vae_decode");
+}
