@@ -243,18 +243,20 @@ TEST(optimizers_go_on_from_a_state)
         char path[4200], again[4200], *bytes[2] = {NULL};
         size_t n[2];
         int64_t at = 0;
+        vel_loss_scaler saved = {3, 4, 5}, scaler = {0};
         snprintf(path, sizeof path, "%s/a.state", t->folder);
         snprintf(again, sizeof again, "%s/b.state", t->folder);
         for (int k = 0; k < 2; k++)
             open_bench(&b[k], t, names[i], NULL, true);
         step(&b[0], 0.01, 0);
         step(&b[0], 0.01, 1);
-        CHECK_OK(vel_state_save(t->ctx, b[0].e, path, 2, "settings"));
-        CHECK_OK(vel_state_load(t->ctx, b[1].e, path, "settings", &at));
+        CHECK_OK(vel_state_save(t->ctx, b[0].e, path, 2, "settings", &saved));
+        CHECK_OK(vel_state_load(t->ctx, b[1].e, path, "settings", &at, &scaler));
         CHECK(at == 2);
+        CHECK(scaler.scale == 3 && scaler.good == 4 && scaler.skips == 5);
         for (int k = 0; k < 2; k++) {
             step(&b[k], 0.01, 2);
-            CHECK_OK(vel_state_save(t->ctx, b[k].e, k ? again : path, 3, "settings"));
+            CHECK_OK(vel_state_save(t->ctx, b[k].e, k ? again : path, 3, "settings", &saved));
             CHECK_OK(vel_read_file(t->ctx, k ? again : path, 1 << 20, &bytes[k], &n[k]));
             vel_engine_destroy(b[k].e);
         }

@@ -252,6 +252,45 @@ TEST(train_starts_from_an_adapter)
     CHECK(train(t, &w, "wrong", settings) == VEL_BAD_VALUE && says(t, "--dim_from_weights"));
 }
 
+/* ---- loss scaling ---- */
+
+TEST(scaler_grows_and_shrinks)
+{
+    vel_loss_scaler s = {.scale = 1024};
+    CHECK(!vel_scaler_step(&s, false) && s.scale == 512 && s.skips == 1);
+    for (int i = 1; i < 2000; i++)
+        CHECK(vel_scaler_step(&s, true) && s.scale == 512);
+    CHECK(vel_scaler_step(&s, true) && s.scale == 1024 && s.good == 0);
+    vel_loss_scaler off = {0};
+    CHECK(vel_scaler_factor(&off) == 1 && vel_scaler_factor(&s) == 1024);
+}
+
+/* A power of two changes no digit of float32; a scale at which gradients overflow costs steps and
+ * leaves no trace in the file. */
+TEST(train_loss_scaling)
+{
+    static watch w;
+    CHECK_OK(train(t, &w, "plain", "steps=2"));
+    CHECK_OK(train(t, &w, "scaled", "steps=2 loss_scaling=yes"));
+    CHECK(strstr(w.log, "loss scaling: from 65536"));
+    CHECK(same_files(t, "plain/a.safetensors", "scaled/a.safetensors"));
+    CHECK_OK(train(t, &w, "over", "steps=4 loss_scaling=yes loss_scale=1e39"));
+    CHECK(strstr(w.log, "is skipped") && strstr(w.log, "were skipped"));
+    vel_safetensors *sf = open_result(t, "over/a.safetensors");
+    for (int i = 0; sf && i < vel_safetensors_count(sf); i++) {
+        const vel_file_tensor *tensor = vel_safetensors_at(sf, i);
+        for (int64_t k = 0; k < tensor->count; k++) {
+            float value;
+            vel_file_tensor_floats(tensor, k, 1, &value);
+            CHECK(isfinite(value));
+        }
+    }
+    vel_safetensors_close(sf);
+    CHECK_OK(train(t, &w, "half", "steps=2 loss_scaling=yes loss_scale=1e39"));
+    CHECK_OK(train(t, &w, "half", "steps=4 loss_scaling=yes loss_scale=1e39 resume=latest"));
+    CHECK(same_files(t, "over/a.safetensors", "half/a.safetensors"));
+}
+
 /* ---- what is learned ---- */
 
 TEST(train_objectives_run_and_resume)

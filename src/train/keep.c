@@ -123,7 +123,8 @@ static void read_old_points(train_session *s)
                              .seconds = vel_json_number(row, "seconds", NAN),
                              .grad_norm = vel_json_number(row, "grad_norm", NAN),
                              .validation = vel_json_number(row, "validation_loss", NAN),
-                             .d = vel_json_number(row, "d", 0)};
+                             .d = vel_json_number(row, "d", 0),
+                             .scale = vel_json_number(row, "loss_scale", 0)};
         if (row && p.step <= s->first_step)
             remember(s, &p);
         json_decref(row);
@@ -131,16 +132,28 @@ static void read_old_points(train_session *s)
     vel_free(s->ctx, text);
 }
 
+/* JSON knows no NaN: the loss of a step that was skipped is null. */
+static void write_number(FILE *f, const char *name, double value)
+{
+    if (isfinite(value))
+        fprintf(f, ", \"%s\": %.9g", name, value);
+    else
+        fprintf(f, ", \"%s\": null", name);
+}
+
 static void write_point(FILE *f, const vel_curve_point *p)
 {
-    fprintf(f,
-            "{\"step\": %" PRId64
-            ", \"loss\": %.9g, \"lr\": %.9g, \"grad_norm\": %.9g, \"seconds\": %.4f",
-            p->step, p->loss, p->lr, p->grad_norm, p->seconds);
+    fprintf(f, "{\"step\": %" PRId64, p->step);
+    write_number(f, "loss", p->loss);
+    write_number(f, "lr", p->lr);
+    write_number(f, "grad_norm", p->grad_norm);
+    fprintf(f, ", \"seconds\": %.4f", p->seconds);
     if (isfinite(p->validation))
         fprintf(f, ", \"validation_loss\": %.9g", p->validation);
     if (p->d > 0)
         fprintf(f, ", \"d\": %.9g", p->d);
+    if (p->scale > 0)
+        fprintf(f, ", \"loss_scale\": %.9g", p->scale);
     fprintf(f, "}\n");
 }
 
@@ -317,7 +330,10 @@ json_t *vel_keep_metadata(train_session *s)
     put(meta, "ss_gradient_checkpointing", "%s", o->gradient_checkpointing ? "True" : "False");
     put(meta, "ss_batch_size_per_device", "%d", o->batch);
     put(meta, "ss_total_batch_size", "%d", o->batch * o->accumulation);
-    put(meta, "ss_mixed_precision", "%s", vel_model_compute(s->model) == VEL_F32 ? "no" : "bf16");
+    put(meta, "ss_mixed_precision", "%s",
+        vel_model_compute(s->model) == VEL_F32   ? "no"
+        : vel_model_compute(s->model) == VEL_F16 ? "fp16"
+                                                 : "bf16");
     put(meta, "ss_seed", "%" PRId64, o->seed);
     put(meta, "ss_noise_offset", "%g", o->objective.noise_offset);
     if (o->objective.min_snr_gamma > 0)
@@ -432,7 +448,7 @@ vel_status vel_keep_save(train_session *s, bool last)
     char *file = last ? vel_keep_path(s, ending) : save_path(s, ending);
     if (!digest || !state || !file)
         return VEL_NO_MEMORY;
-    VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest));
+    VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest, &s->scaler));
     vel_engine *e = vel_model_engine(s->model);
     VEL_TRY(vel_engine_evaluate(e, true));
     vel_status st = export_result(s, file);
@@ -475,7 +491,8 @@ vel_status vel_keep_resume(train_session *s)
     }
     if (!path)
         return VEL_NO_MEMORY;
-    VEL_TRY(vel_state_load(s->ctx, vel_model_engine(s->model), path, digest, &s->first_step));
+    VEL_TRY(vel_state_load(s->ctx, vel_model_engine(s->model), path, digest, &s->first_step,
+                           &s->scaler));
     vel_log(s->ctx, 2, "resumed from %s at step %" PRId64, path, s->first_step);
     return VEL_OK;
 }

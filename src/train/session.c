@@ -380,8 +380,12 @@ static vel_status describe_plan(train_session *s)
     vel_prior_describe(s, &t);
     vel_status st = describe_memory(s, &t);
     vel_text_addf(&t, "device: %s, %s\n", vel_engine_describe(vel_model_engine(s->model)),
-                  vel_model_compute(s->model) == VEL_F32 ? "float32"
-                                                         : "bfloat16 with float32 masters");
+                  vel_model_compute(s->model) == VEL_F32   ? "float32"
+                  : vel_model_compute(s->model) == VEL_F16 ? "float16 with float32 masters"
+                                                           : "bfloat16 with float32 masters");
+    if (s->scaler.scale > 0)
+        vel_text_addf(&t, "loss scaling: from %g; steps that overflow are skipped\n",
+                      s->scaler.scale);
     s->plan_text = t.s ? vel_arena_strdup(s->arena, t.s) : NULL;
     vel_text_finish(&t);
     return st ? st : s->plan_text ? VEL_OK : VEL_NO_MEMORY;
@@ -439,31 +443,51 @@ static vel_status diverged(train_session *s, const vel_batch *b, const char *wha
                     where ? where : "");
 }
 
+/* What overflowed with a scaled loss says nothing against the training: the step is left out. */
+static vel_status skip_step(train_session *s, const vel_batch *b, const char *what, double value,
+                            double *loss, double *norm)
+{
+    *loss = *norm = NAN;
+    vel_scaler_step(&s->scaler, false);
+    if (s->scaler.scale < 1)
+        return diverged(s, b, what, value);
+    vel_log(s->ctx, 2, "step %" PRId64 ": the %s is %f: the step is skipped, the loss scale now %g",
+            s->step + 1, what, value, s->scaler.scale);
+    return VEL_OK;
+}
+
 /* One optimizer step; *loss is the mean over its batches. */
 static vel_status one_step(train_session *s, double *loss, double *norm)
 {
     const vel_train_options *o = s->o;
     vel_engine *e = vel_model_engine(s->model);
+    bool scaled = s->scaler.scale > 0;
+    double factor = vel_scaler_factor(&s->scaler);
     vel_batch b;
     *loss = 0;
     for (int k = 0; k < o->accumulation; k++) {
         double each;
         VEL_TRY(vel_feed_batch(s, s->step * o->accumulation + k, &b));
+        b.scale = factor;
         VEL_TRY(vel_trainer_run(s->trainer, &b, true, &each, NULL));
         if (!isfinite(each))
-            return diverged(s, &b, "loss", each);
+            return scaled ? skip_step(s, &b, "loss", each, loss, norm)
+                          : diverged(s, &b, "loss", each);
         *loss += each / o->accumulation;
         if (o->accumulation > 1)
             VEL_TRY(vel_engine_accumulate(e, k == 0));
     }
     if (o->accumulation > 1)
         VEL_TRY(vel_engine_take_accumulated(e, o->accumulation));
-    *norm = vel_engine_gradient_norm(e);
+    *norm = vel_engine_gradient_norm(e) / factor;
     if (!isfinite(*norm))
-        return diverged(s, &b, "gradient", *norm);
+        return scaled ? skip_step(s, &b, "gradient", *norm, loss, norm)
+                      : diverged(s, &b, "gradient", *norm);
+    if (scaled)
+        vel_scaler_step(&s->scaler, true);
     /* torch.nn.utils.clip_grad_norm_ */
     double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
-    VEL_TRY(vel_engine_update(e, clip, rate_of, s));
+    VEL_TRY(vel_engine_update(e, clip / factor, rate_of, s));
     if (o->scale_weight_norms > 0 && s->trained.n_adaptions)
         VEL_TRY(vel_train_limit_norms(s->model, s->sites, s->n_sites, o->scale_weight_norms));
     return o->use_ema ? vel_engine_average(e, vel_average_decay(o, s->step + 1)) : VEL_OK;
@@ -532,7 +556,8 @@ static vel_status step_until_done(train_session *s)
             VEL_TRY(freeze_text(s));
         VEL_TRY(one_step(s, &loss, &norm));
         s->step++;
-        smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;
+        if (isfinite(loss)) /* it is not where the step was skipped */
+            smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;
         vel_engine *e = vel_model_engine(s->model);
         vel_curve_point p = {s->step,
                              loss,
@@ -540,7 +565,8 @@ static vel_status step_until_done(train_session *s)
                              norm,
                              vel_now() - start,
                              NAN,
-                             vel_engine_optimizer_number(e, "d")};
+                             vel_engine_optimizer_number(e, "d"),
+                             s->scaler.scale};
         if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs)) {
             VEL_TRY(vel_engine_evaluate(e, true));
             VEL_TRY(vel_feed_validate(s, &p.validation));
@@ -563,6 +589,9 @@ static vel_status step_until_done(train_session *s)
                             s->step, s->steps);
         }
     }
+    if (s->scaler.skips)
+        vel_log(s->ctx, 2, "%" PRId64 " steps of %" PRId64 " were skipped; the loss scale is %g",
+                s->scaler.skips, s->steps, s->scaler.scale);
     VEL_TRY(vel_keep_open_log(s));
     return vel_keep_save(s, true);
 }
@@ -611,6 +640,9 @@ static vel_status run_session(train_session *s)
     VEL_TRY(vel_look_prepare(s));
     VEL_TRY(count_steps(s));
     VEL_TRY(choose_course(s));
+    if (strcmp(o->loss_scaling, "yes") == 0 ||
+        (strcmp(o->loss_scaling, "auto") == 0 && vel_model_compute(s->model) == VEL_F16))
+        s->scaler.scale = o->loss_scale;
     VEL_TRY(register_trainables(s));
     VEL_TRY(state_plan(s));
     if (o->dry_run)

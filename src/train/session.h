@@ -39,6 +39,7 @@ typedef struct train_session {
     vel_trainer *trainer;
     vel_optimizer_choice optimizer;
     vel_lr_course course;
+    vel_loss_scaler scaler;
 
     /* arithmetic, in optimizer steps and batches */
     int64_t steps, first_step, step, batches_per_epoch, steps_per_epoch;

@@ -85,27 +85,38 @@ static vel_status gather(state_file *f)
     return VEL_OK;
 }
 
-static json_t *describe(vel_engine *e, int64_t step, const char *digest)
+/* With every bit. */
+static void put_number(json_t *meta, const char *of, const char *what, double value)
+{
+    char name[64], text[64];
+    snprintf(name, sizeof name, "%s.%s", of, what);
+    snprintf(text, sizeof text, "%a", value);
+    json_object_set_new(meta, name, json_string(text));
+}
+
+static json_t *describe(vel_engine *e, int64_t step, const char *digest,
+                        const vel_loss_scaler *scaler)
 {
     json_t *meta = json_pack("{s:s, s:o, s:s}", "format", state_format, "step",
                              json_sprintf("%" PRId64, step), "settings", digest);
     vel_optimizer_number *numbers = vel_engine_optimizer_numbers(e);
-    for (int i = 0; meta && i < VEL_OPTIMIZER_NUMBERS; i++) {
-        char name[64], value[64];
-        snprintf(name, sizeof name, "optimizer.%s", numbers[i].name);
-        snprintf(value, sizeof value, "%a", numbers[i].value); /* every bit */
-        json_object_set_new(meta, name, json_string(value));
+    for (int i = 0; meta && i < VEL_OPTIMIZER_NUMBERS; i++)
+        put_number(meta, "optimizer", numbers[i].name, numbers[i].value);
+    if (meta) {
+        put_number(meta, "loss", "scale", scaler->scale);
+        put_number(meta, "loss", "good_steps", (double)scaler->good);
+        put_number(meta, "loss", "skipped_steps", (double)scaler->skips);
     }
     return meta;
 }
 
 vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
-                          const char *digest)
+                          const char *digest, const vel_loss_scaler *scaler)
 {
     state_file f = {.ctx = ctx, .e = e, .path = path, .a = vel_arena_create(ctx)};
     int most = vel_engine_trainables(e) * (2 + VEL_MOST_STATES);
     f.tensors = f.a ? vel_arena_alloc(f.a, (size_t)most * sizeof *f.tensors) : NULL;
-    json_t *meta = describe(e, step, digest);
+    json_t *meta = describe(e, step, digest, scaler);
     vel_status st = f.tensors && meta ? gather(&f) : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = vel_safetensors_save(ctx, path, f.tensors, f.n, meta);
@@ -143,7 +154,21 @@ static vel_status load_tensor(vel_engine *e, vel_safetensors *sf, const char *ve
     return st;
 }
 
-static vel_status load_tensors(vel_engine *e, vel_safetensors *sf)
+static vel_status take_number(vel_engine *e, vel_safetensors *sf, const char *of, const char *what,
+                              double *out)
+{
+    char name[64], *end;
+    snprintf(name, sizeof name, "%s.%s", of, what);
+    const char *text = vel_safetensors_meta(sf, name);
+    double value = text ? strtod(text, &end) : 0;
+    if (!text || *end || end == text || !isfinite(value))
+        return vel_fail(vel_engine_ctx(e), VEL_BAD_FILE, "%s: '%s' is missing or no number",
+                        vel_safetensors_path(sf), name);
+    *out = value;
+    return VEL_OK;
+}
+
+static vel_status load_tensors(vel_engine *e, vel_safetensors *sf, vel_loss_scaler *scaler)
 {
     for (int i = 0; i < vel_engine_trainables(e); i++) {
         const vel_trainable *t = vel_engine_trainable_at(e, i);
@@ -158,21 +183,19 @@ static vel_status load_tensors(vel_engine *e, vel_safetensors *sf)
                 VEL_TRY(load_tensor(e, sf, v.name, t, 0, &v));
     }
     vel_optimizer_number *numbers = vel_engine_optimizer_numbers(e);
-    for (int i = 0; i < VEL_OPTIMIZER_NUMBERS; i++) {
-        char name[64], *end;
-        snprintf(name, sizeof name, "optimizer.%s", numbers[i].name);
-        const char *text = vel_safetensors_meta(sf, name);
-        double value = text ? strtod(text, &end) : 0;
-        if (!text || *end || end == text || !isfinite(value))
-            return vel_fail(vel_engine_ctx(e), VEL_BAD_FILE, "%s: '%s' is missing or no number",
-                            vel_safetensors_path(sf), name);
-        numbers[i].value = value;
-    }
+    for (int i = 0; i < VEL_OPTIMIZER_NUMBERS; i++)
+        VEL_TRY(take_number(e, sf, "optimizer", numbers[i].name, &numbers[i].value));
+    double good, skips;
+    VEL_TRY(take_number(e, sf, "loss", "scale", &scaler->scale));
+    VEL_TRY(take_number(e, sf, "loss", "good_steps", &good));
+    VEL_TRY(take_number(e, sf, "loss", "skipped_steps", &skips));
+    scaler->good = (int64_t)VEL_MAX(0, VEL_MIN(good, 1e15));
+    scaler->skips = (int64_t)VEL_MAX(0, VEL_MIN(skips, 1e15));
     return VEL_OK;
 }
 
 vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
-                          int64_t *step)
+                          int64_t *step, vel_loss_scaler *scaler)
 {
     vel_safetensors *sf;
     VEL_TRY(vel_safetensors_open(ctx, path, &sf));
@@ -187,7 +210,7 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
                       "resume with the same, or start anew in another --output_dir",
                       path, settings, digest);
     else
-        st = load_tensors(e, sf);
+        st = load_tensors(e, sf, scaler);
     if (st == VEL_OK)
         *step = strtoll(at, NULL, 10);
     vel_safetensors_close(sf);

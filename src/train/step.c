@@ -254,7 +254,10 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     VEL_TRY(vel_plan_set(p, "latent", t->noisy, bytes));
     VEL_TRY(vel_plan_set(p, "target", t->target, bytes));
     VEL_TRY(vel_plan_set(p, "time", time, per));
-    VEL_TRY(vel_plan_set(p, "weight", b->weight, per));
+    float weight[VEL_COUNT(time)];
+    for (int i = 0; i < b->n; i++)
+        weight[i] = b->weight[i] * (float)(b->scale > 0 ? b->scale : 1);
+    VEL_TRY(vel_plan_set(p, "weight", weight, per));
     if (t->o.masked)
         VEL_TRY(vel_plan_set(p, "mask", b->mask, bytes / (size_t)t->channels));
     if (vel_objective_has_huber(&t->o.objective)) {
@@ -281,7 +284,7 @@ vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, do
     VEL_TRY(vel_plan_run(p));
     float value;
     VEL_TRY(vel_plan_get(p, "loss", &value, 1));
-    *loss = value;
+    *loss = value / (b->scale > 0 ? b->scale : 1);
     return per_sample ? vel_plan_get(p, "per_sample", per_sample, b->n) : VEL_OK;
 }
 

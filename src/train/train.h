@@ -8,6 +8,7 @@
 #include "data/data.h"
 #include "sample/sample.h"
 #include "train/objective.h"
+#include "train/scaler.h"
 
 /* Settings of `velatura train`; src/params_train.c has a row for each field. Strings are borrowed.
  */
@@ -65,6 +66,8 @@ typedef struct vel_train_options {
     int lr_cycles;
     double lr_power, lr_decay, lr_min_ratio;
     int lr_timescale;
+    const char *loss_scaling; /* "auto": where float16 is computed */
+    double loss_scale;        /* the first */
     const char *lr_rules;
     int batch, accumulation, steps, epochs;
     int64_t seed;
@@ -134,6 +137,7 @@ typedef struct vel_batch {   /* what a step learns from, host memory */
     const float *context;    /* [n, length, width]; unused where the text encoder is trained */
     const int32_t *ids;      /* [n, length]; used then */
     const float *weight;     /* [n] weight of each sample's loss */
+    double scale;            /* of the gradient: loss scaling; 0: 1 */
     int32_t seed[2];         /* of dropout */
     /* The last n_base samples are to get what the unchanged model predicts for their noisy latent
      * under base_context [n_base, length, width]. */
@@ -207,9 +211,9 @@ vel_status vel_train_limit_norms(vel_model *m, const vel_adapter_site *sites, in
 /* Trainable values, the optimizer's state and the step, in one safetensors file. digest: settings
  * that must be equal on resume. */
 vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
-                          const char *digest);
+                          const char *digest, const vel_loss_scaler *scaler);
 vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
-                          int64_t *step);
+                          int64_t *step, vel_loss_scaler *scaler);
 /* The trained values as an adapter file; words (which are taken) lie in it where the dialect has
  * room for them. */
 vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, vel_word *words,
@@ -228,6 +232,7 @@ typedef struct vel_curve_point {
     double loss, lr, grad_norm, seconds;
     double validation; /* NaN where it was not measured */
     double d;          /* Prodigy's estimate; 0 with other optimizers */
+    double scale;      /* of the loss; 0 where it is not scaled */
 } vel_curve_point;
 
 typedef struct vel_report_sheet {
