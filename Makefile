@@ -84,7 +84,7 @@ CLI_OBJ := $(CLI_SRC:%.c=$(OBJ)/%.o)
 TEST_SRC := $(wildcard tests/*.c)
 TEST_OBJ := $(TEST_SRC:%.c=$(OBJ)/%.o)
 
-.PHONY: all test clean layers format size objects fault fuzz aarch64 cuda
+.PHONY: all test test-gpu clean layers format size objects fault fuzz aarch64 cuda
 all: $(BUILD)/velatura
 objects: $(LIB_OBJ) $(CLI_OBJ)
 
@@ -148,6 +148,12 @@ PATTERN ?=
 SKIP ?=
 test: $(BUILD)/run-tests $(BUILD)/velatura
 	$(TEST_ENV) $(BUILD)/run-tests --program $(BUILD)/velatura $(if $(SKIP),--skip '$(SKIP)') $(if $(PATTERN),'$(PATTERN)')
+# On a GPU: its kernels against the op table in three types, with the libraries and without, the
+# optimizer against the CPU's, then the goldens of the model and of training.
+DEVICE ?= cuda
+test-gpu: $(BUILD)/run-tests $(BUILD)/velatura $(BUILD)/libvelatura-cuda.so
+	$(TEST_ENV) VELATURA_TEST_DEVICE=$(DEVICE) $(BUILD)/run-tests --program $(BUILD)/velatura 'gpu_*'
+	$(BUILD)/velatura check-golden tests/golden/emoji-sd --model models/emoji-sd
 # Each test once for each of its allocations that fails, at most MOST of them, evenly spread; MOST=0: all.
 # Left out: tests of single kernels, which allocate nothing but what the test itself compares.
 MOST ?= 40

@@ -7,9 +7,9 @@ turn of ours is a process of its own, PyTorch's cases share one a turn (it is sl
 ranges and ratios are printed and kept in bench/results/<gpu>-<date>.json with the driver, the versions and
 the commands. The folders with the shapes of SD 1.5 and SDXL are made in --models by tools/make_sd15.py.
 
-"peak" is the most memory of the card in use while the process ran, as nvidia-smi sees it, less what was in
-use before: each program's context and libraries included. PyTorch's own peak (max_memory_allocated) is
-kept beside it. "first" is the time to the end of the first run: ours from the start of the process,
+"peak" is the most memory of the card in use, each program's context and libraries included: ours as
+nvidia-smi sees it while the process runs, less what was in use before; PyTorch's as it stands at the end of
+a case, when its allocator still holds all that it took. Its max_memory_allocated is kept beside it. "first" is the time to the end of the first run: ours from the start of the process,
 PyTorch's from the start of making the model in a process that has its imports done, plus these imports.
 """
 import argparse
@@ -120,24 +120,21 @@ def run_ours(args, model, c):
 
 
 def run_peer(args, model, cases, mode):
-    """{case: turn}; each case has a process of its own when its peak is wanted, else they share one."""
-    found = {}
-    groups = [[c] for c in cases] if args.peaks else [cases]
-    for group in groups:
-        spec = {"model": model, "cases": group, "modes": [mode], "repeats": args.repeats}
-        text, peak = run_child(args, [args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), json.dumps(spec)])
-        ready = 0
-        for line in text.splitlines():
-            if not line.startswith("{"):
-                continue
-            turn = json.loads(line)
-            ready = turn.get("ready", ready)
-            if "failed" in turn:
-                print(f"PyTorch, {turn['case']}, {mode}: {turn['failed']}", flush=True)
-            elif "case" in turn:
-                turn["first"] += ready
-                turn["peak"] = peak if len(group) == 1 else turn["reserved"]
-                found[turn["case"]] = turn
+    """{case: turn}, all in one process."""
+    found, ready = {}, 0
+    spec = {"model": model, "cases": cases, "modes": [mode], "repeats": args.repeats}
+    text, _ = run_child(args, [args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), json.dumps(spec)])
+    for line in text.splitlines():
+        if not line.startswith("{"):
+            continue
+        turn = json.loads(line)
+        ready = turn.get("ready", ready)
+        if "failed" in turn:
+            print(f"PyTorch, {turn['case']}, {mode}: {turn['failed']}", flush=True)
+        elif "case" in turn:
+            turn["first"] += ready
+            turn["peak"] = turn["used"]
+            found[turn["case"]] = turn
     return found
 
 
@@ -232,7 +229,6 @@ def parse():
     parser.add_argument("--rounds", type=int, default=2, help="2: A B A B")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, once, at the end")
     parser.add_argument("--no_peer", action="store_true", help="only this program")
-    parser.add_argument("--peaks", action="store_true", help="a process for each of PyTorch's cases")
     parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one process")
     parser.add_argument("--output", help="JSON file [bench/results/<gpu>-<date>.json]")

@@ -4,7 +4,9 @@ The argument is a JSON object: model (sd15, sdxl), cases (a list of name, kind, 
 precision, checkpointing), modes (of eager, compile), repeats. Every case is run in every mode, eager
 first, and one line of JSON is printed for each: the times of `repeats` runs after some to warm up, the
 seconds from BENCH_START (the parent's monotonic clock when it started this process) to the end of the
-case's first run, and the most memory that PyTorch's allocator gave out and held.
+case's first run, the most memory that PyTorch's allocator gave out, and the memory of the card in use
+when the case ends, the context included (all that the allocator ever held for it; nothing else may run
+on the card).
 
 The models have the true shapes and random values, made on the GPU. fp16 and bf16 are done as the training
 scripts of diffusers do them: frozen weights in that type, the adapter in float32 under autocast, fp16 with
@@ -115,9 +117,10 @@ def measure(model, case, mode, repeats):
     first = time.monotonic()
     for _ in range(3):
         run.timed()
-    return {"case": case["name"], "mode": mode, "times": [run.timed() for _ in range(repeats)],
-            "first": first - before, "allocated": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved()}
+    times = [run.timed() for _ in range(repeats)]
+    free, total = torch.cuda.mem_get_info()  # what the allocator holds stays held: this is the peak
+    return {"case": case["name"], "mode": mode, "times": times, "first": first - before,
+            "allocated": torch.cuda.max_memory_allocated(), "used": total - free}
 
 
 def main():

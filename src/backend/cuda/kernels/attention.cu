@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     load_tile<T, DP, BK, THREADS>(sv, v, g.row, g.keys, g.d, g.vectors);
     copies_end();
 
-    float o[DP / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    float o[1][DP / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     int mine = first + warp * 16 + ((threadIdx.x & 31) >> 2); /* this lane's first query */
     for (int j = 0; j < tiles; j++) {
         const T *tk = sk + (j & 1) * TILE, *tv = sv + (j & 1) * TILE;
@@ -115,16 +115,16 @@ __global__ void __launch_bounds__(32 * WARPS)
             copies_wait<0>();
         }
         __syncthreads();
-        float s[BK / 8][4] = {};
+        float s[1][BK / 8][4] = {};
         multiply_tiles<T, DP, BK>(s, sq + warp * 16 * STEP, tk);
 #pragma unroll
         for (int n = 0; n < BK / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                s[n][i] *= g.scale;
+                s[0][n][i] *= g.scale;
         if (bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first))
-            mask_scores<BK>(s, g, mine, j * BK, bias);
-        next_scores<DP, BK>(s, o, top, sum);
+            mask_scores<BK>(s[0], g, mine, j * BK, bias);
+        next_scores<DP, BK>(s[0], o[0], top, sum);
         multiply_result<T, DP, BK>(o, s, tv);
         __syncthreads();
     }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     }
     int begin = first + warp * 16;
     store_result<T, DP>(out + item * g.batch_q + begin * g.row + head * g.d, g.row,
-                        g.queries - begin, g.d, g.vectors, o, by);
+                        g.queries - begin, g.d, g.vectors, o[0], by);
 }
 
 /* delta[b, head, t] = sum of dout * out over the head: a warp each. */
@@ -213,15 +213,15 @@ __device__ __forceinline__ void store_floats(float *to, int64_t row, int real, i
         }
 }
 
-/* dk and dv: a block has 16 keys per warp, as the rows of its results, and walks over queries of its
+/* dk and dv: a block has MT * 16 keys per warp, as the rows of its results, and walks over queries of its
  * part. ds lacks the scale until the end. */
-template <typename T, int DP, int BQ, int WARPS>
+template <typename T, int DP, int BQ, int WARPS, int MT>
 __global__ void __launch_bounds__(32 * WARPS)
     attention_grad_keys_kernel(const T *q, const T *k, const T *v, const float *bias,
                                const float *lse, const T *dout, const float *delta, T *dk, T *dv,
                                float *parts, geometry g, int splits, int each, float out_scale)
 {
-    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BK = 16 * WARPS, TILE = BQ * STEP;
+    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BK = 16 * MT * WARPS, TILE = BQ * STEP;
     extern __shared__ __align__(16) char memory[];
     T *sk = (T *)memory, *sv = sk + BK * STEP, *sq = sv + BK * STEP, *sd = sq + 2 * TILE;
     float *rows = (float *)(sd + 2 * TILE); /* [2][lse, delta][BQ] */
@@ -251,12 +251,12 @@ __global__ void __launch_bounds__(32 * WARPS)
         load_row_numbers<BQ, THREADS>(rows + slot * 2 * BQ, lse + at, delta + at, end - at);
         copies_end();
     };
-    float ak[DP / 8][4] = {}, av[DP / 8][4] = {};
-    int mine = first + warp * 16 + (lane >> 2); /* this lane's first key */
-    float add[2] = {0, 0};
+    float ak[MT][DP / 8][4] = {}, av[MT][DP / 8][4] = {};
+    int own = warp * 16 * MT, mine = first + own + (lane >> 2); /* this lane's first key */
+    float add[MT][2] = {};
     if (bias)
-        for (int half = 0; half < 2; half++)
-            add[half] = mine + half * 8 < g.keys ? bias[mine + half * 8] * log2e : 0;
+        for (int i = 0; i < 2 * MT; i++)
+            add[i >> 1][i & 1] = mine + i * 8 < g.keys ? bias[mine + i * 8] * log2e : 0;
     if (begin < end)
         load_queries(begin, 0);
     for (int at = begin, slot = 0; at < end; at += BQ, slot ^= 1) {
@@ -269,29 +269,34 @@ __global__ void __launch_bounds__(32 * WARPS)
         __syncthreads();
         const T *tq = sq + slot * TILE, *td = sd + slot * TILE;
         const float *row_lse = rows + slot * 2 * BQ, *row_delta = row_lse + BQ;
-        float s[BQ / 8][4] = {}, dp[BQ / 8][4] = {};
-        multiply_tiles<T, DP, BQ>(s, sk + warp * 16 * STEP, tq);
-        multiply_tiles<T, DP, BQ>(dp, sv + warp * 16 * STEP, td);
+        float s[MT][BQ / 8][4] = {}, dp[MT][BQ / 8][4] = {};
+        multiply_tiles<T, DP, BQ>(s, sk + own * STEP, tq);
+        multiply_tiles<T, DP, BQ>(dp, sv + own * STEP, td);
         bool edge = g.causal && at < first + BK;
-        turn_scores<BQ>(s, dp, g.scale, add, row_lse, row_delta, edge ? mine - at : -BK);
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+            turn_scores<BQ>(s[m], dp[m], g.scale, add[m], row_lse, row_delta,
+                            edge ? mine + m * 16 - at : -BK);
         multiply_result<T, DP, BQ>(av, s, td);
         multiply_result<T, DP, BQ>(ak, dp, tq);
         __syncthreads();
     }
     copies_wait<0>();
-    int out_row = first + warp * 16;
     float one[2] = {1, 1}, scales[2] = {out_scale, out_scale};
-    int64_t place = item * g.batch_k + out_row * g.row + head * g.d;
-    if (splits == 1) {
-        store_result<T, DP>(dk + place, g.row, g.keys - out_row, g.d, g.vectors, ak, scales);
-        store_result<T, DP>(dv + place, g.row, g.keys - out_row, g.d, g.vectors, av, one);
-        return;
+    int64_t whole = (int64_t)g.batch * g.batch_k; /* parts [splits][dk, dv][batch, keys, row] */
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        int row = first + own + m * 16, real = g.keys - row;
+        int64_t place = item * g.batch_k + row * g.row + head * g.d;
+        if (splits == 1) {
+            store_result<T, DP>(dk + place, g.row, real, g.d, g.vectors, ak[m], scales);
+            store_result<T, DP>(dv + place, g.row, real, g.d, g.vectors, av[m], one);
+        } else {
+            float *to = parts + split * 2 * whole + place;
+            store_floats<DP>(to, g.row, real, g.d, ak[m], out_scale);
+            store_floats<DP>(to + whole, g.row, real, g.d, av[m], 1);
+        }
     }
-    /* parts [splits][dk, dv][batch, keys, row] */
-    int64_t whole = (int64_t)g.batch * g.batch_k;
-    parts += split * 2 * whole + place;
-    store_floats<DP>(parts, g.row, g.keys - out_row, g.d, ak, out_scale);
-    store_floats<DP>(parts + whole, g.row, g.keys - out_row, g.d, av, 1);
 }
 
 template <typename T>
@@ -307,13 +312,13 @@ __global__ void __launch_bounds__(256)
     (at < whole ? dk : dv - whole)[at] = from_float<T>(sum);
 }
 
-template <typename T, int DP, int BK, int WARPS>
+template <typename T, int DP, int BK, int WARPS, int MT>
 __global__ void __launch_bounds__(32 * WARPS)
     attention_grad_queries_kernel(const T *q, const T *k, const T *v, const float *bias,
                                   const float *lse, const T *dout, const float *delta, T *dq,
                                   geometry g, float out_scale)
 {
-    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * WARPS, TILE = BK * STEP;
+    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * MT * WARPS, TILE = BK * STEP;
     extern __shared__ __align__(16) char memory[];
     T *sq = (T *)memory, *sd = sq + BQ * STEP, *sk = sd + BQ * STEP, *sv = sk + 2 * TILE;
     int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * BQ, warp = threadIdx.x >> 5;
@@ -331,15 +336,16 @@ __global__ void __launch_bounds__(32 * WARPS)
     load_tile<T, DP, BK, THREADS>(sv, v, g.row, g.keys, g.d, g.vectors);
     copies_end();
 
-    int mine = first + warp * 16 + (lane >> 2);
-    float row_lse[2], row_delta[2];
-    for (int half = 0; half < 2; half++) {
-        int64_t at = ((int64_t)item * g.heads + head) * g.queries + mine + half * 8;
-        bool real = mine + half * 8 < g.queries;
-        row_lse[half] = real ? lse[at] * log2e : INFINITY;
-        row_delta[half] = real ? delta[at] : 0;
+    int own = warp * 16 * MT, mine = first + own + (lane >> 2);
+    float row_lse[2 * MT], row_delta[2 * MT];
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        int64_t at = ((int64_t)item * g.heads + head) * g.queries + mine + i * 8;
+        bool real = mine + i * 8 < g.queries;
+        row_lse[i] = real ? lse[at] * log2e : INFINITY;
+        row_delta[i] = real ? delta[at] : 0;
     }
-    float aq[DP / 8][4] = {};
+    float aq[MT][DP / 8][4] = {};
     for (int j = 0; j < tiles; j++) {
         const T *tk = sk + (j & 1) * TILE, *tv = sv + (j & 1) * TILE;
         if (j + 1 < tiles) {
@@ -354,28 +360,36 @@ __global__ void __launch_bounds__(32 * WARPS)
             copies_wait<0>();
         }
         __syncthreads();
-        float s[BK / 8][4] = {}, dp[BK / 8][4] = {};
-        multiply_tiles<T, DP, BK>(s, sq + warp * 16 * STEP, tk);
-        multiply_tiles<T, DP, BK>(dp, sd + warp * 16 * STEP, tv);
+        float s[MT][BK / 8][4] = {}, dp[MT][BK / 8][4] = {};
+        multiply_tiles<T, DP, BK>(s, sq + own * STEP, tk);
+        multiply_tiles<T, DP, BK>(dp, sd + own * STEP, tv);
+        bool masked = bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first);
 #pragma unroll
-        for (int n = 0; n < BK / 8; n++)
+        for (int m = 0; m < MT; m++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                s[n][i] *= g.scale;
-        if (bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first))
-            mask_scores<BK>(s, g, mine, j * BK, bias);
+            for (int n = 0; n < BK / 8; n++)
 #pragma unroll
-        for (int n = 0; n < BK / 8; n++)
+                for (int i = 0; i < 4; i++)
+                    s[m][n][i] *= g.scale;
+            if (masked)
+                mask_scores<BK>(s[m], g, mine + m * 16, j * BK, bias);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                dp[n][i] = exp2f(s[n][i] - row_lse[i >> 1]) * (dp[n][i] - row_delta[i >> 1]);
+            for (int n = 0; n < BK / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    dp[m][n][i] = exp2f(s[m][n][i] - row_lse[2 * m + (i >> 1)]) *
+                                  (dp[m][n][i] - row_delta[2 * m + (i >> 1)]);
+        }
         multiply_result<T, DP, BK>(aq, dp, tk);
         __syncthreads();
     }
-    int begin = first + warp * 16;
     float scales[2] = {out_scale, out_scale};
-    store_result<T, DP>(dq + item * g.batch_q + begin * g.row + head * g.d, g.row,
-                        g.queries - begin, g.d, g.vectors, aq, scales);
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        int row = first + own + m * 16;
+        store_result<T, DP>(dq + item * g.batch_q + row * g.row + head * g.d, g.row,
+                            g.queries - row, g.d, g.vectors, aq[m], scales);
+    }
 }
 #endif
 
@@ -403,12 +417,25 @@ static geometry geometry_of(vel_cu_attention a, const void *const *pointers, int
     return g;
 }
 
-enum { BACK_WARPS = 4, BACK_BLOCK = 16 * BACK_WARPS, MANY_BLOCKS = 264, MAX_SPLITS = 16 };
+enum { BACK_WARPS = 4, MANY_BLOCKS = 264, MAX_SPLITS = 16 };
 
-/* Queries of a tile of the walk that makes dk and dv: what its registers allow. */
+/* What the registers of the backward walks allow: rows of 16 a warp, and of the other side's tile
+ * in the walk for dk and dv, and in that for dq. */
+static constexpr int back_rows(int dp)
+{
+    return dp <= 64 ? 2 : 1;
+}
+static constexpr int back_block(int dp)
+{
+    return 16 * BACK_WARPS * back_rows(dp);
+}
 static constexpr int back_queries(int dp)
 {
-    return dp <= 80 ? 64 : dp <= 128 ? 32 : 16;
+    return dp <= 64 ? 32 : dp <= 80 ? 64 : dp <= 128 ? 32 : 16;
+}
+static constexpr int back_keys(int dp)
+{
+    return dp <= 80 ? 64 : 32;
 }
 
 static int padded_width(int d)
@@ -423,8 +450,8 @@ static int padded_width(int d)
 /* Parts of the walk over queries, so that few keys still fill the card. */
 static int splits_of(vel_cu_attention a)
 {
-    int64_t blocks = blocks_for(a.keys, BACK_BLOCK) * (int64_t)a.heads * a.batch;
-    int tile = back_queries(padded_width(a.width));
+    int dp = padded_width(a.width), tile = back_queries(dp);
+    int64_t blocks = blocks_for(a.keys, back_block(dp)) * (int64_t)a.heads * a.batch;
     int64_t tiles = (a.queries + tile - 1) / tile, n = MANY_BLOCKS / blocks;
     n = n > tiles ? tiles : n;
     return (int)(n > MAX_SPLITS ? MAX_SPLITS : n < 1 ? 1 : n);
@@ -456,18 +483,19 @@ static void backward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q,
                      const T *v, const float *bias, const T *out, const float *lse, const T *dout,
                      T *dq, T *dk, T *dv, float *scratch)
 {
-    constexpr int QUERIES = back_queries(DP), KEYS = DP <= 80 ? 64 : 32, THREADS = 32 * BACK_WARPS;
+    constexpr int QUERIES = back_queries(DP), KEYS = back_keys(DP), MT = back_rows(DP);
+    constexpr int THREADS = 32 * BACK_WARPS, BLOCK = back_block(DP);
     int64_t rows = a.batch * a.heads * a.queries, whole = a.batch * g.batch_k;
     int64_t tiles = (a.queries + QUERIES - 1) / QUERIES;
     int splits = splits_of(a), each = (int)((tiles + splits - 1) / splits) * QUERIES;
     float *delta = scratch, *parts = scratch + (rows + 3) / 4 * 4;
-    size_t over_q = sizeof(T) * (DP + 8) * (2 * BACK_BLOCK + 4 * KEYS);
-    size_t over_k = sizeof(T) * (DP + 8) * (2 * BACK_BLOCK + 4 * QUERIES) + 16 * QUERIES;
-    dim3 grid_q(blocks_for(a.queries, BACK_BLOCK), (unsigned)a.heads, (unsigned)a.batch);
-    dim3 grid_k(blocks_for(a.keys, BACK_BLOCK), (unsigned)a.heads, (unsigned)(a.batch * splits));
+    size_t over_q = sizeof(T) * (DP + 8) * (2 * BLOCK + 4 * KEYS);
+    size_t over_k = sizeof(T) * (DP + 8) * (2 * BLOCK + 4 * QUERIES) + 16 * QUERIES;
+    dim3 grid_q(blocks_for(a.queries, BLOCK), (unsigned)a.heads, (unsigned)a.batch);
+    dim3 grid_k(blocks_for(a.keys, BLOCK), (unsigned)a.heads, (unsigned)(a.batch * splits));
 #ifdef VEL_CU_TENSOR
-    auto queries = attention_grad_queries_kernel<T, DP, KEYS, BACK_WARPS>;
-    auto keys = attention_grad_keys_kernel<T, DP, QUERIES, BACK_WARPS>;
+    auto queries = attention_grad_queries_kernel<T, DP, KEYS, BACK_WARPS, MT>;
+    auto keys = attention_grad_keys_kernel<T, DP, QUERIES, BACK_WARPS, MT>;
     allow_shared(queries, over_q);
     allow_shared(keys, over_k);
     attention_delta_kernel<T><<<blocks_for(rows, 8), 256, 0, s>>>(out, dout, delta, g, rows);

@@ -20,7 +20,7 @@ struct wide {
 
 /* The scores [16, 32] of a warp's queries and half of a tile's keys, masked, as exponents of 2. */
 template <typename T, int DP>
-__device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide &g, const T *tq,
+__device__ __forceinline__ void wide_scores(float (&s)[1][4][4], const wide &g, const T *tq,
                                             const T *tk, int query, int key, const float *bias)
 {
     multiply_tiles<T, DP, 32>(s, tq, tk);
@@ -30,11 +30,11 @@ __device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide &g, con
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int at = key + n * 8 + column + (i & 1);
-            s[n][i] *= g.scale;
+            s[0][n][i] *= g.scale;
             if (at >= g.keys || (g.causal && at > query + (i >> 1) * 8))
-                s[n][i] = -INFINITY;
+                s[0][n][i] = -INFINITY;
             else if (bias)
-                s[n][i] += bias[at] * 1.44269504f;
+                s[0][n][i] += bias[at] * 1.44269504f;
         }
 }
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         copies_end();
         copies_wait<1>(); /* the keys are here */
         __syncthreads();
-        float s[4][4] = {};
+        float s[1][4][4] = {};
         wide_scores<T, DP>(s, g, sq + rows * STEP, sk + side * 32 * STEP, first + at[0],
                            j * KEYS + side * 32, bias);
         float most[2] = {-INFINITY, -INFINITY};
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int n = 0; n < 4; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                most[i >> 1] = fmaxf(most[i >> 1], s[n][i]);
+                most[i >> 1] = fmaxf(most[i >> 1], s[0][n][i]);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             most[half] = quad_max(most[half]);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             top[half] = m;
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                float a = exp2f(s[n][2 * half] - from), b = exp2f(s[n][2 * half + 1] - from);
+                float a = exp2f(s[0][n][2 * half] - from), b = exp2f(s[0][n][2 * half + 1] - from);
                 part += a + b;
                 *reinterpret_cast<uint32_t *>(
                     sp + at[half] * P_STEP + side * 32 + n * 8 + (lane & 3) * 2) = pack_pair<T>(a, b);

@@ -109,44 +109,56 @@ template <typename T, int STEP> __device__ __forceinline__ const T *right_place(
     return p + ((lane & 7) + (lane >> 4) * 8) * STEP + ((lane >> 3) & 1) * 8;
 }
 
-/* c [16, N] += a [16, DP] b [N, DP]^T, both tiles in shared memory; a begins at the warp's rows. */
-template <typename T, int DP, int N>
-__device__ __forceinline__ void multiply_tiles(float (&c)[N / 8][4], const T *a, const T *b)
+/* c [MT * 16, N] += a [MT * 16, DP] b [N, DP]^T, both tiles in shared memory; a begins at the warp's
+ * rows. Each piece of b is read once for all MT. */
+template <typename T, int DP, int N, int MT>
+__device__ __forceinline__ void multiply_tiles(float (&c)[MT][N / 8][4], const T *a, const T *b)
 {
     constexpr int STEP = DP + 8;
     const T *left = left_place<T, STEP>(a), *right = right_place<T, STEP>(b);
 #pragma unroll
     for (int k = 0; k < DP / 16; k++) {
-        uint32_t x[4], y[4];
-        load_matrices(x, left + k * 16);
+        uint32_t x[MT][4], y[4];
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+            load_matrices(x[m], left + m * 16 * STEP + k * 16);
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             load_matrices(y, right + n * 16 * STEP + k * 16);
-            multiply_add<T>(c[2 * n], x, y[0], y[1]);
-            multiply_add<T>(c[2 * n + 1], x, y[2], y[3]);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                multiply_add<T>(c[m][2 * n], x[m], y[0], y[1]);
+                multiply_add<T>(c[m][2 * n + 1], x[m], y[2], y[3]);
+            }
         }
     }
 }
 
-/* c [16, DP] += p [16, N] b [N, DP], p a result in registers, rounded to T. */
-template <typename T, int DP, int N>
-__device__ __forceinline__ void multiply_result(float (&c)[DP / 8][4], const float (&p)[N / 8][4],
-                                                const T *b)
+/* c [MT * 16, DP] += p [MT * 16, N] b [N, DP], p a result in registers, rounded to T. */
+template <typename T, int DP, int N, int MT>
+__device__ __forceinline__ void multiply_result(float (&c)[MT][DP / 8][4],
+                                                const float (&p)[MT][N / 8][4], const T *b)
 {
     constexpr int STEP = DP + 8;
     const T *right = left_place<T, STEP>(b);
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
-        uint32_t x[4] = {pack_pair<T>(p[2 * k][0], p[2 * k][1]),
-                         pack_pair<T>(p[2 * k][2], p[2 * k][3]),
-                         pack_pair<T>(p[2 * k + 1][0], p[2 * k + 1][1]),
-                         pack_pair<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+        uint32_t x[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[m][i] = pack_pair<T>(p[m][2 * k + i / 2][2 * (i & 1)],
+                                       p[m][2 * k + i / 2][2 * (i & 1) + 1]);
 #pragma unroll
         for (int n = 0; n < DP / 16; n++) {
             uint32_t y[4];
             load_matrices_transposed(y, right + k * 16 * STEP + n * 16);
-            multiply_add<T>(c[2 * n], x, y[0], y[1]);
-            multiply_add<T>(c[2 * n + 1], x, y[2], y[3]);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                multiply_add<T>(c[m][2 * n], x[m], y[0], y[1]);
+                multiply_add<T>(c[m][2 * n + 1], x[m], y[2], y[3]);
+            }
         }
     }
 }
