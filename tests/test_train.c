@@ -847,3 +847,11 @@ TEST(train_draws_samples_and_a_report)
           !strstr(html, "src=\"http"));
     vel_free(t->ctx, html);
 }
+
+/* ---- bench ---- */
+
+TEST(bench_checks_a_step)
+{
+    EXPECT("bench step --model models/emoji-sd --device cpu --width 64 --height 64 --repeats 1", 0,
+           "check: loss", "equal bits", "step: median");
+}
