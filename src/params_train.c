@@ -268,6 +268,9 @@ const vel_option_row vel_train_rows[] = {
         "timesteps trained are below this"),
     FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "run",
          "the smallest working memory, by computing again"),
+    TEXT("fit", NULL, fit, NULL, "run",
+         "memory of the device for the whole run, such as 8GB: chooses what is computed again and "
+         "how a batch is split"),
     TEXT("memory", NULL, memory, NULL, "run", "working memory to stay under, such as 2GiB"),
     TEXT("output_dir", NULL, output_dir, "output", "output", "folder for everything that is made"),
     TEXT("output_name", NULL, output_name, "adapter", "output", "first part of file names"),

@@ -531,6 +531,39 @@ TEST(train_dry_run_writes_nothing)
     CHECK(w.steps == 0);
 }
 
+/* ---- --fit: the cheapest way that stays within so much memory ---- */
+
+/* What a dry run with --fit says: its log, or why not. */
+static const char *fit(vel_test *t, const char *size, vel_status expected)
+{
+    static watch w;
+    char settings[64];
+    snprintf(settings, sizeof settings, "dry_run=yes batch=4 fit=%s", size);
+    vel_status st = train(t, &w, "out", settings);
+    CHECK_MSG(st == expected, "--fit %s: %s", size, vel_ctx_error(t->ctx));
+    return st ? vel_ctx_error(t->ctx) : w.log;
+}
+
+TEST(train_fit_chooses_the_cheapest_way_that_fits)
+{
+    double most = 0, least = 0;
+    char size[32];
+    const char *said = strstr(fit(t, "8GB", VEL_OK), "nothing is computed again: ");
+    CHECK(said && sscanf(said, "nothing is computed again: %lf MiB of 8.0 GiB", &most) == 1);
+    said = strstr(fit(t, "1MB", VEL_BAD_VALUE), "the smallest that this run fits in is ");
+    CHECK(said && sscanf(said, "the smallest that this run fits in is %lf MiB", &least) == 1);
+    CHECK(least > 0 && most > least);
+    snprintf(size, sizeof size, "%.1fMB", most - 0.2);
+    CHECK(strstr(fit(t, size, VEL_OK), "some is computed again (level "));
+    snprintf(size, sizeof size, "%.1fMB", least + 0.1);
+    said = fit(t, size, VEL_OK);
+    CHECK(strstr(said, "one after the other") && strstr(said, " batches a step"));
+    snprintf(size, sizeof size, "%.1fMB", least - 0.1);
+    fit(t, size, VEL_BAD_VALUE);
+    CHECK(strstr(fit(t, "8", VEL_BAD_VALUE), "'8' is not a size such as 8GB"));
+    fit(t, "-1GB", VEL_BAD_VALUE);
+}
+
 /* ---- values that are not finite
  * ------------------------------------------------------------------------------ */
 

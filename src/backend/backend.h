@@ -125,6 +125,7 @@ void vel_dynamic_map(bool is_signed, float out[256]);
 
 typedef struct vel_backend {
     const char *name; /* "cpu" */
+    int64_t overhead; /* bytes of the device that are in use as soon as it is */
     vel_status (*open)(vel_ctx *ctx, const char *device, vel_device **out);
     void (*close)(vel_device *d);
     const char *(*describe)(vel_device *d);   /* "2 threads, AMX" */

@@ -57,6 +57,11 @@ vel_ctx *vel_engine_ctx(vel_engine *e)
     return e->ctx;
 }
 
+int64_t vel_engine_overhead(vel_engine *e)
+{
+    return e->backend->overhead;
+}
+
 const char *vel_engine_describe(vel_engine *e)
 {
     return e->backend->describe(e->device);

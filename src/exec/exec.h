@@ -13,6 +13,8 @@ vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
 void vel_engine_destroy(vel_engine *e); /* after its plans */
 vel_ctx *vel_engine_ctx(vel_engine *e);
 const char *vel_engine_describe(vel_engine *e);
+/* Device memory that the driver and the vendor's libraries keep for themselves. */
+int64_t vel_engine_overhead(vel_engine *e);
 vel_dtype vel_engine_best_compute(vel_engine *e);
 
 /* ---- frozen weights ------------------------------------------------------------------------- */
@@ -130,7 +132,9 @@ typedef struct vel_plan_options {
     bool smallest;           /* recompute as much as there is: the smallest working memory */
     const char *print_after; /* pass whose graph is printed to *printed; NULL none */
     vel_text *printed;
-    bool dry; /* plan on the NULL backend: no memory, no weights, cannot run */
+    bool dry;     /* plan on the NULL backend: no memory, no weights, cannot run */
+    bool measure; /* the same with the device's own kernels: its true sizes */
+    int level;    /* of recomputation, where neither smallest nor memory_budget chooses one */
 } vel_plan_options;
 
 /* Takes g (destroys it, also on failure), runs the passes, loads and packs the weights it uses. */
@@ -147,8 +151,9 @@ vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t cou
 vel_shape vel_plan_output_shape(const vel_plan *p, const char *output);
 bool vel_plan_has_input(const vel_plan *p, const char *input);
 int64_t vel_plan_arena_bytes(const vel_plan *p);
-int64_t vel_plan_weight_bytes(const vel_plan *p); /* of the packed weights it uses */
+int64_t vel_plan_weight_bytes(const vel_plan *p); /* of the packed weights it uses, or would use */
 int vel_plan_remat_level(const vel_plan *p);
+int vel_plan_levels(void);                          /* of recomputation that there are */
 const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */
 /* One line per kernel name: count, milliseconds, operations, bytes; after runs with profiling on.
  */

@@ -262,7 +262,7 @@ static vel_status find_gradients(vel_plan *p)
         vel_arena_alloc(p->arena, (size_t)vel_graph_size(p->g) * sizeof *p->gradient_at);
     if (!p->gradient_at)
         return VEL_NO_MEMORY;
-    if (p->dry)
+    if (p->backend == &vel_backend_null)
         return VEL_OK;
     for (int i = 0; i < vel_graph_outputs(p->g); i++) {
         const char *name = vel_output_name(p->g, i);
@@ -311,9 +311,11 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
 static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
 {
 #ifdef VEL_HOSTILE
-    if (o->gradient && !o->smallest && o->memory_budget <= 0)
+    if (o->gradient && !o->smallest && o->memory_budget <= 0 && !o->measure && !o->level)
         p->level = vel_graph_size(p->g) % vel_remat_levels(p->g); /* any must give the same */
 #endif
+    if (o->gradient && o->level)
+        p->level = o->level;
     if (!o->gradient || (!o->smallest && o->memory_budget <= 0))
         return VEL_OK;
     int64_t best = INT64_MAX;
@@ -375,8 +377,9 @@ static const vel_node *reshaped_weight(const vel_graph *g, vel_ref r)
     return n->op == VEL_OP_weight ? n : NULL;
 }
 
-typedef struct weight_use {
-    const char *data;
+typedef struct weight_use { /* one form of one weight */
+    const char *path, *layout;
+    vel_dtype dtype;
     int64_t bytes;
 } weight_use;
 
@@ -399,10 +402,13 @@ static vel_status load_weights(vel_plan *p)
     return VEL_OK;
 }
 
-static int by_address(const void *a, const void *b)
+static int by_form(const void *a, const void *b)
 {
-    const char *x = ((const weight_use *)a)->data, *y = ((const weight_use *)b)->data;
-    return x < y ? -1 : x > y;
+    const weight_use *x = a, *y = b;
+    int order = strcmp(x->path, y->path);
+    if (!order)
+        order = strcmp(x->layout, y->layout);
+    return order ? order : (int)x->dtype - (int)y->dtype;
 }
 
 /* Bytes of the weights this plan reads, each form once, however many nodes read it. */
@@ -416,20 +422,20 @@ static int64_t weights_in_use(vel_plan *p)
             const vel_node *leaf = reshaped_weight(p->g, node->in[i]);
             if (!leaf)
                 continue;
-            bool packed =
-                vel_at(p->g, node->in[i])->op == VEL_OP_weight && p->kernels[id].layout[i];
+            const char *packed =
+                vel_at(p->g, node->in[i])->op == VEL_OP_weight ? p->kernels[id].layout[i] : NULL;
             int64_t plain =
                 vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
-            uses[found++] = (weight_use){p->launches[id].in[i],
+            uses[found++] = (weight_use){leaf->path, packed ? packed : "", leaf->out[0].dtype,
                                          packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain};
         }
     }
     if (!uses)
         return 0;
-    qsort(uses, (size_t)found, sizeof *uses, by_address);
+    qsort(uses, (size_t)found, sizeof *uses, by_form);
     int64_t bytes = 0;
     for (int32_t i = 0; i < found; i++)
-        bytes += i && uses[i].data == uses[i - 1].data ? 0 : uses[i].bytes;
+        bytes += i && by_form(&uses[i], &uses[i - 1]) == 0 ? 0 : uses[i].bytes;
     return bytes;
 }
 
@@ -501,11 +507,11 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
     VEL_TRY(choose_kernels(p, o));
     print_if_asked(p->g, "plan", o);
     VEL_TRY(lay_out(p));
+    p->weight_bytes = weights_in_use(p);
     if (p->dry)
         return VEL_OK;
     VEL_TRY(make_launches(p));
     VEL_TRY(load_weights(p));
-    p->weight_bytes = weights_in_use(p);
     return vel_engine_reserve(p->engine, p->layout.bytes);
 }
 
@@ -519,7 +525,7 @@ vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *
     p->engine = e;
     p->backend = o->dry ? &vel_backend_null : e->backend;
     p->device = e->device;
-    p->dry = o->dry;
+    p->dry = o->dry || o->measure;
     p->g = g;
     p->arena = vel_arena_create(e->ctx);
     vel_status st = p->arena ? make_plan(p, o) : VEL_NO_MEMORY;
@@ -752,6 +758,11 @@ int64_t vel_plan_arena_bytes(const vel_plan *p)
 int64_t vel_plan_weight_bytes(const vel_plan *p)
 {
     return p->weight_bytes;
+}
+
+int vel_plan_levels(void)
+{
+    return vel_remat_levels(NULL);
 }
 
 int vel_plan_remat_level(const vel_plan *p)

@@ -270,6 +270,8 @@ static vel_status register_trainables(train_session *s)
 
 static vel_status count_steps(train_session *s)
 {
+    vel_epoch_destroy(s->epoch);
+    s->epoch = NULL;
     VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, 0, true, &s->epoch));
     s->epoch_number = 0;
     s->batches_per_epoch = s->epoch->n_batches;
@@ -627,7 +629,8 @@ static vel_status choose_optimizer(train_session *s)
     return VEL_OK;
 }
 
-static vel_status run_session(train_session *s)
+/* own: s->o, to be changed. */
+static vel_status run_session(train_session *s, vel_train_options *own)
 {
     const vel_train_options *o = s->o;
     VEL_TRY(choose_optimizer(s));
@@ -644,6 +647,10 @@ static vel_status run_session(train_session *s)
         (strcmp(o->loss_scaling, "auto") == 0 && vel_model_compute(s->model) == VEL_F16))
         s->scaler.scale = o->loss_scale;
     VEL_TRY(register_trainables(s));
+    if (o->fit) {
+        VEL_TRY(vel_train_fit(s, own));
+        VEL_TRY(count_steps(s)); /* of smaller batches */
+    }
     VEL_TRY(state_plan(s));
     if (o->dry_run)
         return VEL_OK;
@@ -685,10 +692,11 @@ static void finish_session(train_session *s)
 
 vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings)
 {
+    vel_train_options own = *o;
     train_session s = {
-        .ctx = ctx, .o = o, .settings = settings, .started = vel_now(), .epoch_number = -1};
+        .ctx = ctx, .o = &own, .settings = settings, .started = vel_now(), .epoch_number = -1};
     s.arena = vel_arena_create(ctx);
-    vel_status st = s.arena ? run_session(&s) : VEL_NO_MEMORY;
+    vel_status st = s.arena ? run_session(&s, &own) : VEL_NO_MEMORY;
     finish_session(&s);
     if (st && s.made_folder)
         rmdir(o->output_dir); /* goes only when it is empty */

@@ -103,6 +103,7 @@ static vel_plan_options plan_options(const vel_trainer *t, bool gradient, bool d
                               .gradient = gradient,
                               .memory_budget = t->o.memory_budget,
                               .smallest = t->o.smallest,
+                              .level = t->o.level,
                               .dry = dry};
 }
 
@@ -147,6 +148,34 @@ vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w)
 {
     vel_plan *p;
     return find_plan(t, n, h, w, true, &p) == VEL_OK ? p : NULL;
+}
+
+vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, vel_step_size *out)
+{
+    vel_plan *p;
+    vel_graph *g;
+    VEL_TRY(build_graph(t, n, h, w, &g));
+    vel_plan_options o = {
+        .compute = t->o.compute, .gradient = true, .measure = true, .level = level};
+    VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &p));
+    *out = (vel_step_size){vel_plan_arena_bytes(p), vel_plan_weight_bytes(p), 0};
+    const vel_graph *planned = vel_plan_graph(p);
+    for (int32_t id = 1; id < vel_graph_size(planned); id++)
+        out->operations += vel_node_flops(planned, id);
+    vel_plan_destroy(p);
+    return VEL_OK;
+}
+
+int vel_trainer_levels(void)
+{
+    return vel_plan_levels();
+}
+
+void vel_trainer_set_level(vel_trainer *t, int level)
+{
+    t->o.level = level;
+    t->o.smallest = false;
+    t->o.memory_budget = 0;
 }
 
 vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena,

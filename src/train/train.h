@@ -83,6 +83,7 @@ typedef struct vel_train_options {
     /* memory */
     bool gradient_checkpointing;
     const char *memory; /* working memory to stay under, "2GiB"; NULL no limit */
+    const char *fit;    /* memory of the device to stay under in all, "8GB"; NULL no limit */
     /* output */
     const char *output_dir, *output_name, *save_format, *save_precision, *resume;
     int save_every, save_every_n_epochs, keep_last;
@@ -149,6 +150,7 @@ typedef struct vel_trainer_options {
     vel_dtype compute;
     bool smallest;
     int64_t memory_budget;
+    int level; /* of recomputation, where neither of the two chooses one */
     bool train_text_encoder;
     int clip_skip;
     vel_objective objective; /* zeros: the squared error */
@@ -164,6 +166,15 @@ void vel_trainer_destroy(vel_trainer *t);
 vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
                            float *per_sample);
 /* Working memory and weights of the step for a bucket; dry: on paper, nothing is allocated. */
+typedef struct vel_step_size {
+    int64_t arena, weights; /* bytes */
+    double operations;
+} vel_step_size;
+/* A step at a level of recomputation below vel_trainer_levels, as the device would have it; nothing
+ * is allocated. set_level chooses one before the first step. */
+vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, vel_step_size *out);
+int vel_trainer_levels(void);
+void vel_trainer_set_level(vel_trainer *t, int level);
 vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena,
                               int64_t *weights, int *level);
 /* Registers the trainables of a bucket's graph with the engine without making its plan. */
