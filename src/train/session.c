@@ -95,7 +95,7 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
                                    .rank_rescale = o->rank_dropout_scale,
                                    .module_dropout = o->module_dropout,
                                    .norm_gradient = o->dora_norm_gradient,
-                                   .gaussian = strcmp(o->init, "gaussian") == 0,
+                                   .gaussian = o->init && strcmp(o->init, "gaussian") == 0,
                                    .stream = (uint32_t)i + 1};
         vel_adapter_how how = {.rank = rank,
                                .alpha = alpha,
