@@ -81,6 +81,11 @@ typedef struct step_bench {
     vel_trainer *trainer;
     vel_batch batch;
     double loss, rate; /* rate: 0 while checking, so that nothing moves */
+    vel_adaption adaption;
+    vel_thaw thaw;
+    vel_words words;
+    int32_t word; /* id of the new one */
+    bool text;    /* the text encoder runs in the step */
 } step_bench;
 
 static double bench_rate(void *user, int i)
@@ -98,10 +103,9 @@ static vel_status run_step(void *user)
     return vel_engine_update(e, norm > 1 ? 1 / norm : 1, bench_rate, s);
 }
 
-static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *adaption)
+static vel_status bench_adapter(step_bench *s, vel_arena *arena, vel_trained *what)
 {
-    bench *b = s->b;
-    const vel_bench_options *o = b->o;
+    const vel_bench_options *o = s->b->o;
     vel_train_options how = {.targets = o->targets,
                              .text_targets = "attn+mlp",
                              .rank = o->rank,
@@ -115,13 +119,66 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
                              .train_text_encoder = o->train_text_encoder};
     vel_adapter_site *sites;
     int n;
-    VEL_TRY(vel_train_sites(b->ctx, arena, b->model, &how, &sites, &n));
-    *adaption = (vel_adaption){sites, n};
+    VEL_TRY(vel_train_sites(s->b->ctx, arena, s->b->model, &how, &sites, &n));
+    s->adaption = (vel_adaption){sites, n};
+    *what = (vel_trained){.adaptions = &s->adaption, .n_adaptions = 1};
+    return VEL_OK;
+}
+
+/* One vector of a new word, which stands once in each text. */
+static vel_status bench_word(step_bench *s, vel_arena *arena, vel_trained *what)
+{
+    vel_text_info text[2];
+    vel_model_family(s->b->model)->texts(vel_model_config(s->b->model), text);
+    float *row = vel_arena_alloc(arena, (size_t)text[0].width * sizeof *row);
+    if (!row)
+        return VEL_NO_MEMORY;
+    s->word = vel_tokenizer_size(vel_model_tokenizer(s->b->model));
+    VEL_TRY(vel_model_embedding(s->b->model, 0, row));
+    VEL_TRY(vel_model_add_word(s->b->model, "<bench>", 1, row));
+    s->words = *vel_model_words(s->b->model);
+    s->words.trained = true;
+    s->text = true;
+    *what = (vel_trained){.words = &s->words};
+    return VEL_OK;
+}
+
+/* What is trained, by --method. */
+static vel_status choose_method(step_bench *s, vel_arena *arena, vel_trained *what)
+{
+    const vel_bench_options *o = s->b->o;
+    s->text = o->train_text_encoder;
+    if (strcmp(o->method, "adapter") == 0)
+        return bench_adapter(s, arena, what);
+    if (strcmp(o->method, "textual_inversion") == 0)
+        return bench_word(s, arena, what);
+    s->thaw.parts[0] = vel_model_family(s->b->model)->denoiser;
+    s->thaw.parts[1] = o->train_text_encoder ? "text_encoder" : NULL;
+    *what = (vel_trained){.thaw = &s->thaw};
+    return VEL_OK;
+}
+
+static vel_status first_values(step_bench *s, const vel_trained *what)
+{
+    vel_engine *e = vel_model_engine(s->b->model);
+    if (what->adaptions)
+        return vel_train_init_values(s->b->model, &s->adaption, 0);
+    if (what->thaw)
+        return vel_train_load_weights(s->b->model, &s->thaw);
+    return vel_engine_load_trainable(e, 0);
+}
+
+static vel_status prepare_step(step_bench *s, vel_arena *arena)
+{
+    bench *b = s->b;
+    const vel_bench_options *o = b->o;
+    vel_trained what;
+    VEL_TRY(choose_method(s, arena, &what));
     vel_trainer_options t = {.compute = vel_model_compute(b->model),
                              .smallest = o->gradient_checkpointing,
-                             .train_text_encoder = o->train_text_encoder,
+                             .train_text_encoder = s->text,
                              .clip_skip = 1,
-                             .trained = {.adaptions = adaption, .n_adaptions = 1}};
+                             .trained = what};
     vel_optimizer adamw = {
         .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
     VEL_TRY(vel_engine_set_optimizer(vel_model_engine(b->model), &adamw));
@@ -129,7 +186,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
     int h, w;
     latent_size(b, &h, &w);
     VEL_TRY(vel_trainer_register(s->trainer, o->batch, h, w));
-    VEL_TRY(vel_train_init_values(b->model, adaption, 0));
+    VEL_TRY(first_values(s, &what));
     vel_text_info text[2];
     vel_model_family(b->model)->texts(vel_model_config(b->model), text);
     int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;
@@ -148,6 +205,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena, vel_adaption *ad
     for (int i = 0; i < o->batch; i++) {
         weight[i] = 1;
         time[i] = 100 + 200 * i % 800;
+        ids[i * text[0].length + 1] = s->word;
     }
     s->batch = (vel_batch){.n = o->batch,
                            .h = h,
@@ -179,9 +237,8 @@ static vel_status check_step(step_bench *s)
 static vel_status bench_step(bench *b)
 {
     step_bench s = {.b = b};
-    vel_adaption adaption;
     vel_arena *arena = vel_arena_create(b->ctx);
-    vel_status st = arena ? prepare_step(&s, arena, &adaption) : VEL_NO_MEMORY;
+    vel_status st = arena ? prepare_step(&s, arena) : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = check_step(&s);
     vel_plan *plan =

@@ -330,6 +330,11 @@ vel_status vel_params_check(const vel_params *p)
     if (p->command == 0 && p->o.train.min_timestep >= p->o.train.max_timestep)
         return vel_fail(p->ctx, VEL_BAD_VALUE, "--min_timestep %d is not below --max_timestep %d",
                         p->o.train.min_timestep, p->o.train.max_timestep);
+    if (p->command == 0 && strcmp(p->o.train.output_name, ".") == 0 &&
+        strcmp(p->o.train.method, "full") != 0)
+        return vel_fail(p->ctx, VEL_BAD_VALUE,
+                        "--output_name: '.' is OUTPUT_DIR itself, which only a model (--method "
+                        "full) can be");
     if (p->command == 0 && strpbrk(p->o.train.output_name, "/\\"))
         return vel_fail(p->ctx, VEL_BAD_VALUE,
                         "--output_name: '%s' is a name, not a path; use --output_dir",

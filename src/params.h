@@ -33,7 +33,8 @@ typedef struct vel_score_options {
 } vel_score_options;
 
 typedef struct vel_bench_options {
-    const char *what; /* "step", "unet", "vae_decode", "vae_encode", "text", or an op's name */
+    const char *method; /* of a step: as vel_train_options' */
+    const char *what;   /* "step", "unet", "vae_decode", "vae_encode", "text", or an op's name */
     const char *model, *device, *precision, *shapes, *targets, *adapter;
     int batch, width, height, rank, repeats, length, factor;
     bool gradient_checkpointing, profile, train_text_encoder, dora, dora_norm_gradient;

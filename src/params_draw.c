@@ -79,6 +79,8 @@ const vel_option_row vel_bench_rows[] = {
     INT("batch", NULL, batch, "1", 1, 64, "what", "pictures"),
     INT("width", NULL, width, "0", 0, 8192, "what", "pixels; 0: the model's own"),
     INT("height", NULL, height, "0", 0, 8192, "what", "pixels; 0: the model's own"),
+    CHOICE("method", NULL, method, "adapter", "adapter,full,textual_inversion", "what",
+           "of a step: what is trained"),
     CHOICE("adapter", "network", adapter, "lora", "lora,locon,loha,lokr", "what", "its kind"),
     FLAG("dora", "use_dora", dora, "no", "what", "with DoRA"),
     FLAG("dora_norm_gradient", NULL, dora_norm_gradient, "no", "what", "as LyCORIS has it"),

@@ -148,6 +148,19 @@ TEST(methods_full_resumed_equals_uninterrupted)
     CHECK(!same_files(t, in(t, "whole/a" UNET), in(t, "plain/a" UNET)));
 }
 
+/* kohya's form of a model is a single file, which is a model too. */
+TEST(methods_full_in_one_file)
+{
+    char settings[4600];
+    CHECK_OK(train(t, "out", "method=full steps=1 save_format=kohya save_precision=fp16" SOME));
+    CHECK(vel_is_file(in(t, "out/a.safetensors")) && !vel_is_folder(in(t, "out/a")));
+    snprintf(settings, sizeof settings,
+             "method=full steps=1 model=%s tokenizer=models/emoji-sd/tokenizer" SOME,
+             in(t, "out/a.safetensors"));
+    CHECK_OK(train(t, "next", settings));
+    CHECK(vel_is_file(in(t, "next/a/model_index.json")));
+}
+
 TEST(methods_full_saves_on_the_way_and_states_its_memory)
 {
     CHECK_OK(train(t, "out", "method=full steps=4 save_every=1 keep_last=1" SOME));
@@ -156,6 +169,13 @@ TEST(methods_full_saves_on_the_way_and_states_its_memory)
     CHECK(train(t, "out", "method=full" SOME) == VEL_BAD_VALUE &&
           strstr(vel_ctx_error(t->ctx), "--overwrite"));
     CHECK_OK(train(t, "out", "method=full overwrite=yes steps=1" SOME));
+    /* The output folder itself, as diffusers' scripts leave it; and what was there before stays. */
+    CHECK_OK(train(t, "out", "method=full output_name=. steps=2" SOME));
+    CHECK(vel_is_file(in(t, "out/model_index.json")) && vel_is_file(in(t, "out" UNET)) &&
+          vel_is_folder(in(t, "out/a")));
+    CHECK(train(t, "out", "method=full output_name=. steps=3" SOME) == VEL_BAD_VALUE);
+    CHECK_OK(train(t, "out", "method=full output_name=. steps=3 resume=latest" SOME));
+    CHECK(train(t, "none", "output_name=.") == VEL_BAD_VALUE);
     CHECK(train(t, "none", "method=full trained_weights=*.nothing") == VEL_BAD_VALUE &&
           strstr(vel_ctx_error(t->ctx), "matches no weight"));
     CHECK_OK(train(t, "dry", "method=full dry_run=yes use_ema=yes"));

@@ -171,6 +171,8 @@ typedef struct vel_folder {
     char *path, *temporary;
 } vel_folder;
 vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path);
+/* Puts what was filled into the folder that path lies in, entry by entry, instead. */
+vel_status vel_folder_spread(vel_folder *f);
 vel_status vel_folder_commit(vel_folder *f); /* ends f, whatever it returns */
 void vel_folder_discard(vel_folder *f);      /* ends f; nothing is left; fine after commit */
 /* A file or a folder with all that is in it; fine when there is none. Links are not followed. */

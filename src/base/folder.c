@@ -102,6 +102,28 @@ vel_status vel_folder_commit(vel_folder *f)
     return st;
 }
 
+vel_status vel_folder_spread(vel_folder *f)
+{
+    vel_ctx *ctx = f->ctx;
+    const char *slash = strrchr(f->path, '/');
+    int stem = slash ? (int)(slash - f->path) + 1 : 0;
+    char **names;
+    int n;
+    vel_status st = vel_list_folder(ctx, f->temporary, &names, &n);
+    for (int i = 0; i < n && !st; i++) {
+        char *from = vel_path_join(ctx, f->temporary, names[i]);
+        char *to = vel_strf(ctx, "%.*s%s", stem, f->path, names[i]);
+        st = from && to ? vel_remove_tree(ctx, to) : VEL_NO_MEMORY;
+        if (!st && rename(from, to))
+            st = fail(ctx, "be put in place", to);
+        vel_free(ctx, from);
+        vel_free(ctx, to);
+    }
+    vel_names_free(ctx, names, n);
+    vel_folder_discard(f);
+    return st;
+}
+
 void vel_folder_discard(vel_folder *f)
 {
     if (f->temporary) {

@@ -156,6 +156,7 @@ static vel_status kind_rules(vel_line *l)
     case DREAMBOOTH:
     case TEXT_TO_IMAGE:
         VEL_TRY(vel_line_set(l, "pretrained_model_name_or_path", "method", "full"));
+        VEL_TRY(vel_line_set(l, "output_dir", "output_name", "."));
         break;
     default:
         VEL_TRY(adapter_rules(l));

@@ -224,7 +224,7 @@ vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *
     VEL_TRY(vel_folder_begin(m->ctx, &f, path));
     vel_status st = save_all(m, f.temporary, news, n, type);
     if (st == VEL_OK)
-        return vel_folder_commit(&f);
+        return vel_has_suffix(path, "/.") ? vel_folder_spread(&f) : vel_folder_commit(&f);
     vel_folder_discard(&f);
     return st;
 }

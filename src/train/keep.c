@@ -12,15 +12,30 @@
 
 #include "train/session.h"
 
-char *vel_keep_path(train_session *s, const char *ending)
+/* A model named "." is OUTPUT_DIR itself, as diffusers' scripts leave it; what lies beside it has a
+ * name all the same. */
+static const char *name_of(const train_session *s)
 {
-    return vel_arena_strf(s->arena, "%s/%s%s", s->o->output_dir, s->o->output_name, ending);
+    return strcmp(s->o->output_name, ".") == 0 ? "model" : s->o->output_name;
 }
 
-/* A model is a folder, all else a file. */
+char *vel_keep_path(train_session *s, const char *ending)
+{
+    return vel_arena_strf(s->arena, "%s/%s%s", s->o->output_dir, name_of(s), ending);
+}
+
+char *vel_keep_result(train_session *s)
+{
+    bool itself = !vel_keep_ending(s)[0] && strcmp(s->o->output_name, ".") == 0;
+    return itself ? vel_arena_strf(s->arena, "%s/.", s->o->output_dir)
+                  : vel_keep_path(s, vel_keep_ending(s));
+}
+
+/* A model is a folder (in kohya's form a single file), all else a file. */
 const char *vel_keep_ending(const train_session *s)
 {
-    return vel_method_is_full(s->o) ? "" : ".safetensors";
+    bool file = !vel_method_is_full(s->o) || strcmp(s->o->save_format, "kohya") == 0;
+    return file ? ".safetensors" : "";
 }
 
 #define STEP_MARK "-step"
@@ -58,8 +73,8 @@ static char *digest_of(train_session *s)
 static int64_t number_of(const train_session *s, const char *name, const char *mark,
                          const char *ending)
 {
-    size_t stem = strlen(s->o->output_name), n = strlen(mark);
-    if (strncmp(name, s->o->output_name, stem) != 0 || strncmp(name + stem, mark, n) != 0)
+    size_t stem = strlen(name_of(s)), n = strlen(mark);
+    if (strncmp(name, name_of(s), stem) != 0 || strncmp(name + stem, mark, n) != 0)
         return -1;
     const char *digits = name + stem + n;
     char *end;
@@ -72,18 +87,27 @@ static int64_t step_of(const train_session *s, const char *name, const char *end
     return number_of(s, name, STEP_MARK, ending);
 }
 
+/* Is there a model folder? */
+static bool is_model(train_session *s, const char *path)
+{
+    char *index = vel_path_join(s->ctx, path, "model_index.json");
+    bool there = index && vel_is_file(index);
+    vel_free(s->ctx, index);
+    return there;
+}
+
 vel_status vel_keep_check_folder(train_session *s)
 {
     s->made_folder = !vel_is_folder(s->o->output_dir);
     VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
     vel_remove_leftovers(s->ctx, s->o->output_dir);
-    char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_path(s, vel_keep_ending(s));
+    char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_result(s);
     if (!probe || !result)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_write_file(s->ctx, probe, "", 0));
     unlink(probe);
     bool resumes = s->o->resume && s->o->resume[0];
-    bool exists = vel_method_is_full(s->o) ? vel_is_folder(result) : vel_is_file(result);
+    bool exists = vel_keep_ending(s)[0] ? vel_is_file(result) : is_model(s, result);
     if (exists && !resumes && !s->o->overwrite)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "%s exists: add --resume latest to go on from its last state, "
@@ -434,18 +458,18 @@ static char *save_path(train_session *s, const char *ending)
     bool by_step = o->save_every > 0 && s->step % o->save_every == 0;
     if (epochs > 0 && !by_step && s->step % (epochs * s->steps_per_epoch) == 0)
         return vel_arena_strf(s->arena, "%s/%s" EPOCH_MARK "%06" PRId64 "%s", o->output_dir,
-                              o->output_name, s->step / s->steps_per_epoch, ending);
-    return vel_arena_strf(s->arena, "%s/%s" STEP_MARK "%08" PRId64 "%s", o->output_dir,
-                          o->output_name, s->step, ending);
+                              name_of(s), s->step / s->steps_per_epoch, ending);
+    return vel_arena_strf(s->arena, "%s/%s" STEP_MARK "%08" PRId64 "%s", o->output_dir, name_of(s),
+                          s->step, ending);
 }
 
 vel_status vel_keep_save(train_session *s, bool last)
 {
     char *digest = digest_of(s);
     char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir,
-                                 s->o->output_name, s->step);
+                                 name_of(s), s->step);
     const char *ending = vel_keep_ending(s);
-    char *file = last ? vel_keep_path(s, ending) : save_path(s, ending);
+    char *file = last ? vel_keep_result(s) : save_path(s, ending);
     if (!digest || !state || !file)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_state_save(s->ctx, vel_model_engine(s->model), state, s->step, digest, &s->scaler));

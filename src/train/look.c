@@ -86,7 +86,7 @@ static vel_status before_after(train_session *s)
 
 vel_status vel_look_report(train_session *s)
 {
-    char *path = vel_keep_path(s, "-report.html"), *adapter = vel_keep_path(s, vel_keep_ending(s));
+    char *path = vel_keep_path(s, "-report.html"), *adapter = vel_keep_result(s);
     if (!path || !adapter)
         return VEL_NO_MEMORY;
     if (s->n_prompts && s->n_sheets >= 2)

@@ -124,6 +124,7 @@ vel_status vel_keep_point(train_session *s, const vel_curve_point *p);
 vel_status vel_keep_save(train_session *s, bool last);
 vel_status vel_keep_resume(train_session *s);        /* sets first_step where there is a state */
 const char *vel_keep_ending(const train_session *s); /* of the result: ".safetensors", "" */
+char *vel_keep_result(train_session *s);             /* where the result goes */
 char *vel_keep_path(train_session *s,
                     const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
 json_t *vel_keep_metadata(train_session *s);
