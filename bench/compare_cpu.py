@@ -53,18 +53,18 @@ CASES = [
     case("sd15 vae_encode", "sd15", "vae_encode", 1, 512, like="sd15 vae_decode"),
     case("sd15 text", "sd15", "text", 2, 512),
     case("sd15 step checkpointing", "sd15", "step", 1, 512, 32, True, like="sd15 step"),
-    case("avx2 sd15 unet", "sd15", "unet", 2, 512, isa="avx2"),
     case("avx2 emoji step", "emoji", "step", 4, 256, 16, isa="avx2"),
-    case("avx2 emoji unet", "emoji", "unet", 2, 256, isa="avx2", like="avx2 sd15 unet"),
-    case("avx2 sd15 step", "sd15", "step", 1, 512, 32, isa="avx2", like="avx2 emoji step"),
+    case("avx2 emoji unet", "emoji", "unet", 2, 256, isa="avx2"),
     case("sd15 step batch 4", "sd15", "step", 4, 512, 32, like="sd15 step"),
+    case("avx2 sd15 unet", "sd15", "unet", 2, 512, isa="avx2", like="avx2 emoji unet"),
     case("sd15 step batch 4 checkpointing", "sd15", "step", 4, 512, 32, True, like="sd15 step"),
-    case("avx2 sd15 vae_decode", "sd15", "vae_decode", 1, 512, isa="avx2", like="avx2 sd15 unet"),
     case("emoji step batch 1", "emoji", "step", 1, 256, 16, like="emoji step"),
     case("emoji step checkpointing", "emoji", "step", 4, 256, 16, True, like="emoji step"),
     case("emoji vae_decode", "emoji", "vae_decode", 1, 256),
     case("emoji vae_encode", "emoji", "vae_encode", 1, 256, like="emoji vae_decode"),
     case("emoji text", "emoji", "text", 2, 256, like="sd15 text"),
+    case("avx2 sd15 step", "sd15", "step", 1, 512, 32, isa="avx2", like="avx2 emoji step"),
+    case("avx2 sd15 vae_decode", "sd15", "vae_decode", 1, 512, isa="avx2", like="avx2 emoji unet"),
 ]
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
@@ -230,7 +230,7 @@ def choose_setting(args, c, earlier):
 
 def repeats_of(args, c, known_seconds):
     """Fewer of what takes long, more of what is over in a moment."""
-    if known_seconds and known_seconds > 8:
+    if known_seconds > 8 or (c["isa"] and c["model"] == "sd15"):
         return 1
     return args.repeats * (5 if c["model"] == "emoji" or c["kind"] == "text" else 1)
 
@@ -383,8 +383,9 @@ def expected_seconds(args, c, earlier):
             return cases[c["name"]]["seconds"] * args.rounds / max(cases[c["name"]].get("rounds", 2), 1)
     if c["model"] == "emoji" or c["kind"] == "text":
         return 20 * args.rounds
-    turn = {"step": 30 * c["batch"] if c["batch"] > 1 else 30}.get(c["kind"], 18)
-    return turn * (3 if c["isa"] else 1) * args.rounds
+    if c["isa"]:
+        return {"step": 150, "unet": 85}.get(c["kind"], 60) * args.rounds
+    return {"step": 30 * c["batch"]}.get(c["kind"], 18) * args.rounds
 
 
 def run_cases(args, cases, kept, path, earlier):

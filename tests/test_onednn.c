@@ -455,6 +455,18 @@ static const trial tile_trials[] = {
      .a.conv2d_grad_x = {1, {1, 0, 0, 0}, 6, 9}},
 };
 
+/* Gradients that oneDNN computes as forward convolutions with the weight turned round. */
+static const trial turned_trials[] = {
+    {"turned",
+     VEL_OP_conv2d_grad_x,
+     {S4(2, 9, 6, 96), S4(96, 64, 3, 3), S4(2, 9, 6, 64)},
+     .a.conv2d_grad_x = {1, {1, 1, 1, 1}, 9, 6}},
+    {"turned, uneven padding",
+     VEL_OP_conv2d_grad_x,
+     {S4(1, 20, 17, 32), S4(32, 64, 3, 3)},
+     .a.conv2d_grad_x = {1, {0, 1, 2, 1}, 21, 16}},
+};
+
 TEST(tiles_agree_with_the_meaning)
 {
     vel_device *d;
@@ -469,6 +481,8 @@ TEST(tiles_agree_with_the_meaning)
     for (int i = 0; i < VEL_COUNT(tile_trials) && d->amx; i++)
         CHECK_MSG(try_trial(t, d, vel_cpu_tiles_impls, &tile_trials[i], VEL_BF16, true),
                   "%s (%s) is refused", vel_op_name(tile_trials[i].op), tile_trials[i].what);
+    for (int i = 0; i < VEL_COUNT(turned_trials); i++)
+        try_trial(t, d, vel_cpu_onednn_impls, &turned_trials[i], VEL_BF16, true);
     CHECK(d->amx ? taken > 20 : !taken);
     if (!d->amx) {
         t->skipped = 1;

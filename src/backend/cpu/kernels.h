@@ -47,6 +47,9 @@ typedef struct vel_cpu_kernels {
     /* Plain bfloat16 [outputs, inputs, taps] into the form that tiles.h describes. */
     void (*tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t inputs, int64_t taps,
                        uint16_t *packed, int threads);
+    /* A packed weight of oneDNN's convolutions, turned round for their gradient. */
+    void (*turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
+                        uint16_t *to, int threads);
 } vel_cpu_kernels;
 
 extern const vel_cpu_kernels vel_cpu_kernels_base;
@@ -128,6 +131,8 @@ double VEL_ISA_NAME(sum_squares)(const float *x, int64_t n, int threads);
 void VEL_ISA_NAME(tiles)(const vel_tiles *t, const vel_tiles_data *data);
 void VEL_ISA_NAME(tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t inputs, int64_t taps,
                               uint16_t *packed, int threads);
+void VEL_ISA_NAME(turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
+                               uint16_t *to, int threads);
 
 #endif
 #endif

@@ -5,6 +5,7 @@
  * exact, and nothing is allocated in a run. oneDNN works with as many threads as OpenMP gives when
  * a kernel is prepared, so the number of threads is set before and stays. */
 #include "backend/cpu/onednn.h"
+#include "backend/cpu/kernels.h"
 
 enum { SCRATCH_ALIGNMENT = 64 };
 
@@ -238,6 +239,10 @@ vel_status vel_dn_run(vel_device *d, const vel_launch *l)
     dnnl_status_t s = dnnl_success;
     for (int i = 0; i < p->n_slots && !s; i++)
         s = dnnl_memory_set_data_handle(p->slots[i].memory, slot_at(p, &p->slots[i], l));
+    if (p->turn.outputs)
+        vel_cpu_own_table(d)->turn_weight(l->in[p->form_input], p->turn.outputs, p->turn.inputs,
+                                          p->turn.taps, slot_at(p, &p->slots[p->turn.slot], l),
+                                          d->threads);
     bool aliased = p->residual >= 0 && l->in[p->residual] == l->out[0];
     for (int i = 0; i < p->n_steps && !s; i++) {
         const dn_step *step = &p->steps[i];

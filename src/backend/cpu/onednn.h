@@ -77,6 +77,11 @@ typedef struct dn_program {
     size_t buffers, pad; /* bytes of scratch: the buffers, then the working memory */
     const dn_form *form; /* of input form_input; NULL: no packed weight */
     int form_input;
+    /* Before the steps, the weight is turned round into a buffer (a slot); outputs 0: it is not. */
+    struct {
+        int slot;
+        int64_t outputs, inputs, taps;
+    } turn;
 } dn_program;
 
 /* ---- programs (onednn.c) ---- */

@@ -35,6 +35,7 @@ typedef struct product {
     bool remake;                          /* into c */
     const dn_form *form;                  /* of a frozen weight; NULL: w comes plain */
     dn_conv_shape conv;
+    const int64_t *turned; /* the weight [O, I, kh, kw] that is turned round into w; NULL: none */
 } product;
 
 /* How the residual gets in. */
@@ -235,6 +236,14 @@ static void add_with_residual(dn_program *p, const product *q, const dn_desc *w,
 static int weight_slot(dn_program *p, const product *q, const_dnnl_primitive_desc_t pd,
                        dn_desc *wanted)
 {
+    if (q->turned) {
+        vel_dn_check(p, dn_desc_copy(wanted, dn_view(&q->w)));
+        p->turn.slot = vel_dn_buffer(p, dn_view(&q->w));
+        p->turn.outputs = q->turned[0];
+        p->turn.inputs = q->turned[1];
+        p->turn.taps = q->turned[2] * q->turned[3];
+        return p->turn.slot;
+    }
     int slot = vel_dn_input(p, dn_view(&q->w), q->w_in);
     dn_view_t form = q->kind == CONV_GRAD_W
                          ? dn_view(&q->w)
@@ -278,8 +287,8 @@ static vel_status finish(vel_device *d, const vel_node *n, product *q, vel_kerne
     if (!p->status)
         vel_dn_check(p, describe_alone(d, q, &pd));
     if (!p->status) {
-        snprintf(p->name, sizeof p->name, "%s %s %s", vel_op_name(n->op),
-                 vel_dtype_name(n->out[0].dtype), vel_dn_impl_name(pd));
+        snprintf(p->name, sizeof p->name, "%s %s %s%s", vel_op_name(n->op),
+                 vel_dtype_name(n->out[0].dtype), q->turned ? "turned " : "", vel_dn_impl_name(pd));
         o.w = weight_slot(p, q, pd, &wanted);
         o.a = vel_dn_input(p, dn_view(&q->a), q->a_in);
         o.c = vel_dn_output(p, dn_view(&q->c));
@@ -595,6 +604,53 @@ static vel_status prepare_conv2d(vel_device *d, const vel_graph *g, const vel_no
     return finish(d, n, &q, k);
 }
 
+/* The form that turn_weight takes and gives: [O / 32][kh][kw][I / 32][16][32][2]. */
+static bool is_in_squares(dn_view_t desc, const int64_t *dim)
+{
+    dn_blocking b;
+    if (!dn_blocking_of(desc, &b) || b.ndims != 4 || b.inner != 3 || dim[0] % 32 || dim[1] % 32)
+        return false;
+    int64_t column = dim[1] * 32, row = dim[3] * column, panel = dim[2] * row;
+    return b.inner_size[0] == 16 && b.inner_axis[0] == 1 && b.inner_size[1] == 32 &&
+           b.inner_axis[1] == 0 && b.inner_size[2] == 2 && b.inner_axis[2] == 1 &&
+           b.stride[0] == panel && b.stride[1] == 32 * 32 && b.stride[2] == row &&
+           b.stride[3] == column;
+}
+
+/* The gradient as a convolution of dy with the weight turned round, padded the other way: oneDNN's
+ * forward convolutions are the faster ones. */
+static vel_status make_turned(vel_device *d, const vel_node *n, const conv_node *c,
+                              const dn_form *form, vel_kernel *k)
+{
+    if (!d->amx || !form || !form->name || c->dtype != VEL_BF16 || c->stride != 1 ||
+        !is_in_squares(dn_view(&form->desc), c->w.dim))
+        return VEL_UNSUPPORTED;
+    int pad[4];
+    for (int i = 0; i < 4; i++)
+        pad[i] = (int)c->w.dim[2 + i / 2] - 1 - c->pad[i];
+    conv_node turned = {
+        c->dtype, c->y, VEL_SHAPE(c->w.dim[1], c->w.dim[0], c->w.dim[2], c->w.dim[3]),
+        c->x,     1,    pad};
+    if (pad[0] < 0 || pad[1] < 0 || pad[2] < 0 || pad[3] < 0)
+        return VEL_UNSUPPORTED;
+    product q = conv_forward(&turned);
+    dnnl_primitive_desc_t pd;
+    if (!q.bad && !describe(d, &q, &q.w_any, NO_RESIDUAL, &pd)) {
+        dn_desc_free(&q.w);
+        keep(&q, dn_desc_copy(&q.w, dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0)));
+        dnnl_primitive_desc_destroy(pd);
+    }
+    if (q.bad || !is_in_squares(dn_view(&q.w), turned.w.dim)) {
+        product_free(&q);
+        return VEL_UNSUPPORTED;
+    }
+    q.any_first = false;
+    q.turned = c->w.dim;
+    q.form = form;
+    set_act(&q, n, VEL_ACT_NONE, -1, 2, 0);
+    return finish(d, n, &q, k);
+}
+
 static vel_status prepare_conv2d_grad_x(vel_device *d, const vel_graph *g, const vel_node *n,
                                         vel_kernel *k)
 {
@@ -604,8 +660,15 @@ static vel_status prepare_conv2d_grad_x(vel_device *d, const vel_graph *g, const
     if (is_pointwise(&c))
         return make_linear_grad_x(d, g, n, pointwise_shape(&c), k);
     product q = conv_forward(&c);
-    if (is_frozen(g, n->in[1]))
-        set_form(&q, conv_form(d, &c, &q), false);
+    if (is_frozen(g, n->in[1])) {
+        const dn_form *form = conv_form(d, &c, &q);
+        vel_status st = q.bad ? VEL_UNSUPPORTED : make_turned(d, n, &c, form, k);
+        if (st != VEL_UNSUPPORTED) {
+            product_free(&q);
+            return st;
+        }
+        set_form(&q, form, false);
+    }
     dn_desc image = q.a; /* the forward product's operands change places */
     q.kind = CONV_GRAD_X;
     q.a = q.c;

@@ -18,5 +18,6 @@ const vel_cpu_kernels VEL_ISA_NAME(kernels) = {
 #if defined(__AMX_BF16__)
     .tiles = VEL_ISA_NAME(tiles),
     .tiles_pack = VEL_ISA_NAME(tiles_pack),
+    .turn_weight = VEL_ISA_NAME(turn_weight),
 #endif
 };

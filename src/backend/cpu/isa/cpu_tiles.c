@@ -57,28 +57,48 @@ VEL_INLINE void tile_of_rows(uint16_t *to, const uint16_t *from, int64_t stride,
         _mm512_store_si512(to + i * 32, row[i]);
 }
 
-/* Two rows of 32 become one row of pairs in each of two tiles. */
-VEL_INLINE void pair_rows(uint16_t *to, int64_t pair, __m512i even, __m512i odd)
+/* Two rows of 32 become rows of pairs: of the first 16 columns at low, of the others at high. */
+VEL_INLINE void pair_rows(uint16_t *low, uint16_t *high, __m512i even, __m512i odd)
 {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    _mm512_store_si512(to + pair * 32, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_store_si512(to + TILES_SQUARE / 2 + pair * 32,
-                       _mm512_permutex2var_epi16(even, high, odd));
+    const __m512i first =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    _mm512_store_si512(low, _mm512_permutex2var_epi16(even, first, odd));
+    _mm512_store_si512(high, _mm512_permutex2var_epi16(even, second, odd));
 }
 
-/* The square with outputs and inputs exchanged. */
-VEL_INLINE void turn_square(uint16_t *to, const uint16_t *from)
+/* The square with outputs and inputs exchanged. Its rows of pairs are `row` elements apart, their
+ * second halves `half` elements behind the first. */
+VEL_INLINE void turn_square(uint16_t *to, const uint16_t *from, const int row, const int half)
 {
-    for (int half = 0; half < 2; half++) { /* 16 outputs each */
-        __m512i row[16];
+    for (int h = 0; h < 2; h++) { /* 16 outputs each */
+        __m512i r[16];
         for (int i = 0; i < 16; i++)
-            row[i] = _mm512_load_si512(from + half * (TILES_SQUARE / 2) + i * 32);
-        vtranspose(row);
-        for (int i = 0; i < 16; i += 2)
-            pair_rows(to, half * 8 + i / 2, row[i], row[i + 1]);
+            r[i] = _mm512_load_si512(from + h * half + i * row);
+        vtranspose(r);
+        for (int i = 0; i < 16; i += 2) {
+            uint16_t *low = to + (h * 8 + i / 2) * row;
+            pair_rows(low, low + half, r[i], r[i + 1]);
+        }
     }
+}
+
+/* oneDNN's form for convolutions in tiles, [outputs / 32][tap][inputs / 32] squares of [inputs / 2]
+ * [32 outputs][2 inputs], becomes that of the weight turned round: outputs and inputs exchanged,
+ * the taps in the other order. */
+void VEL_ISA_NAME(turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
+                               uint16_t *to, int threads)
+{
+    int64_t panels = inputs / TILES_SIDE, steps = outputs / TILES_SIDE;
+    int team = vel_team(threads, outputs * inputs * taps);
+#pragma omp parallel for schedule(static) num_threads(team) collapse(2)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t step = 0; step < steps; step++)
+                turn_square(to + ((panel * taps + tap) * steps + step) * TILES_SQUARE,
+                            from + ((step * taps + taps - 1 - tap) * panels + panel) * TILES_SQUARE,
+                            2 * TILES_SIDE, TILES_SIDE);
 }
 
 /* The elements of one tap, together: [outputs <= 32][inputs <= 32] of [.., inputs, taps]. */
@@ -345,7 +365,7 @@ static const uint16_t *squares_of(const job *j, const task_space *w, int64_t pan
         int64_t tap = taps - 1 - step / t->steps, output = step % t->steps;
         const uint16_t *from =
             j->d->weight + ((output * taps + tap) * t->panels + panel) * TILES_SQUARE;
-        turn_square(w->squares + (step - first) * TILES_SQUARE, from);
+        turn_square(w->squares + (step - first) * TILES_SQUARE, from, TILES_SIDE, TILES_SQUARE / 2);
     }
     return w->squares;
 }
