@@ -55,7 +55,7 @@ endif
 CFLAGS ?= -g
 ALL_CFLAGS := -std=gnu11 $(CFLAGS) $(OPT) $(WARN) $(SANFLAGS) -fopenmp -fPIC -fvisibility=hidden \
     -ffp-contract=off -Iinclude -Isrc -MMD -MP $(DNNL_CFLAGS) $(PKG_CFLAGS)
-LIBS := $(DNNL_LIBS) $(PKG_LIBS) -lm -ldl -lpthread
+LIBS := $(DNNL_LIBS) $(PKG_LIBS) -llapack -lm -ldl -lpthread
 
 ARCH := $(shell $(CC) -dumpmachine | cut -d- -f1)
 

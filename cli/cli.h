@@ -82,6 +82,7 @@ int vel_cli_inspect(cli *c, int n, char **words);
 int vel_cli_golden(cli *c, int n, char **words);
 int vel_cli_bench(cli *c, int n, char **words);
 int vel_cli_checkpoint(cli *c, int n, char **words);
+int vel_cli_adapter(cli *c, int n, char **words);
 int vel_cli_help_command_line(cli *c, int n, char **words);
 /* A line of another trainer, from the launcher or the script on. */
 int vel_cli_foreign(cli *c, int n, char **words);

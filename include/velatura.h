@@ -158,6 +158,9 @@ VEL_API vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char 
 VEL_API vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text);
 /* Converts a model between a diffusers folder and a single file; *text says what was written. */
 VEL_API vel_status vel_checkpoint_command(vel_ctx *ctx, const vel_params *p, char **text);
+/* Works on adapter files: converts, compares (VEL_BAD_VALUE when they differ), merges, joins,
+ * extracts, resizes, bakes; *text says what was done to each module. */
+VEL_API vel_status vel_adapter_command(vel_ctx *ctx, const vel_params *p, char **text);
 VEL_API void vel_text_free(char *text);
 
 #ifdef __cplusplus

@@ -98,6 +98,16 @@ vel_status vel_checkpoint_command(vel_ctx *ctx, const vel_params *p, char **text
     return hand_out(&t, st, text);
 }
 
+vel_status vel_adapter_command(vel_ctx *ctx, const vel_params *p, char **text)
+{
+    vel_text t;
+    vel_text_init(&t, ctx);
+    vel_status st = vel_params_check(p);
+    if (st == VEL_OK)
+        st = vel_adapter_run(ctx, &p->o.adapter, &t);
+    return hand_out(&t, st, text);
+}
+
 vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder, int *passed,
                             int *failed)
 {

@@ -11,9 +11,13 @@ static const struct {
     const vel_option_row *rows;
     const char *required; /* comma separated */
 } commands[] = {
-    {"train", vel_train_rows, "model,data"}, {"generate", vel_generate_rows, "model"},
-    {"grid", vel_grid_rows, "model"},        {"score", vel_score_rows, "model,data"},
-    {"bench", vel_bench_rows, ""},           {"checkpoint", vel_checkpoint_rows, "input,output"},
+    {"train", vel_train_rows, "model,data"},
+    {"generate", vel_generate_rows, "model"},
+    {"grid", vel_grid_rows, "model"},
+    {"score", vel_score_rows, "model,data"},
+    {"bench", vel_bench_rows, ""},
+    {"checkpoint", vel_checkpoint_rows, "input,output"},
+    {"adapter", vel_adapter_rows, "what,input,second"},
 };
 
 /* ---- finding and setting

@@ -46,6 +46,16 @@ typedef struct vel_checkpoint_options {
     bool overwrite;
 } vel_checkpoint_options;
 
+typedef struct vel_adapter_options {
+    const char *what; /* "convert", "verify", "merge" ...: src/adapter_hub.c */
+    const char *input, *second, *third;
+    const char *model, *variant, *tokenizer;
+    const char *format, *save_precision, *targets;
+    int rank, conv_rank;
+    double ratio, fro, tolerance;
+    bool overwrite;
+} vel_adapter_options;
+
 struct vel_params {
     vel_ctx *ctx;
     int command; /* row in params.c's table of commands */
@@ -56,6 +66,7 @@ struct vel_params {
         vel_score_options score;
         vel_bench_options bench;
         vel_checkpoint_options checkpoint;
+        vel_adapter_options adapter;
     } o;
     char **owned; /* texts of values that were set */
     int n_owned;
@@ -69,6 +80,7 @@ vel_status vel_generate_run(vel_ctx *ctx, const vel_generate_options *o);
 vel_status vel_grid_run(vel_ctx *ctx, const vel_grid_options *o);
 vel_status vel_score_run(vel_ctx *ctx, const vel_score_options *o);
 vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out);
+vel_status vel_adapter_run(vel_ctx *ctx, const vel_adapter_options *o, vel_text *out);
 vel_status vel_checkpoint_run(vel_ctx *ctx, const vel_checkpoint_options *o, vel_text *out);
 vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, int *passed,
                           int *failed);

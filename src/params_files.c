@@ -19,3 +19,40 @@ const vel_option_row vel_checkpoint_rows[] = {
     FLAG("overwrite", NULL, overwrite, "no", "what", "replace what is there"),
     {0}};
 #undef OPTIONS
+
+#define OPTIONS vel_adapter_options
+const vel_option_row vel_adapter_rows[] = {
+    CHOICE("what", NULL, what, NULL, "convert,verify,merge,join,extract,resize,bake", "what",
+           "convert: to another dialect; verify: compare the changes that two files make; merge: "
+           "into the model; join: into one adapter; extract: from two models; resize: to another "
+           "rank; bake: to a plain LoRA"),
+    TEXT("input", NULL, input, NULL, "what",
+         "an adapter; of merge and join a list with strengths: a.safetensors:0.8,b.safetensors; of "
+         "extract the base model"),
+    TEXT("second", NULL, second, NULL, "what",
+         "the output; of verify the other adapter, of extract the tuned model"),
+    TEXT("third", NULL, third, NULL, "what", "the output of extract"),
+    TEXT("model", "pretrained_model_name_or_path", model, NULL, "model",
+         "the model that the adapter is for: folder, single file or a hub name that is kept here"),
+    TEXT("variant", NULL, variant, NULL, "model", "file variant of a folder, such as fp16"),
+    TEXT("tokenizer", "tokenizer_name", tokenizer, NULL, "model",
+         "folder of the tokenizer, where merge writes a folder from a single file"),
+    CHOICE("format", "save_format,to", format, "kohya", "kohya,diffusers,peft", "output",
+           "names in the adapter file; kohya: with LyCORIS' names of what kohya has none for"),
+    CHOICE("save_precision", "save_type", save_precision, "keep", SAVE_PRECISIONS, "output",
+           "type of what is written; keep: float32 for adapters, each tensor's own for models"),
+    FLAG("overwrite", NULL, overwrite, "no", "output", "replace what is there"),
+    INT("rank", "network_dim,new_rank,dim", rank, "0", 0, 4096, "rank",
+        "the largest rank; 0: as the other settings say"),
+    INT("conv_rank", "conv_dim,new_conv_rank", conv_rank, "0", 0, 4096, "rank",
+        "of convolutions over 1x1; 0: rank (extract: they are left out)"),
+    FLOAT("ratio", "sv_ratio", ratio, "0", 0, 1e9, "rank",
+          "keep singular values over the largest / ratio; 0: off"),
+    FLOAT("fro", "sv_fro", fro, "0", 0, 1, "rank",
+          "keep so much of the change's Frobenius norm; 0: off"),
+    TEXT("targets", NULL, targets, "attn+mlp", "rank",
+         "modules that extract takes: attn, attn+mlp, all, or patterns"),
+    FLOAT("tolerance", NULL, tolerance, "1e-3", 0, 10, "what",
+          "of verify: largest |a - b| / |a| of a module"),
+    {0}};
+#undef OPTIONS

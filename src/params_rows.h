@@ -23,7 +23,7 @@ typedef struct vel_option_row {
 
 /* Each ends with {0}. */
 extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows[],
-    vel_score_rows[], vel_bench_rows[], vel_checkpoint_rows[];
+    vel_score_rows[], vel_bench_rows[], vel_checkpoint_rows[], vel_adapter_rows[];
 
 /* Which field of which struct a row fills: a table defines OPTIONS as its struct. */
 #define FIELD(type, field) offsetof(type, field), sizeof(((type *)0)->field)

@@ -6,7 +6,8 @@
 #include "inspect.h"
 #include "train/report_chart.h"
 
-static const char *const commands[] = {"train", "generate", "grid", "score", "bench", "checkpoint"};
+static const char *const commands[] = {"train", "generate",   "grid",   "score",
+                                       "bench", "checkpoint", "adapter"};
 
 TEST(cli_help)
 {

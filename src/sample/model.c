@@ -314,6 +314,7 @@ vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_opti
         return VEL_NO_MEMORY;
     m->ctx = ctx;
     m->clip_skip = o->clip_skip;
+    m->no_text = o->no_text;
     m->arena = vel_arena_create(ctx);
     vel_status st = m->arena ? open_all(m, folder, o) : VEL_NO_MEMORY;
     if (st) {
@@ -444,7 +445,7 @@ const char *vel_model_hash(vel_model *m, const char *name)
 static vel_status list_modules(vel_model *m)
 {
     int side = VEL_MAX(8, m->latent.picture / m->latent.down), room = 0;
-    int n_graphs = m->tokenizer ? 2 : 1; /* opened without its text encoder */
+    int n_graphs = m->no_text ? 1 : 2;
     vel_graph *graphs[2] = {vel_model_build(m, PLAN_DENOISE, 1, side, side, 1)};
     if (n_graphs == 2)
         graphs[1] = vel_model_build(m, PLAN_TEXT, 1, 0, 0, 1);

@@ -54,6 +54,7 @@ struct vel_model {
     vel_engine *engine;
     vel_dtype compute;
     int clip_skip;
+    bool no_text; /* opened without its text encoder */
     model_part parts[VEL_MAX_PARTS];
     int n_parts;
     const vel_known_module *modules; /* NULL until asked for */

@@ -1,0 +1,368 @@
+/* adapter_hub.c: velatura adapter: adapters from dialect to dialect, compared, and the ground that
+ * the other tools stand on. What a module changes is asked of one place only (vel_adapter_delta),
+ * so every tool means what training means. */
+#include "adapter_hub.h"
+
+#include <stdlib.h>
+
+enum { SHOWN = 10 };
+
+/* ---- files and modules ---- */
+
+static vel_status add_entry(vel_hub *h, vel_hub_list *list, const char *text, size_t n)
+{
+    if (list->n == VEL_COUNT(list->at))
+        return vel_fail(h->ctx, VEL_BAD_VALUE, "adapter: more than %d files at once", list->n);
+    struct vel_hub_entry *e = &list->at[list->n++];
+    *e = (struct vel_hub_entry){.path = vel_strf(h->ctx, "%.*s", (int)n, text), .weight = 1};
+    if (!e->path)
+        return VEL_NO_MEMORY;
+    char *colon = strrchr(e->path, ':'), *end;
+    double weight = colon ? strtod(colon + 1, &end) : 1;
+    if (colon && end != colon + 1 && !*end && isfinite(weight)) {
+        *colon = 0;
+        e->weight = weight;
+    }
+    return vel_adapter_file_read(h->ctx, e->path, h->known, h->n_known, &e->file);
+}
+
+vel_status vel_hub_list_read(vel_hub *h, const char *text, vel_hub_list *list)
+{
+    *list = (vel_hub_list){.n = 0};
+    vel_status st = VEL_OK;
+    for (const char *at = text; *at && !st;) {
+        size_t n = strcspn(at, ",");
+        if (n)
+            st = add_entry(h, list, at, n);
+        at += n + (at[n] != 0);
+    }
+    if (!st && !list->n)
+        st = vel_fail(h->ctx, VEL_BAD_VALUE, "adapter: no file is named");
+    if (st)
+        vel_hub_list_finish(h, list);
+    return st;
+}
+
+void vel_hub_list_finish(vel_hub *h, vel_hub_list *list)
+{
+    for (int i = 0; i < list->n; i++) {
+        vel_adapter_file_destroy(list->at[i].file);
+        vel_free(h->ctx, list->at[i].path);
+    }
+    list->n = 0;
+}
+
+int64_t vel_hub_count(const vel_adapter_module *m)
+{
+    int64_t n = 1;
+    for (int i = 0; i < m->weight_rank; i++)
+        n *= m->weight_dim[i];
+    return n;
+}
+
+const vel_adapter_module *vel_hub_find(const vel_adapter_file *f, const char *path)
+{
+    for (int i = 0; i < f->n; i++)
+        if (strcmp(f->modules[i].path, path) == 0)
+            return &f->modules[i];
+    return NULL;
+}
+
+vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char *leaf, float **out,
+                          int64_t *n)
+{
+    char *name = vel_strf(h->ctx, "%s.%s", path, leaf);
+    vel_status st = name ? vel_model_read_weight(m, name, out, n) : VEL_NO_MEMORY;
+    vel_free(h->ctx, name);
+    return st;
+}
+
+vel_status vel_hub_change(vel_hub *h, const vel_adapter_module *m, const float *base,
+                          double strength, float **out)
+{
+    float *own = NULL;
+    int64_t n = 0;
+    vel_status st = VEL_OK;
+    *out = vel_alloc(h->ctx, sizeof **out * (size_t)vel_hub_count(m));
+    if (!*out)
+        return VEL_NO_MEMORY;
+#pragma omp critical(the_engine_has_one_arena)
+    {
+        if (!base && vel_adapter_module_has_dora(m)) {
+            st = vel_hub_weight(h, h->m, m->path, "weight", &own, &n);
+            base = own;
+        }
+        if (!st)
+            st = vel_adapter_delta(h->e, m, base, strength, *out);
+    }
+    vel_free(h->ctx, own);
+    if (st) {
+        vel_free(h->ctx, *out);
+        *out = NULL;
+    }
+    return st;
+}
+
+vel_status vel_hub_new_file(vel_hub *h, int room, vel_adapter_file **out)
+{
+    vel_adapter_file *f = vel_alloc(h->ctx, sizeof *f);
+    *out = f;
+    if (!f)
+        return VEL_NO_MEMORY;
+    f->ctx = h->ctx;
+    f->modules = vel_alloc(h->ctx, sizeof *f->modules * (size_t)VEL_MAX(room, 1));
+    f->metadata = json_object();
+    snprintf(f->kind, sizeof f->kind, "lora");
+    return f->modules && f->metadata ? VEL_OK : VEL_NO_MEMORY;
+}
+
+/* ---- writing ---- */
+
+static vel_file_type save_type(const vel_hub *h)
+{
+    static const struct {
+        const char *name;
+        vel_file_type type;
+    } types[] = {{"float", VEL_FILE_F32}, {"fp16", VEL_FILE_F16}, {"bf16", VEL_FILE_BF16}};
+    for (int i = 0; i < VEL_COUNT(types); i++)
+        if (strcmp(types[i].name, h->o->save_precision) == 0)
+            return types[i].type;
+    return VEL_FILE_F32;
+}
+
+/* Facts of the run that are kept: not hashes, and not what another dialect's writer states. */
+static json_t *kept_metadata(const vel_adapter_file *f, const json_t *given)
+{
+    static const char *const dropped[] = {"format", "lora_adapter_metadata", "sshs_model_hash",
+                                          "sshs_legacy_hash"};
+    json_t *all = given ? json_deep_copy(given) : json_deep_copy(f->metadata);
+    char text[32];
+    for (int i = 0; all && i < VEL_COUNT(dropped); i++)
+        json_object_del(all, dropped[i]);
+    bool plain = true;
+    for (int i = 0; i < f->n; i++)
+        plain = plain && strcmp(f->modules[i].kind, "lora") == 0 &&
+                !f->modules[i].leaf[VEL_LEAF_LORA_MID].v &&
+                !vel_adapter_module_has_dora(&f->modules[i]);
+    json_object_set_new(all, "ss_network_module",
+                        json_string(plain ? "networks.lora" : "lycoris.kohya"));
+    if (f->n) {
+        snprintf(text, sizeof text, "%d", f->modules[0].rank);
+        json_object_set_new(all, "ss_network_dim", json_string(text));
+        snprintf(text, sizeof text, "%g", f->modules[0].alpha);
+        json_object_set_new(all, "ss_network_alpha", json_string(text));
+    }
+    return all;
+}
+
+vel_status vel_hub_write(vel_hub *h, const vel_adapter_file *f, const char *path,
+                         const json_t *metadata)
+{
+    if (!h->o->overwrite && (vel_is_file(path) || vel_is_folder(path)))
+        return vel_fail(h->ctx, VEL_BAD_VALUE, "%s: exists; --overwrite replaces it", path);
+    json_t *all = kept_metadata(f, metadata);
+    vel_status st =
+        all ? vel_adapter_file_write(f, path, h->o->format, save_type(h), all) : VEL_NO_MEMORY;
+    json_decref(all);
+    if (!st)
+        vel_text_addf(h->out, "%s: %d modules, %s's names\n", path, f->n, h->o->format);
+    return st;
+}
+
+/* ---- convert ---- */
+
+vel_status vel_hub_convert(vel_hub *h)
+{
+    vel_adapter_file *f;
+    VEL_TRY(vel_adapter_file_read(h->ctx, h->o->input, h->known, h->n_known, &f));
+    vel_text_addf(h->out, "%s: %s, %s's names\n", f->path, f->kind, f->dialect);
+    vel_status st = vel_hub_write(h, f, h->o->second, NULL);
+    vel_adapter_file_destroy(f);
+    return st;
+}
+
+/* ---- verify ---- */
+
+typedef struct difference {
+    const char *path, *what;
+    double largest, relative; /* |a - b|: largest value; norm over the larger norm */
+} difference;
+
+static int by_relative(const void *a, const void *b)
+{
+    const difference *x = a, *y = b;
+    return x->relative < y->relative   ? 1
+           : x->relative > y->relative ? -1
+                                       : strcmp(x->path, y->path);
+}
+
+static void compare_values(const float *a, const float *b, int64_t n, difference *out)
+{
+    double aa = 0, bb = 0, dd = 0;
+    out->largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double x = a ? (double)a[i] : 0, y = b ? (double)b[i] : 0, d = fabs(x - y);
+        aa += x * x;
+        bb += y * y;
+        dd += d * d;
+        out->largest = VEL_MAX(out->largest, d);
+    }
+    double norm = sqrt(VEL_MAX(aa, bb));
+    out->relative = norm > 0 ? sqrt(dd) / norm : 0;
+    if (isnan(dd)) /* a comparison with NaN must not pass */
+        out->relative = out->largest = INFINITY;
+}
+
+static const vel_adapter_tensor *bias_of(const vel_adapter_module *m)
+{
+    const vel_adapter_tensor *t = m ? &m->leaf[VEL_LEAF_DIFF_B] : NULL;
+    if (m && m->leaf[VEL_LEAF_B_NORM].v)
+        t = &m->leaf[VEL_LEAF_B_NORM];
+    return t && t->v ? t : NULL;
+}
+
+/* The changes of one module's weight and bias. */
+static vel_status compare_modules(vel_hub *h, const vel_adapter_module *a,
+                                  const vel_adapter_module *b, difference *rows, int *n)
+{
+    const vel_adapter_module *any = a ? a : b;
+    float *x = NULL, *y = NULL;
+    vel_status st = a ? vel_hub_change(h, a, NULL, 1, &x) : VEL_OK;
+    if (!st && b)
+        st = vel_hub_change(h, b, NULL, 1, &y);
+    if (!st) {
+        rows[*n] = (difference){.path = any->path, .what = "weight"};
+        compare_values(x, y, vel_hub_count(any), &rows[(*n)++]);
+        const vel_adapter_tensor *p = bias_of(a), *q = bias_of(b);
+        if (p || q) {
+            rows[*n] = (difference){.path = any->path, .what = "bias"};
+            compare_values(p ? p->v : NULL, q ? q->v : NULL, vel_adapter_tensor_count(p ? p : q),
+                           &rows[(*n)++]);
+        }
+    }
+    vel_free(h->ctx, x);
+    vel_free(h->ctx, y);
+    return st;
+}
+
+static vel_status compare_files(vel_hub *h, const vel_adapter_file *a, const vel_adapter_file *b,
+                                difference *rows, int *n)
+{
+    vel_progress progress;
+    vel_status st = VEL_OK;
+    vel_progress_begin(&progress, h->ctx, "comparing", a->n + b->n);
+    for (int i = 0; i < a->n + b->n && !st; i++) {
+        const vel_adapter_module *m = i < a->n ? &a->modules[i] : &b->modules[i - a->n];
+        const vel_adapter_module *other = vel_hub_find(i < a->n ? b : a, m->path);
+        if (i < a->n)
+            st = compare_modules(h, m, other, rows, n);
+        else if (!other) /* else it was met among a's */
+            st = compare_modules(h, NULL, m, rows, n);
+        vel_progress_at(&progress, i + 1, NAN);
+        if (h->ctx->interrupted)
+            st = vel_fail(h->ctx, VEL_INTERRUPTED, "interrupted");
+    }
+    return st;
+}
+
+static vel_status judge(vel_hub *h, difference *rows, int n)
+{
+    int beyond = 0;
+    double largest = 0;
+    if (n)
+        qsort(rows, (size_t)n, sizeof *rows, by_relative);
+    for (int i = 0; i < n; i++) {
+        beyond += rows[i].relative > h->o->tolerance;
+        largest = VEL_MAX(largest, rows[i].largest);
+        if (i < SHOWN)
+            vel_text_addf(h->out, "  relative %-10.3g largest %-10.3g %s (%s)\n", rows[i].relative,
+                          rows[i].largest, rows[i].path, rows[i].what);
+    }
+    vel_text_addf(h->out, "%d of %d changes differ by more than %g; largest difference %.3g\n",
+                  beyond, n, h->o->tolerance, largest);
+    if (!beyond)
+        return VEL_OK;
+    vel_log(h->ctx, 1, "%s", h->out->s);
+    return vel_fail(h->ctx, VEL_BAD_VALUE, "%s and %s differ in %d of %d changes; most in %s: %.3g",
+                    h->o->input, h->o->second, beyond, n, rows[0].path, rows[0].relative);
+}
+
+vel_status vel_hub_verify(vel_hub *h)
+{
+    vel_adapter_file *a = NULL, *b = NULL;
+    vel_status st = vel_adapter_file_read(h->ctx, h->o->input, h->known, h->n_known, &a);
+    if (!st)
+        st = vel_adapter_file_read(h->ctx, h->o->second, h->known, h->n_known, &b);
+    int n = 0;
+    difference *rows = st ? NULL : vel_alloc(h->ctx, sizeof *rows * 2 * (size_t)(a->n + b->n + 1));
+    if (!st && !rows)
+        st = VEL_NO_MEMORY;
+    if (!st)
+        st = compare_files(h, a, b, rows, &n);
+    if (!st)
+        st = judge(h, rows, n);
+    vel_free(h->ctx, rows);
+    vel_adapter_file_destroy(a);
+    vel_adapter_file_destroy(b);
+    return st;
+}
+
+/* ---- the command ---- */
+
+static const struct action {
+    const char *name;
+    vel_status (*run)(vel_hub *h);
+    int words; /* files that it is given */
+    const char *usage;
+} actions[] = {
+    {"convert", vel_hub_convert, 2, "convert ADAPTER OUTPUT --format kohya --model MODEL"},
+    {"verify", vel_hub_verify, 2, "verify A B --model MODEL"},
+    {"merge", vel_hub_merge, 2, "merge A:0.8,B:0.5 OUTPUT --model MODEL"},
+    {"join", vel_hub_join, 2, "join A:0.8,B:0.5 OUTPUT --model MODEL"},
+    {"extract", vel_hub_extract, 3, "extract BASE TUNED OUTPUT --rank 32"},
+    {"resize", vel_hub_resize, 2, "resize ADAPTER OUTPUT --rank 8 --model MODEL"},
+    {"bake", vel_hub_bake, 2, "bake ADAPTER OUTPUT --rank 32 --model MODEL"},
+};
+
+static const struct action *find_action(const char *name)
+{
+    for (int i = 0; i < VEL_COUNT(actions); i++)
+        if (strcmp(actions[i].name, name) == 0)
+            return &actions[i];
+    return NULL;
+}
+
+static vel_status open_model(vel_hub *h, const struct action *a)
+{
+    const char *model = a->run == vel_hub_extract ? h->o->input : h->o->model;
+    if (!model)
+        return vel_fail(h->ctx, VEL_BAD_VALUE,
+                        "adapter %s: --model names the model that the adapter is for: its modules "
+                        "give the tensors their places",
+                        a->name);
+    vel_model_options open = {.variant = h->o->variant,
+                              .clip_skip = 1,
+                              .tokenizer = h->o->tokenizer,
+                              .weights_only = true};
+    VEL_TRY(vel_model_open(h->ctx, model, &open, &h->m));
+    h->known = vel_model_modules(h->m, &h->n_known);
+    return h->known ? vel_engine_create(h->ctx, "cpu", &h->e) : VEL_BAD_GRAPH;
+}
+
+vel_status vel_adapter_run(vel_ctx *ctx, const vel_adapter_options *o, vel_text *out)
+{
+    vel_hub h = {.ctx = ctx, .o = o, .out = out};
+    const struct action *a = find_action(o->what);
+    const char *words[] = {o->input, o->second, o->third};
+    if (!a)
+        return vel_fail(ctx, VEL_BUG, "adapter: no action '%s'", o->what);
+    for (int i = 0; i < VEL_COUNT(words); i++)
+        if ((i < a->words) != (words[i] != NULL))
+            return vel_fail(ctx, VEL_BAD_VALUE, "usage: velatura adapter %s", a->usage);
+    vel_status st = open_model(&h, a);
+    if (!st)
+        st = a->run(&h);
+    vel_engine_destroy(h.e);
+    vel_model_close(h.m);
+    return st;
+}

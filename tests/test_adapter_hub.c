@@ -1,0 +1,304 @@
+/* test_adapter_hub.c: singular values, and the tools on adapter files through the public interface:
+ * what a tool writes makes the change that it says, or the comparison fails. Files are checked in
+ * other programs by tools/compat/hub.py. */
+#include "formats/adapter_file.h"
+#include "low_rank.h"
+#include "sample/sample.h"
+#include "test.h"
+
+#include <stdlib.h>
+
+#define MODEL "models/emoji-sd"
+
+/* ---- singular values ---- */
+
+static void fill_random(float *x, int64_t n, uint64_t stream)
+{
+    vel_random_normal(7, stream, 0, x, n);
+}
+
+/* Is the rest beyond the first r triples what the singular values say? */
+static void check_svd(vel_test *t, const float *a, int64_t m, int64_t n, const vel_svd *s, int r,
+                      double wanted)
+{
+    float *up = vel_alloc(t->ctx, sizeof *up * (size_t)(m * r)),
+          *down = vel_alloc(t->ctx, sizeof *down * (size_t)(n * r));
+    double rest = 0, all = 0;
+    vel_svd_factors(s, r, up, down);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            double x = a[i * n + j];
+            all += x * x;
+            for (int k = 0; k < r; k++)
+                x -= (double)up[i * r + k] * (double)down[k * n + j];
+            rest += x * x;
+        }
+    CHECK_MSG(fabs(sqrt(rest / all) - wanted) < 2e-6, "%d x %d, rank %d: rest %g, wanted %g",
+              (int)m, (int)n, r, sqrt(rest / all), wanted);
+    vel_free(t->ctx, up);
+    vel_free(t->ctx, down);
+}
+
+TEST(low_rank_of_full_matrices)
+{
+    static const int sizes[][2] = {{5, 9}, {40, 7}, {33, 33}, {64, 600}};
+    for (int i = 0; i < VEL_COUNT(sizes); i++) {
+        int m = sizes[i][0], n = sizes[i][1], side = VEL_MIN(m, n);
+        float *a = vel_alloc(t->ctx, sizeof *a * (size_t)(m * n));
+        vel_svd s;
+        fill_random(a, m * n, (uint64_t)i);
+        CHECK_OK(vel_svd_of(t->ctx, a, m, n, 0, &s));
+        CHECK(s.k == side);
+        double kept = 0;
+        for (int k = 0; k < s.k; k++) {
+            CHECK(k == 0 || s.sigma[k] <= s.sigma[k - 1] * (1 + 1e-12));
+            kept += s.sigma[k] * s.sigma[k];
+            if (k == 0 || k == s.k / 2 || k == s.k - 1) /* Eckart and Young */
+                check_svd(t, a, m, n, &s, k + 1, sqrt(VEL_MAX(0, s.square - kept) / s.square));
+        }
+        CHECK(vel_svd_rank(&s, 3, 0, 0) == 3 && vel_svd_rank(&s, 0, 0, 0) == side);
+        CHECK(vel_svd_rank(&s, 0, 1, 0) == 1 && vel_svd_rank(&s, 0, 0, 1) == side);
+        vel_svd_finish(t->ctx, &s);
+        vel_free(t->ctx, a);
+    }
+}
+
+TEST(low_rank_of_products)
+{
+    enum { M = 30, N = 50, R = 6 };
+    float up[M * R], down[R * N], a[M * N];
+    vel_svd s, full;
+    fill_random(up, M * R, 1);
+    fill_random(down, R * N, 2);
+    for (int i = 0; i < M; i++)
+        up[i * R + 5] = up[i * R + 4]; /* rank 5 in truth */
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            double sum = 0;
+            for (int k = 0; k < R; k++)
+                sum += (double)up[i * R + k] * (double)down[k * N + j];
+            a[i * N + j] = (float)sum;
+        }
+    CHECK_OK(vel_svd_of_product(t->ctx, up, down, M, N, R, 0, &s));
+    CHECK_OK(vel_svd_of(t->ctx, a, M, N, R, &full));
+    for (int k = 0; k < 5; k++)
+        CHECK_MSG(fabs(s.sigma[k] - full.sigma[k]) < 1e-5 * full.sigma[0], "%d: %g, %g", k,
+                  s.sigma[k], full.sigma[k]);
+    CHECK(s.sigma[5] < 1e-5 * s.sigma[0]);
+    check_svd(t, a, M, N, &s, 5, 0);
+    CHECK(vel_svd_rank(&s, 0, 0, 0.9999999) == 5);
+    vel_svd_finish(t->ctx, &s);
+    vel_svd_finish(t->ctx, &full);
+}
+
+/* ---- the tools ---- */
+
+/* Runs `velatura adapter words...`; settings end with NULL: name, value, name, value. */
+static vel_status run(vel_test *t, const char *what, const char *a, const char *b, const char *c,
+                      const char *const *settings)
+{
+    vel_params *p = vel_params_create(t->ctx, "adapter");
+    const char *const words[][2] = {{"what", what}, {"input", a}, {"second", b}, {"third", c}};
+    char *text = NULL;
+    vel_status st = p ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < VEL_COUNT(words) && !st; i++)
+        if (words[i][1])
+            st = vel_params_set(p, words[i][0], words[i][1]);
+    for (int i = 0; settings[i] && !st; i += 2)
+        st = vel_params_set(p, settings[i], settings[i + 1]);
+    if (!st)
+        st = vel_adapter_command(t->ctx, p, &text);
+    vel_text_free(text);
+    vel_params_destroy(p);
+    return st;
+}
+
+#define RUN(what, a, b, c, ...)                                                                    \
+    run(t, what, a, b, c, (const char *const[]){"model", MODEL, "overwrite", "yes", __VA_ARGS__})
+
+static vel_adapter_tensor leaf_of(vel_test *t, int rank, int64_t a, int64_t b, int64_t c, int64_t d,
+                                  uint64_t stream, float size)
+{
+    vel_adapter_tensor x = {{rank, {a, b, c, d}}, NULL};
+    int64_t n = a * b * (rank == 4 ? c * d : 1);
+    x.v = vel_alloc(t->ctx, sizeof *x.v * (size_t)n);
+    fill_random(x.v, n, stream);
+    for (int64_t i = 0; i < n; i++)
+        x.v[i] *= size;
+    return x;
+}
+
+/* An adapter over a linear layer of the U-Net, a 3x3 convolution and one of the text encoder. */
+static const struct {
+    const char *path;
+    int rank;
+    int64_t dim[4];
+} places[] = {
+    {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 2, {96, 96, 1, 1}},
+    {"unet.down_blocks.0.resnets.0.conv1", 4, {96, 96, 3, 3}},
+    {"text_encoder.text_model.encoder.layers.1.mlp.fc1", 2, {768, 192, 1, 1}},
+};
+
+static void make_leaves(vel_test *t, const char *kind, int place, vel_adapter_module *m)
+{
+    const int64_t *d = places[place].dim;
+    int rank = places[place].rank, r = 4;
+    bool image = rank == 4;
+    uint64_t s = (uint64_t)(10 * place);
+    vel_adapter_tensor *leaf = m->leaf;
+    if (strcmp(kind, "lora") == 0) {
+        leaf[VEL_LEAF_LORA_DOWN] = leaf_of(t, rank, r, d[1], d[2], d[3], s, 0.1f);
+        leaf[VEL_LEAF_LORA_UP] = leaf_of(t, rank, d[0], r, 1, 1, s + 1, 0.1f);
+    } else if (strcmp(kind, "loha") == 0) {
+        int64_t inner = d[1] * (image ? d[2] * d[3] : 1);
+        leaf[VEL_LEAF_HADA_W1_A] = leaf_of(t, 2, d[0], r, 1, 1, s, 0.3f);
+        leaf[VEL_LEAF_HADA_W1_B] = leaf_of(t, 2, r, inner, 1, 1, s + 1, 0.3f);
+        leaf[VEL_LEAF_HADA_W2_A] = leaf_of(t, 2, d[0], r, 1, 1, s + 2, 0.3f);
+        leaf[VEL_LEAF_HADA_W2_B] = leaf_of(t, 2, r, inner, 1, 1, s + 3, 0.3f);
+    } else {
+        int64_t big = d[0] / 4;
+        leaf[VEL_LEAF_LOKR_W1] = leaf_of(t, 2, 4, 2, 1, 1, s, 0.3f);
+        leaf[VEL_LEAF_LOKR_W2] = leaf_of(t, rank, big, d[1] / 2, d[2], d[3], s + 1, 0.1f);
+    }
+}
+
+static char *make_file(vel_test *t, const char *name, const char *kind, double alpha, bool dora)
+{
+    vel_adapter_file f = {.ctx = t->ctx, .n = VEL_COUNT(places)};
+    vel_adapter_module modules[VEL_COUNT(places)] = {{0}};
+    char *path = vel_path_join(t->ctx, t->folder, name);
+    f.modules = modules;
+    for (int i = 0; i < f.n; i++) {
+        vel_adapter_module *m = &modules[i];
+        m->path = vel_strdup(t->ctx, places[i].path);
+        m->kind = kind;
+        m->weight_rank = places[i].rank;
+        m->rank = strcmp(kind, "lokr") == 0 ? 1 : 4;
+        m->alpha = strcmp(kind, "lokr") == 0 ? 1 : alpha;
+        memcpy(m->weight_dim, places[i].dim, sizeof m->weight_dim);
+        make_leaves(t, kind, i, m);
+        for (int64_t k = 0; dora && k < m->weight_dim[0]; k++) {
+            if (k == 0)
+                m->leaf[VEL_LEAF_DORA_SCALE] =
+                    leaf_of(t, m->weight_rank, m->weight_dim[0], 1, 1, 1, 77, 0);
+            m->leaf[VEL_LEAF_DORA_SCALE].v[k] = 0.5f + (float)k / 100;
+        }
+    }
+    CHECK_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, NULL));
+    for (int i = 0; i < f.n; i++)
+        vel_adapter_module_finish(t->ctx, &modules[i]);
+    return path;
+}
+
+static void check_differs(vel_test *t, const char *a, const char *b)
+{
+    CHECK(RUN("verify", a, b, NULL, "tolerance", "1e-3", NULL) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "differ in"));
+}
+
+TEST(adapter_hub_converts)
+{
+    static const char *const kinds[] = {"lora", "loha", "lokr"};
+    char *back = vel_path_join(t->ctx, t->folder, "back.safetensors");
+    char *other = vel_path_join(t->ctx, t->folder, "other.safetensors");
+    for (int i = 0; i < VEL_COUNT(kinds); i++)
+        for (int dora = 0; dora < 2; dora++) {
+            char *a = make_file(t, "a.safetensors", kinds[i], 2, dora);
+            CHECK_OK(RUN("convert", a, back, NULL, "format", "kohya", NULL));
+            CHECK_OK(RUN("verify", a, back, NULL, "tolerance", "1e-7", NULL));
+            vel_free(t->ctx, a);
+        }
+    char *lora = make_file(t, "a.safetensors", "lora", 2, false);
+    CHECK_OK(RUN("convert", lora, other, NULL, "format", "diffusers", NULL));
+    CHECK_OK(RUN("verify", lora, other, NULL, "tolerance", "1e-6", NULL)); /* alpha is folded */
+    CHECK_OK(RUN("convert", other, back, NULL, "format", "kohya", "save_precision", "fp16", NULL));
+    CHECK_OK(RUN("verify", lora, back, NULL, "tolerance", "1e-3", NULL));
+    CHECK(run(t, "convert", lora, other, NULL, (const char *const[]){"model", MODEL, NULL}) ==
+          VEL_BAD_VALUE); /* it exists */
+    CHECK(strstr(vel_ctx_error(t->ctx), "--overwrite"));
+    CHECK(run(t, "verify", lora, other, NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "--model"));
+    CHECK(RUN("verify", lora, NULL, NULL, NULL) == VEL_BAD_VALUE);
+    vel_free(t->ctx, lora);
+    vel_free(t->ctx, back);
+    vel_free(t->ctx, other);
+}
+
+TEST(adapter_hub_sees_differences)
+{
+    char *a = make_file(t, "a.safetensors", "lora", 2, false),
+         *b = make_file(t, "b.safetensors", "lora", 2.1, false),
+         *c = make_file(t, "c.safetensors", "loha", 2, false),
+         *d = make_file(t, "d.safetensors", "lora", 2, true);
+    check_differs(t, a, b);
+    check_differs(t, a, c);
+    check_differs(t, a, d);
+    vel_free(t->ctx, a);
+    vel_free(t->ctx, b);
+    vel_free(t->ctx, c);
+    vel_free(t->ctx, d);
+}
+
+TEST(adapter_hub_bakes_and_resizes)
+{
+    char *out = vel_path_join(t->ctx, t->folder, "out.safetensors");
+    char *loha = make_file(t, "h.safetensors", "loha", 2, false);
+    CHECK_OK(RUN("bake", loha, out, NULL, "rank", "16", NULL)); /* rank 4 x 4 */
+    CHECK_OK(RUN("verify", loha, out, NULL, "tolerance", "1e-5", NULL));
+    CHECK_OK(RUN("bake", loha, out, NULL, "rank", "3", NULL));
+    check_differs(t, loha, out);
+    char *lokr = make_file(t, "k.safetensors", "lokr", 1, false);
+    CHECK_OK(RUN("bake", lokr, out, NULL, "fro", "1", NULL));
+    CHECK_OK(RUN("verify", lokr, out, NULL, "tolerance", "1e-5", NULL));
+    char *dora = make_file(t, "d.safetensors", "lora", 2, true);
+    CHECK_OK(RUN("bake", dora, out, NULL, "fro", "0.99", NULL));
+    CHECK_OK(RUN("verify", dora, out, NULL, "tolerance", "0.15", NULL)); /* sqrt(1 - 0.99^2) */
+    check_differs(t, dora, out);
+    char *lora = make_file(t, "l.safetensors", "lora", 2, false);
+    CHECK_OK(RUN("resize", lora, out, NULL, "rank", "4", NULL));
+    CHECK_OK(RUN("verify", lora, out, NULL, "tolerance", "1e-6", NULL));
+    CHECK_OK(RUN("resize", lora, out, NULL, "rank", "2", NULL));
+    check_differs(t, lora, out);
+    CHECK(RUN("resize", lora, out, NULL, NULL) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "--rank"));
+    vel_free(t->ctx, loha);
+    vel_free(t->ctx, lokr);
+    vel_free(t->ctx, dora);
+    vel_free(t->ctx, lora);
+    vel_free(t->ctx, out);
+}
+
+/* W + 0.5 a + 0.5 b, told from W again, is the two joined. */
+TEST(adapter_hub_merges_and_extracts)
+{
+    char *a = make_file(t, "a.safetensors", "lora", 2, false),
+         *b = make_file(t, "b.safetensors", "loha", 3, false),
+         *merged = vel_path_join(t->ctx, t->folder, "merged.safetensors"),
+         *folder = vel_path_join(t->ctx, t->folder, "merged"),
+         *joined = vel_path_join(t->ctx, t->folder, "joined.safetensors"),
+         *told = vel_path_join(t->ctx, t->folder, "told.safetensors");
+    char *list = vel_strf(t->ctx, "%s:0.5,%s:0.5", a, b);
+    CHECK_OK(RUN("merge", list, merged, NULL, "save_precision", "float", NULL));
+    CHECK_OK(RUN("merge", list, folder, NULL, "save_precision", "float", NULL));
+    CHECK_OK(RUN("join", list, joined, NULL, "rank", "20", NULL));
+    CHECK_OK(RUN("extract", MODEL, merged, told, "rank", "20", "conv_rank", "20", "targets", "all",
+                 NULL));
+    CHECK_OK(RUN("verify", joined, told, NULL, "tolerance", "1e-4", NULL));
+    CHECK_OK(RUN("extract", MODEL, folder, told, "rank", "20", "conv_rank", "20", "targets", "all",
+                 NULL));
+    CHECK_OK(RUN("verify", joined, told, NULL, "tolerance", "1e-4", NULL));
+    check_differs(t, a, told);
+    CHECK(RUN("extract", MODEL, MODEL, told, "rank", "4", NULL) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "no module is changed"));
+    char *twice = vel_strf(t->ctx, "%s:0.25,%s:0.75", a, a);
+    CHECK_OK(RUN("join", twice, joined, NULL, NULL));
+    CHECK_OK(RUN("verify", a, joined, NULL, "tolerance", "1e-6", NULL));
+    vel_free(t->ctx, a);
+    vel_free(t->ctx, b);
+    vel_free(t->ctx, merged);
+    vel_free(t->ctx, folder);
+    vel_free(t->ctx, joined);
+    vel_free(t->ctx, told);
+    vel_free(t->ctx, list);
+    vel_free(t->ctx, twice);
+}
