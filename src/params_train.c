@@ -193,6 +193,8 @@ const vel_option_row vel_train_rows[] = {
           "-1: the optimizer's own, 1e-8 for AdamW"),
     FLOAT("adam_weight_decay", "weight_decay", weight_decay, "-1", -1, 10, "optimizer",
           "-1: the optimizer's own, 0.01 for AdamW"),
+    CHOICE("trained_precision", NULL, trained_precision, "float", "float,bf16", "optimizer",
+           "bf16: trained values stay on bfloat16's grid, rounded stochastically"),
     CHOICE("loss_scaling", NULL, loss_scaling, "auto", "auto,yes,no", "optimizer",
            "multiply the loss so that small gradients last; auto: where float16 is computed"),
     FLOAT("loss_scale", NULL, loss_scale, "65536", 1, 1e40, "optimizer",

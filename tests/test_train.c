@@ -265,30 +265,67 @@ TEST(scaler_grows_and_shrinks)
     CHECK(vel_scaler_factor(&off) == 1 && vel_scaler_factor(&s) == 1024);
 }
 
-/* A power of two changes no digit of float32; a scale at which gradients overflow costs steps and
- * leaves no trace in the file. */
-TEST(train_loss_scaling)
+/* Values of a result that are not finite, or, on_grid, not bfloat16's. */
+static int count_wrong(vel_test *t, const char *name, bool on_grid)
 {
-    static watch w;
-    CHECK_OK(train(t, &w, "plain", "steps=2"));
-    CHECK_OK(train(t, &w, "scaled", "steps=2 loss_scaling=yes"));
-    CHECK(strstr(w.log, "loss scaling: from 65536"));
-    CHECK(same_files(t, "plain/a.safetensors", "scaled/a.safetensors"));
-    CHECK_OK(train(t, &w, "over", "steps=4 loss_scaling=yes loss_scale=1e39"));
-    CHECK(strstr(w.log, "is skipped") && strstr(w.log, "were skipped"));
-    vel_safetensors *sf = open_result(t, "over/a.safetensors");
+    vel_safetensors *sf = open_result(t, name);
+    int wrong = 0;
     for (int i = 0; sf && i < vel_safetensors_count(sf); i++) {
         const vel_file_tensor *tensor = vel_safetensors_at(sf, i);
         for (int64_t k = 0; k < tensor->count; k++) {
             float value;
             vel_file_tensor_floats(tensor, k, 1, &value);
-            CHECK(isfinite(value));
+            wrong += !isfinite(value) || (on_grid && vel_bf16_f32(vel_f32_bf16(value)) != value);
         }
     }
     vel_safetensors_close(sf);
-    CHECK_OK(train(t, &w, "half", "steps=2 loss_scaling=yes loss_scale=1e39"));
-    CHECK_OK(train(t, &w, "half", "steps=4 loss_scaling=yes loss_scale=1e39 resume=latest"));
-    CHECK(same_files(t, "over/a.safetensors", "half/a.safetensors"));
+    return wrong;
+}
+
+/* A power of two changes no digit of float32; a scale at which gradients overflow costs steps and
+ * leaves no trace in the file. */
+TEST(train_loss_scaling)
+{
+    static watch w;
+    CHECK_OK(train(t, &w, "plain", "steps=1"));
+    CHECK_OK(train(t, &w, "scaled", "steps=1 loss_scaling=yes"));
+    CHECK(strstr(w.log, "loss scaling: from 65536"));
+    CHECK(same_files(t, "plain/a.safetensors", "scaled/a.safetensors"));
+    w.interrupt_at = 3;
+    CHECK(train(t, &w, "over", "steps=4 loss_scaling=yes loss_scale=1e39") == VEL_INTERRUPTED);
+    CHECK(strstr(w.log, "is skipped") && !isfinite(w.loss[0]) && isfinite(w.loss[2]));
+    w.interrupt_at = 0;
+    CHECK_OK(train(t, &w, "over", "steps=4 loss_scaling=yes loss_scale=1e39 resume=latest"));
+    CHECK(strstr(w.log, "2 steps of 4 were skipped; the loss scale is 2.5e+38"));
+    CHECK(count_wrong(t, "over/a.safetensors", false) == 0);
+}
+
+TEST(train_values_in_bfloat16)
+{
+    static watch w;
+    CHECK_OK(train(t, &w, "out", "steps=2 trained_precision=bf16 learning_rate=1e-5"));
+    CHECK(count_wrong(t, "out/a.safetensors", true) == 0);
+    CHECK_OK(train(t, &w, "float", "steps=1 learning_rate=1e-5"));
+    CHECK(count_wrong(t, "float/a.safetensors", true) > 0);
+}
+
+/* 8-bit states change the course of the loss by less than 1 %. */
+TEST(train_adamw8bit_follows_adamw)
+{
+    enum { STEPS = 8 };
+    static watch w;
+    double losses[2][STEPS];
+    for (int k = 0; k < 2; k++) {
+        char settings[128];
+        snprintf(settings, sizeof settings, "rank=32 steps=%d learning_rate=0.001 optimizer=%s",
+                 STEPS, k ? "AdamW8bit" : "AdamW");
+        CHECK_OK(train(t, &w, k ? "eight" : "plain", settings));
+        memcpy(losses[k], w.loss, sizeof losses[k]);
+    }
+    CHECK(losses[0][0] == losses[1][0] && losses[0][STEPS - 1] != losses[1][STEPS - 1]);
+    for (int i = 0; i < STEPS; i++)
+        CHECK_MSG(fabs(losses[1][i] / losses[0][i] - 1) < 0.01, "step %d: loss %g, AdamW's is %g",
+                  i + 1, losses[1][i], losses[0][i]);
 }
 
 /* ---- what is learned ---- */

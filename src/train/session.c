@@ -614,6 +614,7 @@ static vel_status choose_optimizer(train_session *s)
     VEL_TRY(vel_optimizer_choose(s->ctx, &wish, &s->optimizer));
     vel_optimizer *c = &s->optimizer.settings;
     c->seed = (uint64_t)o->seed;
+    c->round_bf16 = strcmp(o->trained_precision, "bf16") == 0;
     if (c->relative_step)
         vel_log(s->ctx, 2,
                 "AdaFactor takes its own rate: --learning_rate and --lr_scheduler change "
@@ -626,6 +627,24 @@ static vel_status choose_optimizer(train_session *s)
     if (strcmp(c->rule, "schedule_free") == 0 && strcmp(o->lr_scheduler, "constant") != 0)
         vel_log(s->ctx, 2, "%s needs no course of the rate: --lr_scheduler constant is usual",
                 s->optimizer.name);
+    return VEL_OK;
+}
+
+/* The optimizer rounds what it writes; what it begins with must lie on bfloat16's grid, too. */
+static vel_status round_first_values(train_session *s)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    for (int i = 0; s->optimizer.settings.round_bf16 && i < vel_engine_trainables(e); i++) {
+        const vel_trainable *t = vel_engine_trainable_at(e, i);
+        float *values = vel_alloc(s->ctx, (size_t)t->count * sizeof *values);
+        if (!values)
+            return VEL_NO_MEMORY;
+        vel_engine_read_trainables(e, 'v', t->offset, t->count, values);
+        for (int64_t k = 0; k < t->count; k++)
+            values[k] = vel_bf16_f32(vel_f32_bf16(values[k]));
+        vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
+        vel_free(s->ctx, values);
+    }
     return VEL_OK;
 }
 
@@ -650,6 +669,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
     if (o->fit) {
         VEL_TRY(vel_train_fit(s, own));
         VEL_TRY(count_steps(s)); /* of smaller batches */
+        VEL_TRY(choose_course(s));
     }
     VEL_TRY(state_plan(s));
     if (o->dry_run)
@@ -658,6 +678,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
     VEL_TRY(vel_method_first_values(s));
     vel_model_set_trained(s->model, &s->trained);
     VEL_TRY(vel_keep_resume(s));
+    VEL_TRY(round_first_values(s));
     VEL_TRY(vel_feed_prepare(s));
     s->step = s->first_step;
     VEL_TRY(draw_samples(s));

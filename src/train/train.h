@@ -66,8 +66,9 @@ typedef struct vel_train_options {
     int lr_cycles;
     double lr_power, lr_decay, lr_min_ratio;
     int lr_timescale;
-    const char *loss_scaling; /* "auto": where float16 is computed */
-    double loss_scale;        /* the first */
+    const char *trained_precision; /* "float", "bf16" */
+    const char *loss_scaling;      /* "auto": where float16 is computed */
+    double loss_scale;             /* the first */
     const char *lr_rules;
     int batch, accumulation, steps, epochs;
     int64_t seed;
