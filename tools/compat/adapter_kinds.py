@@ -50,7 +50,7 @@ ROWS = [
     ("here", "LyCORIS: LoHa, Tucker", "lycoris", ("loha", dict(use_tucker=True))),
     ("here", "LyCORIS: LoKr", "lycoris", ("lokr", dict(factor=8))),
     ("here", "LyCORIS: LoKr, Tucker, decomposed", "lycoris",
-     ("lokr", dict(lora_dim=2, use_tucker=True, decompose_both=True))),
+     ("lokr", dict(lora_dim=2, alpha=60, use_tucker=True, decompose_both=True))),
     ("here", "LyCORIS: LoKr, whole factors", "lycoris", ("lokr", dict(full_matrix=True))),
     ("here", "LyCORIS: DoRA over LoRA", "lycoris", ("locon", dict(weight_decompose=True))),
     ("here", "LyCORIS: DoRA over LoHa", "lycoris", ("loha", dict(weight_decompose=True))),
@@ -151,15 +151,11 @@ def lycoris_file(unet, kind, options, path):
         if getattr(m, "wd", False):
             m.dora_scale = torch.nn.Parameter(m.dora_scale)
         randomised([(kind + "." + k, p) for k, p in m.named_parameters()], len(made))
-        m.eval()
+        m.eval().apply_to()  # before: the state of "full" is a difference to the layer's weight from here on
         for key, value in m.state_dict().items():
             state[f"{stem}.{key}"] = value.detach().clone().contiguous()
-        made.append((m, stem))
-    for m, _ in made:
-        m.apply_to()
-    renamed = {k.replace(".weight", ".diff").replace(".bias", ".diff_b") if kind == "full" else k: v
-               for k, v in state.items()}
-    save_file(renamed, str(path))
+        made.append(m)
+    save_file(state, str(path))
 
 
 def here(o, work, table, base, name, how, what):
