@@ -66,7 +66,7 @@ ROWS = [
     ("here", "PEFT folder: LoKr, all", "peft",
      ("LoKrConfig", dict(r=RANK, alpha=ALPHA, target_modules=EVERYTHING, decompose_factor=8))),
     ("here", "PEFT folder: LoKr, attn, whole factors", "peft",
-     ("LoKrConfig", dict(r=64, alpha=ALPHA, target_modules=ATTENTION))),
+     ("LoKrConfig", dict(r=64, alpha=10 * ALPHA, target_modules=ATTENTION))),
     ("here", "PEFT folder: DoRA, all", "peft",
      ("LoraConfig", dict(r=RANK, lora_alpha=ALPHA, target_modules=EVERYTHING, use_dora=True))),
 ]
@@ -126,9 +126,7 @@ def randomised(parameters, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, p in parameters:
         lengths = "dora_scale" in name or "magnitude" in name
-        small = 0.003 if any(w in name for w in ("diff", "norm", ".weight", "bias")) and "lora" not in name else 0.05
-        if "hada" in name:
-            small = 0.15
+        small = 0.15 if "hada" in name else 0.03 if "norm" in name else 0.003 if name.startswith("full") else 0.05
         noise = torch.randn(p.shape, generator=generator)
         p.data = p.data * (1 + 0.1 * noise) if lengths else small * noise
 
