@@ -13,7 +13,9 @@ static vel_status checked(vel_ctx *ctx, const vel_params *p, command_fn run)
 
 static vel_status run_train(vel_ctx *ctx, const vel_params *p)
 {
-    return vel_train_run(ctx, &p->o.train, p->set);
+    const vel_train_options *o = &p->o.train;
+    return o->compare_images && o->compare_images[0] ? vel_train_compare(ctx, o, p->set)
+                                                     : vel_train_run(ctx, o, p->set, NULL);
 }
 
 static vel_status run_generate(vel_ctx *ctx, const vel_params *p)

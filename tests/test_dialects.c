@@ -119,6 +119,64 @@ TEST(dialects_defaults)
              "rank=32 random_crop=no output_name=pytorch_lora_weights");
 }
 
+TEST(dialects_other_methods)
+{
+    comes_to(t,
+             "textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
+             "--placeholder_token <x> --initializer_token cat --num_vectors 2",
+             "method=textual_inversion placeholder_token=<x> initializer_token=cat num_vectors=2 "
+             "learnable_property=object repeats=100 steps=5000 batch=16 save_every=500 "
+             "output_name=learned_embeds precision=no");
+    comes_to(t,
+             "train_textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
+             "--resolution 512 --token_string <x> --init_word cat --num_vectors_per_token 3 "
+             "--use_style_template",
+             "method=textual_inversion placeholder_token=<x> initializer_token=cat num_vectors=3 "
+             "learnable_property=style steps=1600 output_name=last");
+    comes_to(t,
+             "train_dreambooth.py --pretrained_model_name_or_path m --instance_data_dir d "
+             "--instance_prompt p --with_prior_preservation --class_data_dir c --class_prompt q "
+             "--train_text_encoder --offset_noise --snr_gamma 5",
+             "method=full learning_rate=5e-6 with_prior_preservation=yes class_data_dir=c "
+             "class_prompt=q num_class_images=100 train_text_encoder=yes noise_offset=0.1 "
+             "min_snr_gamma=5 output_dir=dreambooth-model");
+    comes_to(
+        t,
+        "train_text_to_image.py --pretrained_model_name_or_path m --train_data_dir d --use_ema "
+        "--random_flip --center_crop --validation_prompts a --input_perturbation 0.1",
+        "method=full use_ema=yes flip=yes random_crop=no sample_prompts=a "
+        "sample_every_n_epochs=5 ip_noise_gamma=0.1");
+    comes_to(t,
+             "train_db.py --pretrained_model_name_or_path m --train_data_dir d --reg_data_dir r "
+             "--resolution 512,640 --learning_rate_te 1e-6 --stop_text_encoder_training 100",
+             "method=full class_data_dir=r resolution=512,640 text_encoder_lr=1e-6 "
+             "stop_text_encoder_training=100 train_text_encoder=yes");
+    comes_to(t,
+             "fine_tune.py --pretrained_model_name_or_path m --train_data_dir d --in_json j "
+             "--resolution 512 --shuffle_caption --keep_tokens 2 --caption_prefix x",
+             "method=full in_json=j train_text_encoder=no shuffle_caption=yes keep_tokens=2 "
+             "caption_prefix=x caption_extension=");
+    comes_to(t,
+             "train_network.py --pretrained_model_name_or_path m --train_data_dir d --resolution "
+             "512 --network_module lycoris.kohya --network_dim 8 --network_args algo=lokr "
+             "factor=4 dora_wd=True preset=attn-mlp --scale_weight_norms 1 --base_weights a b "
+             "--base_weights_multiplier 0.5 1",
+             "network=lokr lokr_factor=4 use_dora=yes dora_norm_gradient=yes targets=attn+mlp "
+             "scale_weight_norms=1 base_weights=a,b base_weights_multiplier=0.5,1");
+}
+
+/* Each flag that goes into a setting goes into one that there is. */
+TEST(dialects_settings_exist)
+{
+    vel_param_info info;
+    for (const vel_script *s = vel_scripts; s->name; s++)
+        for (const vel_dialect_row *r = s->rows; r->flag; r++)
+            if ((r->scripts & s->bit) && r->fate == FATE_SET)
+                CHECK_MSG(vel_params_find("train", r->setting, &info) &&
+                              strcmp(info.name, r->setting) == 0,
+                          "%s --%s: there is no setting %s", s->name, r->flag, r->setting);
+}
+
 TEST(dialects_forms)
 {
     comes_to(t, NETWORK "--learning_rate=3e-4", "learning_rate=3e-4");

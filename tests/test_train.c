@@ -669,7 +669,7 @@ TEST(train_names_where_it_diverged)
     if (!p)
         return;
     p->o.train.lr = 1e10; /* beyond what the setting takes */
-    vel_status st = vel_train_run(t->ctx, &p->o.train, p->set);
+    vel_status st = vel_train_run(t->ctx, &p->o.train, p->set, NULL);
     vel_params_destroy(p);
     CHECK_MSG(st == VEL_DIVERGED, "status %s: %s", vel_status_name(st), vel_ctx_error(t->ctx));
     CHECK_MSG(says(t, "step ") && says(t, "not finite: "), "does not say where: %s",

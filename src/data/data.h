@@ -55,9 +55,11 @@ typedef struct vel_data_options {
     bool center_crop;        /* else random crop */
     bool flip;               /* random horizontal flip */
     int repeats;             /* of a flat folder; N_name folders carry their own */
+    int most_pictures;       /* the first so many; 0: all */
     double validation_split; /* share held out, chosen by hash of the file name */
     bool strict_peer;
-    int size_multiple; /* pixels per latent: 8 */
+    const char *filter; /* of scaling; NULL: Lanczos */
+    int size_multiple;  /* pixels per latent: 8 */
     vel_caption_rules captions;
 } vel_data_options;
 
@@ -124,6 +126,9 @@ vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int6
                             bool fill, vel_epoch **out);
 void vel_epoch_destroy(vel_epoch *e);
 
+/* By what a sample is scaled: the filter (NULL: what is usual); under strict_peer without one
+ * kohya's, which shrinks by area. For vel_picture_load. */
+const char *vel_sample_filter(const vel_sample *s, const char *filter, bool strict_peer);
 /* Pixels of a sample in its bucket as it is shown in one epoch (random crop and flip come from
  * (seed, epoch, index)); out: [height, width, 3] in -1..1. */
 vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,

@@ -712,6 +712,8 @@ vel_status vel_dataset_open(vel_ctx *ctx, const vel_data_options *o, vel_dataset
         vel_dataset_close(&d->shown);
         return status;
     }
+    if (o->most_pictures > 0)
+        d->shown.n = VEL_MIN(d->shown.n, o->most_pictures);
     hold_out(&d->shown);
     *out = &d->shown;
     return VEL_OK;

@@ -223,6 +223,12 @@ static float to_unit(uint8_t value)
     return ((float)value / 255.0f - 0.5f) / 0.5f;
 }
 
+const char *vel_sample_filter(const vel_sample *s, const char *filter, bool strict_peer)
+{
+    bool shrinks = s->source_width > s->width && s->source_height > s->height;
+    return filter ? filter : strict_peer && shrinks ? "area" : NULL; /* OpenCV's INTER_AREA */
+}
+
 /* What is shown of a picture: a window of its bucket's size in the picture at the size to which it
  * is scaled. */
 typedef struct window {
@@ -246,8 +252,7 @@ static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, in
                             .background = {255, 255, 255},
                             .alpha = alpha,
                             .strict_peer = d->options.strict_peer};
-    if (how.strict_peer && source.width > scaled.width && source.height > scaled.height)
-        how.filter = "area"; /* kohya shrinks with OpenCV's INTER_AREA */
+    how.filter = vel_sample_filter(s, d->options.filter, how.strict_peer);
     *out = (window){.width = bucket.width, .height = bucket.height};
     VEL_TRY(vel_picture_read(d->ctx, path, &how, &out->image));
     if (out->image.width != scaled.width || out->image.height != scaled.height ||

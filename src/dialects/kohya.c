@@ -105,8 +105,8 @@ const vel_dialect_row vel_kohya_rows[] = {
          "without it fp16 where --mixed_precision asks for half a type, else float; "
          "--strict_compat: float",
          "float,fp16,bf16"),
-    SET(KOHYA, "save_every_n_epochs", KIND_INT, "0", "save_every_n_epochs"),
-    SET(KOHYA, "save_every_n_steps", KIND_INT, "0", "save_every"),
+    SET(KOHYA, "save_every_n_epochs", KIND_INT, NULL, "save_every_n_epochs"),
+    SET(KOHYA, "save_every_n_steps", KIND_INT, NULL, "save_every"),
     RULE(KOHYA, "save_n_epoch_ratio", KIND_INT, NULL, "save_every_n_epochs, by --max_train_epochs"),
     RULE(KOHYA, "save_last_n_epochs", KIND_INT, NULL, "keep_last"),
     RULE(KOHYA, "save_last_n_epochs_state", KIND_INT, NULL, "keep_last"),

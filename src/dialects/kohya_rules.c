@@ -90,6 +90,8 @@ static vel_status save_rules(vel_line *l)
         vel_line_say(l, "no --save_precision: fp16, half the size (--strict_compat: float)");
     type = type ? type : half && !l->strict ? "fp16" : "float";
     VEL_TRY(vel_line_set(l, "save_precision", "save_precision", "%s", type));
+    if (!vel_line_given(l, "save_every_n_steps"))
+        VEL_TRY(vel_line_set(l, "save_every_n_steps", "save_every", "0"));
     VEL_TRY(keep_rules(l));
     if (!vel_line_given(l, "save_n_epoch_ratio"))
         return VEL_OK;

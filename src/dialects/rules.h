@@ -5,7 +5,7 @@
 #include "dialects/dialects.h"
 
 vel_status vel_rule_seed(vel_line *l);
-vel_status vel_rule_schedule(vel_line *l); /* lr_scheduler, lr_warmup_steps, lr_decay_steps */
+vel_status vel_rule_schedule(vel_line *l); /* lr_scheduler, lr_warmup_steps */
 
 /* A key of a list of key=value words. setting: ours; "" where a rule reads it; NULL with a note: it
  * changes nothing; a setting and a note: refused. */

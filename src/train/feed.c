@@ -28,9 +28,10 @@ static char *latent_key(train_session *s, int sample, int flipped, const char *c
 {
     const vel_sample *p = &s->samples[sample];
     const char *encoder = s->o->cache_to_disk ? vel_model_hash(s->model, "vae") : "";
-    return vel_strf(s->ctx, "latent %s type %d %s %dx%d %s %d", encoder ? encoder : "",
+    return vel_strf(s->ctx, "latent %s type %d %s %dx%d %s%s %d", encoder ? encoder : "",
                     (int)vel_model_compute(s->model), content, p->width, p->height,
-                    s->o->strict_compat ? "strict" : "", flipped);
+                    s->o->strict_compat ? "strict" : "",
+                    s->o->resize_filter ? s->o->resize_filter : "", flipped);
 }
 
 /* Identifies a picture: by content where keys outlive the run, else by its place in the data set.
@@ -61,6 +62,8 @@ static vel_status read_pixels(train_session *s, int sample, int flipped, float *
                             .crop_y = 0.5,
                             .flip = flipped,
                             .background = {255, 255, 255},
+                            .filter =
+                                vel_sample_filter(p, s->o->resize_filter, s->o->strict_compat),
                             .strict_peer = s->o->strict_compat};
     vel_image image = {0};
     VEL_TRY(vel_picture_read(s->ctx, p->image, &how, &image));
@@ -93,6 +96,12 @@ static int64_t moments_count(const train_session *s, int sample)
     return (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
 }
 
+/* Does the scaled picture fill its bucket, so that every crop is the same? */
+static bool fits(const vel_sample *p)
+{
+    return (int64_t)p->source_width * p->height == (int64_t)p->source_height * p->width;
+}
+
 /* Mean and log-variance [h, w, 2C] of a picture: cached, else encoded now. With a random crop they
  * are of this epoch's crop and not kept. *owned is set where the caller frees. */
 static vel_status moments_of(train_session *s, int sample, int64_t epoch, const float **out,
@@ -104,7 +113,7 @@ static vel_status moments_of(train_session *s, int sample, int64_t epoch, const 
     int flipped = s->o->flip && !p->held_out && !of_class
                       ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
                       : 0;
-    bool cached = !s->o->random_crop || p->held_out || of_class;
+    bool cached = !s->o->random_crop || p->held_out || of_class || fits(p);
     char content[65];
     char *key = NULL;
     *owned = NULL;

@@ -46,7 +46,8 @@ const char *vel_keep_ending(const train_session *s)
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
 static const char may_differ[] =
     "variant,device,memory,gradient_checkpointing,cache_to_disk,steps,epochs,resume,overwrite,"
-    "dry_run,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,sample_*,"
+    "dry_run,compare_images,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,"
+    "sample_*,"
     "validation_every,validate_every_n_epochs";
 /* These begin like some of those. */
 static const char must_agree[] = "sample_latents";

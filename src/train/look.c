@@ -47,6 +47,16 @@ static vel_status save_sheet(train_session *s, const vel_report_sheet *sheet)
     return st;
 }
 
+static vel_status copy_images(train_session *s, const vel_image *from, vel_image *to)
+{
+    for (int i = 0; i < s->n_prompts; i++) {
+        VEL_TRY(vel_image_create(s->ctx, from[i].width, from[i].height, from[i].channels, &to[i]));
+        memcpy(to[i].pixels, from[i].pixels,
+               (size_t)from[i].width * from[i].height * from[i].channels);
+    }
+    return VEL_OK;
+}
+
 vel_status vel_look_draw(train_session *s)
 {
     if (s->n_prompts == 0)
@@ -54,6 +64,8 @@ vel_status vel_look_draw(train_session *s)
     vel_report_sheet *sheet = new_sheet(s);
     if (!sheet)
         return VEL_NO_MEMORY;
+    if (s->result && s->result->base && s->step == s->first_step && !s->first_step)
+        return copy_images(s, s->result->base->before, sheet->images);
     int batch = s->data->options.width <= 256 ? 4 : 1;
     vel_status st = vel_model_draw(s->model, s->draws, s->n_prompts, batch, "drawing samples",
                                    sheet->images, NULL);
@@ -84,8 +96,43 @@ static vel_status before_after(train_session *s)
     return st;
 }
 
+/* Hands what the run came to to who asked. */
+static vel_status hand_result(train_session *s)
+{
+    vel_train_result *r = s->result;
+    int64_t from = s->steps - VEL_MAX(1, s->steps / 10), counted = 0;
+    r->pictures = s->data->n_train;
+    r->steps = s->steps;
+    r->loss = 0;
+    r->validation = NAN;
+    for (int i = 0; i < s->n_points; i++) {
+        if (s->points[i].step > from) {
+            r->loss += s->points[i].loss;
+            counted++;
+        }
+        if (isfinite(s->points[i].validation))
+            r->validation = s->points[i].validation;
+    }
+    r->loss = counted ? r->loss / (double)counted : NAN;
+    if (s->n_sheets < 2 || !s->n_prompts)
+        return VEL_OK;
+    r->before = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *r->before);
+    r->after = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *r->after);
+    r->prompts = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *r->prompts);
+    if (!r->before || !r->after || !r->prompts)
+        return VEL_NO_MEMORY;
+    r->n = s->n_prompts;
+    for (int i = 0; i < r->n; i++)
+        if (!(r->prompts[i] = vel_strdup(s->ctx, s->prompts[i])))
+            return VEL_NO_MEMORY;
+    VEL_TRY(copy_images(s, s->sheets[0].images, r->before));
+    return copy_images(s, s->sheets[s->n_sheets - 1].images, r->after);
+}
+
 vel_status vel_look_report(train_session *s)
 {
+    if (s->result)
+        VEL_TRY(hand_result(s));
     char *path = vel_keep_path(s, "-report.html"), *adapter = vel_keep_result(s);
     if (!path || !adapter)
         return VEL_NO_MEMORY;

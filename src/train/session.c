@@ -23,8 +23,10 @@ static vel_status open_data(train_session *s)
                           .center_crop = !o->random_crop,
                           .flip = o->flip,
                           .repeats = o->repeats,
+                          .most_pictures = o->max_train_samples,
                           .validation_split = o->validation_split,
                           .strict_peer = o->strict_compat,
+                          .filter = o->resize_filter,
                           .size_multiple = 8,
                           .captions = o->captions};
     if (vel_words_in_sentences(o))
@@ -711,11 +713,16 @@ static void finish_session(train_session *s)
     vel_arena_destroy(s->arena);
 }
 
-vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings)
+vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings,
+                         vel_train_result *result)
 {
     vel_train_options own = *o;
-    train_session s = {
-        .ctx = ctx, .o = &own, .settings = settings, .started = vel_now(), .epoch_number = -1};
+    train_session s = {.result = result,
+                       .ctx = ctx,
+                       .o = &own,
+                       .settings = settings,
+                       .started = vel_now(),
+                       .epoch_number = -1};
     s.arena = vel_arena_create(ctx);
     vel_status st = s.arena ? run_session(&s, &own) : VEL_NO_MEMORY;
     finish_session(&s);

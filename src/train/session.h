@@ -6,6 +6,7 @@
  *   feed.c     pictures and captions to batches: encoding, caching, noise, timesteps
  *   keep.c     what is left on disk: adapters, states, log, metadata
  *   prompts.c  the prompts of samples
+ *   compare.c  runs on more and more pictures, beside each other
  *   look.c     what a person looks at: samples, sheets, the report */
 #ifndef VEL_TRAIN_SESSION_H
 #define VEL_TRAIN_SESSION_H
@@ -80,6 +81,7 @@ typedef struct train_session {
     char *data_text, *plan_text;
 
     /* look */
+    vel_train_result *result; /* NULL: nobody asks */
     char **prompts;
     vel_draw *draws; /* [n_prompts] */
     int n_prompts;

@@ -18,8 +18,10 @@ typedef struct vel_train_options {
     int clip_skip;
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;
-    const char *in_json, *dataset_config;
-    const char *resolution; /* "512" or "512,768": width, height */
+    const char *in_json, *dataset_config, *compare_images;
+    int max_train_samples;
+    const char *resize_filter; /* NULL: Lanczos */
+    const char *resolution;    /* "512" or "512,768": width, height */
     bool enable_bucket, bucket_no_upscale, random_crop, flip, cache_to_disk, strict_compat;
     int min_bucket, max_bucket, bucket_step, repeats;
     double caption_dropout, validation_split;
@@ -102,8 +104,23 @@ typedef struct vel_train_options {
     const char *comment;
 } vel_train_options;
 
-/* The whole of `velatura train`. */
-vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings);
+/* What a run came to; vel_train_result_finish. */
+typedef struct vel_train_result {
+    const struct vel_train_result *base; /* given: its `before` stands for ours; NULL: draw them */
+    int pictures;                        /* that were learned from */
+    int64_t steps;
+    double loss, validation; /* mean of the last tenth of the steps; last measured; NaN: none */
+    int n;                   /* samples */
+    vel_image *before, *after;
+    char **prompts;
+} vel_train_result;
+void vel_train_result_finish(vel_ctx *ctx, vel_train_result *r);
+
+/* The whole of `velatura train`; result may be NULL. */
+vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t *settings,
+                         vel_train_result *result);
+/* --compare_images (compare.c): a run for each number of pictures. */
+vel_status vel_train_compare(vel_ctx *ctx, const vel_train_options *o, const json_t *settings);
 
 /* ---- schedules (lr.c)
  * ------------------------------------------------------------------------------ */
