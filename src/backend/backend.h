@@ -130,6 +130,8 @@ typedef struct vel_backend {
     void (*close)(vel_device *d);
     const char *(*describe)(vel_device *d);   /* "2 threads, AMX" */
     vel_dtype (*best_compute)(vel_device *d); /* bf16 where the hardware multiplies it */
+    bool (*computes)(vel_device *d,
+                     vel_dtype t); /* whether it is fast in t; NULL: in the best one */
     vel_status (*alloc)(vel_device *d, size_t bytes, void **out); /* zeroed */
     void (*free)(vel_device *d, void *p);
     void (*write)(vel_device *d, void *dst, const void *src, size_t bytes); /* from the host */

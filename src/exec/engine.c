@@ -72,6 +72,12 @@ vel_dtype vel_engine_best_compute(vel_engine *e)
     return e->backend->best_compute(e->device);
 }
 
+bool vel_engine_computes(vel_engine *e, vel_dtype t)
+{
+    return e->backend->computes ? e->backend->computes(e->device, t)
+                                : t == vel_engine_best_compute(e);
+}
+
 /* ---- frozen weights
  * ------------------------------------------------------------------------------ */
 

@@ -16,6 +16,7 @@ const char *vel_engine_describe(vel_engine *e);
 /* Device memory that the driver and the vendor's libraries keep for themselves. */
 int64_t vel_engine_overhead(vel_engine *e);
 vel_dtype vel_engine_best_compute(vel_engine *e);
+bool vel_engine_computes(vel_engine *e, vel_dtype t); /* whether the device is fast in t */
 
 /* ---- frozen weights ------------------------------------------------------------------------- */
 

@@ -248,7 +248,9 @@ static vel_status choose_precision(vel_model *m, const char *wanted)
     } else if (strcmp(wanted, "bf16") == 0) {
         m->compute = VEL_BF16;
     } else if (strcmp(wanted, "fp16") == 0) {
-        m->compute = best == VEL_F16 ? VEL_F16 : best == VEL_BF16 ? VEL_BF16 : VEL_F32;
+        m->compute = vel_engine_computes(m->engine, VEL_F16) ? VEL_F16
+                     : best == VEL_BF16                      ? VEL_BF16
+                                                             : VEL_F32;
         if (m->compute != VEL_F16)
             vel_log(m->ctx, 2, "precision fp16: this device computes in %s instead",
                     vel_dtype_name(m->compute));

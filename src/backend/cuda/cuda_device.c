@@ -206,6 +206,12 @@ static vel_dtype cuda_best_compute(vel_device *d)
     return d->capability >= 80 ? VEL_BF16 : d->capability >= 70 ? VEL_F16 : VEL_F32;
 }
 
+static bool cuda_computes(vel_device *d, vel_dtype t)
+{
+    return t == VEL_F32 || (t == VEL_F16 && d->capability >= 70) ||
+           (t == VEL_BF16 && d->capability >= 80);
+}
+
 /* ---- memory ---- */
 
 /* The driver hands out whole pages of 2 MiB; a model has hundreds of small weights. They lie one
@@ -437,6 +443,7 @@ static const vel_backend vel_backend_cuda = {
     .close = cuda_close,
     .describe = cuda_describe,
     .best_compute = cuda_best_compute,
+    .computes = cuda_computes,
     .alloc = cuda_alloc,
     .free = cuda_free,
     .write = cuda_write,
