@@ -621,7 +621,11 @@ static void check_output(trial *r, vel_plan *p, const vel_ref_tensor *truth, int
         vel_dtype type = vel_type_of(g, vel_output_find(g, name)).dtype;
         if (limit < rounding_of(type)) /* the op's own result is rounded: a cast */
             limit = rounding_of(type);
-        double error = relative_rms(truth->v, got, n);
+        double error = relative_rms(truth->v, got, n), size = 0;
+        for (int64_t j = 0; j < n; j++)
+            size += truth->v[j] * truth->v[j];
+        if (type == VEL_F16) /* its smallest step, where values are smaller than 2^-14 */
+            limit = VEL_MAX(limit, 0x1p-24 / sqrt(size / (double)n + 1e-300));
         CHECK_MSG(error <= limit, "%s case %d %s: output %d is off by %.2e, allowed %.2e",
                   vel_op_name(r->op), r->number, mode, i, error, limit);
     }
