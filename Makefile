@@ -142,7 +142,7 @@ $(BUILD)/libvelatura-cuda.so: $(CUDA_OBJECTS) $(BUILD)/libvelatura.a
 	    -Wl,--version-script=$(CUDA_OBJ)/exports.map -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
 # Sanitizers: libraries that keep tables to their end are named in tests/lsan.supp.
-TEST_ENV := OMP_WAIT_POLICY=passive LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0
+TEST_ENV := OMP_WAIT_POLICY=passive LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan.supp:print_suppressions=0
 TEST_ENV += UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
 PATTERN ?=
 SKIP ?=
