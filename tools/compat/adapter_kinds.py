@@ -45,6 +45,10 @@ ROWS = [
     ("there", "LyCORIS: DoRA over columns, attn", "lycoris", DORA + ["--wd_on_output", "no"]),
     ("there", "diffusers: DoRA, attn", "diffusers", DORA),
     ("there", "diffusers: DoRA, all", "diffusers", DORA + ALL),
+    ("there", "PEFT folder by adapter convert: LoHa, all", "peft", KINDS["LoHa"] + ALL),
+    ("there", "PEFT folder by adapter convert: LoKr, all", "peft", KINDS["LoKr"] + ALL),
+    ("there", "PEFT folder by adapter convert: LoKr, whole factors", "peft", KINDS["LoKr"] + ["--full_matrix"]),
+    ("there", "PEFT folder by adapter convert: DoRA, all", "peft", DORA + ALL),
     ("here", "LyCORIS: LoCon, Tucker", "lycoris", ("locon", dict(use_tucker=True))),
     ("here", "LyCORIS: LoHa", "lycoris", ("loha", {})),
     ("here", "LyCORIS: LoHa, Tucker", "lycoris", ("loha", dict(use_tucker=True))),
@@ -106,13 +110,20 @@ def lycoris_on(unet, file):
 
 def there(o, work, table, pipe, base, name, how, settings):
     out = work / "".join(c if c.isalnum() else "_" for c in name)
-    file = train_here(o, out, "kohya" if how == "lycoris" else how, settings)
+    file = train_here(o, out, "diffusers" if how == "diffusers" else "kohya", settings)
     here = drawn_here(o, out / "drawn", file)
     if how == "lycoris":
         made = lycoris_on(pipe.unet, file)
         there = drawn_there(pipe)
         for module in reversed(made):
             module.restore()
+    elif how == "peft":
+        import peft
+
+        run([o.program, "adapter", "convert", file, out / "peft", "--format", "peft", "--model", o.model])
+        other = open_pipe(o)
+        other.unet = peft.PeftModel.from_pretrained(other.unet, str(out / "peft"))
+        there = drawn_there(other)
     else:
         pipe.load_lora_weights(str(out), weight_name=file.name)
         there = drawn_there(pipe)
