@@ -9,7 +9,7 @@
         TEXT("variant", NULL, at variant, NULL, "model", "file variant, such as fp16"),            \
         TEXT("tokenizer", "tokenizer_name", at tokenizer, NULL, "model",                           \
              "folder of the tokenizer, for a model in a single file"),                             \
-        TEXT("device", NULL, at device, NULL, "model", "cpu; default: the best there is"),         \
+        TEXT("device", NULL, at device, NULL, "model", "cpu, cuda, cuda:1; default: the best"),    \
         CHOICE("precision", "mixed_precision", at precision, "auto", VEL_PRECISIONS, "model",      \
                "compute type"),                                                                    \
         INT("clip_skip", NULL, at clip_skip, "1", 1, 12, "model",                                  \
@@ -71,7 +71,7 @@ const vel_option_row vel_bench_rows[] = {
     TEXT("what", NULL, what, "step", "what",
          "step, unet, text, vae_decode, vae_encode, or the name of an op"),
     TEXT("model", NULL, model, NULL, "what", "model folder"),
-    TEXT("device", NULL, device, NULL, "what", "cpu; default: the best there is"),
+    TEXT("device", NULL, device, NULL, "what", "cpu, cuda, cuda:1; default: the best"),
     CHOICE("precision", "mixed_precision", precision, "auto", VEL_PRECISIONS, "what",
            "compute type"),
     TEXT("shapes", NULL, shapes, NULL, "what", "of an op's inputs: 1x4096x320,320x320"),

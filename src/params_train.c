@@ -10,7 +10,7 @@ const vel_option_row vel_train_rows[] = {
     TEXT("variant", NULL, variant, NULL, "model", "file variant, such as fp16"),
     TEXT("tokenizer", "tokenizer_name", tokenizer, NULL, "model",
          "folder of the tokenizer, for a model in a single file"),
-    TEXT("device", NULL, device, NULL, "model", "cpu; default: the best there is"),
+    TEXT("device", NULL, device, NULL, "model", "cpu, cuda, cuda:1; default: the best"),
     CHOICE("precision", "mixed_precision", precision, "auto", VEL_PRECISIONS, "model",
            "compute type; auto: bf16 where the hardware multiplies it, else float32"),
     INT("clip_skip", NULL, clip_skip, "1", 1, 12, "model",
