@@ -181,6 +181,24 @@ vel_status vel_hub_convert(vel_hub *h)
     return st;
 }
 
+/* ---- embeddings ---- */
+
+/* Learned words, which no model is needed for. */
+vel_status vel_hub_embedding(vel_hub *h)
+{
+    vel_word *words = NULL;
+    int n = 0;
+    if (!h->o->overwrite && vel_is_file(h->o->second))
+        return vel_fail(h->ctx, VEL_BAD_VALUE, "%s: exists; --overwrite replaces it", h->o->second);
+    VEL_TRY(vel_words_read(h->ctx, h->o->input, false, &words, &n));
+    vel_status st =
+        vel_words_write(h->ctx, h->o->second, words, n, h->o->format, save_type(h), NULL);
+    if (!st)
+        vel_text_addf(h->out, "%s: %d learned words, %s's names\n", h->o->second, n, h->o->format);
+    vel_words_free(h->ctx, words, n);
+    return st;
+}
+
 /* ---- verify ---- */
 
 typedef struct difference {
@@ -322,6 +340,7 @@ static const struct action {
     {"extract", vel_hub_extract, 3, "extract BASE TUNED OUTPUT --rank 32"},
     {"resize", vel_hub_resize, 2, "resize ADAPTER OUTPUT --rank 8 --model MODEL"},
     {"bake", vel_hub_bake, 2, "bake ADAPTER OUTPUT --rank 32 --model MODEL"},
+    {"embedding", vel_hub_embedding, 2, "embedding WORDS OUTPUT --format diffusers"},
 };
 
 static const struct action *find_action(const char *name)
@@ -359,7 +378,7 @@ vel_status vel_adapter_run(vel_ctx *ctx, const vel_adapter_options *o, vel_text 
     for (int i = 0; i < VEL_COUNT(words); i++)
         if ((i < a->words) != (words[i] != NULL))
             return vel_fail(ctx, VEL_BAD_VALUE, "usage: velatura adapter %s", a->usage);
-    vel_status st = open_model(&h, a);
+    vel_status st = a->run == vel_hub_embedding ? VEL_OK : open_model(&h, a);
     if (!st)
         st = a->run(&h);
     vel_engine_destroy(h.e);

@@ -22,10 +22,11 @@ const vel_option_row vel_checkpoint_rows[] = {
 
 #define OPTIONS vel_adapter_options
 const vel_option_row vel_adapter_rows[] = {
-    CHOICE("what", NULL, what, NULL, "convert,verify,merge,join,extract,resize,bake", "what",
+    CHOICE("what", NULL, what, NULL, "convert,verify,merge,join,extract,resize,bake,embedding",
+           "what",
            "convert: to another dialect; verify: compare the changes that two files make; merge: "
            "into the model; join: into one adapter; extract: from two models; resize: to another "
-           "rank; bake: to a plain LoRA"),
+           "rank; bake: to a plain LoRA; embedding: learned words to another dialect"),
     TEXT("input", NULL, input, NULL, "what",
          "an adapter; of merge and join a list with strengths: a.safetensors:0.8,b.safetensors; of "
          "extract the base model"),

@@ -302,3 +302,23 @@ TEST(adapter_hub_merges_and_extracts)
     vel_free(t->ctx, list);
     vel_free(t->ctx, twice);
 }
+
+TEST(adapter_hub_converts_words)
+{
+    float rows[2 * 8];
+    fill_random(rows, VEL_COUNT(rows), 3);
+    vel_safetensors *sf = NULL;
+    char *a = vel_path_join(t->ctx, t->folder, "sks.safetensors"),
+         *b = vel_path_join(t->ctx, t->folder, "b.safetensors");
+    const vel_save_tensor word = {
+        .name = "<sks>", .type = VEL_FILE_F32, .rank = 2, .dim = {2, 8}, .data = rows};
+    CHECK_OK(vel_safetensors_save(t->ctx, a, &word, 1, NULL));
+    CHECK_OK(run(t, "embedding", a, b, NULL, (const char *const[]){"format", "kohya", NULL}));
+    CHECK_OK(vel_safetensors_open(t->ctx, b, &sf));
+    const vel_file_tensor *kept = sf ? vel_safetensors_find(sf, "emb_params") : NULL;
+    CHECK(kept && kept->count == VEL_COUNT(rows) && memcmp(kept->data, rows, sizeof rows) == 0);
+    vel_safetensors_close(sf);
+    CHECK(run(t, "embedding", a, b, NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
+    vel_free(t->ctx, a);
+    vel_free(t->ctx, b);
+}
