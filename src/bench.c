@@ -674,8 +674,9 @@ vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out
     if (!o->model)
         return vel_fail(ctx, VEL_BAD_VALUE, "bench %s needs --model", o->what);
     bool text = strcmp(o->what, "text") == 0 || o->train_text_encoder;
+    bool word = strcmp(o->method, "textual_inversion") == 0; /* which the tokenizer is taught */
     vel_model_options m = {
-        .device = o->device, .precision = o->precision, .clip_skip = 1, .no_text = !text};
+        .device = o->device, .precision = o->precision, .clip_skip = 1, .no_text = !text && !word};
     VEL_TRY(vel_model_open(ctx, o->model, &m, &b.model));
     vel_text_addf(out, "%s on %s, %s\n", o->what, vel_engine_describe(vel_model_engine(b.model)),
                   vel_model_compute(b.model) == VEL_F32   ? "float32"

@@ -399,6 +399,10 @@ TEST(cli_bench)
 {
     EXPECT("bench step --model models/emoji-sd --width 64 --height 64 --rank 4 --repeats 1", 0,
            "equal bits", "step: median");
+    EXPECT("bench step --model $M --width 64 --height 64 --repeats 1 --method textual_inversion", 0,
+           "equal bits", "step: median");
+    EXPECT("bench step --model $M --width 64 --height 64 --repeats 1 --method full", 0,
+           "equal bits", "step: median");
     EXPECT("bench unet --model models/emoji-sd --width 64 --height 64 --repeats 1 --profile", 0,
            "by op:", "floor at");
     EXPECT("bench op linear --shapes 40x64,32x64 --repeats 1", 0, "check: relative RMS error");
