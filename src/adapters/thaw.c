@@ -43,7 +43,7 @@ static vel_ref with_words(thawing *r, const vel_node *n, vel_ref old)
         r->word_ids = vel_input(g, "word_ids", VEL_I32, ids);
         r->word_mask = vel_input(g, "word_mask", VEL_F32, mask);
     }
-    vel_graph_place(g, n->path, n->layer, n->backward);
+    vel_graph_place(g, vel_at(g, old)->path, n->layer, n->backward); /* the path outlives r->from */
     vel_ref rows = vel_embed(g, r->rows, r->word_ids);
     vel_ref keep = vel_affine(g, r->word_mask, -1, 1);
     vel_ref out = vel_add(g, vel_mul(g, old, keep), vel_mul(g, rows, r->word_mask));

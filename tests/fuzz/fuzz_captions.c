@@ -46,7 +46,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
         const char *text = n ? (const char *)bytes : "";
         vel_caption c = {0};
         vel_status status = vel_caption_parse(ctx, "a.txt", text, n, n & 1, a, &c);
-        if (!status && (!vel_utf8_valid(c.text, strlen(c.text)) || strpbrk(c.text, "\r\n")))
+        const char *not_in_it = n & 1 ? "\r" : "\r\n"; /* all lines were asked for, or the first */
+        if (!status && (!vel_utf8_valid(c.text, strlen(c.text)) || strpbrk(c.text, not_in_it)))
             __builtin_trap();
         check_list(ctx, a, "metadata.jsonl", text, n);
         check_list(ctx, a, "metadata.csv", text, n);
