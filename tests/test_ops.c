@@ -535,6 +535,8 @@ static unsigned weight_inputs(vel_op op)
     case VEL_OP_conv2d_grad_x:
     case VEL_OP_group_norm_grad:
     case VEL_OP_layer_norm_grad:
+    case VEL_OP_rms_norm:
+    case VEL_OP_rms_norm_grad:
         return 1u << 1;
     case VEL_OP_embed:
         return 1u << 0;

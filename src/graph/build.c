@@ -161,6 +161,11 @@ vel_ref vel_layer_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, double 
     return vel_build(g, VEL_OP_layer_norm, (vel_ref[]){x, w, b}, 3, &a);
 }
 
+vel_ref vel_rms_norm_op(vel_graph *g, vel_ref x, vel_ref w, double eps, bool one_plus)
+{
+    return build2(g, VEL_OP_rms_norm, x, w, (vel_attr){.rms_norm = {eps, one_plus}});
+}
+
 vel_ref vel_softmax(vel_graph *g, vel_ref x)
 {
     return build1(g, VEL_OP_softmax, x, (vel_attr){0});

@@ -393,6 +393,9 @@ static void print_attributes(const vel_node *n, vel_text *out)
     case VEL_OP_layer_norm:
         vel_text_addf(out, "  eps=%g", a->layer_norm.eps);
         break;
+    case VEL_OP_rms_norm:
+        vel_text_addf(out, "  eps=%g one_plus=%d", a->rms_norm.eps, a->rms_norm.one_plus);
+        break;
     case VEL_OP_attention:
         vel_text_addf(out, "  heads=%d causal=%d scale=%g", a->attention.heads, a->attention.causal,
                       a->attention.scale);

@@ -172,6 +172,8 @@ vel_ref vel_channel_scale(vel_graph *g, vel_ref x, vel_ref gain, vel_ref bias);
 vel_ref vel_group_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, int groups, double eps,
                           int act);
 vel_ref vel_layer_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, double eps);
+/* w may be {0}; one_plus: the gain is 1 + w. */
+vel_ref vel_rms_norm_op(vel_graph *g, vel_ref x, vel_ref w, double eps, bool one_plus);
 vel_ref vel_softmax(vel_graph *g, vel_ref x);
 /* bias may be {0}. */
 vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads,

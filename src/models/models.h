@@ -117,5 +117,7 @@ vel_ref nn_conv(vel_graph *g, const char *name, vel_ref x, int64_t out, int kern
 vel_ref nn_group_norm(vel_graph *g, const char *name, vel_ref x, int groups, double eps,
                       vel_act_kind act);
 vel_ref nn_layer_norm(vel_graph *g, const char *name, vel_ref x, double eps);
+/* one_plus: the gain is 1 + weight. */
+vel_ref nn_rms_norm(vel_graph *g, const char *name, vel_ref x, double eps, bool one_plus);
 
 #endif

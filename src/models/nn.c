@@ -66,6 +66,15 @@ vel_ref nn_layer_norm(vel_graph *g, const char *name, vel_ref x, double eps)
     return y;
 }
 
+vel_ref nn_rms_norm(vel_graph *g, const char *name, vel_ref x, double eps, bool one_plus)
+{
+    vel_scope(g, "%s", name);
+    vel_ref w = vel_weight(g, "weight", VEL_SHAPE(vel_shape_last(vel_shape_at(g, x))));
+    vel_ref y = vel_rms_norm_op(g, x, w, eps, one_plus);
+    vel_end(g);
+    return y;
+}
+
 vel_ref nn_to_sequence(vel_graph *g, vel_ref x)
 {
     vel_shape s = vel_shape_at(g, x);

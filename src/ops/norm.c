@@ -1,4 +1,5 @@
-/* norm.c: group norm (with an activation after it), layer norm, softmax, and their gradients.
+/* norm.c: group norm (with an activation after it), layer norm, RMS norm, softmax, and their
+ * gradients.
  *
  * Both norms keep (mean, 1 / sqrt(variance + eps)) of each group in float32 as a second output, so
  * that the backward kernels need not make them again. The meaning of a backward op is the gradient
@@ -358,6 +359,161 @@ const vel_opdef vel_op_layer_norm_grad_w = {.shape = layer_norm_grad_w_shape,
                                             .lower = layer_norm_grad_w_lower,
                                             .cases = layer_norm_grad_w_cases,
                                             .build_case = layer_norm_grad_w_build};
+
+/* ---- rms_norm, rms_norm_grad, rms_norm_grad_w ------------------------------------------------ */
+
+static bool rms_norm_ok(vel_graph *g, const vel_node *n, double eps)
+{
+    if (!vel_inputs_ok(g, n))
+        return false;
+    if (!(eps >= 0))
+        return vel_bad(g, n, "eps must not be negative, is %g", eps);
+    return true;
+}
+
+/* The gain w [C], which may be left out. */
+static bool rms_gain_ok(vel_graph *g, const vel_node *n, bool one_plus)
+{
+    if (!n->in[1].id && one_plus)
+        return vel_bad(g, n, "the gain is 1 + w, and w is missing");
+    return !n->in[1].id ||
+           vel_input_is(g, n, 1, "weight", VEL_SHAPE(vel_shape_last(vel_shape_at(g, n->in[0]))));
+}
+
+static bool rms_norm_shape(vel_graph *g, vel_node *n)
+{
+    vel_shape x = vel_shape_at(g, n->in[0]);
+    return rms_norm_ok(g, n, n->a.rms_norm.eps) && rms_gain_ok(g, n, n->a.rms_norm.one_plus) &&
+           vel_op_gives(g, n, 0, VEL_F32, x) &&
+           vel_op_gives(g, n, 1, VEL_F32, VEL_SHAPE(vel_shape_rows(x)));
+}
+
+/* x [.., C], w [C] or none; *scale [rows, 1]: what each row is multiplied by. */
+static vel_ref rms_norm_meaning(vel_graph *g, vel_ref x, vel_ref w, double eps, bool one_plus,
+                                vel_ref *scale)
+{
+    vel_shape s = vel_shape_at(g, x);
+    vel_ref rows = vel_reshape(g, x, VEL_SHAPE(vel_shape_rows(s), vel_shape_last(s)));
+    vel_ref square = vel_mean(g, vel_mul(g, rows, rows), 1u << 1);
+    *scale = vel_unary(g, vel_affine(g, square, 1, eps), VEL_UNARY_RSQRT);
+    vel_ref y = vel_mul(g, rows, *scale);
+    if (w.id) {
+        vel_ref gain = vel_reshape(g, w, VEL_SHAPE(1, vel_shape_last(s)));
+        y = vel_mul(g, y, one_plus ? vel_affine(g, gain, 1, 1) : gain);
+    }
+    return vel_reshape(g, y, s);
+}
+
+static void rms_norm_lower(vel_graph *g, const vel_node *n, vel_ref *out)
+{
+    vel_ref scale;
+    out[0] =
+        rms_norm_meaning(g, n->in[0], n->in[1], n->a.rms_norm.eps, n->a.rms_norm.one_plus, &scale);
+    out[1] = vel_reshape(g, scale, VEL_SHAPE(vel_shape_rows(vel_shape_at(g, n->in[0]))));
+}
+
+static void rms_norm_grad(vel_graph *g, const vel_node *n, vel_ref self, const vel_ref *dout,
+                          const bool *want, vel_ref *din)
+{
+    if (!vel_no_gradient_of(g, n, dout, 1) || !dout[0].id)
+        return;
+    vel_ref stats = {self.id, 1};
+    vel_attr a = {.rms_norm_grad = {n->a.rms_norm.eps, n->a.rms_norm.one_plus}};
+    vel_attr aw = {.rms_norm_grad_w = {n->a.rms_norm.eps}};
+    if (want[0])
+        din[0] = vel_build(g, VEL_OP_rms_norm_grad, (vel_ref[]){n->in[0], n->in[1], stats, dout[0]},
+                           4, &a);
+    if (want[1])
+        din[1] =
+            vel_build(g, VEL_OP_rms_norm_grad_w, (vel_ref[]){n->in[0], stats, dout[0]}, 3, &aw);
+}
+
+static const vel_case rms_norm_cases[] = {
+    {.in = {{2, {5, 3}}, {1, {3}}}, .a.rms_norm = {1e-5}},
+    {.in = {{3, {2, 77, 40}}, {1, {40}}}, .a.rms_norm = {1e-6, true}},
+    {.in = {{3, {1, 9, 192}}, {1, {192}}}, .a.rms_norm = {1e-6}},
+    {.in = {{4, {2, 3, 5, 24}}}, .a.rms_norm = {1e-6}},
+    {.in = {{0}}},
+};
+
+const vel_opdef vel_op_rms_norm = {.shape = rms_norm_shape,
+                                   .lower = rms_norm_lower,
+                                   .grad = rms_norm_grad,
+                                   .cases = rms_norm_cases};
+
+static bool rms_norm_grad_shape(vel_graph *g, vel_node *n)
+{
+    vel_shape x = vel_shape_at(g, n->in[0]);
+    return rms_norm_ok(g, n, n->a.rms_norm_grad.eps) &&
+           rms_gain_ok(g, n, n->a.rms_norm_grad.one_plus) &&
+           vel_input_is(g, n, 2, "stats", VEL_SHAPE(vel_shape_rows(x))) &&
+           vel_input_is(g, n, 3, "dy", x) && vel_op_gives(g, n, 0, VEL_F32, x);
+}
+
+static void rms_norm_grad_lower(vel_graph *g, const vel_node *n, vel_ref *out)
+{
+    vel_ref scale, x = vel_alias(g, n->in[0]);
+    vel_ref y = rms_norm_meaning(g, x, n->in[1], n->a.rms_norm_grad.eps,
+                                 n->a.rms_norm_grad.one_plus, &scale);
+    vel_vjp(g, &y, &n->in[3], 1, &x, out, 1);
+}
+
+static vel_ref rms_norm_grad_build(vel_graph *g, const vel_case *c, const vel_ref *in)
+{
+    vel_ref y =
+        vel_rms_norm_op(g, in[0], in[1], c->a.rms_norm_grad.eps, c->a.rms_norm_grad.one_plus);
+    return vel_build(g, VEL_OP_rms_norm_grad, (vel_ref[]){in[0], in[1], {y.id, 1}, in[3]}, 4,
+                     &c->a);
+}
+
+static const vel_case rms_norm_grad_cases[] = {
+    {.in = {{2, {5, 3}}, {1, {3}}, {0}, {2, {5, 3}}}, .a.rms_norm_grad = {1e-5}},
+    {.in = {{3, {2, 77, 40}}, {1, {40}}, {0}, {3, {2, 77, 40}}}, .a.rms_norm_grad = {1e-6, true}},
+    {.in = {{3, {1, 9, 192}}, {1, {192}}, {0}, {3, {1, 9, 192}}}, .a.rms_norm_grad = {1e-6}},
+    {.in = {{4, {2, 3, 5, 24}}, {0}, {0}, {4, {2, 3, 5, 24}}}, .a.rms_norm_grad = {1e-6}},
+    {.in = {{0}}},
+};
+
+const vel_opdef vel_op_rms_norm_grad = {.shape = rms_norm_grad_shape,
+                                        .lower = rms_norm_grad_lower,
+                                        .cases = rms_norm_grad_cases,
+                                        .build_case = rms_norm_grad_build};
+
+static bool rms_norm_grad_w_shape(vel_graph *g, vel_node *n)
+{
+    vel_shape x = vel_shape_at(g, n->in[0]);
+    return rms_norm_ok(g, n, n->a.rms_norm_grad_w.eps) &&
+           vel_input_is(g, n, 1, "stats", VEL_SHAPE(vel_shape_rows(x))) &&
+           vel_input_is(g, n, 2, "dy", x) &&
+           vel_op_gives(g, n, 0, VEL_F32, VEL_SHAPE(vel_shape_last(x)));
+}
+
+/* The gain's derivative is the same for w and 1 + w: the sum of dy times the normalised x. */
+static void rms_norm_grad_w_lower(vel_graph *g, const vel_node *n, vel_ref *out)
+{
+    vel_ref scale;
+    vel_ref y =
+        rms_norm_meaning(g, n->in[0], (vel_ref){0}, n->a.rms_norm_grad_w.eps, false, &scale);
+    out[0] = vel_build(g, VEL_OP_bias_grad, (vel_ref[]){vel_mul(g, y, n->in[2])}, 1, NULL);
+}
+
+static vel_ref rms_norm_grad_w_build(vel_graph *g, const vel_case *c, const vel_ref *in)
+{
+    vel_ref y = vel_rms_norm_op(g, in[0], (vel_ref){0}, c->a.rms_norm_grad_w.eps, false);
+    return vel_build(g, VEL_OP_rms_norm_grad_w, (vel_ref[]){in[0], {y.id, 1}, in[2]}, 3, &c->a);
+}
+
+static const vel_case rms_norm_grad_w_cases[] = {
+    {.in = {{2, {5, 3}}, {0}, {2, {5, 3}}}, .a.rms_norm_grad_w = {1e-5}},
+    {.in = {{3, {2, 77, 40}}, {0}, {3, {2, 77, 40}}}, .a.rms_norm_grad_w = {1e-6}},
+    {.in = {{3, {1, 9, 192}}, {0}, {3, {1, 9, 192}}}, .a.rms_norm_grad_w = {1e-6}},
+    {.in = {{0}}},
+};
+
+const vel_opdef vel_op_rms_norm_grad_w = {.shape = rms_norm_grad_w_shape,
+                                          .lower = rms_norm_grad_w_lower,
+                                          .cases = rms_norm_grad_w_cases,
+                                          .build_case = rms_norm_grad_w_build};
 
 /* ---- softmax --------------------------------------------------------------------------------- */
 

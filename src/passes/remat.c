@@ -44,6 +44,7 @@ static bool is_cheap(vel_op op)
     case VEL_OP_dropout:
     case VEL_OP_group_norm:
     case VEL_OP_layer_norm:
+    case VEL_OP_rms_norm:
     case VEL_OP_geglu:
     case VEL_OP_permute:
         return true;

@@ -57,6 +57,10 @@ def norm_stats(x, axes, eps):
     return torch.stack([x.mean(axes), scale], -1)
 
 
+def rms_stats(x, eps):
+    return (x.flatten(0, -2).square().mean(-1) + eps).rsqrt()
+
+
 def group_norm(groups, eps, act):
     return lambda x, w, b: nhwc(act(F.group_norm(nchw(x), groups, w, b, eps)))
 
@@ -128,6 +132,12 @@ def main():
     case("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5),
          [values(2, 5, 12) - 2, values(12), values(12)], [0, 1, 2],
          lambda x, w, b: [norm_stats(x.flatten(0, 1), -1, 1e-5)])
+    case("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), [values(2, 5, 12) - 1, values(12)], [0, 1],
+         lambda x, w: [rms_stats(x, 1e-6)])
+    case("rms_norm_one_plus", lambda x, w: F.rms_norm(x, w.shape, 1 + w, 1e-5), [3 * values(3, 7), values(7)],
+         [0, 1], lambda x, w: [rms_stats(x, 1e-5)])
+    case("rms_norm_plain", lambda x, w: F.rms_norm(x, x.shape[-1:], None, 1e-6), [values(2, 3, 10), None], [0],
+         lambda x, w: [rms_stats(x, 1e-6)])
     case("softmax", lambda x: F.softmax(x, -1), [4 * values(3, 2, 9)], [0])
     mask = torch.tensor([[0, 0, -math.inf, 1.5, 0, -0.25, -10000], [0, -math.inf, -1, 0, 0, 0, 0.5]]).double()
     for name, heads, causal, inputs in [

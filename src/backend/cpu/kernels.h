@@ -108,6 +108,9 @@ extern const vel_cpu_kernels vel_cpu_kernels_avx2, vel_cpu_kernels_avx512, vel_c
     K(layer_norm, layer_norm, 1)                                                                   \
     K(layer_norm_grad, layer_norm_grad, 4)                                                         \
     KS(layer_norm_grad_w, layer_norm_grad_w, 0)                                                    \
+    K(rms_norm, rms_norm, 1)                                                                       \
+    K(rms_norm_grad, rms_norm_grad, 4)                                                             \
+    KS(rms_norm_grad_w, rms_norm_grad_w, 0)                                                        \
     K(softmax, softmax, 1)                                                                         \
     KS(attention, attention, 0)                                                                    \
     KS(attention_grad, attention_grad, 0)                                                          \

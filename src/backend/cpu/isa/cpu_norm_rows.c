@@ -1,6 +1,6 @@
-/* cpu_norm_rows.c: layer norm, its gradients, and softmax: what works on the last axis, row by row.
- * A row stays in the nearest cache, so each is read as often as accuracy asks: mean first, then the
- * variance around it. */
+/* cpu_norm_rows.c: layer norm, RMS norm, their gradients, and softmax: what works on the last axis,
+ * row by row. A row stays in the nearest cache, so each is read as often as accuracy asks: mean
+ * first, then the variance around it. */
 #include "backend/cpu/kernels.h"
 
 #include "backend/cpu/isa/vmath.h"
@@ -143,6 +143,125 @@ void VEL_ISA_NAME(layer_norm_grad_w)(const vel_cpu_job *job)
         }
         dw[c] = (float)product;
         db[c] = (float)sum;
+    }
+}
+
+/* ---- RMS norm
+ * ----------------------------------------------------------------------------------------- */
+
+/* What the last step multiplies by: w + plus, 1 without w. Past the end it is plus, and what it
+ * multiplies there is zero. */
+VEL_INLINE vf gain_at(const float *w, float plus, int64_t c, int64_t left)
+{
+    return w ? vget_part(w, c, left, false) + plus : vset(1.0f);
+}
+
+VEL_INLINE void rms_norm_rows(const void *x, const float *w, float plus, double eps, int64_t width,
+                              void *y, float *stats, int64_t begin, int64_t end, bool half)
+{
+    for (int64_t r = begin; r < end; r++) {
+        int64_t at = r * width;
+        vf acc = {0};
+        for (int64_t c = 0; c < width; c += VL) {
+            vf v = vget_part(x, at + c, width - c, half);
+            acc += v * v;
+        }
+        float scale = (float)(1 / sqrt(vsum(acc) / (double)width + eps));
+        stats[r] = scale;
+        for (int64_t c = 0; c < width; c += VL) {
+            int64_t left = width - c;
+            vf n = vget_part(x, at + c, left, half) * scale;
+            vput_part(y, at + c, left, half, n * gain_at(w, plus, c, left));
+        }
+    }
+}
+
+void VEL_ISA_NAME(rms_norm)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    vel_type x = l->in_type[0];
+    int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape);
+    double eps = job->node->a.rms_norm.eps;
+    float plus = job->node->a.rms_norm.one_plus;
+    VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(x),
+                   rms_norm_rows(l->in[0], l->in[1], plus, eps, width, l->out[0], l->out[1], begin,
+                                 end, half));
+}
+
+/* dx = scale (g - n mean(g n)), g = dy w, n = x scale */
+VEL_INLINE void rms_norm_grad_rows(const void *x, const float *w, float plus, const float *stats,
+                                   const void *dy, int64_t width, void *dx, int64_t begin,
+                                   int64_t end, bool half)
+{
+    for (int64_t r = begin; r < end; r++) {
+        int64_t at = r * width;
+        float scale = stats[r];
+        vf product = {0};
+        for (int64_t c = 0; c < width; c += VL) {
+            int64_t left = width - c;
+            vf g = vget_part(dy, at + c, left, half) * gain_at(w, plus, c, left);
+            product += g * vget_part(x, at + c, left, half);
+        }
+        float mean_gn = vsum(product) * scale / (float)width;
+        for (int64_t c = 0; c < width; c += VL) {
+            int64_t left = width - c;
+            vf g = vget_part(dy, at + c, left, half) * gain_at(w, plus, c, left);
+            vf n = vget_part(x, at + c, left, half) * scale;
+            vput_part(dx, at + c, left, half, scale * (g - n * mean_gn));
+        }
+    }
+}
+
+void VEL_ISA_NAME(rms_norm_grad)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    vel_type x = l->in_type[0];
+    int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape);
+    float plus = job->node->a.rms_norm_grad.one_plus;
+    VEL_EACH_PIECE(job, rows, 1, rows * width, vel_is_half(x),
+                   rms_norm_grad_rows(l->in[0], l->in[1], plus, l->in[2], l->in[3], width,
+                                      l->out[0], begin, end, half));
+}
+
+/* Chunks of rows begin .. end-1: partial[chunk][width], sums of dy n. */
+VEL_INLINE void rms_weight_chunks(const void *x, const float *stats, const void *dy, int64_t rows,
+                                  int64_t width, float *partial, int64_t begin, int64_t end,
+                                  bool half)
+{
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        int64_t first = chunk * CHUNK_ROWS, last = VEL_MIN(first + CHUNK_ROWS, rows);
+        for (int64_t c = 0; c < width; c += VL) {
+            int64_t left = width - c;
+            vf product = {0};
+            for (int64_t r = first; r < last; r++)
+                product += vget_part(dy, r * width + c, left, half) *
+                           (vget_part(x, r * width + c, left, half) * stats[r]);
+            vput_part(partial, chunk * width + c, left, false, product);
+        }
+    }
+}
+
+size_t VEL_ISA_NAME(rms_norm_grad_w_scratch)(const vel_cpu_job *job)
+{
+    return (size_t)(row_chunks(job) * vel_shape_last(job->launch->in_type[0].shape)) *
+           sizeof(float);
+}
+
+void VEL_ISA_NAME(rms_norm_grad_w)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    vel_type x = l->in_type[0];
+    int64_t width = vel_shape_last(x.shape), rows = vel_shape_rows(x.shape),
+            chunks = row_chunks(job);
+    float *partial = l->scratch, *dw = l->out[0];
+    VEL_EACH_PIECE(
+        job, chunks, 1, rows * width, vel_is_half(x),
+        rms_weight_chunks(l->in[0], l->in[1], l->in[2], rows, width, partial, begin, end, half));
+    for (int64_t c = 0; c < width; c++) {
+        double product = 0;
+        for (int64_t k = 0; k < chunks; k++)
+            product += partial[k * width + c];
+        dw[c] = (float)product;
     }
 }
 
