@@ -168,7 +168,7 @@ TEST(ops_table_is_complete)
         vel_op op = (vel_op)i;
         const vel_opdef *e = vel_op_entry(op);
         const char *name = vel_op_name(op);
-        bool outside = vel_op_is_leaf(op) && op != VEL_OP_fill;
+        bool outside = vel_op_is_leaf(op) && op != VEL_OP_fill && op != VEL_OP_range;
         int cases = 0;
         while (e->cases && e->cases[cases].in[0].rank)
             cases++;
@@ -417,6 +417,38 @@ TEST(vjp_adds_up_uses)
         CHECK(result.v[i] == 2 * (i + 1) + 1);
     vel_reference_free(t->ctx, &result, 1);
     vel_graph_destroy(g);
+}
+
+/* Counting, by its meaning and by the processor's kernel. */
+TEST(ops_range_counts)
+{
+    static const int64_t sizes[] = {1, 5, 64, 1000};
+    for (int k = 0; k < VEL_COUNT(sizes); k++) {
+        int64_t n = sizes[k];
+        vel_graph *g = vel_graph_create(t->ctx);
+        vel_engine *e = NULL;
+        vel_plan *p = NULL;
+        vel_ref_tensor meaning = {{0}};
+        float values[1000] = {0};
+        if (!g)
+            return;
+        vel_output(g, "places", vel_range(g, n));
+        CHECK_OK(vel_reference_run(g, one_to_n, NULL, &meaning));
+        CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+        if (e)
+            CHECK_OK(vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_BF16}, &p));
+        else
+            vel_graph_destroy(g);
+        if (p && meaning.v) {
+            CHECK_OK(vel_plan_run(p));
+            CHECK_OK(vel_plan_get(p, "places", values, n));
+            for (int64_t i = 0; i < n; i++)
+                CHECK(meaning.v[i] == (double)i && values[i] == (float)i);
+        }
+        vel_reference_free(t->ctx, &meaning, 1);
+        vel_plan_destroy(p);
+        vel_engine_destroy(e);
+    }
 }
 
 /* One value as query, key and value: three gradients that add up, not each the whole. */

@@ -46,6 +46,9 @@ static const golden_row rows[] = {
     {"upsample_3", VEL_OP_upsample, {.upsample = {3}}},
     {"mse", VEL_OP_mse, {.mse = {}}},
     {"embed", VEL_OP_embed, {.embed = {}}},
+    /* the reference turns in float32 */
+    {"rope_neighbours", VEL_OP_rope, {.rope = {2, false, false}}, 1e-6},
+    {"rope_halves", VEL_OP_rope, {.rope = {2, true, false}}},
     /* float32 angles up to 999 */
     {"time_embed", VEL_OP_time_embed, {.time_embed = {32, true, 0, 10000}}, 5e-5},
     {"time_embed_default", VEL_OP_time_embed, {.time_embed = {10, false, 1, 10000}}, 5e-5},

@@ -193,6 +193,11 @@ vel_ref vel_time_embed(vel_graph *g, vel_ref t, int dim, bool flip, double shift
     return build1(g, VEL_OP_time_embed, t, (vel_attr){.time_embed = {dim, flip, shift, period}});
 }
 
+vel_ref vel_rope(vel_graph *g, vel_ref x, vel_ref table, int heads, bool half)
+{
+    return build2(g, VEL_OP_rope, x, table, (vel_attr){.rope = {heads, half, false}});
+}
+
 vel_ref vel_mse(vel_graph *g, vel_ref pred, vel_ref target, vel_ref weight)
 {
     return vel_build(g, VEL_OP_mse, (vel_ref[]){pred, target, weight}, 3, &(vel_attr){0});

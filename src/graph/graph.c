@@ -495,3 +495,8 @@ vel_ref vel_fill(vel_graph *g, vel_shape s, double value)
         g->nodes[r.id]->a.fill.value = value;
     return r;
 }
+
+vel_ref vel_range(vel_graph *g, int64_t n)
+{
+    return leaf(g, VEL_OP_range, "range", VEL_F32, VEL_SHAPE(n));
+}

@@ -142,6 +142,7 @@ vel_ref vel_input(vel_graph *g, const char *name, vel_dtype dtype, vel_shape s);
 vel_ref vel_weight(vel_graph *g, const char *name, vel_shape s);
 vel_ref vel_param(vel_graph *g, const char *name, vel_shape s);
 vel_ref vel_fill(vel_graph *g, vel_shape s, double value);
+vel_ref vel_range(vel_graph *g, int64_t n); /* 0, 1 ... n - 1: [n] */
 
 vel_ref vel_cast(vel_graph *g, vel_ref x, vel_dtype dtype);
 vel_ref vel_affine(vel_graph *g, vel_ref x, double by, double plus);
@@ -181,6 +182,8 @@ vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bia
 vel_ref vel_geglu(vel_graph *g, vel_ref x);
 vel_ref vel_embed(vel_graph *g, vel_ref table, vel_ref ids);
 vel_ref vel_time_embed(vel_graph *g, vel_ref t, int dim, bool flip, double shift, double period);
+/* table: of vel_time_embed with flip, of the places [T]; see ops.def. */
+vel_ref vel_rope(vel_graph *g, vel_ref x, vel_ref table, int heads, bool half);
 vel_ref vel_mse(vel_graph *g, vel_ref pred, vel_ref target, vel_ref weight);
 
 /* ---- the op table (implemented by src/ops) ----------------------------------------------------

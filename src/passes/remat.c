@@ -46,6 +46,7 @@ static bool is_cheap(vel_op op)
     case VEL_OP_layer_norm:
     case VEL_OP_rms_norm:
     case VEL_OP_geglu:
+    case VEL_OP_rope:
     case VEL_OP_permute:
         return true;
     default:

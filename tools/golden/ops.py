@@ -14,9 +14,10 @@ import sys
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed, get_timestep_embedding
 from safetensors.torch import save_file
 from transformers.activations import QuickGELUActivation
+from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 torch.manual_seed(20)
 tensors = {}
@@ -119,6 +120,28 @@ def timesteps(name, t, *settings):  # diffusers computes these in float32
     tensors[f"{name}/out0"] = get_timestep_embedding(t, *settings)
 
 
+def rope_neighbours(heads):
+    def run(x, table):
+        """As FLUX and Lumina turn them; the table says each angle once, diffusers twice."""
+        cos, sin = (part.repeat_interleave(2, -1) for part in table[0].chunk(2, -1))
+        return apply_rotary_emb(x.unflatten(-1, (heads, -1)), (cos, sin), sequence_dim=1).flatten(2)
+    return run
+
+
+def rope_halves(heads):
+    def run(x, table):
+        cos, sin = (torch.cat([part, part], -1) for part in table.chunk(2, -1))
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return apply_rotary_pos_emb(x, x, cos, sin)[0].transpose(1, 2).flatten(2)
+    return run
+
+
+def rope_table(places, width):
+    cos, sin = get_1d_rotary_pos_embed(width, places, use_real=True, repeat_interleave_real=True,
+                                       freqs_dtype=torch.float64)
+    return torch.cat([cos[:, ::2], sin[:, ::2]], -1).double()
+
+
 def main():
     identity = torch.nn.Identity()
     acts = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -166,6 +189,10 @@ def main():
     t = torch.tensor([0.0, 1, 501, 999])
     timesteps("time_embed", t, 32, True, 0)  # as the U-Nets have it
     timesteps("time_embed_default", t, 10)
+    table = rope_table(torch.tensor([0.0, 1, 2, 40, 300]), 6)
+    case("rope_neighbours", rope_neighbours(2), [values(2, 5, 12), table[None]], [0])
+    tables = torch.stack([table, rope_table(torch.arange(5.0), 6)])
+    case("rope_halves", rope_halves(2), [values(2, 5, 12), tables], [0])
     path = sys.argv[1] if len(sys.argv) > 1 else "tests/golden/ops.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path,
               {"made_by": "tools/golden/ops.py", "torch": torch.__version__})

@@ -119,6 +119,8 @@ extern const vel_cpu_kernels vel_cpu_kernels_avx2, vel_cpu_kernels_avx512, vel_c
     K(embed, embed, 0)                                                                             \
     K(embed_grad, embed_grad, 0)                                                                   \
     K(time_embed, time_embed, 0)                                                                   \
+    K(range, range, 0)                                                                             \
+    K(rope, rope, 1)                                                                               \
     KS(mse, mse, 0)                                                                                \
     K(mse_grad, mse_grad, 0)
 
