@@ -9,20 +9,29 @@ enum { SHOWN = 10 };
 
 /* ---- files and modules ---- */
 
+/* "style.safetensors:0.8" of a list's first n characters; the path is owned. */
+static char *split_entry(vel_ctx *ctx, const char *text, size_t n, double *weight)
+{
+    char *path = vel_strf(ctx, "%.*s", (int)n, text), *end;
+    char *colon = path ? strrchr(path, ':') : NULL;
+    double given = colon ? strtod(colon + 1, &end) : 1;
+    *weight = 1;
+    if (colon && end != colon + 1 && !*end && isfinite(given)) {
+        *colon = 0;
+        *weight = given;
+    }
+    return path;
+}
+
 static vel_status add_entry(vel_hub *h, vel_hub_list *list, const char *text, size_t n)
 {
     if (list->n == VEL_COUNT(list->at))
         return vel_fail(h->ctx, VEL_BAD_VALUE, "adapter: more than %d files at once", list->n);
     struct vel_hub_entry *e = &list->at[list->n++];
-    *e = (struct vel_hub_entry){.path = vel_strf(h->ctx, "%.*s", (int)n, text), .weight = 1};
+    *e = (struct vel_hub_entry){.weight = 1};
+    e->path = split_entry(h->ctx, text, n, &e->weight);
     if (!e->path)
         return VEL_NO_MEMORY;
-    char *colon = strrchr(e->path, ':'), *end;
-    double weight = colon ? strtod(colon + 1, &end) : 1;
-    if (colon && end != colon + 1 && !*end && isfinite(weight)) {
-        *colon = 0;
-        e->weight = weight;
-    }
     return vel_adapter_file_read(h->ctx, e->path, h->known, h->n_known, &e->file);
 }
 
@@ -71,6 +80,11 @@ const vel_adapter_module *vel_hub_find(const vel_adapter_file *f, const char *pa
 vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char *leaf, float **out,
                           int64_t *n)
 {
+    if (h->known_only)
+        return vel_fail(h->ctx, VEL_BAD_VALUE,
+                        "adapter %s: %s is under DoRA, whose change depends on the model's own "
+                        "weight: --model names the model",
+                        h->o->what, path);
     char *name = vel_strf(h->ctx, "%s.%s", path, leaf);
     vel_status st = name ? vel_model_read_weight(m, name, out, n) : VEL_NO_MEMORY;
     vel_free(h->ctx, name);
@@ -330,17 +344,18 @@ vel_status vel_hub_verify(vel_hub *h)
 static const struct action {
     const char *name;
     vel_status (*run)(vel_hub *h);
-    int words; /* files that it is given */
+    int words;    /* files that it is given */
+    bool weights; /* of the model are needed in any case */
     const char *usage;
 } actions[] = {
-    {"convert", vel_hub_convert, 2, "convert ADAPTER OUTPUT --format kohya --model MODEL"},
-    {"verify", vel_hub_verify, 2, "verify A B --model MODEL"},
-    {"merge", vel_hub_merge, 2, "merge A:0.8,B:0.5 OUTPUT --model MODEL"},
-    {"join", vel_hub_join, 2, "join A:0.8,B:0.5 OUTPUT --model MODEL"},
-    {"extract", vel_hub_extract, 3, "extract BASE TUNED OUTPUT --rank 32"},
-    {"resize", vel_hub_resize, 2, "resize ADAPTER OUTPUT --rank 8 --model MODEL"},
-    {"bake", vel_hub_bake, 2, "bake ADAPTER OUTPUT --rank 32 --model MODEL"},
-    {"embedding", vel_hub_embedding, 2, "embedding WORDS OUTPUT --format diffusers"},
+    {"convert", vel_hub_convert, 2, false, "convert ADAPTER OUTPUT --format kohya [--model MODEL]"},
+    {"verify", vel_hub_verify, 2, false, "verify A B [--model MODEL]"},
+    {"merge", vel_hub_merge, 2, true, "merge A:0.8,B:0.5 OUTPUT --model MODEL"},
+    {"join", vel_hub_join, 2, false, "join A:0.8,B:0.5 OUTPUT [--model MODEL]"},
+    {"extract", vel_hub_extract, 3, true, "extract BASE TUNED OUTPUT --rank 32"},
+    {"resize", vel_hub_resize, 2, false, "resize ADAPTER OUTPUT --rank 8 [--model MODEL]"},
+    {"bake", vel_hub_bake, 2, false, "bake ADAPTER OUTPUT --rank 32 [--model MODEL]"},
+    {"embedding", vel_hub_embedding, 2, false, "embedding WORDS OUTPUT --format diffusers"},
 };
 
 static const struct action *find_action(const char *name)
@@ -351,14 +366,52 @@ static const struct action *find_action(const char *name)
     return NULL;
 }
 
+/* Without a model at hand: the first known one whose modules the adapter's tensors fit. */
+static vel_status guess_model(vel_hub *h)
+{
+    double weight;
+    vel_text tried;
+    vel_text_init(&tried, h->ctx);
+    char *path = split_entry(h->ctx, h->o->input, strcspn(h->o->input, ","), &weight);
+    vel_status st = path ? VEL_NOT_FOUND : VEL_NO_MEMORY;
+    for (int i = 0; path && st && vel_known_model_at(i); i++) {
+        vel_adapter_file *f = NULL;
+        vel_model_close(h->m);
+        h->m = NULL;
+        vel_status opened = vel_model_open_known(h->ctx, i, &h->m);
+        h->known = opened ? NULL : vel_model_modules(h->m, &h->n_known);
+        st = h->known ? vel_adapter_file_read(h->ctx, path, h->known, h->n_known, &f)
+                      : VEL_NO_MEMORY;
+        vel_adapter_file_destroy(f);
+        vel_text_addf(&tried, "%s%s", i ? ", " : "", vel_known_model_at(i)->title);
+        if (st != VEL_OK && st != VEL_BAD_GRAPH) /* not a matter of names and shapes */
+            break;
+    }
+    if (!st)
+        vel_text_addf(h->out, "%s: an adapter for %s, by its shapes\n", path,
+                      vel_model_folder(h->m));
+    else if (st == VEL_BAD_GRAPH)
+        st = vel_fail_in(h->ctx, st,
+                         "adapter %s: --model names the model that it is for; without, it must fit "
+                         "one of: %s",
+                         h->o->what, tried.s ? tried.s : "");
+    h->known_only = true;
+    vel_text_finish(&tried);
+    vel_free(h->ctx, path);
+    return st;
+}
+
 static vel_status open_model(vel_hub *h, const struct action *a)
 {
     const char *model = a->run == vel_hub_extract ? h->o->input : h->o->model;
-    if (!model)
+    if (!model && a->weights)
         return vel_fail(h->ctx, VEL_BAD_VALUE,
-                        "adapter %s: --model names the model that the adapter is for: its modules "
-                        "give the tensors their places",
+                        "adapter %s: --model names the model that the adapter is merged into",
                         a->name);
+    if (!model) {
+        VEL_TRY(guess_model(h));
+        return vel_engine_create(h->ctx, "cpu", &h->e);
+    }
     vel_model_options open = {.variant = h->o->variant,
                               .clip_skip = 1,
                               .tokenizer = h->o->tokenizer,

@@ -8,7 +8,8 @@
 typedef struct vel_hub {
     vel_ctx *ctx;
     const vel_adapter_options *o;
-    vel_model *m; /* its modules, and its weights where DoRA asks for them */
+    vel_model *m;    /* its modules, and its weights where DoRA asks for them */
+    bool known_only; /* m is of known sizes: it has no weights */
     vel_engine *e;
     const vel_known_module *known;
     int n_known;

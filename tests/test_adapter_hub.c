@@ -216,8 +216,9 @@ TEST(adapter_hub_converts)
     CHECK(run(t, "convert", lora, other, NULL, (const char *const[]){"model", MODEL, NULL}) ==
           VEL_BAD_VALUE); /* it exists */
     CHECK(strstr(vel_ctx_error(t->ctx), "--overwrite"));
-    CHECK(run(t, "verify", lora, other, NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
-    CHECK(strstr(vel_ctx_error(t->ctx), "--model"));
+    CHECK(run(t, "verify", lora, other, NULL, (const char *const[]){NULL}) == VEL_BAD_GRAPH);
+    CHECK(strstr(vel_ctx_error(t->ctx), "--model")); /* of no known model's sizes */
+    CHECK(run(t, "merge", lora, "x", NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
     CHECK(RUN("verify", lora, NULL, NULL, NULL) == VEL_BAD_VALUE);
     vel_free(t->ctx, lora);
     vel_free(t->ctx, back);

@@ -90,7 +90,7 @@ TEST(checkpoint_names)
     vel_checkpoint_key key;
     for (int i = 0; i < 2; i++) {
         const json_t *configs[] = {u, text[i], v};
-        CHECK_OK(vel_checkpoint_names_make(t->ctx, a, configs, &names[i]));
+        CHECK_OK(vel_family_at(0)->single_names(t->ctx, a, configs, &names[i]));
     }
     for (int i = 0; i < VEL_COUNT(pairs) && names[0] && names[1]; i++) {
         bool found =

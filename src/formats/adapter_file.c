@@ -297,7 +297,7 @@ static vel_status place_tensors(reading *r, const vel_adapter_names *names)
                       "adapter made for another one? They are: %s",
                       r->file, unknown, total, list.s ? list.s : "");
     else if (!st && !r->dialect)
-        st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: holds no tensors", r->file);
+        st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: holds no tensors of an adapter", r->file);
     vel_text_finish(&list);
     return st;
 }
@@ -352,6 +352,18 @@ static bool fit_part(part *p, const vel_known_module *m, char problem[200])
                                   problem);
 }
 
+/* ComfyUI's trainer calls the changes of a norm as those of any weight. */
+static void rename_norm(part *p)
+{
+    static const vel_adapter_role from[] = {VEL_LEAF_DIFF, VEL_LEAF_DIFF_B},
+                                  to[] = {VEL_LEAF_W_NORM, VEL_LEAF_B_NORM};
+    for (int i = 0; i < VEL_COUNT(from); i++)
+        if (p->tensor[from[i]] && !p->tensor[to[i]]) {
+            p->tensor[to[i]] = p->tensor[from[i]];
+            p->tensor[from[i]] = NULL;
+        }
+}
+
 /* Every module complete and of the model's shape; all that are not are named in one message. */
 static vel_status check_modules(const reading *r, int *n_used)
 {
@@ -363,6 +375,8 @@ static vel_status check_modules(const reading *r, int *n_used)
     *n_used = 0;
     for (int m = 0; m < r->n_known; m++) {
         part *p = &r->parts[m];
+        if (r->known[m].weight_rank == 1)
+            rename_norm(p);
         p->kind = kind_of_part(p);
         if (!p->kind)
             continue;

@@ -26,7 +26,7 @@ typedef struct vel_adapter_file {
     vel_ctx *ctx;
     char *path;
     char kind[16];    /* of the first module; modules may differ */
-    char dialect[24]; /* "kohya", "diffusers", "diffusers-old", "peft" */
+    char dialect[24]; /* "kohya", "diffusers", "diffusers-old", "peft", "comfyui", "omi" */
     vel_adapter_module *modules;
     int n;
     json_t *metadata; /* of the file; object */
@@ -38,6 +38,8 @@ typedef struct vel_known_module { /* what the model at hand has */
     const char *path;             /* with its part: "unet....", "text_encoder...." */
     int weight_rank;              /* 2, 4; 1: a norm, whose weight has this many values */
     int64_t weight_dim[4];
+    const char *original; /* "input_blocks.1.1.proj_in": in the family's original files, without
+                             what they put before the part; NULL: not known */
 } vel_known_module;
 
 /* path: a file, or a folder with pytorch_lora_weights.safetensors, adapter_model.safetensors

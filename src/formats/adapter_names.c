@@ -11,6 +11,7 @@
 typedef struct form {
     const char *dialect, *part, *prefix;
     bool underscores;
+    bool original; /* then the module's name in the family's original files */
 } form;
 static const form forms[] = {
     {"kohya", "unet", "lora_unet_", true},
@@ -21,6 +22,15 @@ static const form forms[] = {
     {"diffusers", "text_encoder", "text_encoder.", false},
     {"diffusers", "unet", "", false}, /* adapters of the U-Net alone, saved from it */
     {"peft", NULL, "base_model.model.", false},
+    {"comfyui", "unet", "diffusion_model.", false, true},
+    {"comfyui", "unet", "model.diffusion_model.", false, true},
+    {"comfyui", "unet", "lora_unet_", true, true},
+    {"comfyui", "text_encoder", "text_encoders.clip_l.transformer.", false},
+    {"comfyui", "text_encoder", "text_encoders.clip_h.transformer.", false},
+    {"omi", "unet", "unet.", false, true}, /* OneTrainer's, by the standard of that name */
+    {"omi", "text_encoder", "clip_l.", false},
+    {"onetrainer", "unet", "lora_unet.", false}, /* as its modules are called in memory */
+    {"onetrainer", "text_encoder", "lora_te.", false},
 };
 
 /* Other names of a piece of a module's path; dialect NULL: as the form's. */
@@ -94,12 +104,16 @@ static bool of_part(const char *path, const char *part)
 }
 
 /* prefix + the module's path without its part, renamed. NULL when the renaming does not apply. */
-static char *make_stem(vel_arena *a, const char *path, const form *f, const rename_row *r)
+static char *make_stem(vel_arena *a, const vel_known_module *known, const form *f,
+                       const rename_row *r)
 {
-    if (!of_part(path, f->part) || !of_part(path, r->part))
+    const char *path = known->path;
+    if (!of_part(path, f->part) || !of_part(path, r->part) || (f->original && !known->original))
         return NULL;
     const char *module = path + vel_adapter_part(path);
     module += *module == '.';
+    if (f->original)
+        module = known->original;
     const char *at = strstr(module, r->ours);
     bool ends = r->ours[0] == '.'; /* such rows name the last piece, the others the first */
     if (ends && !vel_has_suffix(module, r->ours))
@@ -145,7 +159,7 @@ vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_mo
     for (int m = 0; m < n_known; m++)
         for (int f = 0; f < VEL_COUNT(forms); f++)
             for (int r = 0; r < VEL_COUNT(renames); r++) {
-                char *stem = make_stem(a, known[m].path, &forms[f], &renames[r]);
+                char *stem = make_stem(a, &known[m], &forms[f], &renames[r]);
                 const char *dialect = renames[r].dialect ? renames[r].dialect : forms[f].dialect;
                 if (stem)
                     out->stems[out->n++] = (vel_adapter_stem){stem, m, dialect};
@@ -228,7 +242,8 @@ const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path
     for (int i = VEL_COUNT(forms) - 1; i >= 0; i--)
         if (strcmp(forms[i].dialect, dialect) == 0 && of_part(path, forms[i].part))
             f = &forms[i];
-    const char *stem = f ? make_stem(a, path, f, &renames[0]) : NULL;
+    const vel_known_module known = {.path = path};
+    const char *stem = f ? make_stem(a, &known, f, &renames[0]) : NULL;
     const char *tail = stem ? written_tail(a, dialect, path, role) : NULL;
     return tail ? vel_arena_strf(a, "%s%s", stem, tail) : NULL;
 }

@@ -3,13 +3,17 @@
  *   diffusers   {WORD: [n, width]}; older ones [width]
  *   kohya       {"emb_params": [n, width]}; the file's name is the word
  *   A1111       a pickle with string_to_param = {"*": [n, width]} and the word as name
- *   bundles     bundle_emb.WORD.string_to_param.* beside an adapter's tensors, as OneTrainer,
- *               ComfyUI and A1111 read them */
+ *   bundles     beside an adapter's tensors: bundle_emb.WORD.string_to_param.*, as ComfyUI and
+ *               A1111 read them, bundle_emb.WORD.clip_l as OneTrainer writes them; ai-toolkit puts
+ *               kohya's emb_params there */
 #include "formats/formats.h"
 
 enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
 
-static const char bundle[] = "bundle_emb.", param[] = "string_to_param";
+static const char bundle[] = "bundle_emb.", param[] = "string_to_param",
+                  rows_of_kohya[] = "emb_params";
+/* What follows the word in a bundle's key. */
+static const char *const bundle_ends[] = {".string_to_param", ".clip_l"};
 
 void vel_words_free(vel_ctx *ctx, vel_word *words, int n)
 {
@@ -22,7 +26,7 @@ void vel_words_free(vel_ctx *ctx, vel_word *words, int n)
 
 bool vel_words_is_bundled(const char *key)
 {
-    return vel_has_prefix(key, bundle);
+    return vel_has_prefix(key, bundle) || strcmp(key, rows_of_kohya) == 0;
 }
 
 /* "folder/cat.pt" -> "cat" */
@@ -36,8 +40,8 @@ static char *stem_of(vel_ctx *ctx, const char *path)
 /* Which word the tensor is of; NULL without memory. */
 static char *word_of(vel_ctx *ctx, const vel_safetensors *sf, const char *key)
 {
-    if (vel_words_is_bundled(key)) {
-        const char *name = key + sizeof bundle - 1, *end = strstr(name, ".string_to_param");
+    for (int i = 0; i < VEL_COUNT(bundle_ends) && vel_has_prefix(key, bundle); i++) {
+        const char *name = key + sizeof bundle - 1, *end = strstr(name, bundle_ends[i]);
         if (end)
             return vel_strf(ctx, "%.*s", (int)(end - name), name);
     }
@@ -45,7 +49,7 @@ static char *word_of(vel_ctx *ctx, const vel_safetensors *sf, const char *key)
         const char *name = vel_safetensors_meta(sf, "name");
         return name && name[0] ? vel_strdup(ctx, name) : stem_of(ctx, vel_safetensors_path(sf));
     }
-    if (strcmp(key, "emb_params") == 0)
+    if (strcmp(key, rows_of_kohya) == 0)
         return stem_of(ctx, vel_safetensors_path(sf));
     return vel_strdup(ctx, key);
 }
@@ -58,6 +62,11 @@ static vel_status read_word(vel_ctx *ctx, const vel_safetensors *sf, const vel_f
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: holds '%s': a word for SDXL's two text encoders, not for this model's "
                         "one",
+                        path, t->name);
+    if (vel_has_prefix(t->name, bundle) && vel_has_suffix(t->name, ".clip_l_out"))
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "%s: holds '%s': a word as the text encoder's output, which is not "
+                        "supported; train it with the word as its input",
                         path, t->name);
     bool real = t->type == VEL_FILE_F32 || t->type == VEL_FILE_F16 || t->type == VEL_FILE_BF16 ||
                 t->type == VEL_FILE_F64;
@@ -143,7 +152,7 @@ vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words
     if (!tensors)
         return VEL_NO_MEMORY;
     for (int i = 0; i < n; i++)
-        tensors[i] = vel_words_tensor(&words[i], kohya ? "emb_params" : words[i].name, type);
+        tensors[i] = vel_words_tensor(&words[i], kohya ? rows_of_kohya : words[i].name, type);
     vel_status st = vel_safetensors_save(ctx, path, tensors, n, metadata);
     vel_free(ctx, tensors);
     return st;

@@ -35,13 +35,16 @@ typedef struct vel_checkpoint_key {
     bool image;      /* a [n, m] matrix that theirs keeps as [n, m, 1, 1] */
 } vel_checkpoint_key;
 
-/* For writing: names from the folder form's configs (in the order of family->parts). */
+/* For writing: names from the folder form's configs (in the order of family->parts); a family's
+ * single_names makes them. */
 typedef struct vel_checkpoint_names vel_checkpoint_names;
-vel_status vel_checkpoint_names_make(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                                     const vel_checkpoint_names **out);
 /* The key for a part's tensor under any of its names in folders; false when the form has none.
  * Texts are in the arena. */
 bool vel_checkpoint_name(const vel_checkpoint_names *names, vel_arena *a, const char *part,
                          const char *name, vel_checkpoint_key *out);
+/* The same for a module: path "unet.conv_in" -> theirs "input_blocks.0.0", without prefix. False
+ * when the form has none, or joins it with others. */
+bool vel_checkpoint_module(const vel_checkpoint_names *names, vel_arena *a, const char *path,
+                           vel_checkpoint_key *out);
 
 #endif

@@ -54,6 +54,7 @@ typedef struct vel_text_info { /* one text encoder */
 
 typedef struct vel_config vel_config; /* a family's parsed configs, in an arena */
 
+struct vel_checkpoint_names;
 typedef struct vel_family {
     const char *name;         /* "sd" */
     const char *title;        /* "Stable Diffusion 1.x and 2.x" */
@@ -77,6 +78,9 @@ typedef struct vel_family {
                       vel_ref z); /* [N,h,w,C] unscaled -> [N,H,W,3] */
     vel_ref (*encode)(vel_graph *g, const vel_config *c,
                       vel_ref image); /* -> moments [N,h,w,2C]: mean, logvar */
+    /* Names in single files (checkpoint.h), from the configs of all parts; NULL: there are none. */
+    vel_status (*single_names)(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const struct vel_checkpoint_names **out);
 } vel_family;
 
 /* families.def: FAMILY(sd). The first whose detect says yes; NULL with the message when none does.
@@ -93,6 +97,14 @@ typedef struct vel_module {
     vel_shape weight; /* [out, in] or [O, I, kh, kw]; a norm's [C] */
 } vel_module;
 int vel_graph_modules(const vel_graph *g, vel_module *out, int room);
+
+/* Sizes of published models (known.c), in the order in which an adapter is tried; NULL past the
+ * last. */
+typedef struct vel_known_model {
+    const char *title, *family;
+    const char *configs[4]; /* config.json of the family's parts, as texts */
+} vel_known_model;
+const vel_known_model *vel_known_model_at(int i);
 
 /* The names that files may use for the leaf at path ("vae.encoder...to_q.weight"): i = 0 is the
  * path without its part, then those of other versions of the reference; written into buffer and

@@ -139,4 +139,5 @@ const vel_family vel_family_sd = {
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,
+    .single_names = vel_sd_single_names,
 };

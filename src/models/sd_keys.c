@@ -331,6 +331,27 @@ bool vel_checkpoint_name(const vel_checkpoint_names *names, vel_arena *a, const 
     return false;
 }
 
+bool vel_checkpoint_module(const vel_checkpoint_names *names, vel_arena *a, const char *path,
+                           vel_checkpoint_key *out)
+{
+    static const char leaf[] = ".weight";
+    char part[32];
+    const char *dot = strchr(path, '.');
+    if (!dot || snprintf(part, sizeof part, "%.*s", (int)(dot - path), path) >= (int)sizeof part)
+        return false;
+    const char *name = vel_arena_strf(a, "%s%s", dot + 1, leaf);
+    if (!name || !vel_checkpoint_name(names, a, part, name, out) || out->slots != 1 ||
+        !vel_has_suffix(out->theirs, leaf))
+        return false;
+    for (int i = 0; i < VEL_COUNT(prefixes); i++)
+        if (vel_has_prefix(out->theirs, prefixes[i].text)) {
+            const char *begin = out->theirs + strlen(prefixes[i].text);
+            out->theirs = vel_arena_strf(a, "%.*s", (int)(strlen(begin) - strlen(leaf)), begin);
+            return out->theirs != NULL;
+        }
+    return false;
+}
+
 /* ---- sizes, from the tensors of a single file ---- */
 
 typedef struct reading {
@@ -724,8 +745,8 @@ void vel_checkpoint_finish(vel_checkpoint *c)
 
 /* ---- names for writing ---- */
 
-vel_status vel_checkpoint_names_make(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                                     const vel_checkpoint_names **out)
+vel_status vel_sd_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const vel_checkpoint_names **out)
 {
     layout l = {.layers = (int)vel_json_int(configs[UNET], "layers_per_block", 2),
                 .vae_layers = (int)vel_json_int(configs[VAE], "layers_per_block", 2),

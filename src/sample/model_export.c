@@ -182,7 +182,11 @@ static vel_status save_single(saving *s)
     int n = 0;
     for (int p = 0; p < s->m->n_parts; p++)
         configs[p] = s->m->parts[p].config;
-    VEL_TRY(vel_checkpoint_names_make(s->ctx, s->arena, configs, &names));
+    if (!s->m->family->single_names)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "%s: single files of %s are not written; name a folder", s->path,
+                        s->m->family->title);
+    VEL_TRY(s->m->family->single_names(s->ctx, s->arena, configs, &names));
     single_entry *list = vel_arena_alloc(s->arena, sizeof *list * (size_t)(s->room + 1));
     if (!list)
         return VEL_NO_MEMORY;

@@ -59,6 +59,9 @@ typedef struct vel_model_options {
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */
 vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_options *o,
                           vel_model **out);
+/* The i-th model of vel_known_model_at as shapes without weights: its modules can be asked for, and
+ * nothing else. VEL_NOT_FOUND past the last. */
+vel_status vel_model_open_known(vel_ctx *ctx, int i, vel_model **out);
 void vel_model_close(vel_model *m);
 
 /* Writes the model: a path that ends with .safetensors is a single file in the family's original
