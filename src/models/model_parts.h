@@ -35,6 +35,8 @@ void vel_setting_bools(vel_settings *s, const char *key, bool otherwise, bool *o
  * that it is (at < 0: not a list); absent: otherwise. */
 int vel_setting_choice(vel_settings *s, const char *key, int at, const char *const *names,
                        int otherwise);
+/* A list of places below n: those are set, the others cleared. Absent: none. */
+void vel_setting_marks(vel_settings *s, const char *key, bool *out, int n);
 /* "stores the message unless there is one already"; file and key are put before it. */
 void vel_settings_fail(vel_settings *s, const char *key, const char *format, ...) VEL_PRINTF(3, 4);
 
@@ -95,6 +97,23 @@ vel_status vel_vae_read(vel_ctx *ctx, const json_t *json, const char *file, vel_
 /* Inside the part's scope. */
 vel_ref vel_vae_encode(vel_graph *g, const vel_vae_config *c, vel_ref image); /* -> moments */
 vel_ref vel_vae_decode(vel_graph *g, const vel_vae_config *c, vel_ref z);
+
+/* ---- SD3Transformer2DModel (sd3_transformer.c) ---- */
+
+enum { VEL_MAX_BLOCKS = 128 };
+
+typedef struct vel_sd3_config {
+    int channels, sample_size, patch, layers;
+    int heads, head_width, width; /* width is their product */
+    int context, pooled;          /* widths of the text states and of the pooled text */
+    int places;                   /* the table of places has this many patches on a side */
+    bool head_norms;              /* SD 3.5 */
+    bool dual[VEL_MAX_BLOCKS];    /* these layers attend over the picture a second time */
+} vel_sd3_config;
+vel_status vel_sd3_read(vel_ctx *ctx, const json_t *json, const char *file, vel_sd3_config *out);
+/* Inside the part's scope; time [N] is 0 to 1000. */
+vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel_ref time,
+                      const vel_condition *condition);
 
 /* ---- a family's configs ---- */
 

@@ -178,6 +178,16 @@ void vel_setting_bools(vel_settings *s, const char *key, bool otherwise, bool *o
     }
 }
 
+void vel_setting_marks(vel_settings *s, const char *key, bool *out, int n)
+{
+    const json_t *value = s->status ? NULL : setting(s, key);
+    memset(out, 0, (size_t)n * sizeof *out);
+    if (value && !json_is_array(value))
+        vel_settings_fail(s, key, "must be a list");
+    for (size_t i = 0; i < json_array_size(value) && !s->status; i++)
+        out[whole(s, key, json_array_get(value, i), 0, n - 1)] = true;
+}
+
 int vel_setting_choice(vel_settings *s, const char *key, int at, const char *const *names,
                        int otherwise)
 {

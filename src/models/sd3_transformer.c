@@ -1,0 +1,174 @@
+/* sd3_transformer.c: SD3Transformer2DModel of diffusers (SD 3 and 3.5): picture and text go side by
+ * side through joint attention, each with weights of its own; scales, shifts and gates come from
+ * the time and the pooled text. SD 3.5 normalises queries and keys, and 3.5 medium attends over the
+ * picture alone a second time in its first layers. */
+#include "models/transformer.h"
+
+static const double eps = 1e-6; /* of every norm, fixed by the reference */
+static const char *const norm_types[] = {"null", "rms_norm", NULL};
+
+vel_status vel_sd3_read(vel_ctx *ctx, const json_t *json, const char *file, vel_sd3_config *out)
+{
+    vel_settings s = vel_settings_of(ctx, json, file, "_class_name", "SD3Transformer2DModel");
+    vel_sd3_config *c = out;
+    *c = (vel_sd3_config){
+        .channels = vel_setting_int(&s, "in_channels", 16, 1, 1024),
+        .sample_size = vel_setting_int(&s, "sample_size", 128, 1, 1 << 14),
+        .patch = vel_setting_int(&s, "patch_size", 2, 1, 64),
+        .layers = vel_setting_int(&s, "num_layers", 18, 1, VEL_MAX_BLOCKS),
+        .head_width = vel_setting_int(&s, "attention_head_dim", 64, 2, 1 << 12),
+        .heads = vel_setting_int(&s, "num_attention_heads", 18, 1, 1024),
+        .context = vel_setting_int(&s, "joint_attention_dim", 4096, 1, 1 << 16),
+        .pooled = vel_setting_int(&s, "pooled_projection_dim", 2048, 1, 1 << 16),
+        .places = vel_setting_int(&s, "pos_embed_max_size", 96, 1, 1 << 12),
+    };
+    c->width = c->heads * c->head_width;
+    if (!json_is_null(json_object_get(json, "qk_norm")))
+        c->head_norms = vel_setting_choice(&s, "qk_norm", -1, norm_types, 0);
+    vel_setting_marks(&s, "dual_attention_layers", c->dual, c->layers);
+    if (vel_setting_int(&s, "out_channels", 16, 1, 1024) != c->channels)
+        vel_settings_fail(&s, "out_channels", "must be \"in_channels\", %d", c->channels);
+    if (vel_setting_int(&s, "caption_projection_dim", 1152, 1, 1 << 16) != c->width)
+        vel_settings_fail(&s, "caption_projection_dim", "must be %d heads of %d, %d", c->heads,
+                          c->head_width, c->width);
+    if (c->sample_size / c->patch > c->places)
+        vel_settings_fail(&s, "pos_embed_max_size", "is less than the %d patches of a picture",
+                          c->sample_size / c->patch);
+    return s.status;
+}
+
+typedef struct streams { /* a value of the picture and one of the text, [N, T, D] and [N, S, D] */
+    vel_ref image, text;
+} streams;
+
+/* Queries, keys or values of one stream, normalised by heads where the model does so. */
+static vel_ref project(vel_graph *g, const vel_sd3_config *c, const char *name, const char *norm,
+                       vel_ref x)
+{
+    x = nn_linear(g, name, x, c->width, true);
+    return norm && c->head_norms ? nn_head_norm(g, norm, x, c->heads, eps) : x;
+}
+
+/* Mirrors Attention with JointAttnProcessor2_0; without text it is plain self-attention. last: the
+ * text's result is not needed. */
+static streams attend(vel_graph *g, const vel_sd3_config *c, const char *name, streams x, bool last)
+{
+    int64_t tokens = vel_shape_at(g, x.image).dim[1];
+    streams out = {{0}, {0}};
+    vel_scope(g, "%s", name);
+    vel_ref q = project(g, c, "to_q", "norm_q", x.image);
+    vel_ref k = project(g, c, "to_k", "norm_k", x.image);
+    vel_ref v = project(g, c, "to_v", NULL, x.image);
+    if (x.text.id) {
+        q = vel_concat(g, q, project(g, c, "add_q_proj", "norm_added_q", x.text), 1);
+        k = vel_concat(g, k, project(g, c, "add_k_proj", "norm_added_k", x.text), 1);
+        v = vel_concat(g, v, project(g, c, "add_v_proj", NULL, x.text), 1);
+    }
+    double scale = 1 / sqrt((double)c->head_width);
+    vel_ref o = vel_attention(g, q, k, v, (vel_ref){0}, c->heads, false, scale);
+    if (x.text.id && !last) {
+        out.text = vel_slice(g, o, 1, tokens, vel_shape_at(g, o).dim[1]);
+        out.text = nn_linear(g, "to_add_out", out.text, c->width, true);
+    }
+    out.image = x.text.id ? vel_slice(g, o, 1, 0, tokens) : o;
+    out.image = nn_linear(g, "to_out.0", out.image, c->width, true);
+    vel_end(g);
+    return out;
+}
+
+/* The condition's n parts of D for a norm: condition is the silu of the embedding, [N, D]. */
+static vel_ref modulation(vel_graph *g, const char *norm, vel_ref condition, int n)
+{
+    int64_t width = vel_shape_last(vel_shape_at(g, condition));
+    vel_scope(g, "%s", norm);
+    vel_ref m = nn_linear(g, "linear", condition, n * width, true);
+    vel_end(g);
+    return m;
+}
+
+/* x + gate * ff(norm(x) * (1 + scale) + shift), the parts 3, 4 and 5 of m being shift, scale, gate.
+ */
+static vel_ref feed_forward(vel_graph *g, const char *name, vel_ref x, vel_ref m, int parts)
+{
+    int64_t width = vel_shape_last(vel_shape_at(g, x));
+    vel_ref h = nn_plain_norm(g, x, eps);
+    h = nn_modulate(g, h, nn_share(g, m, 4, parts), nn_share(g, m, 3, parts));
+    h = nn_two_layers(g, name, "net.0.proj", "net.2", h, 4 * width, width, VEL_ACT_GELU_TANH);
+    return nn_gated(g, x, nn_share(g, m, 5, parts), h);
+}
+
+/* Mirrors JointTransformerBlock. */
+static streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, streams x,
+                           vel_ref condition)
+{
+    bool dual = c->dual[index], last = index + 1 == c->layers;
+    int parts = dual ? 9 : 6; /* shift, scale, gate of attention, of the feed-forward, of attn2 */
+    vel_ref m = modulation(g, "norm1", condition, parts);
+    vel_ref text_m = modulation(g, "norm1_context", condition, last ? 2 : 6);
+    vel_ref plain = nn_plain_norm(g, x.image, eps), text = nn_plain_norm(g, x.text, eps);
+    streams h = {nn_modulate(g, plain, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts)),
+                 last ? nn_modulate(g, text, nn_share(g, text_m, 0, 2), nn_share(g, text_m, 1, 2))
+                      : nn_modulate(g, text, nn_share(g, text_m, 1, 6), nn_share(g, text_m, 0, 6))};
+    h = attend(g, c, "attn", h, last);
+    x.image = nn_gated(g, x.image, nn_share(g, m, 2, parts), h.image);
+    if (dual) {
+        streams alone = {nn_modulate(g, plain, nn_share(g, m, 7, parts), nn_share(g, m, 6, parts)),
+                         {0}};
+        x.image = nn_gated(g, x.image, nn_share(g, m, 8, parts),
+                           attend(g, c, "attn2", alone, false).image);
+    }
+    x.image = feed_forward(g, "ff", x.image, m, parts);
+    if (last)
+        return (streams){x.image, {0}};
+    x.text = nn_gated(g, x.text, nn_share(g, text_m, 2, 6), h.text);
+    x.text = feed_forward(g, "ff_context", x.text, text_m, 6);
+    return x;
+}
+
+/* Mirrors PatchEmbed: patches as tokens, plus the middle of the table of places. */
+static vel_ref patch_embedding(vel_graph *g, const vel_sd3_config *c, vel_ref latent)
+{
+    vel_scope(g, "pos_embed");
+    vel_ref x = nn_conv(g, "proj", latent, c->width, c->patch, c->patch, 0); /* [N, h, w, D] */
+    vel_shape s = vel_shape_at(g, x);
+    int64_t most = c->places, top = (most - s.dim[1]) / 2, left = (most - s.dim[2]) / 2;
+    vel_ref table = vel_weight(g, "pos_embed", VEL_SHAPE(1, most * most, c->width));
+    if (s.dim[1] > most || s.dim[2] > most)
+        nn_bad(g, "%" PRId64 " x %" PRId64 " patches; the model has places for %d x %d", s.dim[1],
+               s.dim[2], c->places, c->places);
+    table = vel_reshape(g, table, VEL_SHAPE(1, most, most, c->width));
+    table = vel_slice(g, table, 1, top, top + s.dim[1]);
+    table = vel_slice(g, table, 2, left, left + s.dim[2]);
+    x = vel_add(g, x, table);
+    vel_end(g);
+    return nn_to_sequence(g, x);
+}
+
+vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel_ref time,
+                      const vel_condition *condition)
+{
+    vel_shape image = vel_shape_at(g, latent);
+    if (!nn_latent_fits(g, latent, c->channels, c->patch) ||
+        !nn_context_fits(g, condition->context, image.dim[0], c->context) ||
+        !nn_pooled_fits(g, condition->pooled, image.dim[0], c->pooled))
+        return (vel_ref){0};
+    streams x = {.image = patch_embedding(g, c, latent)};
+    vel_scope(g, "time_text_embed");
+    vel_ref t = nn_time_embedding(g, "timestep_embedder", time, c->width);
+    t = vel_add(g, t,
+                nn_two_layers(g, "text_embedder", "linear_1", "linear_2", condition->pooled,
+                              c->width, c->width, VEL_ACT_SILU));
+    vel_end(g);
+    t = vel_act(g, t, VEL_ACT_SILU); /* every norm takes silu of it: once for all */
+    x.text = nn_linear(g, "context_embedder", condition->context, c->width, true);
+    for (int i = 0; i < c->layers; i++) {
+        vel_layer(g, "transformer_blocks.%d", i);
+        x = joint_block(g, c, i, x, t);
+        vel_end(g);
+    }
+    vel_ref m = modulation(g, "norm_out", t, 2);
+    vel_ref y = nn_plain_norm(g, x.image, eps);
+    y = nn_modulate(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2));
+    y = nn_linear(g, "proj_out", y, (int64_t)c->patch * c->patch * c->channels, true);
+    return nn_from_patches(g, y, c->patch, false, image);
+}

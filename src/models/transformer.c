@@ -1,0 +1,112 @@
+/* transformer.c: what the denoisers that are transformers share: normalisation with a scale and a
+ * shift that the condition gives, heads that are normalised alone, pictures as patches, rotary
+ * tables. Nothing here is a model. */
+#include "models/transformer.h"
+
+vel_ref nn_plain_norm(vel_graph *g, vel_ref x, double eps)
+{
+    vel_shape width = VEL_SHAPE(vel_shape_last(vel_shape_at(g, x)));
+    return vel_layer_norm_op(g, x, vel_fill(g, width, 1), vel_fill(g, width, 0), eps);
+}
+
+vel_ref nn_share(vel_graph *g, vel_ref x, int i, int n)
+{
+    vel_shape s = vel_shape_at(g, x);
+    int64_t width = vel_shape_last(s) / n;
+    return vel_slice(g, x, s.rank - 1, i * width, (i + 1) * width);
+}
+
+/* [N, D] as [N, 1, D], to stretch over tokens. */
+static vel_ref for_tokens(vel_graph *g, vel_ref x)
+{
+    vel_shape s = vel_shape_at(g, x);
+    return vel_reshape(g, x, VEL_SHAPE(s.dim[0], 1, vel_shape_last(s)));
+}
+
+vel_ref nn_modulate(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift)
+{
+    x = vel_mul(g, x, for_tokens(g, vel_affine(g, scale, 1, 1)));
+    return vel_add(g, x, for_tokens(g, shift));
+}
+
+vel_ref nn_gated(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y)
+{
+    return vel_add(g, x, vel_mul(g, y, for_tokens(g, gate)));
+}
+
+vel_ref nn_two_layers(vel_graph *g, const char *name, const char *first, const char *second,
+                      vel_ref x, int64_t inner, int64_t out, vel_act_kind act)
+{
+    vel_scope(g, "%s", name);
+    x = vel_act(g, nn_linear(g, first, x, inner, true), act);
+    x = nn_linear(g, second, x, out, true);
+    vel_end(g);
+    return x;
+}
+
+vel_ref nn_time_embedding(vel_graph *g, const char *name, vel_ref time, int64_t width)
+{
+    vel_ref t = vel_time_embed(g, time, 256, true, 0, 10000); /* [N, 256] */
+    return nn_two_layers(g, name, "linear_1", "linear_2", t, width, width, VEL_ACT_SILU);
+}
+
+vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, double eps)
+{
+    vel_shape s = vel_shape_at(g, x);
+    x = vel_reshape(g, x, VEL_SHAPE(s.dim[0], s.dim[1], heads, s.dim[2] / heads));
+    return vel_reshape(g, nn_rms_norm(g, name, x, eps, false), s);
+}
+
+vel_ref nn_patches(vel_graph *g, vel_ref x, int patch, bool channels_first)
+{
+    vel_shape s = vel_shape_at(g, x);
+    int64_t rows = s.dim[1] / patch, columns = s.dim[2] / patch, width = s.dim[3];
+    static const int8_t first[] = {0, 2, 4, 1, 3}, last[] = {0, 2, 1, 3, 4};
+    x = vel_reshape(g, x, VEL_SHAPE(s.dim[0] * rows, patch, columns, patch, width));
+    x = vel_permute(g, x, channels_first ? first : last);
+    return vel_reshape(g, x, VEL_SHAPE(s.dim[0], rows * columns, patch * patch * width));
+}
+
+vel_ref nn_from_patches(vel_graph *g, vel_ref x, int patch, bool channels_first, vel_shape image)
+{
+    int64_t n = image.dim[0], rows = image.dim[1] / patch, columns = image.dim[2] / patch,
+            width = vel_shape_last(vel_shape_at(g, x)) / ((int64_t)patch * patch);
+    static const int8_t first[] = {0, 3, 1, 4, 2}, last[] = {0, 2, 1, 3, 4};
+    vel_shape split = channels_first ? VEL_SHAPE(n * rows, columns, width, patch, patch)
+                                     : VEL_SHAPE(n * rows, columns, patch, patch, width);
+    x = vel_permute(g, vel_reshape(g, x, split), channels_first ? first : last);
+    return vel_reshape(g, x, VEL_SHAPE(n, image.dim[1], image.dim[2], width));
+}
+
+bool nn_latent_fits(vel_graph *g, vel_ref latent, int channels, int patch)
+{
+    vel_shape x = vel_shape_at(g, latent);
+    char shape[96];
+    if (x.rank == 4 && x.dim[3] == channels && x.dim[1] % patch == 0 && x.dim[2] % patch == 0)
+        return true;
+    nn_bad(g, "a latent of shape %s; the model takes [N, h, w, %d] with sizes divisible by %d",
+           vel_shape_text(x, shape), channels, patch);
+    return false;
+}
+
+bool nn_context_fits(vel_graph *g, vel_ref context, int64_t n, int width)
+{
+    vel_shape text = vel_shape_at(g, context);
+    char shape[96];
+    if (text.rank == 3 && text.dim[0] == n && text.dim[2] == width)
+        return true;
+    nn_bad(g, "text states of shape %s; the model takes [%" PRId64 ", S, %d]",
+           vel_shape_text(text, shape), n, width);
+    return false;
+}
+
+bool nn_pooled_fits(vel_graph *g, vel_ref pooled, int64_t n, int width)
+{
+    vel_shape s = vel_shape_at(g, pooled);
+    char shape[96];
+    if (vel_shape_equal(s, VEL_SHAPE(n, width)))
+        return true;
+    nn_bad(g, "a pooled text of shape %s; the model takes [%" PRId64 ", %d]",
+           vel_shape_text(s, shape), n, width);
+    return false;
+}

@@ -1,0 +1,31 @@
+/* transformer.h: blocks of the denoisers that are transformers (transformer.c). x is [N, T, D]:
+ * tokens. */
+#ifndef VEL_MODELS_TRANSFORMER_H
+#define VEL_MODELS_TRANSFORMER_H
+
+#include "models/model_parts.h"
+
+/* Layer norm without weights. */
+vel_ref nn_plain_norm(vel_graph *g, vel_ref x, double eps);
+/* The i-th of n equal parts of the last axis. */
+vel_ref nn_share(vel_graph *g, vel_ref x, int i, int n);
+/* x * (1 + scale) + shift and x + gate * y: scale, shift, gate [N, D] are one for all tokens. */
+vel_ref nn_modulate(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift);
+vel_ref nn_gated(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y);
+/* second(act(first(x))), both with bias, in the scope `name`. */
+vel_ref nn_two_layers(vel_graph *g, const char *name, const char *first, const char *second,
+                      vel_ref x, int64_t inner, int64_t out, vel_act_kind act);
+/* Timesteps of 256 and TimestepEmbedding: time [N] -> [N, width]. */
+vel_ref nn_time_embedding(vel_graph *g, const char *name, vel_ref time, int64_t width);
+/* RMS norm of each head alone, with one weight [d] for all: x [N, T, heads * d]. */
+vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, double eps);
+/* [N, h, w, C] -> [N, h/p * w/p, p p C] and back; in a patch the channel is outermost (channels,
+ * rows, columns) or innermost. image: [N, h, w, _]. */
+vel_ref nn_patches(vel_graph *g, vel_ref x, int patch, bool channels_first);
+vel_ref nn_from_patches(vel_graph *g, vel_ref x, int patch, bool channels_first, vel_shape image);
+/* Inputs against what the model takes; false with the error recorded. */
+bool nn_latent_fits(vel_graph *g, vel_ref latent, int channels, int patch);
+bool nn_context_fits(vel_graph *g, vel_ref context, int64_t n, int width);
+bool nn_pooled_fits(vel_graph *g, vel_ref pooled, int64_t n, int width);
+
+#endif

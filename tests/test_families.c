@@ -1,0 +1,183 @@
+/* test_families.c: the parts of the larger families against what diffusers computed with the same
+ * weights (tests/golden/families): outputs and gradients in float32, by the processor's kernels.
+ * Files have PyTorch's order of axes; graphs are turned here, so that the gradients are too. */
+#include "exec/exec.h"
+#include "models/model_parts.h"
+#include "test.h"
+
+#define FAMILIES "tests/golden/families/"
+
+typedef struct part { /* a part of a model with its weights and the values to compare with */
+    vel_ctx *ctx;
+    const char *name; /* "transformer" */
+    json_t *config;
+    vel_safetensors *weights, *golden;
+    vel_engine *engine;
+} part;
+
+static void read_values(void *user, int64_t first, int64_t n, float *out)
+{
+    vel_file_tensor_floats(user, first, n, out);
+}
+
+static bool find_weight(void *user, const char *path, vel_source_tensor *out)
+{
+    const part *p = user;
+    const vel_file_tensor *v = NULL;
+    char name[256];
+    for (int i = 0; !v && vel_key_alias(path, i, name, sizeof name); i++)
+        v = vel_safetensors_find(p->weights, name);
+    if (v)
+        *out = (vel_source_tensor){.shape = vel_shape_of(v->rank, v->dim),
+                                   .file = vel_safetensors_path(p->weights),
+                                   .user = (void *)v,
+                                   .read = read_values};
+    return v != NULL;
+}
+
+static vel_status open_part(vel_ctx *ctx, const char *family, const char *name, part *p)
+{
+    static const char *const stem = "diffusion_pytorch_model";
+    char path[256];
+    *p = (part){.ctx = ctx, .name = name};
+    snprintf(path, sizeof path, FAMILIES "%s/model/%s/config.json", family, name);
+    VEL_TRY(vel_json_load(ctx, path, &p->config));
+    snprintf(path, sizeof path, FAMILIES "%s/model/%s", family, name);
+    VEL_TRY(vel_safetensors_open_part(ctx, path, &stem, 1, NULL, &p->weights));
+    snprintf(path, sizeof path, FAMILIES "%s/golden.safetensors", family);
+    VEL_TRY(vel_safetensors_open(ctx, path, &p->golden));
+    VEL_TRY(vel_engine_create(ctx, "cpu", &p->engine));
+    return vel_engine_add_source(p->engine, find_weight, p);
+}
+
+static void close_part(part *p)
+{
+    vel_engine_destroy(p->engine);
+    vel_safetensors_close(p->weights);
+    vel_safetensors_close(p->golden);
+    json_decref(p->config);
+}
+
+/* The input named as a golden value, of its shape; {0} where there is none. */
+static vel_ref golden_input(vel_graph *g, const part *p, const char *name)
+{
+    const vel_file_tensor *v = vel_safetensors_find(p->golden, name);
+    for (int32_t id = 1; id < vel_graph_size(g); id++)
+        if (vel_node_at(g, id)->op == VEL_OP_input && strcmp(vel_node_at(g, id)->path, name) == 0)
+            return (vel_ref){id, 0};
+    return v ? vel_input(g, name, VEL_F32, vel_shape_of(v->rank, v->dim)) : (vel_ref){0};
+}
+
+static vel_ref to_nhwc(vel_graph *g, vel_ref x)
+{
+    return vel_permute(g, x, (const int8_t[]){0, 2, 3, 1});
+}
+
+static vel_ref to_nchw(vel_graph *g, vel_ref x)
+{
+    return vel_permute(g, x, (const int8_t[]){0, 3, 1, 2});
+}
+
+/* Every weight of the file is in the graph, and the other way round. */
+static void check_weights_are_used(vel_test *t, const part *p, const vel_graph *g)
+{
+    int leaves = 0, stored = 0;
+    for (int32_t id = 1; id < vel_graph_size(g); id++)
+        leaves += vel_node_at(g, id)->op == VEL_OP_weight;
+    for (int i = 0; i < vel_safetensors_count(p->weights); i++)
+        stored += !vel_key_is_buffer(vel_safetensors_at(p->weights, i)->name);
+    CHECK_MSG(leaves == stored, "%d weights in the graph, %d in the file", leaves, stored);
+}
+
+/* Fills the inputs, runs, and compares every output with the golden value of its name. */
+static void check_values(vel_test *t, part *p, vel_graph *g, double limit)
+{
+    vel_plan *plan = NULL;
+    CHECK_OK(vel_plan_create(p->engine, g, &(vel_plan_options){.compute = VEL_F32}, &plan));
+    if (!plan)
+        return;
+    for (int i = 0; i < vel_safetensors_count(p->golden); i++) {
+        const vel_file_tensor *v = vel_safetensors_at(p->golden, i);
+        size_t bytes = (size_t)v->count * sizeof(float);
+        if (!vel_plan_has_input(plan, v->name))
+            continue;
+        float *values = vel_alloc(t->ctx, bytes);
+        if (values) {
+            vel_file_tensor_floats(v, 0, v->count, values);
+            CHECK_OK(vel_plan_set(plan, v->name, values, bytes));
+        }
+        vel_free(t->ctx, values);
+    }
+    CHECK_OK(vel_plan_run(plan));
+    for (int i = 0; i < vel_graph_outputs(vel_plan_graph(plan)); i++) {
+        const char *name = vel_output_name(vel_plan_graph(plan), i);
+        const vel_file_tensor *v = vel_safetensors_find(p->golden, name);
+        float *values = v ? vel_alloc(t->ctx, 2 * (size_t)v->count * sizeof *values) : NULL;
+        double difference = 0, size = 0;
+        if (!values) {
+            CHECK_MSG(false, "no golden value %s", name);
+            continue;
+        }
+        CHECK_OK(vel_plan_get(plan, name, values, v->count));
+        vel_file_tensor_floats(v, 0, v->count, values + v->count);
+        for (int64_t j = 0; j < v->count; j++) {
+            double wanted = values[v->count + j];
+            difference += (values[j] - wanted) * (values[j] - wanted);
+            size += wanted * wanted;
+        }
+        CHECK_MSG(sqrt(difference / size) < limit, "%s: relative error %g", name,
+                  sqrt(difference / size));
+        vel_free(t->ctx, values);
+    }
+    vel_plan_destroy(plan);
+}
+
+/* Builds the denoiser on the latent [N, h, w, C]. */
+typedef vel_ref (*build_fn)(vel_graph *g, const part *p, vel_ref latent);
+
+static const char *const in_latent = "in.hidden_states", *const in_text =
+                                                             "in.encoder_hidden_states";
+
+/* out, and the gradients of sum(out * grad_out). */
+static void check_denoiser(vel_test *t, const char *family, build_fn build)
+{
+    part p;
+    CHECK_OK(open_part(t->ctx, family, "transformer", &p));
+    vel_graph *g = vel_graph_create(t->ctx);
+    if (p.engine && g) {
+        vel_ref latent = golden_input(g, &p, in_latent), text = golden_input(g, &p, in_text);
+        vel_ref seed = golden_input(g, &p, "grad_out"), grads[2], wanted[] = {latent, text};
+        vel_scope(g, "%s", p.name);
+        vel_ref out = to_nchw(g, build(g, &p, to_nhwc(g, latent)));
+        vel_end(g);
+        vel_output(g, "out", out);
+        vel_vjp(g, &out, &seed, 1, wanted, grads, 2);
+        vel_output(g, "grad.hidden_states", grads[0]);
+        vel_output(g, "grad.encoder_hidden_states", grads[1]);
+        check_weights_are_used(t, &p, g);
+        check_values(t, &p, g, 1e-4);
+    } else {
+        vel_graph_destroy(g);
+    }
+    close_part(&p);
+}
+
+static vel_ref build_sd3(vel_graph *g, const part *p, vel_ref latent)
+{
+    vel_sd3_config c;
+    vel_condition condition = {.context = golden_input(g, p, in_text),
+                               .pooled = golden_input(g, p, "in.pooled_projections")};
+    if (vel_sd3_read(p->ctx, p->config, "transformer/config.json", &c))
+        return (vel_ref){0};
+    return vel_sd3_build(g, &c, latent, golden_input(g, p, "in.timestep"), &condition);
+}
+
+TEST(families_sd3_transformer)
+{
+    check_denoiser(t, "sd3", build_sd3);
+}
+
+TEST(families_sd35_transformer)
+{
+    check_denoiser(t, "sd35", build_sd3);
+}
