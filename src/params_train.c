@@ -329,5 +329,7 @@ const vel_option_row vel_train_rows[] = {
         "samples", "steps between measuring the held-out pictures"),
     INT("validate_every_n_epochs", NULL, validate_every_n_epochs, "0", 0, 1000000, "samples",
         "epochs between measuring the held-out pictures; 0: none"),
+    INT("validation_times", NULL, validation_times, "4", 1, 64, "samples",
+        "timesteps at which each of them is measured, evenly over all"),
     {0}};
 #undef OPTIONS

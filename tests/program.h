@@ -22,6 +22,8 @@ void program_expect(vel_test *t, const char *words, int status, const char *cons
 
 /* A folder like the embedded model's, whose files are links to it: replace what should differ. */
 void program_copy_model(vel_test *t, const char *folder);
+/* A small model with all the modules of Stable Diffusion 1.5 (small_sd15.c); 64 x 64 pictures. */
+void program_make_sd15(vel_test *t, const char *folder);
 /* n pictures of the example with their captions, in a new folder. */
 void program_copy_pictures(vel_test *t, const char *folder, int n);
 

@@ -2,9 +2,17 @@
  */
 #include "program.h"
 
+static int times_said(const char *text, const char *what)
+{
+    int n = 0;
+    for (const char *at = text; (at = strstr(at, what)); at += strlen(what))
+        n++;
+    return n;
+}
+
 TEST(compare_images_runs)
 {
-    program_result r;
+    static program_result r;
     char folder[4200];
     snprintf(folder, sizeof folder, "%s/p", t->folder);
     program_copy_pictures(t, folder, 3);
@@ -22,4 +30,33 @@ TEST(compare_images_runs)
         CHECK_MSG(strstr(r.text, says[i]), "no '%s': %s", says[i], r.text);
     EXPECT("train --model x --data y --compare_images 5,3", 1, "growing numbers");
     EXPECT("train --model x --data y --compare_images 5x", 1, "growing numbers");
+}
+
+/* The lesson's comparison in one command: class pictures are drawn once, each picture and caption
+ * is encoded once, and the pictures of the model without an adapter are drawn once. */
+TEST(compare_images_shares)
+{
+    static program_result r;
+    char folder[4200];
+    snprintf(folder, sizeof folder, "%s/aawxbc", t->folder);
+    program_copy_pictures(t, folder, 3);
+    if (!program_shell(
+            t,
+            "P=$(realpath $V); M=$(realpath $M); cd $D; $P accelerate launch "
+            "train_dreambooth_lora.py --pretrained_model_name_or_path=$M "
+            "--instance_data_dir=aawxbc "
+            "--instance_prompt='a photo of aawxbc figurine' --class_data_dir=figurine "
+            "--class_prompt='a photo of figurine' --with_prior_preservation --resolution=64 "
+            "--center_crop --max_train_steps=1 --num_class_images=2 --class_image_steps 1 "
+            "--sample_steps 1 --output_dir=o --compare_images 1,2,3",
+            &r))
+        return;
+    static const char *const once[] = {"0 of 2 are in figurine; 2 are drawn", /* of the class */
+                                       "3 pictures encoded, 0 known; 3 captions read, 0 known",
+                                       "1 pictures encoded, 3 known; 0 captions read, 3 known",
+                                       "1 pictures encoded, 4 known; 0 captions read, 3 known"};
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    for (int i = 0; i < VEL_COUNT(once); i++)
+        CHECK_MSG(times_said(r.text, once[i]) == 1, "'%s': %s", once[i], r.text);
+    CHECK_MSG(times_said(r.text, " of 2 are in figurine") == 1, "%s", r.text);
 }

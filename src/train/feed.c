@@ -13,7 +13,7 @@ enum {
     STREAM_DROPOUT,
     STREAM_VALIDATION
 };
-enum { VALIDATION_TIMES = 4 };
+enum { VALIDATION_BATCH = 4 }; /* timesteps of a held-out picture that are measured at once */
 
 static uint64_t stream_of(int kind, int64_t micro, int64_t item)
 {
@@ -136,6 +136,7 @@ static vel_status moments_of(train_session *s, int sample, int64_t epoch, const 
                     : vel_sample_pixels(s->data, sample, (uint64_t)s->o->seed, epoch, pixels);
     if (st == VEL_OK)
         st = encode_pixels(s, sample, pixels, moments);
+    s->n_encoded++;
     vel_free(s->ctx, pixels);
     if (st == VEL_OK && cached) {
         st = vel_cache_put(s->cache, key, moments, count);
@@ -234,6 +235,7 @@ static vel_status encode_caption(train_session *s, int i, int64_t each)
         return VEL_NO_MEMORY;
     const float *known = vel_cache_find(s->cache, key, each);
     vel_status st = VEL_OK;
+    s->n_known_texts += known != NULL;
     if (known) {
         memcpy(out, known, (size_t)each * sizeof *out);
     } else {
@@ -283,6 +285,7 @@ vel_status vel_feed_prepare(train_session *s)
     VEL_TRY(vel_cache_open(s->ctx, NULL, &s->text_cache));
     VEL_TRY(encode_captions(s));
     int64_t most = 0;
+    int wanted = 0;
     vel_progress progress;
     vel_progress_begin(&progress, s->ctx, "reading pictures", s->n_samples);
     for (int i = 0; i < s->n_samples; i++) {
@@ -290,14 +293,18 @@ vel_status vel_feed_prepare(train_session *s)
         const float *moments;
         float *owned = NULL;
         if (!s->o->random_crop) /* both variants of a flip come up within a few epochs */
-            for (int64_t epoch = 0; epoch < (s->o->flip ? 2 : 1); epoch++)
+            for (int64_t epoch = 0; epoch < (s->o->flip ? 2 : 1); epoch++, wanted++)
                 VEL_TRY(moments_of(s, i, epoch, &moments, &owned));
         vel_free(s->ctx, owned);
         vel_progress_at(&progress, i + 1, NAN);
         if (s->ctx->interrupted)
             return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
     }
-    int n = VEL_MAX(vel_prior_batch(s), VALIDATION_TIMES);
+    if (folder && !s->o->random_crop)
+        vel_log(s->ctx, 2, "%s: %d pictures encoded, %d known; %d captions read, %d known", folder,
+                s->n_encoded, VEL_MAX(0, wanted - s->n_encoded), s->n_captions - s->n_known_texts,
+                s->n_known_texts);
+    int n = VEL_MAX(vel_prior_batch(s), VALIDATION_BATCH);
     int64_t each = (int64_t)s->length * s->width;
     s->latent = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
     s->noise = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
@@ -525,37 +532,55 @@ vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
     return VEL_OK;
 }
 
+/* A held-out picture at n timesteps from the first-th on; losses: [n]. */
+static vel_status measure(train_session *s, int sample, const float *moments, int first, int n,
+                          float *losses)
+{
+    vel_batch b;
+    describe_batch(s, n, &s->data->samples[sample], 0, &b);
+    b.disturbed = NULL;
+    int64_t pixels = (int64_t)b.h * b.w, each = pixels * s->channels;
+    int train_steps = vel_model_schedule(s->model)->n, times = s->o->validation_times;
+    for (int k = 0; k < n; k++) {
+        latent_from(s, moments, pixels, NULL, s->latent + k * each);
+        vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_VALIDATION, sample, first + k), 0,
+                          s->noise + k * each, each);
+        s->timestep[k] = (2 * (first + k) + 1) * train_steps / (2 * times);
+        s->weight[k] = 1;
+        VEL_TRY(put_caption_of(s, k, sample, 0, false));
+        VEL_TRY(put_mask(s, k, sample, 0, pixels));
+    }
+    double mean;
+    return vel_trainer_run(s->trainer, &b, false, &mean, losses);
+}
+
 /* The held-out pictures at fixed timesteps under fixed noise: comparable from step to step. */
 vel_status vel_feed_validate(train_session *s, double *loss)
 {
-    double sum = 0;
-    int counted = 0, train_steps = vel_model_schedule(s->model)->n;
+    double sum[64] = {0}, all = 0; /* by timestep */
+    int pictures = 0, times = s->o->validation_times;
     for (int i = 0; i < s->data->n; i++) {
         if (!s->data->samples[i].held_out)
             continue;
         const float *moments;
-        float *owned, each_loss[VALIDATION_TIMES];
+        float *owned, losses[VALIDATION_BATCH];
         VEL_TRY(moments_of(s, i, 0, &moments, &owned));
-        vel_batch b;
-        describe_batch(s, VALIDATION_TIMES, &s->data->samples[i], 0, &b);
-        b.disturbed = NULL;
-        int64_t pixels = (int64_t)b.h * b.w, each = pixels * s->channels;
-        for (int k = 0; k < VALIDATION_TIMES; k++) {
-            latent_from(s, moments, pixels, NULL, s->latent + k * each);
-            vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_VALIDATION, i, k), 0,
-                              s->noise + k * each, each);
-            s->timestep[k] = (2 * k + 1) * train_steps / (2 * VALIDATION_TIMES);
-            s->weight[k] = 1;
-            VEL_TRY(put_caption_of(s, k, i, 0, false));
-            VEL_TRY(put_mask(s, k, i, 0, pixels));
+        vel_status st = VEL_OK;
+        for (int first = 0; first < times && st == VEL_OK; first += VALIDATION_BATCH) {
+            int n = VEL_MIN(VALIDATION_BATCH, times - first);
+            st = measure(s, i, moments, first, n, losses);
+            for (int k = 0; k < n && st == VEL_OK; k++)
+                sum[first + k] += losses[k];
         }
         vel_free(s->ctx, owned);
-        double batch_loss;
-        VEL_TRY(vel_trainer_run(s->trainer, &b, false, &batch_loss, each_loss));
-        for (int k = 0; k < VALIDATION_TIMES; k++)
-            sum += each_loss[k];
-        counted += VALIDATION_TIMES;
+        VEL_TRY(st);
+        pictures++;
     }
-    *loss = counted ? sum / counted : NAN;
+    for (int k = 0; k < times && pictures; k++) {
+        vel_log(s->ctx, 4, "held-out pictures at timestep %d: loss %.6f",
+                (2 * k + 1) * vel_model_schedule(s->model)->n / (2 * times), sum[k] / pictures);
+        all += sum[k] / pictures / times;
+    }
+    *loss = pictures ? all : NAN;
     return VEL_OK;
 }

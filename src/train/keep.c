@@ -48,7 +48,7 @@ static const char may_differ[] =
     "variant,device,memory,gradient_checkpointing,cache_to_disk,steps,epochs,resume,overwrite,"
     "dry_run,compare_images,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,"
     "sample_*,"
-    "validation_every,validate_every_n_epochs";
+    "validation_every,validate_every_n_epochs,validation_times";
 /* These begin like some of those. */
 static const char must_agree[] = "sample_latents";
 

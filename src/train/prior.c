@@ -27,6 +27,7 @@ static vel_status open_class(train_session *s, vel_dataset **out)
     d.n_subsets = 0;
     d.instance_prompt = s->o->class_prompt;
     d.repeats = 1;
+    d.most_pictures = 0;
     d.validation_split = 0;
     return vel_dataset_open(s->ctx, &d, out);
 }

@@ -61,6 +61,7 @@ typedef struct train_session {
     int n_samples;
     vel_cache *cache, *mask_cache, *text_cache;
     int n_cached_texts;
+    int n_encoded, n_known_texts; /* pictures that went through the autoencoder; cached captions */
     int first_sentence, n_sentences; /* templates of new words, among captions; 0: none */
     const char **captions;           /* distinct; [0] is "" */
     int *caption_of;                 /* [sample] */

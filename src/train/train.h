@@ -101,6 +101,7 @@ typedef struct vel_train_options {
     int64_t sample_seed;
     const char *sample_sampler, *sample_negative;
     int validation_every, validate_every_n_epochs;
+    int validation_times; /* timesteps at which a held-out picture is measured */
     const char *comment;
 } vel_train_options;
 
