@@ -66,11 +66,17 @@ static const struct {
 } renamed[] = {
     {"text_encoder", "text_model.", ""}, /* transformers 5; CLIPTextModel's state without its
                                             wrapper */
-    {"vae", ".to_q.", ".query."},        /* diffusers before 0.12 */
-    {"vae", ".to_k.", ".key."},           {"vae", ".to_v.", ".value."},
+    {"text_encoder", "embed_tokens.", "model.embed_tokens."}, /* Gemma2ForCausalLM's */
+    {"text_encoder", "layers.", "model.layers."},
+    {"text_encoder", "norm.weight", "model.norm.weight"},
+    {"text_encoder_2", "shared.", "encoder.embed_tokens."}, /* T5: two names of one tensor */
+    {"text_encoder_3", "shared.", "encoder.embed_tokens."},
+    {"vae", ".to_q.", ".query."}, /* diffusers before 0.12 */
+    {"vae", ".to_k.", ".key."},
+    {"vae", ".to_v.", ".value."},
     {"vae", ".to_out.0.", ".proj_attn."},
 };
-static const char *const buffers[] = {"*embeddings.position_ids"};
+static const char *const buffers[] = {"*embeddings.position_ids", "lm_head.weight"};
 
 const char *vel_key_alias(const char *path, int i, char *buffer, size_t n)
 {

@@ -84,6 +84,60 @@ vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel
 vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
                        bool final_norm);
 
+/* ---- T5EncoderModel, version 1.1 (t5.c) ---- */
+
+typedef struct vel_t5_config {
+    int width, layers, heads, head_width, inner, vocabulary;
+    int buckets, distance; /* rows of the position table; from where on distances are one */
+    double eps;
+    vel_act_kind act;
+} vel_t5_config;
+vel_status vel_t5_read(vel_ctx *ctx, const json_t *json, const char *file, vel_t5_config *out);
+/* Inside the part's scope: ids [N, S], mask [N, S] (1 for a token, 0 for padding) or {0} for all
+ * tokens -> states [N, S, width]. */
+vel_ref vel_t5_build(vel_graph *g, const vel_t5_config *c, vel_ref ids, vel_ref mask);
+
+/* ---- Gemma2Model (gemma.c) ---- */
+
+enum { VEL_GEMMA_LAYERS = 128 };
+
+typedef struct vel_gemma_config {
+    int width, layers, heads, groups, head_width, inner, vocabulary, positions;
+    int window; /* tokens that a sliding layer looks at: itself and those before it */
+    bool slides[VEL_GEMMA_LAYERS];
+    double eps, scalar, cap, theta; /* scores are divided by the root of scalar; cap 0: none */
+    vel_act_kind act;
+} vel_gemma_config;
+vel_status vel_gemma_read(vel_ctx *ctx, const json_t *json, const char *file,
+                          vel_gemma_config *out);
+/* Inside the part's scope: ids [N, S], mask as above -> the states after `layers` layers [N, S,
+ * width], through the final norm where asked. transformers' last_hidden_state: all layers and the
+ * norm; its hidden_states[-2]: one layer less and no norm. */
+vel_ref vel_gemma_build(vel_graph *g, const vel_gemma_config *c, vel_ref ids, vel_ref mask,
+                        int layers, bool final_norm);
+
+/* ---- what these two share (text_parts.c) ---- */
+
+typedef struct vel_text_attention_how {
+    int heads, groups; /* of queries; of keys and values, which divides the former */
+    double scale,
+        cap;         /* scores: q k scale, then cap tanh(scores / cap) where cap > 0, then biases */
+    vel_ref bias[2]; /* [1 or B, 1 or heads, 1 or T, S], or {0} */
+} vel_text_attention_how;
+/* q [B, T, heads * d], k and v [B, S, groups * d] -> [B, T, heads * d] */
+vel_ref vel_text_attention(vel_graph *g, const vel_text_attention_how *how, vel_ref q, vel_ref k,
+                           vel_ref v);
+/* A row [H, T + S] of values by distance s - t (distance -1 is the last), x [H, 1] for distances
+ * first to last (both of one sign) and 0 elsewhere; rows are added up. Then the table [1, H, T, S].
+ */
+vel_ref vel_distance_run(vel_graph *g, vel_ref x, int64_t first, int64_t last, int64_t length);
+vel_ref vel_distance_table(vel_graph *g, vel_ref row, int64_t queries, int64_t keys);
+/* 0 where shown is 1 and -1e30, beside which no score counts, where it is 0. One such bias for all
+ * reasons to hide a score: a row with nothing to see is then even over all keys, as in
+ * transformers.
+ */
+vel_ref vel_mask_bias(vel_graph *g, vel_ref shown);
+
 /* ---- AutoencoderKL (vae.c) ---- */
 
 typedef struct vel_vae_config {
