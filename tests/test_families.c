@@ -2,7 +2,7 @@
  * weights (tests/golden/families): outputs and gradients in float32, by the processor's kernels.
  * Files have PyTorch's order of axes; graphs are turned here, so that the gradients are too. */
 #include "exec/exec.h"
-#include "models/model_parts.h"
+#include "models/transformer.h"
 #include "test.h"
 
 #define FAMILIES "tests/golden/families/"
@@ -10,6 +10,7 @@
 typedef struct part { /* a part of a model with its weights and the values to compare with */
     vel_ctx *ctx;
     const char *name; /* "transformer" */
+    bool packed;      /* latents are kept as patches, [N, h/2 * w/2, 4 C], of a square picture */
     json_t *config;
     vel_safetensors *weights, *golden;
     vel_engine *engine;
@@ -78,6 +79,20 @@ static vel_ref to_nchw(vel_graph *g, vel_ref x)
     return vel_permute(g, x, (const int8_t[]){0, 3, 1, 2});
 }
 
+/* The denoiser's latent [N, h, w, C] from the golden's form, and back. */
+static vel_ref unpack(vel_graph *g, const part *p, vel_ref x)
+{
+    vel_shape s = vel_shape_at(g, x);
+    int64_t size = 2 * (int64_t)sqrt((double)s.dim[1]);
+    return p->packed ? nn_from_patches(g, x, 2, true, VEL_SHAPE(s.dim[0], size, size, 0))
+                     : to_nhwc(g, x);
+}
+
+static vel_ref pack(vel_graph *g, const part *p, vel_ref x)
+{
+    return p->packed ? nn_patches(g, x, 2, true) : to_nchw(g, x);
+}
+
 /* Every weight of the file is in the graph, and the other way round. */
 static void check_weights_are_used(vel_test *t, const part *p, const vel_graph *g)
 {
@@ -143,12 +158,13 @@ static void check_denoiser(vel_test *t, const char *family, build_fn build)
 {
     part p;
     CHECK_OK(open_part(t->ctx, family, "transformer", &p));
+    p.packed = vel_safetensors_find(p.golden, "in.img_ids") != NULL;
     vel_graph *g = vel_graph_create(t->ctx);
     if (p.engine && g) {
         vel_ref latent = golden_input(g, &p, in_latent), text = golden_input(g, &p, in_text);
         vel_ref seed = golden_input(g, &p, "grad_out"), grads[2], wanted[] = {latent, text};
         vel_scope(g, "%s", p.name);
-        vel_ref out = to_nchw(g, build(g, &p, to_nhwc(g, latent)));
+        vel_ref out = pack(g, &p, build(g, &p, unpack(g, &p, latent)));
         vel_end(g);
         vel_output(g, "out", out);
         vel_vjp(g, &out, &seed, 1, wanted, grads, 2);
@@ -180,4 +196,27 @@ TEST(families_sd3_transformer)
 TEST(families_sd35_transformer)
 {
     check_denoiser(t, "sd35", build_sd3);
+}
+
+static vel_ref build_flux(vel_graph *g, const part *p, vel_ref latent)
+{
+    vel_flux_config c;
+    vel_condition condition = {.context = golden_input(g, p, in_text),
+                               .pooled = golden_input(g, p, "in.pooled_projections")};
+    vel_ref guidance = golden_input(g, p, "in.guidance");
+    if (guidance.id)
+        condition.extra = vel_reshape(g, guidance, VEL_SHAPE(vel_shape_at(g, guidance).dim[0], 1));
+    if (vel_flux_read(p->ctx, p->config, "transformer/config.json", &c))
+        return (vel_ref){0};
+    return vel_flux_build(g, &c, latent, golden_input(g, p, "in.timestep"), &condition);
+}
+
+TEST(families_flux_dev_transformer)
+{
+    check_denoiser(t, "flux-dev", build_flux);
+}
+
+TEST(families_flux_schnell_transformer)
+{
+    check_denoiser(t, "flux-schnell", build_flux);
 }

@@ -169,6 +169,22 @@ vel_status vel_sd3_read(vel_ctx *ctx, const json_t *json, const char *file, vel_
 vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel_ref time,
                       const vel_condition *condition);
 
+/* ---- FluxTransformer2DModel (flux_transformer.c) ---- */
+
+typedef struct vel_flux_config {
+    int channels;                 /* of the latent: a fourth of "in_channels" */
+    int layers, single_layers;    /* double blocks, then single blocks */
+    int heads, head_width, width; /* width is their product */
+    int context, pooled;          /* widths of the text states and of the pooled text */
+    int rope[3];                  /* elements of a head that turn with each axis */
+    bool guidance;                /* takes the guidance as a condition (dev) */
+} vel_flux_config;
+vel_status vel_flux_read(vel_ctx *ctx, const json_t *json, const char *file, vel_flux_config *out);
+/* Inside the part's scope. latent [N, h, w, C] with even sizes; time [N] is 0 to 1;
+ * condition->extra is the guidance [N, 1] where the model takes it. */
+vel_ref vel_flux_build(vel_graph *g, const vel_flux_config *c, vel_ref latent, vel_ref time,
+                       const vel_condition *condition);
+
 /* ---- a family's configs ---- */
 
 struct vel_config {

@@ -37,10 +37,6 @@ vel_status vel_sd3_read(vel_ctx *ctx, const json_t *json, const char *file, vel_
     return s.status;
 }
 
-typedef struct streams { /* a value of the picture and one of the text, [N, T, D] and [N, S, D] */
-    vel_ref image, text;
-} streams;
-
 /* Queries, keys or values of one stream, normalised by heads where the model does so. */
 static vel_ref project(vel_graph *g, const vel_sd3_config *c, const char *name, const char *norm,
                        vel_ref x)
@@ -51,10 +47,11 @@ static vel_ref project(vel_graph *g, const vel_sd3_config *c, const char *name, 
 
 /* Mirrors Attention with JointAttnProcessor2_0; without text it is plain self-attention. last: the
  * text's result is not needed. */
-static streams attend(vel_graph *g, const vel_sd3_config *c, const char *name, streams x, bool last)
+static nn_streams attend(vel_graph *g, const vel_sd3_config *c, const char *name, nn_streams x,
+                         bool last)
 {
     int64_t tokens = vel_shape_at(g, x.image).dim[1];
-    streams out = {{0}, {0}};
+    nn_streams out = {{0}, {0}};
     vel_scope(g, "%s", name);
     vel_ref q = project(g, c, "to_q", "norm_q", x.image);
     vel_ref k = project(g, c, "to_k", "norm_k", x.image);
@@ -76,52 +73,32 @@ static streams attend(vel_graph *g, const vel_sd3_config *c, const char *name, s
     return out;
 }
 
-/* The condition's n parts of D for a norm: condition is the silu of the embedding, [N, D]. */
-static vel_ref modulation(vel_graph *g, const char *norm, vel_ref condition, int n)
-{
-    int64_t width = vel_shape_last(vel_shape_at(g, condition));
-    vel_scope(g, "%s", norm);
-    vel_ref m = nn_linear(g, "linear", condition, n * width, true);
-    vel_end(g);
-    return m;
-}
-
-/* x + gate * ff(norm(x) * (1 + scale) + shift), the parts 3, 4 and 5 of m being shift, scale, gate.
- */
-static vel_ref feed_forward(vel_graph *g, const char *name, vel_ref x, vel_ref m, int parts)
-{
-    int64_t width = vel_shape_last(vel_shape_at(g, x));
-    vel_ref h = nn_plain_norm(g, x, eps);
-    h = nn_modulate(g, h, nn_share(g, m, 4, parts), nn_share(g, m, 3, parts));
-    h = nn_two_layers(g, name, "net.0.proj", "net.2", h, 4 * width, width, VEL_ACT_GELU_TANH);
-    return nn_gated(g, x, nn_share(g, m, 5, parts), h);
-}
-
 /* Mirrors JointTransformerBlock. */
-static streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, streams x,
-                           vel_ref condition)
+static nn_streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, nn_streams x,
+                              vel_ref condition)
 {
     bool dual = c->dual[index], last = index + 1 == c->layers;
     int parts = dual ? 9 : 6; /* shift, scale, gate of attention, of the feed-forward, of attn2 */
-    vel_ref m = modulation(g, "norm1", condition, parts);
-    vel_ref text_m = modulation(g, "norm1_context", condition, last ? 2 : 6);
+    vel_ref m = nn_modulation(g, "norm1", condition, parts);
+    vel_ref text_m = nn_modulation(g, "norm1_context", condition, last ? 2 : 6);
     vel_ref plain = nn_plain_norm(g, x.image, eps), text = nn_plain_norm(g, x.text, eps);
-    streams h = {nn_modulate(g, plain, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts)),
-                 last ? nn_modulate(g, text, nn_share(g, text_m, 0, 2), nn_share(g, text_m, 1, 2))
-                      : nn_modulate(g, text, nn_share(g, text_m, 1, 6), nn_share(g, text_m, 0, 6))};
+    nn_streams h = {
+        nn_modulate(g, plain, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts)),
+        last ? nn_modulate(g, text, nn_share(g, text_m, 0, 2), nn_share(g, text_m, 1, 2))
+             : nn_modulate(g, text, nn_share(g, text_m, 1, 6), nn_share(g, text_m, 0, 6))};
     h = attend(g, c, "attn", h, last);
     x.image = nn_gated(g, x.image, nn_share(g, m, 2, parts), h.image);
     if (dual) {
-        streams alone = {nn_modulate(g, plain, nn_share(g, m, 7, parts), nn_share(g, m, 6, parts)),
-                         {0}};
+        nn_streams alone = {
+            nn_modulate(g, plain, nn_share(g, m, 7, parts), nn_share(g, m, 6, parts)), {0}};
         x.image = nn_gated(g, x.image, nn_share(g, m, 8, parts),
                            attend(g, c, "attn2", alone, false).image);
     }
-    x.image = feed_forward(g, "ff", x.image, m, parts);
+    x.image = nn_modulated_ff(g, "ff", x.image, m, parts, eps);
     if (last)
-        return (streams){x.image, {0}};
+        return (nn_streams){x.image, {0}};
     x.text = nn_gated(g, x.text, nn_share(g, text_m, 2, 6), h.text);
-    x.text = feed_forward(g, "ff_context", x.text, text_m, 6);
+    x.text = nn_modulated_ff(g, "ff_context", x.text, text_m, 6, eps);
     return x;
 }
 
@@ -152,7 +129,7 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
         !nn_context_fits(g, condition->context, image.dim[0], c->context) ||
         !nn_pooled_fits(g, condition->pooled, image.dim[0], c->pooled))
         return (vel_ref){0};
-    streams x = {.image = patch_embedding(g, c, latent)};
+    nn_streams x = {.image = patch_embedding(g, c, latent)};
     vel_scope(g, "time_text_embed");
     vel_ref t = nn_time_embedding(g, "timestep_embedder", time, c->width);
     t = vel_add(g, t,
@@ -166,7 +143,7 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
         x = joint_block(g, c, i, x, t);
         vel_end(g);
     }
-    vel_ref m = modulation(g, "norm_out", t, 2);
+    vel_ref m = nn_modulation(g, "norm_out", t, 2);
     vel_ref y = nn_plain_norm(g, x.image, eps);
     y = nn_modulate(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2));
     y = nn_linear(g, "proj_out", y, (int64_t)c->patch * c->patch * c->channels, true);

@@ -57,6 +57,53 @@ vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, doubl
     return vel_reshape(g, nn_rms_norm(g, name, x, eps, false), s);
 }
 
+vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int n)
+{
+    int64_t width = vel_shape_last(vel_shape_at(g, condition));
+    vel_scope(g, "%s", norm);
+    vel_ref m = nn_linear(g, "linear", condition, n * width, true);
+    vel_end(g);
+    return m;
+}
+
+vel_ref nn_modulated_ff(vel_graph *g, const char *name, vel_ref x, vel_ref m, int parts, double eps)
+{
+    int64_t width = vel_shape_last(vel_shape_at(g, x));
+    vel_ref h = nn_plain_norm(g, x, eps);
+    h = nn_modulate(g, h, nn_share(g, m, 4, parts), nn_share(g, m, 3, parts));
+    h = nn_two_layers(g, name, "net.0.proj", "net.2", h, 4 * width, width, VEL_ACT_GELU_TANH);
+    return nn_gated(g, x, nn_share(g, m, 5, parts), h);
+}
+
+vel_ref nn_grid_rows(vel_graph *g, int64_t rows, int64_t columns)
+{
+    vel_ref x = vel_reshape(g, vel_range(g, rows), VEL_SHAPE(rows, 1));
+    return vel_reshape(g, vel_expand(g, x, VEL_SHAPE(rows, columns)), VEL_SHAPE(1, rows * columns));
+}
+
+vel_ref nn_grid_columns(vel_graph *g, int64_t rows, int64_t columns)
+{
+    vel_ref x = vel_reshape(g, vel_range(g, columns), VEL_SHAPE(1, columns));
+    return vel_reshape(g, vel_expand(g, x, VEL_SHAPE(rows, columns)), VEL_SHAPE(1, rows * columns));
+}
+
+vel_ref nn_rope_table(vel_graph *g, const vel_ref *places, const int *widths, int axes,
+                      double period)
+{
+    vel_shape s = vel_shape_at(g, places[0]); /* [R, T] */
+    vel_ref parts[2] = {{0}, {0}};            /* cosines, sines */
+    for (int i = 0; i < axes; i++) {
+        vel_ref flat = vel_reshape(g, places[i], VEL_SHAPE(s.dim[0] * s.dim[1]));
+        vel_ref both = vel_time_embed(g, flat, widths[i], true, 0, period); /* [R T, width] */
+        both = vel_reshape(g, both, VEL_SHAPE(s.dim[0], s.dim[1], widths[i]));
+        for (int k = 0; k < 2; k++) {
+            vel_ref part = nn_share(g, both, k, 2);
+            parts[k] = i ? vel_concat(g, parts[k], part, 2) : part;
+        }
+    }
+    return vel_concat(g, parts[0], parts[1], 2);
+}
+
 vel_ref nn_patches(vel_graph *g, vel_ref x, int patch, bool channels_first)
 {
     vel_shape s = vel_shape_at(g, x);

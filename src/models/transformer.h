@@ -19,6 +19,25 @@ vel_ref nn_two_layers(vel_graph *g, const char *name, const char *first, const c
 vel_ref nn_time_embedding(vel_graph *g, const char *name, vel_ref time, int64_t width);
 /* RMS norm of each head alone, with one weight [d] for all: x [N, T, heads * d]. */
 vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, double eps);
+
+typedef struct nn_streams { /* a value of the picture and one of the text: [N, T, D], [N, S, D] */
+    vel_ref image, text;
+} nn_streams;
+/* What a norm gets from the condition [N, D], the silu of the embedding: n parts of D, [N, n D]. */
+vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int n);
+/* x + gate * ff(norm(x) * (1 + scale) + shift); of the parts of m, 3 to 5 are shift, scale, gate.
+ */
+vel_ref nn_modulated_ff(vel_graph *g, const char *name, vel_ref x, vel_ref m, int parts,
+                        double eps);
+
+/* The row and the column of each place of a grid, row by row: [1, rows * columns]. */
+vel_ref nn_grid_rows(vel_graph *g, int64_t rows, int64_t columns);
+vel_ref nn_grid_columns(vel_graph *g, int64_t rows, int64_t columns);
+/* For vel_rope: each axis' places [R, T] turn widths[i] elements of a head: [R, T, sum of widths].
+ */
+vel_ref nn_rope_table(vel_graph *g, const vel_ref *places, const int *widths, int axes,
+                      double period);
+
 /* [N, h, w, C] -> [N, h/p * w/p, p p C] and back; in a patch the channel is outermost (channels,
  * rows, columns) or innermost. image: [N, h, w, _]. */
 vel_ref nn_patches(vel_graph *g, vel_ref x, int patch, bool channels_first);
