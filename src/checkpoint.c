@@ -12,8 +12,12 @@ static vel_file_type type_named(const char *name)
 vel_status vel_checkpoint_run(vel_ctx *ctx, const vel_checkpoint_options *o, vel_text *out)
 {
     vel_model *m;
-    vel_model_options open = {
-        .variant = o->variant, .tokenizer = o->tokenizer, .clip_skip = 1, .weights_only = true};
+    vel_model_options open = {.variant = o->variant,
+                              .tokenizer = o->tokenizer,
+                              .clip_skip = 1,
+                              .weights_only = true,
+                              .vae = o->vae,
+                              .averaged = o->extract_ema};
     vel_export_options save = {.type = type_named(o->save_precision),
                                .keep_type = strcmp(o->save_precision, "keep") == 0,
                                .overwrite = o->overwrite,

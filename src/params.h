@@ -42,8 +42,8 @@ typedef struct vel_bench_options {
 
 typedef struct vel_checkpoint_options {
     const char *what; /* "convert" */
-    const char *input, *output, *tokenizer, *variant, *save_precision;
-    bool overwrite;
+    const char *input, *output, *tokenizer, *variant, *vae, *save_precision;
+    bool extract_ema, overwrite;
 } vel_checkpoint_options;
 
 typedef struct vel_adapter_options {

@@ -5,7 +5,8 @@
 #define DRAW_ROWS(at, first_sampler, first_guidance, first_steps, first_seed)                      \
     TEXT("model", "pretrained_model_name_or_path", at model, NULL, "model",                        \
          "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),   \
-        TEXT("vae", NULL, at vae, NULL, "model", "another autoencoder's folder"),                  \
+        TEXT("vae", NULL, at vae, NULL, "model",                                                   \
+             "another autoencoder: a folder, or a file of its own"),                               \
         TEXT("variant", NULL, at variant, NULL, "model", "file variant, such as fp16"),            \
         TEXT("tokenizer", "tokenizer_name", at tokenizer, NULL, "model",                           \
              "folder of the tokenizer, for a model in a single file"),                             \

@@ -6,7 +6,7 @@ const vel_option_row vel_train_rows[] = {
     TEXT("model", "pretrained_model_name_or_path", model, NULL, "model",
          "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),
     TEXT("vae", "pretrained_vae_model_name_or_path", vae, NULL, "model",
-         "another autoencoder's folder"),
+         "another autoencoder: a folder, or a file of its own"),
     TEXT("variant", NULL, variant, NULL, "model", "file variant, such as fp16"),
     TEXT("tokenizer", "tokenizer_name", tokenizer, NULL, "model",
          "folder of the tokenizer, for a model in a single file"),

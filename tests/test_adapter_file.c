@@ -701,3 +701,53 @@ TEST(adapter_file_folders)
     vel_adapter_file_destroy(f);
     CHECK(vel_adapter_file_read(t->ctx, "/no/such/file", known, N_KNOWN, &f) != VEL_OK && !f);
 }
+
+/* Folders that older programs left: pickles, by their usual names only. */
+TEST(adapter_file_folders_of_pickles)
+{
+    static const char *const names[] = {"adapter_model.bin", "pytorch_lora_weights.bin"};
+    vel_map map;
+    CHECK_OK(vel_map_open(t->ctx, &map, "tests/golden/pickle/adapter.bin"));
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        char *other = vel_path_join(t->ctx, t->folder, "optimizer.bin"),
+             *path = vel_path_join(t->ctx, t->folder, names[i]);
+        vel_adapter_file *f = NULL;
+        CHECK_OK(vel_write_file(t->ctx, other, map.bytes, map.size));
+        CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_NOT_FOUND);
+        CHECK(strstr(vel_ctx_error(t->ctx), ".bin"));
+        CHECK_OK(vel_write_file(t->ctx, path, map.bytes, map.size));
+        CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+        CHECK(f && f->n == 1 && f->modules[0].rank == 2 &&
+              f->modules[0].leaf[VEL_LEAF_LORA_UP].v[1] == 2);
+        vel_adapter_file_destroy(f);
+        CHECK(remove(path) == 0 && remove(other) == 0);
+        vel_free(t->ctx, other);
+        vel_free(t->ctx, path);
+    }
+    vel_map_close(&map);
+}
+
+/* Words beside the modules, as OneTrainer and ai-toolkit save them. */
+TEST(adapter_file_words_of_others)
+{
+    static const struct {
+        const char *key, *word;
+    } keys[] = {{"bundle_emb.sks cat.clip_l", "sks cat"},
+                {"bundle_emb.sks.string_to_param.*", "sks"},
+                {"emb_params", "style"}};
+    for (int i = 0; i < VEL_COUNT(keys); i++) {
+        const row rows[] = {{DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {keys[i].key, 2, {2, 6}, 3}};
+        vel_adapter_file *f = NULL;
+        CHECK_OK(read_rows(t, "style.safetensors", rows, 3, NULL, &f));
+        CHECK_MSG(f && f->n == 1 && f->n_words == 1 && strcmp(f->words[0].name, keys[i].word) == 0,
+                  "%s", keys[i].key);
+        CHECK(f && f->words[0].n == 2 && f->words[0].values[0] == 3);
+        vel_adapter_file_destroy(f);
+    }
+    const row output[] = {
+        {DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {"bundle_emb.sks.clip_l_out", 2, {2, 6}, 3}};
+    vel_adapter_file *f = NULL;
+    CHECK(read_rows(t, "style.safetensors", output, 3, NULL, &f) == VEL_UNSUPPORTED);
+    CHECK(strstr(vel_ctx_error(t->ctx), "clip_l_out"));
+    vel_adapter_file_destroy(f);
+}

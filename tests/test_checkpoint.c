@@ -295,7 +295,7 @@ TEST(checkpoint_sizes_from_tensors)
         vel_checkpoint c = {0};
         CHECK_OK(rename_all(t, ours, theirs, ways[w]));
         CHECK_OK(vel_safetensors_open(t->ctx, theirs, &sf));
-        if (sf && vel_checkpoint_read(t->ctx, sf, &c) == VEL_OK) {
+        if (sf && vel_checkpoint_read(t->ctx, sf, false, &c) == VEL_OK) {
             for (int i = 0; i < VEL_COUNT(told); i++)
                 compare_key(t, c.configs[told[i].part], told[i].file, told[i].key);
             CHECK(c.unused == 0);
@@ -378,4 +378,133 @@ TEST(checkpoint_open_clip)
     vel_free(t->ctx, folder);
     vel_free(t->ctx, single);
     vel_free(t->ctx, back);
+}
+
+/* ---- weights beside the weights, and autoencoders in files of their own ---- */
+
+/* Writes the tensors of a file for which name gives a name; zeros instead of those of the second.
+ */
+typedef const char *rename_fn(vel_arena *a, const char *name);
+static void write_with_zeros(vel_test *t, const char *from, const char *to, rename_fn *kept,
+                             rename_fn *zeroed)
+{
+    vel_safetensors *sf = NULL;
+    CHECK_OK(vel_safetensors_open(t->ctx, from, &sf));
+    vel_arena *a = vel_arena_create(t->ctx);
+    int n = sf ? vel_safetensors_count(sf) : 0, used = 0;
+    size_t largest = 1;
+    for (int i = 0; i < n; i++)
+        largest = VEL_MAX(largest, (size_t)vel_safetensors_at(sf, i)->count * 4);
+    void *zeros = vel_alloc(t->ctx, largest);
+    vel_save_tensor *list = vel_arena_alloc(a, sizeof *list * (size_t)(2 * n + 1));
+    for (int i = 0; i < n; i++) {
+        const vel_file_tensor *f = vel_safetensors_at(sf, i);
+        rename_fn *const ways[] = {kept, zeroed};
+        for (int w = 0; w < 2; w++) {
+            const char *name = ways[w] ? ways[w](a, f->name) : NULL;
+            if (!name)
+                continue;
+            list[used] = (vel_save_tensor){.name = name,
+                                           .type = f->type,
+                                           .rank = f->rank,
+                                           .data = w ? zeros : f->data,
+                                           .raw = true};
+            memcpy(list[used++].dim, f->dim, sizeof f->dim);
+        }
+    }
+    CHECK_OK(
+        vel_safetensors_save(t->ctx, to, list, used, sf ? vel_safetensors_metadata(sf) : NULL));
+    vel_free(t->ctx, zeros);
+    vel_arena_destroy(a);
+    vel_safetensors_close(sf);
+}
+
+/* As the original program's LitEma calls its copies. */
+static const char *as_average(vel_arena *a, const char *name)
+{
+    static const char prefix[] = "model.diffusion_model.";
+    if (!vel_has_prefix(name, prefix))
+        return NULL;
+    char *out = vel_arena_strf(a, "model_ema.%s", name + strlen("model.")), *to = out + 10;
+    for (const char *c = to; *c; c++)
+        if (*c != '.')
+            *to++ = *c;
+    *to = 0;
+    return out;
+}
+
+static bool is_zero(const vel_file_tensor *f)
+{
+    float first[2] = {1, 1};
+    if (f)
+        vel_file_tensor_floats(f, 0, 2, first);
+    return first[0] == 0 && first[1] == 0;
+}
+
+TEST(checkpoint_running_average)
+{
+    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
+         *both = vel_path_join(t->ctx, t->folder, "both.safetensors");
+    vel_model *m = NULL;
+    CHECK_OK(convert(t, MODEL, ours, 0, true));
+    write_with_zeros(t, ours, both, as_it_is, as_average);
+    for (int averaged = 0; averaged < 2; averaged++) {
+        vel_model_options open = {.clip_skip = 1, .weights_only = true, .averaged = averaged};
+        CHECK_OK(vel_model_open(t->ctx, both, &open, &m));
+        CHECK(m && is_zero(vel_model_tensor(m, "unet.conv_in.weight")) == averaged);
+        CHECK(m && !is_zero(vel_model_tensor(m, "vae.decoder.conv_in.weight")));
+        vel_model_close(m);
+        m = NULL;
+    }
+    const vel_model_options open = {.clip_skip = 1, .weights_only = true, .averaged = true};
+    CHECK(vel_model_open(t->ctx, ours, &open, &m) == VEL_NOT_FOUND);
+    CHECK(strstr(vel_ctx_error(t->ctx), "model_ema"));
+    CHECK(vel_model_open(t->ctx, MODEL, &open, &m) == VEL_BAD_VALUE);
+    vel_free(t->ctx, ours);
+    vel_free(t->ctx, both);
+}
+
+static const char *only_vae(vel_arena *a, const char *name)
+{
+    static const char prefix[] = "first_stage_model.";
+    return vel_has_prefix(name, prefix) ? vel_arena_strdup(a, name + strlen(prefix)) : NULL;
+}
+
+static const char *prefixed_vae(vel_arena *a, const char *name)
+{
+    return vel_has_prefix(name, "first_stage_model.") ? vel_arena_strdup(a, name) : NULL;
+}
+
+TEST(checkpoint_vae_files)
+{
+    static const struct {
+        const char *from; /* NULL: the single file */
+        rename_fn *names;
+    } forms[] = {{NULL, only_vae},
+                 {NULL, prefixed_vae},
+                 {MODEL "/vae/diffusion_pytorch_model.safetensors", as_it_is}};
+    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
+         *vae_file = vel_path_join(t->ctx, t->folder, "vae.safetensors");
+    CHECK_OK(convert(t, MODEL, ours, 0, true));
+    const char *const models[] = {MODEL, ours};
+    for (int f = 0; f < VEL_COUNT(forms); f++) {
+        write_with_zeros(t, forms[f].from ? forms[f].from : ours, vae_file, NULL, forms[f].names);
+        for (int i = 0; i < VEL_COUNT(models); i++) {
+            vel_model_options open = {.clip_skip = 1, .weights_only = true, .vae = vae_file};
+            vel_model *m = NULL;
+            vel_status st = vel_model_open(t->ctx, models[i], &open, &m);
+            CHECK_MSG(!st, "%d, %s: %s", f, models[i], vel_ctx_error(t->ctx));
+            CHECK(m && is_zero(vel_model_tensor(m, "vae.decoder.conv_in.weight")) &&
+                  is_zero(vel_model_tensor(m, "vae.encoder.mid_block.attentions.0.to_q.weight")));
+            CHECK(m && !is_zero(vel_model_tensor(m, "unet.conv_in.weight")));
+            vel_model_close(m);
+        }
+    }
+    vel_model *m = NULL;
+    vel_model_options open = {.clip_skip = 1, .weights_only = true};
+    open.vae = MODEL "/unet/diffusion_pytorch_model.safetensors";
+    CHECK(vel_model_open(t->ctx, MODEL, &open, &m) == VEL_UNSUPPORTED);
+    CHECK(strstr(vel_ctx_error(t->ctx), "no autoencoder"));
+    vel_free(t->ctx, ours);
+    vel_free(t->ctx, vae_file);
 }

@@ -17,7 +17,8 @@ static const size_t largest_config = (size_t)16 << 20;
 
 /* Files that a folder's adapter may be called, in order. */
 static const char *const usual_names[] = {"pytorch_lora_weights.safetensors",
-                                          "adapter_model.safetensors"};
+                                          "adapter_model.safetensors", "pytorch_lora_weights.bin",
+                                          "adapter_model.bin"};
 /* What tensors of kinds that are not read are called. */
 static const struct {
     const char *piece, *kind;
@@ -67,7 +68,8 @@ typedef struct reading {
 
 /* ---- where the tensors are ---- */
 
-/* The file of a folder: one of the usual names, or the only .safetensors. *out is owned. */
+/* The file of a folder: one of the usual names, or the only .safetensors. *out is owned. Pickles
+ * are taken by their usual names only: folders hold others, such as optimizer.bin. */
 static vel_status find_in_folder(vel_ctx *ctx, const char *folder, char **out)
 {
     char **names = NULL;
@@ -92,7 +94,8 @@ static vel_status find_in_folder(vel_ctx *ctx, const char *folder, char **out)
     else if (found != 1)
         st = vel_fail(ctx, VEL_NOT_FOUND, "%s: %s; name the file itself", folder,
                       found ? "has several .safetensors files"
-                            : "no .safetensors file in this folder");
+                            : "no .safetensors file in this folder, nor one of PEFT's or "
+                              "diffusers' names that ends with .bin");
     vel_names_free(ctx, names, n);
     return st;
 }

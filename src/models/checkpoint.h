@@ -22,8 +22,14 @@ typedef struct vel_checkpoint {
 } vel_checkpoint;
 /* Which family, which sizes, which names: from the tensors, and from what this program wrote into
  * the file's metadata. VEL_UNSUPPORTED when the tensors are no known family's. file outlives out.
- */
-vel_status vel_checkpoint_read(vel_ctx *ctx, const vel_safetensors *file, vel_checkpoint *out);
+ * averaged: the denoiser's weights are the running average that the file keeps beside them
+ * (model_ema.*); a file without one is refused. */
+vel_status vel_checkpoint_read(vel_ctx *ctx, const vel_safetensors *file, bool averaged,
+                               vel_checkpoint *out);
+/* An autoencoder's file, in original names (with any prefix or none) or the folder form's: *view in
+ * the folder form's names, *config by its sizes; both are the caller's. file outlives *view. */
+vel_status vel_checkpoint_read_vae(vel_ctx *ctx, const vel_safetensors *file,
+                                   vel_safetensors **view, json_t **config);
 void vel_checkpoint_finish(vel_checkpoint *c);
 /* Metadata key under which configs are kept in single files that this program writes. */
 extern const char vel_checkpoint_meta[];

@@ -33,6 +33,7 @@ static const struct prefix {
     {UNET, "model.diffusion_model."},
     {VAE, "first_stage_model."},
     {VAE, "vae."},
+    {VAE, ""}, /* a file of its own */
     {TEXT, "cond_stage_model.transformer."},
     {TEXT, "cond_stage_model.clip_l.transformer."},
     {TEXT, "cond_stage_model.clip_h.transformer."},
@@ -344,7 +345,7 @@ bool vel_checkpoint_module(const vel_checkpoint_names *names, vel_arena *a, cons
         !vel_has_suffix(out->theirs, leaf))
         return false;
     for (int i = 0; i < VEL_COUNT(prefixes); i++)
-        if (vel_has_prefix(out->theirs, prefixes[i].text)) {
+        if (prefixes[i].text[0] && vel_has_prefix(out->theirs, prefixes[i].text)) {
             const char *begin = out->theirs + strlen(prefixes[i].text);
             out->theirs = vel_arena_strf(a, "%.*s", (int)(strlen(begin) - strlen(leaf)), begin);
             return out->theirs != NULL;
@@ -359,8 +360,10 @@ typedef struct reading {
     vel_arena *arena;
     const vel_safetensors *file;
     const struct prefix *prefix[VEL_CHECKPOINT_PARTS]; /* NULL: the file has no such part */
-    bool bare_text; /* transformers' names without "text_model." */
-    bool second;    /* 2.x: as diffusers asks, by the width of the text; or by OpenCLIP's names */
+    bool bare_text;  /* transformers' names without "text_model." */
+    bool averaged;   /* the denoiser's running average is asked for */
+    bool folder_vae; /* the autoencoder has the folder form's names */
+    bool second;     /* 2.x: as diffusers asks, by the width of the text; or by OpenCLIP's names */
     layout l;
     vel_checkpoint_names names;
 } reading;
@@ -408,6 +411,23 @@ static void find_prefixes(reading *r)
     }
 }
 
+static const char folder_vae_conv[] = "encoder.down_blocks.%d.resnets.%d.conv1.weight";
+
+static const vel_file_tensor *vae_conv(const reading *r, int block, int layer)
+{
+    return r->folder_vae ? find(r, VAE, folder_vae_conv, block, layer)
+                         : find(r, VAE, "encoder.down.%d.block.%d.conv1.weight", block, layer);
+}
+
+static void count_vae_layers(reading *r)
+{
+    layout *l = &r->l;
+    while (l->vae_blocks < VEL_MAX_LEVELS && vae_conv(r, l->vae_blocks, 0))
+        l->vae_blocks++;
+    while (l->vae_layers < 64 && vae_conv(r, 0, l->vae_layers))
+        l->vae_layers++;
+}
+
 static void count_layers(reading *r)
 {
     layout *l = &r->l;
@@ -422,12 +442,7 @@ static void count_layers(reading *r)
         l->blocks++;
     for (int b = 0; b < l->blocks; b++)
         l->up_attends[b] = find(r, UNET, "output_blocks.%d.1.norm.weight", b * inputs) != NULL;
-    while (l->vae_blocks < VEL_MAX_LEVELS &&
-           find(r, VAE, "encoder.down.%d.block.0.norm1.weight", l->vae_blocks))
-        l->vae_blocks++;
-    while (l->vae_layers < 64 &&
-           find(r, VAE, "encoder.down.0.block.%d.norm1.weight", l->vae_layers))
-        l->vae_layers++;
+    count_vae_layers(r);
     l->open_clip = r->prefix[TEXT] && r->prefix[TEXT]->open_clip;
     while (l->text_layers < 256 &&
            (l->open_clip ? find(r, TEXT, "transformer.resblocks.%d.ln_1.weight", l->text_layers)
@@ -550,9 +565,7 @@ static json_t *vae_config(const reading *r)
     bool none[VEL_MAX_LEVELS] = {false};
     json_t *channels = json_array();
     for (int b = 0; b < r->l.vae_blocks; b++)
-        json_array_append_new(
-            channels,
-            json_integer(dim(find(r, VAE, "encoder.down.%d.block.0.conv1.weight", b), 0)));
+        json_array_append_new(channels, json_integer(dim(vae_conv(r, b, 0), 0)));
     return json_pack(
         "{s:s, s:s, s:o, s:o, s:o, s:i, s:i, s:I, s:i, s:i, s:i, s:f}", "_class_name",
         "AutoencoderKL", "act_fn", "silu", "block_out_channels", channels, "down_block_types",
@@ -627,6 +640,41 @@ static vel_status make_configs(const reading *r, vel_checkpoint *out)
 
 /* ---- views ---- */
 
+/* The running average of a denoiser's tensor: its name without dots, as the original program keeps
+ * it. NULL: the file has none. */
+static const vel_file_tensor *average_of(const reading *r, const vel_file_tensor *t)
+{
+    char name[LONGEST + 16];
+    size_t n = (size_t)snprintf(name, sizeof name, "model_ema.");
+    for (const char *c = t->name + strlen("model."); *c && n < sizeof name - 1; c++)
+        if (*c != '.')
+            name[n++] = *c;
+    name[n] = 0;
+    const vel_file_tensor *found = vel_safetensors_find(r->file, name);
+    bool fits = found && found->rank == t->rank && found->count == t->count &&
+                memcmp(found->dim, t->dim, sizeof t->dim) == 0;
+    return fits ? found : NULL;
+}
+
+/* Says which of two sets of weights is used. */
+static vel_status choose_average(const reading *r)
+{
+    const vel_file_tensor *first = find(r, UNET, "input_blocks.0.0.weight");
+    bool has = first && average_of(r, first);
+    const char *path = vel_safetensors_path(r->file);
+    if (r->averaged && !has)
+        return vel_fail(r->ctx, VEL_NOT_FOUND,
+                        "%s: keeps no running average (model_ema.*) of its weights; leave "
+                        "--extract_ema away",
+                        path);
+    if (has)
+        vel_log(r->ctx, 2, "%s: keeps a running average (model_ema) beside its weights: %s", path,
+                r->averaged ? "the average is used"
+                            : "the weights themselves are used; `velatura checkpoint convert "
+                              "--extract_ema` takes the average");
+    return VEL_OK;
+}
+
 /* The part whose prefix a tensor's name has, and the rest of it. */
 static int part_of(const reading *r, const char *name, const char **rest)
 {
@@ -661,12 +709,15 @@ static vel_status view_of(const reading *r, const vel_file_tensor *t, const vel_
 static vel_status add_views(const reading *r, const vel_file_tensor *t, vel_file_tensor *views,
                             int *n, int *part)
 {
-    const char *rest;
+    const char *rest = NULL;
     *part = part_of(r, t->name, &rest);
     if (*part == TEXT && r->bare_text)
         rest = vel_arena_strf(r->arena, "text_model.%s", rest);
     if (*part < 0 || !rest || vel_key_is_buffer(t->name))
         return VEL_OK;
+    if (*part == UNET && r->averaged && !(t = average_of(r, t)))
+        return vel_fail(r->ctx, VEL_BAD_FILE, "%s: its running average lacks model.%s%s",
+                        vel_safetensors_path(r->file), "diffusion_model.", rest);
     for (int i = 0; i < r->names.n; i++) {
         vel_checkpoint_key key;
         if (r->names.pairs[i].part == *part &&
@@ -714,21 +765,89 @@ static vel_status read_all(reading *r, vel_checkpoint *out)
 {
     find_prefixes(r);
     VEL_TRY(check_family(r));
+    VEL_TRY(choose_average(r));
     count_layers(r);
     VEL_TRY(make_pairs(r->ctx, r->arena, &r->l, &r->names));
     VEL_TRY(make_configs(r, out));
     return make_views(r, out);
 }
 
-vel_status vel_checkpoint_read(vel_ctx *ctx, const vel_safetensors *file, vel_checkpoint *out)
+vel_status vel_checkpoint_read(vel_ctx *ctx, const vel_safetensors *file, bool averaged,
+                               vel_checkpoint *out)
 {
-    reading r = {.ctx = ctx, .arena = vel_arena_create(ctx), .file = file};
+    reading r = {.ctx = ctx, .arena = vel_arena_create(ctx), .file = file, .averaged = averaged};
     *out =
         (vel_checkpoint){.family = &vel_family_sd, .names = part_names, .n = VEL_CHECKPOINT_PARTS};
     vel_status st = r.arena ? read_all(&r, out) : VEL_NO_MEMORY;
     vel_arena_destroy(r.arena);
     if (st)
         vel_checkpoint_finish(out);
+    return st;
+}
+
+/* ---- an autoencoder's own file ---- */
+
+/* Views of those tensors that the autoencoder has; others are another part's, or training's. */
+static vel_status view_vae(reading *r, vel_safetensors **view)
+{
+    int total = vel_safetensors_count(r->file), n = 0;
+    vel_file_tensor *views = vel_alloc(r->ctx, sizeof *views * (size_t)(total + 1));
+    vel_status st = views ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < total && !st; i++) {
+        int part, before = n;
+        st = add_views(r, vel_safetensors_at(r->file, i), views, &n, &part);
+        n = part == VAE ? n : before;
+    }
+    if (!st)
+        st = vel_safetensors_of(r->ctx, vel_safetensors_path(r->file), views, n, view);
+    vel_free(r->ctx, views);
+    return st;
+}
+
+/* In the folder form's names: as they are. */
+static vel_status view_plain(reading *r, vel_safetensors **view)
+{
+    int total = vel_safetensors_count(r->file);
+    vel_file_tensor *views = vel_alloc(r->ctx, sizeof *views * (size_t)(total + 1));
+    if (!views)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < total; i++)
+        views[i] = *vel_safetensors_at(r->file, i);
+    vel_status st = vel_safetensors_of(r->ctx, vel_safetensors_path(r->file), views, total, view);
+    vel_free(r->ctx, views);
+    return st;
+}
+
+vel_status vel_checkpoint_read_vae(vel_ctx *ctx, const vel_safetensors *file,
+                                   vel_safetensors **view, json_t **config)
+{
+    reading r = {.ctx = ctx, .arena = vel_arena_create(ctx), .file = file};
+    vel_status st = r.arena ? VEL_OK : VEL_NO_MEMORY;
+    *view = NULL;
+    *config = NULL;
+    find_prefixes(&r);
+    if (!st && !r.prefix[VAE])
+        st = vel_fail(ctx, VEL_UNSUPPORTED,
+                      "%s: is no autoencoder of Stable Diffusion: it has no decoder.conv_in.weight",
+                      vel_safetensors_path(file));
+    r.folder_vae = !st && find(&r, VAE, folder_vae_conv, 0, 0) != NULL;
+    if (!st)
+        count_vae_layers(&r);
+    if (!st && (r.l.vae_blocks == 0 || r.l.vae_layers == 0))
+        st = vel_fail(ctx, VEL_BAD_FILE,
+                      "%s: is an autoencoder without an encoder; a whole one is needed",
+                      vel_safetensors_path(file));
+    if (!st)
+        st = make_pairs(ctx, r.arena, &r.l, &r.names);
+    if (!st && !(*config = vae_config(&r)))
+        st = VEL_NO_MEMORY;
+    if (!st)
+        st = r.folder_vae ? view_plain(&r, view) : view_vae(&r, view);
+    vel_arena_destroy(r.arena);
+    if (st) {
+        json_decref(*config);
+        *config = NULL;
+    }
     return st;
 }
 

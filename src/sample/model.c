@@ -112,11 +112,41 @@ static vel_status open_weights(vel_model *m, model_part *part, const char *varia
 
 /* ---- configs ---- */
 
-/* Another autoencoder: a folder with config.json, or a whole model's. */
-static vel_status find_vae(vel_model *m, const char *name, char **out)
+/* An autoencoder in a file of its own: its sizes are the tensors'; what no tensor tells, the scale
+ * of its latents and its norms' groups, is as in the model's own. */
+static vel_status take_vae_file(vel_model *m, const char *path, model_part *part, int index)
 {
-    char *folder = NULL;
+    static const char *const untold[] = {"scaling_factor", "shift_factor", "norm_num_groups"};
+    json_t *own = m->single ? json_incref(m->checkpoint.configs[index]) : NULL;
+    char *file = own ? NULL : vel_path_join(m->ctx, m->folder, "vae/config.json");
+    vel_status st = VEL_OK;
+    if (file && vel_is_file(file))
+        st = vel_json_load(m->ctx, file, &own);
+    vel_free(m->ctx, file);
+    if (!st)
+        st = vel_safetensors_open(m->ctx, path, &m->vae_file);
+    if (!st)
+        st = vel_checkpoint_read_vae(m->ctx, m->vae_file, &m->vae_view, &part->config);
+    for (int i = 0; i < VEL_COUNT(untold) && !st; i++) {
+        json_t *value = json_object_get(own, untold[i]);
+        if (value)
+            json_object_set(part->config, untold[i], value);
+    }
+    part->file = m->vae_view;
+    json_decref(own);
+    return st;
+}
+
+/* Another autoencoder: a file, a folder with config.json, or a whole model's. */
+static vel_status find_vae(vel_model *m, const char *name, model_part *part, int index)
+{
+    char *folder = NULL, **out = &part->folder;
     VEL_TRY(vel_model_find_folder(m->ctx, name, &folder));
+    if (vel_is_file(folder)) {
+        vel_status st = take_vae_file(m, folder, part, index);
+        vel_free(m->ctx, folder);
+        return st;
+    }
     char *inner = vel_path_join(m->ctx, folder, "vae");
     bool whole = inner && vel_is_folder(inner);
     *out = whole ? inner : folder;
@@ -133,7 +163,7 @@ static vel_status place_parts(vel_model *m, const vel_model_options *o)
         model_part *part = &m->parts[m->n_parts++];
         part->name = m->family->parts[i];
         if (o->vae && strcmp(part->name, "vae") == 0)
-            VEL_TRY(find_vae(m, o->vae, &part->folder));
+            VEL_TRY(find_vae(m, o->vae, part, i));
         else if (m->single && !(part->file = m->checkpoint.parts[i]))
             return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no part %s; %s", m->folder, part->name,
                             strcmp(part->name, "vae") == 0 ? "name one with --vae"
@@ -153,7 +183,7 @@ static vel_status read_configs(vel_model *m)
         bool single = m->parts[i].folder == NULL;
         files[i] = single ? vel_strdup(m->ctx, m->folder)
                           : vel_path_join(m->ctx, m->parts[i].folder, "config.json");
-        if (single)
+        if (single && !m->parts[i].config)
             m->parts[i].config = json_incref(m->checkpoint.configs[i]);
         st = !files[i] ? VEL_NO_MEMORY
              : single  ? VEL_OK
@@ -263,10 +293,10 @@ static vel_status choose_precision(vel_model *m, const char *wanted)
 
 /* ---- single files ---- */
 
-static vel_status open_single(vel_model *m)
+static vel_status open_single(vel_model *m, bool averaged)
 {
     VEL_TRY(vel_safetensors_open(m->ctx, m->folder, &m->single));
-    VEL_TRY(vel_checkpoint_read(m->ctx, m->single, &m->checkpoint));
+    VEL_TRY(vel_checkpoint_read(m->ctx, m->single, averaged, &m->checkpoint));
     m->family = m->checkpoint.family;
     return VEL_OK;
 }
@@ -291,7 +321,13 @@ static vel_status change_schedule(vel_model *m, const vel_model_options *o)
 static vel_status open_all(vel_model *m, const char *name, const vel_model_options *o)
 {
     VEL_TRY(vel_model_find_folder(m->ctx, name, &m->folder));
-    VEL_TRY(vel_is_file(m->folder) ? open_single(m) : find_family(m));
+    bool single = vel_is_file(m->folder);
+    if (o->averaged && !single)
+        return vel_fail(m->ctx, VEL_BAD_VALUE,
+                        "%s: --extract_ema is for single files, which may keep a running average "
+                        "beside the weights; a folder holds one set",
+                        m->folder);
+    VEL_TRY(single ? open_single(m, o->averaged) : find_family(m));
     VEL_TRY(place_parts(m, o));
     VEL_TRY(read_configs(m));
     VEL_TRY(read_schedule(m));
@@ -345,6 +381,8 @@ void vel_model_close(vel_model *m)
     }
     json_decref(m->scheduler);
     vel_checkpoint_finish(&m->checkpoint);
+    vel_safetensors_close(m->vae_view);
+    vel_safetensors_close(m->vae_file);
     vel_safetensors_close(m->single);
     vel_arena_destroy(m->arena);
     vel_free(m->ctx, m->folder);

@@ -43,6 +43,7 @@ struct vel_model {
     char *folder;            /* or the single file */
     vel_safetensors *single; /* NULL: a folder */
     vel_checkpoint checkpoint;
+    vel_safetensors *vae_file, *vae_view; /* an autoencoder in a file of its own; NULL: none */
     const vel_family *family;
     vel_arena *arena; /* of the config and the module list */
     vel_config *config;

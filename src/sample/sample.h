@@ -46,7 +46,7 @@ typedef struct vel_model vel_model;
 typedef struct vel_model_options {
     const char *device;    /* NULL best */
     const char *precision; /* "auto", "no", "bf16", "fp16" */
-    const char *vae;       /* other folder for the autoencoder; NULL */
+    const char *vae;       /* other folder or file for the autoencoder; NULL */
     const char *variant;   /* "fp16" file names */
     int clip_skip;
     bool no_text; /* prompts are not asked for: neither tokenizer nor text encoder need be known */
@@ -54,6 +54,7 @@ typedef struct vel_model_options {
     bool zero_snr;          /* the noise schedule is stretched to end in pure noise */
     const char *tokenizer;  /* folder of the tokenizer, for single files; NULL: looked for */
     bool weights_only;      /* neither tokenizer nor device are needed: nothing can be run */
+    bool averaged;          /* of a single file: the running average that it keeps (model_ema.*) */
 } vel_model_options;
 /* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */

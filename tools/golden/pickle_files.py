@@ -8,6 +8,7 @@ legacy.pt    the same in the form before PyTorch 1.6
 zip4.pt      the same with pickle protocol 4
 model.ckpt   a training program's state: "state_dict" beside an optimizer's, with numpy values and a
              class of pytorch_lightning as a key (the real package is not needed)
+adapter.bin  an adapter of one module with diffusers' names, as PEFT and diffusers once saved them
 truth.safetensors    what the first three hold; truth-ckpt.safetensors: of the fourth
 """
 import collections
@@ -88,3 +89,9 @@ torch.save(ckpt, os.path.join(here, "model.ckpt"))
 save_file({k: t.clone() for k, t in state.items()}, os.path.join(here, "truth-ckpt.safetensors"))
 for name in sorted(os.listdir(here)):
     print(name, os.path.getsize(os.path.join(here, name)))
+
+module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora."
+torch.save(
+    {module + "down.weight": torch.ones(2, 6), module + "up.weight": torch.arange(1.0, 17.0).reshape(8, 2)},
+    os.path.join(here, "adapter.bin"),
+)
