@@ -220,3 +220,51 @@ TEST(families_flux_schnell_transformer)
 {
     check_denoiser(t, "flux-schnell", build_flux);
 }
+
+static vel_ref build_lumina(vel_graph *g, const part *p, vel_ref latent)
+{
+    vel_lumina_config c;
+    vel_condition condition = {.context = golden_input(g, p, in_text),
+                               .mask = golden_input(g, p, "in.encoder_attention_mask")};
+    if (vel_lumina_read(p->ctx, p->config, "transformer/config.json", &c))
+        return (vel_ref){0};
+    return vel_lumina_build(g, &c, latent, golden_input(g, p, "in.timestep"), &condition);
+}
+
+TEST(families_lumina2_transformer)
+{
+    check_denoiser(t, "lumina2", build_lumina);
+}
+
+/* The autoencoder: picture -> mean of the latent -> picture. */
+static void check_autoencoder(vel_test *t, const char *family)
+{
+    part p;
+    vel_vae_config c;
+    CHECK_OK(open_part(t->ctx, family, "vae", &p));
+    vel_graph *g = vel_graph_create(t->ctx);
+    if (p.engine && g && vel_vae_read(t->ctx, p.config, "vae/config.json", &c) == VEL_OK) {
+        vel_ref picture = to_nhwc(g, golden_input(g, &p, "vae.picture"));
+        vel_ref latent = to_nhwc(g, golden_input(g, &p, "vae.latent"));
+        vel_scope(g, "%s", p.name);
+        vel_ref moments = vel_vae_encode(g, &c, picture);
+        vel_output(
+            g, "vae.latent",
+            to_nchw(g, vel_slice(g, moments, 3, 0, vel_shape_last(vel_shape_at(g, latent)))));
+        vel_output(g, "vae.decoded", to_nchw(g, vel_vae_decode(g, &c, latent)));
+        vel_end(g);
+        check_weights_are_used(t, &p, g);
+        check_values(t, &p, g, 1e-4);
+    } else {
+        CHECK_MSG(false, "%s: %s", family, vel_ctx_error(t->ctx));
+        vel_graph_destroy(g);
+    }
+    close_part(&p);
+}
+
+/* 16 channels, a shift, and no convolutions beside the latent. */
+TEST(families_autoencoder_of_16_channels)
+{
+    check_autoencoder(t, "sd3");
+    check_autoencoder(t, "flux-dev");
+}

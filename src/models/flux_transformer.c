@@ -87,8 +87,8 @@ static vel_ref modulated_norm(vel_graph *g, vel_ref x, vel_ref m, int parts)
 static nn_streams double_block(vel_graph *g, const vel_flux_config *c, nn_streams x,
                                vel_ref condition, vel_ref table)
 {
-    vel_ref m = nn_modulation(g, "norm1", condition, 6);
-    vel_ref text_m = nn_modulation(g, "norm1_context", condition, 6);
+    vel_ref m = nn_modulation(g, "norm1", condition, 6 * c->width);
+    vel_ref text_m = nn_modulation(g, "norm1_context", condition, 6 * c->width);
     nn_streams h = {modulated_norm(g, x.image, m, 6), modulated_norm(g, x.text, text_m, 6)};
     h = joint_attention(g, c, h, table);
     x.image = nn_gated(g, x.image, nn_share(g, m, 2, 6), h.image);
@@ -102,7 +102,7 @@ static nn_streams double_block(vel_graph *g, const vel_flux_config *c, nn_stream
 static vel_ref single_block(vel_graph *g, const vel_flux_config *c, vel_ref x, vel_ref condition,
                             vel_ref table)
 {
-    vel_ref m = nn_modulation(g, "norm", condition, 3);
+    vel_ref m = nn_modulation(g, "norm", condition, 3 * c->width);
     vel_ref h = modulated_norm(g, x, m, 3);
     vel_ref inner = nn_linear(g, "proj_mlp", h, 4 * (int64_t)c->width, true);
     vel_scope(g, "attn");
@@ -182,7 +182,7 @@ vel_ref vel_flux_build(vel_graph *g, const vel_flux_config *c, vel_ref latent, v
         vel_end(g);
     }
     y = vel_slice(g, y, 1, words, vel_shape_at(g, y).dim[1]);
-    vel_ref m = nn_modulation(g, "norm_out", t, 2);
+    vel_ref m = nn_modulation(g, "norm_out", t, 2 * c->width);
     y = nn_plain_norm(g, y, eps);
     y = nn_modulate(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2));
     y = nn_linear(g, "proj_out", y, 4 * (int64_t)c->channels, true);

@@ -185,6 +185,24 @@ vel_status vel_flux_read(vel_ctx *ctx, const json_t *json, const char *file, vel
 vel_ref vel_flux_build(vel_graph *g, const vel_flux_config *c, vel_ref latent, vel_ref time,
                        const vel_condition *condition);
 
+/* ---- Lumina2Transformer2DModel (lumina_transformer.c) ---- */
+
+typedef struct vel_lumina_config {
+    int channels, sample_size, patch;
+    int width, layers, refiners; /* refiners: of the caption, and as many of the patches */
+    int heads, groups;           /* of queries; of keys and values */
+    int inner;                   /* width of the feed-forward */
+    int context;                 /* width of the text states */
+    int rope[3];                 /* elements of a head that turn with each axis */
+    double eps;
+} vel_lumina_config;
+vel_status vel_lumina_read(vel_ctx *ctx, const json_t *json, const char *file,
+                           vel_lumina_config *out);
+/* Inside the part's scope; time [N] is 0 (noise) to 1 (picture). The mask, where there is one,
+ * shows the first words of each caption. */
+vel_ref vel_lumina_build(vel_graph *g, const vel_lumina_config *c, vel_ref latent, vel_ref time,
+                         const vel_condition *condition);
+
 /* ---- a family's configs ---- */
 
 struct vel_config {

@@ -79,8 +79,8 @@ static nn_streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, 
 {
     bool dual = c->dual[index], last = index + 1 == c->layers;
     int parts = dual ? 9 : 6; /* shift, scale, gate of attention, of the feed-forward, of attn2 */
-    vel_ref m = nn_modulation(g, "norm1", condition, parts);
-    vel_ref text_m = nn_modulation(g, "norm1_context", condition, last ? 2 : 6);
+    vel_ref m = nn_modulation(g, "norm1", condition, parts * c->width);
+    vel_ref text_m = nn_modulation(g, "norm1_context", condition, (last ? 2 : 6) * c->width);
     vel_ref plain = nn_plain_norm(g, x.image, eps), text = nn_plain_norm(g, x.text, eps);
     nn_streams h = {
         nn_modulate(g, plain, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts)),
@@ -143,7 +143,7 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
         x = joint_block(g, c, i, x, t);
         vel_end(g);
     }
-    vel_ref m = nn_modulation(g, "norm_out", t, 2);
+    vel_ref m = nn_modulation(g, "norm_out", t, 2 * c->width);
     vel_ref y = nn_plain_norm(g, x.image, eps);
     y = nn_modulate(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2));
     y = nn_linear(g, "proj_out", y, (int64_t)c->patch * c->patch * c->channels, true);

@@ -26,7 +26,7 @@ static vel_ref for_tokens(vel_graph *g, vel_ref x)
 vel_ref nn_modulate(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift)
 {
     x = vel_mul(g, x, for_tokens(g, vel_affine(g, scale, 1, 1)));
-    return vel_add(g, x, for_tokens(g, shift));
+    return shift.id ? vel_add(g, x, for_tokens(g, shift)) : x;
 }
 
 vel_ref nn_gated(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y)
@@ -57,11 +57,10 @@ vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, doubl
     return vel_reshape(g, nn_rms_norm(g, name, x, eps, false), s);
 }
 
-vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int n)
+vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int64_t width)
 {
-    int64_t width = vel_shape_last(vel_shape_at(g, condition));
     vel_scope(g, "%s", norm);
-    vel_ref m = nn_linear(g, "linear", condition, n * width, true);
+    vel_ref m = nn_linear(g, "linear", condition, width, true);
     vel_end(g);
     return m;
 }
@@ -155,5 +154,16 @@ bool nn_pooled_fits(vel_graph *g, vel_ref pooled, int64_t n, int width)
         return true;
     nn_bad(g, "a pooled text of shape %s; the model takes [%" PRId64 ", %d]",
            vel_shape_text(s, shape), n, width);
+    return false;
+}
+
+bool nn_mask_fits(vel_graph *g, vel_ref mask, vel_ref context)
+{
+    vel_shape s = vel_shape_at(g, mask), text = vel_shape_at(g, context);
+    char shape[96];
+    if (!mask.id || vel_shape_equal(s, VEL_SHAPE(text.dim[0], text.dim[1])))
+        return true;
+    nn_bad(g, "a mask of shape %s for a text of %" PRId64 " places", vel_shape_text(s, shape),
+           text.dim[1]);
     return false;
 }

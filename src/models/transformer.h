@@ -9,7 +9,8 @@
 vel_ref nn_plain_norm(vel_graph *g, vel_ref x, double eps);
 /* The i-th of n equal parts of the last axis. */
 vel_ref nn_share(vel_graph *g, vel_ref x, int i, int n);
-/* x * (1 + scale) + shift and x + gate * y: scale, shift, gate [N, D] are one for all tokens. */
+/* x * (1 + scale) + shift and x + gate * y: scale, shift, gate [N, D] are one for all tokens;
+ * shift may be {0}. */
 vel_ref nn_modulate(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift);
 vel_ref nn_gated(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y);
 /* second(act(first(x))), both with bias, in the scope `name`. */
@@ -23,8 +24,9 @@ vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, doubl
 typedef struct nn_streams { /* a value of the picture and one of the text: [N, T, D], [N, S, D] */
     vel_ref image, text;
 } nn_streams;
-/* What a norm gets from the condition [N, D], the silu of the embedding: n parts of D, [N, n D]. */
-vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int n);
+/* What a norm gets from the condition [N, _], the silu of the embedding: its parts side by side,
+ * [N, width]. */
+vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int64_t width);
 /* x + gate * ff(norm(x) * (1 + scale) + shift); of the parts of m, 3 to 5 are shift, scale, gate.
  */
 vel_ref nn_modulated_ff(vel_graph *g, const char *name, vel_ref x, vel_ref m, int parts,
@@ -45,6 +47,7 @@ vel_ref nn_from_patches(vel_graph *g, vel_ref x, int patch, bool channels_first,
 /* Inputs against what the model takes; false with the error recorded. */
 bool nn_latent_fits(vel_graph *g, vel_ref latent, int channels, int patch);
 bool nn_context_fits(vel_graph *g, vel_ref context, int64_t n, int width);
+bool nn_mask_fits(vel_graph *g, vel_ref mask, vel_ref context); /* also {0} */
 bool nn_pooled_fits(vel_graph *g, vel_ref pooled, int64_t n, int width);
 
 #endif
