@@ -4,14 +4,18 @@
  * |change - what is written| / |change|. Modules are done side by side. */
 #include "adapter_hub.h"
 
+enum { REST = 3 };
+static const vel_adapter_leaf rest_leaves[REST] = {VEL_LEAF_DIFF_B, VEL_LEAF_W_NORM,
+                                                   VEL_LEAF_B_NORM};
+
 typedef struct job {
     const vel_known_module *known;
-    int64_t m, n;                   /* of the weight as a matrix */
-    float *full;                    /* [m, n]; NULL: a product */
-    float *up, *down;               /* [m, r], [r, n] */
-    int r;                          /* of the product */
-    const vel_adapter_module *kept; /* whose changes of biases and norms go along as they are */
-    vel_adapter_module out;         /* path NULL: nothing is written */
+    int64_t m, n;                  /* of the weight as a matrix */
+    float *full;                   /* [m, n]; NULL: a product */
+    float *up, *down;              /* [m, r], [r, n] */
+    int r;                         /* of the product */
+    vel_adapter_tensor rest[REST]; /* changes of biases and norms: no products, so they are added */
+    vel_adapter_module out;        /* path NULL: nothing is written */
     double error;
     vel_status status;
 } job;
@@ -33,30 +37,34 @@ static void finish_job(vel_ctx *ctx, job *j)
     vel_free(ctx, j->up);
     vel_free(ctx, j->down);
     j->full = j->up = j->down = NULL;
+    for (int i = 0; i < REST; i++) {
+        vel_free(ctx, j->rest[i].v);
+        j->rest[i] = (vel_adapter_tensor){0};
+    }
 }
 
-static vel_status copy_leaf(vel_ctx *ctx, const vel_adapter_module *from, vel_adapter_leaf leaf,
-                            vel_adapter_module *to)
+/* Adds weight times a module's changes of its bias and of a norm. */
+static vel_status add_rest(vel_ctx *ctx, const vel_adapter_module *from, double weight,
+                           vel_adapter_tensor *rest)
 {
-    const vel_adapter_tensor *t = &from->leaf[leaf];
-    if (!t->v)
-        return VEL_OK;
-    size_t bytes = sizeof *t->v * (size_t)vel_adapter_tensor_count(t);
-    to->leaf[leaf] = (vel_adapter_tensor){t->dims, vel_alloc(ctx, bytes)};
-    if (!to->leaf[leaf].v)
-        return VEL_NO_MEMORY;
-    memcpy(to->leaf[leaf].v, t->v, bytes);
+    for (int i = 0; i < REST; i++) {
+        const vel_adapter_tensor *t = &from->leaf[rest_leaves[i]];
+        int64_t n = vel_adapter_tensor_count(t);
+        if (!t->v)
+            continue;
+        if (!rest[i].v)
+            rest[i] = (vel_adapter_tensor){t->dims, vel_alloc(ctx, sizeof *t->v * (size_t)n)};
+        if (!rest[i].v)
+            return VEL_NO_MEMORY;
+        for (int64_t k = 0; k < n; k++)
+            rest[i].v[k] += (float)weight * t->v[k];
+    }
     return VEL_OK;
 }
 
-/* The part of a module that is no product: as it is. */
-static vel_status copy_rest(vel_ctx *ctx, const vel_adapter_module *from, vel_adapter_module *to)
+static bool has_rest(const job *j)
 {
-    static const vel_adapter_leaf rest[] = {VEL_LEAF_DIFF_B, VEL_LEAF_W_NORM, VEL_LEAF_B_NORM};
-    vel_status st = VEL_OK;
-    for (int i = 0; i < VEL_COUNT(rest) && !st; i++)
-        st = copy_leaf(ctx, from, rest[i], to);
-    return st;
+    return j->rest[0].v || j->rest[1].v || j->rest[2].v;
 }
 
 static vel_status begin_module(vel_ctx *ctx, const vel_known_module *k, const char *kind, int rank,
@@ -137,36 +145,29 @@ static vel_status collect_full(work *w, job *j, const vel_adapter_module **modul
     return VEL_OK;
 }
 
-/* Norms and changes of biases of several files cannot be put side by side; they are added. */
-static vel_status add_rest(work *w, job *j, const vel_adapter_module **modules)
+/* Does a module change its weight, or only a bias or a norm? */
+static bool changes_weight(const vel_adapter_module *m)
 {
-    for (int i = 0; i < w->list.n; i++)
-        if (modules[i] && modules[i]->leaf[VEL_LEAF_DIFF_B].v && w->list.n > 1)
-            return vel_fail(w->h->ctx, VEL_UNSUPPORTED,
-                            "%s: changes the bias of %s; adapters that do are not joined",
-                            w->list.at[i].path, j->known->path);
-        else if (modules[i])
-            j->kept = modules[i];
-    return VEL_OK;
+    bool whole = strcmp(m->kind, "full") == 0;
+    return strcmp(m->kind, "norm") != 0 && (!whole || m->leaf[VEL_LEAF_DIFF].v);
 }
 
 static vel_status collect_from_files(work *w, job *j)
 {
     const vel_adapter_module *modules[VEL_COUNT(w->list.at)] = {NULL};
-    bool product = true, any = false, norm = false;
+    bool product = true, any = false;
     for (int i = 0; i < w->list.n; i++) {
-        modules[i] = vel_hub_find(w->list.at[i].file, j->known->path);
-        any = any || modules[i];
-        product = product && (!modules[i] || is_product(modules[i]));
-        norm = norm || (modules[i] && strcmp(modules[i]->kind, "norm") == 0);
+        const vel_adapter_module *m = vel_hub_find(w->list.at[i].file, j->known->path);
+        if (!m)
+            continue;
+        VEL_TRY(add_rest(w->h->ctx, m, w->list.at[i].weight, j->rest));
+        if (!changes_weight(m))
+            continue;
+        modules[i] = m;
+        any = true;
+        product = product && is_product(m);
     }
     if (!any)
-        return VEL_OK;
-    VEL_TRY(add_rest(w, j, modules));
-    if (norm && w->list.n > 1)
-        return vel_fail(w->h->ctx, VEL_UNSUPPORTED, "%s: is a norm; norms are not joined",
-                        j->known->path);
-    if (norm)
         return VEL_OK;
     return product ? collect_product(w, j, modules) : collect_full(w, j, modules);
 }
@@ -231,6 +232,18 @@ static vel_status keep_product(work *w, job *j)
     return VEL_OK;
 }
 
+static vel_status move_rest(work *w, job *j)
+{
+    bool norm = j->known->weight_rank == 1;
+    if (!j->out.path)
+        VEL_TRY(begin_module(w->h->ctx, j->known, norm ? "norm" : "full", 1, &j->out));
+    for (int i = 0; i < REST; i++) {
+        j->out.leaf[rest_leaves[i]] = j->rest[i];
+        j->rest[i] = (vel_adapter_tensor){0};
+    }
+    return VEL_OK;
+}
+
 static vel_status do_job(work *w, job *j)
 {
     bool limited = w->h->o->rank || w->h->o->ratio > 0 || w->share > 0;
@@ -239,9 +252,7 @@ static vel_status do_job(work *w, job *j)
         VEL_TRY(keep_product(w, j));
     else if (j->up || j->full)
         VEL_TRY(cut(w, j));
-    else if (j->kept)
-        VEL_TRY(begin_module(w->h->ctx, j->known, j->kept->kind, 1, &j->out));
-    return j->kept && j->out.path ? copy_rest(w->h->ctx, j->kept, &j->out) : VEL_OK;
+    return has_rest(j) ? move_rest(w, j) : VEL_OK;
 }
 
 static vel_status do_all(work *w, const char *phase)

@@ -176,27 +176,39 @@ static const struct kind {
 
 /* ---- files ---- */
 
+static void make_module(vel_test *t, const struct kind *k, const struct place *p,
+                        vel_adapter_module *m)
+{
+    *m = (vel_adapter_module){.path = vel_strdup(t->ctx, p->path),
+                              .kind = k->name,
+                              .weight_rank = p->rank,
+                              .rank = 4,
+                              .alpha = 2}; /* half: folding it rounds nothing */
+    memcpy(m->weight_dim, p->dim, sizeof m->weight_dim);
+    for (int d = m->weight_rank; d < 4; d++)
+        m->weight_dim[d] = 1;
+    k->make(t->ctx, p, m);
+    if (k->dora)
+        add_dora(t->ctx, p, m);
+}
+
 static void make_adapter(vel_test *t, const struct kind *k, bool text, vel_adapter_file *f,
                          vel_adapter_module modules[N_PLACES])
 {
     *f = (vel_adapter_file){.ctx = t->ctx, .modules = modules};
-    memset(modules, 0, sizeof *modules * N_PLACES);
-    for (int i = 0; i < N_PLACES; i++) {
-        if (k->only_norms != (i == NORM) || (i == TEXT && !text))
-            continue;
-        vel_adapter_module *m = &modules[f->n++];
-        *m = (vel_adapter_module){.path = vel_strdup(t->ctx, places[i].path),
-                                  .kind = k->name,
-                                  .weight_rank = places[i].rank,
-                                  .rank = 4,
-                                  .alpha = 2}; /* half: folding it rounds nothing */
-        memcpy(m->weight_dim, places[i].dim, sizeof m->weight_dim);
-        for (int d = m->weight_rank; d < 4; d++)
-            m->weight_dim[d] = 1;
-        k->make(t->ctx, &places[i], m);
-        if (k->dora)
-            add_dora(t->ctx, &places[i], m);
-    }
+    for (int i = 0; i < N_PLACES; i++)
+        if (k->only_norms == (i == NORM) && (i != TEXT || text))
+            make_module(t, k, &places[i], &modules[f->n++]);
+}
+
+/* One module of each kind, from kinds[first] on. */
+static void make_mixed(vel_test *t, int first, vel_adapter_file *f,
+                       vel_adapter_module modules[N_PLACES])
+{
+    int n = VEL_COUNT(kinds) - 1; /* the last is for norms */
+    *f = (vel_adapter_file){.ctx = t->ctx, .modules = modules, .n = N_PLACES};
+    for (int i = 0; i < N_PLACES; i++)
+        make_module(t, &kinds[i == NORM ? n : (first + i) % n], &places[i], &modules[i]);
 }
 
 static void finish_adapter(vel_adapter_file *f)
@@ -331,6 +343,47 @@ static void check_equal(vel_test *t, const char *a, const char *b, const char *w
     CHECK_MSG(st == VEL_OK, "%s, %s: %s", what, kind, st ? vel_ctx_error(t->ctx) : "");
 }
 
+static void check_near(vel_test *t, const char *a, const char *b, const char *kind)
+{
+    vel_status st = run(t, "verify", a, b, "tolerance", "1e-5");
+    CHECK_MSG(st == VEL_OK, "%s: %s", kind, st ? vel_ctx_error(t->ctx) : "");
+}
+
+/* merge(file) - model is the change that training would make, for each module. */
+static void check_merge(vel_test *t, const vel_adapter_file *f, const char *file, const char *kind)
+{
+    char *merged = vel_path_join(t->ctx, t->folder, "merged.safetensors");
+    const vel_model_options open = {.clip_skip = 1, .weights_only = true};
+    vel_model *base = NULL, *changed = NULL;
+    vel_engine *e = NULL;
+    CHECK_OK(run(t, "merge", file, merged, "save_precision", "float"));
+    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+    CHECK_OK(vel_model_open(t->ctx, MODEL, &open, &base));
+    CHECK_OK(vel_model_open(t->ctx, merged, &open, &changed));
+    for (int i = 0; i < f->n && base && changed && e; i++) {
+        const vel_adapter_module *m = &f->modules[i];
+        char *path = vel_strf(t->ctx, "%s.weight", m->path);
+        float *a = NULL, *b = NULL;
+        int64_t n = 0;
+        double wrong = 0;
+        CHECK_OK(vel_model_read_weight(base, path, &a, &n));
+        CHECK_OK(vel_model_read_weight(changed, path, &b, &n));
+        float *delta = vel_alloc(t->ctx, sizeof *delta * (size_t)n);
+        CHECK_OK(vel_adapter_delta(e, m, a, 1, delta));
+        for (int64_t k = 0; a && b && k < n; k++)
+            wrong = VEL_MAX(wrong, fabs((double)b[k] - (double)a[k] - (double)delta[k]));
+        CHECK_MSG(wrong < 1e-6, "%s, %s: off by %g", kind, m->path, wrong);
+        vel_free(t->ctx, a);
+        vel_free(t->ctx, b);
+        vel_free(t->ctx, delta);
+        vel_free(t->ctx, path);
+    }
+    vel_model_close(base);
+    vel_model_close(changed);
+    vel_engine_destroy(e);
+    vel_free(t->ctx, merged);
+}
+
 /* ---- tests ---- */
 
 TEST(adapter_dialects_of_other_programs)
@@ -444,4 +497,30 @@ TEST(adapter_dialects_without_a_model)
         vel_free(t->ctx, a);
         vel_free(t->ctx, b);
     }
+}
+
+/* Merged into the model it is the change that training would make, and baked to plain LoRA at full
+ * rank the same change, whatever kind it was; norms go along as they are. */
+TEST(adapter_dialects_every_kind_is_merged_and_baked)
+{
+    char *first = vel_path_join(t->ctx, t->folder, "first.safetensors"),
+         *baked = vel_path_join(t->ctx, t->folder, "baked.safetensors"),
+         *halves = vel_strf(t->ctx, "%s:0.25,%s:0.75", baked, baked);
+    for (int k = 0; k < VEL_COUNT(kinds); k += N_PLACES - 1) {
+        vel_adapter_module modules[N_PLACES];
+        vel_adapter_file f;
+        make_mixed(t, k, &f, modules);
+        CHECK_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
+        CHECK_OK(run(t, "bake", first, baked, "fro", "1"));
+        check_near(t, first, baked, "baked");
+        CHECK_OK(run(t, "resize", baked, baked, "fro", "1"));
+        check_near(t, first, baked, "resized");
+        CHECK_OK(run(t, "join", halves, baked, "fro", "1"));
+        check_near(t, first, baked, "joined");
+        check_merge(t, &f, first, "merged");
+        finish_adapter(&f);
+    }
+    vel_free(t->ctx, first);
+    vel_free(t->ctx, baked);
+    vel_free(t->ctx, halves);
 }
