@@ -158,7 +158,7 @@ test-gpu: $(BUILD)/run-tests $(BUILD)/velatura $(BUILD)/libvelatura-cuda.so
 # Left out: tests of single kernels, which allocate nothing but what the test itself compares, and tests
 # that are not written for it yet: they go on with what they themselves could not allocate.
 MOST ?= 40
-FAULT_SKIP := cpu_*,null_plans_only,adapter_hub_*,backends_exec*,checkpoint_*,data_alpha*,data_masks*,dataset_config*,low_rank*,methods_full*,objective_*,optimizers_*,pickle_*
+FAULT_SKIP := cpu_*,null_plans_only
 fault: $(BUILD)/run-tests $(BUILD)/velatura
 	$(TEST_ENV) $(BUILD)/run-tests --fault --most $(MOST) --program $(BUILD)/velatura --skip '$(FAULT_SKIP)$(if $(SKIP),$(comma)$(SKIP))' '$(or $(PATTERN),*)'
 # With clang's libFuzzer where there is one, else the mutations of tests/fuzz/fuzz_main.c.

@@ -58,6 +58,45 @@ void vel_test_fail(vel_test *t, const char *file, int line, const char *format, 
     fflush(stdout);
 }
 
+_Noreturn void vel_test_end(vel_test *t, const char *file, int line, const char *what)
+{
+    vel_test_fail(t, file, line, "%s: %s", what, vel_ctx_error(t->ctx));
+    longjmp(t->end, 1);
+}
+
+/* ---- what a test allocates itself ---- */
+
+void *vel_test_alloc(vel_test *t, size_t bytes)
+{
+    vel_ctx *ctx = t->ctx;
+    int64_t fail_after = ctx->fail_after, allocations = ctx->allocations;
+    ctx->fail_after = 0;
+    void *out = vel_alloc(ctx, bytes);
+    ctx->fail_after = fail_after;
+    ctx->allocations = allocations;
+    if (!out)
+        vel_test_end(t, __FILE__, __LINE__, "no memory for a test");
+    return out;
+}
+
+char *vel_test_text(vel_test *t, const char *format, ...)
+{
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    size_t size = (size_t)vsnprintf(NULL, 0, format, args) + 1;
+    char *out = vel_test_alloc(t, size);
+    vsnprintf(out, size, format, again);
+    va_end(again);
+    va_end(args);
+    return out;
+}
+
+char *vel_test_path(vel_test *t, const char *name)
+{
+    return vel_test_text(t, "%s/%s", t->folder, name);
+}
+
 static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at)
 {
     (void)st;
@@ -93,7 +132,8 @@ static outcome run_once(vel_test *t, const options *o, int64_t fail_after)
         return (outcome){.failures = 1};
     }
     t->ctx->fail_after = fail_after;
-    t->run(t);
+    if (!setjmp(t->end))
+        t->run(t);
     outcome out = {.allocations = t->ctx->allocations, .bytes_left = t->ctx->bytes_in_use};
     if (out.bytes_left != 0)
         vel_test_fail(t, __FILE__, __LINE__, "%" PRId64 " bytes of the context are left",

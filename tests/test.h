@@ -1,4 +1,6 @@
-/* test.h: the harness. A test is a function registered with TEST; CHECK counts and goes on.
+/* test.h: the harness. A test is a function registered with TEST; CHECK counts and goes on,
+ * REQUIRE ends the test: it stands before what would read through a null pointer, so that a test
+ * also comes back when any of its allocations fails.
  *
  *     TEST(arena_keeps_strings)
  *     {
@@ -10,6 +12,8 @@
 #ifndef VEL_TEST_H
 #define VEL_TEST_H
 
+#include <setjmp.h>
+
 #include "base/base.h"
 
 typedef struct vel_test {
@@ -20,12 +24,21 @@ typedef struct vel_test {
     const char *program; /* the built command line program; NULL when not given */
     const char *folder;  /* an empty temporary folder, removed afterwards */
     int failures;
+    jmp_buf end; /* where REQUIRE goes */
     int skipped; /* set with the reason printed, where the machine lacks something */
 } vel_test;
 
 void vel_test_register(vel_test *t);
 void vel_test_fail(vel_test *t, const char *file, int line, const char *format, ...)
     VEL_PRINTF(4, 5);
+
+/* Allocations of the test's own, freed by vel_free: never those that are made to fail. */
+void *vel_test_alloc(vel_test *t, size_t bytes); /* zeroed */
+char *vel_test_text(vel_test *t, const char *format, ...) VEL_PRINTF(2, 3);
+char *vel_test_path(vel_test *t, const char *name); /* in the test's folder */
+
+/* Fails the test with its context's message and ends it. */
+_Noreturn void vel_test_end(vel_test *t, const char *file, int line, const char *what);
 
 #define TEST(id)                                                                                   \
     static void test_##id(vel_test *t);                                                            \
@@ -44,5 +57,9 @@ void vel_test_fail(vel_test *t, const char *file, int line, const char *format, 
         if ((x) != VEL_OK)                                                                         \
             vel_test_fail(t, __FILE__, __LINE__, "%s: %s", #x, vel_ctx_error(t->ctx));             \
     } while (0)
+
+/* The same, but the test ends there: what follows could not run. */
+#define REQUIRE(x) ((x) ? (void)0 : vel_test_end(t, __FILE__, __LINE__, #x))
+#define REQUIRE_OK(x) ((x) == VEL_OK ? (void)0 : vel_test_end(t, __FILE__, __LINE__, #x))
 
 #endif

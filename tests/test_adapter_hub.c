@@ -21,8 +21,8 @@ static void fill_random(float *x, int64_t n, uint64_t stream)
 static void check_svd(vel_test *t, const float *a, int64_t m, int64_t n, const vel_svd *s, int r,
                       double wanted)
 {
-    float *up = vel_alloc(t->ctx, sizeof *up * (size_t)(m * r)),
-          *down = vel_alloc(t->ctx, sizeof *down * (size_t)(n * r));
+    float *up = vel_test_alloc(t, sizeof *up * (size_t)(m * r)),
+          *down = vel_test_alloc(t, sizeof *down * (size_t)(n * r));
     double rest = 0, all = 0;
     vel_svd_factors(s, r, up, down);
     for (int64_t i = 0; i < m; i++)
@@ -44,10 +44,10 @@ TEST(low_rank_of_full_matrices)
     static const int sizes[][2] = {{5, 9}, {40, 7}, {33, 33}, {64, 600}};
     for (int i = 0; i < VEL_COUNT(sizes); i++) {
         int m = sizes[i][0], n = sizes[i][1], side = VEL_MIN(m, n);
-        float *a = vel_alloc(t->ctx, sizeof *a * (size_t)(m * n));
+        float *a = vel_test_alloc(t, sizeof *a * (size_t)(m * n));
         vel_svd s;
         fill_random(a, m * n, (uint64_t)i);
-        CHECK_OK(vel_svd_of(t->ctx, a, m, n, 0, &s));
+        REQUIRE_OK(vel_svd_of(t->ctx, a, m, n, 0, &s));
         CHECK(s.k == side);
         double kept = 0;
         for (int k = 0; k < s.k; k++) {
@@ -79,8 +79,8 @@ TEST(low_rank_of_products)
                 sum += (double)up[i * R + k] * (double)down[k * N + j];
             a[i * N + j] = (float)sum;
         }
-    CHECK_OK(vel_svd_of_product(t->ctx, up, down, M, N, R, 0, &s));
-    CHECK_OK(vel_svd_of(t->ctx, a, M, N, R, &full));
+    REQUIRE_OK(vel_svd_of_product(t->ctx, up, down, M, N, R, 0, &s));
+    REQUIRE_OK(vel_svd_of(t->ctx, a, M, N, R, &full));
     for (int k = 0; k < 5; k++)
         CHECK_MSG(fabs(s.sigma[k] - full.sigma[k]) < 1e-5 * full.sigma[0], "%d: %g, %g", k,
                   s.sigma[k], full.sigma[k]);
@@ -98,6 +98,7 @@ static vel_status run(vel_test *t, const char *what, const char *a, const char *
                       const char *const *settings)
 {
     vel_params *p = vel_params_create(t->ctx, "adapter");
+    REQUIRE(p);
     const char *const words[][2] = {{"what", what}, {"input", a}, {"second", b}, {"third", c}};
     char *text = NULL;
     vel_status st = p ? VEL_OK : VEL_NO_MEMORY;
@@ -121,7 +122,7 @@ static vel_adapter_tensor leaf_of(vel_test *t, int rank, int64_t a, int64_t b, i
 {
     vel_adapter_tensor x = {{rank, {a, b, c, d}}, NULL};
     int64_t n = a * b * (rank == 4 ? c * d : 1);
-    x.v = vel_alloc(t->ctx, sizeof *x.v * (size_t)n);
+    x.v = vel_test_alloc(t, sizeof *x.v * (size_t)n);
     fill_random(x.v, n, stream);
     for (int64_t i = 0; i < n; i++)
         x.v[i] *= size;
@@ -166,11 +167,11 @@ static char *make_file(vel_test *t, const char *name, const char *kind, double a
 {
     vel_adapter_file f = {.ctx = t->ctx, .n = VEL_COUNT(places)};
     vel_adapter_module modules[VEL_COUNT(places)] = {{0}};
-    char *path = vel_path_join(t->ctx, t->folder, name);
+    char *path = vel_test_path(t, name);
     f.modules = modules;
     for (int i = 0; i < f.n; i++) {
         vel_adapter_module *m = &modules[i];
-        m->path = vel_strdup(t->ctx, places[i].path);
+        m->path = vel_test_text(t, "%s", places[i].path);
         m->kind = kind;
         m->weight_rank = places[i].rank;
         m->rank = strcmp(kind, "lokr") == 0 ? 1 : 4;
@@ -184,7 +185,7 @@ static char *make_file(vel_test *t, const char *name, const char *kind, double a
             m->leaf[VEL_LEAF_DORA_SCALE].v[k] = 0.5f + (float)k / 100;
         }
     }
-    CHECK_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, NULL));
+    REQUIRE_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, NULL));
     for (int i = 0; i < f.n; i++)
         vel_adapter_module_finish(t->ctx, &modules[i]);
     return path;
@@ -199,20 +200,21 @@ static void check_differs(vel_test *t, const char *a, const char *b)
 TEST(adapter_hub_converts)
 {
     static const char *const kinds[] = {"lora", "loha", "lokr"};
-    char *back = vel_path_join(t->ctx, t->folder, "back.safetensors");
-    char *other = vel_path_join(t->ctx, t->folder, "other.safetensors");
+    char *back = vel_test_path(t, "back.safetensors");
+    char *other = vel_test_path(t, "other.safetensors");
     for (int i = 0; i < VEL_COUNT(kinds); i++)
         for (int dora = 0; dora < 2; dora++) {
             char *a = make_file(t, "a.safetensors", kinds[i], 2, dora);
-            CHECK_OK(RUN("convert", a, back, NULL, "format", "kohya", NULL));
-            CHECK_OK(RUN("verify", a, back, NULL, "tolerance", "1e-7", NULL));
+            REQUIRE_OK(RUN("convert", a, back, NULL, "format", "kohya", NULL));
+            REQUIRE_OK(RUN("verify", a, back, NULL, "tolerance", "1e-7", NULL));
             vel_free(t->ctx, a);
         }
     char *lora = make_file(t, "a.safetensors", "lora", 2, false);
-    CHECK_OK(RUN("convert", lora, other, NULL, "format", "diffusers", NULL));
-    CHECK_OK(RUN("verify", lora, other, NULL, "tolerance", "1e-6", NULL)); /* alpha is folded */
-    CHECK_OK(RUN("convert", other, back, NULL, "format", "kohya", "save_precision", "fp16", NULL));
-    CHECK_OK(RUN("verify", lora, back, NULL, "tolerance", "1e-3", NULL));
+    REQUIRE_OK(RUN("convert", lora, other, NULL, "format", "diffusers", NULL));
+    REQUIRE_OK(RUN("verify", lora, other, NULL, "tolerance", "1e-6", NULL)); /* alpha is folded */
+    REQUIRE_OK(
+        RUN("convert", other, back, NULL, "format", "kohya", "save_precision", "fp16", NULL));
+    REQUIRE_OK(RUN("verify", lora, back, NULL, "tolerance", "1e-3", NULL));
     CHECK(run(t, "convert", lora, other, NULL, (const char *const[]){"model", MODEL, NULL}) ==
           VEL_BAD_VALUE); /* it exists */
     CHECK(strstr(vel_ctx_error(t->ctx), "--overwrite"));
@@ -242,23 +244,23 @@ TEST(adapter_hub_sees_differences)
 
 TEST(adapter_hub_bakes_and_resizes)
 {
-    char *out = vel_path_join(t->ctx, t->folder, "out.safetensors");
+    char *out = vel_test_path(t, "out.safetensors");
     char *loha = make_file(t, "h.safetensors", "loha", 2, false);
-    CHECK_OK(RUN("bake", loha, out, NULL, "rank", "16", NULL)); /* rank 4 x 4 */
-    CHECK_OK(RUN("verify", loha, out, NULL, "tolerance", "1e-5", NULL));
-    CHECK_OK(RUN("bake", loha, out, NULL, "rank", "3", NULL));
+    REQUIRE_OK(RUN("bake", loha, out, NULL, "rank", "16", NULL)); /* rank 4 x 4 */
+    REQUIRE_OK(RUN("verify", loha, out, NULL, "tolerance", "1e-5", NULL));
+    REQUIRE_OK(RUN("bake", loha, out, NULL, "rank", "3", NULL));
     check_differs(t, loha, out);
     char *lokr = make_file(t, "k.safetensors", "lokr", 1, false);
-    CHECK_OK(RUN("bake", lokr, out, NULL, "fro", "1", NULL));
-    CHECK_OK(RUN("verify", lokr, out, NULL, "tolerance", "1e-5", NULL));
+    REQUIRE_OK(RUN("bake", lokr, out, NULL, "fro", "1", NULL));
+    REQUIRE_OK(RUN("verify", lokr, out, NULL, "tolerance", "1e-5", NULL));
     char *dora = make_file(t, "d.safetensors", "lora", 2, true);
-    CHECK_OK(RUN("bake", dora, out, NULL, "fro", "0.99", NULL));
-    CHECK_OK(RUN("verify", dora, out, NULL, "tolerance", "0.15", NULL)); /* sqrt(1 - 0.99^2) */
+    REQUIRE_OK(RUN("bake", dora, out, NULL, "fro", "0.99", NULL));
+    REQUIRE_OK(RUN("verify", dora, out, NULL, "tolerance", "0.15", NULL)); /* sqrt(1 - 0.99^2) */
     check_differs(t, dora, out);
     char *lora = make_file(t, "l.safetensors", "lora", 2, false);
-    CHECK_OK(RUN("resize", lora, out, NULL, "rank", "4", NULL));
-    CHECK_OK(RUN("verify", lora, out, NULL, "tolerance", "1e-6", NULL));
-    CHECK_OK(RUN("resize", lora, out, NULL, "rank", "2", NULL));
+    REQUIRE_OK(RUN("resize", lora, out, NULL, "rank", "4", NULL));
+    REQUIRE_OK(RUN("verify", lora, out, NULL, "tolerance", "1e-6", NULL));
+    REQUIRE_OK(RUN("resize", lora, out, NULL, "rank", "2", NULL));
     check_differs(t, lora, out);
     CHECK(RUN("resize", lora, out, NULL, NULL) == VEL_BAD_VALUE);
     CHECK(strstr(vel_ctx_error(t->ctx), "--rank"));
@@ -274,26 +276,25 @@ TEST(adapter_hub_merges_and_extracts)
 {
     char *a = make_file(t, "a.safetensors", "lora", 2, false),
          *b = make_file(t, "b.safetensors", "loha", 3, false),
-         *merged = vel_path_join(t->ctx, t->folder, "merged.safetensors"),
-         *folder = vel_path_join(t->ctx, t->folder, "merged"),
-         *joined = vel_path_join(t->ctx, t->folder, "joined.safetensors"),
-         *told = vel_path_join(t->ctx, t->folder, "told.safetensors");
-    char *list = vel_strf(t->ctx, "%s:0.5,%s:0.5", a, b);
-    CHECK_OK(RUN("merge", list, merged, NULL, "save_precision", "float", NULL));
-    CHECK_OK(RUN("merge", list, folder, NULL, "save_precision", "float", NULL));
-    CHECK_OK(RUN("join", list, joined, NULL, "rank", "20", NULL));
-    CHECK_OK(RUN("extract", MODEL, merged, told, "rank", "20", "conv_rank", "20", "targets", "all",
-                 NULL));
-    CHECK_OK(RUN("verify", joined, told, NULL, "tolerance", "1e-4", NULL));
-    CHECK_OK(RUN("extract", MODEL, folder, told, "rank", "20", "conv_rank", "20", "targets", "all",
-                 NULL));
-    CHECK_OK(RUN("verify", joined, told, NULL, "tolerance", "1e-4", NULL));
+         *merged = vel_test_path(t, "merged.safetensors"), *folder = vel_test_path(t, "merged"),
+         *joined = vel_test_path(t, "joined.safetensors"),
+         *told = vel_test_path(t, "told.safetensors");
+    char *list = vel_test_text(t, "%s:0.5,%s:0.5", a, b);
+    REQUIRE_OK(RUN("merge", list, merged, NULL, "save_precision", "float", NULL));
+    REQUIRE_OK(RUN("merge", list, folder, NULL, "save_precision", "float", NULL));
+    REQUIRE_OK(RUN("join", list, joined, NULL, "rank", "20", NULL));
+    REQUIRE_OK(RUN("extract", MODEL, merged, told, "rank", "20", "conv_rank", "20", "targets",
+                   "all", NULL));
+    REQUIRE_OK(RUN("verify", joined, told, NULL, "tolerance", "1e-4", NULL));
+    REQUIRE_OK(RUN("extract", MODEL, folder, told, "rank", "20", "conv_rank", "20", "targets",
+                   "all", NULL));
+    REQUIRE_OK(RUN("verify", joined, told, NULL, "tolerance", "1e-4", NULL));
     check_differs(t, a, told);
     CHECK(RUN("extract", MODEL, MODEL, told, "rank", "4", NULL) == VEL_BAD_VALUE);
     CHECK(strstr(vel_ctx_error(t->ctx), "no module is changed"));
-    char *twice = vel_strf(t->ctx, "%s:0.25,%s:0.75", a, a);
-    CHECK_OK(RUN("join", twice, joined, NULL, NULL));
-    CHECK_OK(RUN("verify", a, joined, NULL, "tolerance", "1e-6", NULL));
+    char *twice = vel_test_text(t, "%s:0.25,%s:0.75", a, a);
+    REQUIRE_OK(RUN("join", twice, joined, NULL, NULL));
+    REQUIRE_OK(RUN("verify", a, joined, NULL, "tolerance", "1e-6", NULL));
     vel_free(t->ctx, a);
     vel_free(t->ctx, b);
     vel_free(t->ctx, merged);
@@ -309,15 +310,14 @@ TEST(adapter_hub_converts_words)
     float rows[2 * 8];
     fill_random(rows, VEL_COUNT(rows), 3);
     vel_safetensors *sf = NULL;
-    char *a = vel_path_join(t->ctx, t->folder, "sks.safetensors"),
-         *b = vel_path_join(t->ctx, t->folder, "b.safetensors");
+    char *a = vel_test_path(t, "sks.safetensors"), *b = vel_test_path(t, "b.safetensors");
     const vel_save_tensor word = {
         .name = "<sks>", .type = VEL_FILE_F32, .rank = 2, .dim = {2, 8}, .data = rows};
-    CHECK_OK(vel_safetensors_save(t->ctx, a, &word, 1, NULL));
-    CHECK_OK(run(t, "embedding", a, b, NULL, (const char *const[]){"format", "kohya", NULL}));
-    CHECK_OK(vel_safetensors_open(t->ctx, b, &sf));
+    REQUIRE_OK(vel_safetensors_save(t->ctx, a, &word, 1, NULL));
+    REQUIRE_OK(run(t, "embedding", a, b, NULL, (const char *const[]){"format", "kohya", NULL}));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, b, &sf));
     const vel_file_tensor *kept = sf ? vel_safetensors_find(sf, "emb_params") : NULL;
-    CHECK(kept && kept->count == VEL_COUNT(rows) && memcmp(kept->data, rows, sizeof rows) == 0);
+    REQUIRE(kept && kept->count == VEL_COUNT(rows) && memcmp(kept->data, rows, sizeof rows) == 0);
     vel_safetensors_close(sf);
     CHECK(run(t, "embedding", a, b, NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
     vel_free(t->ctx, a);

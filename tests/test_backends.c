@@ -41,7 +41,7 @@ TEST(backends_without_a_driver_say_so)
     setenv("VELATURA_CUDA", "/dev/null", 1); /* no shared object, with a driver or without */
     CHECK(vel_backend_find(t->ctx, "cuda:1", &b, &d) == VEL_NOT_FOUND);
     CHECK_MSG(vel_has_prefix(vel_ctx_error(t->ctx), "cuda: "), "%s", vel_ctx_error(t->ctx));
-    CHECK_OK(vel_backend_find(t->ctx, "auto", &b, &d));
+    REQUIRE_OK(vel_backend_find(t->ctx, "auto", &b, &d));
     if (d)
         b->close(d);
     unsetenv("VELATURA_CUDA");
@@ -250,6 +250,7 @@ static bool find_ramp(void *user, const char *path, vel_source_tensor *out)
 static vel_graph *small_model(vel_test *t)
 {
     vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
     vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(ROWS, IN));
     vel_ref target = vel_input(g, "target", VEL_F32, VEL_SHAPE(ROWS, OUT));
     vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(ROWS));
@@ -287,23 +288,23 @@ static void train(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
     vel_graph *g = small_model(t);
     vel_plan *p = NULL;
     vel_plan_options options = {.compute = compute, .gradient = true};
-    CHECK_OK(vel_engine_add_source(e, find_ramp, NULL));
-    CHECK_OK(vel_engine_add_trainables(e, g));
-    CHECK_OK(vel_engine_set_optimizer(
+    REQUIRE_OK(vel_engine_add_source(e, find_ramp, NULL));
+    REQUIRE_OK(vel_engine_add_trainables(e, g));
+    REQUIRE_OK(vel_engine_set_optimizer(
         e, &(vel_optimizer){.rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8}));
-    CHECK_OK(vel_plan_create(e, g, &options, &p));
+    REQUIRE_OK(vel_plan_create(e, g, &options, &p));
     for (int step = 0; p && step < 4; step++) {
         const void *arena = e->arena;
         if (step == 3)
-            CHECK_OK(vel_engine_reserve(e, e->arena_bytes + 4096));
+            REQUIRE_OK(vel_engine_reserve(e, e->arena_bytes + 4096));
         o->moved = e->arena != arena;
-        CHECK_OK(vel_plan_set(p, "x", x, sizeof x));
-        CHECK_OK(vel_plan_set(p, "target", target, sizeof target));
-        CHECK_OK(vel_plan_set(p, "weight", weight, sizeof weight));
-        CHECK_OK(vel_plan_run(p));
-        CHECK_OK(vel_plan_get(p, "loss", &o->loss[step], 1));
+        REQUIRE_OK(vel_plan_set(p, "x", x, sizeof x));
+        REQUIRE_OK(vel_plan_set(p, "target", target, sizeof target));
+        REQUIRE_OK(vel_plan_set(p, "weight", weight, sizeof weight));
+        REQUIRE_OK(vel_plan_run(p));
+        REQUIRE_OK(vel_plan_get(p, "loss", &o->loss[step], 1));
         o->norm[step] = vel_engine_gradient_norm(e);
-        CHECK_OK(vel_engine_update(e, 1, rate, NULL));
+        REQUIRE_OK(vel_engine_update(e, 1, rate, NULL));
     }
     vel_engine_read_trainables(e, 'v', 0, VEL_COUNT(o->value), o->value);
     vel_plan_destroy(p);
@@ -313,14 +314,14 @@ static void check_far_away(vel_test *t, vel_dtype compute)
 {
     vel_engine *e = NULL;
     outcome here = {{0}}, away = {{0}};
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
     train(t, e, compute, &here);
     vel_engine_destroy(e);
     CHECK(here.loss[3] < here.loss[0] && here.norm[0] > 0);
 
     const vel_backend far_b = far_backend();
     memset(&far_, 0, sizeof far_);
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
     e->backend = &far_b;
     train(t, e, compute, &away);
     vel_engine_destroy(e);

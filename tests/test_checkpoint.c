@@ -83,6 +83,7 @@ static const struct {
 TEST(checkpoint_names)
 {
     vel_arena *a = vel_arena_create(t->ctx);
+    REQUIRE(a);
     json_t *u = config(unet), *v = config(vae);
     json_t *text[2] = {config("{\"num_hidden_layers\": 12, \"hidden_act\": \"quick_gelu\"}"),
                        config("{\"num_hidden_layers\": 23, \"hidden_act\": \"gelu\"}")};
@@ -90,7 +91,7 @@ TEST(checkpoint_names)
     vel_checkpoint_key key;
     for (int i = 0; i < 2; i++) {
         const json_t *configs[] = {u, text[i], v};
-        CHECK_OK(vel_family_at(0)->single_names(t->ctx, a, configs, &names[i]));
+        REQUIRE_OK(vel_family_at(0)->single_names(t->ctx, a, configs, &names[i]));
     }
     for (int i = 0; i < VEL_COUNT(pairs) && names[0] && names[1]; i++) {
         bool found =
@@ -133,7 +134,7 @@ static bool same_bytes(vel_test *t, const char *a, const char *b, const char *na
     vel_map map[2];
     snprintf(path[0], sizeof path[0], "%s/%s", a, name);
     snprintf(path[1], sizeof path[1], "%s/%s", b, name);
-    CHECK_OK(vel_map_open(t->ctx, &map[0], path[0]));
+    REQUIRE_OK(vel_map_open(t->ctx, &map[0], path[0]));
     if (vel_map_open(t->ctx, &map[1], path[1])) {
         vel_map_close(&map[0]);
         return false;
@@ -146,16 +147,15 @@ static bool same_bytes(vel_test *t, const char *a, const char *b, const char *na
 
 TEST(checkpoint_there_and_back)
 {
-    char *single = vel_path_join(t->ctx, t->folder, "a.safetensors"),
-         *folder = vel_path_join(t->ctx, t->folder, "back");
-    CHECK_OK(convert(t, MODEL, single, 0, true));
-    CHECK_OK(convert(t, single, folder, 0, true));
+    char *single = vel_test_path(t, "a.safetensors"), *folder = vel_test_path(t, "back");
+    REQUIRE_OK(convert(t, MODEL, single, 0, true));
+    REQUIRE_OK(convert(t, single, folder, 0, true));
     for (int i = 0; i < VEL_COUNT(files); i++)
         CHECK_MSG(same_bytes(t, MODEL, folder, files[i]), "%s differs", files[i]);
     CHECK(same_bytes(t, MODEL, folder, "tokenizer/vocab.json"));
     vel_model *m = NULL;
     vel_model_options open = {.clip_skip = 1, .precision = "no"};
-    CHECK_OK(vel_model_open(t->ctx, folder, &open, &m));
+    REQUIRE_OK(vel_model_open(t->ctx, folder, &open, &m));
     vel_model_close(m);
     CHECK(convert(t, MODEL, single, 0, true) == VEL_BAD_VALUE); /* it exists */
     CHECK(strstr(vel_ctx_error(t->ctx), "--overwrite"));
@@ -167,21 +167,20 @@ TEST(checkpoint_there_and_back)
 /* float16 -> float32 -> float16 loses nothing; bfloat16 has its own rounding. */
 TEST(checkpoint_types)
 {
-    char *wide = vel_path_join(t->ctx, t->folder, "f32.safetensors"),
-         *half = vel_path_join(t->ctx, t->folder, "f16"),
-         *brain = vel_path_join(t->ctx, t->folder, "bf16.safetensors");
+    char *wide = vel_test_path(t, "f32.safetensors"), *half = vel_test_path(t, "f16"),
+         *brain = vel_test_path(t, "bf16.safetensors");
     static const char name[] = "model.diffusion_model.out.2.weight";
     vel_safetensors *sf[2] = {NULL, NULL};
-    CHECK_OK(convert(t, MODEL, wide, VEL_FILE_F32, false));
-    CHECK_OK(convert(t, wide, half, VEL_FILE_F16, false));
-    CHECK_OK(convert(t, wide, brain, VEL_FILE_BF16, false));
+    REQUIRE_OK(convert(t, MODEL, wide, VEL_FILE_F32, false));
+    REQUIRE_OK(convert(t, wide, half, VEL_FILE_F16, false));
+    REQUIRE_OK(convert(t, wide, brain, VEL_FILE_BF16, false));
     for (int i = 0; i < VEL_COUNT(files); i++)
         CHECK_MSG(same_bytes(t, MODEL, half, files[i]), "%s differs", files[i]);
-    CHECK_OK(vel_safetensors_open(t->ctx, wide, &sf[0]));
-    CHECK_OK(vel_safetensors_open(t->ctx, brain, &sf[1]));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, wide, &sf[0]));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, brain, &sf[1]));
     const vel_file_tensor *a = sf[0] ? vel_safetensors_find(sf[0], name) : NULL;
     const vel_file_tensor *b = sf[1] ? vel_safetensors_find(sf[1], name) : NULL;
-    CHECK(a && b && a->type == VEL_FILE_F32 && b->type == VEL_FILE_BF16);
+    REQUIRE(a && b && a->type == VEL_FILE_F32 && b->type == VEL_FILE_BF16);
     for (int64_t i = 0; a && b && i < a->count; i++) {
         float x, y;
         vel_file_tensor_floats(a, i, 1, &x);
@@ -204,6 +203,7 @@ static vel_status rename_all(vel_test *t, const char *from, const char *to,
     vel_safetensors *sf = NULL;
     VEL_TRY(vel_safetensors_open(t->ctx, from, &sf));
     vel_arena *a = vel_arena_create(t->ctx);
+    REQUIRE(a);
     int n = vel_safetensors_count(sf), kept = 0;
     vel_save_tensor *list = vel_arena_alloc(a, sizeof *list * (size_t)(n + 1));
     for (int i = 0; list && i < n; i++) {
@@ -252,7 +252,7 @@ static const char *of_no_family(vel_arena *a, const char *name)
 static void compare_key(vel_test *t, const json_t *have, const char *file, const char *key)
 {
     json_t *want = NULL;
-    CHECK_OK(vel_json_load(t->ctx, file, &want));
+    REQUIRE_OK(vel_json_load(t->ctx, file, &want));
     char *a = json_dumps(json_object_get(have, key), JSON_ENCODE_ANY),
          *b = json_dumps(json_object_get(want, key), JSON_ENCODE_ANY);
     CHECK_MSG(a && b && strcmp(a, b) == 0, "%s: %s is %s, not %s", file, key, a ? a : "missing",
@@ -286,15 +286,15 @@ TEST(checkpoint_sizes_from_tensors)
         {2, MODEL "/vae/config.json", "layers_per_block"},
         {2, MODEL "/vae/config.json", "latent_channels"},
     };
-    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
-         *theirs = vel_path_join(t->ctx, t->folder, "theirs.safetensors");
+    char *ours = vel_test_path(t, "ours.safetensors"),
+         *theirs = vel_test_path(t, "theirs.safetensors");
     const char *(*const ways[])(vel_arena *, const char *) = {as_it_is, as_others};
-    CHECK_OK(convert(t, MODEL, ours, 0, true));
+    REQUIRE_OK(convert(t, MODEL, ours, 0, true));
     for (int w = 0; w < VEL_COUNT(ways); w++) {
         vel_safetensors *sf = NULL;
         vel_checkpoint c = {0};
-        CHECK_OK(rename_all(t, ours, theirs, ways[w]));
-        CHECK_OK(vel_safetensors_open(t->ctx, theirs, &sf));
+        REQUIRE_OK(rename_all(t, ours, theirs, ways[w]));
+        REQUIRE_OK(vel_safetensors_open(t->ctx, theirs, &sf));
         if (sf && vel_checkpoint_read(t->ctx, sf, false, &c) == VEL_OK) {
             for (int i = 0; i < VEL_COUNT(told); i++)
                 compare_key(t, c.configs[told[i].part], told[i].file, told[i].key);
@@ -315,15 +315,15 @@ TEST(checkpoint_sizes_from_tensors)
 
 TEST(checkpoint_refusals)
 {
-    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
-         *theirs = vel_path_join(t->ctx, t->folder, "theirs.safetensors");
+    char *ours = vel_test_path(t, "ours.safetensors"),
+         *theirs = vel_test_path(t, "theirs.safetensors");
     vel_model *m = NULL;
     vel_model_options open = {.clip_skip = 1};
-    CHECK_OK(convert(t, MODEL, ours, 0, true));
-    CHECK_OK(rename_all(t, ours, theirs, of_no_family));
+    REQUIRE_OK(convert(t, MODEL, ours, 0, true));
+    REQUIRE_OK(rename_all(t, ours, theirs, of_no_family));
     CHECK(vel_model_open(t->ctx, theirs, &open, &m) == VEL_UNSUPPORTED);
     CHECK(strstr(vel_ctx_error(t->ctx), "no single file of Stable Diffusion"));
-    CHECK_OK(rename_all(t, ours, theirs, without_text));
+    REQUIRE_OK(rename_all(t, ours, theirs, without_text));
     CHECK(vel_model_open(t->ctx, theirs, &open, &m) == VEL_NOT_FOUND);
     CHECK(strstr(vel_ctx_error(t->ctx), "text_encoder"));
     setenv("HF_HUB_CACHE", t->folder, 1);
@@ -331,7 +331,7 @@ TEST(checkpoint_refusals)
     CHECK(strstr(vel_ctx_error(t->ctx), "--tokenizer"));
     unsetenv("HF_HUB_CACHE");
     open.tokenizer = MODEL;
-    CHECK_OK(vel_model_open(t->ctx, ours, &open, &m));
+    REQUIRE_OK(vel_model_open(t->ctx, ours, &open, &m));
     vel_model_close(m);
     vel_free(t->ctx, ours);
     vel_free(t->ctx, theirs);
@@ -340,38 +340,37 @@ TEST(checkpoint_refusals)
 /* A model like 2.x: OpenCLIP's names, with the projections of a layer in one tensor. */
 TEST(checkpoint_open_clip)
 {
-    char *folder = vel_path_join(t->ctx, t->folder, "model"), path[600], target[600], here[400];
-    char *single = vel_path_join(t->ctx, t->folder, "a.safetensors"),
-         *back = vel_path_join(t->ctx, t->folder, "back");
+    char *folder = vel_test_path(t, "model"), path[600], target[600], here[400];
+    char *single = vel_test_path(t, "a.safetensors"), *back = vel_test_path(t, "back");
     static const char *const linked[] = {"unet", "vae", "tokenizer", "scheduler",
                                          "model_index.json"};
     json_t *text = NULL;
     vel_safetensors *sf = NULL;
     CHECK(getcwd(here, sizeof here) != NULL);
-    CHECK_OK(vel_make_folder(t->ctx, folder));
+    REQUIRE_OK(vel_make_folder(t->ctx, folder));
     for (int i = 0; i < VEL_COUNT(linked); i++) {
         snprintf(path, sizeof path, "%s/%s", folder, linked[i]);
         snprintf(target, sizeof target, "%s/" MODEL "/%s", here, linked[i]);
         CHECK(symlink(target, path) == 0);
     }
     snprintf(path, sizeof path, "%s/text_encoder", folder);
-    CHECK_OK(vel_make_folder(t->ctx, path));
+    REQUIRE_OK(vel_make_folder(t->ctx, path));
     snprintf(path, sizeof path, "%s/text_encoder/model.safetensors", folder);
     snprintf(target, sizeof target, "%s/" MODEL "/text_encoder/model.safetensors", here);
     CHECK(symlink(target, path) == 0);
-    CHECK_OK(vel_json_load(t->ctx, MODEL "/text_encoder/config.json", &text));
+    REQUIRE_OK(vel_json_load(t->ctx, MODEL "/text_encoder/config.json", &text));
     json_object_set_new(text, "hidden_act", json_string("gelu"));
     snprintf(path, sizeof path, "%s/text_encoder/config.json", folder);
-    CHECK_OK(vel_json_save(t->ctx, path, text));
-    CHECK_OK(convert(t, folder, single, 0, true));
-    CHECK_OK(vel_safetensors_open(t->ctx, single, &sf));
+    REQUIRE_OK(vel_json_save(t->ctx, path, text));
+    REQUIRE_OK(convert(t, folder, single, 0, true));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, single, &sf));
     const vel_file_tensor *joined =
         sf ? vel_safetensors_find(
                  sf, "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight")
            : NULL;
-    CHECK(joined && joined->rank == 2 && joined->dim[0] == 3 * joined->dim[1]);
+    REQUIRE(joined && joined->rank == 2 && joined->dim[0] == 3 * joined->dim[1]);
     vel_safetensors_close(sf);
-    CHECK_OK(convert(t, single, back, 0, true));
+    REQUIRE_OK(convert(t, single, back, 0, true));
     for (int i = 0; i < VEL_COUNT(files); i++)
         CHECK_MSG(same_bytes(t, MODEL, back, files[i]), "%s differs", files[i]);
     json_decref(text);

@@ -12,7 +12,7 @@
 
 static char *path_in(vel_test *t, const char *name)
 {
-    char *path = vel_path_join(t->ctx, t->folder, name);
+    char *path = vel_test_path(t, name);
     char *slash = path ? strrchr(path, '/') : NULL;
     if (slash) {
         *slash = 0;
@@ -582,7 +582,7 @@ TEST(data_pixels)
     vel_data_options o = options_of(t);
     o.instance_prompt = "x";
     o.center_crop = true;
-    float *pixels = vel_alloc(t->ctx, 64 * 64 * 3 * sizeof *pixels);
+    float *pixels = vel_test_alloc(t, 64 * 64 * 3 * sizeof *pixels);
     vel_dataset *d = open_data(t, &o);
     if (d && pixels) {
         CHECK_OK(vel_sample_pixels(d, 0, 1, 0, pixels));
@@ -605,7 +605,7 @@ TEST(data_random_crop_and_flip)
     vel_data_options o = options_of(t);
     o.instance_prompt = "x";
     o.flip = true;
-    float *pixels = vel_alloc(t->ctx, 2 * 64 * 64 * 3 * sizeof *pixels);
+    float *pixels = vel_test_alloc(t, 2 * 64 * 64 * 3 * sizeof *pixels);
     vel_dataset *d = open_data(t, &o);
     int lowest = 1000, highest = -1, flipped = 0;
     for (int epoch = 0; d && pixels && epoch < 60; epoch++) {
@@ -812,7 +812,8 @@ TEST(data_masks_are_laid_as_their_pictures)
     o.flip = true;
     o.center_crop = false;
     o.instance_prompt = "x";
-    CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+    REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
+    REQUIRE(d->n == 2);
     static float pixels[SIDE * SIDE * 3], mask[PLACES];
     int flips = 0;
     for (int64_t epoch = 0; d && epoch < 6; epoch++) {
@@ -855,7 +856,7 @@ TEST(data_alpha_masks)
     for (int strict = 0; strict < 2; strict++) {
         float mask[SIDE / DOWN * SIDE / DOWN];
         o.strict_peer = strict;
-        CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+        REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
         CHECK_OK(vel_sample_mask(d, 0, 3, 0, NULL, DOWN, mask));
         for (int i = 0; i < VEL_COUNT(mask); i++)
             CHECK(mask[i] == (i % (SIDE / DOWN) < SIDE / DOWN / 2 ? 1 : 0));

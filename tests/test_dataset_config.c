@@ -24,7 +24,7 @@ static const char *write_config(vel_test *t, const char *name, const char *text)
 {
     static char path[4200];
     snprintf(path, sizeof path, "%s/%s", t->folder, name);
-    CHECK_OK(vel_write_file(t->ctx, path, text, strlen(text)));
+    REQUIRE_OK(vel_write_file(t->ctx, path, text, strlen(text)));
     return path;
 }
 
@@ -36,9 +36,10 @@ TEST(dataset_config_subsets)
     const char *path = write_config(t, "c.toml", text);
     vel_dataset_config c;
     vel_arena *a = vel_arena_create(t->ctx);
+    REQUIRE(a);
     place(t, "a", 2);
     place(t, "b", 1);
-    CHECK_OK(vel_dataset_config_read(t->ctx, path, a, &c));
+    REQUIRE_OK(vel_dataset_config_read(t->ctx, path, a, &c));
     CHECK(c.n_subsets == 3 && c.class_data);
     CHECK(c.subsets[0].repeats == 2 && c.subsets[1].repeats == 5 && c.subsets[2].repeats == 2);
     CHECK(c.subsets[0].width == 64 && c.subsets[2].width == 128 && c.subsets[2].height == 64);
@@ -56,15 +57,15 @@ TEST(dataset_config_subsets)
                           .bucket_step = 64,
                           .size_multiple = 8};
     vel_dataset *d = NULL;
-    CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
-    CHECK(d && d->n == 5);
+    REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
+    REQUIRE(d && d->n == 5);
     if (d) {
         CHECK(d->samples[0].width == 64 && d->samples[4].width == 128 &&
               d->samples[4].height == 64);
         CHECK(d->samples[2].repeats == 5 && strcmp(d->samples[3].caption, "x") == 0);
         CHECK(strcmp(d->samples[0].caption, "x") != 0);
-        float *pixels = vel_alloc(t->ctx, 128 * 64 * 3 * sizeof *pixels);
-        CHECK_OK(vel_sample_pixels(d, 4, 0, 0, pixels));
+        float *pixels = vel_test_alloc(t, 128 * 64 * 3 * sizeof *pixels);
+        REQUIRE_OK(vel_sample_pixels(d, 4, 0, 0, pixels));
         vel_free(t->ctx, pixels);
     }
     vel_dataset_close(d);
@@ -74,6 +75,7 @@ TEST(dataset_config_subsets)
 TEST(dataset_config_settings)
 {
     vel_params *p = vel_params_create(t->ctx, "train");
+    REQUIRE(p);
     char text[4096];
     const char *f = t->folder;
     static const struct {
@@ -84,7 +86,7 @@ TEST(dataset_config_settings)
                 {"shuffle_caption", "yes"}};
     snprintf(text, sizeof text, config_text, f, f, f, f);
 
-    CHECK_OK(vel_params_set(p, "dataset_config", write_config(t, "c.toml", text)));
+    REQUIRE_OK(vel_params_set(p, "dataset_config", write_config(t, "c.toml", text)));
     for (int i = 0; i < VEL_COUNT(want); i++)
         CHECK_MSG(strcmp(vel_params_get(p, want[i].name), want[i].value) == 0, "%s is %s",
                   want[i].name, vel_params_get(p, want[i].name));
@@ -121,6 +123,7 @@ TEST(dataset_config_refuses)
     for (int i = 0; i < VEL_COUNT(cases); i++) {
         vel_dataset_config c;
         vel_arena *a = vel_arena_create(t->ctx);
+        REQUIRE(a);
         const char *path = write_config(t, "bad.toml", cases[i].text);
         CHECK_MSG(vel_dataset_config_read(t->ctx, path, a, &c) != VEL_OK, "%s: was taken",
                   cases[i].text);
@@ -152,8 +155,8 @@ TEST(in_json_lists_pictures)
                           .center_crop = true,
                           .size_multiple = 8};
     vel_dataset *d = NULL;
-    CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
-    CHECK(d && d->n == 3 && d->n_skipped == 1);
+    REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
+    REQUIRE(d && d->n == 3 && d->n_skipped == 1);
     if (d && d->n == 3) {
         CHECK(strcmp(d->samples[0].caption, "two") == 0 && d->samples[0].repeats == 4);
         CHECK(strcmp(d->samples[1].caption, "one, 1") == 0);

@@ -58,8 +58,8 @@ static void open_lesson(vel_test *t, lesson *l)
     int64_t n;
     vel_model_options o = {.precision = "no", .clip_skip = 1};
     *l = (lesson){.t = t, .weight = {1, 1}};
-    CHECK_OK(vel_safetensors_open(t->ctx, golden_path, &l->golden));
-    CHECK_OK(vel_model_open(t->ctx, "models/emoji-sd", &o, &l->model));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_path, &l->golden));
+    REQUIRE_OK(vel_model_open(t->ctx, "models/emoji-sd", &o, &l->model));
     if (!l->golden || !l->model)
         return;
     l->context = golden(l, "context", &n);
@@ -73,9 +73,9 @@ static bool start(lesson *l, vel_trained what, bool text)
         .compute = VEL_F32, .clip_skip = 1, .train_text_encoder = text, .trained = what};
     if (!l->context)
         return false;
-    CHECK_OK(vel_trainer_create(l->model, &o, &l->trainer));
+    REQUIRE_OK(vel_trainer_create(l->model, &o, &l->trainer));
     if (l->trainer)
-        CHECK_OK(vel_trainer_register(l->trainer, 2, 8, 8));
+        REQUIRE_OK(vel_trainer_register(l->trainer, 2, 8, 8));
     return l->trainer && !t->failures;
 }
 
@@ -156,7 +156,7 @@ static void check_gradients(lesson *l, const char *part, const char *prefix, dou
         largest = fmax(largest, norms[i]);
     for (int i = 0; norms && i < n && n == n_norms; i++) {
         const vel_trainable *p = sorted[i];
-        float *g = vel_alloc(t->ctx, (size_t)p->count * sizeof *g);
+        float *g = vel_test_alloc(t, (size_t)p->count * sizeof *g);
         double sum = 0;
         vel_engine_read_trainables(e, 'g', p->offset, p->count, g);
         for (int64_t k = 0; k < p->count; k++)
@@ -189,8 +189,8 @@ static void learn(lesson *l, int i, double lr)
         .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
     vel_engine *e = vel_model_engine(l->model);
     if (i == 0)
-        CHECK_OK(vel_engine_set_optimizer(e, &adamw));
-    CHECK_OK(vel_engine_update(e, 1, rate, &lr));
+        REQUIRE_OK(vel_engine_set_optimizer(e, &adamw));
+    REQUIRE_OK(vel_engine_update(e, 1, rate, &lr));
 }
 
 /* ---- all weights ---- */
@@ -205,24 +205,24 @@ TEST(methods_full_is_pytorchs)
     float *losses = l.golden ? golden(&l, "full.losses", &n) : NULL;
     vel_engine *e = l.model ? vel_model_engine(l.model) : NULL;
     if (losses && start(&l, (vel_trained){.thaw = &thaw}, false)) {
-        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        REQUIRE_OK(vel_train_load_weights(l.model, &thaw));
         int count = vel_engine_trainables(e);
-        float **first = vel_alloc(t->ctx, (size_t)count * sizeof *first);
+        float **first = vel_test_alloc(t, (size_t)count * sizeof *first);
         for (int i = 0; i < count; i++) {
             const vel_trainable *p = vel_engine_trainable_at(e, i);
-            first[i] = vel_alloc(t->ctx, (size_t)p->count * sizeof **first);
+            first[i] = vel_test_alloc(t, (size_t)p->count * sizeof **first);
             vel_engine_read_trainables(e, 'v', p->offset, p->count, first[i]);
         }
         for (int i = 0; i < n; i++) {
             vel_batch b = batch_of(&l, i);
             double loss = 0;
-            CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+            REQUIRE_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
             CHECK_MSG(fabs(loss - losses[i]) < 2e-5 * losses[i], "step %d: loss %g, not %g", i,
                       loss, losses[i]);
             if (i == 0)
                 check_gradients(&l, "unet.", "full", 2e-4);
             learn(&l, i, 1e-4);
-            CHECK_OK(vel_engine_average(e, vel_average_decay(&ema, i + 1)));
+            REQUIRE_OK(vel_engine_average(e, vel_average_decay(&ema, i + 1)));
         }
         int compared = 0;
         for (int i = 0; i < count; i++) {
@@ -253,9 +253,9 @@ TEST(methods_full_with_text_encoder)
     double loss;
     open_lesson(t, &l);
     if (start(&l, (vel_trained){.thaw = &thaw}, true)) {
-        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        REQUIRE_OK(vel_train_load_weights(l.model, &thaw));
         vel_batch b = batch_of(&l, 0);
-        CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+        REQUIRE_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
         check_gradients(&l, "text_encoder.", "both", 2e-4);
     }
     close_lesson(&l);
@@ -270,7 +270,7 @@ TEST(methods_average_decays_as_diffusers)
     };
     static lesson l;
     l = (lesson){.t = t};
-    CHECK_OK(vel_safetensors_open(t->ctx, golden_path, &l.golden));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_path, &l.golden));
     for (int k = 0; l.golden && k < VEL_COUNT(how); k++) {
         char name[32];
         int64_t n = 0;
@@ -308,11 +308,11 @@ TEST(methods_prior_is_diffusers)
     open_lesson(t, &l);
     float *want = l.golden ? golden(&l, "prior.loss", &n) : NULL;
     if (want && start(&l, (vel_trained){.thaw = &thaw}, false)) {
-        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        REQUIRE_OK(vel_train_load_weights(l.model, &thaw));
         vel_batch b = batch_of(&l, 0); /* weights as the feed gives them: twice, since mse halves */
         l.weight[0] = 2;
         l.weight[1] = 2 * 0.7f;
-        CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+        REQUIRE_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
         CHECK_MSG(fabs(loss - want[0]) < 2e-5 * want[0], "loss %g, not %g", loss, want[0]);
         check_gradients(&l, "unet.", "prior", 2e-4);
     }
@@ -332,11 +332,11 @@ TEST(methods_prior_without_pictures)
     open_lesson(t, &l);
     float *want = l.golden ? golden(&l, "base_prior.loss", &n) : NULL;
     if (want && start(&l, (vel_trained){.thaw = &thaw}, false)) {
-        CHECK_OK(vel_train_load_weights(l.model, &thaw));
+        REQUIRE_OK(vel_train_load_weights(l.model, &thaw));
         vel_engine *e = vel_model_engine(l.model);
         for (int i = 0; i < vel_engine_trainables(e); i++) {
             const vel_trainable *p = vel_engine_trainable_at(e, i);
-            float *v = vel_alloc(t->ctx, (size_t)p->count * sizeof *v);
+            float *v = vel_test_alloc(t, (size_t)p->count * sizeof *v);
             vel_engine_read_trainables(e, 'v', p->offset, p->count, v);
             for (int64_t k = 0; k < p->count; k++)
                 v[k] *= 1.01f;
@@ -345,7 +345,7 @@ TEST(methods_prior_without_pictures)
         }
         vel_batch b = batch_of(&l, 0);
         size_t state = 77 * 192, two = 2 * state * sizeof(float);
-        float *context = vel_alloc(t->ctx, 2 * two); /* as it is, then the two exchanged */
+        float *context = vel_test_alloc(t, 2 * two); /* as it is, then the two exchanged */
         memcpy(context, l.context, two);
         memcpy(context + 2 * state, l.context + state, two / 2);
         memcpy(context + 3 * state, l.context, two / 2);
@@ -362,7 +362,7 @@ TEST(methods_prior_without_pictures)
         b.context = context;
         b.n_base = 2;
         b.base_context = context + 2 * state;
-        CHECK_OK(vel_trainer_run(l.trainer, &b, false, &loss, NULL));
+        REQUIRE_OK(vel_trainer_run(l.trainer, &b, false, &loss, NULL));
         CHECK_MSG(fabs(loss - want[0]) < 2e-5 * want[0], "loss %g, not %g", loss, want[0]);
         vel_free(t->ctx, context);
     }
@@ -381,15 +381,15 @@ static bool add_golden_word(lesson *l)
     static float first[2 * 192];
     int32_t *cat = NULL, want[2 * 77];
     int n = 0;
-    CHECK_OK(vel_tokenizer_ids(tokenizer, vel_safetensors_meta(l->golden, "init"), &cat, &n));
+    REQUIRE_OK(vel_tokenizer_ids(tokenizer, vel_safetensors_meta(l->golden, "init"), &cat, &n));
     CHECK(n == 1);
     for (int i = 0; cat && i < 2; i++)
-        CHECK_OK(vel_model_embedding(l->model, cat[0], first + i * 192));
+        REQUIRE_OK(vel_model_embedding(l->model, cat[0], first + i * 192));
     vel_free(t->ctx, cat);
-    CHECK_OK(vel_model_add_word(l->model, "<new>", 2, first));
+    REQUIRE_OK(vel_model_add_word(l->model, "<new>", 2, first));
     golden_ints(l, "words.ids", want);
     for (int i = 0; i < 2; i++)
-        CHECK_OK(vel_tokenizer_encode(tokenizer, prompts[i], 77, l->ids + 77 * i, NULL, NULL));
+        REQUIRE_OK(vel_tokenizer_encode(tokenizer, prompts[i], 77, l->ids + 77 * i, NULL, NULL));
     CHECK(memcmp(want, l->ids, sizeof want) == 0);
     return !t->failures;
 }
@@ -406,15 +406,15 @@ TEST(methods_words_are_diffusers)
         words.trained = true;
         vel_engine *e = vel_model_engine(l.model);
         bool ready = start(&l, (vel_trained){.words = &words}, true);
-        CHECK(ready && vel_engine_trainables(e) == 1);
+        REQUIRE(ready && vel_engine_trainables(e) == 1);
         const vel_trainable *rows = ready ? vel_engine_trainable_at(e, 0) : NULL;
-        CHECK(rows && rows->count == 2 * 192);
+        REQUIRE(rows && rows->count == 2 * 192);
         if (rows)
-            CHECK_OK(vel_engine_load_trainable(e, 0));
+            REQUIRE_OK(vel_engine_load_trainable(e, 0));
         for (int i = 0; rows && i < n; i++) {
             vel_batch b = batch_of(&l, i);
             double loss = 0;
-            CHECK_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
+            REQUIRE_OK(vel_trainer_run(l.trainer, &b, true, &loss, NULL));
             CHECK_MSG(fabs(loss - losses[i]) < 2e-5 * losses[i], "step %d: loss %g, not %g", i,
                       loss, losses[i]);
             double error = i ? 0 : distance(&l, rows, 'g', "words.grad0", NULL);
@@ -445,7 +445,7 @@ static void check_word_file(vel_test *t, const char *path, const char *name, int
     vel_word *words;
     int count = 0;
     vel_status st = vel_words_read(t->ctx, path, false, &words, &count);
-    CHECK_OK(st);
+    REQUIRE_OK(st);
     if (st)
         return;
     CHECK_MSG(count == 1 && strcmp(words[0].name, name) == 0 && words[0].n == n &&
@@ -464,14 +464,14 @@ TEST(methods_word_files)
     check_word_file(t, "tests/golden/words_a1111.pt", "toy", 2, 4, 7);
     check_word_file(t, "tests/golden/words_diffusers.bin", "<old>", 1, 4, 3);
     snprintf(path, sizeof path, "%s/my-cat.safetensors", t->folder);
-    CHECK_OK(vel_words_write(t->ctx, path, word, 1, "kohya", VEL_FILE_F32, NULL));
+    REQUIRE_OK(vel_words_write(t->ctx, path, word, 1, "kohya", VEL_FILE_F32, NULL));
     check_word_file(t, path, "my-cat", 2, 3, 6);
     CHECK(vel_words_write(t->ctx, path, word, 2, "kohya", VEL_FILE_F32, NULL) == VEL_BAD_VALUE);
-    CHECK_OK(vel_words_write(t->ctx, path, word, 2, "diffusers", VEL_FILE_F16, NULL));
-    CHECK_OK(vel_words_read(t->ctx, path, false, &words, &n));
+    REQUIRE_OK(vel_words_write(t->ctx, path, word, 2, "diffusers", VEL_FILE_F16, NULL));
+    REQUIRE_OK(vel_words_read(t->ctx, path, false, &words, &n));
     CHECK(n == 2 && strcmp(words[1].name, "<two>") == 0 && words[1].values[2] == 3);
     vel_words_free(t->ctx, words, n);
-    CHECK_OK(vel_words_read(t->ctx, path, true, &words, &n)); /* none is bundled */
+    REQUIRE_OK(vel_words_read(t->ctx, path, true, &words, &n)); /* none is bundled */
     CHECK(n == 0);
     vel_words_free(t->ctx, words, n);
     /* Not words: too many rows, and SDXL's. */
@@ -479,10 +479,10 @@ TEST(methods_word_files)
     static const int64_t zeros[4096] = {0};
     odd.dim[0] = 2048;
     odd.data = zeros;
-    CHECK_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
     CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_BAD_FILE);
     odd.dim[0] = 1;
     odd.name = "clip_g";
-    CHECK_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
     CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_UNSUPPORTED);
 }

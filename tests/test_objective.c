@@ -16,7 +16,7 @@ typedef struct golden {
 static golden open_golden(vel_test *t)
 {
     golden gd = {.t = t};
-    CHECK_OK(vel_safetensors_open(t->ctx, "tests/golden/objective.safetensors", &gd.file));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/objective.safetensors", &gd.file));
     return gd;
 }
 
@@ -56,7 +56,7 @@ static vel_schedule schedule_of(vel_test *t, bool zero_snr, vel_prediction predi
                           .prediction = prediction,
                           .rescale_zero_snr = zero_snr};
     vel_schedule s;
-    CHECK_OK(vel_schedule_init(t->ctx, &s, &c));
+    REQUIRE_OK(vel_schedule_init(t->ctx, &s, &c));
     return s;
 }
 
@@ -84,7 +84,7 @@ TEST(objective_weights)
     CHECK(take(&gd, "times", times, TIMES) == TIMES);
     for (int i = 0; i < VEL_COUNT(rows); i++) {
         vel_schedule s = schedule_of(t, rows[i].zero_snr, rows[i].prediction);
-        CHECK_OK(vel_objective_check(t->ctx, &rows[i].o, &s));
+        REQUIRE_OK(vel_objective_check(t->ctx, &rows[i].o, &s));
         for (int k = 0; k < TIMES; k++)
             got[k] = (float)vel_objective_weight(&rows[i].o, &s, (int)times[k]);
         compare(&gd, rows[i].name, got, TIMES);
@@ -136,8 +136,9 @@ static void check_loss(golden *gd, const char *type, bool masked)
     vel_objective o = {.loss_type = type};
     vel_engine *e = NULL;
     vel_plan *p = NULL;
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
     vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
     vel_ref pred = vel_param(g, "pred", shape), target = vel_input(g, "target", VEL_F32, shape);
     vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(2)), huber = {0}, mask = {0}, each;
     if (vel_objective_has_huber(&o))
@@ -147,10 +148,10 @@ static void check_loss(golden *gd, const char *type, bool masked)
     vel_ref loss = vel_objective_loss(g, &o, pred, target, weight, huber, mask, &each);
     vel_output(g, "loss", loss);
     vel_output(g, "each", each);
-    CHECK_OK(vel_graph_check(g));
-    CHECK_OK(vel_engine_add_trainables(e, g));
+    REQUIRE_OK(vel_graph_check(g));
+    REQUIRE_OK(vel_engine_add_trainables(e, g));
     vel_plan_options how = {.compute = VEL_F32, .gradient = true};
-    CHECK_OK(vel_plan_create(e, g, &how, &p));
+    REQUIRE_OK(vel_plan_create(e, g, &how, &p));
     static const char *const inputs[] = {"target", "weight", "c", "mask"};
     float values[N];
     take(gd, "pred", values, N);
@@ -158,17 +159,17 @@ static void check_loss(golden *gd, const char *type, bool masked)
     for (int i = 0; p && i < VEL_COUNT(inputs); i++)
         if (vel_plan_has_input(p, inputs[i])) {
             int64_t n = take(gd, inputs[i], values, N);
-            CHECK_OK(vel_plan_set(p, inputs[i], values, (size_t)n * sizeof *values));
+            REQUIRE_OK(vel_plan_set(p, inputs[i], values, (size_t)n * sizeof *values));
         }
     char name[64];
     static const char *const outputs[] = {"loss", "each", "grad"};
-    CHECK_OK(vel_plan_run(p));
+    REQUIRE_OK(vel_plan_run(p));
     for (int i = 0; i < 3; i++) {
         snprintf(name, sizeof name, "%s.%s%s", outputs[i], type, masked ? ".masked" : "");
         if (i == 2)
             vel_engine_read_trainables(e, 'g', 0, N, values);
         else
-            CHECK_OK(vel_plan_get(p, outputs[i], values, i + 1));
+            REQUIRE_OK(vel_plan_get(p, outputs[i], values, i + 1));
         compare(gd, name, values, i == 2 ? N : i + 1);
     }
     vel_plan_destroy(p);

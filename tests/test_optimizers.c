@@ -52,13 +52,14 @@ static bool open_bench(bench *b, vel_test *t, const char *name, const char *args
     b->tensors = eight_bit ? large : small;
     b->n = eight_bit ? VEL_COUNT(large) : VEL_COUNT(small);
     vel_optimizer_wish wish = {name, args, NAN, NAN, NAN, NAN};
-    CHECK_OK(vel_optimizer_choose(t->ctx, &wish, &b->choice));
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &b->e));
+    REQUIRE_OK(vel_optimizer_choose(t->ctx, &wish, &b->choice));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &b->e));
     vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
     for (int i = 0; i < b->n; i++)
         vel_param(g, b->tensors[i].name, b->tensors[i].shape);
-    CHECK_OK(vel_engine_set_optimizer(b->e, &b->choice.settings));
-    CHECK_OK(vel_engine_add_trainables(b->e, g));
+    REQUIRE_OK(vel_engine_set_optimizer(b->e, &b->choice.settings));
+    REQUIRE_OK(vel_engine_add_trainables(b->e, g));
     vel_graph_destroy(g);
     for (int i = 0; i < b->n; i++) {
         const vel_trainable *v = vel_engine_trainable_at(b->e, i);
@@ -86,7 +87,7 @@ static void step(bench *b, double lr, int number)
             b->room[k] = 2 * gradient(k, i, number);
         vel_engine_write_trainables(b->e, 'g', v->offset, v->count, b->room);
     }
-    CHECK_OK(vel_engine_update(b->e, 0.5, rate_of, b));
+    REQUIRE_OK(vel_engine_update(b->e, 0.5, rate_of, b));
 }
 
 static const vel_file_tensor *wanted(bench *b, const char *what, const char *tensor)
@@ -125,7 +126,7 @@ static void compare_codes(bench *b, int k, const vel_state_vector *v, const leaf
     int64_t n = vel_shape_count(shape->shape);
     const uint8_t *got = (uint8_t *)b->room;
     int other = 0, far = 0;
-    CHECK(f && f->type == VEL_FILE_U8 && f->count == n);
+    REQUIRE(f && f->type == VEL_FILE_U8 && f->count == n);
     for (int64_t i = 0; f && i < n; i++) {
         other += got[i] != f->data[i];
         far += abs(got[i] - f->data[i]) > 1;
@@ -147,7 +148,7 @@ static void compare_states(bench *b)
         for (int k = 0; vel_engine_state(b->e, i, k, &v); k++) {
             if (v.offset < 0 || strcmp(v.name, "p0") == 0)
                 continue;
-            CHECK_OK(vel_engine_read_state(b->e, &v, b->room));
+            REQUIRE_OK(vel_engine_read_state(b->e, &v, b->room));
             if (v.bytes) {
                 compare_codes(b, k, &v, &b->tensors[i]);
                 continue;
@@ -175,7 +176,7 @@ static void compare_shown(bench *b)
     vel_test *t = b->t;
     float before[3], after[3];
     vel_engine_read_trainables(b->e, 'v', 0, 3, before);
-    CHECK_OK(vel_engine_evaluate(b->e, true));
+    REQUIRE_OK(vel_engine_evaluate(b->e, true));
     for (int i = 0; i < b->n; i++) {
         const vel_trainable *p = vel_engine_trainable_at(b->e, i);
         vel_engine_read_trainables(b->e, 'v', p->offset, p->count, b->room);
@@ -183,15 +184,15 @@ static void compare_shown(bench *b)
     }
     vel_engine_read_trainables(b->e, 'v', 0, 3, after);
     CHECK(memcmp(before, after, sizeof before) != 0);
-    CHECK_OK(vel_engine_evaluate(b->e, false));
+    REQUIRE_OK(vel_engine_evaluate(b->e, false));
     vel_engine_read_trainables(b->e, 'v', 0, 3, after);
     CHECK(memcmp(before, after, sizeof before) == 0);
 }
 
 TEST(optimizers_are_those_of_the_peers)
 {
-    bench *b = vel_alloc(t->ctx, sizeof *b);
-    CHECK_OK(vel_safetensors_open(t->ctx, "tests/golden/optimizers.safetensors", &b->golden));
+    bench *b = vel_test_alloc(t, sizeof *b);
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/optimizers.safetensors", &b->golden));
     json_t *cases = json_loads(vel_safetensors_meta(b->golden, "cases"), 0, NULL);
     CHECK(json_array_size(cases) >= 20);
     for (; b->label < (int)json_array_size(cases); b->label++) {
@@ -215,12 +216,12 @@ TEST(optimizers_are_those_of_the_peers)
 TEST(optimizers_dynamic_map)
 {
     vel_safetensors *sf = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, "tests/golden/optimizers.safetensors", &sf));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/optimizers.safetensors", &sf));
     for (int k = 0; sf && k < 2; k++) {
         float got[256], want[256];
         vel_dynamic_map(k, got);
         const vel_file_tensor *f = vel_safetensors_find(sf, k ? "map.signed" : "map.unsigned");
-        CHECK(f && f->count == 256);
+        REQUIRE(f && f->count == 256);
         vel_file_tensor_floats(f, 0, 256, want);
         for (int i = 0; i < 256; i++)
             CHECK_MSG(fabsf(got[i] - want[i]) <= 2.4e-7f * fabsf(want[i]), "%d: %.9g, not %.9g", i,
@@ -238,7 +239,7 @@ TEST(optimizers_go_on_from_a_state)
 {
     static const char *const names[] = {"AdamW",   "AdamW8bit", "Lion8bit",         "SGDNesterov",
                                         "Prodigy", "AdaFactor", "AdamWScheduleFree"};
-    bench *b = vel_alloc(t->ctx, 2 * sizeof *b);
+    bench *b = vel_test_alloc(t, 2 * sizeof *b);
     for (int i = 0; i < VEL_COUNT(names); i++) {
         char path[4200], again[4200], *bytes[2] = {NULL};
         size_t n[2];
@@ -250,14 +251,14 @@ TEST(optimizers_go_on_from_a_state)
             open_bench(&b[k], t, names[i], NULL, true);
         step(&b[0], 0.01, 0);
         step(&b[0], 0.01, 1);
-        CHECK_OK(vel_state_save(t->ctx, b[0].e, path, 2, "settings", &saved));
-        CHECK_OK(vel_state_load(t->ctx, b[1].e, path, "settings", &at, &scaler));
+        REQUIRE_OK(vel_state_save(t->ctx, b[0].e, path, 2, "settings", &saved));
+        REQUIRE_OK(vel_state_load(t->ctx, b[1].e, path, "settings", &at, &scaler));
         CHECK(at == 2);
         CHECK(scaler.scale == 3 && scaler.good == 4 && scaler.skips == 5);
         for (int k = 0; k < 2; k++) {
             step(&b[k], 0.01, 2);
-            CHECK_OK(vel_state_save(t->ctx, b[k].e, k ? again : path, 3, "settings", &saved));
-            CHECK_OK(vel_read_file(t->ctx, k ? again : path, 1 << 20, &bytes[k], &n[k]));
+            REQUIRE_OK(vel_state_save(t->ctx, b[k].e, k ? again : path, 3, "settings", &saved));
+            REQUIRE_OK(vel_read_file(t->ctx, k ? again : path, 1 << 20, &bytes[k], &n[k]));
             vel_engine_destroy(b[k].e);
         }
         CHECK_MSG(n[0] == n[1] && bytes[0] && bytes[1] && memcmp(bytes[0], bytes[1], n[0]) == 0,
@@ -270,7 +271,7 @@ TEST(optimizers_go_on_from_a_state)
 
 TEST(optimizers_8bit_states_are_a_quarter)
 {
-    bench *b = vel_alloc(t->ctx, sizeof *b);
+    bench *b = vel_test_alloc(t, sizeof *b);
     int64_t bytes[2];
     for (int k = 0; k < 2; k++) {
         open_bench(b, t, k ? "AdamW8bit" : "AdamW", NULL, true);
@@ -286,10 +287,10 @@ TEST(optimizers_8bit_states_are_a_quarter)
 TEST(optimizers_round_stochastically)
 {
     enum { STEPS = 64 };
-    bench *b = vel_alloc(t->ctx, sizeof *b);
+    bench *b = vel_test_alloc(t, sizeof *b);
     open_bench(b, t, "SGD", NULL, true);
     b->choice.settings.round_bf16 = true;
-    CHECK_OK(vel_engine_set_optimizer(b->e, &b->choice.settings));
+    REQUIRE_OK(vel_engine_set_optimizer(b->e, &b->choice.settings));
     const vel_trainable *p = vel_engine_trainable_at(b->e, 0);
     for (int64_t i = 0; i < p->count; i++)
         b->room[i] = 1;
@@ -297,7 +298,7 @@ TEST(optimizers_round_stochastically)
     b->lr = 1e-4; /* a fortieth of the grid's 2^-8 below 1 */
     for (int k = 0; k < STEPS; k++) {
         vel_engine_write_trainables(b->e, 'g', p->offset, p->count, b->room);
-        CHECK_OK(vel_engine_update(b->e, 1, rate_of, b));
+        REQUIRE_OK(vel_engine_update(b->e, 1, rate_of, b));
         if (k == 0)
             for (int64_t i = 0; i < p->count; i++)
                 b->room[i] = 1;
@@ -344,16 +345,16 @@ TEST(optimizers_settings)
         vel_optimizer_choice c;
         vel_status st = vel_optimizer_choose(t->ctx, &wish, &c);
         if (!rows[i].says)
-            CHECK_OK(st);
+            REQUIRE_OK(st);
         else
             CHECK_MSG(st == VEL_BAD_VALUE && strstr(vel_ctx_error(t->ctx), rows[i].says),
                       "%s %s: %s", rows[i].name, rows[i].args, vel_ctx_error(t->ctx));
     }
     vel_optimizer_wish wish = {"AdamW", "weight_decay=0.25", 0.5, NAN, NAN, 0.125};
     vel_optimizer_choice c = {.name = NULL};
-    CHECK_OK(vel_optimizer_choose(t->ctx, &wish, &c));
+    REQUIRE_OK(vel_optimizer_choose(t->ctx, &wish, &c));
     CHECK_MSG(strcmp(c.text, "betas=(0.5, 0.999),eps=1e-08,weight_decay=0.25") == 0, "%s", c.text);
     wish = (vel_optimizer_wish){"AdaFactor", NULL, NAN, NAN, NAN, NAN};
-    CHECK_OK(vel_optimizer_choose(t->ctx, &wish, &c));
+    REQUIRE_OK(vel_optimizer_choose(t->ctx, &wish, &c));
     CHECK_MSG(vel_has_prefix(c.text, "eps=(1e-30, 0.001),"), "%s", c.text);
 }

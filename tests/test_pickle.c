@@ -27,8 +27,8 @@ static void check_tensor(vel_test *t, const char *file, const vel_file_tensor *w
 static void compare_files(vel_test *t, const char *file, const char *truth)
 {
     vel_safetensors *a = NULL, *b = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, file, &a));
-    CHECK_OK(vel_safetensors_open(t->ctx, truth, &b));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, file, &a));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, truth, &b));
     if (a && b) {
         CHECK(vel_safetensors_count(b) > 0);
         CHECK_MSG(vel_safetensors_count(a) == vel_safetensors_count(b), "%s: %d tensors", file,
@@ -53,7 +53,7 @@ TEST(pickle_reads_what_torch_saves)
 TEST(pickle_facts_are_metadata)
 {
     vel_safetensors *sf = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, GOLDEN "zip.pt", &sf));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, GOLDEN "zip.pt", &sf));
     if (sf) {
         CHECK(strcmp(vel_safetensors_meta(sf, "name"), "a name") == 0);
         CHECK(strcmp(vel_safetensors_meta(sf, "step"), "1234") == 0);
@@ -111,14 +111,14 @@ static void end_plain(bytes *f)
 static void write_plain(vel_test *t, const char *path, const void *data, size_t n)
 {
     FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, n, f) == n);
+    REQUIRE(f && fwrite(data, 1, n, f) == n);
     if (f)
         fclose(f);
 }
 
 static void refused(vel_test *t, const char *what, const bytes *f, const char *words)
 {
-    char *path = vel_path_join(t->ctx, t->folder, "evil.pt");
+    char *path = vel_test_path(t, "evil.pt");
     vel_safetensors *sf = NULL;
     CHECK(f->n <= sizeof f->b);
     write_plain(t, path, f->b, f->n);
@@ -143,13 +143,13 @@ TEST(pickle_of_the_tests_is_good)
 {
     bytes f;
     vel_safetensors *sf = NULL;
-    char *path = vel_path_join(t->ctx, t->folder, "good.pt");
+    char *path = vel_test_path(t, "good.pt");
     begin(&f);
     ADD(&f, "}X\x01\0\0\0w" REBUILD STORAGE("\x04") "K\0K\x02K\x02\x86K\x02K\x01\x86\x89}tRs");
     end(&f, 4, 16);
     write_plain(t, path, f.b, f.n);
-    CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
-    CHECK(sf && vel_safetensors_find(sf, "w") && vel_safetensors_find(sf, "w")->count == 4);
+    REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
+    REQUIRE(sf && vel_safetensors_find(sf, "w") && vel_safetensors_find(sf, "w")->count == 4);
     vel_safetensors_close(sf);
     vel_free(t->ctx, path);
 }
@@ -256,10 +256,10 @@ TEST(pickle_bombs)
 /* Every beginning of a good file, and every byte of one changed, is refused or read; never more. */
 TEST(pickle_damaged_archives)
 {
-    char *text = NULL, *path = vel_path_join(t->ctx, t->folder, "damaged.pt");
+    char *text = NULL, *path = vel_test_path(t, "damaged.pt");
     size_t n = 0;
     int read = 0;
-    CHECK_OK(vel_read_file(t->ctx, GOLDEN "zip.pt", 1 << 20, &text, &n));
+    REQUIRE_OK(vel_read_file(t->ctx, GOLDEN "zip.pt", 1 << 20, &text, &n));
     for (size_t i = 0; i < 2 * n; i += 7) {
         vel_safetensors *sf = NULL;
         size_t length = i < n ? i : n, place = i < n ? 0 : i - n;
@@ -280,10 +280,10 @@ TEST(pickle_damaged_archives)
 
 TEST(pickle_compressed_entry)
 {
-    char *text = NULL, *path = vel_path_join(t->ctx, t->folder, "packed.pt");
+    char *text = NULL, *path = vel_test_path(t, "packed.pt");
     size_t n = 0;
     vel_safetensors *sf = NULL;
-    CHECK_OK(vel_read_file(t->ctx, GOLDEN "zip.pt", 1 << 20, &text, &n));
+    REQUIRE_OK(vel_read_file(t->ctx, GOLDEN "zip.pt", 1 << 20, &text, &n));
     for (size_t i = 0; text && i + 12 < n; i++)
         if (memcmp(text + i, "PK\1\2", 4) == 0)
             text[i + 10] = 8; /* method: deflate */
@@ -298,18 +298,18 @@ TEST(pickle_compressed_entry)
 TEST(pickle_is_a_part_of_a_folder)
 {
     static const char *const stems[] = {"model", "pytorch_model"};
-    char *text = NULL, *bin = vel_path_join(t->ctx, t->folder, "pytorch_model.bin"),
-         *other = vel_path_join(t->ctx, t->folder, "model.safetensors");
+    char *text = NULL, *bin = vel_test_path(t, "pytorch_model.bin"),
+         *other = vel_test_path(t, "model.safetensors");
     size_t n = 0;
     vel_safetensors *sf = NULL;
-    CHECK_OK(vel_read_file(t->ctx, GOLDEN "model.ckpt", 1 << 20, &text, &n));
+    REQUIRE_OK(vel_read_file(t->ctx, GOLDEN "model.ckpt", 1 << 20, &text, &n));
     write_plain(t, bin, text, n);
-    CHECK_OK(vel_safetensors_open_part(t->ctx, t->folder, stems, 2, NULL, &sf));
-    CHECK(sf && vel_has_suffix(vel_safetensors_path(sf), "pytorch_model.bin"));
+    REQUIRE_OK(vel_safetensors_open_part(t->ctx, t->folder, stems, 2, NULL, &sf));
+    REQUIRE(sf && vel_has_suffix(vel_safetensors_path(sf), "pytorch_model.bin"));
     vel_safetensors_close(sf);
-    CHECK_OK(vel_safetensors_save(t->ctx, other, NULL, 0, NULL));
-    CHECK_OK(vel_safetensors_open_part(t->ctx, t->folder, stems, 2, NULL, &sf));
-    CHECK(sf && vel_has_suffix(vel_safetensors_path(sf), "model.safetensors"));
+    REQUIRE_OK(vel_safetensors_save(t->ctx, other, NULL, 0, NULL));
+    REQUIRE_OK(vel_safetensors_open_part(t->ctx, t->folder, stems, 2, NULL, &sf));
+    REQUIRE(sf && vel_has_suffix(vel_safetensors_path(sf), "model.safetensors"));
     vel_safetensors_close(sf);
     vel_free(t->ctx, text);
     vel_free(t->ctx, bin);
