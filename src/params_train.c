@@ -71,6 +71,9 @@ const vel_option_row vel_train_rows[] = {
         "tags that are seen at the first step"),
     FLOAT("token_warmup_step", NULL, captions.warmup_step, "0", 0, 1e9, "captions",
           "step from which all tags are seen, or a share of all steps below 1"),
+    INT("data_threads", NULL, data_threads, "-1", -1, 64, "data",
+        "threads that read pictures and make batches ahead of the steps; 0: none; -1: 1 on a CPU, "
+        "up to 4 beside a GPU"),
     INT("max_train_samples", NULL, max_train_samples, "0", 0, 1000000000, "data",
         "the first so many pictures by name; 0: all"),
     TEXT("compare_images", NULL, compare_images, NULL, "method",

@@ -81,6 +81,78 @@ static void see(void *user, const vel_event *event)
     seen->last = *event;
 }
 
+/* ---- work beside the caller ---- */
+
+typedef struct squares {
+    vel_ctx *ctx;
+    int64_t slot[6], fails_at;
+    int left; /* threads that ended */
+} squares;
+
+static vel_status make_square(void *user, int thread, int64_t i, int slot)
+{
+    squares *q = user;
+    char *text = vel_strf(q->ctx, "%" PRId64, i * i); /* threads allocate */
+    if (!text)
+        return VEL_NO_MEMORY;
+    for (volatile int64_t k = 0; k < (i * 7919 % 13 + thread) * 1000; k++)
+        ;
+    q->slot[slot] = i * i;
+    vel_free(q->ctx, text);
+    return i == q->fails_at ? vel_fail(q->ctx, VEL_BAD_FILE, "item %" PRId64, i) : VEL_OK;
+}
+
+static void leave_squares(void *user, int thread)
+{
+    (void)thread;
+    __atomic_add_fetch(&((squares *)user)->left, 1, __ATOMIC_RELAXED);
+}
+
+TEST(items_are_made_ahead_in_order)
+{
+    static const int threads[] = {0, 1, 4};
+    for (int k = 0; k < VEL_COUNT(threads); k++) {
+        squares q = {.ctx = t->ctx, .fails_at = -1};
+        vel_ahead_how how = {.threads = threads[k],
+                             .slots = threads[k] ? 6 : 2,
+                             .first = 5,
+                             .end = 205,
+                             .make = make_square,
+                             .leave = leave_squares,
+                             .user = &q};
+        vel_ahead *a;
+        int slot, wrong = 0;
+        CHECK_OK(vel_ahead_start(t->ctx, &how, &a));
+        for (int64_t i = 5; a && i < 205; i++)
+            wrong += vel_ahead_take(a, i, &slot) != VEL_OK || q.slot[slot] != i * i;
+        CHECK(wrong == 0);
+        CHECK(vel_ahead_take(a, 205, &slot) == VEL_BUG);
+        vel_ahead_stop(a);
+        CHECK(q.left == threads[k]);
+    }
+}
+
+/* A failure is told when its item's turn comes, not before; nobody waits for who has stopped. */
+TEST(items_that_fail_say_so_in_their_turn)
+{
+    for (int threads = 0; threads < 4; threads += 3) {
+        squares q = {.ctx = t->ctx, .fails_at = 3};
+        vel_ahead_how how = {
+            .threads = threads, .slots = 5, .end = 1000, .make = make_square, .user = &q};
+        vel_ahead *a;
+        int slot;
+        CHECK_OK(vel_ahead_start(t->ctx, &how, &a));
+        vel_fail(t->ctx, VEL_OK, "of the caller");
+        for (int64_t i = 0; a && i < 3; i++)
+            CHECK_OK(vel_ahead_take(a, i, &slot));
+        CHECK(strcmp(vel_ctx_error(t->ctx), "of the caller") == 0);
+        CHECK(vel_ahead_take(a, 3, &slot) == VEL_BAD_FILE);
+        CHECK(strcmp(vel_ctx_error(t->ctx), "item 3") == 0);
+        vel_ahead_stop(a); /* with items made and in the making that nobody takes */
+    }
+    vel_ahead_stop(NULL);
+}
+
 TEST(progress_is_limited_but_ends)
 {
     seen_events seen = {0};

@@ -195,6 +195,68 @@ TEST(train_resumed_equals_uninterrupted)
     }
 }
 
+/* Threads that make batches ahead change nothing: pictures cut anew each epoch, mirrored, masked,
+ * with captions that are made for each step, stopped and resumed in the middle. */
+TEST(train_ahead_changes_nothing)
+{
+    static const char *const kinds[] = {
+        "random_crop=yes flip=yes resolution=96,64 batch=2 alpha_mask=yes sample_latents=no",
+        "shuffle_caption=yes caption_tag_dropout_rate=0.3 flip=yes token_warmup_step=3",
+        "train_text_encoder=yes stop_text_encoder_training=2 shuffle_caption=yes accumulation=2",
+    };
+    static watch w;
+    char settings[512], a[64], b[64];
+    for (int i = 0; i < VEL_COUNT(kinds); i++) {
+        snprintf(settings, sizeof settings, "%s rank=1 steps=3 data_threads=0", kinds[i]);
+        snprintf(a, sizeof a, "alone%d", i);
+        CHECK_OK(train(t, &w, a, settings));
+        double third = w.loss[2];
+        snprintf(settings, sizeof settings, "%s rank=1 steps=3 data_threads=3", kinds[i]);
+        snprintf(b, sizeof b, "ahead%d", i);
+        w.interrupt_at = 2;
+        CHECK(train(t, &w, b, settings) == VEL_INTERRUPTED);
+        w.interrupt_at = 0;
+        snprintf(settings + strlen(settings), 32, " resume=latest");
+        CHECK_OK(train(t, &w, b, settings));
+        CHECK(w.loss[2] == third);
+        snprintf(a, sizeof a, "alone%d/a.safetensors", i);
+        snprintf(b, sizeof b, "ahead%d/a.safetensors", i);
+        CHECK_MSG(same_files(t, a, b), "%s: threads change the adapter", kinds[i]);
+    }
+}
+
+/* A picture that turns out to be damaged when a thread reads it stops the step that needs it. */
+TEST(train_names_a_picture_that_a_thread_cannot_read)
+{
+    static watch w;
+    char path[4200], *bytes = NULL;
+    size_t n = 0;
+    vel_params *p = settings_of(t, "out", ""); /* makes the pictures */
+    vel_params_destroy(p);
+    snprintf(path, sizeof path, "%s/pictures", t->folder);
+    char **names;
+    int count = 0;
+    CHECK_OK(vel_list_folder(t->ctx, path, &names, &count));
+    for (int i = 0; i < count; i++) {
+        if (!vel_has_suffix(names[i], ".png"))
+            continue;
+        snprintf(path, sizeof path, "%s/pictures/%s", t->folder, names[i]);
+        CHECK_OK(vel_read_file(t->ctx, path, 1 << 24, &bytes, &n));
+        CHECK_OK(vel_write_file(t->ctx, path, bytes, n / 2));
+        vel_free(t->ctx, bytes);
+        break;
+    }
+    vel_names_free(t->ctx, names, count);
+    static const char *const kinds[] = {"random_crop=yes resolution=96,64", "flip=yes"};
+    for (int i = 0; i < 2; i++) {
+        char settings[128];
+        snprintf(settings, sizeof settings, "%s data_threads=2 steps=9", kinds[i]);
+        CHECK(train(t, &w, "out", settings) == VEL_BAD_FILE);
+        CHECK_MSG(says(t, path) && says(t, "damaged"), "%s", vel_ctx_error(t->ctx));
+        CHECK_NAMES("out", ".safetensors", "");
+    }
+}
+
 /* ---- other adapters ---- */
 
 TEST(train_kinds_resume)

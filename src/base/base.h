@@ -43,9 +43,11 @@ void vel_assert_failed(const char *what, const char *file, int line);
 
 /* ---- context: memory, errors, events (ctx.c) ---------------------------------------------- */
 
+enum { VEL_LONGEST_ERROR = 2048 };
+
 struct vel_ctx {
     char device[32];
-    char error[2048];
+    char error[VEL_LONGEST_ERROR];
     vel_event_fn on_event;
     void *on_event_user;
     volatile int interrupted;
@@ -68,6 +70,10 @@ char *vel_strf(vel_ctx *ctx, const char *format, ...) VEL_PRINTF(2, 3); /* owned
 vel_status vel_fail(vel_ctx *ctx, vel_status status, const char *format, ...) VEL_PRINTF(3, 4);
 /* Puts "prefix: " before the stored message and returns status. */
 vel_status vel_fail_in(vel_ctx *ctx, vel_status status, const char *format, ...) VEL_PRINTF(3, 4);
+/* From here on the calling thread's messages go to room [VEL_LONGEST_ERROR], not to the context;
+ * NULL: to the context again. For threads that work beside the one which called into the library.
+ */
+void vel_keep_errors(char *room);
 
 void vel_log(vel_ctx *ctx, int level, const char *format, ...) VEL_PRINTF(3, 4);
 void vel_metric(vel_ctx *ctx, const char *name, int64_t step, double value);
@@ -87,6 +93,27 @@ void vel_progress_at(vel_progress *p, int64_t done, double value); /* value: NaN
 double vel_now(void);                                              /* monotonic seconds */
 int64_t vel_resident_bytes(void); /* of this process; 0 if unknown */
 int64_t vel_peak_resident_bytes(void);
+
+/* ---- work beside the caller (ahead.c) ------------------------------------------------------ */
+
+/* Items first, first + 1 ... end - 1, made by threads ahead of who takes them, in that order. What
+ * make(user, thread, i, slot) puts into room `slot` (0..slots - 1, the caller's) must be a function
+ * of i alone: then nothing depends on which thread made it, or when. Its threads may allocate and
+ * fail, and may not emit events. */
+typedef struct vel_ahead vel_ahead;
+typedef struct vel_ahead_how {
+    int threads; /* 0: items are made when they are taken, as thread 0 */
+    int slots;   /* at least 2; the one that was taken last is not written to */
+    int64_t first, end;
+    vel_status (*make)(void *user, int thread, int64_t i, int slot);
+    void (*leave)(void *user, int thread); /* the last call of a thread of its; may be NULL */
+    void *user;
+} vel_ahead_how;
+vel_status vel_ahead_start(vel_ctx *ctx, const vel_ahead_how *how, vel_ahead **out);
+/* Waits for the next item, which must be the i-th; it stays in *slot until the next take. What
+ * making it failed with is returned here, its message the context's. */
+vel_status vel_ahead_take(vel_ahead *a, int64_t i, int *slot);
+void vel_ahead_stop(vel_ahead *a); /* waits for items that are being made; NULL is fine */
 
 /* ---- arenas (arena.c): many small things with one lifetime --------------------------------- */
 

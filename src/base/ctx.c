@@ -6,9 +6,9 @@
  * naming its context; vel_hand_out takes a block out of the count, for objects that the caller of
  * the public interface may free after the context is gone.
  *
- * The counters are atomic, since threads of one command allocate at the same time. The error is
- * not: only the thread that called into the library stores one. Which device "auto" means is left
- * to the backends. */
+ * The counters are atomic, since threads of one command allocate at the same time. The error in the
+ * context is of the thread that called into the library; a thread that works beside it keeps its
+ * own (vel_keep_errors). Which device "auto" means is left to the backends. */
 #include "base/base.h"
 
 #include <stdlib.h>
@@ -219,11 +219,23 @@ char *vel_strf(vel_ctx *ctx, const char *format, ...)
 /* ---- errors ---- */
 
 /* Through a copy, because the arguments may point into the stored message. */
+static _Thread_local char *own_error; /* of a thread that keeps its own */
+
+void vel_keep_errors(char *room)
+{
+    own_error = room;
+}
+
+static char *error_of(vel_ctx *ctx)
+{
+    return own_error ? own_error : ctx->error;
+}
+
 static void store_error(vel_ctx *ctx, const char *format, va_list args)
 {
-    char text[sizeof ctx->error];
+    char text[VEL_LONGEST_ERROR];
     vsnprintf(text, sizeof text, format, args);
-    memcpy(ctx->error, text, sizeof text);
+    memcpy(error_of(ctx), text, sizeof text);
 }
 
 vel_status vel_fail(vel_ctx *ctx, vel_status status, const char *format, ...)
@@ -237,14 +249,14 @@ vel_status vel_fail(vel_ctx *ctx, vel_status status, const char *format, ...)
 
 vel_status vel_fail_in(vel_ctx *ctx, vel_status status, const char *format, ...)
 {
-    char old[sizeof ctx->error];
-    memcpy(old, ctx->error, sizeof old);
+    char old[VEL_LONGEST_ERROR], *error = error_of(ctx);
+    memcpy(old, error, sizeof old);
     va_list args;
     va_start(args, format);
     store_error(ctx, format, args);
     va_end(args);
-    size_t n = strlen(ctx->error);
-    snprintf(ctx->error + n, sizeof ctx->error - n, ": %s", old);
+    size_t n = strlen(error);
+    snprintf(error + n, sizeof old - n, ": %s", old);
     return status;
 }
 

@@ -43,7 +43,8 @@ const vel_dialect_row vel_diffusers_rows[] = {
     RULE(LORA | TEXT_TO_IMAGE, "image_interpolation_mode", KIND_TEXT, "lanczos", "resize_filter",
          FILTERS),
     SET(TI, "repeats", KIND_INT, "100", "repeats"),
-    IDLE(DIFFUSERS, "dataloader_num_workers", KIND_INT, "0", "pictures are encoded once and kept"),
+    IDLE(DIFFUSERS, "dataloader_num_workers", KIND_INT, "0",
+         "threads of its own read ahead (--data_threads)"),
     /* output */
     SET(DREAMBOOTH_LORA, "output_dir", KIND_TEXT, "lora-dreambooth-model", "output_dir"),
     SET(DREAMBOOTH, "output_dir", KIND_TEXT, "dreambooth-model", "output_dir"),

@@ -6,7 +6,7 @@
 #define ONE_PROCESS "one process trains here"
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define ATTENTION "attention never keeps its whole matrix here"
-#define NO_LOADER "pictures are encoded once and kept"
+#define NO_LOADER "threads of its own read ahead (--data_threads)"
 #define DATED "resuming takes the step from the state: --resume"
 
 const vel_dialect_row vel_kohya_rows[] = {

@@ -67,6 +67,11 @@ const char *vel_engine_describe(vel_engine *e)
     return e->backend->describe(e->device);
 }
 
+const char *vel_engine_backend(vel_engine *e)
+{
+    return e->backend->name;
+}
+
 vel_dtype vel_engine_best_compute(vel_engine *e)
 {
     return e->backend->best_compute(e->device);

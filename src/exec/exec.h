@@ -13,6 +13,7 @@ vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
 void vel_engine_destroy(vel_engine *e); /* after its plans */
 vel_ctx *vel_engine_ctx(vel_engine *e);
 const char *vel_engine_describe(vel_engine *e);
+const char *vel_engine_backend(vel_engine *e); /* "cpu", "cuda" */
 /* Device memory that the driver and the vendor's libraries keep for themselves. */
 int64_t vel_engine_overhead(vel_engine *e);
 vel_dtype vel_engine_best_compute(vel_engine *e);

@@ -145,6 +145,8 @@ typedef struct vel_picture_load {
  * RGB, alpha over background. Refuses more than 2^28 pixels. vel_image_finish(out). */
 vel_status vel_picture_read(vel_ctx *ctx, const char *path, const vel_picture_load *how,
                             vel_image *out);
+/* The last call of a thread that read pictures beside the one which called into the library. */
+void vel_picture_thread_ends(void);
 /* PNG (with text entries: pairs key, value; n_text pairs), JPEG or WebP by the path's ending; whole
  * or not at all. */
 vel_status vel_picture_write(vel_ctx *ctx, const char *path, const vel_image *image,

@@ -341,6 +341,11 @@ vel_status vel_picture_read(vel_ctx *ctx, const char *path, const vel_picture_lo
     return VEL_OK;
 }
 
+void vel_picture_thread_ends(void)
+{
+    vips_thread_shutdown();
+}
+
 /* ---- writing ---- */
 
 typedef enum picture_kind { PICTURE_PNG, PICTURE_JPEG, PICTURE_WEBP } picture_kind;

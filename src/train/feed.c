@@ -1,25 +1,11 @@
-/* feed.c: from pictures and captions to batches. A picture goes through the autoencoder once; its
- * mean and log-variance are kept (in RAM, and on disk when asked), so that each step can draw anew
- * from the distribution as diffusers does. Captions go through the text encoder once unless it is
- * trained. What a step sees is a function of (seed, step, place in the batch) alone. */
+/* feed.c: from pictures and captions to what the steps learn from. A picture goes through the
+ * autoencoder once; its mean and log-variance are kept (in RAM, and on disk when asked), so that
+ * each step can draw anew from the distribution as diffusers does. Captions go through the text
+ * encoder once unless it is trained. Threads read pictures and make batches (batch.c) ahead of the
+ * steps; what needs a model is done here, by the thread that runs it. */
+#include <unistd.h>
+
 #include "train/session.h"
-
-enum {
-    STREAM_TIME = 1,
-    STREAM_NOISE,
-    STREAM_LATENT,
-    STREAM_OBJECTIVE,
-    STREAM_CAPTION,
-    STREAM_DROPOUT,
-    STREAM_VALIDATION
-};
-enum { VALIDATION_BATCH = 4 }; /* timesteps of a held-out picture that are measured at once */
-
-static uint64_t stream_of(int kind, int64_t micro, int64_t item)
-{
-    int64_t key[2] = {micro, item};
-    return vel_hash64(key, sizeof key, (uint64_t)kind);
-}
 
 /* ---- pictures
  * -------------------------------------------------------------------------------------- */
@@ -36,42 +22,28 @@ static char *latent_key(train_session *s, int sample, int flipped, const char *c
 
 /* Identifies a picture: by content where keys outlive the run, else by its place in the data set.
  */
-static vel_status content_of(train_session *s, int sample, char out[65])
+static vel_status content_of(train_session *s, int sample, const char **out)
 {
-    if (!s->o->cache_to_disk) {
-        snprintf(out, 65, "%d", sample);
+    char hex[65];
+    if (s->content[sample]) {
+        *out = s->content[sample];
         return VEL_OK;
     }
-    vel_map map;
-    VEL_TRY(vel_map_open(s->ctx, &map, s->samples[sample].image));
-    vel_sha256 *h = vel_sha256_create(s->ctx);
-    if (h) {
-        vel_sha256_add(h, map.bytes, map.size);
-        vel_sha256_end(h, out);
+    snprintf(hex, sizeof hex, "%d", sample);
+    if (s->o->cache_to_disk) {
+        vel_map map;
+        VEL_TRY(vel_map_open(s->ctx, &map, s->samples[sample].image));
+        vel_sha256 *h = vel_sha256_create(s->ctx);
+        if (h) {
+            vel_sha256_add(h, map.bytes, map.size);
+            vel_sha256_end(h, hex);
+        }
+        vel_map_close(&map);
+        if (!h)
+            return VEL_NO_MEMORY;
     }
-    vel_map_close(&map);
-    return h ? VEL_OK : VEL_NO_MEMORY;
-}
-
-static vel_status read_pixels(train_session *s, int sample, int flipped, float *out)
-{
-    const vel_sample *p = &s->samples[sample];
-    vel_picture_load how = {.width = p->width,
-                            .height = p->height,
-                            .crop_x = 0.5,
-                            .crop_y = 0.5,
-                            .flip = flipped,
-                            .background = {255, 255, 255},
-                            .filter =
-                                vel_sample_filter(p, s->o->resize_filter, s->o->strict_compat),
-                            .strict_peer = s->o->strict_compat};
-    vel_image image = {0};
-    VEL_TRY(vel_picture_read(s->ctx, p->image, &how, &image));
-    int64_t n = (int64_t)image.width * image.height * 3;
-    for (int64_t i = 0; i < n; i++)
-        out[i] = (float)image.pixels[i] / 127.5f - 1;
-    vel_image_finish(&image);
-    return VEL_OK;
+    *out = s->content[sample] = vel_arena_strdup(s->arena, hex);
+    return *out ? VEL_OK : VEL_NO_MEMORY;
 }
 
 static vel_status encode_pixels(train_session *s, int sample, const float *pixels, float *moments)
@@ -96,77 +68,34 @@ static int64_t moments_count(const train_session *s, int sample)
     return (int64_t)(p->height / down) * (p->width / down) * 2 * s->channels;
 }
 
-/* Does the scaled picture fill its bucket, so that every crop is the same? */
-static bool fits(const vel_sample *p)
+/* Mean and log-variance [h, w, 2C] of a picture that is kept: known, cached, or (with its pixels)
+ * encoded now. NULL where there are no pixels to encode. */
+static vel_status kept_moments(train_session *s, int sample, int flipped, const float *pixels,
+                               const float **out)
 {
-    return (int64_t)p->source_width * p->height == (int64_t)p->source_height * p->width;
-}
-
-/* Mean and log-variance [h, w, 2C] of a picture: cached, else encoded now. With a random crop they
- * are of this epoch's crop and not kept. *owned is set where the caller frees. */
-static vel_status moments_of(train_session *s, int sample, int64_t epoch, const float **out,
-                             float **owned)
-{
-    const vel_sample *p = &s->samples[sample];
+    const char *content;
     int64_t count = moments_count(s, sample);
-    bool of_class = sample >= s->data->n;
-    int flipped = s->o->flip && !p->held_out && !of_class
-                      ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
-                      : 0;
-    bool cached = !s->o->random_crop || p->held_out || of_class || fits(p);
-    char content[65];
-    char *key = NULL;
-    *owned = NULL;
-    if (cached) {
-        VEL_TRY(content_of(s, sample, content));
-        key = latent_key(s, sample, flipped, content);
-        if (!key)
-            return VEL_NO_MEMORY;
-        *out = vel_cache_find(s->cache, key, count);
-        if (*out) {
-            vel_free(s->ctx, key);
-            return VEL_OK;
-        }
-    }
-    float *pixels = vel_alloc(s->ctx, (size_t)p->width * (size_t)p->height * 3 * sizeof *pixels);
-    float *moments = vel_alloc(s->ctx, (size_t)count * sizeof *moments);
-    vel_status st = pixels && moments ? VEL_OK : VEL_NO_MEMORY;
-    if (st == VEL_OK)
-        st = cached ? read_pixels(s, sample, flipped, pixels)
-                    : vel_sample_pixels(s->data, sample, (uint64_t)s->o->seed, epoch, pixels);
-    if (st == VEL_OK)
-        st = encode_pixels(s, sample, pixels, moments);
-    s->n_encoded++;
-    vel_free(s->ctx, pixels);
-    if (st == VEL_OK && cached) {
-        st = vel_cache_put(s->cache, key, moments, count);
-        vel_free(s->ctx, moments);
-        moments = NULL;
+    *out = vel_known(&s->moments, sample, flipped);
+    if (*out)
+        return VEL_OK;
+    VEL_TRY(content_of(s, sample, &content));
+    char *key = latent_key(s, sample, flipped, content);
+    if (!key)
+        return VEL_NO_MEMORY;
+    vel_status st = VEL_OK;
+    *out = vel_cache_find(s->cache, key, count);
+    if (!*out && pixels) {
+        float *made = vel_alloc(s->ctx, (size_t)count * sizeof *made);
+        st = made ? encode_pixels(s, sample, pixels, made) : VEL_NO_MEMORY;
+        if (st == VEL_OK)
+            st = vel_cache_put(s->cache, key, made, count);
+        vel_free(s->ctx, made);
         *out = st == VEL_OK ? vel_cache_find(s->cache, key, count) : NULL;
-    } else if (st == VEL_OK) {
-        *out = *owned = moments;
-        moments = NULL;
     }
-    vel_free(s->ctx, moments);
     vel_free(s->ctx, key);
+    if (*out)
+        vel_make_known(&s->moments, sample, flipped, *out);
     return st;
-}
-
-/* latent [h, w, C] = (mean + deviation * draw - shift) * scale; draw NULL: the mean. */
-static void latent_from(const train_session *s, const float *moments, int64_t pixels,
-                        const float *draw, float *out)
-{
-    const vel_latent_info *info = vel_model_latent(s->model);
-    int c = s->channels;
-    for (int64_t p = 0; p < pixels; p++)
-        for (int k = 0; k < c; k++) {
-            double z = moments[p * 2 * c + k];
-            if (draw) {
-                double logvar = moments[p * 2 * c + c + k];
-                z += exp(0.5 * VEL_MAX(-30.0, VEL_MIN(20.0, logvar))) * draw[p * c + k];
-            }
-            out[p * c + k] = (float)((z - info->shift) * info->scale);
-        }
 }
 
 /* ---- captions
@@ -276,74 +205,188 @@ static vel_status encode_captions(train_session *s)
     return VEL_OK;
 }
 
+/* ---- before the first step ---- */
+
+typedef struct reading { /* pictures that go through the autoencoder before the first step */
+    train_session *s;
+    int32_t *sample;
+    int8_t *epoch; /* 0 or 1: which of two variants, where pictures are mirrored */
+    int n;
+    float **pixels; /* [slots] */
+} reading;
+
+static vel_status read_ahead(void *user, int thread, int64_t i, int slot)
+{
+    (void)thread;
+    reading *r = user;
+    vel_free(r->s->ctx, r->pixels[slot]);
+    r->pixels[slot] = NULL;
+    return vel_batch_pixels(r->s, r->sample[i], r->epoch[i], &r->pixels[slot]);
+}
+
+static void leave_pictures(void *user, int thread)
+{
+    (void)user;
+    (void)thread;
+    vel_picture_thread_ends();
+}
+
+static int thread_count(const train_session *s)
+{
+    if (s->o->data_threads >= 0)
+        return s->o->data_threads;
+    if (strcmp(vel_engine_backend(vel_model_engine(s->model)), "cpu") == 0)
+        return 1; /* the others are busy with the steps */
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    return (int)VEL_MIN(VEL_MAX(processors / 2, 1), 4);
+}
+
+/* Which pictures are neither known nor cached: both variants of a flip come up within a few epochs.
+ */
+static vel_status list_pictures(train_session *s, reading *r)
+{
+    for (int i = 0; i < s->n_samples; i++)
+        for (int epoch = 0; epoch < (s->o->flip ? 2 : 1) && vel_batch_keeps(s, i); epoch++) {
+            const float *known;
+            int flipped = vel_batch_flipped(s, i, epoch);
+            bool again = epoch && flipped == vel_batch_flipped(s, i, 0);
+            if (!again)
+                VEL_TRY(kept_moments(s, i, flipped, NULL, &known));
+            if (again || known)
+                continue;
+            r->sample[r->n] = i;
+            r->epoch[r->n++] = (int8_t)epoch;
+        }
+    return VEL_OK;
+}
+
+static vel_status encode_listed(train_session *s, reading *r, vel_ahead *a)
+{
+    vel_progress progress;
+    vel_progress_begin(&progress, s->ctx, "reading pictures", r->n);
+    for (int i = 0; i < r->n; i++) {
+        int slot;
+        const float *moments;
+        VEL_TRY(vel_ahead_take(a, i, &slot));
+        VEL_TRY(kept_moments(s, r->sample[i], vel_batch_flipped(s, r->sample[i], r->epoch[i]),
+                             r->pixels[slot], &moments));
+        s->n_encoded++;
+        vel_progress_at(&progress, i + 1, NAN);
+        if (s->ctx->interrupted)
+            return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
+    }
+    return VEL_OK;
+}
+
+static vel_status encode_pictures(train_session *s)
+{
+    int threads = thread_count(s), slots = threads + 2;
+    reading r = {.s = s};
+    vel_ahead *a = NULL;
+    r.sample = vel_alloc(s->ctx, (size_t)(2 * s->n_samples) * sizeof *r.sample);
+    r.epoch = vel_alloc(s->ctx, (size_t)(2 * s->n_samples) * sizeof *r.epoch);
+    r.pixels = vel_alloc(s->ctx, (size_t)slots * sizeof *r.pixels);
+    vel_status st = r.sample && r.epoch && r.pixels ? list_pictures(s, &r) : VEL_NO_MEMORY;
+    vel_ahead_how how = {.threads = threads,
+                         .slots = slots,
+                         .end = r.n,
+                         .make = read_ahead,
+                         .leave = leave_pictures,
+                         .user = &r};
+    if (st == VEL_OK && r.n)
+        st = vel_ahead_start(s->ctx, &how, &a);
+    if (a)
+        st = encode_listed(s, &r, a);
+    vel_ahead_stop(a);
+    for (int i = 0; r.pixels && i < slots; i++)
+        vel_free(s->ctx, r.pixels[i]);
+    vel_free(s->ctx, r.pixels);
+    vel_free(s->ctx, r.epoch);
+    vel_free(s->ctx, r.sample);
+    return st;
+}
+
+static vel_status make_room(train_session *s)
+{
+    int64_t most = 0;
+    for (int i = 0; i < s->n_samples; i++)
+        most = VEL_MAX(most, moments_count(s, i) / 2);
+    s->threads = thread_count(s);
+    s->n_batches = s->threads ? s->threads + 2 : 2;
+    s->batches = vel_alloc(s->ctx, (size_t)s->n_batches * sizeof *s->batches);
+    s->makers = vel_alloc(s->ctx, (size_t)VEL_MAX(s->threads, 1) * sizeof *s->makers);
+    if (!s->batches || !s->makers)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < s->n_batches; i++)
+        VEL_TRY(vel_batch_room(s, vel_prior_batch(s), most, &s->batches[i]));
+    for (int i = 0; i < VEL_MAX(s->threads, 1); i++)
+        VEL_TRY(vel_maker_create(s, &s->makers[i]));
+    s->tokenizes = s->text_in_graph;
+    for (int i = 0; i < s->n_samples; i++)
+        s->encodes = s->encodes || !vel_batch_keeps(s, i);
+    return s->data->n_held_out ? vel_batch_room(s, VALIDATION_BATCH, most, &s->held_out) : VEL_OK;
+}
+
 vel_status vel_feed_prepare(train_session *s)
 {
     char *folder =
         s->o->cache_to_disk ? vel_arena_strf(s->arena, "%s/cache", s->o->output_dir) : NULL;
     VEL_TRY(vel_cache_open(s->ctx, folder, &s->cache));
-    VEL_TRY(vel_cache_open(s->ctx, NULL, &s->mask_cache));
     VEL_TRY(vel_cache_open(s->ctx, NULL, &s->text_cache));
     VEL_TRY(encode_captions(s));
-    int64_t most = 0;
-    int wanted = 0;
-    vel_progress progress;
-    vel_progress_begin(&progress, s->ctx, "reading pictures", s->n_samples);
-    for (int i = 0; i < s->n_samples; i++) {
-        most = VEL_MAX(most, moments_count(s, i) / 2);
-        const float *moments;
-        float *owned = NULL;
-        if (!s->o->random_crop) /* both variants of a flip come up within a few epochs */
-            for (int64_t epoch = 0; epoch < (s->o->flip ? 2 : 1); epoch++, wanted++)
-                VEL_TRY(moments_of(s, i, epoch, &moments, &owned));
-        vel_free(s->ctx, owned);
-        vel_progress_at(&progress, i + 1, NAN);
-        if (s->ctx->interrupted)
-            return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
-    }
+    size_t n = (size_t)s->n_samples;
+    s->content = vel_arena_alloc(s->arena, n * sizeof *s->content);
+    s->moments.values = vel_arena_alloc(s->arena, 2 * n * sizeof *s->moments.values);
+    s->known_masks.values = vel_arena_alloc(s->arena, 2 * n * sizeof *s->known_masks.values);
+    if (!s->content || !s->moments.values || !s->known_masks.values)
+        return VEL_NO_MEMORY;
+    VEL_TRY(encode_pictures(s));
     if (folder && !s->o->random_crop)
         vel_log(s->ctx, 2, "%s: %d pictures encoded, %d known; %d captions read, %d known", folder,
-                s->n_encoded, VEL_MAX(0, wanted - s->n_encoded), s->n_captions - s->n_known_texts,
-                s->n_known_texts);
-    int n = VEL_MAX(vel_prior_batch(s), VALIDATION_BATCH);
-    int64_t each = (int64_t)s->length * s->width;
-    s->latent = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
-    s->noise = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
-    s->disturbed = vel_arena_alloc(s->arena, (size_t)(n * most) * sizeof(float));
-    s->room = vel_arena_alloc(s->arena, (size_t)most * sizeof(float));
-    s->mask = vel_arena_alloc(s->arena, (size_t)(n * most / s->channels) * sizeof(float));
-    s->context = vel_arena_alloc(s->arena, (size_t)(n * each) * sizeof(float));
-    s->weight = vel_arena_alloc(s->arena, (size_t)n * sizeof(float));
-    s->timestep = vel_arena_alloc(s->arena, (size_t)n * sizeof(int32_t));
-    s->batch_ids = vel_arena_alloc(s->arena, (size_t)(n * s->length) * sizeof(int32_t));
-    return s->latent && s->noise && s->disturbed && s->room && s->mask && s->context && s->weight &&
-                   s->timestep && s->batch_ids
-               ? VEL_OK
-               : VEL_NO_MEMORY;
+                s->n_encoded, s->n_samples * (s->o->flip ? 2 : 1) - s->n_encoded,
+                s->n_captions - s->n_known_texts, s->n_known_texts);
+    return make_room(s);
+}
+
+void vel_feed_end(train_session *s)
+{
+    vel_ahead_stop(s->ahead);
+    s->ahead = NULL;
+    for (int i = 0; s->makers && i < VEL_MAX(s->threads, 1); i++)
+        vel_maker_finish(&s->makers[i]);
+    for (int i = 0; s->batches && i < s->n_batches; i++)
+        vel_batch_finish(s, &s->batches[i]);
+    vel_batch_finish(s, &s->held_out);
+    for (int i = 0; s->known_masks.values && i < 2 * s->n_samples; i++)
+        vel_free(s->ctx, (float *)s->known_masks.values[i]);
+    vel_free(s->ctx, s->makers);
+    vel_free(s->ctx, s->batches);
+    vel_cache_close(s->cache);
+    vel_cache_close(s->text_cache);
 }
 
 /* ---- batches
  * ------------------------------------------------------------------------------------------- */
 
-static void put_caption(train_session *s, int slot, int caption)
+static void put_caption(train_session *s, train_batch *t, int slot, int caption)
 {
     int64_t each = (int64_t)s->length * s->width;
     if (s->contexts)
-        memcpy(s->context + slot * each, s->contexts + caption * each,
+        memcpy(t->context + slot * each, s->contexts + caption * each,
                (size_t)each * sizeof(float));
     else
-        memcpy(s->batch_ids + slot * s->length, s->ids + (int64_t)caption * s->length,
+        memcpy(t->ids + slot * s->length, s->ids + (int64_t)caption * s->length,
                (size_t)s->length * sizeof(int32_t));
 }
 
 /* A text that was not encoded before the first step. */
-static vel_status put_text(train_session *s, int slot, const char *text)
+static vel_status put_text(train_session *s, train_batch *t, int slot, const char *text)
 {
     enum { MOST_TEXTS = 256 }; /* wildcards and short lists of tags come again */
-    if (!s->contexts)
-        return vel_tokenizer_encode(vel_model_tokenizer(s->model), text, s->length,
-                                    s->batch_ids + slot * s->length, NULL, NULL);
+    if (!s->contexts)          /* its ids are there */
+        return VEL_OK;
     int64_t each = (int64_t)s->length * s->width;
-    float *out = s->context + slot * each;
+    float *out = t->context + slot * each;
     const float *known = vel_cache_find(s->text_cache, text, each);
     if (known) {
         memcpy(out, known, (size_t)each * sizeof *out);
@@ -354,204 +397,116 @@ static vel_status put_text(train_session *s, int slot, const char *text)
                                             : VEL_OK;
 }
 
-/* Of a sample; where new words are shown in sentences, one of those. */
-static int caption_for(const train_session *s, uint64_t stream, int sample)
-{
-    if (!s->n_sentences || sample >= s->data->n)
-        return s->caption_of[sample];
-    double u = vel_random_uniform((uint64_t)s->o->seed, stream, 1);
-    return s->first_sentence + (int)(u * s->n_sentences);
-}
-
-/* The caption of a sample in this step, random from the stream; dropped: none. */
-static vel_status put_caption_of(train_session *s, int slot, int sample, uint64_t stream,
-                                 bool dropped)
-{
-    const vel_caption_rules *r = &s->o->captions;
-    if (dropped || sample >= s->data->n || s->n_sentences || !vel_caption_varies(r)) {
-        put_caption(s, slot, dropped ? 0 : caption_for(s, stream, sample));
-        return VEL_OK;
-    }
-    double until = r->warmup_step < 1 ? floor(r->warmup_step * (double)s->steps) : r->warmup_step;
-    char *text;
-    VEL_TRY(vel_caption_use(s->ctx, r, s->samples[sample].caption, (uint64_t)s->o->seed, stream,
-                            until > 0 ? (double)s->step / until : 1, &text));
-    vel_status st = put_text(s, slot, text);
-    vel_free(s->ctx, text);
-    return st;
-}
-
-/* The mask of a sample as it is shown in this epoch, one weight for each place of the latent. */
-static vel_status put_mask(train_session *s, int slot, int sample, int64_t epoch, int64_t places)
-{
-    if (!s->masks)
-        return VEL_OK;
-    if (sample >= s->data->n) { /* of the class: all of it is learned */
-        for (int64_t i = 0; i < places; i++)
-            s->mask[slot * places + i] = 1;
-        return VEL_OK;
-    }
-    const vel_sample *p = &s->samples[sample];
-    uint64_t seed = (uint64_t)s->o->seed;
-    int down = vel_model_latent(s->model)->down;
-    char key[64];
-    snprintf(key, sizeof key, "mask %d %d", sample,
-             vel_sample_flipped(s->data, sample, seed, epoch));
-    bool kept = !s->o->random_crop || p->held_out;
-    const float *known = kept ? vel_cache_find(s->mask_cache, key, places) : NULL;
-    float *out = s->mask + slot * places;
-    if (known) {
-        memcpy(out, known, (size_t)places * sizeof *out);
-        return VEL_OK;
-    }
-    VEL_TRY(vel_sample_mask(s->data, sample, seed, epoch,
-                            s->o->alpha_mask ? NULL : s->o->conditioning_data_dir, down, out));
-    return kept ? vel_cache_put(s->mask_cache, key, out, places) : VEL_OK;
-}
-
-/* Noise, input noise and mask of a slot whose latent is there. h, w: of the latent. */
-static void draw_noise(train_session *s, int64_t micro, int slot, int h, int w)
-{
-    uint64_t seed = (uint64_t)s->o->seed, stream = stream_of(STREAM_NOISE, micro, slot);
-    int64_t each = (int64_t)h * w * s->channels;
-    float *noise = s->noise + slot * each;
-    vel_random_normal(seed, stream, 0, noise, each);
-    stream = stream_of(STREAM_OBJECTIVE, micro, slot);
-    vel_objective_noise(&s->o->objective, seed, stream, s->latent + slot * each, h, w, s->channels,
-                        noise, s->room);
-    vel_objective_disturb(&s->o->objective, seed, stream, noise, each, s->disturbed + slot * each);
-}
-
-static vel_status fill_slot(train_session *s, int64_t micro, int slot, int sample, int64_t epoch,
-                            int64_t pixels)
-{
-    uint64_t seed = (uint64_t)s->o->seed;
-    int64_t each = pixels * s->channels;
-    float *latent = s->latent + slot * each, *noise = s->noise + slot * each;
-    const float *moments;
-    float *owned;
-    VEL_TRY(moments_of(s, sample, epoch, &moments, &owned));
-    if (s->o->sample_latents)
-        vel_random_normal(seed, stream_of(STREAM_LATENT, micro, slot), 0, noise, each);
-    latent_from(s, moments, pixels, s->o->sample_latents ? noise : NULL, latent);
-    vel_free(s->ctx, owned);
-    const vel_sample *p = &s->samples[sample];
-    int down = vel_model_latent(s->model)->down;
-    draw_noise(s, micro, slot, p->height / down, p->width / down);
-    VEL_TRY(put_mask(s, slot, sample, epoch, pixels));
-    int low = s->o->min_timestep, high = s->o->max_timestep;
-    double u = vel_random_uniform(seed, stream_of(STREAM_TIME, micro, slot), 0);
-    s->timestep[slot] = low + (int32_t)(u * (high - low));
-    s->weight[slot] =
-        (float)(p->weight * vel_objective_weight(&s->o->objective, vel_model_schedule(s->model),
-                                                 s->timestep[slot]));
-    uint64_t stream = stream_of(STREAM_CAPTION, micro, slot);
-    int every = s->o->captions.dropout_every; /* epochs counted from 1, as kohya does */
-    bool dropped = vel_random_uniform(seed, stream, 0) < s->o->caption_dropout ||
-                   (every > 0 && (epoch + 1) % every == 0);
-    return put_caption_of(s, slot, sample, stream, dropped);
-}
-
-static vel_status epoch_of(train_session *s, int64_t number)
-{
-    if (s->epoch && s->epoch_number == number)
-        return VEL_OK;
-    vel_epoch_destroy(s->epoch);
-    s->epoch = NULL;
-    VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, number, true, &s->epoch));
-    s->epoch_number = number;
-    return VEL_OK;
-}
-
-static void describe_batch(train_session *s, int n, const vel_sample *first, int64_t micro,
-                           vel_batch *out)
-{
-    int down = vel_model_latent(s->model)->down;
-    uint64_t mask = stream_of(STREAM_DROPOUT, micro, 0);
-    *out = (vel_batch){.n = n,
-                       .h = first->height / down,
-                       .w = first->width / down,
-                       .latent = s->latent,
-                       .noise = s->noise,
-                       .disturbed = s->o->objective.ip_noise_gamma > 0 ? s->disturbed : NULL,
-                       .mask = s->mask,
-                       .timestep = s->timestep,
-                       .context = s->context,
-                       .ids = s->batch_ids,
-                       .weight = s->weight,
-                       .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
-}
-
 /* The same noisy latent once more, under the class prompt. */
-static void repeat_slot(train_session *s, int from, int to, int64_t pixels)
+static void repeat_slot(train_session *s, train_batch *t, int from, int to)
 {
+    int64_t pixels = (int64_t)t->b.h * t->b.w;
     int64_t each = pixels * s->channels;
-    memcpy(s->latent + to * each, s->latent + from * each, (size_t)each * sizeof *s->latent);
-    memcpy(s->noise + to * each, s->noise + from * each, (size_t)each * sizeof *s->noise);
-    memcpy(s->disturbed + to * each, s->disturbed + from * each, (size_t)each * sizeof *s->noise);
-    memcpy(s->mask + to * pixels, s->mask + from * pixels, (size_t)pixels * sizeof *s->mask);
-    s->timestep[to] = s->timestep[from];
-    s->weight[to] = s->weight[from];
-    put_caption(s, to, s->class_caption);
+    memcpy(t->latent + to * each, t->latent + from * each, (size_t)each * sizeof *t->latent);
+    memcpy(t->noise + to * each, t->noise + from * each, (size_t)each * sizeof *t->noise);
+    memcpy(t->disturbed + to * each, t->disturbed + from * each, (size_t)each * sizeof *t->noise);
+    memcpy(t->mask + to * pixels, t->mask + from * pixels, (size_t)pixels * sizeof *t->mask);
+    t->timestep[to] = t->timestep[from];
+    t->weight[to] = t->weight[from];
+    put_caption(s, t, to, s->class_caption);
 }
 
 /* n samples of the subject and n that preserve the class: the sum of the two means, not the mean
  * over all. */
-static void weigh_prior(train_session *s, int n, vel_batch *out)
+static void weigh_prior(train_session *s, train_batch *t, int n)
 {
     for (int i = 0; i < n; i++) {
-        s->weight[i] *= 2;
-        s->weight[n + i] *= 2 * (float)s->o->prior_loss_weight;
+        t->weight[i] *= 2;
+        t->weight[n + i] *= 2 * (float)s->o->prior_loss_weight;
     }
-    out->n = 2 * n;
+    t->b.n = 2 * n;
     if (s->prior == PRIOR_BASE) {
-        out->n_base = n;
-        out->base_context = s->base_context;
+        t->b.n_base = n;
+        t->b.base_context = s->base_context;
     }
+}
+
+/* What a model is needed for, and what comes after it. */
+static vel_status complete_item(train_session *s, train_batch *t, int k)
+{
+    train_item *item = &t->item[k];
+    if (item->pixels) {
+        const float *moments = NULL;
+        float *made = NULL;
+        vel_status st = VEL_OK;
+        if (vel_batch_keeps(s, item->sample)) {
+            st = kept_moments(s, item->sample, vel_batch_flipped(s, item->sample, item->epoch),
+                              item->pixels, &moments);
+        } else {
+            made = vel_alloc(s->ctx, (size_t)moments_count(s, item->sample) * sizeof *made);
+            st = made ? encode_pixels(s, item->sample, item->pixels, made) : VEL_NO_MEMORY;
+            moments = made;
+        }
+        if (st == VEL_OK)
+            vel_batch_settle(s, t, k, moments);
+        vel_free(s->ctx, made);
+        if (st)
+            return st;
+    }
+    if (item->text)
+        return put_text(s, t, k, item->text);
+    put_caption(s, t, k, item->caption);
+    return VEL_OK;
+}
+
+static vel_status make_ahead(void *user, int thread, int64_t micro, int slot)
+{
+    train_session *s = user;
+    return vel_batch_make(&s->makers[thread], micro, &s->batches[slot]);
+}
+
+/* A step that is skipped leaves out what remains of its batches: then the threads begin anew. */
+static vel_status make_from(train_session *s, int64_t micro)
+{
+    vel_ahead_stop(s->ahead);
+    s->ahead = NULL;
+    vel_ahead_how how = {.threads = s->threads,
+                         .slots = s->n_batches,
+                         .first = micro,
+                         .end = s->steps * s->o->accumulation,
+                         .make = make_ahead,
+                         .leave = leave_pictures,
+                         .user = s};
+    s->next_batch = micro;
+    return vel_ahead_start(s->ctx, &how, &s->ahead);
 }
 
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
 {
-    int64_t number = micro / s->batches_per_epoch, at = micro % s->batches_per_epoch;
-    VEL_TRY(epoch_of(s, number));
-    int begin = s->epoch->begin[at], n = s->epoch->begin[at + 1] - begin;
-    const vel_sample *first = &s->data->samples[s->epoch->sample[begin]];
-    describe_batch(s, n, first, micro, out);
-    for (int i = 0; i < n; i++)
-        VEL_TRY(
-            fill_slot(s, micro, i, s->epoch->sample[begin + i], number, (int64_t)out->h * out->w));
-    if (s->prior == PRIOR_IMAGES) /* as train_dreambooth.py: the instances, then their classes */
-        for (int i = 0; i < n; i++)
-            VEL_TRY(fill_slot(s, micro, n + i, vel_prior_sample(s, number, begin + i, first),
-                              number, (int64_t)out->h * out->w));
+    int slot;
+    if (!s->ahead || micro != s->next_batch)
+        VEL_TRY(make_from(s, micro));
+    VEL_TRY(vel_ahead_take(s->ahead, micro, &slot));
+    s->next_batch = micro + 1;
+    train_batch *t = &s->batches[slot];
+    int n = t->b.n;
+    for (int k = 0; k < t->n_items; k++)
+        VEL_TRY(complete_item(s, t, k));
     if (s->prior == PRIOR_BASE)
         for (int i = 0; i < n; i++)
-            repeat_slot(s, i, n + i, (int64_t)out->h * out->w);
+            repeat_slot(s, t, i, n + i);
     if (s->prior)
-        weigh_prior(s, n, out);
+        weigh_prior(s, t, n);
+    *out = t->b;
     return VEL_OK;
 }
 
 /* A held-out picture at n timesteps from the first-th on; losses: [n]. */
-static vel_status measure(train_session *s, int sample, const float *moments, int first, int n,
-                          float *losses)
+static vel_status measure(train_session *s, int sample, int first, int n, float *losses)
 {
-    vel_batch b;
-    describe_batch(s, n, &s->data->samples[sample], 0, &b);
-    b.disturbed = NULL;
-    int64_t pixels = (int64_t)b.h * b.w, each = pixels * s->channels;
-    int train_steps = vel_model_schedule(s->model)->n, times = s->o->validation_times;
-    for (int k = 0; k < n; k++) {
-        latent_from(s, moments, pixels, NULL, s->latent + k * each);
-        vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_VALIDATION, sample, first + k), 0,
-                          s->noise + k * each, each);
-        s->timestep[k] = (2 * (first + k) + 1) * train_steps / (2 * times);
-        s->weight[k] = 1;
-        VEL_TRY(put_caption_of(s, k, sample, 0, false));
-        VEL_TRY(put_mask(s, k, sample, 0, pixels));
-    }
+    const float *moments;
     double mean;
-    return vel_trainer_run(s->trainer, &b, false, &mean, losses);
+    train_batch *t = &s->held_out;
+    VEL_TRY(kept_moments(s, sample, 0, NULL, &moments));
+    VEL_TRY(vel_batch_held_out(s, sample, moments, first, n, t));
+    for (int k = 0; k < n; k++)
+        VEL_TRY(complete_item(s, t, k));
+    return vel_trainer_run(s->trainer, &t->b, false, &mean, losses);
 }
 
 /* The held-out pictures at fixed timesteps under fixed noise: comparable from step to step. */
@@ -560,20 +515,15 @@ vel_status vel_feed_validate(train_session *s, double *loss)
     double sum[64] = {0}, all = 0; /* by timestep */
     int pictures = 0, times = s->o->validation_times;
     for (int i = 0; i < s->data->n; i++) {
+        float losses[VALIDATION_BATCH];
         if (!s->data->samples[i].held_out)
             continue;
-        const float *moments;
-        float *owned, losses[VALIDATION_BATCH];
-        VEL_TRY(moments_of(s, i, 0, &moments, &owned));
-        vel_status st = VEL_OK;
-        for (int first = 0; first < times && st == VEL_OK; first += VALIDATION_BATCH) {
+        for (int first = 0; first < times; first += VALIDATION_BATCH) {
             int n = VEL_MIN(VALIDATION_BATCH, times - first);
-            st = measure(s, i, moments, first, n, losses);
-            for (int k = 0; k < n && st == VEL_OK; k++)
+            VEL_TRY(measure(s, i, first, n, losses));
+            for (int k = 0; k < n; k++)
                 sum[first + k] += losses[k];
         }
-        vel_free(s->ctx, owned);
-        VEL_TRY(st);
         pictures++;
     }
     for (int k = 0; k < times && pictures; k++) {

@@ -45,7 +45,8 @@ const char *vel_keep_ending(const train_session *s)
 /* Settings in which a resumed run may differ from the one that was saved: how long it is, what it
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
 static const char may_differ[] =
-    "variant,device,memory,gradient_checkpointing,cache_to_disk,steps,epochs,resume,overwrite,"
+    "variant,device,memory,data_threads,gradient_checkpointing,cache_to_disk,steps,epochs,resume,"
+    "overwrite,"
     "dry_run,compare_images,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,"
     "sample_*,"
     "validation_every,validate_every_n_epochs,validation_times";
@@ -149,7 +150,8 @@ static void read_old_points(train_session *s)
                              .grad_norm = vel_json_number(row, "grad_norm", NAN),
                              .validation = vel_json_number(row, "validation_loss", NAN),
                              .d = vel_json_number(row, "d", 0),
-                             .scale = vel_json_number(row, "loss_scale", 0)};
+                             .scale = vel_json_number(row, "loss_scale", 0),
+                             .feed_wait = vel_json_number(row, "feed_wait", 0)};
         if (row && p.step <= s->first_step)
             remember(s, &p);
         json_decref(row);
@@ -172,7 +174,7 @@ static void write_point(FILE *f, const vel_curve_point *p)
     write_number(f, "loss", p->loss);
     write_number(f, "lr", p->lr);
     write_number(f, "grad_norm", p->grad_norm);
-    fprintf(f, ", \"seconds\": %.4f", p->seconds);
+    fprintf(f, ", \"seconds\": %.4f, \"feed_wait\": %.4f", p->seconds, p->feed_wait);
     if (isfinite(p->validation))
         fprintf(f, ", \"validation_loss\": %.9g", p->validation);
     if (p->d > 0)

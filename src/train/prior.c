@@ -196,22 +196,21 @@ vel_status vel_prior_samples(train_session *s)
             p->width = d->samples[i].width;
             p->height = d->samples[i].height;
         }
-    if (c)
-        s->class_order = vel_arena_alloc(s->arena, (size_t)c->n * sizeof *s->class_order);
-    return c && !s->class_order ? VEL_NO_MEMORY : VEL_OK;
+    return VEL_OK;
 }
 
-int vel_prior_sample(train_session *s, int64_t epoch, int item, const vel_sample *size)
+int vel_prior_sample(const train_session *s, class_order *order, int64_t epoch, int item,
+                     const vel_sample *size)
 {
     int n = s->class_data->n, at = s->data->n;
-    if (s->class_epoch != epoch + 1) {
+    if (order->epoch != epoch + 1) {
         vel_random_shuffle((uint64_t)s->o->seed, vel_hash64(&epoch, sizeof epoch, STREAM_CLASS),
-                           s->class_order, n);
-        s->class_epoch = epoch + 1;
+                           order->place, n);
+        order->epoch = epoch + 1;
     }
     while (!same_size(&s->samples[at], size))
         at += n;
-    return at + s->class_order[item % n];
+    return at + order->place[item % n];
 }
 
 vel_status vel_prior_context(train_session *s)

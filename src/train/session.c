@@ -272,11 +272,10 @@ static vel_status register_trainables(train_session *s)
 
 static vel_status count_steps(train_session *s)
 {
-    vel_epoch_destroy(s->epoch);
-    s->epoch = NULL;
-    VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, 0, true, &s->epoch));
-    s->epoch_number = 0;
-    s->batches_per_epoch = s->epoch->n_batches;
+    vel_epoch *first;
+    VEL_TRY(vel_epoch_create(s->data, s->o->batch, (uint64_t)s->o->seed, 0, true, &first));
+    s->batches_per_epoch = first->n_batches;
+    vel_epoch_destroy(first);
     s->steps_per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
     s->steps = s->o->epochs > 0 ? s->o->epochs * s->steps_per_epoch : s->o->steps;
     return VEL_OK;
@@ -471,7 +470,9 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
     *loss = 0;
     for (int k = 0; k < o->accumulation; k++) {
         double each;
+        double asked = vel_now();
         VEL_TRY(vel_feed_batch(s, s->step * o->accumulation + k, &b));
+        s->feed_wait += vel_now() - asked;
         b.scale = factor;
         VEL_TRY(vel_trainer_run(s->trainer, &b, true, &each, NULL));
         if (!isfinite(each))
@@ -507,7 +508,8 @@ static bool due(const train_session *s, int steps, int epochs)
 /* What the steps do not use lets its memory go; previews bring it back. */
 static void rest_parts(train_session *s)
 {
-    vel_model_rest(s->model, "vae");
+    if (!s->encodes)
+        vel_model_rest(s->model, "vae");
     if (!s->text_in_graph && !vel_caption_varies(&s->o->captions))
         vel_model_rest(s->model, "text_encoder");
 }
@@ -555,7 +557,7 @@ static vel_status step_until_done(train_session *s)
     vel_progress_begin(&progress, s->ctx, "training", s->steps);
     double smooth = NAN;
     for (s->step = s->first_step; s->step < s->steps;) {
-        double start = vel_now(), loss = NAN, norm = NAN;
+        double start = vel_now(), waited = s->feed_wait, loss = NAN, norm = NAN;
         if (o->stop_text_encoder_training > 0 && s->step >= o->stop_text_encoder_training)
             VEL_TRY(freeze_text(s));
         VEL_TRY(one_step(s, &loss, &norm));
@@ -570,7 +572,8 @@ static vel_status step_until_done(train_session *s)
                              vel_now() - start,
                              NAN,
                              vel_engine_optimizer_number(e, "d"),
-                             s->scaler.scale};
+                             s->scaler.scale,
+                             s->feed_wait - waited};
         if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs)) {
             VEL_TRY(vel_engine_evaluate(e, true));
             VEL_TRY(vel_feed_validate(s, &p.validation));
@@ -692,6 +695,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
 
 static void finish_session(train_session *s)
 {
+    vel_feed_end(s);
     if (s->log)
         fclose(s->log);
     for (int i = 0; i < s->n_sheets; i++) {
@@ -702,10 +706,6 @@ static void finish_session(train_session *s)
     vel_free(s->ctx, s->sheets);
     vel_free(s->ctx, s->points);
     vel_free(s->ctx, s->contexts);
-    vel_cache_close(s->cache);
-    vel_cache_close(s->mask_cache);
-    vel_cache_close(s->text_cache);
-    vel_epoch_destroy(s->epoch);
     vel_trainer_destroy(s->trainer);
     vel_model_close(s->model);
     vel_dataset_close(s->class_data);
@@ -717,12 +717,8 @@ vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t 
                          vel_train_result *result)
 {
     vel_train_options own = *o;
-    train_session s = {.result = result,
-                       .ctx = ctx,
-                       .o = &own,
-                       .settings = settings,
-                       .started = vel_now(),
-                       .epoch_number = -1};
+    train_session s = {
+        .result = result, .ctx = ctx, .o = &own, .settings = settings, .started = vel_now()};
     s.arena = vel_arena_create(ctx);
     vel_status st = s.arena ? run_session(&s, &own) : VEL_NO_MEMORY;
     finish_session(&s);

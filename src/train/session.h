@@ -3,7 +3,8 @@
  *   session.c  the order of things, from settings to report
  *   method.c   what is trained, where its values start, how it is saved as a model
  *   prior.c    what keeps the class as it was: its pictures, drawn if need be
- *   feed.c     pictures and captions to batches: encoding, caching, noise, timesteps
+ *   feed.c     pictures and captions to batches: encoding, caching, threads ahead of the steps
+ *   batch.c    what is in a batch: samples, noise, timesteps, masks, captions
  *   keep.c     what is left on disk: adapters, states, log, metadata
  *   prompts.c  the prompts of samples
  *   compare.c  runs on more and more pictures, beside each other
@@ -13,6 +14,46 @@
 
 #include "train/optimizers.h"
 #include "train/train.h"
+
+enum { VALIDATION_BATCH = 4 }; /* timesteps of a held-out picture that are measured at once */
+
+/* One sample of a batch. */
+typedef struct train_item {
+    int sample;
+    int64_t epoch;
+    float *pixels; /* [height, width, 3]: the step is to encode them; NULL: the latent is there */
+    int caption;   /* among captions, unless there is */
+    char *text;    /* one that is made for this step; owned, as are pixels */
+} train_item;
+
+/* A batch, and room for it. */
+typedef struct train_batch {
+    vel_batch b; /* points at what is below */
+    int64_t micro;
+    train_item *item; /* [room_items] */
+    int n_items, room_items;
+    float *latent, *noise, *context, *weight, *disturbed, *mask, *room;
+    int32_t *timestep, *ids;
+} train_batch;
+
+/* In which order an epoch shows the pictures of the class. */
+typedef struct class_order {
+    int32_t *place; /* [class_data->n] in epoch - 1 */
+    int64_t epoch;
+} class_order;
+
+/* What a thread needs to make batches. */
+typedef struct batch_maker {
+    struct train_session *s;
+    vel_epoch *epoch;
+    int64_t epoch_number; /* of epoch; -1 none */
+    class_order classes;
+} batch_maker;
+
+/* Values of each sample as it is and mirrored, once they are there; read by several threads. */
+typedef struct known_values {
+    const float **values; /* [2 * n_samples] */
+} known_values;
 
 typedef struct train_session {
     vel_ctx *ctx;
@@ -44,22 +85,20 @@ typedef struct train_session {
 
     /* arithmetic, in optimizer steps and batches */
     int64_t steps, first_step, step, batches_per_epoch, steps_per_epoch;
-    vel_epoch *epoch;
-    int64_t epoch_number; /* of epoch; -1 none */
 
     /* prior preservation */
     enum { PRIOR_NONE, PRIOR_IMAGES, PRIOR_BASE } prior;
     vel_dataset *class_data; /* of PRIOR_IMAGES */
     int class_pictures;      /* how many there are, or will be once they are drawn */
-    int32_t *class_order;    /* [class_data->n] in the epoch class_epoch - 1 */
-    int64_t class_epoch;
-    int class_caption;   /* of PRIOR_BASE */
-    float *base_context; /* [batch, length, width] of the class prompt by the base model */
+    int class_caption;       /* of PRIOR_BASE */
+    float *base_context;     /* [batch, length, width] of the class prompt by the base model */
 
     /* feed */
     vel_sample *samples; /* those of data, then class_data's at each size of a batch */
     int n_samples;
-    vel_cache *cache, *mask_cache, *text_cache;
+    vel_cache *cache, *text_cache;
+    const char **content;              /* [n_samples] what identifies a picture; NULL: not asked */
+    known_values moments, known_masks; /* moments are the cache's, masks are owned */
     int n_cached_texts;
     int n_encoded, n_known_texts; /* pictures that went through the autoencoder; cached captions */
     int first_sentence, n_sentences; /* templates of new words, among captions; 0: none */
@@ -69,9 +108,16 @@ typedef struct train_session {
     float *contexts; /* [n_captions, length, width]; NULL when the text encoder is trained */
     int32_t *ids;    /* [n_captions, length] */
     int length, width, channels;
-    bool masks; /* the loss is weighted by place */
-    float *latent, *noise, *context, *weight, *disturbed, *mask, *room; /* one batch */
-    int32_t *timestep, *batch_ids;
+    bool masks;          /* the loss is weighted by place */
+    vel_ahead *ahead;    /* makes batches */
+    int64_t next_batch;  /* that it gives */
+    int threads;         /* that make them; 0: the step itself does */
+    batch_maker *makers; /* [threads, at least 1] */
+    train_batch *batches, held_out;
+    int n_batches;
+    bool encodes;     /* steps encode pictures */
+    bool tokenizes;   /* captions that are made for a step need ids */
+    double feed_wait; /* seconds that steps waited for batches, or made and encoded them */
 
     /* keep */
     bool made_folder; /* the output folder is this run's: it goes if nothing is put there */
@@ -110,6 +156,29 @@ vel_status vel_feed_encode_text(train_session *s); /* the captions' states, by t
 vel_status vel_feed_prepare(train_session *s);     /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
 vel_status vel_feed_validate(train_session *s, double *loss);
+void vel_feed_end(train_session *s); /* ends its threads */
+
+/* batch.c; what is not said to be the run's thread's may be called by several at once */
+vel_status vel_batch_room(train_session *s, int n, int64_t most, train_batch *t);
+void vel_batch_clear(train_session *s, train_batch *t);
+void vel_batch_finish(train_session *s, train_batch *t);
+vel_status vel_maker_create(train_session *s, batch_maker *m);
+void vel_maker_finish(batch_maker *m);
+/* Batch `micro` of the run, but for pixels that are not encoded and captions' states. */
+vel_status vel_batch_make(batch_maker *m, int64_t micro, train_batch *t);
+/* A held-out picture at timesteps first ... first + n - 1 of validation_times. */
+vel_status vel_batch_held_out(train_session *s, int sample, const float *moments, int first, int n,
+                              train_batch *t);
+/* Makes latent and noise of item k from its mean and log-variance [h, w, 2C]. */
+void vel_batch_settle(train_session *s, train_batch *t, int k, const float *moments);
+/* Is the sample the same in each epoch, but for being mirrored? */
+bool vel_batch_keeps(const train_session *s, int sample);
+int vel_batch_flipped(const train_session *s, int sample, int64_t epoch);
+/* [height, width, 3] as shown in this epoch; owned, also after a failure. */
+vel_status vel_batch_pixels(train_session *s, int sample, int64_t epoch, float **out);
+const float *vel_known(const known_values *known, int sample, int flipped);
+/* Returns what is known from now on: values, or what another thread said before. */
+const float *vel_make_known(known_values *known, int sample, int flipped, const float *values);
 
 /* prior.c */
 vel_status vel_prior_prepare(train_session *s); /* draws what the class folder lacks */
@@ -117,7 +186,8 @@ vel_status vel_prior_samples(train_session *s); /* fills s->samples; with or wit
 vel_status vel_prior_context(train_session *s); /* before the model is changed */
 int vel_prior_batch(const train_session *s);    /* samples that the model sees at once */
 /* The class sample beside item number `item` of an epoch, at the size of a sample of the batch. */
-int vel_prior_sample(train_session *s, int64_t epoch, int item, const vel_sample *size);
+int vel_prior_sample(const train_session *s, class_order *order, int64_t epoch, int item,
+                     const vel_sample *size);
 void vel_prior_describe(const train_session *s, vel_text *t);
 
 /* keep.c */

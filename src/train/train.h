@@ -20,6 +20,7 @@ typedef struct vel_train_options {
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;
     const char *in_json, *dataset_config, *compare_images;
     int max_train_samples;
+    int data_threads; /* that read pictures and make batches; 0 none, -1 as suits the device */
     const char *resize_filter; /* NULL: Lanczos */
     const char *resolution;    /* "512" or "512,768": width, height */
     bool enable_bucket, bucket_no_upscale, random_crop, flip, cache_to_disk, strict_compat;
@@ -263,6 +264,7 @@ typedef struct vel_curve_point {
     double validation; /* NaN where it was not measured */
     double d;          /* Prodigy's estimate; 0 with other optimizers */
     double scale;      /* of the loss; 0 where it is not scaled */
+    double feed_wait;  /* seconds of these for which the step had no batch to learn from */
 } vel_curve_point;
 
 typedef struct vel_report_sheet {
