@@ -80,34 +80,47 @@ vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text)
     return hand_out(&t, vel_inspect_run(ctx, path, &t), text);
 }
 
-vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text)
+typedef vel_status (*telling_fn)(vel_ctx *ctx, const vel_params *p, vel_text *out);
+
+/* A command whose result is a text. */
+static vel_status tell(vel_ctx *ctx, const vel_params *p, telling_fn run, char **text)
 {
     vel_text t;
     vel_text_init(&t, ctx);
     vel_status st = vel_params_check(p);
     if (st == VEL_OK)
-        st = vel_bench_run(ctx, &p->o.bench, &t);
+        st = run(ctx, p, &t);
     return hand_out(&t, st, text);
+}
+
+static vel_status tell_bench(vel_ctx *ctx, const vel_params *p, vel_text *out)
+{
+    return vel_bench_run(ctx, &p->o.bench, out);
+}
+
+static vel_status tell_checkpoint(vel_ctx *ctx, const vel_params *p, vel_text *out)
+{
+    return vel_checkpoint_run(ctx, &p->o.checkpoint, out);
+}
+
+static vel_status tell_adapter(vel_ctx *ctx, const vel_params *p, vel_text *out)
+{
+    return vel_adapter_run(ctx, &p->o.adapter, out);
+}
+
+vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text)
+{
+    return tell(ctx, p, tell_bench, text);
 }
 
 vel_status vel_checkpoint_command(vel_ctx *ctx, const vel_params *p, char **text)
 {
-    vel_text t;
-    vel_text_init(&t, ctx);
-    vel_status st = vel_params_check(p);
-    if (st == VEL_OK)
-        st = vel_checkpoint_run(ctx, &p->o.checkpoint, &t);
-    return hand_out(&t, st, text);
+    return tell(ctx, p, tell_checkpoint, text);
 }
 
 vel_status vel_adapter_command(vel_ctx *ctx, const vel_params *p, char **text)
 {
-    vel_text t;
-    vel_text_init(&t, ctx);
-    vel_status st = vel_params_check(p);
-    if (st == VEL_OK)
-        st = vel_adapter_run(ctx, &p->o.adapter, &t);
-    return hand_out(&t, st, text);
+    return tell(ctx, p, tell_adapter, text);
 }
 
 vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder, int *passed,

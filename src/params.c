@@ -31,17 +31,6 @@ static int find_command(const char *name)
     return -1;
 }
 
-static bool in_list(const char *list, const char *name, size_t n)
-{
-    for (const char *at = list; at && *at;) {
-        size_t length = strcspn(at, ",");
-        if (length == n && strncmp(at, name, n) == 0)
-            return true;
-        at += length + (at[length] == ',');
-    }
-    return false;
-}
-
 /* '-' and '_' are the same in names. An exact name or alias, else a unique beginning of a name. */
 static const vel_option_row *find_row(const vel_option_row *rows, const char *name)
 {
@@ -54,7 +43,7 @@ static const vel_option_row *find_row(const vel_option_row *rows, const char *na
     const vel_option_row *begins = NULL;
     int n_begin = 0;
     for (const vel_option_row *r = rows; r->name; r++) {
-        if (strcmp(r->name, plain) == 0 || in_list(r->aliases, plain, n))
+        if (strcmp(r->name, plain) == 0 || vel_list_has(r->aliases, plain))
             return r;
         if (strncmp(r->name, plain, n) == 0) {
             begins = r;
@@ -92,9 +81,9 @@ static void nearest_names(const vel_option_row *rows, const char *name, char *ou
 static bool parse_flag(const char *value, bool *out)
 {
     static const char *const yes = "yes,true,1,on,True", *const no = "no,false,0,off,False";
-    if (!value[0] || in_list(yes, value, strlen(value)))
+    if (!value[0] || vel_list_has(yes, value))
         *out = true;
-    else if (in_list(no, value, strlen(value)))
+    else if (vel_list_has(no, value))
         *out = false;
     else
         return false;
@@ -153,7 +142,7 @@ static vel_status set_row(vel_params *p, const vel_option_row *r, const char *va
         *(bool *)field = flag;
         break;
     case OPT_CHOICE:
-        if (!in_list(r->choices, value, strlen(value)))
+        if (!vel_list_has(r->choices, value))
             return vel_fail(p->ctx, VEL_BAD_VALUE, "--%s: '%s' is not one of %s", r->name, value,
                             r->choices);
         VEL_TRY(keep_text(p, value, field));
@@ -328,7 +317,7 @@ vel_status vel_params_check(const vel_params *p)
 {
     const char *required = commands[p->command].required;
     for (const vel_option_row *r = commands[p->command].rows; r->name; r++)
-        if (in_list(required, r->name, strlen(r->name)) && !vel_params_get(p, r->name))
+        if (vel_list_has(required, r->name) && !vel_params_get(p, r->name))
             return vel_fail(p->ctx, VEL_BAD_VALUE, "%s needs --%s: %s", commands[p->command].name,
                             r->name, r->help);
     if (p->command == 0 && p->o.train.min_timestep >= p->o.train.max_timestep)

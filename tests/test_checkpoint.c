@@ -388,7 +388,7 @@ static void write_with_zeros(vel_test *t, const char *from, const char *to, rena
                              rename_fn *zeroed)
 {
     vel_safetensors *sf = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, from, &sf));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, from, &sf));
     vel_arena *a = vel_arena_create(t->ctx);
     int n = sf ? vel_safetensors_count(sf) : 0, used = 0;
     size_t largest = 1;
@@ -411,7 +411,7 @@ static void write_with_zeros(vel_test *t, const char *from, const char *to, rena
             memcpy(list[used++].dim, f->dim, sizeof f->dim);
         }
     }
-    CHECK_OK(
+    REQUIRE_OK(
         vel_safetensors_save(t->ctx, to, list, used, sf ? vel_safetensors_metadata(sf) : NULL));
     vel_free(t->ctx, zeros);
     vel_arena_destroy(a);
@@ -442,14 +442,13 @@ static bool is_zero(const vel_file_tensor *f)
 
 TEST(checkpoint_running_average)
 {
-    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
-         *both = vel_path_join(t->ctx, t->folder, "both.safetensors");
+    char *ours = vel_test_path(t, "ours.safetensors"), *both = vel_test_path(t, "both.safetensors");
     vel_model *m = NULL;
-    CHECK_OK(convert(t, MODEL, ours, 0, true));
+    REQUIRE_OK(convert(t, MODEL, ours, 0, true));
     write_with_zeros(t, ours, both, as_it_is, as_average);
     for (int averaged = 0; averaged < 2; averaged++) {
         vel_model_options open = {.clip_skip = 1, .weights_only = true, .averaged = averaged};
-        CHECK_OK(vel_model_open(t->ctx, both, &open, &m));
+        REQUIRE_OK(vel_model_open(t->ctx, both, &open, &m));
         CHECK(m && is_zero(vel_model_tensor(m, "unet.conv_in.weight")) == averaged);
         CHECK(m && !is_zero(vel_model_tensor(m, "vae.decoder.conv_in.weight")));
         vel_model_close(m);
@@ -482,9 +481,9 @@ TEST(checkpoint_vae_files)
     } forms[] = {{NULL, only_vae},
                  {NULL, prefixed_vae},
                  {MODEL "/vae/diffusion_pytorch_model.safetensors", as_it_is}};
-    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
-         *vae_file = vel_path_join(t->ctx, t->folder, "vae.safetensors");
-    CHECK_OK(convert(t, MODEL, ours, 0, true));
+    char *ours = vel_test_path(t, "ours.safetensors"),
+         *vae_file = vel_test_path(t, "vae.safetensors");
+    REQUIRE_OK(convert(t, MODEL, ours, 0, true));
     const char *const models[] = {MODEL, ours};
     for (int f = 0; f < VEL_COUNT(forms); f++) {
         write_with_zeros(t, forms[f].from ? forms[f].from : ours, vae_file, NULL, forms[f].names);

@@ -143,6 +143,8 @@ void vel_text_finish(vel_text *t);
 bool vel_glob(const char *patterns, const char *text);
 bool vel_has_prefix(const char *s, const char *prefix);
 bool vel_has_suffix(const char *s, const char *suffix); /* ASCII case is ignored */
+/* Is name one of the words of list, which commas separate? list may be NULL. */
+bool vel_list_has(const char *list, const char *name);
 int vel_edit_distance(const char *a, const char *b);
 bool vel_utf8_valid(const char *s, size_t n);
 const char *vel_bytes_text(int64_t bytes, char out[32]); /* "3.2 GiB" */

@@ -355,18 +355,6 @@ vel_status vel_line_config(vel_line *l, const char *key, const char *const *word
 
 /* ---- flags to settings ---- */
 
-static bool in_list(const char *list, const char *name)
-{
-    size_t n = strlen(name);
-    for (const char *at = list; at && *at;) {
-        size_t length = strcspn(at, ",");
-        if (length == n && strncmp(at, name, n) == 0)
-            return true;
-        at += length + (at[length] == ',');
-    }
-    return false;
-}
-
 static bool is_number(const char *word, vel_flag_kind kind)
 {
     char *end;
@@ -387,7 +375,7 @@ static vel_status check_words(vel_line *l, const vel_dialect_row *r, const vel_g
             return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s: '%s' is not a %snumber",
                             l->script->name, r->flag, g->words[i],
                             r->kind == KIND_INT ? "whole " : "");
-        if (r->choices && !in_list(r->choices, g->words[i]))
+        if (r->choices && !vel_list_has(r->choices, g->words[i]))
             return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s: '%s' is not one of %s",
                             l->script->name, r->flag, g->words[i], r->choices);
     }

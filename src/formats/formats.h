@@ -25,6 +25,8 @@ typedef enum vel_file_type {
     VEL_FILE_F8_E5M2
 } vel_file_type;
 int vel_file_type_bytes(vel_file_type t);
+/* Elements of a shape; false when its bytes do not fit into 63 bits. */
+bool vel_file_count(int rank, const int64_t *dim, int bytes_each, int64_t *count);
 const char *vel_file_type_name(vel_file_type t); /* as in the header: "F16" */
 
 typedef struct vel_file_tensor {

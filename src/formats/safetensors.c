@@ -61,8 +61,7 @@ static bool type_of(const char *name, vel_file_type *out)
     return false;
 }
 
-/* Elements of a shape; false when its bytes do not fit into 63 bits. */
-static bool count_of(int rank, const int64_t *dim, int bytes_each, int64_t *count)
+bool vel_file_count(int rank, const int64_t *dim, int bytes_each, int64_t *count)
 {
     int64_t n = 1, bytes;
     for (int i = 0; i < rank; i++)
@@ -90,7 +89,7 @@ static vel_status read_entry(vel_ctx *ctx, const char *path, const char *name, c
         const json_t *dim = json_array_get(shape, (size_t)i);
         t->dim[i] = json_is_integer(dim) ? json_integer_value(dim) : -1;
     }
-    if (!count_of(t->rank, t->dim, types[t->type].bytes, &t->count))
+    if (!vel_file_count(t->rank, t->dim, types[t->type].bytes, &t->count))
         return vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s: impossible shape", path, name);
     const json_t *place = json_object_get(entry, "data_offsets");
     const json_t *begin_value = json_array_get(place, 0), *end_value = json_array_get(place, 1);

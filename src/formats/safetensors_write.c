@@ -20,17 +20,6 @@ static const int place_of_type[] = {
     [VEL_FILE_U8] = 1,   [VEL_FILE_BOOL] = 0, [VEL_FILE_F8_E4M3] = 4, [VEL_FILE_F8_E5M2] = 3,
 };
 
-/* Elements of a shape; false when its bytes do not fit into 63 bits. */
-static bool count_of(int rank, const int64_t *dim, int bytes_each, int64_t *count)
-{
-    int64_t n = 1, bytes;
-    for (int i = 0; i < rank; i++)
-        if (dim[i] < 0 || __builtin_mul_overflow(n, dim[i], &n))
-            return false;
-    *count = n;
-    return !__builtin_mul_overflow(n, (int64_t)bytes_each, &bytes);
-}
-
 typedef struct save_entry {
     const vel_save_tensor *tensor;
     int64_t count;
@@ -52,7 +41,7 @@ static vel_status order_entries(vel_ctx *ctx, const char *path, const vel_save_t
         entries[i].tensor = t;
         if ((unsigned)t->type >= VEL_COUNT(place_of_type) || t->rank < 0 ||
             t->rank > LARGEST_RANK ||
-            !count_of(t->rank, t->dim, vel_file_type_bytes(t->type), &entries[i].count))
+            !vel_file_count(t->rank, t->dim, vel_file_type_bytes(t->type), &entries[i].count))
             return vel_fail(ctx, VEL_BUG, "%s: tensor %s: impossible type or shape", path, t->name);
         if (!vel_utf8_valid(t->name, strlen(t->name)) || strcmp(t->name, "__metadata__") == 0)
             return vel_fail(ctx, VEL_BAD_VALUE, "%s: '%s' cannot name a tensor", path, t->name);
