@@ -46,6 +46,8 @@ static const golden_row rows[] = {
     {"upsample_3", VEL_OP_upsample, {.upsample = {3}}},
     {"mse", VEL_OP_mse, {.mse = {}}},
     {"embed", VEL_OP_embed, {.embed = {}}},
+    {"depthwise", VEL_OP_depthwise, {.depthwise = {}}},
+    {"depthwise_wide", VEL_OP_depthwise, {.depthwise = {}}},
     /* the reference turns in float32 */
     {"rope_neighbours", VEL_OP_rope, {.rope = {2, false, false}}, 1e-6},
     {"rope_halves", VEL_OP_rope, {.rope = {2, true, false}}},

@@ -193,6 +193,11 @@ def main():
     case("rope_neighbours", rope_neighbours(2), [values(2, 5, 12), table[None]], [0])
     tables = torch.stack([table, rope_table(torch.arange(5.0), 6)])
     case("rope_halves", rope_halves(2), [values(2, 5, 12), tables], [0])
+    def depthwise(x, w, b=None):
+        pad = (w.shape[2] // 2, w.shape[3] // 2)
+        return nhwc(F.conv2d(nchw(x), w, b, padding=pad, groups=x.shape[-1]))
+    case("depthwise", depthwise, [values(2, 4, 5, 3), values(3, 1, 3, 3), values(3)], [0, 1, 2])
+    case("depthwise_wide", depthwise, [values(1, 3, 6, 4), values(4, 1, 5, 3)], [0, 1])
     path = sys.argv[1] if len(sys.argv) > 1 else "tests/golden/ops.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path,
               {"made_by": "tools/golden/ops.py", "torch": torch.__version__})

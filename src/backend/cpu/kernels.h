@@ -97,6 +97,9 @@ extern const vel_cpu_kernels vel_cpu_kernels_avx2, vel_cpu_kernels_avx512, vel_c
     KS(conv2d, gemm, 0)                                                                            \
     KS(conv2d_grad_x, gemm, 0)                                                                     \
     KS(conv2d_grad_w, gemm, 0)                                                                     \
+    KS(depthwise, depthwise, 0)                                                                    \
+    KS(depthwise_grad_x, depthwise, 0)                                                             \
+    K(depthwise_grad_w, depthwise_grad_w, 0)                                                       \
     K(kron, kron, 0)                                                                               \
     KS(kron_grad, kron_grad, 0)                                                                    \
     K(row_norm, row_norm, 0)                                                                       \
