@@ -187,6 +187,8 @@ vel_status vel_feed_encode_text(train_session *s)
     for (int i = 0; i < s->n_captions; i++) {
         VEL_TRY(encode_caption(s, i, each));
         vel_progress_at(&progress, i + 1, NAN);
+        if (s->ctx->interrupted && s->step == s->first_step)
+            return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
     }
     return VEL_OK;
 }
