@@ -199,7 +199,7 @@ static vel_status load_dataset_config(vel_params *p, const char *path)
 {
     vel_dataset_config config;
     vel_arena *a = vel_arena_create(p->ctx);
-    vel_status st = a ? vel_dataset_config_read(p->ctx, path, a, &config) : VEL_NO_MEMORY;
+    vel_status st = a ? vel_dataset_config_read(p->ctx, path, NULL, a, &config) : VEL_NO_MEMORY;
     for (int i = 0; st == VEL_OK && i < config.n_settings; i++) {
         st = vel_params_set(p, config.setting[i].name, config.setting[i].value);
         if (st)

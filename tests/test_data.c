@@ -61,6 +61,7 @@ static vel_data_options options_of(vel_test *t)
         .bucket_step = 8,
         .repeats = 1,
         .size_multiple = 8,
+        .how = {.random_crop = true},
     };
 }
 
@@ -581,7 +582,7 @@ TEST(data_pixels)
     put_picture(t, "a.png", 96, 64, 200);
     vel_data_options o = options_of(t);
     o.instance_prompt = "x";
-    o.center_crop = true;
+    o.how.random_crop = false;
     float *pixels = vel_test_alloc(t, 64 * 64 * 3 * sizeof *pixels);
     vel_dataset *d = open_data(t, &o);
     if (d && pixels) {
@@ -604,7 +605,7 @@ TEST(data_random_crop_and_flip)
     put_picture(t, "a.png", 96, 64, 200);
     vel_data_options o = options_of(t);
     o.instance_prompt = "x";
-    o.flip = true;
+    o.how.flip = true;
     float *pixels = vel_test_alloc(t, 2 * 64 * 64 * 3 * sizeof *pixels);
     vel_dataset *d = open_data(t, &o);
     int lowest = 1000, highest = -1, flipped = 0;
@@ -809,8 +810,8 @@ TEST(data_masks_are_laid_as_their_pictures)
     char *folder = path_in(t, "data"), *masks = path_in(t, "masks");
     vel_data_options o = options_of(t);
     o.folder = folder;
-    o.flip = true;
-    o.center_crop = false;
+    o.how.flip = true;
+    o.how.random_crop = true;
     o.instance_prompt = "x";
     REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
     REQUIRE(d->n == 2);
@@ -852,7 +853,7 @@ TEST(data_alpha_masks)
     CHECK_OK(vel_write_file(t->ctx, path, (const char *)half_transparent, sizeof half_transparent));
     vel_data_options o = options_of(t);
     o.instance_prompt = "x";
-    o.center_crop = true;
+    o.how.random_crop = false;
     for (int strict = 0; strict < 2; strict++) {
         float mask[SIDE / DOWN * SIDE / DOWN];
         o.strict_peer = strict;

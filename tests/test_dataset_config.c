@@ -39,8 +39,10 @@ TEST(dataset_config_subsets)
     REQUIRE(a);
     place(t, "a", 2);
     place(t, "b", 1);
-    REQUIRE_OK(vel_dataset_config_read(t->ctx, path, a, &c));
-    CHECK(c.n_subsets == 3 && c.class_data);
+    place(t, "reg", 1);
+    REQUIRE_OK(vel_dataset_config_read(t->ctx, path, NULL, a, &c));
+    CHECK(c.n_subsets == 4 && c.subsets[3].reg && !c.subsets[2].reg);
+    CHECK(c.subsets[1].dataset == 0 && c.subsets[2].dataset == 1 && c.subsets[3].dataset == 1);
     CHECK(c.subsets[0].repeats == 2 && c.subsets[1].repeats == 5 && c.subsets[2].repeats == 2);
     CHECK(c.subsets[0].width == 64 && c.subsets[2].width == 128 && c.subsets[2].height == 64);
     CHECK(strcmp(c.subsets[0].caption_extension, ".txt") == 0 &&
@@ -51,15 +53,16 @@ TEST(dataset_config_subsets)
                           .width = 64,
                           .height = 64,
                           .repeats = 1,
-                          .center_crop = true,
                           .bucket_min = 64,
                           .bucket_max = 256,
                           .bucket_step = 64,
                           .size_multiple = 8};
     vel_dataset *d = NULL;
     REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
-    REQUIRE(d && d->n == 5);
-    if (d) {
+    REQUIRE(d && d->n == 6 && d->n_reg == 1);
+    if (d && d->n == 6) {
+        /* as many of the class as of its data set's subject: two pictures, twice each */
+        CHECK(d->samples[5].reg && d->samples[5].repeats == 4);
         CHECK(d->samples[0].width == 64 && d->samples[4].width == 128 &&
               d->samples[4].height == 64);
         CHECK(d->samples[2].repeats == 5 && strcmp(d->samples[3].caption, "x") == 0);
@@ -90,9 +93,169 @@ TEST(dataset_config_settings)
     for (int i = 0; i < VEL_COUNT(want); i++)
         CHECK_MSG(strcmp(vel_params_get(p, want[i].name), want[i].value) == 0, "%s is %s",
                   want[i].name, vel_params_get(p, want[i].name));
-    CHECK(strstr(vel_params_get(p, "class_data_dir"), "/reg"));
     CHECK(strstr(vel_params_get(p, "data"), "c.toml"));
     vel_params_destroy(p);
+}
+
+/* ---- subsets with settings of their own ---- */
+
+static const char own_text[] =
+    "[general]\nflip_aug = true\ncaption_extension = '.txt'\nresolution = 64\n"
+    "[[datasets]]\nbatch_size = 2\n"
+    "[[datasets.subsets]]\nimage_dir = '%s/a'\nshuffle_caption = true\nkeep_tokens = 1\n"
+    "caption_prefix = 'one,'\nloss_weight = 0.5\ncustom_attributes = {x = 1}\n"
+    "[[datasets.subsets]]\nimage_dir = '%s/b'\ncaption_prefix = 'two,'\nflip_aug = false\n"
+    "random_crop = true\ncaption_dropout_rate = 0.25\nvalidation_split = 1.0\n"
+    "[[datasets]]\nbatch_size = 1\nnetwork_multiplier = 1.0\n"
+    "[[datasets.subsets]]\nimage_dir = '%s/c'\nresize_interpolation = 'area'\n";
+
+/* The subsets of own_text in which nothing is agreed on but the size. */
+static vel_dataset *open_own(vel_test *t, vel_arena *a, vel_dataset_config *c)
+{
+    static const vel_data_subset otherwise = {
+        .repeats = 1, .validation_split = 0.1, .how = {.captions = {.suffix = "end"}, .weight = 1}};
+    char text[4096];
+    vel_dataset *d = NULL;
+    snprintf(text, sizeof text, own_text, t->folder, t->folder, t->folder);
+    place(t, "a", 3);
+    place(t, "b", 2);
+    place(t, "c", 3);
+    CHECK_OK(vel_dataset_config_read(t->ctx, write_config(t, "own.toml", text), &otherwise, a, c));
+    vel_data_options o = {.folder = t->folder,
+                          .subsets = c->subsets,
+                          .n_subsets = c->n_subsets,
+                          .width = 64,
+                          .height = 64,
+                          .repeats = 1,
+                          .size_multiple = 8};
+    CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+    return d;
+}
+
+TEST(dataset_config_own_settings)
+{
+    vel_arena *a = vel_arena_create(t->ctx);
+    vel_dataset_config c;
+    vel_dataset *d = open_own(t, a, &c);
+    CHECK(c.n_settings == 0 && c.n_subsets == 3);
+    const vel_data_how *one = &c.subsets[0].how, *two = &c.subsets[1].how,
+                       *three = &c.subsets[2].how;
+    CHECK(one->flip && !two->flip && three->flip && !one->random_crop && two->random_crop);
+    CHECK(one->captions.shuffle && one->captions.keep_tokens == 1 && !two->captions.shuffle);
+    CHECK(strcmp(one->captions.prefix, "one,") == 0 && strcmp(two->captions.prefix, "two,") == 0);
+    CHECK(!three->captions.prefix && strcmp(three->captions.suffix, "end") == 0);
+    CHECK(one->weight == 0.5 && two->weight == 1 && two->caption_dropout == 0.25);
+    CHECK(!one->filter && strcmp(three->filter, "area") == 0);
+    CHECK(c.subsets[0].batch == 2 && c.subsets[1].batch == 2 && c.subsets[2].batch == 1);
+    CHECK(c.subsets[0].validation_split == 0.1 && c.subsets[1].validation_split == 1);
+    if (d && d->n == 8) {
+        CHECK(d->samples[0].weight == 0.5 && d->samples[3].weight == 1);
+        CHECK(d->samples[3].held_out && d->samples[4].held_out);
+        CHECK(vel_sample_how(d, 0)->flip && !vel_sample_how(d, 3)->flip);
+        CHECK(strcmp(vel_sample_how(d, 4)->captions.prefix, "two,") == 0);
+        vel_text said;
+        vel_text_init(&said, t->ctx);
+        vel_dataset_describe(d, &said);
+        CHECK_MSG(strstr(said.s, "\"one, ") && strstr(said.s, " end\""), "%s", said.s);
+        vel_text_finish(&said);
+    }
+    CHECK(d && d->n == 8);
+    vel_dataset_close(d);
+    vel_arena_destroy(a);
+}
+
+/* Batches are of one data set, each of its own size. */
+TEST(dataset_config_own_batches)
+{
+    vel_arena *a = vel_arena_create(t->ctx);
+    vel_dataset_config c;
+    vel_dataset *d = open_own(t, a, &c);
+    vel_epoch *e = NULL;
+    if (d)
+        CHECK_OK(vel_epoch_create(d, 8, 1, 0, false, &e));
+    int learned[2] = {0}, batches[2] = {0};
+    for (int i = 0; e && i < e->n_batches; i++) {
+        int n = e->begin[i + 1] - e->begin[i];
+        int set = c.subsets[d->samples[e->sample[e->begin[i]]].subset].dataset;
+        for (int k = e->begin[i]; k < e->begin[i + 1]; k++)
+            CHECK(c.subsets[d->samples[e->sample[k]].subset].dataset == set);
+        CHECK(n <= (set ? 1 : 2));
+        learned[set] += n;
+        batches[set]++;
+    }
+    CHECK(d && learned[0] + learned[1] == d->n_train && batches[1] == learned[1]);
+    vel_epoch_destroy(e);
+    vel_dataset_close(d);
+    vel_arena_destroy(a);
+}
+
+/* ---- pictures of the class ---- */
+
+/* sd-scripts: the class is shown as often as the subject: in order, each as often as its folder
+ * says; then each once more, round by round; what is beyond is not used. */
+TEST(regular_pictures_are_kohyas)
+{
+    static const struct {
+        const char *subject, *reg;
+        int n, n_reg, repeats[4];
+    } cases[] = {{"5_x", "1_y", 2, 3, {4, 3, 3}},      /* 10: 3, then 2 rounds and one more */
+                 {"1_x", "1_y", 3, 3, {1, 1, 1}},      /* as many */
+                 {"1_x", "2_y", 3, 3, {2, 2}},         /* the third is not used */
+                 {"1_x", "5_y", 2, 3, {5}},            /* the first is enough */
+                 {"3_x", "flat", 2, 4, {2, 2, 1, 1}}}; /* a flat folder counts as 1_ */
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        char path[2][4200], name[64];
+        snprintf(name, sizeof name, "data%d/%s", i, cases[i].subject);
+        place(t, name, cases[i].n);
+        snprintf(name, sizeof name, strcmp(cases[i].reg, "flat") ? "reg%d/%s" : "reg%d", i,
+                 cases[i].reg);
+        place(t, name, cases[i].n_reg);
+        snprintf(path[0], sizeof path[0], "%s/data%d", t->folder, i);
+        snprintf(path[1], sizeof path[1], "%s/reg%d", t->folder, i);
+        vel_data_options o = {.folder = path[0],
+                              .reg_folder = path[1],
+                              .reg_weight = 0.7,
+                              .width = 64,
+                              .height = 64,
+                              .repeats = 1,
+                              .size_multiple = 8};
+        vel_dataset *d = NULL;
+        CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+        int at = 0, items[2] = {0};
+        for (int k = 0; d && k < d->n; k++) {
+            const vel_sample *s = &d->samples[k];
+            CHECK(s->weight == (s->reg ? 0.7 : 1) && !s->held_out);
+            items[s->reg] += s->repeats;
+            if (s->reg)
+                CHECK_MSG(at < 4 && s->repeats == cases[i].repeats[at++], "case %d: %d times", i,
+                          s->repeats);
+        }
+        CHECK_MSG(d && at == d->n_reg && (at == 4 || !cases[i].repeats[at]), "case %d", i);
+        CHECK_MSG(d && d->n_skipped == cases[i].n_reg - at, "case %d: %d skipped", i, d->n_skipped);
+        CHECK(items[1] >= items[0]);
+        vel_dataset_close(d);
+    }
+}
+
+/* In steps of one picture, those of the class are seen as often as the subject, by their weight. */
+TEST(regular_pictures_are_weighed)
+{
+    static program_result r;
+    place(t, "data/2_x", 1);
+    place(t, "reg/1_y", 1);
+    if (!program_shell(
+            t,
+            "cd $D; V=$(cd $OLDPWD; realpath $V); M=$(cd $OLDPWD; realpath $M); $V python "
+            "train_network.py --pretrained_model_name_or_path $M --train_data_dir data "
+            "--reg_data_dir reg --resolution 64 --network_module networks.lora "
+            "--network_train_unet_only --max_train_epochs 1 --prior_loss_weight 0 --output_dir o "
+            "--output_name n --seed 1 && grep -c '\"loss\": 0,' o/n.log.jsonl; $V inspect "
+            "o/n.safetensors",
+            &r))
+        return;
+    CHECK_MSG(strstr(r.text, "\n2\n") && strstr(r.text, "1 of them are of the class"), "%s",
+              r.text);
+    CHECK(strstr(r.text, "ss_num_train_images") && strstr(r.text, "ss_num_reg_images"));
 }
 
 TEST(dataset_config_refuses)
@@ -114,8 +277,13 @@ TEST(dataset_config_refuses)
         {SUBSET "class_tokens = 3", "class_tokens"},
         {SUBSET "color_aug = true", "color_aug"},
         {SUBSET "is_reg = true", "none has pictures"},
-        {SUBSET "flip_aug = true\n[[datasets.subsets]]\nimage_dir = 'y'\nflip_aug = false",
-         "one value"},
+        {SUBSET "flip_aug = 'yes'", "true or false"},
+        {SUBSET "keep_tokens = 1.5", "a whole number"},
+        {SUBSET "keep_tokens = 1000", "bounds"},
+        {SUBSET "caption_prefix = 3", "a text"},
+        {SUBSET "caption_dropout_rate = [1]", "a number"},
+        {"[[datasets]]\nnetwork_multiplier = 0.5\n[[datasets.subsets]]\nimage_dir = 'x'\n",
+         "network_multiplier"},
         {"[general]\nresolution = 65\n" SUBSET, "divisible by 8"},
         {"[general]\nresolution = [64]\n" SUBSET, "resolution"},
         {"[general]\nresolution = 'x'\n" SUBSET, "resolution"},
@@ -125,7 +293,7 @@ TEST(dataset_config_refuses)
         vel_arena *a = vel_arena_create(t->ctx);
         REQUIRE(a);
         const char *path = write_config(t, "bad.toml", cases[i].text);
-        CHECK_MSG(vel_dataset_config_read(t->ctx, path, a, &c) != VEL_OK, "%s: was taken",
+        CHECK_MSG(vel_dataset_config_read(t->ctx, path, NULL, a, &c) != VEL_OK, "%s: was taken",
                   cases[i].text);
         CHECK_MSG(strstr(vel_ctx_error(t->ctx), cases[i].says) &&
                       strstr(vel_ctx_error(t->ctx), "bad.toml"),
@@ -152,7 +320,6 @@ TEST(in_json_lists_pictures)
                           .width = 64,
                           .height = 64,
                           .repeats = 1,
-                          .center_crop = true,
                           .size_multiple = 8};
     vel_dataset *d = NULL;
     REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));

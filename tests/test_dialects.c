@@ -149,7 +149,7 @@ TEST(dialects_other_methods)
     comes_to(t,
              "train_db.py --pretrained_model_name_or_path m --train_data_dir d --reg_data_dir r "
              "--resolution 512,640 --learning_rate_te 1e-6 --stop_text_encoder_training 100",
-             "method=full class_data_dir=r resolution=512,640 text_encoder_lr=1e-6 "
+             "method=full reg_data_dir=r resolution=512,640 text_encoder_lr=1e-6 "
              "stop_text_encoder_training=100 train_text_encoder=yes");
     comes_to(t,
              "fine_tune.py --pretrained_model_name_or_path m --train_data_dir d --in_json j "

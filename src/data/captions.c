@@ -124,7 +124,7 @@ vel_status vel_caption_find(vel_ctx *ctx, const vel_data_options *o, const char 
         if (!path)
             return VEL_NO_MEMORY;
         vel_status status =
-            vel_is_file(path) ? read_caption(ctx, path, o->captions.wildcard, a, out) : VEL_OK;
+            vel_is_file(path) ? read_caption(ctx, path, o->how.captions.wildcard, a, out) : VEL_OK;
         vel_free(ctx, path);
         if (status)
             return status;

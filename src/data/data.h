@@ -31,19 +31,39 @@ vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r);
 vel_status vel_caption_use(vel_ctx *ctx, const vel_caption_rules *r, const char *caption,
                            uint64_t seed, uint64_t stream, double warm, char **out);
 
+/* How pictures are shown, and what they count. Texts may be NULL. */
+typedef struct vel_data_how {
+    vel_caption_rules captions;
+    double caption_dropout;
+    bool flip, random_crop; /* mirrored at random; else cut from the middle */
+    const char *filter;     /* of scaling; NULL: Lanczos */
+    bool alpha_mask;        /* each place's loss is weighted by the pictures' alpha channel, or */
+    const char *masks;      /* by the pictures in this folder */
+    double weight;          /* of the loss; 0: 1 */
+} vel_data_how;
+
 /* One of several folders that are learned from together. Texts may be NULL. */
 typedef struct vel_data_subset {
     const char *folder;
     const char *list; /* kohya's JSON: {"picture": {"caption": "..", "tags": ".."}} */
     const char *class_words, *caption_extension; /* stand-in caption; NULL: the options' */
     int repeats;
-    int width, height; /* 0: the options' */
+    bool reg;                /* pictures of the class: see regular.c */
+    int dataset;             /* batches are of one of them */
+    int width, height;       /* 0: the options' */
+    int batch;               /* 0: the run's */
+    double validation_split; /* below 0: the options' */
+    bool buckets, no_upscale;
+    int bucket_min, bucket_max, bucket_step; /* step 0: the options' buckets */
+    vel_data_how how;
 } vel_data_subset;
 
 typedef struct vel_data_options {
     const char *folder;             /* with subsets: what messages name */
     const vel_data_subset *subsets; /* instead of what folder's layout says */
     int n_subsets;
+    const char *reg_folder; /* pictures of the class, in N_name folders as in kohya's; or NULL */
+    double reg_weight;      /* of their loss */
     const char *instance_prompt;   /* one caption for all; NULL: captions from files */
     const char *caption_extension; /* NULL: .caption, then .txt */
     const char *caption_column;    /* of metadata.jsonl; NULL: "text" */
@@ -52,15 +72,12 @@ typedef struct vel_data_options {
     bool buckets;                  /* aspect-ratio buckets of equal area; else fixed size */
     int bucket_min, bucket_max, bucket_step; /* 256, 1024, 64; step a multiple of 8 */
     bool no_upscale;
-    bool center_crop;        /* else random crop */
-    bool flip;               /* random horizontal flip */
     int repeats;             /* of a flat folder; N_name folders carry their own */
     int most_pictures;       /* the first so many; 0: all */
     double validation_split; /* share held out, chosen by hash of the file name */
     bool strict_peer;
-    const char *filter; /* of scaling; NULL: Lanczos */
-    int size_multiple;  /* pixels per latent: 8 */
-    vel_caption_rules captions;
+    int size_multiple; /* pixels per latent: 8 */
+    vel_data_how how;  /* without subsets, each of which has its own */
 } vel_data_options;
 
 typedef struct vel_sample {
@@ -71,11 +88,13 @@ typedef struct vel_sample {
     int width, height; /* of its bucket */
     int subset;        /* of the options */
     bool held_out;     /* for validation */
-    double weight;     /* of its loss: 1, or that of its subset */
+    bool reg;          /* of the class */
+    double weight;     /* of its loss: that of its subset, and of the class */
 } vel_sample;
 
 /* kohya's --dataset_config (dataset_config.c): the subsets, and what it says of the whole run.
- * Texts live in a. */
+ * Texts live in a. otherwise: what holds where the file says nothing, or where it says the same of
+ * all subsets, which then is a setting of the run; NULL: only the settings are of interest. */
 typedef struct vel_dataset_config {
     vel_data_subset *subsets;
     int n_subsets;
@@ -83,10 +102,9 @@ typedef struct vel_dataset_config {
         const char *name, *value;
     } setting[64];
     int n_settings;
-    bool class_data; /* a subset of regularisation pictures was among them */
 } vel_dataset_config;
-vel_status vel_dataset_config_read(vel_ctx *ctx, const char *path, vel_arena *a,
-                                   vel_dataset_config *out);
+vel_status vel_dataset_config_read(vel_ctx *ctx, const char *path, const vel_data_subset *otherwise,
+                                   vel_arena *a, vel_dataset_config *out);
 
 typedef struct vel_skipped {
     char *path, *why;
@@ -97,7 +115,8 @@ typedef struct vel_dataset {
     char layout[64];     /* "flat folder with side-car captions", "kohya N_name folders", ... */
     vel_sample *samples; /* training and held-out */
     int n;
-    int n_train, n_held_out;
+    int n_train, n_held_out; /* n_reg of n_train are of the class */
+    int n_reg;
     vel_skipped *skipped; /* pictures that cannot be read, stray files */
     int n_skipped;
     int missing_captions;
@@ -105,6 +124,9 @@ typedef struct vel_dataset {
     int least_items; /* an epoch has at least so many: the pictures are shown again from the first
                       * on (diffusers' DreamBooth, where the class has more pictures) */
 } vel_dataset;
+
+/* How a sample is shown. */
+const vel_data_how *vel_sample_how(const vel_dataset *d, int index);
 
 /* Finds, probes (not decodes) and sorts into buckets. No readable picture at all is VEL_BAD_FILE.
  */

@@ -59,7 +59,7 @@ static bool is_side_name(const vel_data_options *o, const char *name)
 
 /* ---- growing lists ---- */
 
-static vel_status skip(vel_dataset_inner *d, const char *path, const char *why)
+vel_status vel_dataset_skip(vel_dataset_inner *d, const char *path, const char *why)
 {
     vel_dataset *shown = &d->shown;
     if (shown->n_skipped == d->skipped_room) {
@@ -85,7 +85,7 @@ static vel_status skip_joined(vel_dataset_inner *d, const char *folder, const ch
     char *path = vel_path_join(d->shown.ctx, folder, name);
     if (!path)
         return VEL_NO_MEMORY;
-    vel_status status = skip(d, path, why);
+    vel_status status = vel_dataset_skip(d, path, why);
     vel_free(d->shown.ctx, path);
     return status;
 }
@@ -163,7 +163,7 @@ static void count_caption(vel_dataset_inner *d, const vel_caption *c)
         return;
     }
     d->empty_captions += *c->text == 0;
-    d->cut_captions += c->n_lines > 1 && !d->shown.options.captions.wildcard;
+    d->cut_captions += c->n_lines > 1 && !d->hows[d->subset].captions.wildcard;
     for (int i = 0; i < VEL_COUNT(d->from_ending); i++)
         if (c->extension && c->extension == vel_caption_ending(&d->shown.options, i))
             d->from_ending[i]++;
@@ -198,11 +198,15 @@ static vel_status add_picture(vel_dataset_inner *d, const source *from, const ch
     if (d->shown.ctx->interrupted)
         return vel_fail(d->shown.ctx, VEL_INTERRUPTED, "%s: stopped while reading the data",
                         d->shown.options.folder);
-    vel_sample s = {.repeats = from->repeats, .weight = 1, .subset = d->subset};
+    double weight = d->hows[d->subset].weight, reg = d->shown.options.reg_weight;
+    vel_sample s = {.repeats = from->repeats,
+                    .weight = (weight > 0 ? weight : 1) * (d->reg ? reg : 1),
+                    .subset = d->subset,
+                    .reg = d->reg};
     const char *why;
     VEL_TRY(look_at(d, path, &s, &why));
     if (why)
-        return skip(d, path, why);
+        return vel_dataset_skip(d, path, why);
     s.image = vel_arena_strdup(d->arena, path);
     if (!s.image)
         return VEL_NO_MEMORY;
@@ -243,10 +247,10 @@ static vel_status add_name(vel_dataset_inner *d, const source *from, char **name
     if (vel_is_file(path))
         status = add_picture(d, from, path, NULL);
     else if (vel_is_folder(path))
-        status =
-            skip(d, path, "is a folder; only N_name folders directly in the data folder are read");
+        status = vel_dataset_skip(
+            d, path, "is a folder; only N_name folders directly in the data folder are read");
     else
-        status = skip(d, path, "is no ordinary file");
+        status = vel_dataset_skip(d, path, "is no ordinary file");
     vel_free(d->shown.ctx, path);
     return status;
 }
@@ -308,11 +312,12 @@ static vel_status add_kohya_name(vel_dataset_inner *d, const char *folder, const
     if (repeats && vel_is_folder(path))
         status = add_folder(d, &(source){path, repeats, words});
     else if (vel_is_folder(path))
-        status = skip(d, path,
-                      words ? "is a folder with 0 repeats"
-                            : "is a folder whose name is not N_name, as in 10_style");
+        status = vel_dataset_skip(d, path,
+                                  words ? "is a folder with 0 repeats"
+                                        : "is a folder whose name is not N_name, as in 10_style");
     else
-        status = skip(d, path, "lies beside the N_name folders, of which alone pictures are read");
+        status = vel_dataset_skip(
+            d, path, "lies beside the N_name folders, of which alone pictures are read");
     vel_free(d->shown.ctx, path);
     return status;
 }
@@ -350,9 +355,10 @@ static vel_status skip_unlisted(vel_dataset_inner *d, const char *folder, const 
             bsearch(&names[i], listed, (size_t)n_rows, sizeof *listed, compare_files))
             continue;
         char *path = vel_path_join(ctx, folder, names[i]);
-        status = !path               ? VEL_NO_MEMORY
-                 : vel_is_file(path) ? skip(d, path, "is not named in the list of pictures")
-                                     : VEL_OK;
+        status = !path ? VEL_NO_MEMORY
+                 : vel_is_file(path)
+                     ? vel_dataset_skip(d, path, "is not named in the list of pictures")
+                     : VEL_OK;
         vel_free(ctx, path);
     }
     vel_names_free(ctx, names, n);
@@ -374,7 +380,8 @@ static vel_status add_rows(vel_dataset_inner *d, const char *folder, const vel_l
         if (vel_is_file(path))
             status = add_picture(d, &from, path, &rows[i]);
         else
-            status = skip(d, path, "is named in the list of pictures but does not exist");
+            status =
+                vel_dataset_skip(d, path, "is named in the list of pictures but does not exist");
         vel_free(ctx, path);
         vel_progress_at(&progress, i + 1, NAN);
     }
@@ -426,7 +433,7 @@ static vel_status find_list(vel_ctx *ctx, const char *root, char **folder, char 
 }
 
 /* N_name folders are there, and no prompt for all that would say the loose pictures are meant. */
-static vel_status is_kohya(vel_dataset_inner *d, char **names, int n, bool *yes)
+static vel_status is_kohya(vel_dataset_inner *d, const char *folder, char **names, int n, bool *yes)
 {
     const vel_data_options *o = &d->shown.options;
     bool folders = false, files = false;
@@ -434,7 +441,7 @@ static vel_status is_kohya(vel_dataset_inner *d, char **names, int n, bool *yes)
         const char *words;
         if (*names[i] == '.')
             continue;
-        char *path = vel_path_join(d->shown.ctx, o->folder, names[i]);
+        char *path = vel_path_join(d->shown.ctx, folder, names[i]);
         if (!path)
             return VEL_NO_MEMORY;
         folders = folders || (repeats_of(names[i], &words) && vel_is_folder(path));
@@ -452,7 +459,7 @@ static vel_status add_flat_or_kohya(vel_dataset_inner *d)
     int n;
     bool kohya = false;
     VEL_TRY(vel_list_folder(d->shown.ctx, o->folder, &names, &n));
-    vel_status status = is_kohya(d, names, n, &kohya);
+    vel_status status = is_kohya(d, o->folder, names, n, &kohya);
     if (!status && kohya)
         status = add_kohya(d, o->folder, names, n);
     vel_names_free(d->shown.ctx, names, n);
@@ -533,10 +540,31 @@ static vel_status add_subsets(vel_dataset_inner *d)
         const vel_data_subset *s = &o->subsets[i];
         source from = {s->folder, s->repeats, s->class_words};
         d->subset = i;
+        d->reg = s->reg;
         o->caption_extension = s->caption_extension ? s->caption_extension : ending;
         status = s->list ? add_json(d, &from, s->list) : add_folder(d, &from);
     }
     o->caption_extension = ending;
+    d->reg = false;
+    return status;
+}
+
+/* kohya's folder of regularisation pictures; a flat one is taken as one of 1 repeat. */
+static vel_status add_reg_folder(vel_dataset_inner *d)
+{
+    const char *folder = d->shown.options.reg_folder;
+    char **names;
+    int n;
+    bool kohya = false;
+    VEL_TRY(vel_list_folder(d->shown.ctx, folder, &names, &n));
+    vel_status status = is_kohya(d, folder, names, n, &kohya);
+    d->reg = true;
+    for (int i = 0; i < n && kohya && !status; i++)
+        status = add_kohya_name(d, folder, names[i]);
+    vel_names_free(d->shown.ctx, names, n);
+    if (!status && !kohya)
+        status = add_folder(d, &(source){folder, 1, NULL});
+    d->reg = false;
     return status;
 }
 
@@ -590,19 +618,26 @@ static double place_of(const vel_sample *s)
     return (double)(vel_hash64(name, vel_stem_length(name), 0) >> 11) * 0x1p-53;
 }
 
+/* The share of a sample's subset that is held out; what is shown of the class never is. */
+static double split_of(const vel_dataset *d, const vel_sample *s)
+{
+    const vel_data_options *o = &d->options;
+    double own = o->n_subsets ? o->subsets[s->subset].validation_split : -1;
+    return s->reg ? 0 : own >= 0 ? own : o->validation_split;
+}
+
 /* At least one picture stays on either side, where there are two. */
 static void hold_out(vel_dataset *d)
 {
-    double split = d->options.validation_split;
     int lowest = 0, highest = 0;
     for (int i = 0; i < d->n; i++) {
-        double place = place_of(&d->samples[i]);
+        double place = place_of(&d->samples[i]), split = split_of(d, &d->samples[i]);
         d->samples[i].held_out = place < split;
         d->n_held_out += place < split;
         lowest = place < place_of(&d->samples[lowest]) ? i : lowest;
         highest = place > place_of(&d->samples[highest]) ? i : highest;
     }
-    if (split > 0 && d->n > 1 && d->n_held_out == 0) {
+    if (d->options.validation_split > 0 && d->n > 1 && d->n_held_out == 0) {
         d->samples[lowest].held_out = true;
         d->n_held_out = 1;
     } else if (d->n_held_out == d->n) {
@@ -628,6 +663,8 @@ static vel_status check_options(vel_ctx *ctx, const vel_data_options *o)
 {
     if (!o->n_subsets)
         VEL_TRY(check_folder(ctx, o->folder));
+    if (o->reg_folder)
+        VEL_TRY(check_folder(ctx, o->reg_folder));
     for (int i = 0; i < o->n_subsets; i++)
         VEL_TRY(check_folder(ctx, o->subsets[i].folder));
     if (o->repeats < 1 || o->repeats > LARGEST_REPEATS)
@@ -638,6 +675,18 @@ static vel_status check_options(vel_ctx *ctx, const vel_data_options *o)
                         o->validation_split);
     if (o->caption_extension && !o->caption_extension[*o->caption_extension == '.'])
         return vel_fail(ctx, VEL_BAD_VALUE, "--caption_extension: is empty; .txt is usual");
+    return VEL_OK;
+}
+
+static vel_status keep_how(vel_dataset_inner *d, vel_data_how *how)
+{
+    vel_caption_rules *c = &how->captions;
+    const char **texts[] = {&how->filter,      &how->masks, &c->prefix,    &c->suffix,
+                            &c->trigger,       &c->style,   &c->separator, &c->secondary_separator,
+                            &c->keep_separator};
+    for (int k = 0; k < VEL_COUNT(texts); k++)
+        if (*texts[k] && !(*texts[k] = vel_arena_strdup(d->arena, *texts[k])))
+            return VEL_NO_MEMORY;
     return VEL_OK;
 }
 
@@ -654,6 +703,7 @@ static vel_status keep_subsets(vel_dataset_inner *d)
         for (int k = 0; k < VEL_COUNT(texts); k++)
             if (*texts[k] && !(*texts[k] = vel_arena_strdup(d->arena, *texts[k])))
                 return VEL_NO_MEMORY;
+        VEL_TRY(keep_how(d, &kept[i].how));
     }
     o->subsets = kept;
     return VEL_OK;
@@ -662,14 +712,18 @@ static vel_status keep_subsets(vel_dataset_inner *d)
 /* The options keep their own texts: the caller's may go. */
 static vel_status keep_options(vel_dataset_inner *d, const vel_data_options *o)
 {
-    const char **texts[] = {&d->shown.options.folder, &d->shown.options.instance_prompt,
-                            &d->shown.options.caption_extension, &d->shown.options.caption_column,
-                            &d->shown.options.image_column};
+    const char **texts[] = {&d->shown.options.folder,
+                            &d->shown.options.instance_prompt,
+                            &d->shown.options.caption_extension,
+                            &d->shown.options.caption_column,
+                            &d->shown.options.image_column,
+                            &d->shown.options.reg_folder};
     d->shown.options = *o;
     for (int i = 0; i < VEL_COUNT(texts); i++) {
         if (*texts[i] && !(*texts[i] = vel_arena_strdup(d->arena, *texts[i])))
             return VEL_NO_MEMORY;
     }
+    VEL_TRY(keep_how(d, &d->shown.options.how));
     return keep_subsets(d);
 }
 
@@ -679,13 +733,23 @@ static vel_status make_tables(vel_dataset_inner *d)
     const vel_data_options *all = &d->shown.options;
     int n = VEL_MAX(1, all->n_subsets);
     d->tables = vel_arena_alloc(d->arena, (size_t)n * sizeof *d->tables);
-    if (!d->tables)
+    d->hows = vel_arena_alloc(d->arena, (size_t)n * sizeof *d->hows);
+    if (!d->tables || !d->hows)
         return VEL_NO_MEMORY;
     for (int i = 0; i < n; i++) {
         vel_data_options o = *all;
-        if (all->n_subsets && all->subsets[i].width) {
-            o.width = all->subsets[i].width;
-            o.height = all->subsets[i].height;
+        const vel_data_subset *s = all->n_subsets ? &all->subsets[i] : NULL;
+        d->hows[i] = s ? s->how : all->how;
+        if (s && s->width) {
+            o.width = s->width;
+            o.height = s->height;
+        }
+        if (s && s->bucket_step) {
+            o.buckets = s->buckets;
+            o.no_upscale = s->no_upscale;
+            o.bucket_min = s->bucket_min;
+            o.bucket_max = s->bucket_max;
+            o.bucket_step = s->bucket_step;
         }
         VEL_TRY(vel_bucket_table_make(d->shown.ctx, &o, d->arena, &d->tables[i]));
     }
@@ -708,15 +772,24 @@ vel_status vel_dataset_open(vel_ctx *ctx, const vel_data_options *o, vel_dataset
         status = add_all(d);
     if (!status)
         status = check_found(d);
-    if (status) {
-        vel_dataset_close(&d->shown);
-        return status;
-    }
-    if (o->most_pictures > 0)
+    if (!status && o->most_pictures > 0)
         d->shown.n = VEL_MIN(d->shown.n, o->most_pictures);
-    hold_out(&d->shown);
-    *out = &d->shown;
-    return VEL_OK;
+    if (!status && o->reg_folder)
+        status = add_reg_folder(d);
+    if (!status) {
+        hold_out(&d->shown);
+        status = vel_regular_settle(d);
+    }
+    if (status)
+        vel_dataset_close(&d->shown);
+    else
+        *out = &d->shown;
+    return status;
+}
+
+const vel_data_how *vel_sample_how(const vel_dataset *d, int index)
+{
+    return &vel_dataset_inside(d)->hows[d->samples[index].subset];
 }
 
 void vel_dataset_close(vel_dataset *d)

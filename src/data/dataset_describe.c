@@ -90,14 +90,17 @@ static void describe_counts(const vel_dataset *d, vel_text *out)
     else
         vel_text_addf(out, "; each %d to %d times", least, most);
     vel_text_addf(out, ": %" PRId64 " item%s an epoch\n", items, plural(items));
+    if (d->n_reg)
+        vel_text_addf(out, "  class     %d of them are of the class, shown as often as the rest\n",
+                      d->n_reg);
 }
 
 /* As a step may see it. */
-static void add_used_caption(const vel_dataset *d, vel_text *out, const char *caption,
-                             uint64_t stream)
+static void add_used_caption(const vel_dataset *d, vel_text *out, int sample, uint64_t stream)
 {
     char *used;
-    if (vel_caption_use(d->ctx, &d->options.captions, caption, 0, stream, 1, &used))
+    const vel_caption_rules *rules = &vel_sample_how(d, sample)->captions;
+    if (vel_caption_use(d->ctx, rules, d->samples[sample].caption, 0, stream, 1, &used))
         return;
     add_clean(out, used);
     vel_text_add(out, "\"\n");
@@ -110,7 +113,7 @@ static void describe_captions(const vel_dataset_inner *in, vel_text *out)
     vel_text_add(out, "  captions  ");
     if (d->options.instance_prompt) {
         vel_text_add(out, "one for all: \"");
-        add_used_caption(d, out, d->options.instance_prompt, 0);
+        add_used_caption(d, out, 0, 0);
         return;
     }
     vel_text_addf(out, "%d of %d", d->n - d->missing_captions, d->n);
@@ -121,16 +124,16 @@ static void describe_captions(const vel_dataset_inner *in, vel_text *out)
             vel_text_add(out, " files");
         }
     }
-    vel_text_add(out, vel_caption_varies(&d->options.captions) ? "; as used, for example\n"
-                                                               : "; such as\n");
+    bool varies = false;
+    for (int i = 0; i < VEL_MAX(1, d->options.n_subsets); i++)
+        varies |= vel_caption_varies(&in->hows[i].captions);
+    vel_text_add(out, varies ? "; as used, for example\n" : "; such as\n");
     for (int i = 0; i < VEL_MIN(d->n, SHOWN_CAPTIONS); i++) {
-        const vel_sample *s = &d->samples[(int64_t)i * (d->n - 1) / (SHOWN_CAPTIONS - 1)];
-        if (d->n < SHOWN_CAPTIONS)
-            s = &d->samples[i];
+        int at = d->n < SHOWN_CAPTIONS ? i : (int)((int64_t)i * (d->n - 1) / (SHOWN_CAPTIONS - 1));
         vel_text_add(out, "            ");
-        add_name(d, out, s->image);
+        add_name(d, out, d->samples[at].image);
         vel_text_add(out, ": \"");
-        add_used_caption(d, out, s->caption, (uint64_t)i);
+        add_used_caption(d, out, at, (uint64_t)i);
     }
 }
 

@@ -20,14 +20,22 @@ static uint64_t stream_of(uint64_t use, int64_t epoch, vel_size bucket)
 /* ---- order ---- */
 
 typedef struct by_bucket {
+    int dataset;
     vel_size bucket;
     int32_t sample;
 } by_bucket;
 
+/* Batches are of one data set and one bucket of it. */
+static int compare_group(const by_bucket *x, const by_bucket *y)
+{
+    int order = (x->dataset > y->dataset) - (x->dataset < y->dataset);
+    return order ? order : vel_size_compare(x->bucket, y->bucket);
+}
+
 static int compare_by_bucket(const void *a, const void *b)
 {
     const by_bucket *x = a, *y = b;
-    int order = vel_size_compare(x->bucket, y->bucket);
+    int order = compare_group(x, y);
     return order ? order : (x->sample > y->sample) - (x->sample < y->sample);
 }
 
@@ -46,19 +54,29 @@ typedef struct plan {
     int n_batches;
 } plan;
 
+/* Pictures in a batch of a group. */
+static int batch_of(const plan *p, const by_bucket *first)
+{
+    const vel_data_options *o = &p->d->options;
+    int own = o->n_subsets ? o->subsets[p->d->samples[first->sample].subset].batch : 0;
+    return own > 0 ? own : p->batch;
+}
+
 /* The items of one bucket: shuffled, then cut; with fill the last batch draws from the first items
  * again. */
 static void plan_bucket(plan *p, const by_bucket *first, int n_samples)
 {
     int32_t n = 0;
+    int batch = batch_of(p, first);
+    uint64_t use = USE_ITEMS + ((uint64_t)first->dataset << 32);
     for (int i = 0; i < n_samples; i++)
         for (int k = 0; k < p->times[first[i].sample]; k++)
             p->repeated[n++] = first[i].sample;
-    vel_random_shuffle(p->seed, stream_of(USE_ITEMS, p->epoch, first->bucket), p->order, n);
-    int64_t rest = n % p->batch;
-    int64_t total = p->fill && rest ? n + p->batch - rest : n;
+    vel_random_shuffle(p->seed, stream_of(use, p->epoch, first->bucket), p->order, n);
+    int64_t rest = n % batch;
+    int64_t total = p->fill && rest ? n + batch - rest : n;
     for (int64_t i = 0; i < total; i++) {
-        if (i % p->batch == 0)
+        if (i % batch == 0)
             p->begin[p->n_batches++] = (int32_t)p->n_items;
         p->item[p->n_items++] = p->repeated[p->order[i % n]];
     }
@@ -68,7 +86,7 @@ static void plan_bucket(plan *p, const by_bucket *first, int n_samples)
 static int bucket_end(const by_bucket *entry, int n, int first)
 {
     int end = first;
-    while (end < n && vel_size_compare(entry[end].bucket, entry[first].bucket) == 0)
+    while (end < n && compare_group(&entry[end], &entry[first]) == 0)
         end++;
     return end;
 }
@@ -131,10 +149,10 @@ static vel_status plan_epoch(plan *p, const by_bucket *entry, int n, vel_epoch *
     int64_t items = 0, most = 0, batches = 0;
     for (int i = 0, end; i < n; i = end) {
         end = bucket_end(entry, n, i);
-        int64_t here = items_of(p, entry + i, end - i);
-        int64_t here_batches = (here + p->batch - 1) / p->batch;
+        int64_t here = items_of(p, entry + i, end - i), batch = batch_of(p, &entry[i]);
+        int64_t here_batches = (here + batch - 1) / batch;
         batches += here_batches;
-        items += p->fill ? here_batches * p->batch : here;
+        items += p->fill ? here_batches * batch : here;
         most = VEL_MAX(most, here);
     }
     if (items > INT32_MAX)
@@ -174,7 +192,8 @@ vel_status vel_epoch_create(const vel_dataset *d, int batch, uint64_t seed, int6
         int n = 0;
         for (int i = 0; i < d->n; i++)
             if (!d->samples[i].held_out)
-                entry[n++] = (by_bucket){vel_sample_bucket(&d->samples[i]), i};
+                entry[n++] = (by_bucket){vel_sample_dataset(d, &d->samples[i]),
+                                         vel_sample_bucket(&d->samples[i]), i};
         qsort(entry, (size_t)n, sizeof *entry, compare_by_bucket);
         status = plan_epoch(&p, entry, n, e);
     }
@@ -201,7 +220,7 @@ void vel_epoch_destroy(vel_epoch *e)
 
 int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t epoch)
 {
-    if (!d->options.flip || d->samples[index].held_out)
+    if (!vel_sample_how(d, index)->flip || d->samples[index].held_out)
         return 0;
     return (int)(vel_random_u64(seed, stream_of(USE_FLIP, epoch, (vel_size){0}), (uint64_t)index) &
                  1);
@@ -211,7 +230,7 @@ int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t e
 static int crop_at(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, uint64_t use,
                    int left_over)
 {
-    if (d->options.center_crop || d->samples[index].held_out)
+    if (!vel_sample_how(d, index)->random_crop || d->samples[index].held_out)
         return left_over / 2;
     uint64_t stream = stream_of(use, epoch, (vel_size){0});
     return (int)(vel_random_uniform(seed, stream, (uint64_t)index) * (left_over + 1));
@@ -252,7 +271,7 @@ static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, in
                             .background = {255, 255, 255},
                             .alpha = alpha,
                             .strict_peer = d->options.strict_peer};
-    how.filter = vel_sample_filter(s, d->options.filter, how.strict_peer);
+    how.filter = vel_sample_filter(s, vel_sample_how(d, index)->filter, how.strict_peer);
     *out = (window){.width = bucket.width, .height = bucket.height};
     VEL_TRY(vel_picture_read(d->ctx, path, &how, &out->image));
     if (out->image.width != scaled.width || out->image.height != scaled.height ||

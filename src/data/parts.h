@@ -75,13 +75,23 @@ typedef struct vel_dataset_inner {
     vel_dataset shown;        /* first: a vel_dataset * of ours is a vel_dataset_inner * */
     vel_arena *arena;         /* every string of the dataset */
     vel_bucket_table *tables; /* [subsets; at least one]; in the arena */
+    vel_data_how *hows;       /* as many; in the arena */
     int subset;               /* whose pictures are being listed */
+    bool reg;                 /* and whether they are of the class */
     int samples_room, skipped_room;
     int from_ending[2];  /* captions by vel_caption_ending */
     int empty_captions;  /* a file or row is there, but no word in it */
     int cut_captions;    /* files with further lines, which are not read */
     bool class_captions; /* the folder's words stand in for captions that are missing */
 } vel_dataset_inner;
+
+/* ---- regularisation (regular.c) ------------------------------------------------------------- */
+
+/* Of kohya's: how often each picture of the class is shown, and what of them is left out. After the
+ * held-out pictures are chosen. */
+vel_status vel_regular_settle(vel_dataset_inner *d);
+/* Notes that a file is passed over, and why (dataset.c). */
+vel_status vel_dataset_skip(vel_dataset_inner *d, const char *path, const char *why);
 
 static inline const vel_dataset_inner *vel_dataset_inside(const vel_dataset *d)
 {
@@ -90,6 +100,11 @@ static inline const vel_dataset_inner *vel_dataset_inside(const vel_dataset *d)
 static inline const vel_bucket_table *vel_sample_table(const vel_dataset *d, const vel_sample *s)
 {
     return &vel_dataset_inside(d)->tables[s->subset];
+}
+/* Which of kohya's data sets; batches are of one. */
+static inline int vel_sample_dataset(const vel_dataset *d, const vel_sample *s)
+{
+    return d->options.n_subsets ? d->options.subsets[s->subset].dataset : 0;
 }
 static inline vel_size vel_sample_bucket(const vel_sample *s)
 {

@@ -79,7 +79,7 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "caption_dropout_rate", KIND_FLOAT, "0.0", "caption_dropout"),
     SET(KOHYA, "caption_dropout_every_n_epochs", KIND_INT, "0", "caption_dropout_every_n_epochs"),
     SET(KOHYA, "caption_tag_dropout_rate", KIND_FLOAT, "0.0", "caption_tag_dropout_rate"),
-    SET(KOHYA, "reg_data_dir", KIND_TEXT, NULL, "class_data_dir"),
+    SET(KOHYA, "reg_data_dir", KIND_TEXT, NULL, "reg_data_dir"),
     SET(KOHYA, "in_json", KIND_TEXT, NULL, "in_json"),
     SET(KOHYA, "dataset_repeats", KIND_INT, "1", "repeats"),
     SET(KOHYA, "prior_loss_weight", KIND_FLOAT, "1.0", "prior_loss_weight"),

@@ -89,17 +89,23 @@ static bool fits(const vel_sample *p)
     return (int64_t)p->source_width * p->height == (int64_t)p->source_height * p->width;
 }
 
+const vel_data_how *vel_batch_how(const train_session *s, int sample)
+{
+    bool of_class = sample >= s->data->n; /* at each size of a batch */
+    return of_class ? vel_sample_how(s->class_data, (sample - s->data->n) % s->class_data->n)
+                    : vel_sample_how(s->data, sample);
+}
+
 bool vel_batch_keeps(const train_session *s, int sample)
 {
     const vel_sample *p = &s->samples[sample];
-    return !s->o->random_crop || p->held_out || sample >= s->data->n || fits(p);
+    return !vel_batch_how(s, sample)->random_crop || p->held_out || sample >= s->data->n || fits(p);
 }
 
 int vel_batch_flipped(const train_session *s, int sample, int64_t epoch)
 {
-    return s->o->flip && !s->samples[sample].held_out && sample < s->data->n
-               ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
-               : 0;
+    return sample < s->data->n ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
+                               : 0;
 }
 
 vel_status vel_batch_pixels(train_session *s, int sample, int64_t epoch, float **out)
@@ -111,15 +117,15 @@ vel_status vel_batch_pixels(train_session *s, int sample, int64_t epoch, float *
     *out = pixels;
     if (!vel_batch_keeps(s, sample))
         return vel_sample_pixels(s->data, sample, (uint64_t)s->o->seed, epoch, pixels);
-    vel_picture_load how = {.width = p->width,
-                            .height = p->height,
-                            .crop_x = 0.5,
-                            .crop_y = 0.5,
-                            .flip = vel_batch_flipped(s, sample, epoch),
-                            .background = {255, 255, 255},
-                            .filter =
-                                vel_sample_filter(p, s->o->resize_filter, s->o->strict_compat),
-                            .strict_peer = s->o->strict_compat};
+    vel_picture_load how = {
+        .width = p->width,
+        .height = p->height,
+        .crop_x = 0.5,
+        .crop_y = 0.5,
+        .flip = vel_batch_flipped(s, sample, epoch),
+        .background = {255, 255, 255},
+        .filter = vel_sample_filter(p, vel_batch_how(s, sample)->filter, s->o->strict_compat),
+        .strict_peer = s->o->strict_compat};
     vel_image image = {0};
     VEL_TRY(vel_picture_read(s->ctx, p->image, &how, &image));
     int64_t n = (int64_t)image.width * image.height * 3;
@@ -202,21 +208,22 @@ static vel_status put_mask(train_session *s, train_batch *t, int k, int sample, 
     float *out = t->mask + k * places;
     if (!s->masks)
         return VEL_OK;
-    if (sample >= s->data->n) { /* of the class: all of it is learned */
+    const vel_data_how *how = vel_batch_how(s, sample);
+    bool masked = how->alpha_mask || (s->o->masked_loss && how->masks);
+    if (sample >= s->data->n || !masked) { /* of the class: all of it is learned */
         for (int64_t i = 0; i < places; i++)
             out[i] = 1;
         return VEL_OK;
     }
     uint64_t seed = (uint64_t)s->o->seed;
     int flipped = vel_sample_flipped(s->data, sample, seed, epoch);
-    bool kept = !s->o->random_crop || s->samples[sample].held_out;
+    bool kept = !how->random_crop || s->samples[sample].held_out;
     const float *known = kept ? vel_known(&s->known_masks, sample, flipped) : NULL;
     if (known) {
         memcpy(out, known, (size_t)places * sizeof *out);
         return VEL_OK;
     }
-    VEL_TRY(vel_sample_mask(s->data, sample, seed, epoch,
-                            s->o->alpha_mask ? NULL : s->o->conditioning_data_dir,
+    VEL_TRY(vel_sample_mask(s->data, sample, seed, epoch, how->alpha_mask ? NULL : how->masks,
                             vel_model_latent(s->model)->down, out));
     if (!kept)
         return VEL_OK;
@@ -245,7 +252,7 @@ static vel_status put_caption(train_session *s, train_batch *t, int k, uint64_t 
                               bool dropped)
 {
     train_item *item = &t->item[k];
-    const vel_caption_rules *r = &s->o->captions;
+    const vel_caption_rules *r = &vel_batch_how(s, item->sample)->captions;
     item->caption = dropped ? 0 : caption_for(s, stream, item->sample);
     if (dropped || item->sample >= s->data->n || s->n_sentences || !vel_caption_varies(r))
         return VEL_OK;
@@ -275,8 +282,9 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
                            vel_objective_weight(&s->o->objective, vel_model_schedule(s->model),
                                                 t->timestep[k]));
     uint64_t stream = stream_of(STREAM_CAPTION, t->micro, k);
-    int every = s->o->captions.dropout_every; /* epochs counted from 1, as kohya does */
-    bool dropped = vel_random_uniform(seed, stream, 0) < s->o->caption_dropout ||
+    const vel_data_how *how = vel_batch_how(s, sample);
+    int every = how->captions.dropout_every; /* epochs counted from 1, as kohya does */
+    bool dropped = vel_random_uniform(seed, stream, 0) < how->caption_dropout ||
                    (every > 0 && (epoch + 1) % every == 0);
     return put_caption(s, t, k, stream, dropped);
 }

@@ -13,11 +13,11 @@
 static char *latent_key(train_session *s, int sample, int flipped, const char *content)
 {
     const vel_sample *p = &s->samples[sample];
+    const char *filter = vel_batch_how(s, sample)->filter;
     const char *encoder = s->o->cache_to_disk ? vel_model_hash(s->model, "vae") : "";
     return vel_strf(s->ctx, "latent %s type %d %s %dx%d %s%s %d", encoder ? encoder : "",
                     (int)vel_model_compute(s->model), content, p->width, p->height,
-                    s->o->strict_compat ? "strict" : "",
-                    s->o->resize_filter ? s->o->resize_filter : "", flipped);
+                    s->o->strict_compat ? "strict" : "", filter ? filter : "", flipped);
 }
 
 /* Identifies a picture: by content where keys outlive the run, else by its place in the data set.
@@ -117,7 +117,7 @@ static vel_status used_caption(train_session *s, int sample, uint64_t stream, do
                                const char **out)
 {
     char *text;
-    VEL_TRY(vel_caption_use(s->ctx, &s->o->captions, s->samples[sample].caption,
+    VEL_TRY(vel_caption_use(s->ctx, &vel_batch_how(s, sample)->captions, s->samples[sample].caption,
                             (uint64_t)s->o->seed, stream, warm, &text));
     *out = vel_arena_strdup(s->arena, text);
     vel_free(s->ctx, text);
@@ -139,7 +139,7 @@ static vel_status collect_captions(train_session *s)
         s->captions[s->n_captions++] = vel_words_sentence(s, i);
     for (int i = 0; i < s->n_samples; i++) {
         const char *text = s->samples[i].caption;
-        if (i < s->data->n && vel_caption_varies(&s->o->captions))
+        if (i < s->data->n && vel_caption_varies(&vel_batch_how(s, i)->captions))
             text = ""; /* made and encoded when it is used */
         else if (i < s->data->n)
             VEL_TRY(used_caption(s, i, 0, 1, &text));
@@ -248,7 +248,8 @@ static int thread_count(const train_session *s)
 static vel_status list_pictures(train_session *s, reading *r)
 {
     for (int i = 0; i < s->n_samples; i++)
-        for (int epoch = 0; epoch < (s->o->flip ? 2 : 1) && vel_batch_keeps(s, i); epoch++) {
+        for (int epoch = 0; epoch < (vel_batch_how(s, i)->flip ? 2 : 1) && vel_batch_keeps(s, i);
+             epoch++) {
             const float *known;
             int flipped = vel_batch_flipped(s, i, epoch);
             bool again = epoch && flipped == vel_batch_flipped(s, i, 0);

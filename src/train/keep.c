@@ -64,6 +64,9 @@ static char *digest_of(train_session *s)
         if (vel_glob(may_differ, key) && !vel_glob(must_agree, key))
             json_object_del(subset, key);
     }
+    uint64_t content;
+    if (s->o->dataset_config && vel_content_hash(s->ctx, s->o->dataset_config, &content) == VEL_OK)
+        json_object_set_new(subset, "dataset_config", json_sprintf("%016" PRIx64, content));
     char *text = json_dumps(subset, JSON_COMPACT | JSON_SORT_KEYS);
     json_decref(subset);
     char *kept = text ? vel_arena_strdup(s->arena, text) : NULL;
@@ -241,9 +244,12 @@ static void put(json_t *meta, const char *key, const char *format, ...)
 static void put_dataset(train_session *s, json_t *meta)
 {
     const vel_dataset *d = s->data;
-    put(meta, "ss_num_train_images", "%d", d->n_train);
+    int64_t items[2] = {0}; /* of the subject, of the class; repeats counted, as in kohya's */
+    for (int i = 0; i < d->n; i++)
+        items[d->samples[i].reg] += d->samples[i].held_out ? 0 : d->samples[i].repeats;
+    put(meta, "ss_num_train_images", "%" PRId64, items[0]);
     put(meta, "ss_num_validation_images", "%d", d->n_held_out);
-    put(meta, "ss_num_reg_images", "0");
+    put(meta, "ss_num_reg_images", "%" PRId64, items[1]);
     put(meta, "ss_num_batches_per_epoch", "%" PRId64, s->batches_per_epoch);
     put(meta, "ss_resolution", "(%d, %d)", d->options.width, d->options.height);
     put(meta, "ss_enable_bucket", "%s", s->o->enable_bucket ? "True" : "False");

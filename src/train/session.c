@@ -7,7 +7,8 @@
 /* ---- what will be trained
  * ---------------------------------------------------------------------------- */
 
-static vel_status open_data(train_session *s)
+/* own: s->o, to be changed. */
+static vel_status open_data(train_session *s, vel_train_options *own)
 {
     const vel_train_options *o = s->o;
     vel_data_options d = {.folder = o->data,
@@ -20,15 +21,21 @@ static vel_status open_data(train_session *s)
                           .bucket_max = o->max_bucket,
                           .bucket_step = o->bucket_step,
                           .no_upscale = o->bucket_no_upscale,
-                          .center_crop = !o->random_crop,
-                          .flip = o->flip,
                           .repeats = o->repeats,
                           .most_pictures = o->max_train_samples,
                           .validation_split = o->validation_split,
                           .strict_peer = o->strict_compat,
-                          .filter = o->resize_filter,
                           .size_multiple = 8,
-                          .captions = o->captions};
+                          .reg_folder = o->reg_data,
+                          .reg_weight = o->prior_loss_weight,
+                          .how = {.captions = o->captions,
+                                  .caption_dropout = o->caption_dropout,
+                                  .flip = o->flip,
+                                  .random_crop = o->random_crop,
+                                  .filter = o->resize_filter,
+                                  .alpha_mask = o->alpha_mask,
+                                  .masks = o->conditioning_data_dir,
+                                  .weight = o->loss_weight}};
     if (vel_words_in_sentences(o))
         d.instance_prompt = o->placeholder_token;
     VEL_TRY(vel_caption_check(s->ctx, &o->captions));
@@ -40,10 +47,20 @@ static vel_status open_data(train_session *s)
                         "--resolution: '%s' is not a size in pixels divisible by 8, such "
                         "as 512 or 512,768",
                         o->resolution);
-    vel_data_subset listed = {.folder = o->data, .list = o->in_json, .repeats = o->repeats};
+    vel_data_subset listed = {.folder = o->data,
+                              .list = o->in_json,
+                              .repeats = o->repeats,
+                              .validation_split = -1,
+                              .buckets = o->enable_bucket,
+                              .no_upscale = o->bucket_no_upscale,
+                              .bucket_min = o->min_bucket,
+                              .bucket_max = o->max_bucket,
+                              .bucket_step = o->bucket_step,
+                              .how = d.how};
     vel_dataset_config config;
     if (o->dataset_config) {
-        VEL_TRY(vel_dataset_config_read(s->ctx, o->dataset_config, s->arena, &config));
+        listed.repeats = 1;
+        VEL_TRY(vel_dataset_config_read(s->ctx, o->dataset_config, &listed, s->arena, &config));
         d.folder = o->dataset_config;
         d.subsets = config.subsets;
         d.n_subsets = config.n_subsets;
@@ -51,7 +68,19 @@ static vel_status open_data(train_session *s)
         d.subsets = &listed;
         d.n_subsets = 1;
     }
-    return vel_dataset_open(s->ctx, &d, &s->data);
+    VEL_TRY(vel_dataset_open(s->ctx, &d, &s->data));
+    int largest = 0; /* of batches that subsets state; all of them do, or none */
+    for (int i = 0; i < d.n_subsets; i++) {
+        VEL_TRY(vel_caption_check(s->ctx, &d.subsets[i].how.captions));
+        largest = VEL_MAX(largest, d.subsets[i].batch);
+    }
+    if (largest && (o->fit || o->with_prior_preservation || o->class_data))
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "%s: batch_size differs between data sets, which neither --fit nor "
+                        "--with_prior_preservation can have",
+                        o->dataset_config);
+    own->batch = largest ? largest : own->batch;
+    return VEL_OK;
 }
 
 /* Is it in a layer of a text encoder that clip skip leaves out of the graph? */
@@ -160,12 +189,17 @@ static vel_status open_model(train_session *s)
                            .zero_snr = o->zero_terminal_snr};
     VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
     VEL_TRY(vel_objective_check(s->ctx, &o->objective, vel_model_schedule(s->model)));
-    if (o->masked_loss && !o->alpha_mask &&
-        !(o->conditioning_data_dir && *o->conditioning_data_dir))
+    bool alpha = false, masks = false;
+    for (int i = 0; i < s->data->n; i++) {
+        const vel_data_how *how = vel_sample_how(s->data, i);
+        alpha |= how->alpha_mask;
+        masks |= how->masks && *how->masks;
+    }
+    if (o->masked_loss && !alpha && !masks)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "--masked_loss: needs masks: --conditioning_data_dir FOLDER with a picture "
                         "of the same name for each, or --alpha_mask");
-    s->masks = o->alpha_mask || o->masked_loss;
+    s->masks = alpha || o->masked_loss;
     vel_text_info text[2];
     vel_model_family(s->model)->texts(vel_model_config(s->model), text);
     s->length = text[0].length;
@@ -510,7 +544,10 @@ static void rest_parts(train_session *s)
 {
     if (!s->encodes)
         vel_model_rest(s->model, "vae");
-    if (!s->text_in_graph && !vel_caption_varies(&s->o->captions))
+    bool varies = false;
+    for (int i = 0; i < s->data->n && !varies; i++)
+        varies = vel_caption_varies(&vel_batch_how(s, i)->captions);
+    if (!s->text_in_graph && !varies)
         vel_model_rest(s->model, "text_encoder");
 }
 
@@ -660,7 +697,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
     VEL_TRY(choose_optimizer(s));
     if (!o->dry_run)
         VEL_TRY(vel_keep_check_folder(s));
-    VEL_TRY(open_data(s));
+    VEL_TRY(open_data(s, own));
     VEL_TRY(open_model(s));
     VEL_TRY(vel_prior_prepare(s));
     VEL_TRY(vel_prior_samples(s));

@@ -172,6 +172,7 @@ vel_status vel_batch_held_out(train_session *s, int sample, const float *moments
 /* Makes latent and noise of item k from its mean and log-variance [h, w, 2C]. */
 void vel_batch_settle(train_session *s, train_batch *t, int k, const float *moments);
 /* Is the sample the same in each epoch, but for being mirrored? */
+const vel_data_how *vel_batch_how(const train_session *s, int sample);
 bool vel_batch_keeps(const train_session *s, int sample);
 int vel_batch_flipped(const train_session *s, int sample, int64_t epoch);
 /* [height, width, 3] as shown in this epoch; owned, also after a failure. */

@@ -19,6 +19,8 @@ typedef struct vel_train_options {
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;
     const char *in_json, *dataset_config, *compare_images;
+    const char *reg_data; /* kohya's pictures of the class, mixed in */
+    double loss_weight;
     int max_train_samples;
     int data_threads; /* that read pictures and make batches; 0 none, -1 as suits the device */
     const char *resize_filter; /* NULL: Lanczos */
