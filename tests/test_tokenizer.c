@@ -248,7 +248,8 @@ TEST(tokenizer_refuses_bad_files)
         {{"vocab.json", "{\"a\": 1.5}"}, VEL_BAD_FILE, "'a'"},
         {{"vocab.json", "{\"a\": 99999999999}"}, VEL_BAD_FILE, "'a'"},
         {{"vocab.json", "{\"a\": 0,\n"}, VEL_BAD_FILE, "vocab.json"},
-        {{"tokenizer.json", "{\"model\":{\"type\":\"Unigram\"}}"}, VEL_UNSUPPORTED, "Unigram"},
+        {{"tokenizer.json", "{\"model\":{\"type\":\"Unigram\"}}"}, VEL_BAD_FILE, "vocabulary"},
+        {{"tokenizer.json", "{\"model\":{\"type\":\"WordPiece\"}}"}, VEL_UNSUPPORTED, "WordPiece"},
         {{"tokenizer.json", "{\"model\":{\"end_of_word_suffix\":\"</w>\",\"vocab\":{\"a\":0},"
                             "\"merges\":[[\"a\"]]}}"},
          VEL_BAD_FILE,
@@ -256,9 +257,9 @@ TEST(tokenizer_refuses_bad_files)
         {{"added_tokens.json", "{\"<x>\": 40}"}, VEL_BAD_FILE, "<x>"},
         {{"added_tokens.json", "{\"<x>\": \"12\"}"}, VEL_BAD_FILE, "<x>"},
         {{"special_tokens_map.json", "{\"pad_token\": 3}"}, VEL_BAD_FILE, "pad_token"},
-        {{"special_tokens_map.json", "{\"pad_token\":{\"content\":\"a\",\"lstrip\":true}}"},
+        {{"special_tokens_map.json", "{\"pad_token\":{\"content\":\"a\",\"single_word\":true}}"},
          VEL_UNSUPPORTED,
-         "lstrip"},
+         "single_word"},
         {{"tokenizer_config.json", "{\"model_max_length\": 1}"}, VEL_BAD_FILE, "model_max_length"},
         {{"tokenizer_config.json", "{\"added_tokens_decoder\":{\"x\":{}}}"}, VEL_BAD_FILE, "'x'"},
     };

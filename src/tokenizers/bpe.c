@@ -1,4 +1,4 @@
-/* bpe.c: CLIP's tokenizer from the outside, and the way of a text through it.
+/* bpe.c: a tokenizer from the outside, and the way of a text through CLIP's.
  *
  * Added words (special tokens, learned words) are cut out first: those looked for as written, in
  * the text, the others in its normal form. What lies between is split into words by CLIP's pattern
@@ -39,6 +39,8 @@ void vel_tokenizer_close(vel_tokenizer *t)
     vel_free(t->ctx, t->words);
     vel_free(t->ctx, t->merges);
     vel_free(t->ctx, t->added);
+    vel_free(t->ctx, t->scores);
+    vel_free(t->ctx, t->order);
     vel_arena_destroy(t->arena);
     vel_free(t->ctx, t);
 }
@@ -93,12 +95,20 @@ static bpe_added *added_place(vel_tokenizer *t, const char *name)
     return &t->added[t->n_added];
 }
 
-vel_status vel_bpe_add(vel_tokenizer *t, const char *name, int32_t id, int32_t n_ids, bool normal)
+static vel_status normalise(const vel_tokenizer *t, bpe_text *out, const char *s, size_t n,
+                            uint32_t first)
+{
+    return t->kind == BPE_CLIP ? vel_bpe_normalise(out, s, n, first)
+                               : vel_way_normalise(t, out, s, n, first);
+}
+
+vel_status vel_bpe_add(vel_tokenizer *t, const char *name, int32_t id, int32_t n_ids, bool normal,
+                       const bool strip[2])
 {
     bpe_text text = {.ctx = t->ctx};
     vel_status st = VEL_OK;
     if (normal)
-        st = vel_bpe_normalise(&text, name, strlen(name), 0);
+        st = normalise(t, &text, name, strlen(name), 0);
     size_t n = normal ? text.n : strlen(name);
     if (st || n == 0)
         goto done;
@@ -111,8 +121,13 @@ vel_status vel_bpe_add(vel_tokenizer *t, const char *name, int32_t id, int32_t n
     }
     if (added == t->added + t->n_added)
         t->n_added++;
-    *added = (bpe_added){
-        .text = copy, .name = name_copy, .n_text = n, .id = id, .n_ids = n_ids, .normal = normal};
+    *added = (bpe_added){.text = copy,
+                         .name = name_copy,
+                         .n_text = n,
+                         .id = id,
+                         .n_ids = n_ids,
+                         .normal = normal,
+                         .strip = {strip[0], strip[1]}};
     t->added_start[normal][(unsigned char)copy[0]] = true;
 done:
     vel_bpe_text_finish(&text);
@@ -137,6 +152,35 @@ static const bpe_added *find_added(const vel_tokenizer *t, bool normal, const ch
             return best;
     }
     return NULL;
+}
+
+static bpe_class class_at(const char *s, size_t n, size_t *step)
+{
+    int32_t c;
+    *step = (size_t)utf8proc_iterate((const utf8proc_uint8_t *)s, (utf8proc_ssize_t)n, &c);
+    return vel_bpe_class(c);
+}
+
+/* Where the text before an added word at `at` ends: white space that it takes with it is left out.
+ */
+static size_t end_before(const bpe_added *a, const char *s, size_t start, size_t at)
+{
+    while (a->strip[0] && at > start) {
+        size_t last = at - 1, step;
+        while (last > start && ((unsigned char)s[last] & 0xc0) == 0x80)
+            last--;
+        if (class_at(s + last, at - last, &step) != BPE_SPACE)
+            break;
+        at = last;
+    }
+    return at;
+}
+
+static size_t start_after(const bpe_added *a, const char *s, size_t at, size_t n)
+{
+    for (size_t step; a->strip[1] && at < n && class_at(s + at, n - at, &step) == BPE_SPACE;)
+        at += step;
+    return at;
 }
 
 static vel_status push_added(bpe_ids *out, const bpe_added *a, uint32_t at)
@@ -174,13 +218,6 @@ static int find_literal(const char *s, size_t n)
             return i;
     }
     return -1;
-}
-
-static bpe_class class_at(const char *s, size_t n, size_t *step)
-{
-    int32_t c;
-    *step = (size_t)utf8proc_iterate((const utf8proc_uint8_t *)s, (utf8proc_ssize_t)n, &c);
-    return vel_bpe_class(c);
 }
 
 /* Bytes of the run that begins at s: letters, one number, or other signs. */
@@ -223,14 +260,17 @@ static vel_status tokenize_plain(const vel_tokenizer *t, const char *s, size_t n
                                  bpe_text *text, bpe_ids *out)
 {
     text->n = 0;
-    VEL_TRY(vel_bpe_normalise(text, s, n, first));
+    VEL_TRY(normalise(t, text, s, n, first));
     for (size_t at = 0, start = 0; start < text->n; start = at) {
         const bpe_added *a = find_added(t, true, text->s, text->n, &at);
-        VEL_TRY(split_words(t, text, start, at, out));
+        size_t end = a ? end_before(a, text->s, start, at) : at;
+        VEL_TRY(t->kind == BPE_CLIP
+                    ? split_words(t, text, start, end, out)
+                    : vel_way_ids(t, text->s + start, text->origin + start, end - start, out));
         if (!a)
             break;
         VEL_TRY(push_added(out, a, text->origin[at]));
-        at += a->n_text;
+        at = start_after(a, text->s, at + a->n_text, text->n);
     }
     return VEL_OK;
 }
@@ -240,11 +280,12 @@ static vel_status tokenize(const vel_tokenizer *t, const char *s, size_t n, bpe_
 {
     for (size_t at = 0, start = 0; start < n; start = at) {
         const bpe_added *a = find_added(t, false, s, n, &at);
-        VEL_TRY(tokenize_plain(t, s + start, at - start, (uint32_t)start, text, out));
+        size_t end = a ? end_before(a, s, start, at) : at;
+        VEL_TRY(tokenize_plain(t, s + start, end - start, (uint32_t)start, text, out));
         if (!a)
             break;
         VEL_TRY(push_added(out, a, (uint32_t)at));
-        at += a->n_text;
+        at = start_after(a, s, at + a->n_text, n);
     }
     return VEL_OK;
 }
@@ -299,17 +340,25 @@ vel_status vel_tokenizer_ids(vel_tokenizer *t, const char *text, int32_t **ids, 
 vel_status vel_tokenizer_encode(vel_tokenizer *t, const char *text, int length, int32_t *ids,
                                 int *n_cut, size_t *cut_at)
 {
-    if (length < 2)
+    int around = t->n_before + t->n_after;
+    if (length < VEL_MAX(around, 1))
         return vel_fail(t->ctx, VEL_BAD_VALUE,
-                        "token length %d: at least 2 are needed, for begin and end", length);
+                        "token length %d: at least %d are needed, for begin and end", length,
+                        VEL_MAX(around, 1));
     bpe_ids found = {.ctx = t->ctx};
     vel_status st = text_to_ids(t, text, &found);
+    if (st == VEL_OK && found.n + around < length && t->pad < 0)
+        st = vel_fail(t->ctx, VEL_UNSUPPORTED,
+                      "the tokenizer names no pad_token, which texts of fewer than %d tokens need",
+                      length);
     if (st == VEL_OK) {
-        int kept = VEL_MIN(found.n, length - 2), at = 0;
-        ids[at++] = t->bos;
+        int kept = VEL_MIN(found.n, length - around), at = 0;
+        for (int i = 0; i < t->n_before; i++)
+            ids[at++] = t->before[i];
         for (int i = 0; i < kept; i++)
             ids[at++] = found.id[i];
-        ids[at++] = t->eos;
+        for (int i = 0; i < t->n_after; i++)
+            ids[at++] = t->after[i];
         while (at < length)
             ids[at++] = t->pad;
         if (n_cut)
@@ -365,6 +414,6 @@ int32_t vel_tokenizer_add_word(vel_tokenizer *t, const char *word, int n_ids)
     for (int i = 0; i < n_ids && st == VEL_OK; i++)
         st = name_vector(t, word, i, first + i);
     if (st == VEL_OK)
-        st = vel_bpe_add(t, word, first, n_ids, true);
+        st = vel_bpe_add(t, word, first, n_ids, true, (const bool[2]){false, false});
     return st == VEL_OK ? first : -1;
 }

@@ -9,6 +9,7 @@
 typedef struct bpe_symbol {
     int32_t id;
     int32_t previous, next; /* places of the neighbours; -1 at an end */
+    uint32_t start;         /* byte of the word where it begins */
     bool gone;              /* merged into the one before */
 } bpe_symbol;
 
@@ -257,20 +258,87 @@ vel_status vel_bpe_push(bpe_ids *out, int32_t id, uint32_t at)
     return VEL_OK;
 }
 
+static vel_status merge_and_push(const vel_tokenizer *t, bpe_ids *out, int32_t n,
+                                 const uint32_t *origin)
+{
+    for (int32_t i = 0; i < n; i++) {
+        out->symbols[i].previous = i - 1;
+        out->symbols[i].next = i + 1 < n ? i + 1 : -1;
+    }
+    merge_all(t, out, n);
+    for (int32_t i = 0; i >= 0 && n > 0; i = out->symbols[i].next)
+        VEL_TRY(vel_bpe_push(out, out->symbols[i].id, origin[out->symbols[i].start]));
+    return VEL_OK;
+}
+
 vel_status vel_bpe_word(const vel_tokenizer *t, const char *s, size_t n, const uint32_t *origin,
                         bpe_ids *out)
 {
     VEL_TRY(reserve_word(out, n));
     for (size_t i = 0; i < n; i++) {
         int32_t id = t->bytes[i + 1 == n][(unsigned char)s[i]];
-        out->symbols[i] = (bpe_symbol){.id = id >= 0 ? id : t->unknown,
-                                       .previous = (int32_t)i - 1,
-                                       .next = i + 1 < n ? (int32_t)i + 1 : -1};
+        out->symbols[i] = (bpe_symbol){.id = id >= 0 ? id : t->unknown, .start = (uint32_t)i};
     }
-    merge_all(t, out, (int32_t)n);
-    for (int32_t i = 0; i >= 0 && n > 0; i = out->symbols[i].next)
-        VEL_TRY(vel_bpe_push(out, out->symbols[i].id, origin[i]));
-    return VEL_OK;
+    return merge_and_push(t, out, (int32_t)n, origin);
+}
+
+/* ---- one word of characters ------------------------------------------------------------------ */
+
+static void put_symbol(bpe_ids *out, int32_t *count, int32_t id, size_t start)
+{
+    out->symbols[(*count)++] = (bpe_symbol){.id = id, .start = (uint32_t)start};
+}
+
+static int char_length(const char *s, size_t n)
+{
+    unsigned char c = (unsigned char)*s;
+    int length = c < 0x80 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4;
+    return (size_t)length <= n ? length : (int)n;
+}
+
+/* The bytes' own ids, when there are all of them. */
+static bool put_bytes(const vel_tokenizer *t, bpe_ids *out, int32_t *count, const char *s,
+                      int length, size_t start)
+{
+    for (int i = 0; i < length; i++)
+        if (t->byte_ids[(unsigned char)s[i]] < 0)
+            return false;
+    for (int i = 0; i < length; i++)
+        put_symbol(out, count, t->byte_ids[(unsigned char)s[i]], start + (size_t)i);
+    return true;
+}
+
+vel_status vel_bpe_plain_word(const vel_tokenizer *t, const char *s, size_t n,
+                              const uint32_t *origin, bpe_ids *out)
+{
+    int32_t whole = t->whole_words ? vel_bpe_find(t, s, n) : -1, count = 0;
+    if (whole >= 0)
+        return vel_bpe_push(out, whole, origin[0]);
+    VEL_TRY(reserve_word(out, n));
+    /* as the reference: an unknown character waits for the next known one, and bytes overtake it */
+    bool waiting = false;
+    size_t waiting_from = 0;
+    for (size_t at = 0; at < n;) {
+        int length = char_length(s + at, n - at);
+        int32_t id = vel_bpe_find(t, s + at, (size_t)length);
+        if (id >= 0) {
+            if (waiting)
+                put_symbol(out, &count, t->unknown, waiting_from);
+            waiting = false;
+            put_symbol(out, &count, id, at);
+        } else if (!(t->byte_fallback && put_bytes(t, out, &count, s + at, length, at)) &&
+                   t->unknown >= 0) {
+            if (waiting && !t->fuse_unknown)
+                put_symbol(out, &count, t->unknown, waiting_from);
+            if (!waiting || !t->fuse_unknown)
+                waiting_from = at;
+            waiting = true;
+        }
+        at += (size_t)length;
+    }
+    if (waiting)
+        put_symbol(out, &count, t->unknown, waiting_from);
+    return merge_and_push(t, out, count, origin);
 }
 
 void vel_bpe_ids_finish(bpe_ids *ids)

@@ -1,4 +1,4 @@
-/* bpe_normal.c: NFC, white space collapsed to single blanks, lower case.
+/* bpe_normal.c: NFC, white space collapsed to single blanks, lower case; or a normal form alone.
  *
  * The text is cut where NFC cannot reach across (about one piece a visible character), so that each
  * byte of the result knows the offset it came from. A piece is decomposed, its marks sorted by
@@ -18,6 +18,7 @@ enum {
 
 typedef struct piece { /* code points of one piece, decomposed in place */
     vel_ctx *ctx;
+    bool compatible, form_only; /* NFKC; no blanks and lower case behind */
     int32_t *c;
     uint64_t *keys;
     size_t n, room;
@@ -64,6 +65,16 @@ void vel_bpe_text_finish(bpe_text *t)
     *t = (bpe_text){.ctx = t->ctx};
 }
 
+vel_status vel_bpe_text_add(bpe_text *t, const char *s, size_t n, uint32_t from)
+{
+    VEL_TRY(text_reserve(t, n));
+    for (size_t i = 0; i < n; i++) {
+        t->origin[t->n] = from;
+        t->s[t->n++] = s[i];
+    }
+    return VEL_OK;
+}
+
 static vel_status put(bpe_text *t, int32_t c, uint32_t from)
 {
     VEL_TRY(text_reserve(t, 4));
@@ -75,8 +86,10 @@ static vel_status put(bpe_text *t, int32_t c, uint32_t from)
 
 /* White space and lower case: what the reference does after NFC. run_from: where this call's text
  * starts in t; a blank before it does not count, since added words separate texts. */
-static vel_status put_lower(bpe_text *t, size_t run_from, int32_t c, uint32_t from)
+static vel_status put_lower(bpe_text *t, size_t run_from, int32_t c, uint32_t from, bool form_only)
 {
+    if (form_only)
+        return put(t, c, from);
     if (vel_bpe_class(c) == BPE_SPACE)
         return t->n > run_from && t->s[t->n - 1] == ' ' ? VEL_OK : put(t, ' ', from);
     VEL_TRY(put(t, vel_bpe_lower(c), from));
@@ -124,13 +137,31 @@ static void sort_marks(piece *p)
     }
 }
 
+enum { LONGEST = 32 }; /* code points of one decomposition: 4 at most, 18 of a compatible one */
+
+static utf8proc_ssize_t decompose(const piece *p, int32_t c, int32_t *out)
+{
+    int last = UTF8PROC_BOUNDCLASS_START;
+    bool compatible = p->compatible && !vel_bpe_unknown_compatible(c);
+    return utf8proc_decompose_char(
+        c, out, LONGEST, UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | (compatible ? UTF8PROC_COMPAT : 0),
+        &last);
+}
+
+/* A compatible letter may stand for one that composes: halfwidth vowels of Hangul. */
+static bool joins(const piece *p, int32_t c)
+{
+    int32_t parts[LONGEST];
+    if (!p->compatible || c < UNDER_NFC)
+        return joins_previous(c);
+    utf8proc_ssize_t n = decompose(p, c, parts);
+    return joins_previous(n > 0 && n <= LONGEST ? parts[0] : c);
+}
+
 static vel_status add_decomposed(piece *p, int32_t c)
 {
-    enum { LONGEST = 32 }; /* code points of one canonical decomposition: 4 at most */
     VEL_TRY(piece_reserve(p, p->n + LONGEST));
-    int last = UTF8PROC_BOUNDCLASS_START;
-    utf8proc_ssize_t n = utf8proc_decompose_char(c, p->c + p->n, LONGEST,
-                                                 UTF8PROC_STABLE | UTF8PROC_DECOMPOSE, &last);
+    utf8proc_ssize_t n = decompose(p, c, p->c + p->n);
     if (n < 0 || n > LONGEST) /* utf8proc refuses none that is valid */
         p->c[p->n++] = c;
     else
@@ -144,7 +175,7 @@ static vel_status put_piece(bpe_text *out, size_t run_from, piece *p, uint32_t f
     utf8proc_ssize_t n =
         utf8proc_normalize_utf32(p->c, (utf8proc_ssize_t)p->n, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
     for (utf8proc_ssize_t i = 0; i < n; i++)
-        VEL_TRY(put_lower(out, run_from, p->c[i], from));
+        VEL_TRY(put_lower(out, run_from, p->c[i], from, p->form_only));
     return VEL_OK;
 }
 
@@ -157,15 +188,16 @@ static vel_status normalise(bpe_text *out, const char *s, size_t n, uint32_t fir
         int32_t c;
         at += (size_t)utf8proc_iterate(bytes + at, (utf8proc_ssize_t)(n - at), &c);
         bool alone = at == n || bytes[at] < 0x80;
-        if (vel_bpe_unknown_mark(c) || (alone && c < UNDER_NFC)) {
-            VEL_TRY(put_lower(out, run_from, c, from));
+        int32_t inert = p->compatible ? 0xa0 : UNDER_NFC;
+        if (vel_bpe_unknown_mark(c) || (alone && c < inert)) {
+            VEL_TRY(put_lower(out, run_from, c, from, p->form_only));
             continue;
         }
         p->n = 0;
         VEL_TRY(add_decomposed(p, c));
         while (at < n) {
             utf8proc_ssize_t step = utf8proc_iterate(bytes + at, (utf8proc_ssize_t)(n - at), &c);
-            if (!joins_previous(c))
+            if (!joins(p, c))
                 break;
             VEL_TRY(add_decomposed(p, c));
             at += (size_t)step;
@@ -175,13 +207,24 @@ static vel_status normalise(bpe_text *out, const char *s, size_t n, uint32_t fir
     return VEL_OK;
 }
 
-vel_status vel_bpe_normalise(bpe_text *out, const char *s, size_t n, uint32_t first)
+static vel_status normalise_with(bpe_text *out, const char *s, size_t n, uint32_t first, piece p)
 {
-    piece p = {.ctx = out->ctx};
     vel_status st = text_reserve(out, n);
     if (st == VEL_OK)
         st = normalise(out, s, n, first, &p);
     vel_free(p.ctx, p.c);
     vel_free(p.ctx, p.keys);
     return st;
+}
+
+vel_status vel_bpe_normalise(bpe_text *out, const char *s, size_t n, uint32_t first)
+{
+    return normalise_with(out, s, n, first, (piece){.ctx = out->ctx});
+}
+
+vel_status vel_bpe_normal_form(bpe_text *out, const char *s, size_t n, uint32_t first,
+                               bool compatible)
+{
+    piece p = {.ctx = out->ctx, .compatible = compatible, .form_only = true};
+    return normalise_with(out, s, n, first, p);
 }

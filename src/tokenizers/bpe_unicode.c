@@ -84,6 +84,12 @@ static const code_range unknown_marks[] = {
     {0x1e6f5, 0x1e6f5},
 };
 
+/* Code points with a compatible decomposition since a Unicode newer than 9.0. */
+static const code_range unknown_compatible[] = {
+    {0x32ff, 0x32ff},   {0xa7f1, 0xa7f4},   {0xab69, 0xab69},   {0x10781, 0x107ba},
+    {0x1ccd6, 0x1ccf9}, {0x1e030, 0x1e06d}, {0x1f16c, 0x1f16c}, {0x1fbf0, 0x1fbf9},
+};
+
 /* The row of a sorted table that holds c; NULL when none does. */
 static const code_range *find_range(const code_range *rows, int n, int32_t c)
 {
@@ -134,4 +140,9 @@ int32_t vel_bpe_lower(int32_t c)
 bool vel_bpe_unknown_mark(int32_t c)
 {
     return find_range(unknown_marks, VEL_COUNT(unknown_marks), c);
+}
+
+bool vel_bpe_unknown_compatible(int32_t c)
+{
+    return find_range(unknown_compatible, VEL_COUNT(unknown_compatible), c);
 }

@@ -1,5 +1,5 @@
-/* bpe_vocab.c: the files of a tokenizer's folder: tokenizer.json, else vocab.json and merges.txt;
- * and the special tokens, for which four files may speak.
+/* bpe_vocab.c: the files of a tokenizer's folder: tokenizer.json, else vocab.json and merges.txt,
+ * else a sentencepiece model; and the special tokens, for which four files may speak.
  *
  * transformers' rules (5.x), followed to the letter: added tokens are tokenizer_config.json's
  * added_tokens_decoder; only without it do special_tokens_map.json (over tokenizer_config.json),
@@ -17,7 +17,9 @@ typedef struct sources {
     vel_ctx *ctx;
     const char *folder;
     json_t *config, *special, *added, *whole, *vocab;
-    char *path; /* of the file that is being read, for messages */
+    char *path;                    /* of the file that is being read, for messages */
+    spm_tokens pieces;             /* of a sentencepiece model: added tokens of its own */
+    enum { ANY, T5, GEMMA } class; /* for which transformers has rules whatever the file says */
 } sources;
 
 /* A token as a file describes it; content is borrowed from the JSON. */
@@ -25,6 +27,7 @@ typedef struct token_spec {
     const char *content;
     bool normal;
     bool object; /* written as an object; a plain string is another token to the reference */
+    bool strip[2];
 } token_spec;
 
 typedef struct listed_token {
@@ -33,19 +36,20 @@ typedef struct listed_token {
     token_spec token;
 } listed_token;
 
-/* The order in which the reference adds them. */
+/* In the order in which the reference adds them, with what its classes start from. */
 static const struct {
-    const char *key, *initial;
+    const char *key, *clip, *t5, *gemma;
 } named_tokens[] = {
-    {"bos_token", "<|startoftext|>"},
-    {"eos_token", "<|endoftext|>"},
-    {"unk_token", "<|endoftext|>"},
-    {"sep_token", NULL},
-    {"pad_token", "<|endoftext|>"},
-    {"cls_token", NULL},
-    {"mask_token", NULL},
+    {"bos_token", "<|startoftext|>", NULL, "<bos>"},
+    {"eos_token", "<|endoftext|>", "</s>", "<eos>"},
+    {"unk_token", "<|endoftext|>", "<unk>", "<unk>"},
+    {"sep_token", NULL, NULL, NULL},
+    {"pad_token", "<|endoftext|>", "<pad>", "<pad>"},
+    {"cls_token", NULL, NULL, NULL},
+    {"mask_token", NULL, NULL, "<mask>"},
 };
 enum { NAMED = VEL_COUNT(named_tokens) };
+static const char *const spm_names[] = {"spiece.model", "tokenizer.model"};
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
@@ -81,11 +85,24 @@ static vel_status load_sources(sources *src)
     if (src->whole)
         return VEL_OK;
     VEL_TRY(load_object(src, "vocab.json", &src->vocab));
-    if (src->vocab)
+    bool found = src->vocab != NULL;
+    for (int i = 0; i < VEL_COUNT(spm_names) && !found; i++)
+        VEL_TRY(locate(src, spm_names[i], &found)); /* leaves src->path at it */
+    if (found)
         return VEL_OK;
     return vel_fail(src->ctx, VEL_NOT_FOUND,
-                    "%s: no tokenizer.json and no vocab.json; give the folder of a CLIP tokenizer",
+                    "%s: no tokenizer.json, no vocab.json, and no spiece.model or tokenizer.model; "
+                    "give the folder of a tokenizer",
                     src->folder);
+}
+
+static void note_class(sources *src)
+{
+    const char *class = vel_json_string(src->config, "tokenizer_class", "");
+    src->class = strcmp(class, "T5Tokenizer") == 0 || strcmp(class, "T5TokenizerFast") == 0 ? T5
+                 : strcmp(class, "GemmaTokenizer") == 0 || strcmp(class, "GemmaTokenizerFast") == 0
+                     ? GEMMA
+                     : ANY;
 }
 
 static void drop_sources(sources *src)
@@ -96,6 +113,7 @@ static void drop_sources(sources *src)
     json_decref(src->whole);
     json_decref(src->vocab);
     vel_free(src->ctx, src->path);
+    vel_free(src->ctx, src->pieces.items);
 }
 
 /* ---- vocabulary and merges ------------------------------------------------------------------ */
@@ -128,18 +146,11 @@ typedef struct merge_reader {
     char *joined; /* two pieces of the longest kind */
 } merge_reader;
 
-/* One merge, "left right" in n bytes. */
-static vel_status add_merge(merge_reader *r, const char *text, size_t n)
+static vel_status add_pair(merge_reader *r, const char *left, size_t n_left, const char *right,
+                           size_t n_right)
 {
     vel_tokenizer *t = r->t;
-    const char *blank = memchr(text, ' ', n);
-    size_t n_left = blank ? (size_t)(blank - text) : 0;
-    size_t n_right = blank ? n - n_left - 1 : 0;
-    if (n_left == 0 || n_right == 0 || memchr(blank + 1, ' ', n_right))
-        return vel_fail(t->ctx, VEL_BAD_FILE,
-                        "%s: %s %zu: '%.*s' is not two pieces with a blank between", r->path,
-                        r->unit, r->place, (int)VEL_MIN(n, 40), text);
-    const char *part[2] = {text, blank + 1};
+    const char *part[2] = {left, right};
     size_t size[2] = {n_left, n_right};
     int32_t id[2];
     for (int i = 0; i < 2; i++) {
@@ -148,8 +159,8 @@ static vel_status add_merge(merge_reader *r, const char *text, size_t n)
             return vel_fail(t->ctx, VEL_BAD_FILE, "%s: %s %zu: '%.*s' is not in the vocabulary",
                             r->path, r->unit, r->place, (int)VEL_MIN(size[i], 40), part[i]);
     }
-    memcpy(r->joined, part[0], n_left);
-    memcpy(r->joined + n_left, part[1], n_right);
+    memcpy(r->joined, left, n_left);
+    memcpy(r->joined + n_left, right, n_right);
     int32_t made = vel_bpe_find(t, r->joined, n_left + n_right);
     if (made < 0)
         return vel_fail(t->ctx, VEL_BAD_FILE,
@@ -157,6 +168,19 @@ static vel_status add_merge(merge_reader *r, const char *text, size_t n)
                         r->place, (int)VEL_MIN(n_left + n_right, 40), r->joined);
     vel_bpe_set_merge(t, (bpe_merge){id[0], id[1], r->rank++, made});
     return VEL_OK;
+}
+
+/* One merge, "left right" in n bytes. */
+static vel_status add_merge(merge_reader *r, const char *text, size_t n)
+{
+    const char *blank = memchr(text, ' ', n);
+    size_t n_left = blank ? (size_t)(blank - text) : 0;
+    size_t n_right = blank ? n - n_left - 1 : 0;
+    if (n_left == 0 || n_right == 0 || memchr(blank + 1, ' ', n_right))
+        return vel_fail(r->t->ctx, VEL_BAD_FILE,
+                        "%s: %s %zu: '%.*s' is not two pieces with a blank between", r->path,
+                        r->unit, r->place, (int)VEL_MIN(n, 40), text);
+    return add_pair(r, text, n_left, blank + 1, n_right);
 }
 
 /* text is n bytes and ends with a NUL that does not count. */
@@ -210,12 +234,7 @@ static vel_status read_merge_array(vel_tokenizer *t, merge_reader *r, json_t *me
         const char *right = json_string_value(json_array_get(merge, 1));
         if (!left || !right || json_array_size(merge) != 2)
             return not_a_pair(r);
-        char *both = vel_strf(t->ctx, "%s %s", left, right);
-        if (!both)
-            return VEL_NO_MEMORY;
-        vel_status st = add_merge(r, both, strlen(both));
-        vel_free(t->ctx, both);
-        VEL_TRY(st);
+        VEL_TRY(add_pair(r, left, strlen(left), right, strlen(right)));
     }
     return VEL_OK;
 }
@@ -228,6 +247,35 @@ static vel_status start_merges(vel_tokenizer *t, const char *path, const char *u
     return r->joined ? VEL_OK : VEL_NO_MEMORY;
 }
 
+/* What is not CLIP's: the way of a text, and how the model treats what it does not know. */
+static vel_status read_way(vel_tokenizer *t, sources *src, json_t *model)
+{
+    VEL_TRY(vel_way_read(t, src->path, json_object_get(src->whole, "normalizer"),
+                         json_object_get(src->whole, "pre_tokenizer")));
+    if (src->class == T5 && t->kind == BPE_UNIGRAM)
+        vel_way_t5(&t->way);
+    if (src->class == GEMMA && t->kind == BPE_PLAIN)
+        vel_way_gemma(&t->way);
+    if (t->kind == BPE_UNIGRAM)
+        return VEL_OK;
+    bool gemma = src->class == GEMMA;
+    t->byte_fallback = gemma || vel_json_bool(model, "byte_fallback", false);
+    t->fuse_unknown = gemma || vel_json_bool(model, "fuse_unk", false);
+    t->whole_words = !gemma && vel_json_bool(model, "ignore_merges", false);
+    const char *unknown = vel_json_string(model, "unk_token", NULL);
+    t->unknown = unknown ? vel_bpe_find(t, unknown, strlen(unknown)) : -1;
+    return VEL_OK;
+}
+
+static vel_status read_merges(vel_tokenizer *t, sources *src, json_t *model)
+{
+    merge_reader r;
+    VEL_TRY(start_merges(t, src->path, "merge", &r));
+    vel_status st = read_merge_array(t, &r, json_object_get(model, "merges"));
+    vel_free(t->ctx, r.joined);
+    return st;
+}
+
 static vel_status read_whole(vel_tokenizer *t, sources *src)
 {
     bool found;
@@ -235,17 +283,30 @@ static vel_status read_whole(vel_tokenizer *t, sources *src)
     json_t *model = json_object_get(src->whole, "model");
     const char *type = vel_json_string(model, "type", "BPE");
     const char *suffix = vel_json_string(model, "end_of_word_suffix", "");
-    if (strcmp(type, "BPE") != 0 || strcmp(suffix, "</w>") != 0)
+    const char *prefix = vel_json_string(model, "continuing_subword_prefix", "");
+    bool clip = strcmp(suffix, "</w>") == 0, bpe = strcmp(type, "BPE") == 0;
+    bool unigram = strcmp(type, "Unigram") == 0;
+    if ((!bpe && !unigram) || (suffix[0] && !clip) || prefix[0])
         return vel_fail(t->ctx, VEL_UNSUPPORTED,
-                        "%s: a %.40s model with end_of_word_suffix '%.40s' is not CLIP's tokenizer "
-                        "(BPE, '</w>')",
-                        src->path, type, suffix);
-    VEL_TRY(read_vocab(t, src->path, json_object_get(model, "vocab")));
-    merge_reader r;
-    VEL_TRY(start_merges(t, src->path, "merge", &r));
-    vel_status st = read_merge_array(t, &r, json_object_get(model, "merges"));
-    vel_free(t->ctx, r.joined);
-    return st;
+                        "%s: a %.40s model with end_of_word_suffix '%.40s' and "
+                        "continuing_subword_prefix '%.40s' is not supported: BPE with '</w>' or "
+                        "none, or Unigram",
+                        src->path, type, suffix, prefix);
+    t->kind = unigram ? BPE_UNIGRAM : clip ? BPE_CLIP : BPE_PLAIN;
+    if (unigram)
+        VEL_TRY(vel_unigram_read(t, src->path, model));
+    else
+        VEL_TRY(read_vocab(t, src->path, json_object_get(model, "vocab")));
+    if (!unigram)
+        VEL_TRY(read_merges(t, src, model));
+    return clip ? VEL_OK : read_way(t, src, model);
+}
+
+static vel_status read_pieces(vel_tokenizer *t, sources *src)
+{
+    VEL_TRY(vel_spm_read(t, src->path, &src->pieces));
+    src->class = t->kind == BPE_UNIGRAM ? T5 : GEMMA;
+    return VEL_OK;
 }
 
 static vel_status read_pair(vel_tokenizer *t, sources *src)
@@ -279,14 +340,15 @@ static vel_status parse_token(vel_ctx *ctx, const char *path, const char *entry,
         return vel_fail(ctx, VEL_BAD_FILE,
                         "%s: entry '%.40s': neither a text nor an object with \"content\"", path,
                         entry);
-    static const char *const unheard[] = {"single_word", "lstrip", "rstrip"};
-    for (int i = 0; i < VEL_COUNT(unheard); i++) {
-        if (vel_json_bool(value, unheard[i], false))
-            return vel_fail(ctx, VEL_UNSUPPORTED, "%s: entry '%.40s': \"%s\" is not supported",
-                            path, entry, unheard[i]);
-    }
+    if (vel_json_bool(value, "single_word", false))
+        return vel_fail(ctx, VEL_UNSUPPORTED, "%s: entry '%.40s': \"single_word\" is not supported",
+                        path, entry);
     special = special || vel_json_bool(value, "special", false);
-    *out = (token_spec){content, vel_json_bool(value, "normalized", !special), true};
+    *out = (token_spec){
+        content,
+        vel_json_bool(value, "normalized", !special),
+        true,
+        {vel_json_bool(value, "lstrip", false), vel_json_bool(value, "rstrip", false)}};
     return VEL_OK;
 }
 
@@ -352,7 +414,7 @@ static vel_status list_added_files(sources *src, const token_spec named[NAMED], 
     json_object_foreach (src->added, key, value) {
         if (!json_is_integer(value))
             return vel_fail(src->ctx, VEL_BAD_FILE, "%s: entry '%.40s': no id", src->path, key);
-        token_spec token = {key, !is_named(named, key), true};
+        token_spec token = {key, !is_named(named, key), true, {false, false}};
         VEL_TRY(list_token(src->ctx, src->path, list, json_integer_value(value), token));
     }
     VEL_TRY(locate(src, "tokenizer.json", &found));
@@ -428,7 +490,7 @@ static vel_status add_token(vel_tokenizer *t, const char *folder, const token_sp
                         folder, token->content, id, (int)wanted);
     if (found < 0)
         VEL_TRY(vel_bpe_set_piece(t, wanted, token->content));
-    return vel_bpe_add(t, token->content, wanted, 1, token->normal);
+    return vel_bpe_add(t, token->content, wanted, 1, token->normal, token->strip);
 }
 
 /* "additional_special_tokens" (or, newer, "extra_special_tokens") of one file. */
@@ -486,11 +548,124 @@ static vel_status set_max_length(vel_tokenizer *t, const sources *src)
     return VEL_OK;
 }
 
+/* ---- what is put around a text --------------------------------------------------------------- */
+
+static vel_status put_around(vel_tokenizer *t, const sources *src, bool behind, int64_t id)
+{
+    int *n = behind ? &t->n_after : &t->n_before;
+    if (id < 0 || id >= t->n_pieces || *n == BPE_AROUND)
+        return vel_fail(t->ctx, VEL_BAD_FILE,
+                        "%s: what is put around a text (post_processor) has an unknown token, or "
+                        "more than %d",
+                        src->folder, BPE_AROUND);
+    (behind ? t->after : t->before)[(*n)++] = (int32_t)id;
+    return VEL_OK;
+}
+
+static vel_status read_template(vel_tokenizer *t, const sources *src, json_t *processor)
+{
+    json_t *single = json_object_get(processor, "single");
+    json_t *special = json_object_get(processor, "special_tokens");
+    bool behind = false;
+    for (size_t i = 0; i < json_array_size(single); i++) {
+        json_t *item = json_array_get(single, i);
+        json_t *token = json_object_get(item, "SpecialToken");
+        behind |= json_object_get(item, "Sequence") != NULL;
+        json_t *entry = json_object_get(special, vel_json_string(token, "id", ""));
+        json_t *ids = json_object_get(entry, "ids");
+        if (token && json_array_size(ids) == 0)
+            return put_around(t, src, behind, -1);
+        for (size_t k = 0; k < json_array_size(ids); k++)
+            VEL_TRY(put_around(t, src, behind, json_integer_value(json_array_get(ids, k))));
+    }
+    return VEL_OK;
+}
+
+static vel_status read_processor(vel_tokenizer *t, const sources *src, json_t *processor, int depth)
+{
+    const char *type = vel_json_string(processor, "type", "without a type");
+    if (strcmp(type, "TemplateProcessing") == 0)
+        return read_template(t, src, processor);
+    if (strcmp(type, "ByteLevel") == 0)
+        return VEL_OK;
+    json_t *list = json_object_get(processor, "processors");
+    if (strcmp(type, "Sequence") == 0 && depth < 2) {
+        for (size_t i = 0; i < json_array_size(list); i++)
+            VEL_TRY(read_processor(t, src, json_array_get(list, i), depth + 1));
+        return VEL_OK;
+    }
+    return vel_fail(t->ctx, VEL_UNSUPPORTED,
+                    "%s/tokenizer.json: the post_processor %.60s is not supported", src->folder,
+                    type);
+}
+
+/* CLIP's and T5's classes have their own; else two settings of the config, else the file. */
+static vel_status set_around(vel_tokenizer *t, const sources *src)
+{
+    json_t *processor = json_object_get(src->whole, "post_processor");
+    bool clip = t->kind == BPE_CLIP, t5 = src->class == T5;
+    bool begin = clip || (!t5 && vel_json_bool(src->config, "add_bos_token", false));
+    bool end = clip || t5 || vel_json_bool(src->config, "add_eos_token", false);
+    bool asked = json_object_get(src->config, "add_bos_token") ||
+                 json_object_get(src->config, "add_eos_token");
+    if (!clip && !t5 && !asked && json_is_object(processor))
+        return read_processor(t, src, processor, 0);
+    if (begin && t->bos >= 0)
+        VEL_TRY(put_around(t, src, false, t->bos));
+    return end && t->eos >= 0 ? put_around(t, src, true, t->eos) : VEL_OK;
+}
+
+static const char *initial_of(const vel_tokenizer *t, const sources *src, int i)
+{
+    return t->kind == BPE_CLIP   ? named_tokens[i].clip
+           : src->class == T5    ? named_tokens[i].t5
+           : src->class == GEMMA ? named_tokens[i].gemma
+                                 : NULL;
+}
+
+/* T5Tokenizer's <extra_id_0> and so on, where the config does not list them. */
+static vel_status add_own(vel_tokenizer *t, sources *src, const token_list *list)
+{
+    char name[32];
+    for (int i = 0; i < src->pieces.n; i++) {
+        token_spec token = {.content = src->pieces.items[i].text};
+        if (!find_listed(list, token.content))
+            VEL_TRY(add_token(t, src->folder, &token, -1));
+    }
+    bool told = json_object_get(src->config, "extra_special_tokens") ||
+                json_object_get(src->config, "additional_special_tokens");
+    for (int i = 0; i < 100 && src->class == T5 && src->whole && !told; i++) {
+        snprintf(name, sizeof name, "<extra_id_%d>", i);
+        token_spec token = {.content = name};
+        if (!find_listed(list, name))
+            VEL_TRY(add_token(t, src->folder, &token, -1));
+    }
+    return VEL_OK;
+}
+
+static vel_status set_named(vel_tokenizer *t, const sources *src, const token_spec named[NAMED])
+{
+    int32_t *const ids[NAMED] = {&t->bos, &t->eos, &t->unknown, NULL, &t->pad};
+    for (int i = 0; i < NAMED; i++) {
+        if (!ids[i])
+            continue;
+        const char *content = named[i].content;
+        int32_t id = content ? vel_bpe_find(t, content, strlen(content)) : -1;
+        if (t->kind == BPE_CLIP && id < 0)
+            return vel_fail(t->ctx, VEL_BAD_FILE, "%s: %s is empty", src->folder,
+                            named_tokens[i].key);
+        bool model = t->kind == BPE_UNIGRAM || (t->kind == BPE_PLAIN && src->class == ANY);
+        if (ids[i] != &t->unknown || !model) /* the model's unknown piece is told by the model */
+            *ids[i] = id;
+    }
+    return VEL_OK;
+}
+
 static vel_status read_special(vel_tokenizer *t, sources *src, token_list *list)
 {
     token_spec named[NAMED];
     for (int i = 0; i < NAMED; i++)
-        named[i] = (token_spec){.content = named_tokens[i].initial};
+        named[i] = (token_spec){.content = initial_of(t, src, i)};
     bool with_map = !json_object_get(src->config, "added_tokens_decoder");
     VEL_TRY(read_named(src, "tokenizer_config.json", src->config, false, named));
     if (with_map)
@@ -502,16 +677,19 @@ static vel_status read_special(vel_tokenizer *t, sources *src, token_list *list)
     VEL_TRY(add_extra(t, src, "tokenizer_config.json", src->config, list));
     if (with_map)
         VEL_TRY(add_extra(t, src, "special_tokens_map.json", src->special, list));
-    int32_t *const ids[NAMED] = {&t->bos, &t->eos, &t->unknown, NULL, &t->pad};
-    for (int i = 0; i < NAMED; i++) {
-        if (!ids[i])
-            continue;
-        *ids[i] = vel_bpe_find(t, named[i].content, strlen(named[i].content));
-        if (*ids[i] < 0)
-            return vel_fail(t->ctx, VEL_BAD_FILE, "%s: %s is empty", src->folder,
-                            named_tokens[i].key);
-    }
+    VEL_TRY(add_own(t, src, list));
+    VEL_TRY(set_named(t, src, named));
+    VEL_TRY(set_around(t, src));
     return set_max_length(t, src);
+}
+
+/* "<0x00>" and so on. */
+static void index_byte_names(vel_tokenizer *t)
+{
+    char name[16];
+    for (int byte = 0; byte < 256; byte++)
+        t->byte_ids[byte] =
+            vel_bpe_find(t, name, (size_t)snprintf(name, sizeof name, "<0x%02X>", byte));
 }
 
 vel_status vel_bpe_load(vel_tokenizer *t, const char *folder)
@@ -520,9 +698,14 @@ vel_status vel_bpe_load(vel_tokenizer *t, const char *folder)
     token_list list = {0};
     vel_status st = load_sources(&src);
     if (st == VEL_OK)
-        st = src.whole ? read_whole(t, &src) : read_pair(t, &src);
+        note_class(&src);
+    if (st == VEL_OK)
+        st = src.whole   ? read_whole(t, &src)
+             : src.vocab ? read_pair(t, &src)
+                         : read_pieces(t, &src);
     if (st == VEL_OK) {
         vel_bpe_index_bytes(t);
+        index_byte_names(t);
         st = read_special(t, &src, &list);
     }
     vel_free(t->ctx, list.items);

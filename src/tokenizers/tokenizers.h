@@ -8,22 +8,27 @@
 
 typedef struct vel_tokenizer vel_tokenizer;
 
-/* CLIP's byte-pair encoding (transformers' CLIPTokenizerFast: NFC, white space collapsed, lower
- * case, its splitting pattern, byte-level BPE with </w>) from tokenizer.json where it is there,
- * else vocab.json + merges.txt (+ tokenizer_config.json, special_tokens_map.json). */
+/* From tokenizer.json where it is there, else vocab.json + merges.txt, else spiece.model or
+ * tokenizer.model (+ tokenizer_config.json, special_tokens_map.json, added_tokens.json):
+ *   CLIP's byte-pair encoding (transformers' CLIPTokenizer: NFC, white space collapsed, lower case,
+ *   its splitting pattern, byte-level BPE with </w>);
+ *   Unigram as T5's, and BPE with byte fallback as Gemma's, with the normaliser, splitter and
+ *   template that tokenizer.json states. What a file asks for and is not known is refused by name.
+ */
 vel_status vel_tokenizer_open(vel_ctx *ctx, const char *folder, vel_tokenizer **out);
 void vel_tokenizer_close(vel_tokenizer *t);
 int vel_tokenizer_size(const vel_tokenizer *t);
 int vel_tokenizer_max_length(const vel_tokenizer *t); /* model_max_length: 77 */
-int32_t vel_tokenizer_bos(const vel_tokenizer *t);
+int32_t vel_tokenizer_bos(const vel_tokenizer *t);    /* -1: none; CLIP has all three */
 int32_t vel_tokenizer_eos(const vel_tokenizer *t);
 int32_t vel_tokenizer_pad(const vel_tokenizer *t);
 
 /* Ids of text without begin, end and padding; *ids is owned (vel_free). The text need not be valid
  * UTF-8: VEL_BAD_VALUE with the offset when it is not. */
 vel_status vel_tokenizer_ids(vel_tokenizer *t, const char *text, int32_t **ids, int *n);
-/* begin + ids + end, cut to length, padded to length. *n_cut tokens did not fit; *cut_at is the
- * byte offset in text where the cut part starts (either may be NULL). */
+/* begin + ids + end (what of the two there is: T5 has no begin, Gemma no end), cut to length,
+ * padded to length on the right. *n_cut tokens did not fit; *cut_at is the byte offset in text
+ * where the cut part starts (either may be NULL). */
 vel_status vel_tokenizer_encode(vel_tokenizer *t, const char *text, int length, int32_t *ids,
                                 int *n_cut, size_t *cut_at);
 /* The text of one id, for reports; borrowed; NULL when out of range. */

@@ -1,17 +1,18 @@
-"""Compares our CLIP tokenizer with transformers' fast one, and makes tests/golden/tokenizer.json.
+"""Compares our tokenizers with transformers', and makes the golden files of tests/test_tokenizer*.c.
 
     tokenizer.py --model DIR --compare COMMAND...   10,000 lines of mixed Unicode through both
     tokenizer.py --model DIR --every COMMAND...     every code point, in four surroundings
     tokenizer.py --model DIR --golden FILE          the small file that tests/test_tokenizer.c reads
     tokenizer.py --tables                           the rows of src/tokenizers/bpe_unicode.c
 
-COMMAND gets the tokenizer's folder as its last argument, lines of UTF-8 on standard input, and
+With --other the lines have the special tokens of T5 and Gemma instead of CLIP's. COMMAND gets the tokenizer's folder as its last argument, lines of UTF-8 on standard input, and
 prints a line of ids, separated by blanks, for each. Exit status 1 when a line differs. The lines
 are a function of the seed alone. Needs transformers, tokenizers; --tables needs regex too.
 """
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -48,6 +49,9 @@ CONTRACTIONS = "'s 't 're 've 'm 'll 'd 'S 'LL \u2019s ''s ' 'x".split()
 SPECIAL = ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "<|StartOfText|>", "<|endoftext",
            "<|endoftext|>>", "<<|endoftext|>", "<|endoftext|><|endoftext|>", "<|endoftext|>'s",
            "|>", "<|ENDOFTEXT|>'s", "!<|ENDOFTEXT|>!", "<|end\u200doftext|>", "\uFF1C|endoftext|>"]
+OTHER_SPECIAL = ["</s>", "<pad>", "<unk>", "<extra_id_0>", " <extra_id_1> ", "x<extra_id_99>", "<extra_id_100>",
+                 "<bos>", "<eos>", "<mask>", "<0x41>", "<0x0A>", "\u2581", "\u2581\u2581", "a\u2581b", "\u2581a ",
+                 "</s></s>", "<unk><unk>", "<S>", "</S>", "<start_of_turn>", "<pad", "\u2047", " \u2581 "]
 CASES = ["\u0130", "\u0130stanbul", "I\u0307", "\u03A3", "\u039F\u0394\u039F\u03A3", "\u03A3\u03A3",
          "\u1E9E", "STRASSE", "\u01C5", "\u01C8", "\u01F2", "\u2126", "\u212A", "\u212B", "\u1F88",
          "\u1FBC", "\u13A0", "\uAB70", "\u10A0", "\u1C90", "\U00010400", "\uFF21", "\u0345",
@@ -124,7 +128,9 @@ def line(rng, longest):
     return text.replace("\n", " ").replace("\0", " ")
 
 
-def lines(n, longest, seed=SEED):
+def lines(n, longest, seed=SEED, other=False):
+    if other:
+        SPECIAL[:] = OTHER_SPECIAL
     rng = random.Random(seed)
     fixed = ["", " ", "\t \u3000", "a" * longest, "!" * longest, "e" + "\u0301\u0323" * 500,
              "Ab1" * longest, "\u3042" * longest, *WORDS, *CASES, *SPECIAL, *CONTRACTIONS, *SPACES]
@@ -140,8 +146,14 @@ def every_line():
 
 
 def reference(model):
-    from transformers import CLIPTokenizerFast
-    tokenizer = CLIPTokenizerFast.from_pretrained(model)._tokenizer
+    """The class that the folder's config names; without one, CLIP's."""
+    import transformers
+    try:
+        with open(os.path.join(model, "tokenizer_config.json"), encoding="utf-8") as f:
+            name = json.load(f).get("tokenizer_class", "CLIPTokenizer")
+    except FileNotFoundError:
+        name = "CLIPTokenizer"
+    tokenizer = getattr(transformers, name).from_pretrained(model)._tokenizer
     return lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
@@ -160,8 +172,8 @@ def compare(model, command, texts):
     return not differ
 
 
-def write_golden(model, path):
-    texts = lines(4000, 300)
+def write_golden(model, path, other):
+    texts = lines(4000, 300, SEED, other)
     rng = random.Random(SEED + 1)
     texts = texts[:8] + rng.sample([t for t in texts[8:] if 0 < len(t) < 160], 392)
     entries = [{"text": t, "ids": i} for t, i in zip(texts, reference(model)(texts))]
@@ -221,15 +233,16 @@ def main():
     parser.add_argument("--every", nargs="+", metavar="COMMAND")
     parser.add_argument("--golden", metavar="FILE")
     parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--other", action="store_true", help="special tokens of T5 and Gemma in the lines")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     good = True
     if options.compare:
-        good = compare(options.model, options.compare, lines(LINES, 2000, options.seed))
+        good = compare(options.model, options.compare, lines(LINES, 2000, options.seed, options.other))
     if options.every:
         good = compare(options.model, options.every, every_line()) and good
     if options.golden:
-        write_golden(options.model, options.golden)
+        write_golden(options.model, options.golden, options.other)
     if options.tables:
         print_tables()
     sys.exit(0 if good else 1)
