@@ -14,7 +14,7 @@ enum {
     LEAST_ROWS = 192,       /* of a block: the weight is read again for each block */
     MOST_SPAN = 64,         /* steps */
     MOST_CHUNK = 12,        /* steps: 2 KB of weight each, in the first cache */
-    STREAM_BYTES = 4 << 20, /* results from which on they go past the caches */
+    STREAM_BYTES = 16 << 20, /* results from which on they go past the caches */
     PANELS_AT_ONCE = 24,    /* whose sums fit: then their squares are turned in one go */
     TASKS_EACH = 6,         /* tasks for each thread, so that none waits long at the end */
     LEAST_WEIGHT = 400000,  /* elements of a matrix: below, oneDNN is as fast */
@@ -57,7 +57,7 @@ static void cut_rows(vel_tiles *t)
 /* Rows that are copied: several images, or a part of one. */
 static void cut_images(vel_tiles *t)
 {
-    int64_t around = t->kernel_h - 1, row = t->pitch * t->pixel * 2;
+    int64_t around = t->kernel_h - 1, row = t->pitch * t->steps * TILES_SIDE * 2;
     int64_t fit = BLOCK_BYTES / row - around;
     t->span = t->all_steps;
     if (fit < t->out_height) {
@@ -90,16 +90,15 @@ static void cut(vel_tiles *t)
     t->all_steps = t->steps * t->kernel_h * t->kernel_w;
     t->panels = pieces(t->columns, TILES_SIDE);
     t->pitch = t->out_width + t->kernel_w - 1;
-    t->pixel = t->direct ? t->depth : t->steps * TILES_SIDE;
-    if (!t->direct && t->pixel % 256 == 0)
-        t->pixel += TILES_SIDE; /* pixels would fall on few lines of the first cache */
+    t->even = !t->direct && t->out_width % TILES_ROWS == 0;
+    t->pixel = t->direct ? t->depth : TILES_SIDE;
     if (t->direct)
         cut_rows(t);
     else
         cut_images(t);
     t->chunk = even_size(t->span, MOST_CHUNK, 1);
     t->blocks = pieces(t->images, t->block_images) * pieces(t->out_height, t->block_rows);
-    t->strips = pieces((t->block_rows - 1) * t->pitch + t->out_width, TILES_SIDE);
+    t->strips = pieces(vel_tiles_positions(t, t->block_rows), TILES_SIDE);
     int64_t of_panel = t->block_images * t->strips * TILES_SQUARE * 4;
     if (t->turned && PANELS_AT_ONCE * of_panel <= SUM_BYTES)
         t->span = t->chunk; /* squares of neighbouring panels lie side by side */
@@ -108,7 +107,10 @@ static void cut(vel_tiles *t)
     t->stream = results >= STREAM_BYTES && t->columns % TILES_SIDE == 0;
     t->square = t->turned ? (size_t)(t->chunk * TILES_SQUARE * 2) : 0;
     int64_t rows = t->block_images * (t->block_rows + t->kernel_h - 1), slack = 2 * TILES_SIDE;
-    t->copy = t->direct ? 0 : (size_t)((rows * t->pitch + slack + t->kernel_w) * t->pixel * 2);
+    /* odd: planes would fall on few lines of the first cache */
+    int64_t pixels = (rows * t->pitch + slack + t->kernel_w) | 1;
+    t->plane = t->direct ? TILES_SIDE : pixels * TILES_SIDE;
+    t->copy = t->direct ? 0 : (size_t)(t->steps * t->plane * 2);
     t->tail = t->direct ? (size_t)(TILES_SIDE * t->depth * 2) : 0;
 }
 

@@ -17,6 +17,7 @@
 
 enum {
     TILES_SIDE = 32,                        /* of a square, and of a strip of positions */
+    TILES_ROWS = 16,                        /* of a tile */
     TILES_SQUARE = TILES_SIDE * TILES_SIDE, /* elements */
 };
 
@@ -31,7 +32,9 @@ typedef struct vel_tiles {
     /* ---- how it is cut: vel_tiles_cut fills these ---- */
     bool stream;                   /* results go past the caches */
     bool direct;                   /* rows are read where they lie, not copied first */
-    int64_t pitch, pixel;          /* pixels of a copied row; elements of a copied pixel */
+    bool even;                     /* each 16 positions lie in one row: padding is not computed */
+    int64_t pitch, pixel;          /* pixels of a copied row; elements from pixel to pixel */
+    int64_t plane;                 /* elements from one step of depth to the next */
     int64_t steps, all_steps;      /* of depth, 32 each: of one tap, of all */
     int64_t chunk;                 /* steps that are summed in tiles before the sums go to memory */
     int64_t span;                  /* steps whose part of a block is in the cache at once */
@@ -50,5 +53,11 @@ typedef struct vel_tiles_data {
 } vel_tiles_data;
 
 size_t vel_tiles_scratch(const vel_tiles *t);
+
+/* Positions that are computed for some rows of an image. */
+static inline int64_t vel_tiles_positions(const vel_tiles *t, int64_t rows)
+{
+    return t->even ? rows * t->out_width : (rows - 1) * t->pitch + t->out_width;
+}
 
 #endif

@@ -1,18 +1,32 @@
 /* cpu_tiles.c: products and convolutions in AMX tiles (see ../tiles.h for forms and cuts).
  *
- * Positions of a result are counted along the copied rows of the left operand, whose pitch includes
- * the padding, so that a tap of a convolution is one shift for all of them: a convolution is a sum
- * of plain products. The positions that lie in the padding are computed too and thrown away.
+ * The left operand of a convolution is copied first: planes of 32 of its depth, each with the
+ * pixels of all rows and their padding one behind the other. So a tap is one shift for all
+ * positions (a convolution is a sum of plain products), and a tile is 1 KB in one piece. Where rows
+ * are multiples of 16 pixels, a tile lies in one row; else positions are counted along the padded
+ * rows, and those in the padding are computed too and thrown away.
  *
  * A strip of 32 positions by a panel of 32 columns is summed in four tiles over a chunk of the
- * depth; more than one chunk goes on from float32 sums in memory. Each sum has one order, whatever
- * thread takes the task. */
+ * depth; more than one chunk goes on from float32 sums in memory. The results of a strip are
+ * written while the next one is summed, a few rows with each step: written in one go they would
+ * hold up the loads behind them. Each sum has one order, whatever thread takes the task. */
 #include "backend/cpu/isa/product.h"
 #include "backend/cpu/kernels.h"
 
 #if defined(__AMX_BF16__)
 
+typedef struct writer { /* what is left to write of a strip */
+    const float *sums; /* the next row's */
+    int64_t rows, at;  /* rows left; where the next goes, in elements of the result */
+    int64_t x, pitch;  /* its place in the padded row */
+    int64_t columns;   /* of the panel, at most 32 */
+    bool plain;        /* sums and bias alone, whole rows */
+    vf bias[2];
+} writer;
+
 typedef struct task_space { /* of one thread */
+    writer out;
+    int64_t turn;      /* counts strips: two squares of sums in turn */
     float *sums;       /* [panel][image][strip][32][32], or two squares where one chunk is all */
     uint16_t *squares; /* [chunk] of the turned weight */
     uint16_t *copy;    /* the block's rows */
@@ -149,28 +163,30 @@ static block block_at(const job *j, int64_t index)
                .row = index % j->row_groups * t->block_rows};
     b.images = VEL_MIN(t->block_images, t->images - b.image);
     b.rows = VEL_MIN(t->block_rows, t->out_height - b.row);
-    b.image_step = (b.rows + t->kernel_h - 1) * t->pitch * t->pixel;
+    b.image_step = (b.rows + t->kernel_h - 1) * t->pitch * TILES_SIDE;
     if (t->direct)
         b.left = j->d->left + b.row * t->depth;
     return b;
 }
 
-static void zero_pixels(uint16_t *to, int64_t n)
-{
-    memset(to, 0, (size_t)n * sizeof *to);
-}
-
-/* A row of pixels, apart by t->pixel, with zeros between. */
+/* n pixels of the left operand to their places in all planes. */
 static void copy_pixels(const vel_tiles *t, uint16_t *to, const uint16_t *from, int64_t n)
 {
-    if (t->pixel == t->depth) {
-        memcpy(to, from, (size_t)(n * t->depth) * sizeof *to);
-        return;
+    int64_t whole = t->depth / TILES_SIDE, rest = t->depth % TILES_SIDE;
+    __mmask32 in = (1u << rest) - 1;
+    for (int64_t i = 0; i < n; i++, from += t->depth, to += TILES_SIDE) {
+        for (int64_t step = 0; step < whole; step++)
+            _mm512_store_si512(to + step * t->plane, _mm512_loadu_si512(from + step * TILES_SIDE));
+        if (rest)
+            _mm512_store_si512(to + whole * t->plane,
+                               _mm512_maskz_loadu_epi16(in, from + whole * TILES_SIDE));
     }
-    for (int64_t i = 0; i < n; i++) {
-        memcpy(to + i * t->pixel, from + i * t->depth, (size_t)t->depth * sizeof *to);
-        zero_pixels(to + i * t->pixel + t->depth, t->pixel - t->depth);
-    }
+}
+
+static void zero_pixels(const vel_tiles *t, uint16_t *to, int64_t n)
+{
+    for (int64_t step = 0; step < t->steps && n > 0; step++)
+        memset(to + step * t->plane, 0, (size_t)(n * TILES_SIDE) * sizeof *to);
 }
 
 /* The block's rows with their padding. Behind the last, positions that are thrown away read what
@@ -180,19 +196,94 @@ static void copy_block(const job *j, block *b, uint16_t *to)
     const vel_tiles *t = j->t;
     for (int64_t image = 0; image < b->images; image++)
         for (int64_t r = 0; r < b->rows + t->kernel_h - 1; r++) {
-            uint16_t *row = to + image * b->image_step + r * t->pitch * t->pixel;
+            uint16_t *row = to + image * b->image_step + r * t->pitch * TILES_SIDE;
             int64_t y = b->row + r - t->pad_top, inside = VEL_MIN(t->width, t->pitch - t->pad_left);
             if (y < 0 || y >= t->height) {
-                zero_pixels(row, t->pitch * t->pixel);
+                zero_pixels(t, row, t->pitch);
                 continue;
             }
-            zero_pixels(row, t->pad_left * t->pixel);
-            copy_pixels(t, row + t->pad_left * t->pixel,
+            zero_pixels(t, row, t->pad_left);
+            copy_pixels(t, row + t->pad_left * TILES_SIDE,
                         j->d->left + ((b->image + image) * t->height + y) * t->width * t->depth,
                         inside);
             int64_t used = t->pad_left + inside;
-            zero_pixels(row + used * t->pixel, (t->pitch - used) * t->pixel);
+            zero_pixels(t, row + used * TILES_SIDE, t->pitch - used);
         }
+}
+
+/* ---- results -----------------------------------------------------------------------------------
+ */
+
+/* Sums with bias become a row of the result, after activation and residual. */
+static __attribute__((noinline)) void write_parts(const vel_tiles *t, const vel_tiles_data *d,
+                                                  const writer *w, vf low, vf high)
+{
+    int64_t at = w->at, left = w->columns, n = VEL_MIN(left, VL);
+    if (t->act != VEL_ACT_NONE) {
+        low = vact(t->act, low);
+        high = vact(t->act, high);
+    }
+    if (d->residual) {
+        low += vget_part(d->residual + at, 0, n, true);
+        if (left > VL)
+            high += vget_part(d->residual + at, VL, left - VL, true);
+    }
+    if (left == TILES_SIDE) {
+        vput_two(d->out + at, 0, true, low, high);
+        return;
+    }
+    vput_part(d->out + at, 0, n, true, low);
+    if (left > VL)
+        vput_part(d->out + at, VL, left - VL, true, high);
+}
+
+/* The next n rows. A result that the caches will not hold goes past them: what it would be written
+ * over is not read first. */
+VEL_INLINE void write_rows(const job *j, writer *w, int64_t n)
+{
+    for (; n > 0 && w->rows > 0; n--, w->rows--, w->sums += TILES_SIDE) {
+        if (w->x < j->t->out_width) {
+            vf low = vload(w->sums) + w->bias[0], high = vload(w->sums + VL) + w->bias[1];
+            if (!w->plain)
+                write_parts(j->t, j->d, w, low, high);
+            else if (j->t->stream)
+                _mm512_stream_si512((void *)(j->d->out + w->at),
+                                    (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+            else
+                vput_two(j->d->out + w->at, 0, true, low, high);
+            w->at += j->t->columns;
+        }
+        if (++w->x == w->pitch)
+            w->x = 0;
+    }
+}
+
+/* The positions of a strip that are left to compute, from its first on. */
+VEL_INLINE int64_t positions_left(const vel_tiles *t, const block *b, int64_t strip)
+{
+    return vel_tiles_positions(t, b->rows) - strip * TILES_SIDE;
+}
+
+static void begin_writing(const job *j, const block *b, writer *w, const float *sums, int64_t image,
+                          int64_t strip, int64_t panel)
+{
+    const vel_tiles *t = j->t;
+    w->sums = sums;
+    w->rows = VEL_MIN(TILES_SIDE, positions_left(t, b, strip));
+    w->pitch = t->even ? t->out_width : t->pitch;
+    int64_t y = strip * TILES_SIDE / w->pitch, column = panel * TILES_SIDE;
+    w->x = strip * TILES_SIDE % w->pitch;
+    int64_t pixel = ((b->image + image) * t->out_height + b->row + y) * t->out_width +
+                    VEL_MIN(w->x, t->out_width);
+    w->at = pixel * t->columns + column;
+    w->columns = VEL_MIN(TILES_SIDE, t->columns - column);
+    w->plain = w->columns == TILES_SIDE && t->act == VEL_ACT_NONE && !j->d->residual;
+    w->bias[0] = w->bias[1] = vset(0.0f);
+    if (j->d->bias) {
+        w->bias[0] = vget_part(j->d->bias, column, VEL_MIN(w->columns, VL), false);
+        if (w->columns > VL)
+            w->bias[1] = vget_part(j->d->bias, column + VL, w->columns - VL, false);
+    }
 }
 
 /* ---- sums --------------------------------------------------------------------------------------
@@ -218,36 +309,46 @@ VEL_INLINE void store_sums(float *sums, const bool two)
     }
 }
 
-/* Adds n steps of one tap. stride: bytes from position to position. */
-VEL_INLINE void add_steps(const char *left, int64_t stride, const char *squares, int64_t n,
-                          ahead *next, const bool two)
+typedef struct strip { /* one to sum */
+    const char *left[2];  /* the positions of its two tiles */
+    int64_t pixel, plane; /* bytes from position to position, from step to step */
+    bool two;
+    int64_t share; /* rows of the strip before to write with each step */
+} strip;
+
+/* Adds n steps of one tap, `shift` bytes on. */
+VEL_INLINE void add_steps(const job *j, const strip *s, int64_t shift, const char *squares,
+                          int64_t n, ahead *next, writer *out, const bool two)
 {
+    const char *low = s->left[0] + shift, *high = s->left[1] + shift;
     for (int64_t i = 0; i < n; i++) {
-        _tile_loadd(4, left, stride);
+        _tile_loadd(4, low, s->pixel);
         _tile_loadd(6, squares, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, squares + 1024, 64);
         _tile_dpbf16ps(1, 4, 7);
         if (two) {
-            _tile_loadd(5, left + 16 * stride, stride);
+            _tile_loadd(5, high, s->pixel);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
         for (int64_t line = next->first; line < next->last; line++)
             _mm_prefetch(next->from + line * 64, _MM_HINT_T1);
+        write_rows(j, out, s->share);
         next->from += next->stride;
-        left += 64;
+        low += s->plane;
+        high += s->plane;
         squares += TILES_SQUARE * 2;
     }
 }
 
-/* Steps first .. last-1 of a strip whose first position is at left. */
-VEL_INLINE void sum_strip(const vel_tiles *t, const uint16_t *left, int64_t stride,
-                          const uint16_t *squares, int64_t first, int64_t last, float *sums,
-                          bool go_on, ahead *next, const bool two)
+/* Steps first .. last-1 of a strip. */
+VEL_INLINE void sum_strip(const job *j, const strip *s, const uint16_t *squares, int64_t first,
+                          int64_t last, float *sums, ahead *next, writer *out, const bool two)
 {
+    const vel_tiles *t = j->t;
     tiles_fence();
-    if (go_on) {
+    if (first > 0) {
         load_sums(sums, two);
     } else {
         _tile_zero(0);
@@ -258,96 +359,13 @@ VEL_INLINE void sum_strip(const vel_tiles *t, const uint16_t *left, int64_t stri
     for (int64_t step = first; step < last;) {
         int64_t tap = step / t->steps, at = step % t->steps,
                 n = VEL_MIN(t->steps - at, last - step);
-        int64_t shift = (tap / t->kernel_w * t->pitch + tap % t->kernel_w) * t->pixel;
-        add_steps((const char *)(left + shift + at * TILES_SIDE), stride,
-                  (const char *)(squares + (step - first) * TILES_SQUARE), n, next, two);
+        int64_t shift = (tap / t->kernel_w * t->pitch + tap % t->kernel_w) * t->pixel * 2;
+        add_steps(j, s, shift + at * s->plane,
+                  (const char *)(squares + (step - first) * TILES_SQUARE), n, next, out, two);
         step += n;
     }
     store_sums(sums, two);
     tiles_fence();
-}
-
-/* ---- results -----------------------------------------------------------------------------------
- */
-
-typedef struct strip_place { /* where a strip's sums go */
-    const float *sums;       /* NULL: nowhere */
-    int64_t image, strip, panel;
-} strip_place;
-
-/* 32 sums become a row of the result. bias: two vectors. left: columns from here on, 32 or fewer.
- */
-VEL_INLINE void write_row(const vel_tiles *t, const vel_tiles_data *d, const float *sums,
-                          int64_t at, const vf *bias, int64_t left, const bool plain,
-                          const bool stream)
-{
-    vf low = vload(sums) + bias[0], high = vload(sums + VL) + bias[1];
-    if (!plain) {
-        if (t->act != VEL_ACT_NONE) {
-            low = vact(t->act, low);
-            high = vact(t->act, high);
-        }
-        if (d->residual) {
-            low += vget_part(d->residual + at, 0, VEL_MIN(left, VL), true);
-            if (left > VL)
-                high += vget_part(d->residual + at, VL, left - VL, true);
-        }
-        if (left < TILES_SIDE) {
-            vput_part(d->out + at, 0, VEL_MIN(left, VL), true, low);
-            if (left > VL)
-                vput_part(d->out + at, VL, left - VL, true, high);
-            return;
-        }
-    }
-    if (stream)
-        _mm512_stream_si512((void *)(d->out + at),
-                            (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-    else
-        vput_two(d->out + at, 0, true, low, high);
-}
-
-VEL_INLINE void write_rows(const job *j, const block *b, const strip_place *p, const bool plain,
-                           const bool stream)
-{
-    const vel_tiles *t = j->t;
-    int64_t position = p->strip * TILES_SIDE, x = position % t->pitch, y = position / t->pitch;
-    int64_t column = p->panel * TILES_SIDE, left = VEL_MIN(TILES_SIDE, t->columns - column);
-    vf bias[2] = {{0}, {0}};
-    if (j->d->bias) {
-        bias[0] = vget_part(j->d->bias, column, VEL_MIN(left, VL), false);
-        if (left > VL)
-            bias[1] = vget_part(j->d->bias, column + VL, left - VL, false);
-    }
-    int64_t pixel = ((b->image + p->image) * t->out_height + b->row + y) * t->out_width + x;
-    for (int64_t i = 0; i < TILES_SIDE && y < b->rows; i++) {
-        if (x < t->out_width)
-            write_row(t, j->d, p->sums + i * TILES_SIDE, pixel++ * t->columns + column, bias, left,
-                      plain, stream);
-        if (++x == t->pitch) {
-            x = 0;
-            y++;
-        }
-    }
-}
-
-/* A result that the caches will not hold goes past them: what it would be written over is not read
- * first. */
-static void write_strip(const job *j, const block *b, const strip_place *p)
-{
-    const vel_tiles *t = j->t;
-    bool whole = (p->panel + 1) * TILES_SIDE <= t->columns;
-    if (!p->sums)
-        return;
-    if (!whole || t->act != VEL_ACT_NONE || j->d->residual) {
-        if (whole && t->stream)
-            write_rows(j, b, p, false, true);
-        else
-            write_rows(j, b, p, false, false);
-    } else if (t->stream) {
-        write_rows(j, b, p, true, true);
-    } else {
-        write_rows(j, b, p, true, false);
-    }
 }
 
 /* ---- tasks -------------------------------------------------------------------------------------
@@ -384,50 +402,61 @@ static ahead fetch_of(const job *j, int64_t panel, int64_t first)
                    taps * t->panels * square};
 }
 
-static void run_strip(const job *j, const block *b, int64_t image, int64_t strip,
+/* Where the tile begins whose first position is `position`. */
+VEL_INLINE const char *tile_at(const vel_tiles *t, const uint16_t *left, int64_t position)
+{
+    if (t->even)
+        position = position / t->out_width * t->pitch + position % t->out_width;
+    return (const char *)(left + position * t->pixel);
+}
+
+static void run_strip(const job *j, const block *b, int64_t image, int64_t index,
                       const uint16_t *squares, int64_t first, int64_t last, float *sums,
-                      ahead *next)
+                      ahead *next, writer *out)
 {
     const vel_tiles *t = j->t;
-    int64_t positions = (b->rows - 1) * t->pitch + t->out_width - strip * TILES_SIDE;
-    const uint16_t *left = b->left + image * b->image_step + strip * TILES_SIDE * t->pixel;
-    if (t->direct && positions < TILES_SIDE)
-        left = j->tail;
-    if (positions > 16)
-        sum_strip(t, left, t->pixel * 2, squares, first, last, sums, first > 0, next, true);
+    int64_t left = positions_left(t, b, index), at = index * TILES_SIDE;
+    const uint16_t *from = b->left + image * b->image_step;
+    if (t->direct && left < TILES_SIDE) {
+        from = j->tail;
+        at = 0;
+    }
+    strip s = {.left = {tile_at(t, from, at), tile_at(t, from, at + TILES_ROWS)},
+               .pixel = t->pixel * 2,
+               .plane = t->plane * 2,
+               .two = left > TILES_ROWS,
+               .share = (TILES_SIDE + last - first - 1) / (last - first)};
+    if (s.two)
+        sum_strip(j, &s, squares, first, last, sums, next, out, true);
     else
-        sum_strip(t, left, t->pixel * 2, squares, first, last, sums, first > 0, next, false);
+        sum_strip(j, &s, squares, first, last, sums, next, out, false);
 }
 
 /* One panel's steps first .. last-1 against all strips of a block. Meanwhile what is needed then is
- * fetched. A strip is written while the next one is summed. */
-static void run_chunk(const job *j, const task_space *w, const block *b, int64_t panel,
-                      int64_t first, int64_t last, float *sums, ahead then)
+ * fetched, and the strip before is written. */
+static void run_chunk(const job *j, task_space *w, const block *b, int64_t panel, int64_t first,
+                      int64_t last, float *sums, ahead then)
 {
     const vel_tiles *t = j->t;
     const uint16_t *squares = squares_of(j, w, panel, first, last);
-    int64_t strips = ((b->rows - 1) * t->pitch + t->out_width + TILES_SIDE - 1) / TILES_SIDE;
+    int64_t strips = (vel_tiles_positions(t, b->rows) + TILES_SIDE - 1) / TILES_SIDE;
     int64_t all = strips * b->images;
     bool alone = t->all_steps <= t->chunk; /* two squares in turn, else one for each strip */
-    strip_place before = {0};
     for (int64_t s = 0; s < all; s++) {
-        float *at = sums + (alone ? s % 2 : s) * TILES_SQUARE;
+        float *at = sums + (alone ? w->turn++ % 2 : s) * TILES_SQUARE;
         ahead next = then;
         if (then.from) {
             next.first = s * 32 / all;
             next.last = (s + 1) * 32 / all;
         }
-        run_strip(j, b, s / strips, s % strips, squares, first, last, at, &next);
-        if (last < t->all_steps)
-            continue;
-        write_strip(j, b, &before);
-        before = (strip_place){at, s / strips, s % strips, panel};
+        run_strip(j, b, s / strips, s % strips, squares, first, last, at, &next, &w->out);
+        if (last == t->all_steps)
+            begin_writing(j, b, &w->out, at, s / strips, s % strips, panel);
     }
-    write_strip(j, b, &before);
 }
 
 /* Steps of a span, for each panel of the task: what the block holds of them stays in the cache. */
-static void run_span(const job *j, const task_space *w, const block *b, int64_t panel, int64_t n,
+static void run_span(const job *j, task_space *w, const block *b, int64_t panel, int64_t n,
                      int64_t begin, int64_t end)
 {
     const vel_tiles *t = j->t;
@@ -458,6 +487,7 @@ static void run_task(const job *j, task_space *w, int64_t task)
     }
     for (int64_t begin = 0; begin < t->all_steps; begin += t->span)
         run_span(j, w, &b, panel, n, begin, VEL_MIN(begin + t->span, t->all_steps));
+    write_rows(j, &w->out, TILES_SIDE);
 }
 
 /* Each thread takes the tasks of its own part, whose blocks it has copied, then those that others
@@ -493,7 +523,7 @@ void VEL_ISA_NAME(tiles)(const vel_tiles *t, const vel_tiles_data *d)
     job j = {t, d, tail, (t->out_height + t->block_rows - 1) / t->block_rows};
     if (t->direct && rows) {
         memcpy(tail, d->left + (t->out_height - rows) * t->depth, (size_t)(rows * t->depth) * 2);
-        zero_pixels(tail + rows * t->depth, (TILES_SIDE - rows) * t->depth);
+        memset(tail + rows * t->depth, 0, (size_t)((TILES_SIDE - rows) * t->depth) * 2);
     }
     int64_t tasks = t->blocks * t->groups;
     int team = (int)VEL_MIN(VEL_MIN(t->threads, MOST_THREADS), tasks);
