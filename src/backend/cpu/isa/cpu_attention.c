@@ -74,6 +74,14 @@ size_t VEL_ISA_NAME(attention_scratch)(const vel_cpu_job *job)
     return group_bytes(&f) + (size_t)job->threads * each;
 }
 
+/* Lanes from n on are hidden. */
+VEL_INLINE vf hide_from(vf v, int n)
+{
+    for (int i = 0; i < VL; i++)
+        v[i] = i < n ? v[i] : HIDDEN;
+    return v;
+}
+
 /* Scores of hidden keys, and of the padding behind the last, become HIDDEN; bias is added, in units
  * of a score before scaling. rows: queries from `query` on; columns: keys from `key` on. */
 static void mask_scores(const attention_shape *s, float *score, int64_t query, int64_t rows,
@@ -87,8 +95,12 @@ static void mask_scores(const attention_shape *s, float *score, int64_t query, i
                 row[c] = v < HIDDEN ? HIDDEN : v;
             }
         int64_t seen = s->causal ? VEL_MIN(s->keys, query + r + 1) : s->keys;
-        for (int64_t c = VEL_MAX(seen - key, 0); c < columns; c++)
-            row[c] = HIDDEN;
+        int64_t hidden = VEL_MAX(seen - key, 0), whole = padded(hidden, VL);
+        if (hidden < VEL_MIN(whole, columns)) /* as a whole: it is read so at once */
+            vstore(row + whole - VL,
+                   hide_from(vload(row + whole - VL), (int)(hidden - (whole - VL))));
+        for (int64_t c = whole; c < columns; c += VL)
+            vstore(row + c, vset(HIDDEN));
     }
 }
 
@@ -175,6 +187,27 @@ VEL_INLINE float softmax_row(const attention_shape *s, const task_space *w, int6
     return by;
 }
 
+/* All rows of a strip against a block of keys that is not the first, in one loop without a call or
+ * a branch. False: some row's sum is too large, nothing is added, and rows are to be taken one by
+ * one. */
+VEL_INLINE bool softmax_strip(const attention_shape *s, const task_space *w, int64_t first,
+                              int64_t rows)
+{
+    const float c = s->scale * LOG2_E, *score = w->score, *base = w->base + first;
+    uint16_t *p = w->p;
+    vf sums[STRIP_ROWS], top = {0};
+    for (int64_t r = 0; r < rows; r++, score += KEY_BLOCK, p += KEY_BLOCK) {
+        sums[r] = exp_row(score, KEY_BLOCK, c, base[r], p, true);
+        top = vmax(sums[r], top);
+    }
+    if (any_above(top, (float)(1ull << RISE)))
+        return false;
+    float *sum = w->sum + first * VL;
+    for (int64_t r = 0; r < rows; r++)
+        vstore(sum + r * VL, vload(sum + r * VL) + sums[r]);
+    return true;
+}
+
 /* ---- the walk over the keys
  * ------------------------------------------------------------------------ */
 
@@ -228,7 +261,8 @@ static void strip_step(const forward *f, const task_space *w, const char *k, con
     product(&scores, s->half, s->amx);
     if (needs_mask(s, bias, query + first, key, columns))
         mask_scores(s, w->score, query + first, rows, key, columns, bias);
-    for (int64_t r = 0; r < rows; r++) {
+    bool done = s->half && key && columns == KEY_BLOCK && softmax_strip(s, w, first, rows);
+    for (int64_t r = 0; r < rows && !done; r++) {
         const float *score = w->score + r * KEY_BLOCK;
         char *p = (char *)w->p + r * KEY_BLOCK * s->size;
         float by = s->half ? softmax_row(s, w, first + r, score, p, columns, !key, true)

@@ -331,8 +331,11 @@ static __attribute__((unused)) void pack_rows(void *dst, const vel_matrix *m, in
     for (int64_t r = 0; r < rows_padded; r++) {
         char *row = (char *)dst + r * depth_padded * size;
         int64_t n = r < m->rows ? m->columns : 0;
-        for (int64_t c = 0; c < n; c += VL)
-            vput_part(row, c, n - c, half, vget_part(matrix_at(m, r, c), 0, n - c, m->half));
+        if (m->half == half)
+            memcpy(row, matrix_at(m, r, 0), (size_t)(n * size));
+        else
+            for (int64_t c = 0; c < n; c += VL)
+                vput_part(row, c, n - c, half, vget_part(matrix_at(m, r, c), 0, n - c, m->half));
         memset(row + n * size, 0, (size_t)((depth_padded - n) * size));
     }
 }
