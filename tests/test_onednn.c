@@ -142,13 +142,13 @@ static const trial trials[] = {
 
 static bool has_weight(vel_op op)
 {
-    return op == VEL_OP_linear || op == VEL_OP_linear_grad_x || op == VEL_OP_conv2d ||
-           op == VEL_OP_conv2d_grad_x;
+    return op == VEL_OP_linear || op == VEL_OP_linear_geglu || op == VEL_OP_linear_grad_x ||
+           op == VEL_OP_conv2d || op == VEL_OP_conv2d_grad_x;
 }
 
 static bool has_bias(vel_op op)
 {
-    return op == VEL_OP_linear || op == VEL_OP_conv2d;
+    return op == VEL_OP_linear || op == VEL_OP_linear_geglu || op == VEL_OP_conv2d;
 }
 
 /* ---- one trial ---- */
@@ -266,6 +266,25 @@ static void set_truth(bench *b)
     vel_op_entry(n.op)->ref(&n, in, &out);
 }
 
+static double product_at(const bench *b, int64_t row, int64_t column)
+{
+    int64_t depth = vel_shape_last(b->value[0].shape);
+    double sum = b->value[2].v ? b->value[2].v[column] : 0;
+    for (int64_t i = 0; i < depth; i++)
+        sum += b->value[0].v[row * depth + i] * b->value[1].v[column * depth + i];
+    return sum;
+}
+
+static void set_gated_truth(bench *b)
+{
+    int64_t width = vel_shape_last(b->truth.shape);
+    for (int64_t i = 0; i < vel_shape_count(b->truth.shape); i++) {
+        double value = product_at(b, i / width, i % width);
+        double gate = product_at(b, i / width, i % width + width);
+        b->truth.v[i] = value * gate * 0.5 * erfc(-gate / sqrt(2));
+    }
+}
+
 static void *open_values(bench *b)
 {
     vel_ctx *ctx = b->t->ctx;
@@ -286,7 +305,9 @@ static void *open_values(bench *b)
     }
     b->truth = (vel_ref_tensor){b->n->out[0].shape,
                                 vel_alloc(ctx, (size_t)vel_shape_count(b->n->out[0].shape) * 8)};
-    if (b->truth.v)
+    if (b->truth.v && b->n->op == VEL_OP_linear_geglu)
+        set_gated_truth(b);
+    else if (b->truth.v)
         set_truth(b);
     return b->truth.v;
 }
@@ -431,8 +452,23 @@ static const trial tile_trials[] = {
     {"blocks", VEL_OP_linear, {S2(1100, 512), S2(5, 512)}},
     {"spans", VEL_OP_linear, {S2(193, 3008), S2(9, 3008), {1, {9}}}},
     {"spans", VEL_OP_linear_grad_x, {S2(193, 3008), S2(3008, 33)}},
-    {"past the caches", VEL_OP_linear, {S2(2100, 3), S2(1024, 3), {1, {1024}}}},
-    {"past the caches", VEL_OP_linear, {S2(2100, 3), S2(1024, 3), NONE, S2(2100, 1024)}},
+    {"past the caches", VEL_OP_linear, {S2(8200, 1), S2(1024, 1), {1, {1024}}}},
+    {"residual", VEL_OP_linear, {S2(210, 3), S2(1024, 3), NONE, S2(210, 1024)}},
+    {"gates", VEL_OP_linear_geglu, {S2(70, 800), S2(128, 800), {1, {128}}}},
+    {"gates, past the caches", VEL_OP_linear_geglu, {S2(8200, 1), S2(2048, 1)}},
+    {"gates, spans", VEL_OP_linear_geglu, {S2(193, 3008), S2(192, 3008), {1, {192}}}},
+    {"rows of 16 and 32",
+     VEL_OP_conv2d,
+     {S4(2, 16, 16, 64), S4(48, 64, 3, 3), {1, {48}}, S4(2, 16, 16, 48)},
+     .a.conv2d = {1, {1, 1, 1, 1}}},
+    {"rows of 16 and 32",
+     VEL_OP_conv2d,
+     {S4(1, 5, 32, 70), S4(32, 70, 3, 3)},
+     .a.conv2d = {1, {1, 1, 1, 1}}},
+    {"rows of 16 and 32",
+     VEL_OP_conv2d_grad_x,
+     {S4(1, 3, 48, 64), S4(64, 40, 3, 3)},
+     .a.conv2d_grad_x = {1, {1, 1, 1, 1}, 3, 48}},
     {"chunks",
      VEL_OP_conv2d,
      {S4(3, 8, 8, 64), S4(48, 64, 3, 3), {1, {48}}, S4(3, 8, 8, 48)},

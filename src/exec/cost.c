@@ -17,6 +17,8 @@ double vel_node_flops(const vel_graph *g, int32_t id)
         return 2 * out * (double)a.dim[n->a.matmul.ta ? a.rank - 2 : a.rank - 1];
     case VEL_OP_linear:
         return 2 * out * (double)b.dim[1];
+    case VEL_OP_linear_geglu:
+        return 4 * out * (double)b.dim[1];
     case VEL_OP_linear_grad_x:
         return 2 * out * (double)b.dim[0];
     case VEL_OP_linear_grad_w:

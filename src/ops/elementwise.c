@@ -435,6 +435,36 @@ static const vel_case geglu_cases[] = {
 const vel_opdef vel_op_geglu = {
     .shape = geglu_shape, .lower = geglu_lower, .grad = geglu_grad, .cases = geglu_cases};
 
+/* ---- linear_geglu: the projection and its gate in one ---------------------------------------- */
+
+static bool linear_geglu_shape(vel_graph *g, vel_node *n)
+{
+    if (!vel_inputs_ok(g, n))
+        return false;
+    vel_shape x = vel_shape_at(g, n->in[0]), w = vel_shape_at(g, n->in[1]);
+    if (w.rank != 2 || w.dim[0] % 2)
+        return vel_bad(g, n, "the weight must be [2n, in]");
+    return vel_input_is(g, n, 1, "weight", VEL_SHAPE(w.dim[0], vel_shape_last(x))) &&
+           (!n->in[2].id || vel_input_is(g, n, 2, "bias", VEL_SHAPE(w.dim[0]))) &&
+           vel_op_gives(g, n, 0, VEL_F32, vel_shape_with_last(x, w.dim[0] / 2));
+}
+
+static void linear_geglu_lower(vel_graph *g, const vel_node *n, vel_ref *out)
+{
+    vel_ref none = {0};
+    out[0] = vel_geglu(g, vel_linear_op(g, n->in[0], n->in[1], n->in[2], none, VEL_ACT_NONE));
+}
+
+static const vel_case linear_geglu_cases[] = {
+    {.in = {{2, {3, 5}}, {2, {2, 5}}}},
+    {.in = {{3, {2, 7, 40}}, {2, {66, 40}}, {1, {66}}}},
+    {.in = {{3, {2, 9, 64}}, {2, {128, 64}}, {1, {128}}}},
+    {.in = {{0}}},
+};
+
+const vel_opdef vel_op_linear_geglu = {
+    .shape = linear_geglu_shape, .lower = linear_geglu_lower, .cases = linear_geglu_cases};
+
 static bool geglu_grad_shape(vel_graph *g, vel_node *n)
 {
     if (!vel_inputs_ok(g, n))

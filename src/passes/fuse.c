@@ -3,6 +3,7 @@
  *
  *     add(p, y), p a product without a residual      ->  p with residual y
  *     act(p),    p a linear or conv2d without one    ->  p with that activation
+ *     geglu(p),  p a linear without either           ->  linear_geglu
  *
  * The gradient pass has run before, so a value that its backward needs has two readers and stays.
  */
@@ -12,7 +13,7 @@ typedef struct fuser {
     vel_copier c;
     const int32_t *uses;
     bool *gone;     /* [node] copied later, as part of its reader */
-    int32_t *takes; /* [node] the product this add or act swallows; 0 none */
+    int32_t *takes; /* [node] the product this add, act or geglu swallows; 0 none */
 } fuser;
 
 /* Which input of the op is its residual; -1: it has none. */
@@ -45,6 +46,14 @@ static bool can_take(const fuser *f, vel_ref product, vel_ref other, const vel_n
            p->out[0].dtype == reader->out[0].dtype;
 }
 
+static bool is_plain(const fuser *f, vel_ref product, bool conv)
+{
+    const vel_node *p = vel_at(f->c.src, product);
+    bool plain = (p->op == VEL_OP_linear && p->a.linear.act == VEL_ACT_NONE) ||
+                 (conv && p->op == VEL_OP_conv2d && p->a.conv2d.act == VEL_ACT_NONE);
+    return plain && !p->in[3].id && f->uses[product.id] == 1 && !f->gone[product.id];
+}
+
 static void mark(fuser *f)
 {
     for (int32_t id = 1; id < vel_graph_size(f->c.src); id++) {
@@ -60,11 +69,8 @@ static void mark(fuser *f)
                     break;
                 }
             }
-        } else if (n->op == VEL_OP_act) {
-            const vel_node *p = vel_at(f->c.src, n->in[0]);
-            bool plain = (p->op == VEL_OP_linear && p->a.linear.act == VEL_ACT_NONE) ||
-                         (p->op == VEL_OP_conv2d && p->a.conv2d.act == VEL_ACT_NONE);
-            if (plain && !p->in[3].id && f->uses[n->in[0].id] == 1 && !f->gone[n->in[0].id]) {
+        } else if (n->op == VEL_OP_act || n->op == VEL_OP_geglu) {
+            if (is_plain(f, n->in[0], n->op == VEL_OP_act)) {
                 f->takes[id] = n->in[0].id;
                 f->gone[n->in[0].id] = true;
             }
@@ -84,6 +90,12 @@ static void copy_fused(fuser *f, int32_t id)
         vel_ref other = reader->in[reader->in[0].id == f->takes[id] ? 1 : 0];
         in[slot] = vel_copier_ref(&f->c, other);
         p.n_in = VEL_MAX(p.n_in, slot + 1);
+    } else if (reader->op == VEL_OP_geglu) {
+        p.op = VEL_OP_linear_geglu;
+        p.a = (vel_attr){0};
+        p.n_in = VEL_MIN(p.n_in, 3);
+        p.n_out = reader->n_out;
+        p.out[0] = reader->out[0];
     } else if (p.op == VEL_OP_linear) {
         p.a.linear.act = reader->a.act.kind;
     } else {

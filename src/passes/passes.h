@@ -19,7 +19,8 @@ vel_status vel_pass_simplify(const vel_graph *g, vel_graph **out);
 vel_status vel_pass_cast(const vel_graph *g, vel_dtype compute, vel_graph **out);
 
 /* Peepholes: add(linear|conv2d|..._grad_x, y) -> its residual input; act(group_norm|linear|conv2d)
- * -> its act attribute. A pass over uses: nothing is fused that another node or an output reads. */
+ * -> its act attribute; geglu(linear) -> linear_geglu. A pass over uses: nothing is fused that
+ * another node or an output reads. */
 vel_status vel_pass_fuse(const vel_graph *g, vel_graph **out);
 
 /* Recomputes forward values in the backward part instead of keeping them. level 0: nothing; 1: what

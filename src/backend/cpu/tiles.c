@@ -9,16 +9,16 @@
 #include "backend/cpu/kernels.h"
 
 enum {
-    BLOCK_BYTES = 1 << 20,  /* of the left operand in the second cache (2 MB on these processors) */
-    SUM_BYTES = 1 << 19,    /* of sums that wait for the next chunk */
-    LEAST_ROWS = 192,       /* of a block: the weight is read again for each block */
-    MOST_SPAN = 64,         /* steps */
-    MOST_CHUNK = 12,        /* steps: 2 KB of weight each, in the first cache */
+    BLOCK_BYTES = 1 << 20, /* of the left operand in the second cache (2 MB on these processors) */
+    SUM_BYTES = 1 << 19,   /* of sums that wait for the next chunk */
+    LEAST_ROWS = 192,      /* of a block: the weight is read again for each block */
+    MOST_SPAN = 64,        /* steps */
+    MOST_CHUNK = 10,       /* steps: 2 KB of weight each, in the first cache */
     STREAM_BYTES = 16 << 20, /* results from which on they go past the caches */
-    PANELS_AT_ONCE = 24,    /* whose sums fit: then their squares are turned in one go */
-    TASKS_EACH = 6,         /* tasks for each thread, so that none waits long at the end */
-    LEAST_WEIGHT = 400000,  /* elements of a matrix: below, oneDNN is as fast */
-    LEAST_REUSE = 1100,     /* weights of a tap for each position of a convolution, likewise */
+    PANELS_AT_ONCE = 24,     /* whose sums fit: then their squares are turned in one go */
+    TASKS_EACH = 6,          /* tasks for each thread, so that none waits long at the end */
+    LEAST_WEIGHT = 400000,   /* elements of a matrix: below, oneDNN is as fast */
+    LEAST_REUSE = 1100,      /* weights of a tap for each position of a convolution, likewise */
 };
 
 /* ---- cutting ----------------------------------------------------------------------------------
@@ -73,12 +73,12 @@ static void cut_groups(vel_tiles *t)
 {
     int64_t wanted = t->threads == 1 ? 1 : pieces(TASKS_EACH * t->threads, t->blocks);
     t->group = pieces(t->panels, VEL_MIN(wanted, t->panels));
-    int64_t of_panel = t->block_images * t->strips * TILES_SQUARE * 4;
+    int64_t of_panel = vel_tiles_sums(t) * 4;
     if (t->span < t->all_steps)
         t->group = VEL_MIN(t->group, VEL_MAX(SUM_BYTES / of_panel, 1));
     t->groups = pieces(t->panels, t->group);
     t->sums = 2 * TILES_SQUARE * 4;
-    if (t->chunk < t->all_steps)
+    if (t->chunk < t->all_steps || t->gated)
         t->sums = (size_t)(of_panel * (t->span < t->all_steps ? t->group : 1));
 }
 
@@ -147,7 +147,7 @@ static const char *refuse(vel_device *d, const vel_graph *g, const vel_node *n)
 {
     if (!d->amx)
         return "needs AMX";
-    bool forward = n->op == VEL_OP_linear || n->op == VEL_OP_conv2d;
+    bool forward = n->op == VEL_OP_linear || n->op == VEL_OP_conv2d || n->op == VEL_OP_linear_geglu;
     if (n->out[0].dtype != VEL_BF16)
         return "bfloat16 only";
     for (int i = 0; i < n->n_in; i++) {
@@ -226,6 +226,18 @@ static vel_status prepare_linear(vel_device *d, const vel_graph *g, const vel_no
     t.act = n->a.linear.act;
     t.bias_in = present(n, 2);
     t.residual_in = present(n, 3);
+    return finish(d, g, n, &t, k);
+}
+
+static vel_status prepare_linear_geglu(vel_device *d, const vel_graph *g, const vel_node *n,
+                                       vel_kernel *k)
+{
+    vel_shape x = type_at(g, n, 0).shape, w = type_at(g, n, 1).shape;
+    vel_tiles t = of_rows(vel_shape_rows(x), w.dim[1], w.dim[0] / 2);
+    if (t.columns % TILES_SIDE)
+        return VEL_UNSUPPORTED; /* values and gates would share a square */
+    t.gated = true;
+    t.bias_in = present(n, 2);
     return finish(d, g, n, &t, k);
 }
 
@@ -335,5 +347,5 @@ static vel_status run(vel_device *d, const vel_launch *l)
     }
 
 const vel_cpu_impl vel_cpu_tiles_impls[] = {
-    ROW(linear), ROW(linear_grad_x), ROW(conv2d), ROW(conv2d_grad_x), {0},
+    ROW(linear), ROW(linear_geglu), ROW(linear_grad_x), ROW(conv2d), ROW(conv2d_grad_x), {0},
 };

@@ -26,6 +26,7 @@ typedef struct vel_tiles {
     int64_t kernel_h, kernel_w, pad_top, pad_left;
     int64_t out_height, out_width, columns;
     bool turned; /* the gradient to the left operand */
+    bool gated;  /* linear_geglu: columns are half of the weight's; the gates' squares come after */
     int act;
     int bias_in, residual_in; /* inputs of the node; -1 absent */
     int threads;
@@ -53,6 +54,12 @@ typedef struct vel_tiles_data {
 } vel_tiles_data;
 
 size_t vel_tiles_scratch(const vel_tiles *t);
+
+/* Sums of one panel of a block, where they wait for more. */
+static inline int64_t vel_tiles_sums(const vel_tiles *t)
+{
+    return t->block_images * t->strips * TILES_SQUARE * (t->gated ? 2 : 1);
+}
 
 /* Positions that are computed for some rows of an image. */
 static inline int64_t vel_tiles_positions(const vel_tiles *t, int64_t rows)

@@ -16,18 +16,20 @@
 #if defined(__AMX_BF16__)
 
 typedef struct writer { /* what is left to write of a strip */
-    const float *sums; /* the next row's */
-    int64_t rows, at;  /* rows left; where the next goes, in elements of the result */
-    int64_t x, pitch;  /* its place in the padded row */
-    int64_t columns;   /* of the panel, at most 32 */
-    bool plain;        /* sums and bias alone, whole rows */
-    vf bias[2];
+    const float *sums;
+    const float *values; /* linear_geglu: what the gates in sums let through; else NULL */
+    int64_t row, rows;   /* the next, and how many there are */
+    int64_t at;          /* where the next goes, in elements of the result */
+    int64_t x, pitch;    /* its place in the padded row */
+    int64_t columns;     /* of the panel, at most 32 */
+    bool plain;          /* sums and bias alone, whole rows */
+    vf bias[2], value_bias[2];
 } writer;
 
 typedef struct task_space { /* of one thread */
     writer out;
     int64_t turn;      /* counts strips: two squares of sums in turn */
-    float *sums;       /* [panel][image][strip][32][32], or two squares where one chunk is all */
+    float *sums;       /* [panel][image][strip] squares, or two where one chunk is all */
     uint16_t *squares; /* [chunk] of the turned weight */
     uint16_t *copy;    /* the block's rows */
     int64_t copied;    /* block; -1 none */
@@ -237,13 +239,26 @@ static __attribute__((noinline)) void write_parts(const vel_tiles *t, const vel_
         vput_part(d->out + at, VL, left - VL, true, high);
 }
 
+/* 16 values through their gates. */
+VEL_INLINE vf gated(vf value, vf gate)
+{
+    vf density, phi = vnormal_rough(gate, &density);
+    return value * (gate * phi);
+}
+
 /* The next n rows. A result that the caches will not hold goes past them: what it would be written
  * over is not read first. */
 VEL_INLINE void write_rows(const job *j, writer *w, int64_t n)
 {
-    for (; n > 0 && w->rows > 0; n--, w->rows--, w->sums += TILES_SIDE) {
+    for (; n > 0 && w->row < w->rows; n--, w->row++) {
         if (w->x < j->t->out_width) {
-            vf low = vload(w->sums) + w->bias[0], high = vload(w->sums + VL) + w->bias[1];
+            const float *sums = w->sums + (w->row + (w->row & TILES_ROWS)) * VL;
+            vf low = vload(sums) + w->bias[0], high = vload(sums + 256) + w->bias[1];
+            if (w->values) {
+                const float *values = w->values + (sums - w->sums);
+                low = gated(vload(values) + w->value_bias[0], low);
+                high = gated(vload(values + 256) + w->value_bias[1], high);
+            }
             if (!w->plain)
                 write_parts(j->t, j->d, w, low, high);
             else if (j->t->stream)
@@ -264,11 +279,22 @@ VEL_INLINE int64_t positions_left(const vel_tiles *t, const block *b, int64_t st
     return vel_tiles_positions(t, b->rows) - strip * TILES_SIDE;
 }
 
+VEL_INLINE void bias_of_columns(const job *j, int64_t column, int64_t n, vf *bias)
+{
+    bias[0] = bias[1] = vset(0.0f);
+    if (!j->d->bias)
+        return;
+    bias[0] = vget_part(j->d->bias, column, VEL_MIN(n, VL), false);
+    if (n > VL)
+        bias[1] = vget_part(j->d->bias, column + VL, n - VL, false);
+}
+
 static void begin_writing(const job *j, const block *b, writer *w, const float *sums, int64_t image,
                           int64_t strip, int64_t panel)
 {
     const vel_tiles *t = j->t;
     w->sums = sums;
+    w->row = 0;
     w->rows = VEL_MIN(TILES_SIDE, positions_left(t, b, strip));
     w->pitch = t->even ? t->out_width : t->pitch;
     int64_t y = strip * TILES_SIDE / w->pitch, column = panel * TILES_SIDE;
@@ -278,38 +304,37 @@ static void begin_writing(const job *j, const block *b, writer *w, const float *
     w->at = pixel * t->columns + column;
     w->columns = VEL_MIN(TILES_SIDE, t->columns - column);
     w->plain = w->columns == TILES_SIDE && t->act == VEL_ACT_NONE && !j->d->residual;
-    w->bias[0] = w->bias[1] = vset(0.0f);
-    if (j->d->bias) {
-        w->bias[0] = vget_part(j->d->bias, column, VEL_MIN(w->columns, VL), false);
-        if (w->columns > VL)
-            w->bias[1] = vget_part(j->d->bias, column + VL, w->columns - VL, false);
-    }
+    bias_of_columns(j, t->gated ? t->columns + column : column, w->columns, w->bias);
+    if (t->gated)
+        bias_of_columns(j, column, w->columns, w->value_bias);
+    w->values = t->gated ? sums - vel_tiles_sums(t) / 2 : NULL;
 }
 
 /* ---- sums --------------------------------------------------------------------------------------
  */
 
+/* A square of sums is four tiles, each in one piece: rows 0 to 15 left and right, rows 16 to 31. */
 VEL_INLINE void load_sums(const float *sums, const bool two)
 {
-    _tile_loadd(0, sums, 128);
-    _tile_loadd(1, sums + 16, 128);
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
     if (two) {
-        _tile_loadd(2, sums + 16 * 32, 128);
-        _tile_loadd(3, sums + 16 * 32 + 16, 128);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
     }
 }
 
 VEL_INLINE void store_sums(float *sums, const bool two)
 {
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
     if (two) {
-        _tile_stored(2, sums + 16 * 32, 128);
-        _tile_stored(3, sums + 16 * 32 + 16, 128);
+        _tile_stored(2, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
     }
 }
 
-typedef struct strip { /* one to sum */
+typedef struct strip {    /* one to sum */
     const char *left[2];  /* the positions of its two tiles */
     int64_t pixel, plane; /* bytes from position to position, from step to step */
     bool two;
@@ -441,7 +466,9 @@ static void run_chunk(const job *j, task_space *w, const block *b, int64_t panel
     const uint16_t *squares = squares_of(j, w, panel, first, last);
     int64_t strips = (vel_tiles_positions(t, b->rows) + TILES_SIDE - 1) / TILES_SIDE;
     int64_t all = strips * b->images;
-    bool alone = t->all_steps <= t->chunk; /* two squares in turn, else one for each strip */
+    /* two squares in turn, else one for each strip */
+    bool alone = t->all_steps <= t->chunk && !t->gated;
+    bool gates = panel >= t->panels;
     for (int64_t s = 0; s < all; s++) {
         float *at = sums + (alone ? w->turn++ % 2 : s) * TILES_SQUARE;
         ahead next = then;
@@ -450,8 +477,8 @@ static void run_chunk(const job *j, task_space *w, const block *b, int64_t panel
             next.last = (s + 1) * 32 / all;
         }
         run_strip(j, b, s / strips, s % strips, squares, first, last, at, &next, &w->out);
-        if (last == t->all_steps)
-            begin_writing(j, b, &w->out, at, s / strips, s % strips, panel);
+        if (last == t->all_steps && t->gated == gates)
+            begin_writing(j, b, &w->out, at, s / strips, s % strips, panel % t->panels);
     }
 }
 
@@ -460,17 +487,22 @@ static void run_span(const job *j, task_space *w, const block *b, int64_t panel,
                      int64_t begin, int64_t end)
 {
     const vel_tiles *t = j->t;
-    int64_t of_panel = t->span < t->all_steps ? t->block_images * t->strips * TILES_SQUARE : 0;
-    for (int64_t at = 0; at < n; at++)
+    int64_t of_panel = t->span < t->all_steps ? vel_tiles_sums(t) : 0, sides = t->gated ? 2 : 1;
+    for (int64_t i = 0; i < n * sides; i++) { /* values, then their gates */
+        int64_t at = i / sides, side = i % sides, other = (i + 1) % sides;
+        int64_t this = panel + at + side * t->panels;
+        int64_t next = panel + (i + 1) / sides + other * t->panels;
+        float *sums = w->sums + at * of_panel + side * vel_tiles_sums(t) / 2;
         for (int64_t first = begin; first < end; first += t->chunk) {
             int64_t last = VEL_MIN(first + t->chunk, end);
             ahead then = {0};
             if (last < end)
-                then = fetch_of(j, panel + at, last);
-            else if (panel + at + 1 < t->panels)
-                then = fetch_of(j, panel + at + 1, begin);
-            run_chunk(j, w, b, panel + at, first, last, w->sums + at * of_panel, then);
+                then = fetch_of(j, this, last);
+            else if (next < sides * t->panels)
+                then = fetch_of(j, next, begin);
+            run_chunk(j, w, b, this, first, last, sums, then);
         }
+    }
 }
 
 static void run_task(const job *j, task_space *w, int64_t task)
