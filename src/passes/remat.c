@@ -3,14 +3,23 @@
  * is not kept, the nodes that make it are copied again, right there, down to values that are kept.
  * The planner then sees short lifetimes, and the memory falls by itself.
  *
- * What is kept is a rule per level:
- *   0  everything
- *   1  all but the cheap: elementwise, moves, norms are computed again
- *   2  only what crosses the border of a layer (a residual block, a transformer block)
- *   3+ the same with 2, 4, 8 ... neighbouring layers as one */
+ * What is kept is a row of the table below for each level. Where layers decide, only what crosses
+ * the border of a group of neighbouring layers (residual blocks, transformer blocks) is kept. */
 #include "passes/copy.h"
 
-enum { LEVELS = 5 };
+/* Values that are computed again: the cheap (elementwise, moves, norms), products that sum no more
+ * than `depth` terms for each value, or whole layers, 2^grouped neighbours as one. */
+static const struct {
+    bool cheap, layers;
+    int64_t depth;
+    int grouped;
+} levels[] = {
+    {false, false, 0, 0},   /* everything is kept */
+    {true, false, 0, 0},    /* costs next to nothing */
+    {true, false, 512, 0},  /* no more time than writing and reading them, on a GPU */
+    {true, false, 2048, 0}, /* all linear layers but those that end in the sum with a residual */
+    {true, true, 0, 0},     {true, true, 0, 1}, {true, true, 0, 2},
+};
 
 typedef struct remat {
     vel_copier c;
@@ -22,7 +31,7 @@ typedef struct remat {
 int vel_remat_levels(const vel_graph *g)
 {
     (void)g;
-    return LEVELS;
+    return VEL_COUNT(levels);
 }
 
 static bool is_cheap(vel_op op)
@@ -54,11 +63,42 @@ static bool is_cheap(vel_op op)
     }
 }
 
-/* Layers are numbered in the order of making; neighbours share a number above level 2. 0 stays 0.
+/* Terms that each value of a product sums; 0: it is no product. */
+static int64_t product_depth(const vel_graph *g, const vel_node *n)
+{
+    vel_shape w = vel_shape_at(g, n->in[1]);
+    return n->op == VEL_OP_linear || n->op == VEL_OP_conv2d ? vel_shape_count(w) / w.dim[0] : 0;
+}
+
+static bool has_residual(const vel_node *n)
+{
+    return n->n_in > 3 && n->in[3].id;
+}
+
+/* Whether a sum of two products is a layer with the side path of an adapter: one is far thinner.
+ * Other residuals are the stream through a model, which would be computed again from its beginning.
+ */
+static bool has_side_path(const vel_graph *g, const vel_node *n)
+{
+    const vel_node *other = vel_at(g, n->in[3]);
+    int64_t a = product_depth(g, n), b = product_depth(g, other);
+    return b > 0 && !has_residual(other) && (2 * a <= b || 2 * b <= a);
+}
+
+static bool is_made_again(const remat *r, const vel_node *n)
+{
+    const vel_graph *g = r->c.src;
+    int64_t depth = product_depth(g, n);
+    if (!depth)
+        return levels[r->level].cheap && is_cheap(n->op);
+    return depth <= levels[r->level].depth && (!has_residual(n) || has_side_path(g, n));
+}
+
+/* Layers are numbered in the order of making; neighbours share a number in grouped levels. 0 stays.
  */
 static int32_t group_of(const remat *r, int32_t layer)
 {
-    return layer == 0 ? 0 : 1 + ((layer - 1) >> (r->level - 2));
+    return layer == 0 ? 0 : 1 + ((layer - 1) >> levels[r->level].grouped);
 }
 
 static void choose_kept(remat *r)
@@ -67,11 +107,10 @@ static void choose_kept(remat *r)
     int32_t n = vel_graph_size(g);
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(g, id);
-        r->kept[id] =
-            r->level == 0 || vel_op_is_leaf(node->op) ||
-            (r->level == 1 ? !is_cheap(node->op) : node->layer == 0 && !is_cheap(node->op));
+        bool again = (levels[r->level].layers && node->layer) || is_made_again(r, node);
+        r->kept[id] = vel_op_is_leaf(node->op) || !again;
     }
-    if (r->level < 2)
+    if (!levels[r->level].layers)
         return;
     for (int32_t id = 1; id < n; id++) { /* what another group's forward reads stays */
         const vel_node *reader = vel_node_at(g, id);
@@ -108,7 +147,7 @@ static vel_ref available(remat *m, vel_ref r)
 
 vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out)
 {
-    remat m = {.level = VEL_MIN(level, LEVELS - 1)};
+    remat m = {.level = VEL_MIN(level, VEL_COUNT(levels) - 1)};
     VEL_TRY(vel_copier_begin(&m.c, g));
     int32_t n = vel_graph_size(g);
     vel_arena *arena = vel_graph_arena(m.c.dst);

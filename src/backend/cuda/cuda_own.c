@@ -593,7 +593,7 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_attention] = {run_attention, .takes = takes_attention},
     [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},
     [VEL_OP_geglu] = {run_geglu},
-    [VEL_OP_geglu_grad] = {run_geglu_grad},
+    [VEL_OP_geglu_grad] = {run_geglu_grad, .inplace = 1},
     [VEL_OP_embed] = {run_embed},
     [VEL_OP_embed_grad] = {run_embed_grad},
     [VEL_OP_time_embed] = {run_time_embed},

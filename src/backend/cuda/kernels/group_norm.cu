@@ -10,7 +10,7 @@
 /* A thread of 8 channels needs more registers than 1024 of them have. */
 #define BOUNDS(V) __launch_bounds__((V) == 8 ? 512 : 1024)
 
-enum { MAX_THREADS = 512, MAX_PIECES = 128, MAX_GROUPS = 256 };
+enum { MAX_THREADS = 512, MAX_PIECES = 128, MAX_GROUPS = 256, WHOLE_THREADS = 512, MOST_LOADS = 5120 };
 
 /* A block's threads: `across` of them cover a row, `down` rows at once. */
 struct tiling {
@@ -374,54 +374,81 @@ __global__ void __launch_bounds__(256)
     db[c] = b;
 }
 
-/* ---- groups that the tiles do not fit: a block each, elements one by one ---- */
+/* ---- one launch: small groups, and those that the tiles do not fit ---- */
 
-template <typename T>
-__global__ void __launch_bounds__(256)
-    group_any_kernel(const T *x, const T *dy, vel_cu_group g, const float *w, const float *b,
-                     float *stats, T *out)
+/* A block does a whole group, V channels a thread at a time; x is read again from the first cache. */
+template <typename T, int V>
+__global__ void __launch_bounds__(WHOLE_THREADS)
+    group_whole_kernel(const T *x, const T *dy, vel_cu_group g, const float *w, const float *b,
+                       float *stats, T *out)
 {
     int64_t image = blockIdx.x / g.groups, group = blockIdx.x % g.groups;
-    int64_t each = g.width / g.groups, count = each * g.places;
+    int each = (int)(g.width / g.groups);
+    unsigned packs = each / V, count = packs * (unsigned)g.places;
     int64_t first = image * g.places * g.width + group * each;
-    float sum = 0, square = 0, mean, scale;
+    float over = 1.0f / ((float)g.places * (float)each), sum = 0, square = 0, mean, scale;
+    w += group * each;
+    b += group * each;
     if (!dy) {
-        for (int64_t i = threadIdx.x; i < count; i += 256)
-            sum += to_float(x[first + i / each * g.width + i % each]);
-        mean = block_sum(sum) / (float)count;
-        for (int64_t i = threadIdx.x; i < count; i += 256) {
-            float d = to_float(x[first + i / each * g.width + i % each]) - mean;
-            square += d * d;
+        for (int pass = 0; pass < 2; pass++) {
+            for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+                float v[V];
+                load<T, V>(x + first + (int64_t)(i / packs) * g.width + i % packs * V, v);
+#pragma unroll
+                for (int k = 0; k < V; k++)
+                    if (pass)
+                        square += (v[k] - sum) * (v[k] - sum);
+                    else
+                        sum += v[k];
+            }
+            if (pass)
+                square = block_sum(square) * over;
+            else
+                sum = block_sum(sum) * over;
         }
-        scale = 1.0f / sqrtf(block_sum(square) / (float)count + (float)g.eps);
+        mean = sum;
+        scale = 1.0f / sqrtf(square + (float)g.eps);
         if (threadIdx.x == 0) {
             stats[2 * blockIdx.x] = mean;
             stats[2 * blockIdx.x + 1] = scale;
         }
-        for (int64_t i = threadIdx.x; i < count; i += 256) {
-            int64_t at = first + i / each * g.width + i % each, c = group * each + i % each;
-            float n = (to_float(x[at]) - mean) * scale;
-            out[at] = from_float<T>(act_value(g.act, n * w[c] + b[c]));
+        for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+            int column = (int)(i % packs) * V;
+            int64_t at = first + (int64_t)(i / packs) * g.width + column;
+            float v[V];
+            load<T, V>(x + at, v);
+#pragma unroll
+            for (int k = 0; k < V; k++)
+                v[k] = act_value(g.act, (v[k] - mean) * scale * w[column + k] + b[column + k]);
+            store<T, V>(out + at, v);
         }
         return;
     }
     mean = stats[2 * blockIdx.x];
     scale = stats[2 * blockIdx.x + 1];
     for (int pass = 0; pass < 2; pass++) {
-        for (int64_t i = threadIdx.x; i < count; i += 256) {
-            int64_t at = first + i / each * g.width + i % each, c = group * each + i % each;
-            float n = (to_float(x[at]) - mean) * scale;
-            float d = to_float(dy[at]) * act_slope(g.act, n * w[c] + b[c]) * w[c];
-            if (pass == 0) {
-                sum += d;
-                square += d * n;
-            } else {
-                out[at] = from_float<T>(scale * (d - sum - n * square));
+        for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+            int column = (int)(i % packs) * V;
+            int64_t at = first + (int64_t)(i / packs) * g.width + column;
+            float v[V], d[V];
+            load<T, V>(x + at, v);
+            load<T, V>(dy + at, d);
+#pragma unroll
+            for (int k = 0; k < V; k++) {
+                float n = (v[k] - mean) * scale, by = w[column + k];
+                float slope = d[k] * act_slope(g.act, n * by + b[column + k]) * by;
+                v[k] = scale * (slope - sum - n * square);
+                if (pass == 0) {
+                    sum += slope;
+                    square += slope * n;
+                }
             }
+            if (pass)
+                store<T, V>(out + at, v);
         }
         if (pass == 0) {
-            sum = block_sum(sum) / (float)count;
-            square = block_sum(square) / (float)count;
+            sum = block_sum(sum) * over;
+            square = block_sum(square) * over;
         }
     }
 }
@@ -449,6 +476,37 @@ __global__ void __launch_bounds__(256)
 }
 
 /* ---- launchers ---- */
+
+/* The widest loads that a group's channels allow. */
+template <typename T> static int pack_of(vel_cu_group g, bool vectors)
+{
+    int64_t each = g.width / g.groups;
+    int v = vectors ? VECTOR<T>() : 1;
+    while (v > 1 && each % v)
+        v /= 2;
+    return v;
+}
+
+/* One launch saves some 5 us; a block for a group takes longer than that where groups are large. */
+static bool is_small(vel_cu_group g, int v)
+{
+    return v >= 4 && g.width / g.groups * g.places / v <= MOST_LOADS;
+}
+
+template <typename T>
+static void whole(cudaStream_t s, vel_cu_group g, int v, const T *x, const T *dy, const float *w,
+                  const float *b, float *stats, T *out)
+{
+    int64_t packs = g.width / g.groups * g.places / v;
+    int threads = packs > WHOLE_THREADS ? WHOLE_THREADS : (int)(packs + 31) / 32 * 32;
+    unsigned blocks = (unsigned)(g.n * g.groups);
+    if (v == 8 && VECTOR<T>() == 8)
+        group_whole_kernel<T, VECTOR<T>()><<<blocks, threads, 0, s>>>(x, dy, g, w, b, stats, out);
+    else if (v == 4)
+        group_whole_kernel<T, 4><<<blocks, threads, 0, s>>>(x, dy, g, w, b, stats, out);
+    else
+        group_whole_kernel<T, 1><<<blocks, threads, 0, s>>>(x, dy, g, w, b, stats, out);
+}
 
 template <typename T, int V>
 static void forward(cudaStream_t s, vel_cu_group g, tiling t, const T *x, const float *w,
@@ -485,8 +543,9 @@ static void group_norm(cudaStream_t s, vel_cu_group g, const T *x, const float *
 {
     constexpr int V = VECTOR<T>();
     tiling t = tile(g, aligned(x) && aligned(out) && aligned(w) && aligned(b) ? V : 1);
-    if (!tiled(g, &t))
-        group_any_kernel<T><<<(unsigned)(g.n * g.groups), 256, 0, s>>>(x, NULL, g, w, b, stats, out);
+    int pack = pack_of<T>(g, aligned(x) && aligned(out));
+    if (!tiled(g, &t) || is_small(g, pack))
+        whole<T>(s, g, pack, x, NULL, w, b, stats, out);
     else if (t.v == V)
         forward<T, V>(s, g, t, x, w, b, out, stats, parts);
     else
@@ -501,9 +560,9 @@ static void group_norm_grad(cudaStream_t s, vel_cu_group g, const T *x, const fl
     constexpr int V = VECTOR<T>();
     bool vectors = aligned(x) && aligned(dy) && aligned(w) && aligned(b) && (!out || aligned(out));
     tiling t = tile(g, vectors ? V : 1);
-    if (!tiled(g, &t) && out)
-        group_any_kernel<T><<<(unsigned)(g.n * g.groups), 256, 0, s>>>(x, dy, g, w, b,
-                                                                       (float *)stats, out);
+    int pack = pack_of<T>(g, vectors);
+    if (out && (!tiled(g, &t) || is_small(g, pack)))
+        whole<T>(s, g, pack, x, dy, w, b, (float *)stats, out);
     else if (!tiled(g, &t))
         group_any_w_kernel<T><<<(unsigned)g.width, 256, 0, s>>>(x, dy, g, w, b, stats, dw, db);
     else if (t.v == V)
