@@ -79,6 +79,7 @@ typedef struct step_bench {
     vel_words words;
     int32_t word; /* id of the new one */
     bool text;    /* the text encoder runs in the step */
+    int parts;    /* of the batch, one after the other */
 } step_bench;
 
 static double bench_rate(void *user, int i)
@@ -90,8 +91,17 @@ static double bench_rate(void *user, int i)
 static vel_status run_step(void *user)
 {
     step_bench *s = user;
-    VEL_TRY(vel_trainer_run(s->trainer, &s->batch, true, &s->loss, NULL));
     vel_engine *e = vel_model_engine(s->b->model);
+    double loss = 0;
+    for (int i = 0; i < s->parts; i++) { /* the parts are alike */
+        VEL_TRY(vel_trainer_run(s->trainer, &s->batch, true, &s->loss, NULL));
+        if (s->parts > 1)
+            VEL_TRY(vel_engine_accumulate(e, i == 0));
+        loss += s->loss / s->parts;
+    }
+    if (s->parts > 1)
+        VEL_TRY(vel_engine_take_accumulated(e, s->parts));
+    s->loss = loss;
     double norm = vel_engine_gradient_norm(e);
     return vel_engine_update(e, norm > 1 ? 1 / norm : 1, bench_rate, s);
 }
@@ -161,6 +171,44 @@ static vel_status first_values(step_bench *s, const vel_trained *what)
     return vel_engine_load_trainable(e, 0);
 }
 
+/* What the step will take of the device, before it is taken; with --fit, the way to less. */
+static vel_status plan_memory(step_bench *s, int h, int w)
+{
+    bench *b = s->b;
+    int sizes[1][2] = {{h, w}};
+    vel_engine *e = vel_model_engine(b->model);
+    vel_fit f = {.model = b->model,
+                 .trainer = s->trainer,
+                 .sizes = sizes,
+                 .n_sizes = 1,
+                 .batch = b->o->batch,
+                 .models = 1,
+                 .accumulation = 1};
+    char bytes[32], text[32];
+    if (b->o->fit)
+        VEL_TRY(vel_fit_choose(&f, b->o->fit));
+    else if (vel_engine_overhead(e, 0) == 0)
+        return VEL_OK;
+    else
+        VEL_TRY(vel_fit_describe(&f, false));
+    s->parts = VEL_MAX(1, f.parts);
+    vel_text_addf(
+        b->out,
+        "planned memory of the device: %.1f MiB: frozen weights %.1f, working memory %.1f, trained "
+        "values %.1f, driver and libraries %.1f\n",
+        (double)f.bytes / (1 << 20), (double)f.size.weights / (1 << 20),
+        (double)f.size.arena / (1 << 20), (double)f.trained / (1 << 20),
+        (double)f.overhead / (1 << 20));
+    if (b->o->fit)
+        vel_text_addf(
+            b->out,
+            "--fit %s: level %d, %.0f %% more operations, batch in %d parts, %d/8 of the weights "
+            "from the host, %s a run: %s\n",
+            b->o->fit, f.level, 100 * f.more, f.parts, f.streamed,
+            vel_bytes_text(f.size.streamed, bytes), vel_bytes_text(f.bytes, text));
+    return VEL_OK;
+}
+
 static vel_status prepare_step(step_bench *s, vel_arena *arena)
 {
     bench *b = s->b;
@@ -169,6 +217,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     VEL_TRY(choose_method(s, arena, &what));
     vel_trainer_options t = {.compute = vel_model_compute(b->model),
                              .smallest = o->gradient_checkpointing,
+                             .level = VEL_LEVEL_AUTO,
                              .train_text_encoder = s->text,
                              .clip_skip = 1,
                              .trained = what};
@@ -179,6 +228,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     int h, w;
     latent_size(b, &h, &w);
     VEL_TRY(vel_trainer_register(s->trainer, o->batch, h, w));
+    VEL_TRY(plan_memory(s, h, w));
     VEL_TRY(first_values(s, &what));
     vel_text_info text[2];
     vel_model_family(b->model)->texts(vel_model_config(b->model), text);
@@ -200,7 +250,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
         time[i] = 100 + 200 * i % 800;
         ids[i * text[0].length + 1] = s->word;
     }
-    s->batch = (vel_batch){.n = o->batch,
+    s->batch = (vel_batch){.n = o->batch / s->parts,
                            .h = h,
                            .w = w,
                            .latent = latent,
@@ -229,7 +279,7 @@ static vel_status check_step(step_bench *s)
 
 static vel_status bench_step(bench *b)
 {
-    step_bench s = {.b = b};
+    step_bench s = {.b = b, .parts = 1};
     vel_arena *arena = vel_arena_create(b->ctx);
     vel_status st = arena ? prepare_step(&s, arena) : VEL_NO_MEMORY;
     if (st == VEL_OK)
@@ -246,6 +296,10 @@ static vel_status bench_step(bench *b)
             vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
             vel_bytes_text(vel_plan_weight_bytes(plan), w),
             vel_bytes_text(vel_peak_resident_bytes(), r));
+        int64_t used = vel_engine_in_use(vel_model_engine(b->model));
+        if (used)
+            vel_text_addf(b->out, "memory of the device in use: %.1f MiB\n",
+                          (double)used / (1 << 20));
         if (b->o->profile)
             st = profile(b, plan, run_step, &s);
     }

@@ -37,6 +37,7 @@ typedef struct vel_bench_options {
     const char *what;   /* "step", "unet", "vae_decode", "vae_encode", "text", or an op's name */
     const char *model, *device, *precision, *shapes, *targets, *adapter;
     int batch, width, height, rank, repeats, length, factor;
+    const char *fit; /* memory of the device that a step is to stay within; NULL: no limit */
     bool gradient_checkpointing, profile, train_text_encoder, dora, dora_norm_gradient;
 } vel_bench_options;
 

@@ -89,6 +89,8 @@ const vel_option_row vel_bench_rows[] = {
     INT("rank", NULL, rank, "32", 1, 1024, "what", "of the adapter"),
     INT("repeats", NULL, repeats, "5", 1, 10000, "what", "runs that are timed"),
     INT("length", NULL, length, "77", 1, 4096, "what", "tokens"),
+    TEXT("fit", NULL, fit, NULL, "what",
+         "memory of the device that a step is to stay within, such as 8GB"),
     FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "what",
          "the smallest working memory"),
     FLAG("train_text_encoder", NULL, train_text_encoder, "no", "what", "train it as well"),

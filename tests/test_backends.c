@@ -344,3 +344,115 @@ TEST(backends_exec_leaves_device_memory_alone)
     check_far_away(t, VEL_F32);
     check_far_away(t, VEL_BF16);
 }
+
+/* ---- weights that stay with the host ---- */
+
+enum { WIDE = 160, DEEP = 9 };
+
+static vel_status far_alloc_host(vel_device *d, size_t bytes, void **out)
+{
+    return vel_backend_cpu.alloc(d, bytes, out);
+}
+
+static void far_free_host(vel_device *d, void *p)
+{
+    vel_backend_cpu.free(d, p);
+}
+
+static int fetches_seen;
+
+static vel_status far_fetch(vel_device *d, void *dst, const void *host, size_t bytes)
+{
+    (void)d;
+    fetches_seen++;
+    memcpy(near_of(dst), host, bytes);
+    return VEL_OK;
+}
+
+static bool find_square(void *user, const char *path, vel_source_tensor *out)
+{
+    (void)user, (void)path;
+    *out = (vel_source_tensor){.shape = VEL_SHAPE(WIDE, WIDE), .file = "test", .read = read_ramp};
+    return true;
+}
+
+/* Layers one behind the other, each weight read forward and backward. */
+static vel_graph *deep_model(vel_test *t)
+{
+    vel_graph *g = vel_graph_create(t->ctx);
+    vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(ROWS, WIDE));
+    vel_ref target = vel_input(g, "target", VEL_F32, VEL_SHAPE(ROWS, WIDE));
+    vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(ROWS));
+    x = vel_add(g, x, vel_param(g, "p", VEL_SHAPE(ROWS, WIDE)));
+    for (int i = 0; i < DEEP; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "w%d", i);
+        vel_ref w = vel_weight(g, name, VEL_SHAPE(WIDE, WIDE));
+        x = vel_linear_op(g, vel_act(g, x, VEL_ACT_TANH), w, (vel_ref){0}, (vel_ref){0},
+                          VEL_ACT_NONE);
+    }
+    vel_output(g, "loss", vel_mse(g, x, target, weight));
+    return g;
+}
+
+typedef struct streamed {
+    float loss, gradient[ROWS * WIDE];
+    int64_t weights, arena, bytes;
+} streamed;
+
+static void run_streamed(vel_test *t, int eighths, streamed *o)
+{
+    static float x[ROWS * WIDE], weight[ROWS];
+    vel_backend b = far_backend();
+    b.record = NULL; /* fetches are not among the far device's notes */
+    b.alloc_host = far_alloc_host, b.free_host = far_free_host, b.fetch = far_fetch;
+    vel_engine *e = NULL;
+    vel_plan *p = NULL;
+    read_ramp(NULL, 3, VEL_COUNT(x), x);
+    for (int i = 0; i < ROWS; i++)
+        weight[i] = 1;
+    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+    CHECK(!vel_engine_can_stream(e));
+    e->backend = &b;
+    CHECK(vel_engine_can_stream(e));
+    vel_engine_stream(e, eighths);
+    CHECK_OK(vel_engine_add_source(e, find_square, NULL));
+    vel_graph *g = deep_model(t);
+    CHECK_OK(vel_engine_add_trainables(e, g));
+    CHECK_OK(vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32, .gradient = true}, &p));
+    fetches_seen = 0;
+    for (int run = 0; p && run < 2; run++) {
+        CHECK_OK(vel_plan_set(p, "x", x, sizeof x));
+        CHECK_OK(vel_plan_set(p, "target", x, sizeof x));
+        CHECK_OK(vel_plan_set(p, "weight", weight, sizeof weight));
+        CHECK_OK(vel_plan_run(p));
+        CHECK_OK(vel_plan_get(p, "loss", &o->loss, 1));
+    }
+    vel_engine_read_trainables(e, 'g', 0, VEL_COUNT(o->gradient), o->gradient);
+    o->weights = p ? vel_plan_weight_bytes(p) : 0;
+    CHECK(o->weights == vel_engine_weight_bytes(e));
+    o->arena = p ? vel_plan_arena_bytes(p) : 0;
+    o->bytes = p ? vel_plan_streamed_bytes(p) : 0;
+    vel_plan_destroy(p);
+    vel_engine_destroy(e);
+}
+
+TEST(backends_streamed_weights_give_the_same)
+{
+    static streamed plain, some, all;
+    const int64_t each = WIDE * WIDE * 4;
+    run_streamed(t, 0, &plain);
+    CHECK(plain.bytes == 0 && fetches_seen == 0 && plain.weights >= DEEP * each);
+    run_streamed(t, 4, &some);
+    run_streamed(t, 8, &all);
+    CHECK(memcmp(&plain.loss, &all.loss, sizeof plain.loss) == 0 && plain.loss > 0);
+    CHECK(memcmp(plain.gradient, all.gradient, sizeof plain.gradient) == 0);
+    CHECK(memcmp(plain.gradient, some.gradient, sizeof plain.gradient) == 0);
+    CHECK(all.weights == 0 && some.weights > 0 && some.weights < plain.weights);
+    /* each form of each weight once or twice a run, as it is read nearby or far apart */
+    CHECK(all.bytes >= plain.weights && all.bytes <= 2 * plain.weights);
+    CHECK(fetches_seen >= 2 * DEEP && fetches_seen % 2 == 0); /* two runs */
+    CHECK_MSG(all.arena > plain.arena && all.arena < plain.arena + DEEP * each,
+              "only a few weights are there at a time: %" PRId64 " of %" PRId64, all.arena,
+              plain.arena);
+}

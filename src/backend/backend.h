@@ -125,7 +125,17 @@ void vel_dynamic_map(bool is_signed, float out[256]);
 
 typedef struct vel_backend {
     const char *name; /* "cpu" */
-    int64_t overhead; /* bytes of the device that are in use as soon as it is */
+    /* Runs independent nodes of a recording at the same time: the planner then keeps memory apart
+     * that they would wait for each other over. */
+    bool side_by_side;
+    /* Working memory of a training step, in bytes, from which on computing values again is worth
+     * its time where nobody says otherwise; 0: never. */
+    int64_t roomy;
+    /* Bytes of the device that the driver and the libraries have taken when it is open, and will
+     * take for a recording of so many kernels. NULL: none. */
+    int64_t (*overhead)(vel_device *d, int64_t kernels);
+    /* Bytes of the device that this process has now; NULL: it has none of its own. */
+    int64_t (*in_use)(vel_device *d);
     vel_status (*open)(vel_ctx *ctx, const char *device, vel_device **out);
     void (*close)(vel_device *d);
     const char *(*describe)(vel_device *d);   /* "2 threads, AMX" */
@@ -146,6 +156,11 @@ typedef struct vel_backend {
     vel_status (*run)(vel_device *d, const vel_launch *launch);
     /* Waits until all that was run has ended, and gives its failure; NULL: run() itself waits. */
     vel_status (*sync)(vel_device *d);
+    /* Memory of the host that the device copies from beside its work, and such a copy, which is
+     * ordered and recorded as a run is. NULL: the host's memory is the device's. */
+    vel_status (*alloc_host)(vel_device *d, size_t bytes, void **out);
+    void (*free_host)(vel_device *d, void *p);
+    vel_status (*fetch)(vel_device *d, void *dst, const void *host, size_t bytes);
     /* Recordings, for devices on which starting a kernel costs more than it takes (NULL: none).
      * Between record and record_end, runs are noted down and not carried out; replay carries out
      * all of them, with the same addresses, and forget ends a recording (NULL is fine). */

@@ -26,7 +26,9 @@ static void free_shadows(vel_engine *e)
 
 static void free_weight(vel_engine *e, weight_entry *w)
 {
-    if (!w->mapped)
+    if (w->host)
+        e->backend->free_host(e->device, w->data);
+    else if (!w->mapped)
         e->backend->free(e->device, w->data);
     vel_free(e->ctx, w->path);
     vel_free(e->ctx, w);
@@ -57,9 +59,31 @@ vel_ctx *vel_engine_ctx(vel_engine *e)
     return e->ctx;
 }
 
-int64_t vel_engine_overhead(vel_engine *e)
+int64_t vel_engine_overhead(vel_engine *e, int64_t kernels)
 {
-    return e->backend->overhead;
+    return e->backend->overhead ? e->backend->overhead(e->device, kernels) : 0;
+}
+
+int64_t vel_engine_in_use(vel_engine *e)
+{
+    return e->backend->in_use ? e->backend->in_use(e->device) : 0;
+}
+
+bool vel_engine_can_stream(const vel_engine *e)
+{
+    return e->backend->fetch;
+}
+
+void vel_engine_stream(vel_engine *e, int eighths)
+{
+    e->streamed = eighths;
+}
+
+bool vel_engine_streams(const vel_engine *e, const char *path, int64_t bytes)
+{
+    enum { SMALLEST = 64 << 10 }; /* below, a copy costs more than its bytes */
+    return e->streamed > 0 && bytes >= SMALLEST &&
+           (int)(vel_hash64(path, strlen(path), 1) % 8) < e->streamed;
 }
 
 const char *vel_engine_describe(vel_engine *e)
@@ -113,7 +137,7 @@ void vel_engine_drop_weights(vel_engine *e, const char *prefix)
                 continue;
             }
             *at = w->next;
-            e->weight_bytes -= (int64_t)w->bytes;
+            e->weight_bytes -= w->host ? 0 : (int64_t)w->bytes;
             free_weight(e, w);
         }
 }
@@ -205,6 +229,18 @@ static weight_entry **weight_bucket(vel_engine *e, const char *path)
     return &e->weights[vel_hash64(path, strlen(path), 0) % WEIGHT_BUCKETS];
 }
 
+/* The packed weight goes from the device to the host, where it stays. */
+static vel_status move_to_host(vel_engine *e, weight_entry *w)
+{
+    void *host;
+    VEL_TRY(e->backend->alloc_host(e->device, w->bytes, &host));
+    e->backend->read(e->device, host, w->data, w->bytes);
+    e->backend->free(e->device, w->data);
+    w->data = host;
+    w->host = true;
+    return VEL_OK;
+}
+
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data)
 {
@@ -235,13 +271,15 @@ vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kern
     else if (st == VEL_OK)
         e->backend->write(e->device, w->data, plain, bytes);
     vel_free(e->ctx, plain);
+    if (st == VEL_OK && vel_engine_streams(e, leaf->path, (int64_t)bytes))
+        st = move_to_host(e, w);
     if (st) {
         free_weight(e, w);
         return st;
     }
     w->next = *bucket;
     *bucket = w;
-    e->weight_bytes += (int64_t)bytes;
+    e->weight_bytes += w->host ? 0 : (int64_t)bytes;
     *data = w->data;
     return VEL_OK;
 }

@@ -13,6 +13,7 @@ typedef struct weight_entry { /* one frozen weight in one form on the device */
     void *data;
     size_t bytes;
     bool mapped; /* data is the file's own mapping */
+    bool host;   /* data is the host's memory, to be fetched */
     struct weight_entry *next;
 } weight_entry;
 
@@ -31,6 +32,7 @@ struct vel_engine {
     int n_sources;
     weight_entry *weights[WEIGHT_BUCKETS];
     int64_t weight_bytes;
+    int streamed; /* eighths of the large weights that stay with the host */
     vel_trainable *trainables;
     int n_trainables, room_trainables;
     int64_t trainable_count, trainable_room; /* values */
@@ -53,9 +55,36 @@ struct vel_engine {
 };
 
 /* The weight leaf n as input i of kernel k (NULL: plain), loaded and packed on first use. reader
- * and in_type are the node that reads it. */
+ * and in_type are the node that reads it. A streamed one is in the host's memory. */
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data);
+/* Whether a weight of so many bytes is streamed; the same for every plan. */
+bool vel_engine_streams(const vel_engine *e, const char *path, int64_t bytes);
+
+/* ---- stream.c: streamed weights come to the working memory before they are read ---- */
+typedef struct vel_fetches {
+    struct weight_fetch *each; /* in the order of their begin */
+    vel_extra_block *blocks;   /* their places in the working memory */
+    int32_t n;
+    int64_t bytes; /* in one run */
+} vel_fetches;
+typedef struct weight_fetch {
+    const vel_node *leaf;
+    const char *layout;   /* "" plain */
+    int32_t begin;        /* the node that the copy is put before */
+    int32_t reader, last; /* the first and the last node that read it */
+    int input;            /* of the first */
+    int64_t bytes;
+    const void *host; /* once it is loaded */
+} weight_fetch;
+/* What a plan whose kernels are chosen fetches; in arena a. */
+vel_status vel_find_fetches(const vel_engine *e, const vel_graph *g, const vel_kernel *kernels,
+                            vel_arena *a, vel_fetches *out);
+/* The fetch that brings node id a weight: an index; -1: the weight is on the device. */
+int32_t vel_fetch_of(const vel_fetches *f, const vel_node *leaf, const char *layout, int32_t id);
+/* A weight behind reshapes, which needs the plain form; NULL: r is no weight. */
+const vel_node *vel_weight_behind(const vel_graph *g, vel_ref r);
+
 vel_status vel_engine_need_shadow(vel_engine *e, vel_dtype type);
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);
 void vel_engine_free_optimizer(vel_engine *e);

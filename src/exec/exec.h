@@ -14,8 +14,11 @@ void vel_engine_destroy(vel_engine *e); /* after its plans */
 vel_ctx *vel_engine_ctx(vel_engine *e);
 const char *vel_engine_describe(vel_engine *e);
 const char *vel_engine_backend(vel_engine *e); /* "cpu", "cuda" */
-/* Device memory that the driver and the vendor's libraries keep for themselves. */
-int64_t vel_engine_overhead(vel_engine *e);
+/* Device memory that the driver and the vendor's libraries keep for themselves, when a run of so
+ * many kernels is recorded. */
+int64_t vel_engine_overhead(vel_engine *e, int64_t kernels);
+/* Device memory that this process has now; 0 where the device's memory is the host's. */
+int64_t vel_engine_in_use(vel_engine *e);
 vel_dtype vel_engine_best_compute(vel_engine *e);
 bool vel_engine_computes(vel_engine *e, vel_dtype t); /* whether the device is fast in t */
 
@@ -42,6 +45,11 @@ void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);
  * No plan that uses them may be left. */
 void vel_engine_drop_weights(vel_engine *e, const char *prefix);
 int64_t vel_engine_weight_bytes(const vel_engine *e);
+/* Streaming, for models larger than the device: so many eighths (0 to 8) of the large weights stay
+ * in the host's memory, and plans fetch them beside the computing, shortly before they are read.
+ * For plans that are made from now on; weights that are on the device already stay there. */
+void vel_engine_stream(vel_engine *e, int eighths);
+bool vel_engine_can_stream(const vel_engine *e);
 
 /* ---- trainable values: one flat float32 vector, one for the gradient ------------------------- */
 
@@ -127,6 +135,7 @@ double vel_engine_optimizer_number(vel_engine *e, const char *name); /* NaN: no 
 /* ---- plans --------------------------------------------------------------------------------------
  */
 
+enum { VEL_LEVEL_AUTO = -1 };
 typedef struct vel_plan_options {
     vel_dtype compute;       /* VEL_F32 or VEL_BF16 */
     bool gradient;           /* differentiate output "loss" first */
@@ -136,7 +145,9 @@ typedef struct vel_plan_options {
     vel_text *printed;
     bool dry;     /* plan on the NULL backend: no memory, no weights, cannot run */
     bool measure; /* the same with the device's own kernels: its true sizes */
-    int level;    /* of recomputation, where neither smallest nor memory_budget chooses one */
+    /* Of recomputation, where neither smallest nor memory_budget chooses one. VEL_LEVEL_AUTO: the
+     * device's habit: keep everything, or stay below its vel_backend.roomy. */
+    int level;
 } vel_plan_options;
 
 /* Takes g (destroys it, also on failure), runs the passes, loads and packs the weights it uses. */
@@ -153,7 +164,10 @@ vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t cou
 vel_shape vel_plan_output_shape(const vel_plan *p, const char *output);
 bool vel_plan_has_input(const vel_plan *p, const char *input);
 int64_t vel_plan_arena_bytes(const vel_plan *p);
-int64_t vel_plan_weight_bytes(const vel_plan *p); /* of the packed weights it uses, or would use */
+/* Of the packed weights that it has, or would have, on the device. */
+int64_t vel_plan_weight_bytes(const vel_plan *p);
+int64_t vel_plan_streamed_bytes(const vel_plan *p); /* fetched from the host in one run */
+int64_t vel_plan_kernels(const vel_plan *p);        /* that a run starts */
 int vel_plan_remat_level(const vel_plan *p);
 int vel_plan_levels(void);                          /* of recomputation that there are */
 const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */

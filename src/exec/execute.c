@@ -31,6 +31,8 @@ struct vel_plan {
     const void *bound_arena; /* the launches hold pointers into this */
     const float *bound_grad, *bound_value;
     int64_t weight_bytes;
+    vel_fetches fetches; /* of streamed weights */
+    bool apart;          /* vel_plan_query's */
     int level;
     bool dry, profiling;
     int bound_runs;  /* since the launches were bound */
@@ -283,7 +285,14 @@ static vel_status find_gradients(vel_plan *p)
 static vel_status lay_out(vel_plan *p)
 {
     VEL_TRY(find_gradients(p));
-    vel_plan_query q = {p, query_scratch, query_inplace, query_outside};
+    VEL_TRY(vel_find_fetches(p->engine, p->g, p->kernels, p->arena, &p->fetches));
+    vel_plan_query q = {.user = p,
+                        .extras = p->fetches.blocks,
+                        .n_extras = p->fetches.n,
+                        .apart = p->apart,
+                        .scratch = query_scratch,
+                        .inplace = query_inplace,
+                        .outside = query_outside};
     return vel_pass_plan(p->g, &q, p->arena, &p->layout);
 }
 
@@ -306,19 +315,32 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
     return st;
 }
 
+/* Small steps keep everything, large ones some more than half of it. */
+static vel_status roomy_budget(const vel_plan *p, int64_t *budget)
+{
+    int64_t everything;
+    VEL_TRY(measure_level(p->engine, p->g, 0, &everything));
+    *budget = VEL_MAX(p->backend->roomy, everything / 20 * 11);
+    return VEL_OK;
+}
+
 /* The first level that stays under the budget; the smallest when none does or when it is asked for.
  */
 static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
 {
 #ifdef VEL_HOSTILE
-    if (o->gradient && !o->smallest && o->memory_budget <= 0 && !o->measure && !o->level)
+    if (o->gradient && !o->smallest && o->memory_budget <= 0 && !o->measure && o->level <= 0)
         p->level = vel_graph_size(p->g) % vel_remat_levels(p->g); /* any must give the same */
 #endif
-    if (o->gradient && o->level)
-        p->level = o->level;
-    if (!o->gradient || (!o->smallest && o->memory_budget <= 0))
+    int64_t budget = o->memory_budget, best = INT64_MAX;
+    if (!o->gradient)
         return VEL_OK;
-    int64_t best = INT64_MAX;
+    if (o->level > 0)
+        p->level = o->level;
+    if (!o->smallest && budget <= 0 && (o->level != VEL_LEVEL_AUTO || p->backend->roomy <= 0))
+        return VEL_OK;
+    if (!o->smallest && budget <= 0)
+        VEL_TRY(roomy_budget(p, &budget));
     for (int level = 0; level < vel_remat_levels(p->g); level++) {
         int64_t bytes;
         VEL_TRY(measure_level(p->engine, p->g, level, &bytes));
@@ -326,7 +348,7 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
             best = bytes;
             p->level = level;
         }
-        if (!o->smallest && bytes <= o->memory_budget)
+        if (!o->smallest && bytes <= budget)
             break;
     }
     return VEL_OK;
@@ -368,15 +390,6 @@ static void *address_of(const vel_plan *p, vel_ref r)
     return NULL; /* a weight: filled by load_weights */
 }
 
-/* A weight behind reshapes, which needs the plain form; else NULL. */
-static const vel_node *reshaped_weight(const vel_graph *g, vel_ref r)
-{
-    const vel_node *n = vel_at(g, r);
-    while (n->op == VEL_OP_reshape)
-        n = vel_at(g, n->in[0]);
-    return n->op == VEL_OP_weight ? n : NULL;
-}
-
 typedef struct weight_use { /* one form of one weight */
     const char *path, *layout;
     vel_dtype dtype;
@@ -392,11 +405,16 @@ static vel_status load_weights(vel_plan *p)
         vel_launch *l = &p->launches[id];
         for (int i = 0; i < n->n_in; i++) {
             const vel_node *direct = vel_at(p->g, n->in[i]);
-            const vel_node *leaf = reshaped_weight(p->g, n->in[i]);
+            const vel_node *leaf = vel_weight_behind(p->g, n->in[i]);
             if (!leaf)
                 continue;
             const vel_kernel *k = direct->op == VEL_OP_weight ? &p->kernels[id] : NULL;
             VEL_TRY(vel_engine_weight(p->engine, leaf, k, n, l->in_type, i, &l->in[i]));
+            int32_t f = vel_fetch_of(&p->fetches, leaf, k ? k->layout[i] : NULL, id);
+            if (f >= 0) {
+                p->fetches.each[f].host = l->in[i];
+                l->in[i] = NULL; /* bound with the working memory */
+            }
         }
     }
     return VEL_OK;
@@ -419,15 +437,17 @@ static int64_t weights_in_use(vel_plan *p)
     for (int32_t id = 1; uses && id < n; id++) {
         const vel_node *node = vel_node_at(p->g, id);
         for (int i = 0; i < node->n_in && found < 4 * n && needs_kernel(node); i++) {
-            const vel_node *leaf = reshaped_weight(p->g, node->in[i]);
+            const vel_node *leaf = vel_weight_behind(p->g, node->in[i]);
             if (!leaf)
                 continue;
             const char *packed =
                 vel_at(p->g, node->in[i])->op == VEL_OP_weight ? p->kernels[id].layout[i] : NULL;
             int64_t plain =
                 vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
-            uses[found++] = (weight_use){leaf->path, packed ? packed : "", leaf->out[0].dtype,
-                                         packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain};
+            int64_t bytes = packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain;
+            if (!vel_engine_streams(p->engine, leaf->path, bytes))
+                uses[found++] =
+                    (weight_use){leaf->path, packed ? packed : "", leaf->out[0].dtype, bytes};
         }
     }
     if (!uses)
@@ -479,9 +499,17 @@ static vel_status bind(vel_plan *p)
         if (!needs_kernel(n))
             continue;
         vel_launch *l = &p->launches[id];
-        for (int i = 0; i < n->n_in; i++)
-            if (!reshaped_weight(p->g, n->in[i]))
+        for (int i = 0; i < n->n_in; i++) {
+            const vel_node *leaf = vel_weight_behind(p->g, n->in[i]);
+            bool direct = vel_at(p->g, n->in[i])->op == VEL_OP_weight;
+            int32_t f =
+                leaf ? vel_fetch_of(&p->fetches, leaf, direct ? p->kernels[id].layout[i] : NULL, id)
+                     : -1;
+            if (f >= 0)
+                l->in[i] = (char *)p->engine->arena + p->fetches.blocks[f].offset;
+            else if (!leaf)
                 l->in[i] = address_of(p, n->in[i]);
+        }
         for (int o = 0; o < n->n_out; o++)
             l->out[o] = address_of(p, (vel_ref){id, o});
         l->scratch =
@@ -526,6 +554,7 @@ vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *
     p->backend = o->dry ? &vel_backend_null : e->backend;
     p->device = e->device;
     p->dry = o->dry || o->measure;
+    p->apart = p->backend->side_by_side && o->gradient && !o->smallest;
     p->g = g;
     p->arena = vel_arena_create(e->ctx);
     vel_status st = p->arena ? make_plan(p, o) : VEL_NO_MEMORY;
@@ -639,13 +668,25 @@ static vel_status make_shadows(vel_plan *p)
     return VEL_OK;
 }
 
+/* Starts the fetches that node id is the first to come after. */
+static vel_status fetch_until(vel_plan *p, int32_t id, int32_t *at)
+{
+    const vel_fetches *f = &p->fetches;
+    for (; *at < f->n && f->each[*at].begin <= id; ++*at)
+        VEL_TRY(p->backend->fetch(p->device, (char *)p->engine->arena + f->blocks[*at].offset,
+                                  f->each[*at].host, (size_t)f->each[*at].bytes));
+    return VEL_OK;
+}
+
 static vel_status run_nodes(vel_plan *p)
 {
     int at = 0;
     VEL_TRY(make_shadows(p));
     if (stamps(p))
         VEL_TRY(p->backend->stamp(p->device, at++));
+    int32_t fetched = 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        VEL_TRY(fetch_until(p, id, &fetched));
         if (!p->prepared[id])
             continue;
 #ifdef VEL_HOSTILE
@@ -760,6 +801,19 @@ int64_t vel_plan_weight_bytes(const vel_plan *p)
     return p->weight_bytes;
 }
 
+int64_t vel_plan_streamed_bytes(const vel_plan *p)
+{
+    return p->fetches.bytes;
+}
+
+int64_t vel_plan_kernels(const vel_plan *p)
+{
+    int64_t n = p->fetches.n;
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++)
+        n += p->prepared[id];
+    return n;
+}
+
 int vel_plan_levels(void)
 {
     return vel_remat_levels(NULL);
@@ -779,9 +833,11 @@ const char *vel_plan_first_bad(vel_plan *p)
 {
     if (bind(p) || make_shadows(p))
         return NULL;
+    int32_t fetched = 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
-        if (!p->prepared[id] || p->backend->run(p->device, &p->launches[id]))
+        if (fetch_until(p, id, &fetched) || !p->prepared[id] ||
+            p->backend->run(p->device, &p->launches[id]))
             continue;
         for (int o = 0; o < n->n_out; o++) {
             int64_t count = vel_shape_count(n->out[o].shape);

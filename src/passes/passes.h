@@ -40,9 +40,20 @@ typedef struct vel_layout {
     int64_t *scratch;                /* [node] offset of the kernel's scratch, -1 none */
     int64_t bytes;                   /* of the whole arena */
 } vel_layout;
+/* Memory that something other than a value needs from one node to another. */
+typedef struct vel_extra_block {
+    int64_t bytes;
+    int32_t begin, end; /* nodes, inclusive */
+    int64_t offset;     /* the planner's answer */
+} vel_extra_block;
 /* What the planner asks about each node. */
 typedef struct vel_plan_query {
     void *user;
+    vel_extra_block *extras;
+    int32_t n_extras;
+    /* Lifetimes are stretched, so that nodes which do not depend on each other share no memory and
+     * can run at the same time: small values far, large ones by a few nodes. */
+    bool apart;
     int64_t (*scratch)(void *user, int32_t node); /* bytes the kernel wants */
     int (*inplace)(void *user, int32_t node);     /* input whose memory output 0 may take, -1 */
     bool (*outside)(void *user, int32_t node,

@@ -7,18 +7,22 @@
  * the border of a group of neighbouring layers (residual blocks, transformer blocks) is kept. */
 #include "passes/copy.h"
 
-/* Values that are computed again: the cheap (elementwise, moves, norms), products that sum no more
- * than `depth` terms for each value, or whole layers, 2^grouped neighbours as one. */
+/* Values that are computed again: the cheap (elementwise, moves, norms), the wide (products with
+ * far more columns than their input), products that sum no more than `depth` terms for each value,
+ * or whole layers, 2^grouped neighbours as one. */
 static const struct {
-    bool cheap, layers;
-    int64_t depth;
+    bool cheap, wide, layers;
     int grouped;
+    int64_t depth;
 } levels[] = {
-    {false, false, 0, 0},   /* everything is kept */
-    {true, false, 0, 0},    /* costs next to nothing */
-    {true, false, 512, 0},  /* no more time than writing and reading them, on a GPU */
-    {true, false, 2048, 0}, /* all linear layers but those that end in the sum with a residual */
-    {true, true, 0, 0},     {true, true, 0, 1}, {true, true, 0, 2},
+    {0}, /* everything is kept */
+    {.cheap = true},
+    {.cheap = true, .wide = true},
+    {.cheap = true, .wide = true, .depth = 512},
+    {.cheap = true, .wide = true, .depth = 2048}, /* all but the ends of layers, at most models */
+    {.cheap = true, .layers = true},
+    {.cheap = true, .layers = true, .grouped = 1},
+    {.cheap = true, .layers = true, .grouped = 2},
 };
 
 typedef struct remat {
@@ -91,7 +95,8 @@ static bool is_made_again(const remat *r, const vel_node *n)
     int64_t depth = product_depth(g, n);
     if (!depth)
         return levels[r->level].cheap && is_cheap(n->op);
-    return depth <= levels[r->level].depth && (!has_residual(n) || has_side_path(g, n));
+    bool wide = levels[r->level].wide && vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
+    return (wide || depth <= levels[r->level].depth) && (!has_residual(n) || has_side_path(g, n));
 }
 
 /* Layers are numbered in the order of making; neighbours share a number in grouped levels. 0 stays.

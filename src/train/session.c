@@ -216,6 +216,7 @@ static vel_status make_trainer(train_session *s)
     const vel_train_options *o = s->o;
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
+                             .level = VEL_LEVEL_AUTO,
                              .train_text_encoder = s->text_in_graph,
                              .clip_skip = o->clip_skip,
                              .objective = o->objective,
@@ -367,36 +368,24 @@ static void describe_trainables(train_session *s, vel_text *t)
                       s->o->network, s->n_sites, s->n_sites - text, text);
 }
 
+/* Exact where the device has memory of its own: the plan of the step is made for it. */
 static vel_status describe_memory(train_session *s, vel_text *t)
 {
-    int64_t most = 0, weights = 0;
-    int level = 0, down = vel_model_latent(s->model)->down;
-    for (int i = 0; i < s->data->n; i++) { /* the largest bucket decides */
-        const vel_sample *p = &s->data->samples[i];
-        bool seen = false;
-        for (int k = 0; k < i && !seen; k++)
-            seen = s->data->samples[k].width == p->width && s->data->samples[k].height == p->height;
-        if (seen)
-            continue;
-        int64_t arena, w;
-        VEL_TRY(vel_trainer_memory(s->trainer, vel_prior_batch(s), p->height / down,
-                                   p->width / down, true, &arena, &w, &level));
-        most = VEL_MAX(most, arena);
-    }
-    int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model));
-    weights = vel_model_part_values(s->model, vel_model_family(s->model)->denoiser);
-    if (s->trained.thaw) /* they are among the trained values */
-        weights = VEL_MAX(0, weights - trained);
-    char a[32], b[32], c[32];
+    vel_fit f;
+    VEL_TRY(vel_train_sizes(s, &f));
+    bool own = vel_engine_overhead(vel_model_engine(s->model), 0) > 0;
+    VEL_TRY(vel_fit_describe(&f, !own));
+    char a[32], b[32], c[32], d[32], e[32];
     vel_text_addf(t,
                   "memory: frozen weights %s, working memory of a step %s%s, trained values with "
-                  "gradient, optimizer%s %s\n",
-                  vel_bytes_text(weights * vel_dtype_bytes(vel_model_compute(s->model)), a),
-                  vel_bytes_text(most, b), level ? " (recomputing)" : "",
-                  s->o->use_ema ? " and average" : "",
-                  vel_bytes_text(trained * 4 * (s->o->use_ema ? 3 : 2) +
-                                     vel_engine_state_bytes(vel_model_engine(s->model)),
-                                 c));
+                  "gradient, optimizer%s %s",
+                  vel_bytes_text(f.size.weights, a), vel_bytes_text(f.size.arena, b),
+                  f.level ? " (recomputing)" : "", s->o->use_ema ? " and average" : "",
+                  vel_bytes_text(f.trained, c));
+    if (own)
+        vel_text_addf(t, ", driver and libraries %s: %s of the device in all",
+                      vel_bytes_text(f.overhead, d), vel_bytes_text(f.bytes, e));
+    vel_text_addf(t, "\n");
     return VEL_OK;
 }
 
@@ -636,6 +625,11 @@ static vel_status step_until_done(train_session *s)
     if (s->scaler.skips)
         vel_log(s->ctx, 2, "%" PRId64 " steps of %" PRId64 " were skipped; the loss scale is %g",
                 s->scaler.skips, s->steps, s->scaler.scale);
+    int64_t used = vel_engine_in_use(vel_model_engine(s->model));
+    char text[32];
+    if (used)
+        vel_log(s->ctx, 2, "memory of the device in use after the last step: %s",
+                vel_bytes_text(used, text));
     VEL_TRY(vel_keep_open_log(s));
     return vel_keep_save(s, true);
 }

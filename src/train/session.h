@@ -210,7 +210,9 @@ vel_status vel_look_prepare(train_session *s); /* reads the prompts */
 vel_status vel_look_draw(train_session *s);   /* a sheet of samples at this step */
 vel_status vel_look_report(train_session *s); /* before/after sheet and report.html */
 
-/* fit.c: chooses level and batch so that the run stays within o->fit; o is the session's own. */
+/* fit.c: the sizes of the run's steps, to be described or chosen for. */
+vel_status vel_train_sizes(train_session *s, vel_fit *f);
+/* Chooses level and batch so that the run stays within o->fit; o is the session's own. */
 vel_status vel_train_fit(train_session *s, vel_train_options *o);
 
 #endif

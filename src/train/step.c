@@ -150,20 +150,38 @@ vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w)
     return find_plan(t, n, h, w, true, &p) == VEL_OK ? p : NULL;
 }
 
-vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, vel_step_size *out)
+/* Plans the step and looks at the plan. */
+static vel_status size_of(vel_trainer *t, int n, int h, int w, const vel_plan_options *o,
+                          vel_step_size *out)
 {
     vel_plan *p;
     vel_graph *g;
     VEL_TRY(build_graph(t, n, h, w, &g));
-    vel_plan_options o = {
-        .compute = t->o.compute, .gradient = true, .measure = true, .level = level};
-    VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &p));
-    *out = (vel_step_size){vel_plan_arena_bytes(p), vel_plan_weight_bytes(p), 0};
+    VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, o, &p));
+    *out = (vel_step_size){.arena = vel_plan_arena_bytes(p),
+                           .weights = vel_plan_weight_bytes(p),
+                           .streamed = vel_plan_streamed_bytes(p),
+                           .kernels = vel_plan_kernels(p),
+                           .level = vel_plan_remat_level(p)};
     const vel_graph *planned = vel_plan_graph(p);
     for (int32_t id = 1; id < vel_graph_size(planned); id++)
         out->operations += vel_node_flops(planned, id);
     vel_plan_destroy(p);
     return VEL_OK;
+}
+
+vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, vel_step_size *out)
+{
+    vel_plan_options o = {
+        .compute = t->o.compute, .gradient = true, .measure = true, .level = level};
+    return size_of(t, n, h, w, &o, out);
+}
+
+vel_status vel_trainer_size(vel_trainer *t, int n, int h, int w, bool on_paper, vel_step_size *out)
+{
+    vel_plan_options o = plan_options(t, true, on_paper);
+    o.measure = !on_paper;
+    return size_of(t, n, h, w, &o, out);
 }
 
 int vel_trainer_levels(void)
@@ -176,26 +194,6 @@ void vel_trainer_set_level(vel_trainer *t, int level)
     t->o.level = level;
     t->o.smallest = false;
     t->o.memory_budget = 0;
-}
-
-vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena,
-                              int64_t *weights, int *level)
-{
-    vel_plan *p;
-    if (dry) {
-        vel_graph *g;
-        VEL_TRY(build_graph(t, n, h, w, &g));
-        vel_plan_options o = plan_options(t, true, true);
-        VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &p));
-    } else {
-        VEL_TRY(find_plan(t, n, h, w, true, &p));
-    }
-    *arena = vel_plan_arena_bytes(p);
-    *weights = vel_plan_weight_bytes(p);
-    *level = vel_plan_remat_level(p);
-    if (dry)
-        vel_plan_destroy(p);
-    return VEL_OK;
 }
 
 /* x_t = sqrt(a) x + sqrt(1 - a) e, and what the model is to predict of it: e, or

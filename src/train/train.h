@@ -172,7 +172,7 @@ typedef struct vel_trainer_options {
     vel_dtype compute;
     bool smallest;
     int64_t memory_budget;
-    int level; /* of recomputation, where neither of the two chooses one */
+    int level; /* of recomputation, where neither of the two chooses one; or VEL_LEVEL_AUTO */
     bool train_text_encoder;
     int clip_skip;
     vel_objective objective; /* zeros: the squared error */
@@ -187,18 +187,44 @@ void vel_trainer_destroy(vel_trainer *t);
  * be NULL: the unweighted losses. gradient false: only the losses (validation). */
 vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
                            float *per_sample);
-/* Working memory and weights of the step for a bucket; dry: on paper, nothing is allocated. */
+/* What the step for a bucket needs; nothing is allocated. */
 typedef struct vel_step_size {
     int64_t arena, weights; /* bytes */
+    int64_t streamed;       /* of other weights, fetched from the host in one step */
+    int64_t kernels;
     double operations;
+    int level; /* of recomputation */
 } vel_step_size;
+/* on_paper: without the device's own kernels, whose working memory is then left out. */
+vel_status vel_trainer_size(vel_trainer *t, int n, int h, int w, bool on_paper, vel_step_size *out);
 /* A step at a level of recomputation below vel_trainer_levels, as the device would have it; nothing
  * is allocated. set_level chooses one before the first step. */
 vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, vel_step_size *out);
 int vel_trainer_levels(void);
+
+/* What a run takes of the device's memory (fit.c), and how it is made to fit. */
+typedef struct vel_fit {
+    vel_model *model;
+    vel_trainer *trainer;
+    int (*sizes)[2]; /* latent height and width of each bucket */
+    int n_sizes;
+    int batch, models; /* items of a batch; samples that the model sees for each */
+    int accumulation;
+    bool average; /* of the trained values is kept */
+    /* what was found */
+    int level, parts, streamed; /* recomputation; of a batch; eighths of the weights */
+    vel_step_size size;         /* of the largest bucket */
+    double more;                /* operations, as a share */
+    int64_t overhead;           /* of the driver, the libraries and a recorded step */
+    int64_t trained;            /* values, gradient, optimizer */
+    int64_t bytes;              /* in all */
+} vel_fit;
+/* Of the run as it is. on_paper: see vel_trainer_size. */
+vel_status vel_fit_describe(vel_fit *f, bool on_paper);
+/* Chooses level, parts and streamed for a size such as "8GB", sets them for trainer and engine and
+ * says so. When it cannot fit, the error names the smallest that would. */
+vel_status vel_fit_choose(vel_fit *f, const char *text);
 void vel_trainer_set_level(vel_trainer *t, int level);
-vel_status vel_trainer_memory(vel_trainer *t, int n, int h, int w, bool dry, int64_t *arena,
-                              int64_t *weights, int *level);
 /* Registers the trainables of a bucket's graph with the engine without making its plan. */
 vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w);
 /* The first value of the last batch that was not finite, for messages; NULL none. */

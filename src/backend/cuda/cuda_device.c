@@ -9,6 +9,7 @@
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_kernels.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 
 enum {
@@ -156,10 +157,42 @@ static bool is_on(const char *name)
     return value && *value && strcmp(value, "0") != 0;
 }
 
+static int64_t cuda_in_use(vel_device *d);
+
+/* Bytes of the card in use, whoever uses them: before there is a context only NVML can tell. */
+static size_t used_before(int ordinal)
+{
+    typedef struct nvml_memory {
+        unsigned long long total, room, used;
+    } nvml_memory;
+    typedef int (*init_fn)(void);
+    typedef int (*find_fn)(const char *, void **);
+    typedef int (*memory_fn)(void *, nvml_memory *);
+    char bus[32];
+    nvml_memory m = {0};
+    void *card, *nvml = dlopen("libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
+    init_fn init = nvml ? (init_fn)dlsym(nvml, "nvmlInit_v2") : NULL;
+    find_fn find = nvml ? (find_fn)dlsym(nvml, "nvmlDeviceGetHandleByPciBusId_v2") : NULL;
+    memory_fn memory = nvml ? (memory_fn)dlsym(nvml, "nvmlDeviceGetMemoryInfo") : NULL;
+    init_fn end = nvml ? (init_fn)dlsym(nvml, "nvmlShutdown") : NULL;
+    if (init && find && memory && end && init() == 0) {
+        if (cudaDeviceGetPCIBusId(bus, sizeof bus, ordinal) || find(bus, &card) || memory(card, &m))
+            m.used = 0;
+        end();
+    }
+    return (size_t)m.used;
+}
+
+/* Frames of our kernels and the libraries' lie in registers; the default stack of 1 KiB for each
+ * thread that the card can have at once would take 200 MB. Kernels that need more get more. */
+enum { STACK_BYTES = 64 };
+
 static vel_status open_card(vel_device *d)
 {
     struct cudaDeviceProp p;
+    d->before = used_before(d->ordinal);
     VEL_CUDA(d, cudaSetDevice(d->ordinal));
+    VEL_CUDA(d, cudaDeviceSetLimit(cudaLimitStackSize, STACK_BYTES));
     VEL_CUDA(d, cudaGetDeviceProperties(&p, d->ordinal));
     d->capability = 10 * p.major + p.minor;
     d->processors = p.multiProcessorCount;
@@ -170,6 +203,7 @@ static vel_status open_card(vel_device *d)
     VEL_CUDNN(d, cudnnCreate(&d->cudnn));
     VEL_CUDNN(d, cudnnSetStream(d->cudnn, d->stream));
     VEL_TRY(open_staging(d));
+    d->taken = (size_t)cuda_in_use(d);
     char size[32];
     snprintf(d->description, sizeof d->description, "%s, %s, compute capability %d.%d, cuDNN %zu",
              p.name, vel_bytes_text((int64_t)p.totalGlobalMem, size), p.major, p.minor,
@@ -214,6 +248,13 @@ static bool cuda_computes(vel_device *d, vel_dtype t)
 
 /* ---- memory ---- */
 
+/* What was seen on an H100: the code of kernels that are loaded on first use, and a recording. */
+static int64_t cuda_overhead(vel_device *d, int64_t kernels)
+{
+    enum { CODE = 8 << 20, RECORDED_KERNEL = 50 << 10 };
+    return (int64_t)d->taken + CODE + kernels * RECORDED_KERNEL;
+}
+
 /* The driver hands out whole pages of 2 MiB; a model has hundreds of small weights. They lie one
  * behind the other in slabs, and a slab goes when the last of them does. */
 struct vel_cuda_slab {
@@ -222,6 +263,13 @@ struct vel_cuda_slab {
     int live;
     vel_cuda_slab *next;
 };
+
+static int64_t cuda_in_use(vel_device *d)
+{
+    size_t room = 0, all = 0;
+    cudaMemGetInfo(&room, &all);
+    return (int64_t)(all - room) - (int64_t)VEL_MIN(d->before, all - room);
+}
 
 static vel_status take_memory(vel_device *d, size_t bytes, void **out)
 {
@@ -333,6 +381,33 @@ static void cuda_write(vel_device *d, void *dst, const void *src, size_t bytes)
     vel_cuda_write(d, dst, src, bytes);
 }
 
+static vel_status cuda_alloc_host(vel_device *d, size_t bytes, void **out)
+{
+    cudaError_t s = cudaMallocHost(out, bytes);
+    char text[32];
+    if (s == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return vel_fail(d->ctx, VEL_NO_MEMORY,
+                        "the host has no room for %s of streamed weights: a larger --fit helps",
+                        vel_bytes_text((int64_t)bytes, text));
+    }
+    return vel_cuda_check(d, s, "cudaMallocHost");
+}
+
+static void cuda_free_host(vel_device *d, void *p)
+{
+    (void)d;
+    cudaFreeHost(p);
+}
+
+static vel_status cuda_fetch(vel_device *d, void *dst, const void *host, size_t bytes)
+{
+    vel_cuda_range range = vel_cuda_range_of(dst, (int64_t)bytes, true);
+    VEL_TRY(vel_cuda_piece(d, &range, 1));
+    VEL_CUDA(d, cudaMemcpyAsync(dst, host, bytes, cudaMemcpyDefault, d->stream));
+    return vel_cuda_piece_end(d);
+}
+
 static void cuda_read(vel_device *d, void *dst, const void *src, size_t bytes)
 {
     cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, d->stream);
@@ -438,7 +513,10 @@ static double cuda_sum_squares(vel_device *d, const float *x, int64_t n)
 
 static const vel_backend vel_backend_cuda = {
     .name = "cuda",
-    .overhead = (int64_t)640 << 20, /* context and libraries: 539 to 620 MiB seen on an H100 */
+    .side_by_side = true,
+    .roomy = (int64_t)2304 << 20,
+    .overhead = cuda_overhead,
+    .in_use = cuda_in_use,
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,
@@ -448,6 +526,9 @@ static const vel_backend vel_backend_cuda = {
     .free = cuda_free,
     .write = cuda_write,
     .read = cuda_read,
+    .alloc_host = cuda_alloc_host,
+    .free_host = cuda_free_host,
+    .fetch = cuda_fetch,
     .prepare = cuda_prepare,
     .release = cuda_release,
     .pack = cuda_pack,
