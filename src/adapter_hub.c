@@ -3,6 +3,7 @@
  * so every tool means what training means. */
 #include "adapter_hub.h"
 
+#include <omp.h>
 #include <stdlib.h>
 
 enum { SHOWN = 10 };
@@ -91,25 +92,43 @@ vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char
     return st;
 }
 
-vel_status vel_hub_change(vel_hub *h, const vel_adapter_module *m, const float *base,
-                          double strength, float **out)
+/* This thread's engine: an engine has one arena, in which one plan runs. */
+static vel_status own_engine(vel_hub *h, vel_engine **out)
+{
+    int at = omp_get_thread_num();
+    vel_status st = VEL_OK;
+    if (at >= h->n_engines)
+        return vel_fail(h->ctx, VEL_BUG, "adapter: thread %d of %d", at, h->n_engines);
+    if (!h->engines[at]) {
+#pragma omp critical(one_opens_a_device)
+        st = vel_engine_create(h->ctx, "cpu", &h->engines[at]);
+    }
+    *out = h->engines[at];
+    return st;
+}
+
+vel_status vel_hub_change_into(vel_hub *h, const vel_adapter_module *m, const float *base,
+                               double strength, float *out)
 {
     float *own = NULL;
     int64_t n = 0;
-    vel_status st = VEL_OK;
-    *out = vel_alloc(h->ctx, sizeof **out * (size_t)vel_hub_count(m));
-    if (!*out)
-        return VEL_NO_MEMORY;
-#pragma omp critical(the_engine_has_one_arena)
-    {
-        if (!base && vel_adapter_module_has_dora(m)) {
-            st = vel_hub_weight(h, h->m, m->path, "weight", &own, &n);
-            base = own;
-        }
-        if (!st)
-            st = vel_adapter_delta(h->e, m, base, strength, *out);
+    vel_engine *e = NULL;
+    vel_status st = own_engine(h, &e);
+    if (!st && !base && vel_adapter_module_has_dora(m)) {
+        st = vel_hub_weight(h, h->m, m->path, "weight", &own, &n);
+        base = own;
     }
+    if (!st)
+        st = vel_adapter_delta(e, m, base, strength, out);
     vel_free(h->ctx, own);
+    return st;
+}
+
+vel_status vel_hub_change(vel_hub *h, const vel_adapter_module *m, const float *base,
+                          double strength, float **out)
+{
+    *out = vel_alloc(h->ctx, sizeof **out * (size_t)vel_hub_count(m));
+    vel_status st = *out ? vel_hub_change_into(h, m, base, strength, *out) : VEL_NO_MEMORY;
     if (st) {
         vel_free(h->ctx, *out);
         *out = NULL;
@@ -408,17 +427,19 @@ static vel_status open_model(vel_hub *h, const struct action *a)
         return vel_fail(h->ctx, VEL_BAD_VALUE,
                         "adapter %s: --model names the model that the adapter is merged into",
                         a->name);
-    if (!model) {
-        VEL_TRY(guess_model(h));
-        return vel_engine_create(h->ctx, "cpu", &h->e);
-    }
+    h->n_engines = vel_save_threads();
+    h->engines = vel_alloc(h->ctx, sizeof(vel_engine *) * (size_t)h->n_engines);
+    if (!h->engines)
+        return VEL_NO_MEMORY;
+    if (!model)
+        return guess_model(h);
     vel_model_options open = {.variant = h->o->variant,
                               .clip_skip = 1,
                               .tokenizer = h->o->tokenizer,
                               .weights_only = true};
     VEL_TRY(vel_model_open(h->ctx, model, &open, &h->m));
     h->known = vel_model_modules(h->m, &h->n_known);
-    return h->known ? vel_engine_create(h->ctx, "cpu", &h->e) : VEL_BAD_GRAPH;
+    return h->known ? VEL_OK : VEL_BAD_GRAPH;
 }
 
 vel_status vel_adapter_run(vel_ctx *ctx, const vel_adapter_options *o, vel_text *out)
@@ -434,7 +455,9 @@ vel_status vel_adapter_run(vel_ctx *ctx, const vel_adapter_options *o, vel_text 
     vel_status st = a->run == vel_hub_embedding ? VEL_OK : open_model(&h, a);
     if (!st)
         st = a->run(&h);
-    vel_engine_destroy(h.e);
+    for (int i = 0; i < h.n_engines; i++)
+        vel_engine_destroy(h.engines[i]);
+    vel_free(ctx, h.engines);
     vel_model_close(h.m);
     return st;
 }

@@ -8,9 +8,10 @@
 typedef struct vel_hub {
     vel_ctx *ctx;
     const vel_adapter_options *o;
-    vel_model *m;    /* its modules, and its weights where DoRA asks for them */
-    bool known_only; /* m is of known sizes: it has no weights */
-    vel_engine *e;
+    vel_model *m;         /* its modules, and its weights where DoRA asks for them */
+    bool known_only;      /* m is of known sizes: it has no weights */
+    vel_engine **engines; /* one for each thread of a parallel region; made when first needed */
+    int n_engines;
     const vel_known_module *known;
     int n_known;
     vel_text *out;
@@ -28,8 +29,11 @@ typedef struct vel_hub_list {
 vel_status vel_hub_list_read(vel_hub *h, const char *text, vel_hub_list *list);
 void vel_hub_list_finish(vel_hub *h, vel_hub_list *list);
 
-/* strength (W' - W) of a module, in the weight's shape; *out is owned. One thread at a time runs
- * the engine; callers may be several. base: W, or NULL: read from the model where it is needed. */
+/* strength (W' - W) of a module, in the weight's shape; callers may be several threads. base: W, or
+ * NULL: read from the model where it is needed. */
+vel_status vel_hub_change_into(vel_hub *h, const vel_adapter_module *m, const float *base,
+                               double strength, float *out);
+/* The same in memory of its own; *out is owned. */
 vel_status vel_hub_change(vel_hub *h, const vel_adapter_module *m, const float *base,
                           double strength, float **out);
 int64_t vel_hub_count(const vel_adapter_module *m); /* values of the weight */

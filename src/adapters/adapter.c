@@ -278,7 +278,10 @@ vel_ref vel_adapter_merged(vel_graph *g, const vel_adapter_site *s, vel_ref w, c
     module m = {.g = g, .site = s, .w = w};
     memcpy(m.leaf, leaf, sizeof m.leaf);
     scale_leaf(&m, false);
-    vel_ref dw = s->kind->delta(g, s, m.leaf), sum = vel_add(g, dw, w);
+    vel_ref dw = s->kind->delta(g, s, m.leaf);
+    if (!w.id)
+        return dw;
+    vel_ref sum = vel_add(g, dw, w);
     if (!leaf[VEL_LEAF_DORA_SCALE].id)
         return sum;
     vel_ref gain = dora_gain(g, s, w, dw, leaf[VEL_LEAF_DORA_SCALE]);

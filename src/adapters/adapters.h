@@ -82,7 +82,8 @@ typedef struct vel_adaption {
 vel_status vel_adapt(const vel_graph *g, const vel_adaption *adaptions, int n, vel_graph **out);
 
 /* W' of a site: W + dW, with DoRA's lengths where it has them; in float32, in the weight's shape.
- * leaf: refs of the site's leaves. What merging and comparing adapters evaluate. */
+ * leaf: refs of the site's leaves. w {0}: dW alone, of a site without DoRA. What merging and
+ * comparing adapters evaluate. */
 vel_ref vel_adapter_merged(vel_graph *g, const vel_adapter_site *s, vel_ref w, const vel_ref *leaf);
 
 /* For kinds: x through n's own layer, with its stride and padding, under weight w; + y. */

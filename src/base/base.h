@@ -171,6 +171,8 @@ typedef struct vel_writer {
 } vel_writer;
 vel_status vel_writer_open(vel_ctx *ctx, vel_writer *w, const char *path);
 vel_status vel_writer_write(vel_writer *w, const void *bytes, size_t n);
+/* Lets the system begin to write what it was given so far, so that commit need not wait for all. */
+vel_status vel_writer_start(vel_writer *w);
 vel_status vel_writer_commit(vel_writer *w); /* ends w, whatever it returns */
 void vel_writer_discard(vel_writer *w);      /* ends w; nothing is left behind; fine after commit */
 /* Removes the temporary files of writers whose processes were killed. */

@@ -6,6 +6,7 @@
  * directly: renaming over a device would replace it.
  *
  * Errors name the path and say what the system said. Knows no format. */
+#define _GNU_SOURCE /* sync_file_range */
 #include "base/base.h"
 
 #include <dirent.h>
@@ -224,6 +225,17 @@ vel_status vel_writer_write(vel_writer *w, const void *bytes, size_t n)
     if (n == 0 || fwrite(bytes, 1, n, w->f) == n)
         return VEL_OK;
     return fail_write(w->ctx, w->path, errno);
+}
+
+vel_status vel_writer_start(vel_writer *w)
+{
+    if (fflush(w->f))
+        return fail_write(w->ctx, w->path, errno);
+#ifdef __linux__
+    if (w->temporary) /* a hint: what it cannot start, commit's fsync does */
+        (void)sync_file_range(fileno(w->f), 0, 0, SYNC_FILE_RANGE_WRITE);
+#endif
+    return VEL_OK;
 }
 
 /* Makes the rename last through a power cut; not every file system can, and that is no error. */

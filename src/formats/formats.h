@@ -85,6 +85,9 @@ typedef struct vel_save_tensor {
 vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
                                 int n, const json_t *metadata);
 
+/* How many threads call fill at most; omp_get_thread_num() of each is less. */
+int vel_save_threads(void);
+
 /* ---- learned words (words.c) ----------------------------------------------------------------- */
 
 typedef struct vel_word {

@@ -3,13 +3,17 @@
  * are never all in memory at once. */
 #include "formats/formats.h"
 
+#include <omp.h>
+#include <pthread.h>
 #include <stdlib.h>
 
 enum {
     LARGEST_HEADER = 100000000,
     LARGEST_RANK = 8,
-    MOST_IN_BATCH = 64,
-    BATCH_BYTES = 48 << 20,
+    MOST_KEPT = 24,
+    MOST_AHEAD = 384 << 20,
+    NEAR = 1 << 14,
+    START_BYTES = 32 << 20,
     SHOWN_BYTES = 128 << 20 /* progress is shown from here */
 };
 
@@ -103,8 +107,7 @@ static vel_status write_header(vel_writer *w, const char *text)
 }
 
 /* ---- values ----
- * Tensors are taken in batches: those of a batch are made and converted by all threads, then
- * written in their order. */
+ * A tensor's bytes: as they lie in memory, converted, or made first. */
 
 static bool is_half(vel_file_type t)
 {
@@ -114,7 +117,7 @@ static bool is_half(vel_file_type t)
 /* Does the tensor want work before its bytes can be written? */
 static bool is_made(const vel_save_tensor *t)
 {
-    return t->fill || (is_half(t->type) && !t->raw);
+    return t->fill || (is_half(t->type) && !t->raw && !t->read);
 }
 
 static void convert(vel_file_type type, const float *from, uint16_t *to, int64_t n)
@@ -139,30 +142,48 @@ static vel_status check_values(vel_ctx *ctx, const char *path, const vel_save_te
     return VEL_OK;
 }
 
-/* One tensor's bytes, in memory of its own. */
-static vel_status make_bytes(vel_ctx *ctx, const char *path, const save_entry *e, uint8_t **out)
-{
-    const vel_save_tensor *t = e->tensor;
-    bool half = is_half(t->type);
-    size_t floats = sizeof(float) * (size_t)VEL_MAX(e->count, 1);
-    uint8_t *bytes = vel_alloc(ctx, half ? floats / 2 : floats);
-    float *made = !t->fill ? NULL : half ? vel_alloc(ctx, floats) : (float *)(void *)bytes;
-    vel_status status = bytes && (made || !t->fill) ? VEL_OK : VEL_NO_MEMORY;
-    if (!status && t->fill)
-        status = t->fill(t->user, made);
-    if (!status && t->fill)
-        status = check_values(ctx, path, t, made, e->count);
-    if (!status && half)
-        convert(t->type, made ? made : t->data, (uint16_t *)(void *)bytes, e->count);
-    if (half)
-        vel_free(ctx, made);
-    *out = bytes;
-    return status;
-}
-
 static int64_t bytes_of(const save_entry *e)
 {
     return e->count * vel_file_type_bytes(e->tensor->type);
+}
+
+/* A thread's room for float32 values on their way to a half type, kept from tensor to tensor. */
+typedef struct room {
+    float *v;
+    int64_t n;
+} room;
+
+static float *room_for(vel_ctx *ctx, room *r, int64_t n)
+{
+    if (r->n < n) {
+        vel_free(ctx, r->v);
+        r->v = vel_alloc(ctx, sizeof *r->v * (size_t)n);
+        r->n = r->v ? n : 0;
+    }
+    return r->v;
+}
+
+/* One tensor's bytes into out. */
+static vel_status make_bytes(vel_ctx *ctx, const char *path, const save_entry *e, room *floats,
+                             uint8_t *out)
+{
+    const vel_save_tensor *t = e->tensor;
+    bool half = is_half(t->type);
+    float *made = !t->fill ? NULL
+                  : half   ? room_for(ctx, floats, VEL_MAX(e->count, 1))
+                           : (float *)(void *)out;
+    vel_status status = made || !t->fill ? VEL_OK : VEL_NO_MEMORY;
+    if (!status && t->fill)
+        status = t->fill(t->user, made);
+    for (int64_t i = 0; i < e->count && !status; i += NEAR) { /* while they are near the core */
+        int64_t n = VEL_MIN(e->count - i, (int64_t)NEAR);
+        const float *from = (made ? made : (const float *)t->data) + i;
+        if (t->fill)
+            status = check_values(ctx, path, t, from, n);
+        if (!status && half)
+            convert(t->type, from, (uint16_t *)(void *)out + i, n);
+    }
+    return status;
 }
 
 /* A tensor that is read piece by piece, in the order of its values. */
@@ -189,43 +210,174 @@ static vel_status write_pieces(vel_writer *w, const save_entry *e)
     return status;
 }
 
-/* How many of the entries make one batch; one that is read in pieces is one alone. */
-static int batch_of(const save_entry *entries, int n)
+/* ---- the stream ----
+ * One thread writes, in order; the others make what is to be written, each the next tensor that
+ * nobody has taken, as far ahead as the memory for it allows. */
+
+typedef struct block {
+    uint8_t *bytes;
+    size_t n;
+} block;
+
+typedef struct stream {
+    vel_writer *w;
+    const save_entry *entries;
+    int n;
+    vel_progress *progress; /* NULL: not shown */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    int next, written;     /* the first that is not taken, not written */
+    int64_t ahead;         /* bytes that are made or being made */
+    block *made;           /* [n]; bytes NULL: nothing yet, or nothing to make */
+    bool *ready;           /* [n] */
+    block kept[MOST_KEPT]; /* blocks that were written, to be used again: new pages are dear */
+    int n_kept;
+    room *floats; /* [threads] */
+    int threads;
+    vel_status status;
+} stream;
+
+/* A block of n bytes; under the lock. */
+static block take_block(stream *s, size_t n)
 {
-    int64_t bytes = 0;
-    int count = 0;
-    if (n && entries[0].tensor->read)
-        return 1;
-    while (count < n && count < MOST_IN_BATCH && !entries[count].tensor->read &&
-           (count == 0 || bytes < BATCH_BYTES))
-        bytes += bytes_of(&entries[count++]);
-    return count;
+    for (int i = 0; i < s->n_kept; i++)
+        if (s->kept[i].n == n) {
+            block found = s->kept[i];
+            s->kept[i] = s->kept[--s->n_kept];
+            return found;
+        }
+    return (block){NULL, n};
 }
 
-static vel_status write_batch(vel_writer *w, const save_entry *entries, int n)
+/* Under the lock; the oldest gives way. */
+static void keep_block(stream *s, block b)
 {
-    uint8_t *made[MOST_IN_BATCH] = {NULL};
-    vel_status status = VEL_OK;
-    if (n == 1 && entries[0].tensor->read)
-        return write_pieces(w, &entries[0]);
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int i = 0; i < n; i++)
-        if (is_made(entries[i].tensor)) {
-            vel_status st = make_bytes(w->ctx, w->path, &entries[i], &made[i]);
-            if (st) {
-#pragma omp atomic write
-                status = st;
-            }
-        }
-    for (int i = 0; i < n && !status; i++)
-        status = vel_writer_write(w, made[i] ? made[i] : entries[i].tensor->data,
-                                  (size_t)bytes_of(&entries[i]));
-    for (int i = 0; i < n; i++) {
-        vel_free(w->ctx, made[i]);
-        if (entries[i].tensor->raw) /* mapped pages that were copied */
-            vel_map_forget(entries[i].tensor->data, (size_t)bytes_of(&entries[i]));
+    if (s->n_kept == MOST_KEPT) {
+        vel_free(s->w->ctx, s->kept[0].bytes);
+        memmove(s->kept, s->kept + 1, sizeof *s->kept * (MOST_KEPT - 1));
+        s->n_kept--;
     }
+    s->kept[s->n_kept++] = b;
+}
+
+/* Makes entry i, which was taken; b is its block. */
+static void make_entry(stream *s, int i, block b)
+{
+    vel_status st = VEL_OK;
+    if (!b.bytes && !(b.bytes = vel_alloc(s->w->ctx, VEL_MAX(b.n, (size_t)1))))
+        st = VEL_NO_MEMORY;
+    if (!st)
+        st = make_bytes(s->w->ctx, s->w->path, &s->entries[i], &s->floats[omp_get_thread_num()],
+                        b.bytes);
+    pthread_mutex_lock(&s->lock);
+    s->made[i] = b;
+    s->ready[i] = true;
+    s->status = st ? st : s->status;
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Takes the next entry and makes it, unless another is enough; false when there is none left.
+ * wait: until there is memory for it. */
+static bool make_next(stream *s, bool wait)
+{
+    pthread_mutex_lock(&s->lock);
+    while (wait && s->next < s->n && !s->status && s->ahead > MOST_AHEAD)
+        pthread_cond_wait(&s->changed, &s->lock);
+    if (s->next == s->n || s->status) {
+        pthread_mutex_unlock(&s->lock);
+        return false;
+    }
+    int i = s->next++;
+    bool made = is_made(s->entries[i].tensor);
+    block b = {NULL, 0};
+    if (made) {
+        b = take_block(s, (size_t)bytes_of(&s->entries[i]));
+        s->ahead += (int64_t)b.n;
+    } else {
+        s->ready[i] = true;
+        pthread_cond_broadcast(&s->changed);
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (made)
+        make_entry(s, i, b);
+    return true;
+}
+
+static vel_status write_entry(stream *s, int i)
+{
+    const vel_save_tensor *t = s->entries[i].tensor;
+    size_t bytes = (size_t)bytes_of(&s->entries[i]);
+    vel_status status =
+        t->read ? write_pieces(s->w, &s->entries[i])
+                : vel_writer_write(s->w, s->made[i].bytes ? s->made[i].bytes : t->data, bytes);
+    if (t->raw) /* mapped pages that were copied */
+        vel_map_forget(t->data, bytes);
     return status;
+}
+
+/* Writes all in order; alone: makes them too. */
+static void write_in_order(stream *s, bool alone)
+{
+    int64_t done = 0, started = 0;
+    for (int i = 0; i < s->n; i++) {
+        while (alone && s->next <= i && make_next(s, false))
+            continue;
+        pthread_mutex_lock(&s->lock);
+        while (!s->ready[i] && !s->status)
+            pthread_cond_wait(&s->changed, &s->lock);
+        vel_status status = s->status;
+        pthread_mutex_unlock(&s->lock);
+        if (!status)
+            status = write_entry(s, i);
+        done += bytes_of(&s->entries[i]);
+        if (!status && done - started >= START_BYTES) {
+            status = vel_writer_start(s->w);
+            started = done;
+            if (s->progress)
+                vel_progress_at(s->progress, done >> 20, NAN);
+        }
+        pthread_mutex_lock(&s->lock);
+        s->status = s->status ? s->status : status;
+        if (s->made[i].bytes) {
+            s->ahead -= (int64_t)s->made[i].n;
+            keep_block(s, s->made[i]);
+            s->made[i].bytes = NULL;
+        }
+        pthread_cond_broadcast(&s->changed);
+        pthread_mutex_unlock(&s->lock);
+        if (status)
+            return;
+    }
+}
+
+static void run_stream(stream *s)
+{
+#pragma omp parallel num_threads(s->threads)
+    {
+        bool alone = omp_get_num_threads() == 1;
+        if (omp_get_thread_num() == 0)
+            write_in_order(s, alone);
+        else
+            while (make_next(s, true))
+                continue;
+    }
+}
+
+static void finish_stream(stream *s)
+{
+    vel_ctx *ctx = s->w->ctx;
+    for (int i = 0; s->made && i < s->n; i++)
+        vel_free(ctx, s->made[i].bytes);
+    for (int i = 0; i < s->n_kept; i++)
+        vel_free(ctx, s->kept[i].bytes);
+    for (int i = 0; s->floats && i < s->threads; i++)
+        vel_free(ctx, s->floats[i].v);
+    vel_free(ctx, s->made);
+    vel_free(ctx, s->ready);
+    vel_free(ctx, s->floats);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->lock);
 }
 
 static vel_status write_entries(vel_writer *w, const char *path, const save_entry *entries, int n,
@@ -234,21 +386,36 @@ static vel_status write_entries(vel_writer *w, const char *path, const save_entr
     vel_progress progress;
     char phase[300];
     const char *slash = strrchr(path, '/');
-    bool shown = bytes >= SHOWN_BYTES;
-    vel_status status = VEL_OK;
-    int64_t done = 0;
+    bool shown = bytes >= SHOWN_BYTES, any = false;
+    for (int i = 0; i < n; i++)
+        any = any || is_made(entries[i].tensor);
+    stream s = {.w = w,
+                .entries = entries,
+                .n = n,
+                .progress = shown ? &progress : NULL,
+                .lock = PTHREAD_MUTEX_INITIALIZER,
+                .changed = PTHREAD_COND_INITIALIZER,
+                .threads = any ? vel_save_threads() : 1};
+    s.made = vel_alloc(w->ctx, sizeof *s.made * (size_t)(n + 1));
+    s.ready = vel_alloc(w->ctx, sizeof *s.ready * (size_t)(n + 1));
+    s.floats = vel_alloc(w->ctx, sizeof *s.floats * (size_t)s.threads);
+    vel_status status = s.made && s.ready && s.floats ? VEL_OK : VEL_NO_MEMORY;
     snprintf(phase, sizeof phase, "writing %.200s", slash ? slash + 1 : path);
     if (shown)
         vel_progress_begin(&progress, w->ctx, phase, bytes >> 20);
-    for (int i = 0, count; i < n && !status; i += count) {
-        count = batch_of(entries + i, n - i);
-        status = write_batch(w, entries + i, count);
-        for (int k = i; k < i + count; k++)
-            done += bytes_of(&entries[k]);
-        if (shown)
-            vel_progress_at(&progress, done >> 20, NAN);
+    if (!status) {
+        run_stream(&s);
+        status = s.status;
     }
+    if (!status && shown)
+        vel_progress_at(&progress, bytes >> 20, NAN);
+    finish_stream(&s);
     return status;
+}
+
+int vel_save_threads(void)
+{
+    return VEL_MAX(omp_get_max_threads(), 1) + 1;
 }
 
 /* Looks at the free space first, so that a long write does not start in vain. */

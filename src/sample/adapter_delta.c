@@ -14,11 +14,13 @@ static vel_status build(vel_ctx *ctx, const vel_adapter_site *s, const float *co
         if (leaf[i])
             leaves[i] =
                 vel_input(g, vel_adapter_leaf_name((vel_adapter_leaf)i), VEL_F32, s->leaf[i]);
-    vel_ref base = with_base ? vel_input(g, "base", VEL_F32, s->weight) : vel_fill(g, s->weight, 0);
+    vel_ref base = {0};
+    if (with_base)
+        base = vel_input(g, "base", VEL_F32, s->weight);
     vel_ref merged = vel_adapter_merged(g, s, base, leaves);
     if (with_base)
         merged = vel_sub(g, merged, base);
-    vel_output(g, "change", vel_affine(g, merged, strength, 0));
+    vel_output(g, "change", strength == 1 ? merged : vel_affine(g, merged, strength, 0));
     return vel_graph_check(g);
 }
 
