@@ -213,6 +213,40 @@ TEST(dialects_forms)
     comes_to(t, NETWORK "--unet_lr 0", "train_unet=no train_text_encoder=yes");
 }
 
+/* The launcher's own file of settings: its type counts, below the launcher's line. */
+TEST(dialects_launcher_files)
+{
+    static const struct {
+        const char *text, *flags, *precision, *says;
+    } cases[] = {
+        {"compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: fp16 # "
+         "half\n"
+         "num_processes: 1\nfsdp_config:\n  num_processes: 8\nuse_cpu: false\n",
+         "", "fp16", NULL},
+        {"mixed_precision: 'bf16'\n", "--mixed_precision no ", "no", NULL},
+        {"mixed_precision: bf16\n", "--mixed_precision=fp16 ", "fp16", NULL},
+        {"distributed_type: MULTI_GPU\n", "", NULL, "MULTI_GPU"},
+        {"num_processes: 2\n", "", NULL, "num_processes"},
+    };
+    char path[4200], line[5000], wanted[64];
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        snprintf(path, sizeof path, "%s/accelerate.yaml", t->folder);
+        CHECK_OK(vel_write_file(t->ctx, path, cases[i].text, strlen(cases[i].text)));
+        snprintf(line, sizeof line, "accelerate launch %s--config_file %s examples/" BOOTH,
+                 cases[i].flags, path);
+        snprintf(wanted, sizeof wanted, "precision=%s", cases[i].precision);
+        if (cases[i].says)
+            is_refused(t, line, cases[i].says);
+        else
+            comes_to(t, line, wanted);
+    }
+    comes_to(t, "accelerate-launch --mixed_precision fp16 ./x/" BOOTH, "precision=fp16");
+    comes_to(t,
+             "python3 -m accelerate.commands.accelerate_cli launch --mixed_precision bf16 " BOOTH,
+             "precision=bf16");
+    comes_to(t, "/usr/bin/python3.11 ./examples/dreambooth/" BOOTH, "precision=no");
+}
+
 TEST(dialects_odd_defaults)
 {
     comes_to(t, NETWORK "--strict_compat", "caption_extension=.caption strict_compat=yes");
@@ -223,6 +257,10 @@ TEST(dialects_odd_defaults)
     is_refused(t, NETWORK "--lr_warmup_steps 10 --strict_compat", "--lr_warmup_steps");
     comes_to(t, BOOTH "--lr_warmup_steps 10 --strict_compat",
              "lr_scheduler=constant lr_warmup_steps=0 strict_compat=no");
+    comes_to(t, NETWORK "--cache_latents", "freeze_latents=no");
+    comes_to(t, NETWORK "--cache_latents --strict_compat", "freeze_latents=yes");
+    comes_to(t, NETWORK "--strict_compat", "freeze_latents=no");
+    CHECK(strstr(said, "was drawn")); /* a seed */
     comes_to(t, BOOTH "--lr_scheduler cosine", "lr_warmup_steps=500");
     comes_to(t, NETWORK "--lr_scheduler cosine --lr_warmup_steps 10%",
              "lr_warmup_steps=0.10000000000000001");
@@ -258,6 +296,7 @@ TEST(dialects_refuse)
     is_refused(t, "accelerate launch", "no script");
     is_refused(t, "accelerate launch train.py", "train_network.py");
     is_refused(t, "accelerate config", "accelerate launch");
+    is_refused(t, "accelerate launch --config_file /nonexistent/c.yaml " BOOTH, "c.yaml");
     is_refused(t, "python -c x", "-c");
     comes_to(t, NETWORK "--wandb_api_key secret --xformers", "rank=4");
     CHECK(strstr(said, "--wandb_api_key changes nothing") && !strstr(said, "secret"));

@@ -102,6 +102,7 @@ static vel_status save_rules(vel_line *l)
         if (vel_line_on(l, refused[i]))
             return vel_line_refuse(l, refused[i], "%s", why[i]);
     VEL_TRY(vel_line_set(l, every, "save_every", "%s", vel_line_value(l, every)));
+    VEL_TRY(vel_line_set(l, every, "save_layout", "checkpoints"));
     return vel_line_set(l, "checkpoints_total_limit", "keep_last", "%s", limit ? limit : "0");
 }
 

@@ -59,9 +59,9 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "debug_dataset", KIND_SWITCH, NULL, "dry_run",
         "the plan tells what is in the data, and nothing is trained"),
     SET(KOHYA, "resolution", KIND_TEXT, NULL, "resolution"),
-    IDLE(KOHYA, "cache_latents", KIND_SWITCH, NULL,
+    RULE(KOHYA, "cache_latents", KIND_SWITCH, NULL,
          "pictures are encoded once in any case; mean and variance are kept, so that each step "
-         "draws anew"),
+         "draws anew; --strict_compat: freeze_latents"),
     IDLE(KOHYA, "vae_batch_size", KIND_INT, "1", "pictures are encoded one by one, once"),
     SET(KOHYA, "cache_latents_to_disk", KIND_SWITCH, NULL, "cache_to_disk"),
     IDLE(KOHYA, "skip_cache_check", KIND_SWITCH, NULL, "the cache goes by content"),

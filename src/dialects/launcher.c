@@ -20,7 +20,7 @@ static const launcher_option options[] = {
     {"num_processes", true, NULL, ONE_DEVICE},
     {"num_machines", true, NULL, ONE_DEVICE},
     {"multi_gpu", false, NULL, ONE_DEVICE},
-    {"config_file", true, "there is no launcher to set up", NULL},
+    {"config_file", true, NULL, NULL}, /* read below */
     {"gpu_ids", true, "--device chooses the device", NULL},
     {"cpu", false, "--device cpu chooses the processor", NULL},
     {"quiet", false, NULL, NULL},
@@ -75,6 +75,54 @@ static vel_status unknown_option(vel_line *l, const char *word)
                     best ? "; the nearest: --" : "", best ? best : "");
 }
 
+/* A line `key: value` of accelerate's own file; what it says of one process and its type counts. */
+static vel_status take_setting(vel_line *l, const char *path, const char *key, char *value)
+{
+    static const char *const one[] = {"num_processes", "num_machines"};
+    static const char *const single[] = {"NO", "No", "no", "'NO'", "\"NO\""};
+    bool known = false;
+    for (int i = 0; i < VEL_COUNT(one); i++)
+        if (strcmp(key, one[i]) == 0 && strcmp(value, "1") != 0)
+            return vel_fail(l->ctx, VEL_UNSUPPORTED, "%s: %s: %s: not available: %s", path, key,
+                            value, ONE_DEVICE);
+    for (int i = 0; i < VEL_COUNT(single); i++)
+        known |= strcmp(value, single[i]) == 0;
+    if (strcmp(key, "distributed_type") == 0 && !known)
+        return vel_fail(l->ctx, VEL_UNSUPPORTED, "%s: %s: %s: not available: %s", path, key, value,
+                        ONE_DEVICE);
+    if (strcmp(key, "mixed_precision") != 0 || l->launcher_precision)
+        return VEL_OK;
+    value += strspn(value, "'\"");
+    value[strcspn(value, "'\"")] = 0;
+    l->launcher_precision = vel_arena_strdup(l->arena, value);
+    return l->launcher_precision ? VEL_OK : VEL_NO_MEMORY;
+}
+
+/* accelerate's YAML: its settings stand one a line; what is indented belongs to plug-ins. */
+static vel_status read_config(vel_line *l, const char *path)
+{
+    char *text = NULL;
+    size_t n;
+    VEL_TRY(vel_read_file(l->ctx, path, (size_t)1 << 20, &text, &n));
+    vel_status st = VEL_OK;
+    for (char *at = text, *next; at && *at && st == VEL_OK; at = next) {
+        next = strchr(at, '\n');
+        if (next)
+            *next++ = 0;
+        at[strcspn(at, "#\r")] = 0;
+        char *colon = strchr(at, ':');
+        if (!colon || at[0] == ' ' || at[0] == '-')
+            continue;
+        *colon = 0;
+        char *value = colon + 1 + strspn(colon + 1, " ");
+        for (size_t k = strlen(value); k && value[k - 1] == ' '; k--)
+            value[k - 1] = 0;
+        st = take_setting(l, path, at, value);
+    }
+    vel_free(l->ctx, text);
+    return st;
+}
+
 static vel_status take_option(vel_line *l, int n, const char *const *words, int *taken)
 {
     const char *word = words[0], *name = word + strspn(word, "-"), *equals = strchr(name, '=');
@@ -102,7 +150,7 @@ static vel_status take_option(vel_line *l, int n, const char *const *words, int 
         vel_log(l->ctx, 2, "accelerate launch: --%s changes nothing here: %s", o->name, o->note);
     if (strcmp(o->name, "mixed_precision") == 0)
         l->launcher_precision = value;
-    return VEL_OK;
+    return strcmp(o->name, "config_file") == 0 ? read_config(l, value) : VEL_OK;
 }
 
 static vel_status not_a_script(vel_line *l, const char *word)
@@ -141,6 +189,9 @@ static vel_status skip_python(vel_line *l, int n, const char *const *words, int 
         bool module = strcmp(word, "-m") == 0 && at + 1 < n;
         if (module && vel_has_prefix(words[at + 1], "accelerate.commands.launch"))
             return skip_launch(l, n, words, at + 2, out);
+        if (module && strcmp(words[at + 1], "accelerate.commands.accelerate_cli") == 0 &&
+            at + 2 < n && strcmp(words[at + 2], "launch") == 0)
+            return skip_launch(l, n, words, at + 3, out);
         if (strcmp(word, "-m") == 0 || strcmp(word, "-c") == 0)
             return vel_fail(l->ctx, VEL_UNSUPPORTED,
                             "python %s: only the known scripts are run, by their file's name",
@@ -156,6 +207,8 @@ vel_status vel_launcher_skip(vel_line *l, int n, const char *const *words, int *
     const char *first = n ? (slash ? slash + 1 : words[0]) : "";
     if (vel_has_prefix(first, "python") && !vel_has_suffix(first, ".py"))
         return skip_python(l, n, words, at);
+    if (strcmp(first, "accelerate-launch") == 0)
+        return skip_launch(l, n, words, 1, at);
     if (strcmp(first, "accelerate") != 0)
         return at_script(l, n, words, 0, at);
     if (n < 2 || strcmp(words[1], "launch") != 0)

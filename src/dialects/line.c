@@ -468,7 +468,7 @@ static vel_status read_line(vel_line *l, int n, const char *const *words)
 bool vel_params_is_foreign(const char *word)
 {
     const char *slash = strrchr(word, '/'), *name = slash ? slash + 1 : word;
-    return strcmp(name, "accelerate") == 0 || vel_has_prefix(name, "python") ||
+    return vel_has_prefix(name, "accelerate") || vel_has_prefix(name, "python") ||
            vel_has_suffix(name, ".py");
 }
 

@@ -171,9 +171,12 @@ static vel_status put_picture(batch_maker *m, train_batch *t, int k)
     train_item *item = &t->item[k];
     uint64_t seed = (uint64_t)s->o->seed;
     int64_t each = (int64_t)t->b.h * t->b.w * s->channels;
-    if (s->o->sample_latents)
-        vel_random_normal(seed, stream_of(STREAM_LATENT, t->micro, k), 0, t->disturbed + k * each,
-                          each);
+    if (s->o->sample_latents) {
+        bool once = s->o->freeze_latents;
+        int64_t flipped = once ? vel_batch_flipped(s, item->sample, item->epoch) : k;
+        uint64_t stream = stream_of(STREAM_LATENT, once ? -1 - item->sample : t->micro, flipped);
+        vel_random_normal(seed, stream, 0, t->disturbed + k * each, each);
+    }
     vel_random_normal(seed, stream_of(STREAM_NOISE, t->micro, k), 0, t->noise + k * each, each);
     const float *moments =
         vel_batch_keeps(s, item->sample)

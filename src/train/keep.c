@@ -6,6 +6,8 @@
  *     OUTPUT_DIR/NAME-step00000100.safetensors    saves on the way
  *     OUTPUT_DIR/NAME-000002.safetensors          those by epoch
  *     OUTPUT_DIR/NAME-step00000100.state          what --resume reads
+ *     OUTPUT_DIR/checkpoint-100/                  instead of both, with --save_layout checkpoints:
+ *                                                 the result under its name, and the state
  *     OUTPUT_DIR/NAME.log.jsonl                   a line a step */
 #include <stdlib.h>
 #include <unistd.h>
@@ -90,6 +92,22 @@ static int64_t number_of(const train_session *s, const char *name, const char *m
 static int64_t step_of(const train_session *s, const char *name, const char *ending)
 {
     return number_of(s, name, STEP_MARK, ending);
+}
+
+/* N of "checkpoint-N"; -1: another name. */
+static int64_t checkpoint_of(const char *name)
+{
+    static const char mark[] = "checkpoint-";
+    char *end;
+    if (!vel_has_prefix(name, mark) || name[sizeof mark - 1] < '0' || name[sizeof mark - 1] > '9')
+        return -1;
+    long long number = strtoll(name + sizeof mark - 1, &end, 10);
+    return *end ? -1 : number;
+}
+
+static bool in_checkpoints(const train_session *s)
+{
+    return s->o->save_layout && strcmp(s->o->save_layout, "checkpoints") == 0;
 }
 
 /* Is there a model folder? */
@@ -412,6 +430,35 @@ static void forget_old(train_session *s, const char *mark, const char *ending, i
     vel_names_free(s->ctx, names, n);
 }
 
+/* Removes all but the newest keep folders checkpoint-N; their names do not sort as their numbers.
+ */
+static void forget_checkpoints(train_session *s, int keep)
+{
+    char **names;
+    int n;
+    if (keep <= 0 || vel_list_folder(s->ctx, s->o->output_dir, &names, &n))
+        return;
+    for (;;) {
+        int count = 0, oldest = -1;
+        for (int i = 0; i < n; i++) {
+            int64_t number = checkpoint_of(names[i]);
+            if (number < 0)
+                continue;
+            count++;
+            if (oldest < 0 || number < checkpoint_of(names[oldest]))
+                oldest = i;
+        }
+        if (count <= keep)
+            break;
+        char *path = vel_path_join(s->ctx, s->o->output_dir, names[oldest]);
+        if (path)
+            vel_remove_tree(s->ctx, path);
+        vel_free(s->ctx, path);
+        names[oldest][0] = 0;
+    }
+    vel_names_free(s->ctx, names, n);
+}
+
 static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adapters */
 
 /* The dialect of the result: kohya's for adapters and diffusers' for words, unless one is named. */
@@ -464,6 +511,12 @@ static char *save_path(train_session *s, const char *ending)
 {
     const vel_train_options *o = s->o;
     int64_t epochs = o->save_every_n_epochs;
+    if (in_checkpoints(s) && vel_method_is_words(o)) /* as textual_inversion.py names it */
+        return vel_arena_strf(s->arena, "%s/%s-steps-%" PRId64 "%s", o->output_dir, name_of(s),
+                              s->step, ending);
+    if (in_checkpoints(s))
+        return vel_arena_strf(s->arena, "%s/checkpoint-%" PRId64 "/%s%s", o->output_dir, s->step,
+                              ending[0] ? name_of(s) : ".", ending);
     bool by_step = o->save_every > 0 && s->step % o->save_every == 0;
     if (epochs > 0 && !by_step && s->step % (epochs * s->steps_per_epoch) == 0)
         return vel_arena_strf(s->arena, "%s/%s" EPOCH_MARK "%06" PRId64 "%s", o->output_dir,
@@ -472,11 +525,28 @@ static char *save_path(train_session *s, const char *ending)
                           s->step, ending);
 }
 
+static const char state_name[] = "velatura.state"; /* in a checkpoint */
+
+/* Where the state goes; the folder for it is made. */
+static vel_status state_path(train_session *s, char **out)
+{
+    if (!in_checkpoints(s)) {
+        *out = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir,
+                              name_of(s), s->step);
+        return *out ? VEL_OK : VEL_NO_MEMORY;
+    }
+    char *folder = vel_arena_strf(s->arena, "%s/checkpoint-%" PRId64, s->o->output_dir, s->step);
+    if (!folder)
+        return VEL_NO_MEMORY;
+    VEL_TRY(vel_make_folder(s->ctx, folder));
+    *out = vel_arena_strf(s->arena, "%s/%s", folder, state_name);
+    return *out ? VEL_OK : VEL_NO_MEMORY;
+}
+
 vel_status vel_keep_save(train_session *s, bool last)
 {
-    char *digest = digest_of(s);
-    char *state = vel_arena_strf(s->arena, "%s/%s-step%08" PRId64 ".state", s->o->output_dir,
-                                 name_of(s), s->step);
+    char *digest = digest_of(s), *state = NULL;
+    VEL_TRY(state_path(s, &state));
     const char *ending = vel_keep_ending(s);
     char *file = last ? vel_keep_result(s) : save_path(s, ending);
     if (!digest || !state || !file)
@@ -485,8 +555,16 @@ vel_status vel_keep_save(train_session *s, bool last)
     vel_engine *e = vel_model_engine(s->model);
     VEL_TRY(vel_engine_evaluate(e, true));
     vel_status st = export_result(s, file);
+    bool again =
+        last && in_checkpoints(s) && s->o->save_every > 0 && s->step % s->o->save_every == 0;
+    if (st == VEL_OK && again) { /* at the end there is a checkpoint, too, where one is due */
+        char *due = save_path(s, ending);
+        st = due ? export_result(s, due) : VEL_NO_MEMORY;
+    }
     VEL_TRY(st);
     VEL_TRY(vel_engine_evaluate(e, false));
+    if (in_checkpoints(s))
+        forget_checkpoints(s, s->o->keep_last);
     forget_old(s, STEP_MARK, ".state", s->o->keep_last);
     forget_old(s, STEP_MARK, ending, s->o->keep_last);
     forget_old(s, EPOCH_MARK, ending, s->o->keep_last);
@@ -495,6 +573,48 @@ vel_status vel_keep_save(train_session *s, bool last)
         forget_old(s, EPOCH_MARK, words_ending, s->o->keep_last);
     }
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
+    return VEL_OK;
+}
+
+/* The newest state in OUTPUT_DIR, of either layout; NULL in *out: none. */
+static vel_status find_latest(train_session *s, char **out)
+{
+    char **names;
+    int n;
+    int64_t latest = -1;
+    *out = NULL;
+    VEL_TRY(vel_list_folder(s->ctx, s->o->output_dir, &names, &n));
+    for (int i = 0; i < n; i++) {
+        int64_t step = in_checkpoints(s) ? checkpoint_of(names[i]) : step_of(s, names[i], ".state");
+        if (step <= latest)
+            continue;
+        latest = step;
+        *out = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, names[i]);
+    }
+    vel_names_free(s->ctx, names, n);
+    return latest < 0 || *out ? VEL_OK : VEL_NO_MEMORY;
+}
+
+/* A checkpoint of the script itself: its adapter and step are taken; its optimizer's state is a
+ * pickle in the order of its own parameters. */
+static vel_status resume_foreign(train_session *s, const char *folder)
+{
+    const char *slash = strrchr(folder, '/'), *name = slash ? slash + 1 : folder;
+    if (checkpoint_of(name) < 0)
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--resume: %s has no %s; a folder of another trainer is named checkpoint-N",
+                        folder, state_name);
+    if (!s->trained.n_adaptions)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--resume: %s has no %s; of another trainer's checkpoints only adapters "
+                        "are taken: give a model folder as --model",
+                        folder, state_name);
+    VEL_TRY(vel_train_warm_start(s->model, folder, s->sites, s->n_sites));
+    s->first_step = checkpoint_of(name);
+    vel_log(s->ctx, 2,
+            "resumed from %s, another trainer's, at step %" PRId64
+            ": the values are taken, the optimizer begins anew",
+            folder, s->first_step);
     return VEL_OK;
 }
 
@@ -507,23 +627,28 @@ vel_status vel_keep_resume(train_session *s)
     if (!digest)
         return VEL_NO_MEMORY;
     if (strcmp(from, "latest") == 0) {
-        char **names;
-        int n;
-        VEL_TRY(vel_list_folder(s->ctx, s->o->output_dir, &names, &n));
-        for (int i = 0; i < n; i++)
-            if (step_of(s, names[i], ".state") >= 0)
-                path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, names[i]);
-        vel_names_free(s->ctx, names, n);
+        VEL_TRY(find_latest(s, &path));
         if (!path) {
             vel_log(s->ctx, 2, "--resume latest: no state in %s yet, starting at step 1",
                     s->o->output_dir);
             return VEL_OK;
         }
-    } else {
-        path = vel_arena_strdup(s->arena, from);
+    } else { /* the scripts look for a checkpoint's last name in the output folder */
+        const char *slash = strrchr(from, '/');
+        path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, slash ? slash + 1 : from);
+        if (path && !(in_checkpoints(s) && vel_is_folder(path)))
+            path = vel_arena_strdup(s->arena, from);
     }
     if (!path)
         return VEL_NO_MEMORY;
+    if (vel_is_folder(path)) {
+        char *state = vel_arena_strf(s->arena, "%s/%s", path, state_name);
+        if (!state)
+            return VEL_NO_MEMORY;
+        if (!vel_is_file(state))
+            return resume_foreign(s, path);
+        path = state;
+    }
     VEL_TRY(vel_state_load(s->ctx, vel_model_engine(s->model), path, digest, &s->first_step,
                            &s->scaler));
     vel_log(s->ctx, 2, "resumed from %s at step %" PRId64, path, s->first_step);

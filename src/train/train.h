@@ -30,6 +30,7 @@ typedef struct vel_train_options {
     double caption_dropout, validation_split;
     vel_caption_rules captions;
     bool sample_latents; /* draw from the autoencoder's distribution at each step, not its mean */
+    bool freeze_latents; /* draw once for each picture */
     const char *method;  /* "adapter", "full", "textual_inversion" */
     const char *weights; /* full: patterns of the weights that are trained; NULL: all */
     /* prior preservation */
@@ -92,6 +93,7 @@ typedef struct vel_train_options {
     const char *fit;    /* memory of the device to stay under in all, "8GB"; NULL no limit */
     /* output */
     const char *output_dir, *output_name, *save_format, *save_precision, *resume;
+    const char *save_layout; /* of saves on the way: "files", "checkpoints" */
     int save_every, save_every_n_epochs, keep_last;
     bool no_metadata;
     const char *metadata; /* of all metadata_... settings; they are read from the settings */

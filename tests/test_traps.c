@@ -1,0 +1,169 @@
+/* test_traps.c: what surprises in other trainers: the helpful reading and, where it differs, theirs
+ * (--strict_compat). One test for each surprise that other files do not cover; docs/pitfalls.md
+ * names those that they do. */
+#include "program.h"
+
+/* A shell in $D with the program as $P, the model as $M and two pictures in d/10_sks_style. */
+static bool shell(vel_test *t, const char *script, program_result *r)
+{
+    static char words[6000];
+    char folder[4200];
+    snprintf(folder, sizeof folder, "%s/d/10_sks_style", t->folder);
+    if (!vel_is_folder(folder)) {
+        char above[4200];
+        snprintf(above, sizeof above, "%s/d", t->folder);
+        CHECK_OK(vel_make_folder(t->ctx, above));
+        program_copy_pictures(t, folder, 2);
+    }
+    snprintf(words, sizeof words,
+             "P=$(realpath $V); M=$(realpath $M); cd $D; kohya() { $P train_network.py "
+             "--pretrained_model_name_or_path=$M --train_data_dir=d --output_dir=o --output_name=n "
+             "--network_module=networks.lora --resolution=64 --max_train_steps=1 \"$@\"; }; %s",
+             script);
+    return program_shell(t, words, r);
+}
+
+/* sd-scripts reads .caption alone: the folder's words stand in, and .txt is not learned. */
+TEST(trap_caption_extension)
+{
+    static program_result r;
+    if (!shell(t, "kohya --dry_run", &r))
+        return;
+    CHECK_MSG(strstr(r.text, "2 of 2; 2 in .txt files") && strstr(r.text, "in sks style"), "%s",
+              r.text);
+    if (!shell(t, "kohya --dry_run --strict_compat", &r))
+        return;
+    CHECK_MSG(strstr(r.text, "0 of 2") && strstr(r.text, "the folder's words stand in"), "%s",
+              r.text);
+}
+
+/* The lesson's line trains the text encoder too, without buckets and without a seed: it is said. */
+TEST(trap_text_encoder_and_seed)
+{
+    static program_result r;
+    if (!shell(t, "kohya --dry_run --learning_rate=1e-4", &r))
+        return;
+    CHECK_MSG(strstr(r.text, "the text encoder is trained as well, at rate 1e-4") &&
+                  strstr(r.text, "no --seed: 0 is taken") && strstr(r.text, "one size, of at most"),
+              "%s", r.text);
+}
+
+/* Alpha 16 at rank 32 in diffusers' names, where only metadata could carry it: it is in the values,
+ * so that the strength stays with metadata and without, and is that of kohya's file. */
+TEST(trap_alpha_in_diffusers_names)
+{
+    static program_result r;
+    if (!shell(
+            t,
+            "one() { out=$1; shift; kohya --network_dim=32 --network_alpha=16 --learning_rate=0.1 "
+            "--network_train_unet_only \"$@\" --overwrite >/dev/null 2>&1; cp o/n.safetensors "
+            "$out; }; one k.safetensors; one d.safetensors --save_format=diffusers; one "
+            "m.safetensors --save_format=diffusers --no_metadata; for file in d m; do $P adapter "
+            "verify k.safetensors $file.safetensors --model $M || exit; done; $P inspect "
+            "k.safetensors",
+            &r))
+        return;
+    CHECK_MSG(r.status == 0 && strstr(r.text, "strength    0.5"), "%s", r.text);
+}
+
+/* 100 class pictures are 10,000 evaluations: said before, with nothing drawn. */
+TEST(trap_class_pictures_cost)
+{
+    static program_result r;
+    if (!shell(t,
+               "$P train_dreambooth_lora.py --pretrained_model_name_or_path=$M "
+               "--instance_data_dir=d/10_sks_style --instance_prompt=x --class_prompt=y "
+               "--class_data_dir=c --with_prior_preservation --resolution=64 --dry_run; ls",
+               &r))
+        return;
+    CHECK_MSG(strstr(r.text, "0 of 100") && strstr(r.text, "100 would be drawn"), "%s", r.text);
+}
+
+/* A base that is not there: what was looked for, and what can be done. */
+TEST(trap_no_such_base)
+{
+    static program_result r;
+    if (!shell(t,
+               "HF_HOME=$D VELATURA_MODEL_ROOT=$D/models $P train_banana_lora.py "
+               "--pretrained_model_name_or_path=banana-ai/nano-banana-v1-base "
+               "--train_data_dir=d/10_sks_style",
+               &r))
+        return;
+    CHECK_MSG(r.status == 1 && strstr(r.text, "banana-ai/nano-banana-v1-base") &&
+                  strstr(r.text, "VELATURA_MODEL_ROOT"),
+              "%s", r.text);
+}
+
+/* Two spellings of one strength. */
+TEST(trap_adapter_scale)
+{
+    static program_result r;
+    if (!shell(t,
+               "kohya --network_train_unet_only --learning_rate 0.1 >/dev/null 2>&1; draw() { $P "
+               "generate x --model $M --seed 1 --steps 1 --width 64 --height 64 \"$@\" >/dev/null "
+               "2>&1; }; draw --lora o/n.safetensors:0.8 --output a.webp; draw --lora "
+               "o/n.safetensors --lora_scale 0.8 --output b.webp; draw --lora o/n.safetensors "
+               "--output c.webp; cmp a.webp b.webp && echo equal; cmp a.webp c.webp || echo other",
+               &r))
+        return;
+    CHECK_MSG(strstr(r.text, "equal") && strstr(r.text, "other"), "%s", r.text);
+}
+
+/* sd-scripts draws one latent of a picture and keeps it; here each step draws anew. */
+TEST(trap_cached_latents)
+{
+    static program_result r;
+    if (!shell(
+            t,
+            "one() { kohya --network_train_unet_only --seed 1 --max_train_steps 3 --cache_latents "
+            "--mixed_precision no --overwrite \"$@\" >/dev/null 2>&1; cut -d, -f2 "
+            "o/n.log.jsonl >$name; }; name=a; one; name=b; one --freeze_latents; name=c; one "
+            "--freeze_latents; name=d; one --sample_latents=no; cmp a b || echo differs; cmp b c "
+            "&& echo equal; cmp b d || echo no mean; cat a b",
+            &r))
+        return;
+    CHECK_MSG(strstr(r.text, "differs") && strstr(r.text, "equal") && strstr(r.text, "no mean"),
+              "%s", r.text);
+}
+
+/* ---- checkpoints of diffusers' scripts ---- */
+
+#define BOOTH                                                                                      \
+    "booth() { $P train_dreambooth_lora.py --pretrained_model_name_or_path=$M "                    \
+    "--instance_data_dir=d/10_sks_style --instance_prompt=x --resolution=64 --center_crop "        \
+    "--train_batch_size=1 --mixed_precision=no --learning_rate=1e-2 --output_dir=$out \"$@\"; }; "
+
+TEST(checkpoints_are_diffusers)
+{
+    static program_result r;
+    if (!shell(t,
+               BOOTH
+               "out=whole; booth --max_train_steps=12 --checkpointing_steps=3 "
+               "--checkpoints_total_limit=2 >/dev/null 2>&1; ls whole whole/* | sed s/^/has:/; "
+               "out=half; booth --max_train_steps=5 --checkpointing_steps=2 >/dev/null 2>&1; ls "
+               "half | sed s/^/half:/; booth --max_train_steps=12 --checkpointing_steps=100 "
+               "--resume_from_checkpoint=latest; cmp whole/*.safetensors half/*.safetensors && "
+               "echo equal",
+               &r))
+        return;
+    CHECK_MSG(strstr(r.text, "has:checkpoint-12") && strstr(r.text, "has:checkpoint-9") &&
+                  !strstr(r.text, "has:checkpoint-6") && !strstr(r.text, "has:checkpoint-3"),
+              "%s", r.text);
+    CHECK(strstr(r.text, "has:pytorch_lora_weights.safetensors"));
+    CHECK(strstr(r.text, "half:checkpoint-2") && strstr(r.text, "half:checkpoint-4"));
+    CHECK_MSG(strstr(r.text, "resumed from half/checkpoint-5/") && strstr(r.text, "equal"), "%s",
+              r.text);
+    /* By name, as the scripts take it: its last part in the output folder; and one of theirs. */
+    if (!shell(t,
+               BOOTH "out=half; booth --max_train_steps=6 --overwrite "
+                     "--resume_from_checkpoint=else/where/checkpoint-4; rm "
+                     "half/checkpoint-4/velatura.state; booth --max_train_steps=6 --overwrite "
+                     "--resume_from_checkpoint=checkpoint-4; booth --max_train_steps=6 "
+                     "--resume_from_checkpoint=checkpoint-77",
+               &r))
+        return;
+    CHECK_MSG(strstr(r.text, "resumed from half/checkpoint-4/velatura.state at step 4") &&
+                  strstr(r.text, "another trainer's, at step 4"),
+              "%s", r.text);
+    CHECK_MSG(r.status == 1 && strstr(r.text, "checkpoint-77"), "%s", r.text);
+}
