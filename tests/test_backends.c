@@ -456,3 +456,110 @@ TEST(backends_streamed_weights_give_the_same)
               "only a few weights are there at a time: %" PRId64 " of %" PRId64, all.arena,
               plain.arena);
 }
+
+/* ---- what a plan keeps from run to run ---- */
+
+/* Of a frozen weight and the seldom changing input, of trained values alone, and of both with x. */
+static vel_graph *half_steady(vel_test *t)
+{
+    vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
+    vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(ROWS, IN));
+    vel_ref context = vel_input(g, "context", VEL_F32, VEL_SHAPE(ROWS, IN));
+    const vel_ref none = {0};
+    vel_ref p = vel_param(g, "p", VEL_SHAPE(OUT, IN)), q = vel_param(g, "q", VEL_SHAPE(OUT, IN));
+    vel_ref keys =
+        vel_linear_op(g, context, vel_weight(g, "w", VEL_SHAPE(OUT, IN)), none, none, VEL_ACT_SILU);
+    vel_ref change = vel_mul(g, vel_add(g, p, q), q);
+    vel_ref y = vel_linear_op(g, x, change, none, keys, VEL_ACT_NONE);
+    vel_output(g, "y", vel_act(g, y, VEL_ACT_SILU));
+    vel_output(g, "keys", vel_reshape(g, keys, VEL_SHAPE(OUT, ROWS)));
+    return g;
+}
+
+typedef struct steady_run {
+    vel_engine *e;
+    vel_plan *plan;
+    float x[ROWS * IN], context[ROWS * IN];
+    int runs; /* of nodes, recorded ones too */
+} steady_run;
+
+static void run_once(vel_test *t, steady_run *s, vel_plan *p, float *y, float *keys)
+{
+    int before = far_.runs;
+    int replays = far_.replays;
+    REQUIRE_OK(vel_plan_set(p, "context", s->context, sizeof s->context));
+    REQUIRE_OK(vel_plan_set(p, "x", s->x, sizeof s->x));
+    REQUIRE_OK(vel_plan_run(p));
+    REQUIRE_OK(vel_plan_get(p, "y", y, ROWS * OUT));
+    REQUIRE_OK(vel_plan_get(p, "keys", keys, ROWS * OUT));
+    s->runs = far_.runs - before + (far_.replays - replays) * far_.n;
+}
+
+/* What the plan gives is what a new plan gives, which has kept nothing. */
+static void check_steady(vel_test *t, steady_run *s, vel_dtype compute, int wanted)
+{
+    float y[2][ROWS * OUT], keys[2][ROWS * OUT];
+    vel_plan *p = NULL;
+    run_once(t, s, s->plan, y[0], keys[0]);
+    CHECK_MSG(s->runs == wanted, "%d nodes ran, not %d", s->runs, wanted);
+    vel_plan_options o = {.compute = compute};
+    REQUIRE_OK(vel_plan_create(s->e, half_steady(t), &o, &p));
+    run_once(t, s, p, y[1], keys[1]); /* and has used the working memory */
+    vel_plan_destroy(p);
+    CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0 && memcmp(keys[0], keys[1], sizeof keys[0]) == 0);
+    for (int i = 0; i < ROWS * OUT; i++)
+        CHECK(isfinite(y[0][i]));
+}
+
+TEST(plans_keep_what_does_not_change)
+{
+    const vel_backend far_b = far_backend();
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        vel_dtype compute = bf16 ? VEL_BF16 : VEL_F32;
+        steady_run s = {0};
+        vel_plan_options o = {.compute = compute, .steady = "context"};
+        memset(&far_, 0, sizeof far_);
+        REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &s.e));
+        s.e->backend = &far_b;
+        REQUIRE_OK(vel_engine_add_source(s.e, find_ramp, NULL));
+        vel_graph *g = half_steady(t);
+        REQUIRE_OK(vel_engine_add_trainables(s.e, g));
+        REQUIRE_OK(vel_engine_set_optimizer(s.e, &(vel_optimizer){.rule = "sgd"}));
+        read_ramp(NULL, 3, ROWS * IN, s.x);
+        read_ramp(NULL, 1, ROWS * IN, s.context);
+        vel_engine_write_trainables(s.e, 'v', 0, OUT * IN, s.x);
+        vel_engine_write_trainables(s.e, 'v', OUT * IN, OUT * IN, s.context);
+        vel_engine_write_trainables(s.e, 'g', 0, OUT * IN, s.context);
+        REQUIRE_OK(vel_plan_create(s.e, g, &o, &s.plan));
+        int all = 0, kept = 0;
+        for (int32_t id = 1; id < vel_graph_size(vel_plan_graph(s.plan)); id++) {
+            vel_op op = vel_node_at(vel_plan_graph(s.plan), id)->op;
+            all += vel_plan_kernel(s.plan, id) != NULL;
+            kept += op == VEL_OP_add || op == VEL_OP_mul; /* and the product with w */
+        }
+        CHECK(kept == 2);
+        int rest = bf16 ? all - kept - 3 : all - kept - 1; /* casts of context and of the change */
+        check_steady(t, &s, compute, all);
+        check_steady(t, &s, compute, rest);
+        s.x[3] += 1;
+        check_steady(t, &s, compute, rest);
+        s.context[5] -= 1;
+        check_steady(t, &s, compute, all);
+        check_steady(t, &s, compute, rest);
+        REQUIRE_OK(vel_engine_update(s.e, 1, rate, NULL));
+        check_steady(t, &s, compute, all);
+        vel_engine_write_trainables(s.e, 'v', 0, 4, s.x + 7);
+        check_steady(t, &s, compute, all);
+        REQUIRE_OK(vel_engine_average(s.e, 0.5));
+        vel_engine_write_trainables(s.e, 'v', 0, 4, s.x);
+        REQUIRE_OK(vel_engine_evaluate(s.e, true));
+        check_steady(t, &s, compute, all);
+        REQUIRE_OK(vel_engine_evaluate(s.e, false));
+        check_steady(t, &s, compute, all);
+        (void)vel_plan_first_bad(s.plan); /* runs all nodes, on inputs that are gone */
+        check_steady(t, &s, compute, all);
+        vel_plan_destroy(s.plan);
+        vel_engine_destroy(s.e);
+    }
+}

@@ -414,6 +414,7 @@ void vel_engine_write_trainables(vel_engine *e, char which, int64_t first, int64
                                  const float *in)
 {
     float **vector = vector_of(e, which);
+    e->changes++;
     if (need_vector(e, vector) == VEL_OK)
         e->backend->write(e->device, *vector + first, in, (size_t)n * sizeof *in);
 }
@@ -425,6 +426,7 @@ vel_status vel_engine_load_trainable(vel_engine *e, int i)
     leaf.out[0] = (vel_type){VEL_F32, t->shape};
     vel_source_tensor from;
     void *plain = NULL;
+    e->changes++;
     VEL_TRY(find_source(e, &leaf, &from));
     vel_status st = read_plain(e, &leaf, &from, &plain);
     if (st == VEL_OK)

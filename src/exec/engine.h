@@ -52,7 +52,25 @@ struct vel_engine {
     void *arena;
     int64_t arena_bytes;
     int n_plans;
+    int64_t changes; /* counts what changed trained values, for plans that keep what they made */
 };
+
+/* ---- steady_values.c: what a plan keeps from run to run ---- */
+typedef struct vel_steady {
+    bool *node;                    /* [node]: run only when something has changed */
+    int64_t (*place)[VEL_MAX_OUT]; /* [node][output] in kept; -1: not there */
+    char *kept;                    /* device */
+    int64_t bytes;
+    bool stale, reads_trained;
+    int64_t changes; /* the engine's, when it was made */
+    void **input;    /* [node] what a steady input was last set to; NULL: never */
+} vel_steady;
+/* For a plan whose kernels are chosen; inputs as in vel_plan_options. In arena a. */
+vel_status vel_steady_find(const vel_graph *g, const char *inputs, vel_arena *a, vel_steady *out);
+/* Notes what an input was set to. */
+void vel_steady_set(vel_steady *s, vel_ctx *ctx, int32_t id, const void *data, size_t bytes);
+bool vel_steady_is_stale(const vel_steady *s, const vel_engine *e);
+void vel_steady_finish(vel_steady *s, vel_engine *e, int32_t nodes);
 
 /* The weight leaf n as input i of kernel k (NULL: plain), loaded and packed on first use. reader
  * and in_type are the node that reads it. A streamed one is in the host's memory. */

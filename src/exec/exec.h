@@ -145,6 +145,10 @@ typedef struct vel_plan_options {
     vel_text *printed;
     bool dry;     /* plan on the NULL backend: no memory, no weights, cannot run */
     bool measure; /* the same with the device's own kernels: its true sizes */
+    /* Patterns of inputs that seldom change; without gradient only. What depends on them, on
+     * weights and on trained values alone is computed again when they did, and kept till then.
+     * Borrowed. */
+    const char *steady;
     /* Of recomputation, where neither smallest nor memory_budget chooses one. VEL_LEVEL_AUTO: the
      * device's habit: keep everything, or stay below its vel_backend.roomy. */
     int level;

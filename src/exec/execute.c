@@ -39,6 +39,8 @@ struct vel_plan {
     void *recording; /* of a run with these addresses; NULL: none */
     double *seconds; /* [node] */
     int64_t runs;
+    vel_steady steady; /* without gradient */
+    const char *steady_inputs;
 };
 
 /* ---- the pipeline
@@ -95,6 +97,16 @@ static vel_status run_passes(vel_graph **g, const vel_plan_options *o)
         *g = next;
         print_if_asked(*g, pipeline[i].name, o);
     }
+    return VEL_OK;
+}
+
+static vel_status put_steady_first(vel_graph **g, const vel_plan_options *o)
+{
+    vel_graph *next;
+    VEL_TRY(vel_pass_steady(*g, o->steady, &next));
+    vel_graph_destroy(*g);
+    *g = next;
+    print_if_asked(*g, "steady", o);
     return VEL_OK;
 }
 
@@ -254,6 +266,8 @@ static bool query_outside(void *user, int32_t id, int output)
         const vel_node *of = vel_at(p->g, n->in[0]);
         return query_outside(user, n->in[0].id, n->in[0].out) && of->op != VEL_OP_input;
     }
+    if (p->steady.place && p->steady.place[id][output] >= 0)
+        return true;
     return output == 0 && (p->gradient_at[id] || p->shadow_at[id]);
 }
 
@@ -382,6 +396,8 @@ static void *address_of(const vel_plan *p, vel_ref r)
         const vel_trainable *t = vel_engine_find_trainable(p->engine, n->path);
         return t ? p->engine->value + t->offset : NULL;
     }
+    if (p->steady.place && p->steady.place[r.id][r.out] >= 0)
+        return p->steady.kept + p->steady.place[r.id][r.out];
     if (p->shadow_at[r.id])
         return (char *)p->engine->shadow[n->out[0].dtype] +
                p->shadow_at[r.id]->offset * vel_dtype_bytes(n->out[0].dtype);
@@ -529,15 +545,21 @@ static vel_status bind(vel_plan *p)
 static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
 {
     VEL_TRY(run_passes(&p->g, o));
+    if (!o->gradient)
+        VEL_TRY(put_steady_first(&p->g, o));
     VEL_TRY(choose_level(p, o));
     VEL_TRY(apply_level(p));
     print_if_asked(p->g, "remat", o);
     VEL_TRY(choose_kernels(p, o));
     print_if_asked(p->g, "plan", o);
+    if (!o->gradient)
+        VEL_TRY(vel_steady_find(p->g, o->steady, p->arena, &p->steady));
     VEL_TRY(lay_out(p));
-    p->weight_bytes = weights_in_use(p);
+    p->weight_bytes = weights_in_use(p) + p->steady.bytes;
     if (p->dry)
         return VEL_OK;
+    if (p->steady.bytes)
+        VEL_TRY(p->backend->alloc(p->device, (size_t)p->steady.bytes, (void **)&p->steady.kept));
     VEL_TRY(make_launches(p));
     VEL_TRY(load_weights(p));
     return vel_engine_reserve(p->engine, p->layout.bytes);
@@ -555,6 +577,7 @@ vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *
     p->device = e->device;
     p->dry = o->dry || o->measure;
     p->apart = p->backend->side_by_side && o->gradient && !o->smallest;
+    p->steady_inputs = o->steady;
     p->g = g;
     p->arena = vel_arena_create(e->ctx);
     vel_status st = p->arena ? make_plan(p, o) : VEL_NO_MEMORY;
@@ -572,6 +595,7 @@ void vel_plan_destroy(vel_plan *p)
         return;
     forget_recording(p);
     release_kernels(p);
+    vel_steady_finish(&p->steady, p->engine, p->g ? vel_graph_size(p->g) : 0);
     vel_graph_destroy(p->g);
     vel_arena_destroy(p->arena);
     vel_free(p->engine->ctx, p);
@@ -605,6 +629,8 @@ vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t
     if (bytes != want)
         return vel_fail(p->engine->ctx, VEL_BUG, "input '%s' has %zu bytes, not %zu", input, want,
                         bytes);
+    if (p->steady.node && p->steady_inputs && vel_glob(p->steady_inputs, input))
+        vel_steady_set(&p->steady, p->engine->ctx, id, data, bytes);
     p->backend->write(p->device, address_of(p, (vel_ref){id, 0}), data, bytes);
     return VEL_OK;
 }
@@ -668,13 +694,49 @@ static vel_status make_shadows(vel_plan *p)
     return VEL_OK;
 }
 
-/* Starts the fetches that node id is the first to come after. */
-static vel_status fetch_until(vel_plan *p, int32_t id, int32_t *at)
+static bool is_steady(const vel_plan *p, int32_t id)
+{
+    return p->steady.node && p->steady.node[id];
+}
+
+/* Starts the fetches that node id is the first to come after; all: those for steady nodes too. */
+static vel_status fetch_until(vel_plan *p, int32_t id, int32_t *at, bool all)
 {
     const vel_fetches *f = &p->fetches;
     for (; *at < f->n && f->each[*at].begin <= id; ++*at)
-        VEL_TRY(p->backend->fetch(p->device, (char *)p->engine->arena + f->blocks[*at].offset,
-                                  f->each[*at].host, (size_t)f->each[*at].bytes));
+        if (all || !is_steady(p, f->each[*at].last))
+            VEL_TRY(p->backend->fetch(p->device, (char *)p->engine->arena + f->blocks[*at].offset,
+                                      f->each[*at].host, (size_t)f->each[*at].bytes));
+    return VEL_OK;
+}
+
+static vel_status run_node(vel_plan *p, int32_t id)
+{
+#ifdef VEL_HOSTILE
+    spoil_outputs(p, id);
+#endif
+    double start = p->profiling ? vel_now() : 0;
+    VEL_TRY(p->backend->run(p->device, &p->launches[id]));
+    if (!p->profiling || stamps(p))
+        return VEL_OK;
+    VEL_TRY(vel_backend_sync(p->backend, p->device));
+    p->seconds[id] += vel_now() - start;
+    return VEL_OK;
+}
+
+/* Before the run that needs them; never a part of its recording. */
+static vel_status run_steady(vel_plan *p)
+{
+    VEL_TRY(make_shadows(p));
+    int32_t fetched = 0;
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
+        if (!p->prepared[id] || !is_steady(p, id))
+            continue;
+        VEL_TRY(fetch_until(p, id, &fetched, true));
+        VEL_TRY(run_node(p, id));
+    }
+    p->steady.stale = false;
+    p->steady.changes = p->engine->changes;
     return VEL_OK;
 }
 
@@ -686,20 +748,12 @@ static vel_status run_nodes(vel_plan *p)
         VEL_TRY(p->backend->stamp(p->device, at++));
     int32_t fetched = 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
-        VEL_TRY(fetch_until(p, id, &fetched));
-        if (!p->prepared[id])
+        VEL_TRY(fetch_until(p, id, &fetched, false));
+        if (!p->prepared[id] || is_steady(p, id))
             continue;
-#ifdef VEL_HOSTILE
-        spoil_outputs(p, id);
-#endif
-        double start = p->profiling ? vel_now() : 0;
-        VEL_TRY(p->backend->run(p->device, &p->launches[id]));
-        if (stamps(p)) {
+        VEL_TRY(run_node(p, id));
+        if (stamps(p))
             VEL_TRY(p->backend->stamp(p->device, at++));
-        } else if (p->profiling) {
-            VEL_TRY(vel_backend_sync(p->backend, p->device));
-            p->seconds[id] += vel_now() - start;
-        }
     }
     copy_gradients(p);
     return VEL_OK;
@@ -710,7 +764,7 @@ static vel_status add_stamps(vel_plan *p)
     VEL_TRY(vel_backend_sync(p->backend, p->device));
     int at = 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++)
-        if (p->prepared[id])
+        if (p->prepared[id] && !is_steady(p, id))
             p->seconds[id] += p->backend->seconds(p->device, at++);
     return VEL_OK;
 }
@@ -737,6 +791,8 @@ vel_status vel_plan_run(vel_plan *p)
     if (p->dry)
         return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
     VEL_TRY(bind(p));
+    if (vel_steady_is_stale(&p->steady, p->engine))
+        VEL_TRY(run_steady(p));
     bool recorded = may_record(p);
     if (recorded && !p->recording)
         VEL_TRY(record_nodes(p));
@@ -834,9 +890,10 @@ const char *vel_plan_first_bad(vel_plan *p)
     if (bind(p) || make_shadows(p))
         return NULL;
     int32_t fetched = 0;
+    p->steady.stale = true; /* all of it runs again here, on inputs that may be gone */
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
-        if (fetch_until(p, id, &fetched) || !p->prepared[id] ||
+        if (fetch_until(p, id, &fetched, true) || !p->prepared[id] ||
             p->backend->run(p->device, &p->launches[id]))
             continue;
         for (int o = 0; o < n->n_out; o++) {

@@ -345,6 +345,7 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
                              void *user)
 {
     VEL_TRY(need_state(e));
+    e->changes++;
     const vel_optimizer *o = &e->optimizer;
     double t = e->numbers[NUMBER_T].value + 1;
     for (int i = 0; i < e->n_trainables; i++)
@@ -390,6 +391,7 @@ double vel_engine_rate(const vel_engine *e)
 
 vel_status vel_engine_evaluate(vel_engine *e, bool on)
 {
+    e->changes++;
     if (e->average && e->evaluating != on) {
         float *value = e->value;
         e->value = e->average;

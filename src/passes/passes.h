@@ -29,6 +29,14 @@ vel_status vel_pass_fuse(const vel_graph *g, vel_graph **out);
 vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out);
 int vel_remat_levels(const vel_graph *g);
 
+/* What depends on nothing but weights, trained values and inputs that match the patterns comes
+ * first (it is the same from run to run), all else behind it in its old order. */
+vel_status vel_pass_steady(const vel_graph *g, const char *inputs, vel_graph **out);
+/* Which nodes those are, and which results other nodes read: [node], in arena a. ordered: only what
+ * comes before the first that changes. */
+vel_status vel_find_steady(const vel_graph *g, const char *inputs, bool ordered, vel_arena *a,
+                           bool **steady, bool **read);
+
 /* Where every value lives in one block of memory. */
 typedef struct vel_place {
     int64_t offset; /* bytes into the arena; -1: not in the arena (leaves kept elsewhere) */

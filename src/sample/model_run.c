@@ -114,7 +114,7 @@ static vel_status get_plan(vel_model *m, plan_kind kind, int n, int h, int w, ve
             return st;
         }
     }
-    const vel_plan_options options = {.compute = m->compute};
+    const vel_plan_options options = {.compute = m->compute, .steady = "context,adapter.*"};
     VEL_TRY(vel_plan_create(m->engine, g, &options, out));
     m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, m->clock, *out};
     return VEL_OK;

@@ -73,7 +73,7 @@ static int64_t moments_count(const train_session *s, int sample)
 static vel_status kept_moments(train_session *s, int sample, int flipped, const float *pixels,
                                const float **out)
 {
-    const char *content;
+    const char *content = NULL;
     int64_t count = moments_count(s, sample);
     *out = vel_known(&s->moments, sample, flipped);
     if (*out)

@@ -232,7 +232,7 @@ static vel_status base_plan(vel_trainer *t, int n, int h, int w)
                            vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width))};
     const vel_family *family = vel_model_family(t->model);
     vel_output(g, "out", family->denoise(g, vel_model_config(t->model), x, time, &c));
-    vel_plan_options o = {.compute = t->o.compute};
+    vel_plan_options o = {.compute = t->o.compute, .steady = "context"};
     VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &t->base));
     t->base_n = n;
     t->base_h = h;
