@@ -131,7 +131,7 @@ static vel_status bench_adapter(step_bench *s, vel_arena *arena, vel_trained *wh
 /* One vector of a new word, which stands once in each text. */
 static vel_status bench_word(step_bench *s, vel_arena *arena, vel_trained *what)
 {
-    vel_text_info text[2];
+    vel_text_info text[VEL_MAX_TEXTS];
     vel_model_family(s->b->model)->texts(vel_model_config(s->b->model), text);
     float *row = vel_arena_alloc(arena, (size_t)text[0].width * sizeof *row);
     if (!row)
@@ -209,6 +209,23 @@ static vel_status plan_memory(step_bench *s, int h, int w)
     return VEL_OK;
 }
 
+/* The extra inputs of a batch of pictures of the size that is measured. */
+static float *bench_extra(bench *b, vel_arena *arena)
+{
+    int h, w, down = vel_model_latent(b->model)->down, n = vel_model_extra_count(b->model);
+    latent_size(b, &h, &w);
+    float *out = vel_arena_alloc(arena, (size_t)(b->o->batch * VEL_MAX_EXTRA) * sizeof *out);
+    const vel_picture_facts facts = {.original_width = w * down,
+                                     .original_height = h * down,
+                                     .width = w * down,
+                                     .height = h * down,
+                                     .guidance = 1};
+    for (int i = 0; out && n && i < b->o->batch; i++)
+        vel_family_extra(vel_model_family(b->model), vel_model_config(b->model), &facts,
+                         out + i * n);
+    return out;
+}
+
 static vel_status prepare_step(step_bench *s, vel_arena *arena)
 {
     bench *b = s->b;
@@ -230,17 +247,16 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     VEL_TRY(vel_trainer_register(s->trainer, o->batch, h, w));
     VEL_TRY(plan_memory(s, h, w));
     VEL_TRY(first_values(s, &what));
-    vel_text_info text[2];
-    vel_model_family(b->model)->texts(vel_model_config(b->model), text);
     int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;
-    int64_t states = (int64_t)o->batch * text[0].length * text[0].width;
+    int64_t states = o->batch * vel_text_values(vel_model_states(b->model));
     float *latent = vel_arena_alloc(arena, (size_t)count * 4),
           *noise = vel_arena_alloc(arena, (size_t)count * 4);
     float *context = vel_arena_alloc(arena, (size_t)states * 4),
           *weight = vel_arena_alloc(arena, (size_t)o->batch * 4);
+    float *extra = bench_extra(b, arena);
     int32_t *time = vel_arena_alloc(arena, (size_t)o->batch * 4);
-    int32_t *ids = vel_arena_alloc(arena, (size_t)(o->batch * text[0].length) * 4);
-    if (!latent || !noise || !context || !weight || !time || !ids)
+    int32_t *ids = vel_arena_alloc(arena, (size_t)(o->batch * vel_model_ids(b->model)) * 4);
+    if (!latent || !noise || !context || !weight || !time || !ids || !extra)
         return VEL_NO_MEMORY;
     vel_random_normal(7, 1, 0, latent, count);
     vel_random_normal(7, 2, 0, noise, count);
@@ -248,7 +264,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     for (int i = 0; i < o->batch; i++) {
         weight[i] = 1;
         time[i] = 100 + 200 * i % 800;
-        ids[i * text[0].length + 1] = s->word;
+        ids[i * vel_model_ids(b->model) + 1] = s->word;
     }
     s->batch = (vel_batch){.n = o->batch / s->parts,
                            .h = h,
@@ -258,6 +274,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
                            .timestep = time,
                            .context = context,
                            .ids = ids,
+                           .extra = extra,
                            .weight = weight};
     return VEL_OK;
 }
@@ -313,14 +330,15 @@ static vel_status bench_step(bench *b)
 
 typedef struct part_bench {
     bench *b;
-    float *in, *time, *context, *out;
+    float *in, *time, *context, *extra, *out;
     int n, h, w;
 } part_bench;
 
 static vel_status run_unet(void *user)
 {
     part_bench *p = user;
-    return vel_model_denoise(p->b->model, p->in, p->time, p->context, p->n, p->h, p->w, p->out);
+    return vel_model_denoise(p->b->model, p->in, p->time, p->context, p->extra, p->n, p->h, p->w,
+                             p->out);
 }
 
 static vel_status run_decode(void *user)
@@ -356,16 +374,16 @@ static vel_status bench_part(bench *b, run_fn run)
 {
     part_bench p = {.b = b, .n = b->o->batch};
     latent_size(b, &p.h, &p.w);
-    vel_text_info text[2];
-    vel_model_family(b->model)->texts(vel_model_config(b->model), text);
     int down = vel_model_latent(b->model)->down;
     int64_t pixels = (int64_t)p.n * p.h * p.w * down * down * 3,
-            states = (int64_t)p.n * text[0].length * text[0].width;
+            states = p.n * vel_text_values(vel_model_states(b->model));
     p.in = vel_bench_values(b->ctx, 1, pixels);
     p.context = vel_bench_values(b->ctx, 2, states);
     p.time = vel_alloc(b->ctx, (size_t)p.n * sizeof *p.time);
     p.out = vel_alloc(b->ctx, (size_t)VEL_MAX(pixels, states) * sizeof *p.out);
-    vel_status st = p.in && p.context && p.time && p.out ? VEL_OK : VEL_NO_MEMORY;
+    vel_arena *arena = vel_arena_create(b->ctx);
+    p.extra = arena ? bench_extra(b, arena) : NULL;
+    vel_status st = p.in && p.context && p.time && p.out && p.extra ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; st == VEL_OK && i < p.n; i++)
         p.time[i] = 500;
     if (st == VEL_OK)
@@ -374,6 +392,7 @@ static vel_status bench_part(bench *b, run_fn run)
         st = profile(b, vel_model_last_plan(b->model), run, &p);
     char r[32];
     vel_text_addf(b->out, "peak of the process %s\n", vel_bytes_text(vel_peak_resident_bytes(), r));
+    vel_arena_destroy(arena);
     float *owned[] = {p.in, p.context, p.time, p.out};
     for (int i = 0; i < VEL_COUNT(owned); i++)
         vel_free(b->ctx, owned[i]);

@@ -155,7 +155,7 @@ static vel_status encode_ids(golden *k, const prompts *p, int length, int32_t *i
 
 static vel_text_info text_info(golden *k)
 {
-    vel_text_info text[2];
+    vel_text_info text[VEL_MAX_TEXTS];
     vel_model_family(k->model)->texts(vel_model_config(k->model), text);
     return text[0];
 }
@@ -177,8 +177,9 @@ static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_
     if (!g)
         return VEL_NO_MEMORY;
     vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(p->n, info.length));
+    vel_text_input texts = {.ids = in};
     vel_output(g, "last_hidden_state",
-               vel_model_family(k->model)->encode_text(g, config, in, 1).context);
+               vel_model_family(k->model)->encode_text(g, config, &texts, 1).context);
     vel_output(g, "hidden_state_penultimate", vel_clip_text_state(g, config, in, 1));
     vel_plan *plan;
     VEL_TRY(plan_of(k, g, &plan));
@@ -800,7 +801,8 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
     int64_t n = l->d[0];
     vel_shape latent = VEL_SHAPE(n, l->d[2], l->d[3], l->d[1]);
     vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, info.length));
-    vel_condition condition = family->encode_text(g, config, in, 1);
+    vel_text_input texts = {.ids = in};
+    vel_condition condition = family->encode_text(g, config, &texts, 1);
     vel_ref x = vel_input(g, "x", VEL_F32, latent),
             time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
     vel_ref target = vel_input(g, "target", VEL_F32, latent),

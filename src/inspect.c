@@ -179,8 +179,8 @@ static vel_status load_config(vel_ctx *ctx, const char *root, const char *part, 
 
 static vel_status add_schedule(vel_ctx *ctx, const char *root, vel_text *out)
 {
-    static const char *const predictions[] = {"noise (epsilon)", "velocity (v)",
-                                              "the clean latent"};
+    static const char *const predictions[] = {"noise (epsilon)", "velocity (v)", "the clean latent",
+                                              "the flow (noise - latent)"};
     json_t *json = NULL;
     vel_noise_config c;
     VEL_TRY(load_config(ctx, root, "scheduler", "scheduler_config.json", &json));
@@ -196,19 +196,22 @@ static vel_status add_schedule(vel_ctx *ctx, const char *root, vel_text *out)
 
 /* Sizes from the configs that the family reads. */
 static vel_status add_sizes(vel_ctx *ctx, vel_arena *a, const char *root, const vel_family *family,
-                            vel_text *out)
+                            const json_t *index, vel_text *out)
 {
     json_t *configs[8] = {NULL};
     int n = 0;
     vel_status st = VEL_OK;
-    for (; st == VEL_OK && family->parts[n] && n < VEL_COUNT(configs); n++)
+    for (; st == VEL_OK && family->parts[n] && n < VEL_COUNT(configs); n++) {
         st = load_config(ctx, root, family->parts[n], "config.json", &configs[n]);
+        if (st == VEL_NOT_FOUND && vel_family_may_lack(family, family->parts[n]))
+            st = VEL_OK;
+    }
     vel_config *config = NULL;
     if (st == VEL_OK)
-        st = family->read(ctx, a, (const json_t *const *)configs, family->parts, &config);
+        st = family->read(ctx, a, (const json_t *const *)configs, family->parts, index, &config);
     if (st == VEL_OK) {
         vel_latent_info latent;
-        vel_text_info text[2];
+        vel_text_info text[VEL_MAX_TEXTS];
         family->latent(config, &latent);
         int n_texts = family->texts(config, text);
         vel_text_addf(out,
@@ -236,7 +239,8 @@ static vel_status inspect_model(vel_ctx *ctx, const char *root, json_t *index, v
     vel_status st = a ? VEL_OK : VEL_NO_MEMORY;
     if (!family)
         vel_text_addf(out, "note        %s\n", vel_ctx_error(ctx));
-    else if (st == VEL_OK && (add_sizes(ctx, a, root, family, out) || add_schedule(ctx, root, out)))
+    else if (st == VEL_OK &&
+             (add_sizes(ctx, a, root, family, index, out) || add_schedule(ctx, root, out)))
         vel_text_addf(out, "problem     %s\n", vel_ctx_error(ctx));
     vel_arena_destroy(a);
     return st ? st : add_parts(ctx, root, index, out);

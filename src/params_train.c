@@ -286,6 +286,8 @@ const vel_option_row vel_train_rows[] = {
     INT("min_timestep", NULL, min_timestep, "0", 0, 999, "noise", "lowest timestep trained"),
     INT("max_timestep", NULL, max_timestep, "1000", 1, 1000, "noise",
         "timesteps trained are below this"),
+    FLOAT("guidance_scale", NULL, guidance_scale, "1", 0, 100, "noise",
+          "what models that take the guidance as an input are trained with (FLUX.1 dev)"),
     FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "run",
          "the smallest working memory, by computing again"),
     TEXT("fit", NULL, fit, NULL, "run",

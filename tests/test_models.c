@@ -48,7 +48,7 @@ static vel_status read_model(vel_ctx *ctx, const char *const *texts, model *m)
     for (int i = 0; i < 3; i++)
         configs[i] = json_loads(texts[i], 0, NULL);
     vel_status st =
-        m->arena ? m->family->read(ctx, m->arena, configs, files, &m->config) : VEL_NO_MEMORY;
+        m->arena ? m->family->read(ctx, m->arena, configs, files, NULL, &m->config) : VEL_NO_MEMORY;
     for (int i = 0; i < 3; i++)
         json_decref((json_t *)configs[i]);
     return st;
@@ -65,7 +65,8 @@ static vel_status load_model(vel_ctx *ctx, const char *folder, model *m)
         st = vel_json_load(ctx, path, &configs[i]);
     }
     if (!st)
-        st = m->family->read(ctx, m->arena, (const json_t *const *)configs, files, &m->config);
+        st =
+            m->family->read(ctx, m->arena, (const json_t *const *)configs, files, NULL, &m->config);
     for (int i = 0; i < 3; i++)
         json_decref(configs[i]);
     return st;
@@ -76,7 +77,7 @@ static vel_graph *build_part(vel_ctx *ctx, const model *m, int part, int64_t hei
 {
     vel_graph *g = vel_graph_create(ctx);
     vel_latent_info latent;
-    vel_text_info text[2];
+    vel_text_info text[VEL_MAX_TEXTS];
     if (!g)
         return NULL;
     m->family->latent(m->config, &latent);
@@ -89,7 +90,8 @@ static vel_graph *build_part(vel_ctx *ctx, const model *m, int part, int64_t hei
         vel_output(g, "out", m->family->denoise(g, m->config, x, t, &c));
     } else if (part == 1) {
         vel_ref ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, text[0].length));
-        vel_output(g, "out", m->family->encode_text(g, m->config, ids, 1).context);
+        vel_text_input in = {.ids = ids};
+        vel_output(g, "out", m->family->encode_text(g, m->config, &in, 1).context);
     } else {
         vel_ref z = vel_input(g, "z", VEL_F32, VEL_SHAPE(1, height, width, latent.channels));
         vel_ref image = vel_input(g, "image", VEL_F32,
@@ -270,7 +272,8 @@ TEST(models_refuse_inputs_that_do_not_fit)
     vel_graph_destroy(g);
     g = vel_graph_create(t->ctx);
     if (m.config && g) {
-        m.family->encode_text(g, m.config, vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, 77)), 5);
+        vel_text_input in = {.ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, 77))};
+        m.family->encode_text(g, m.config, &in, 5);
         CHECK(vel_graph_check(g) == VEL_BAD_GRAPH);
         CHECK(strstr(vel_ctx_error(t->ctx), "clip skip"));
     }

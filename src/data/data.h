@@ -155,6 +155,9 @@ const char *vel_sample_filter(const vel_sample *s, const char *filter, bool stri
  * (seed, epoch, index)); out: [height, width, 3] in -1..1. */
 vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
                              float *out);
+/* Where what is shown begins in the picture at the size to which it is scaled. */
+void vel_sample_crop(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, int *left,
+                     int *top);
 /* The weight of each place of the sample as vel_sample_pixels shows it, 0..1, [height / down, width
  * / down], means over down x down pixels. folder: of masks, pictures with the sample's name (red
  * channel); NULL: the sample's own alpha channel, 1 where it has none. */

@@ -286,6 +286,16 @@ static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, in
     return VEL_OK;
 }
 
+void vel_sample_crop(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, int *left,
+                     int *top)
+{
+    const vel_sample *s = &d->samples[index];
+    vel_size bucket, scaled, source = {s->source_width, s->source_height};
+    vel_bucket_choose(vel_sample_table(d, s), source, &bucket, &scaled);
+    *left = crop_at(d, index, seed, epoch, USE_CROP_X, scaled.width - bucket.width);
+    *top = crop_at(d, index, seed, epoch, USE_CROP_Y, scaled.height - bucket.height);
+}
+
 static const uint8_t *pixel_of(const window *w, int x, int y)
 {
     int column = w->x0 + (w->flip ? w->width - 1 - x : x);

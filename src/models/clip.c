@@ -15,7 +15,8 @@ static const vel_act_kind act_kinds[] = {VEL_ACT_QUICK_GELU, VEL_ACT_GELU, VEL_A
 
 vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel_clip_config *out)
 {
-    vel_settings s = vel_settings_of(ctx, json, file, "architectures", "CLIPTextModel");
+    vel_settings s = vel_settings_of(ctx, json, file, "architectures",
+                                     "CLIPTextModel|CLIPTextModelWithProjection");
     vel_settings_expect(&s, expected, VEL_COUNT(expected));
     *out = (vel_clip_config){
         .width = vel_setting_int(&s, "hidden_size", 512, 1, 1 << 16),
@@ -26,6 +27,7 @@ vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel
         .vocabulary = vel_setting_int(&s, "vocab_size", 49408, 1, 1 << 24),
         .eps = vel_setting_number(&s, "layer_norm_eps", 1e-5),
         .act = act_kinds[vel_setting_choice(&s, "hidden_act", -1, act_names, 0)],
+        .projection = vel_setting_int(&s, "projection_dim", 512, 1, 1 << 16),
     };
     if (!s.status && out->width % out->heads)
         vel_settings_fail(&s, "num_attention_heads", "is %d, which does not divide %d", out->heads,
@@ -67,6 +69,37 @@ static vel_ref encoder_layer(vel_graph *g, const vel_clip_config *c, vel_ref x)
     h = nn_layer_norm(g, "layer_norm2", x, c->eps);
     h = vel_act(g, nn_linear(g, "mlp.fc1", h, c->inner, true), c->act); /* [N, S, inner] */
     return vel_add(g, x, nn_linear(g, "mlp.fc2", h, c->width, true));
+}
+
+void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
+                     vel_ref *inner, vel_ref *last)
+{
+    *inner = *last = (vel_ref){0};
+    if (layers < 1 || layers > c->layers) {
+        nn_bad(g, "the text encoder has %d layers; clip skip must leave at least one of them",
+               c->layers);
+        return;
+    }
+    vel_ref x = embeddings(g, c, ids);
+    for (int i = 0; i < c->layers; i++) {
+        vel_layer(g, "text_model.encoder.layers.%d", i);
+        x = encoder_layer(g, c, x);
+        vel_end(g);
+        if (i + 1 == layers)
+            *inner = x;
+    }
+    *last = nn_layer_norm(g, "text_model.final_layer_norm", x, c->eps);
+}
+
+vel_ref vel_clip_pool(vel_graph *g, const vel_clip_config *c, vel_ref last, vel_ref end,
+                      bool projected)
+{
+    vel_shape s = vel_shape_at(g, last); /* [N, S, D] */
+    if (s.rank != 3)
+        return (vel_ref){0};
+    vel_ref rows = vel_reshape(g, last, VEL_SHAPE(s.dim[0] * s.dim[1], s.dim[2]));
+    vel_ref pooled = vel_embed(g, rows, end); /* [N, D] */
+    return projected ? nn_linear(g, "text_projection", pooled, c->projection, false) : pooled;
 }
 
 vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,

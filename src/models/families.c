@@ -27,6 +27,44 @@ const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, con
     return NULL;
 }
 
+int64_t vel_text_values(const vel_text_states *t)
+{
+    return (int64_t)t->length * t->width + t->pooled + (t->masked ? t->length : 0);
+}
+
+vel_ref vel_family_denoise(vel_graph *g, const vel_family *f, const vel_config *c, vel_ref latent,
+                           vel_ref time, const vel_condition *condition)
+{
+    if (f->time_scale != 0)
+        time = vel_affine(g, time, f->time_scale, f->time_offset);
+    vel_ref out = f->denoise(g, c, latent, time, condition);
+    return f->sign != 0 ? vel_affine(g, out, f->sign, 0) : out;
+}
+
+vel_guidance_info vel_family_guidance(const vel_family *f, const vel_config *c)
+{
+    vel_guidance_info out = {0};
+    if (f->guidance)
+        f->guidance(c, &out);
+    out.usual = out.usual > 0 ? out.usual : 7.5;
+    out.steps = out.steps > 0 ? out.steps : 50;
+    return out;
+}
+
+int vel_family_extra(const vel_family *f, const vel_config *c, const vel_picture_facts *facts,
+                     float *out)
+{
+    return f->extra ? f->extra(c, facts, out) : 0;
+}
+
+bool vel_family_may_lack(const vel_family *f, const char *part)
+{
+    for (int i = 0; f->optional && f->optional[i]; i++)
+        if (strcmp(f->optional[i], part) == 0)
+            return true;
+    return false;
+}
+
 /* ---- modules ---- */
 
 static const char weight_leaf[] = ".weight";

@@ -76,6 +76,7 @@ vel_ref vel_unet_build(vel_graph *g, const vel_unet_config *c, vel_ref latent, v
 
 typedef struct vel_clip_config {
     int width, layers, heads, inner, positions, vocabulary;
+    int projection; /* width of the pooled text in CLIPTextModelWithProjection */
     double eps;
     vel_act_kind act;
 } vel_clip_config;
@@ -83,6 +84,13 @@ vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel
 /* Inside the part's scope: the states after `layers` layers, through the final norm where asked. */
 vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
                        bool final_norm);
+/* Both at once: the states after `layers` layers without the final norm, and those after all
+ * layers through it. */
+void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
+                     vel_ref *inner, vel_ref *last);
+/* last [N, S, D] at each text's end (vel_text_input.end) -> [N, D], or projected [N, P]. */
+vel_ref vel_clip_pool(vel_graph *g, const vel_clip_config *c, vel_ref last, vel_ref end,
+                      bool projected);
 
 /* ---- T5EncoderModel, version 1.1 (t5.c) ---- */
 
@@ -241,10 +249,13 @@ vel_ref vel_dc_decode(vel_graph *g, const vel_dc_config *c, vel_ref z);
 
 /* ---- a family's configs ---- */
 
+/* What several families have; the rest of a family's configs is its own struct, which nobody else
+ * reads. */
 struct vel_config {
     vel_unet_config unet;
-    vel_clip_config clip;
+    vel_clip_config clip[2];
     vel_vae_config vae;
+    const void *own;
 };
 extern const vel_family vel_family_sd, vel_family_sdxl;
 /* sd.c, for families that are alike but for their text encoders */

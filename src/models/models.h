@@ -9,25 +9,50 @@
 #include "formats/formats.h"
 #include "graph/graph.h"
 
+enum { VEL_MAX_TEXTS = 3, VEL_MAX_EXTRA = 8 };
+
 /* What a denoiser is conditioned on; a family uses what it knows, the others stay {0}. */
 typedef struct vel_condition {
     vel_ref context; /* [N, S, D] text states */
     vel_ref pooled;  /* [N, P] */
     vel_ref extra;   /* [N, E]: size and crop, guidance */
-    vel_ref mask;    /* [N, S] */
+    vel_ref mask;    /* [N, S]: 1 for a token, 0 for padding */
 } vel_condition;
+
+/* The sizes of what is known of one text: S, D, P above. Outside of graphs the values of a text lie
+ * behind each other: context [S, D], then pooled [P], then mask [S] where masked. */
+typedef struct vel_text_states {
+    int length, width, pooled;
+    bool masked;
+} vel_text_states;
+int64_t vel_text_values(const vel_text_states *t); /* of one text */
 
 typedef struct vel_latent_info {
     int channels, down;  /* latent channels; pixels per latent on a side */
     double scale, shift; /* latent = (z - shift) * scale */
     int picture;         /* native size in pixels */
+    int multiple;        /* the latent's sides are multiples of it: patches; 0: 1 */
+    int packed; /* the reference's model and pipeline hold latents as tokens [N, h/p * w/p, C * p *
+                   p] (channel, row, column); 0: as pictures. For comparing with it */
 } vel_latent_info;
 
 typedef enum vel_prediction {
     VEL_PREDICTS_NOISE,
     VEL_PREDICTS_V,
-    VEL_PREDICTS_SAMPLE
+    VEL_PREDICTS_SAMPLE,
+    VEL_PREDICTS_FLOW /* noise - sample, on (1 - sigma) sample + sigma noise (Lipman et al. 2022) */
 } vel_prediction;
+
+/* How the noise levels of flow matching are shifted towards the noisy end, as
+ * FlowMatchEulerDiscreteScheduler's config states it. */
+typedef struct vel_flow_config {
+    double shift; /* sigma' = shift sigma / (1 + (shift - 1) sigma); 1: as they are */
+    bool dynamic; /* by the number of tokens instead: exp(mu), mu on a line through the two: */
+    double base_shift, max_shift;
+    int base_tokens, max_tokens;
+    bool linear;     /* mu itself, not exp(mu) */
+    double terminal; /* the last sigma is stretched to this; 0: not */
+} vel_flow_config;
 
 /* The noise schedule as the model folder states it (scheduler_config.json). */
 typedef struct vel_noise_config {
@@ -41,47 +66,107 @@ typedef struct vel_noise_config {
     bool set_alpha_to_one, skip_prk_steps, clip_sample, rescale_zero_snr;
     double clip_range;
     int solver_order;
+    vel_flow_config flow; /* where prediction is VEL_PREDICTS_FLOW */
 } vel_noise_config;
 
 typedef struct vel_text_info { /* one text encoder */
     const char *part;          /* "text_encoder" */
     const char *tokenizer;     /* folder: "tokenizer" */
-    int length;                /* positions: 77 */
+    int length;                /* tokens of a text, padded: 77 */
     int width;                 /* of a state */
     int layers;
     int vocabulary;
+    bool fixed;         /* the length is the encoder's own; else --max_sequence_length changes it */
+    bool masked;        /* it wants to know which tokens are padding */
+    bool pools;         /* it wants to know where a text ends */
+    bool absent;        /* the model has none: it is given nothing */
+    const char *prefix; /* put before every text but negative ones; NULL none */
+    /* The tokens of the prefix come on top of length, and only the first state and the last
+     * length - 1 are kept (Sana's instruction); else they count as the text's own. */
+    bool prefix_apart;
 } vel_text_info;
+
+/* What a text encoder is given; {0} where its info does not ask. */
+typedef struct vel_text_input {
+    vel_ref ids;  /* [N, S] int32 */
+    vel_ref mask; /* [N, S]: 1 for a token, 0 for padding */
+    vel_ref end;  /* [N] int32: the row of each text's first end token among [N * S] */
+    int keep;     /* states to keep: the first and the last keep - 1; 0: all */
+} vel_text_input;
+
+/* How a prompt's prediction and the negative prompt's make one. */
+typedef struct vel_guidance_info {
+    double usual;       /* what the reference's pipeline takes when it is told nothing; 0: 7.5 */
+    int steps;          /* likewise; 0: 50 */
+    bool distilled;     /* the model takes the guidance as an input, and is asked once */
+    bool none;          /* it knows no guidance: it is asked once (schnell) */
+    bool zero_negative; /* an empty negative prompt is zeros, not the text encoder's states of "" */
+    bool normalised;    /* the sum gets the length, for each latent value, of the prompt's own */
+    double until;       /* share of the steps that are guided; 0: all */
+} vel_guidance_info;
+
+/* Facts about a picture from which a family makes its extra inputs. */
+typedef struct vel_picture_facts {
+    int original_width, original_height; /* of the file */
+    int crop_left, crop_top;             /* of what is shown, in the scaled picture */
+    int width, height;                   /* of what is shown */
+    double guidance;
+} vel_picture_facts;
 
 typedef struct vel_config vel_config; /* a family's parsed configs, in an arena */
 
 struct vel_checkpoint_names;
 typedef struct vel_family {
-    const char *name;         /* "sd" */
-    const char *title;        /* "Stable Diffusion 1.x and 2.x" */
-    const char *const *parts; /* parts with weights, NULL-terminated: also the folders' names */
-    const char *denoiser;     /* the part that adapters train: "unet" */
+    const char *name;            /* "sd" */
+    const char *title;           /* "Stable Diffusion 1.x and 2.x" */
+    const char *const *parts;    /* parts with weights, NULL-terminated: also the folders' names */
+    const char *const *optional; /* those of them that a model may lack; NULL: none */
+    const char *denoiser;        /* the part that adapters train: "unet" */
+    /* The reference's denoiser is asked at time_scale * t + time_offset (t: 0 .. train_steps), and
+     * gives the prediction times sign. Zeros stand for 1, 0, 1. */
+    double time_scale, time_offset, sign;
     /* Is it mine? model_index is model_index.json. */
     bool (*detect)(const json_t *model_index);
-    /* parts[i]'s config.json (scheduler apart); an unknown class, size or switch that would change
-     * the result is refused by name. files: what to name in messages. */
+    /* parts[i]'s config.json, NULL where an optional one is missing; an unknown class, size or
+     * switch that would change the result is refused by name. files: what to name in messages.
+     * index: model_index.json, NULL where there is none. */
     vel_status (*read)(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                       const char *const *files, vel_config **out);
+                       const char *const *files, const json_t *index, vel_config **out);
     void (*latent)(const vel_config *c, vel_latent_info *out);
-    int (*texts)(const vel_config *c, vel_text_info *out); /* how many text encoders; out[2] */
-    /* ids [N, S] int32 -> context: the state after the final norm (clip_skip <= 1) or of the layer
-     * clip_skip - 1 from the end, through the final norm (as kohya and A1111 do). */
-    vel_condition (*encode_text)(vel_graph *g, const vel_config *c, vel_ref ids, int clip_skip);
-    /* latent [N, h, w, C] (scaled, noisy), time [N] float32 -> the prediction [N, h, w, C] */
+    /* The text encoders; out[VEL_MAX_TEXTS]; returns how many. */
+    int (*texts)(const vel_config *c, vel_text_info *out);
+    /* The states that they make together, when encoder k keeps length[k] tokens. */
+    void (*states)(const vel_config *c, const int *length, vel_text_states *out);
+    /* NULL: classifier-free guidance, 7.5, 50 steps. */
+    void (*guidance)(const vel_config *c, vel_guidance_info *out);
+    /* The extra inputs of a picture into out[VEL_MAX_EXTRA] (NULL: only counted); returns E. NULL:
+     * there are none. */
+    int (*extra)(const vel_config *c, const vel_picture_facts *facts, float *out);
+    /* in[k] for encoder k. clip_skip of SD: context is the state after the final norm
+     * (clip_skip <= 1) or of the layer clip_skip - 1 from the end, through the final norm (as kohya
+     * and A1111 do); other families count from the state that they take. */
+    vel_condition (*encode_text)(vel_graph *g, const vel_config *c, const vel_text_input *in,
+                                 int clip_skip);
+    /* As the reference's denoiser: latent [N, h, w, C] (scaled, noisy), time [N] float32 in its own
+     * units -> what it gives [N, h, w, C]. See vel_family_denoise. */
     vel_ref (*denoise)(vel_graph *g, const vel_config *c, vel_ref latent, vel_ref time,
                        const vel_condition *condition);
     vel_ref (*decode)(vel_graph *g, const vel_config *c,
                       vel_ref z); /* [N,h,w,C] unscaled -> [N,H,W,3] */
-    vel_ref (*encode)(vel_graph *g, const vel_config *c,
-                      vel_ref image); /* -> moments [N,h,w,2C]: mean, logvar */
+    /* -> moments [N, h, w, 2C]: mean, logvar (-30 where the encoder is not random). */
+    vel_ref (*encode)(vel_graph *g, const vel_config *c, vel_ref image);
     /* Names in single files (checkpoint.h), from the configs of all parts; NULL: there are none. */
     vel_status (*single_names)(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const struct vel_checkpoint_names **out);
 } vel_family;
+
+/* The prediction of noise, v, sample or flow at timesteps time [N] of the schedule. */
+vel_ref vel_family_denoise(vel_graph *g, const vel_family *f, const vel_config *c, vel_ref latent,
+                           vel_ref time, const vel_condition *condition);
+vel_guidance_info vel_family_guidance(const vel_family *f, const vel_config *c);
+int vel_family_extra(const vel_family *f, const vel_config *c, const vel_picture_facts *facts,
+                     float *out);
+bool vel_family_may_lack(const vel_family *f, const char *part);
 
 /* families.def: FAMILY(sd). The first whose detect says yes; NULL with the message when none does.
  */

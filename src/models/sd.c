@@ -18,19 +18,20 @@ static bool detect(const json_t *model_index)
 }
 
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                               const char *const *files, vel_config **out)
+                               const char *const *files, const json_t *index, vel_config **out)
 {
+    (void)index;
     vel_config *c = vel_arena_alloc(a, sizeof *c);
     if (!c)
         return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", files[UNET]);
     VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
-    VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip));
+    VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
-    if (c->unet.context[0] != c->clip.width)
+    if (c->unet.context[0] != c->clip[0].width)
         return vel_fail(ctx, VEL_BAD_GRAPH,
                         "%s: \"cross_attention_dim\" is %d, but %s has a \"hidden_size\" of "
                         "%d: these parts are of different models",
-                        files[UNET], c->unet.context[0], files[TEXT], c->clip.width);
+                        files[UNET], c->unet.context[0], files[TEXT], c->clip[0].width);
     if (c->unet.pooled_width)
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: \"addition_embed_type\" is text_time, which is SDXL's: the model has "
@@ -71,34 +72,41 @@ static int texts(const vel_config *c, vel_text_info *out)
     out[0] = (vel_text_info){
         .part = parts[TEXT],
         .tokenizer = "tokenizer",
-        .length = c->clip.positions,
-        .width = c->clip.width,
-        .layers = c->clip.layers,
-        .vocabulary = c->clip.vocabulary,
+        .length = c->clip[0].positions,
+        .width = c->clip[0].width,
+        .layers = c->clip[0].layers,
+        .vocabulary = c->clip[0].vocabulary,
+        .fixed = true,
     };
     return 1;
+}
+
+static void states(const vel_config *c, const int *length, vel_text_states *out)
+{
+    *out = (vel_text_states){.length = length[0], .width = c->clip[0].width};
 }
 
 static vel_ref text_state(vel_graph *g, const vel_config *c, vel_ref ids, int layers,
                           bool final_norm)
 {
     vel_scope(g, "%s", parts[TEXT]);
-    vel_ref x = vel_clip_build(g, &c->clip, ids, layers, final_norm);
+    vel_ref x = vel_clip_build(g, &c->clip[0], ids, layers, final_norm);
     vel_end(g);
     return x;
 }
 
-static vel_condition encode_text(vel_graph *g, const vel_config *c, vel_ref ids, int clip_skip)
+static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+                                 int clip_skip)
 {
-    int layers = c->clip.layers - (VEL_MAX(clip_skip, 1) - 1);
+    int layers = c->clip[0].layers - (VEL_MAX(clip_skip, 1) - 1);
     if (layers < 1)
         layers = -1; /* refused with its message */
-    return (vel_condition){.context = text_state(g, c, ids, layers, true)};
+    return (vel_condition){.context = text_state(g, c, in[0].ids, layers, true)};
 }
 
 vel_ref vel_clip_text_state(vel_graph *g, const vel_config *c, vel_ref ids, int which)
 {
-    return text_state(g, c, ids, c->clip.layers - which, which == 0);
+    return text_state(g, c, ids, c->clip[0].layers - which, which == 0);
 }
 
 vel_ref vel_sd_denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
@@ -135,6 +143,7 @@ const vel_family vel_family_sd = {
     .read = read_configs,
     .latent = vel_sd_latent,
     .texts = texts,
+    .states = states,
     .encode_text = encode_text,
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,

@@ -1,12 +1,16 @@
-/* sdxl.c: Stable Diffusion XL's U-Net and autoencoder. Its two text encoders are not built yet, so
- * a model can be measured (bench) on given states, and training and drawing refuse it by name.
+/* sdxl.c: Stable Diffusion XL: SD's U-Net and autoencoder under two CLIP text encoders, whose
+ * states stand side by side.
  *
  * The U-Net also takes the second encoder's pooled text and six sizes: original height and width,
- * crop top and left, target height and width. */
+ * crop top and left, target height and width. Mirrors StableDiffusionXLPipeline of diffusers. */
 #include "models/model_parts.h"
 
-enum { UNET, VAE };
-static const char *const parts[] = {"unet", "vae", NULL};
+enum { UNET, TEXT, TEXT_2, VAE };
+static const char *const parts[] = {"unet", "text_encoder", "text_encoder_2", "vae", NULL};
+
+typedef struct sdxl_config { /* vel_config.own */
+    bool zero_negative;
+} sdxl_config;
 
 static bool detect(const json_t *model_index)
 {
@@ -14,69 +18,118 @@ static bool detect(const json_t *model_index)
            0;
 }
 
-static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                               const char *const *files, vel_config **out)
+static vel_status check_widths(vel_ctx *ctx, const vel_config *c, const char *const *files)
 {
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    if (!c)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", files[UNET]);
-    VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
-    VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
+    int states = c->clip[0].width + c->clip[1].width;
     if (!c->unet.pooled_width)
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: \"addition_embed_type\" is null, but SDXL's is text_time",
                         files[UNET]);
+    if (c->unet.context[0] != states)
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: \"cross_attention_dim\" is %d, but the text encoders have %d and %d "
+                        "(%s): these parts are of different models",
+                        files[UNET], c->unet.context[0], c->clip[0].width, c->clip[1].width,
+                        files[TEXT_2]);
+    if (c->unet.pooled_width != c->clip[1].projection)
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: takes a pooled text of %d values, but \"projection_dim\" of %s is %d",
+                        files[UNET], c->unet.pooled_width, files[TEXT_2], c->clip[1].projection);
+    if (c->clip[0].positions != c->clip[1].positions)
+        return vel_fail(ctx, VEL_UNSUPPORTED, "%s: has %d positions, %s %d: they must be equal",
+                        files[TEXT], c->clip[0].positions, files[TEXT_2], c->clip[1].positions);
+    return VEL_OK;
+}
+
+static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const char *const *files, const json_t *index, vel_config **out)
+{
+    vel_config *c = vel_arena_alloc(a, sizeof *c);
+    sdxl_config *own = vel_arena_alloc(a, sizeof *own);
+    if (!c || !own)
+        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", files[UNET]);
+    own->zero_negative = vel_json_bool(index, "force_zeros_for_empty_prompt", true);
+    c->own = own;
+    VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
+    VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
+    VEL_TRY(vel_clip_read(ctx, configs[TEXT_2], files[TEXT_2], &c->clip[1]));
+    VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
+    VEL_TRY(check_widths(ctx, c, files));
     *out = c;
     return vel_sd_check_latent(ctx, c, files[UNET], files[VAE]);
 }
 
-/* The states of both encoders side by side. */
 static int texts(const vel_config *c, vel_text_info *out)
 {
-    out[0] = (vel_text_info){.part = "text_encoder",
-                             .tokenizer = "tokenizer",
-                             .length = 77,
-                             .width = c->unet.context[0]};
-    out[1] = (vel_text_info){.part = "text_encoder_2",
-                             .tokenizer = "tokenizer_2",
-                             .length = 77,
-                             .width = c->unet.pooled_width};
+    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2"};
+    for (int i = 0; i < 2; i++)
+        out[i] = (vel_text_info){.part = parts[TEXT + i],
+                                 .tokenizer = tokenizers[i],
+                                 .length = c->clip[i].positions,
+                                 .width = c->clip[i].width,
+                                 .layers = c->clip[i].layers,
+                                 .vocabulary = c->clip[i].vocabulary,
+                                 .fixed = true,
+                                 .pools = i == 1};
     return 2;
 }
 
-static vel_condition encode_text(vel_graph *g, const vel_config *c, vel_ref ids, int clip_skip)
+static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
-    (void)c, (void)ids, (void)clip_skip;
-    nn_bad(g, "text encoders of SDXL, which are not supported yet");
-    return (vel_condition){{0}};
+    *out = (vel_text_states){.length = length[0],
+                             .width = c->clip[0].width + c->clip[1].width,
+                             .pooled = c->clip[1].projection};
 }
 
-/* Without the added conditions, as bench asks: a pooled text of zeros and the native size. */
-static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
-                       const vel_condition *condition)
+static void guidance(const vel_config *c, vel_guidance_info *out)
 {
-    vel_condition all = *condition;
-    vel_latent_info info;
-    int64_t n = vel_shape_at(g, x).dim[0];
-    vel_sd_latent(c, &info);
-    if (!all.pooled.id && !all.extra.id) {
-        all.pooled = vel_fill(g, VEL_SHAPE(n, c->unet.pooled_width), 0);
-        all.extra = vel_fill(g, VEL_SHAPE(n, VEL_UNET_SIZES), info.picture);
+    const sdxl_config *own = c->own;
+    *out = (vel_guidance_info){.usual = 5, .steps = 50, .zero_negative = own->zero_negative};
+}
+
+static int extra(const vel_config *c, const vel_picture_facts *f, float *out)
+{
+    (void)c;
+    if (!out)
+        return VEL_UNET_SIZES;
+    const int sizes[VEL_UNET_SIZES] = {f->original_height, f->original_width, f->crop_top,
+                                       f->crop_left,       f->height,         f->width};
+    for (int i = 0; i < VEL_UNET_SIZES; i++)
+        out[i] = (float)sizes[i];
+    return VEL_UNET_SIZES;
+}
+
+/* The penultimate layer's states, without the final norm; clip skip counts from there on, as
+ * diffusers does. */
+static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+                                 int clip_skip)
+{
+    vel_ref inner[2], last[2], pooled = {0};
+    for (int i = 0; i < 2; i++) {
+        int layers = c->clip[i].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
+        vel_scope(g, "%s", parts[TEXT + i]);
+        vel_clip_states(g, &c->clip[i], in[i].ids, layers, &inner[i], &last[i]);
+        if (i == 1)
+            pooled = vel_clip_pool(g, &c->clip[1], last[1], in[1].end, true);
+        vel_end(g);
     }
-    return vel_sd_denoise(g, c, x, time, &all);
+    return (vel_condition){.context = vel_concat(g, inner[0], inner[1], 2), .pooled = pooled};
 }
 
 const vel_family vel_family_sdxl = {
     .name = "sdxl",
-    .title = "Stable Diffusion XL (U-Net and autoencoder, for bench)",
+    .title = "Stable Diffusion XL",
     .parts = parts,
     .denoiser = "unet",
     .detect = detect,
     .read = read_configs,
     .latent = vel_sd_latent,
     .texts = texts,
+    .states = states,
+    .guidance = guidance,
+    .extra = extra,
     .encode_text = encode_text,
-    .denoise = denoise,
+    .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,
 };

@@ -53,7 +53,7 @@ const vel_file_tensor *vel_model_tensor(const vel_model *m, const char *path)
     const model_part *part = find_part(m, path, strcspn(path, "."));
     const vel_file_tensor *t = NULL;
     char name[512];
-    for (int i = 0; part && !t && vel_key_alias(path, i, name, sizeof name); i++)
+    for (int i = 0; part && part->file && !t && vel_key_alias(path, i, name, sizeof name); i++)
         t = vel_safetensors_find(part->file, name);
     return t;
 }
@@ -67,7 +67,7 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
         return true;
     model_part *part = find_part(m, path, strcspn(path, "."));
     const vel_file_tensor *t = vel_model_tensor(m, path);
-    if (part && !t)
+    if (part && part->file && !t)
         out->file = vel_safetensors_path(part->file);
     return t && describe_tensor(part, t, out);
 }
@@ -92,7 +92,7 @@ static vel_status open_weights(vel_model *m, model_part *part, const char *varia
 {
     static const char *const stems[] = {"diffusion_pytorch_model", "model", "pytorch_model"};
     vel_ctx *ctx = m->ctx;
-    if (part->file) /* a view of a single file */
+    if (part->file || part->absent) /* a view of a single file */
         return VEL_OK;
     vel_status st =
         vel_safetensors_open_part(ctx, part->folder, stems, VEL_COUNT(stems), variant, &part->file);
@@ -154,6 +154,34 @@ static vel_status find_vae(vel_model *m, const char *name, model_part *part, int
     return VEL_OK;
 }
 
+static bool is_text_part(const char *name)
+{
+    return vel_has_prefix(name, "text_encoder");
+}
+
+/* A part whose folder is not there: left out where the family can do without it, or where no text
+ * is asked for. */
+static vel_status check_part(vel_model *m, model_part *part, const vel_model_options *o)
+{
+    if (vel_is_folder(part->folder))
+        return VEL_OK;
+    bool may_lack = vel_family_may_lack(m->family, part->name);
+    if (may_lack || ((o->no_text || o->weights_only) && is_text_part(part->name))) {
+        part->absent = true;
+        if (may_lack)
+            vel_log(m->ctx, 2, "%s: has no %s; %s goes without it", m->folder, part->name,
+                    m->family->title);
+        return VEL_OK;
+    }
+    return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: the folder %s is missing, which %s needs%s",
+                    m->folder, part->name, m->family->title,
+                    is_text_part(part->name)
+                        ? "; without it the model can be measured (velatura bench), merged and "
+                          "converted, but neither trained nor drawn with"
+                    : strcmp(part->name, "vae") == 0 ? "; name another one with --vae"
+                                                     : "");
+}
+
 static vel_status place_parts(vel_model *m, const vel_model_options *o)
 {
     for (int i = 0; m->family->parts[i]; i++) {
@@ -170,6 +198,8 @@ static vel_status place_parts(vel_model *m, const vel_model_options *o)
                                                            : "a whole model is needed");
         else if (!m->single && !(part->folder = vel_path_join(m->ctx, m->folder, part->name)))
             return VEL_NO_MEMORY;
+        if (!m->single && part->folder)
+            VEL_TRY(check_part(m, part, o));
     }
     return VEL_OK;
 }
@@ -181,6 +211,8 @@ static vel_status read_configs(vel_model *m)
     vel_status st = VEL_OK;
     for (int i = 0; i < m->n_parts && !st; i++) {
         bool single = m->parts[i].folder == NULL;
+        if (m->parts[i].absent)
+            continue;
         files[i] = single ? vel_strdup(m->ctx, m->folder)
                           : vel_path_join(m->ctx, m->parts[i].folder, "config.json");
         if (single && !m->parts[i].config)
@@ -191,7 +223,8 @@ static vel_status read_configs(vel_model *m)
         json[i] = m->parts[i].config;
     }
     if (!st)
-        st = m->family->read(m->ctx, m->arena, json, (const char *const *)files, &m->config);
+        st = m->family->read(m->ctx, m->arena, json, (const char *const *)files, m->index,
+                             &m->config);
     for (int i = 0; i < m->n_parts; i++)
         vel_free(m->ctx, files[i]);
     return st;
@@ -221,7 +254,6 @@ static vel_status read_schedule(vel_model *m)
 
 static vel_status find_family(vel_model *m)
 {
-    json_t *index = NULL;
     char *file = vel_path_join(m->ctx, m->folder, "model_index.json");
     vel_status st = VEL_NO_MEMORY;
     if (file && !vel_is_file(file))
@@ -230,41 +262,10 @@ static vel_status find_family(vel_model *m)
                       "it, or a single file",
                       m->folder);
     else if (file)
-        st = vel_json_load(m->ctx, file, &index);
-    if (!st && !(m->family = vel_family_detect(m->ctx, index, file)))
+        st = vel_json_load(m->ctx, file, &m->index);
+    if (!st && !(m->family = vel_family_detect(m->ctx, m->index, file)))
         st = VEL_UNSUPPORTED;
-    json_decref(index);
     vel_free(m->ctx, file);
-    return st;
-}
-
-vel_status vel_model_words_folder(vel_model *m, const char *named, char **out)
-{
-    bool second = m->text.width == 1024; /* as diffusers tells 2.x */
-    if (m->single || named)
-        return vel_model_find_tokenizer(m->ctx, m->folder, named, second, out);
-    *out = vel_path_join(m->ctx, m->folder, m->text.tokenizer);
-    return *out ? VEL_OK : VEL_NO_MEMORY;
-}
-
-static vel_status open_text(vel_model *m, const vel_model_options *o)
-{
-    vel_text_info texts[2];
-    int n = m->family->texts(m->config, texts);
-    m->text = texts[0];
-    if (o->no_text || o->weights_only)
-        return VEL_OK;
-    if (n != 1)
-        return vel_fail(m->ctx, VEL_UNSUPPORTED, "%s: models with %d text encoders are not offered",
-                        m->folder, n);
-    char *folder = NULL;
-    VEL_TRY(vel_model_words_folder(m, o->tokenizer, &folder));
-    vel_status st = vel_tokenizer_open(m->ctx, folder, &m->tokenizer);
-    if (!st && vel_tokenizer_size(m->tokenizer) > m->text.vocabulary)
-        st = vel_fail(m->ctx, VEL_BAD_FILE,
-                      "%s: has %d words, the text encoder %d: they belong to different models",
-                      folder, vel_tokenizer_size(m->tokenizer), m->text.vocabulary);
-    vel_free(m->ctx, folder);
     return st;
 }
 
@@ -298,6 +299,7 @@ static vel_status open_single(vel_model *m, bool averaged)
     VEL_TRY(vel_safetensors_open(m->ctx, m->folder, &m->single));
     VEL_TRY(vel_checkpoint_read(m->ctx, m->single, averaged, &m->checkpoint));
     m->family = m->checkpoint.family;
+    m->index = json_incref(m->checkpoint.index);
     return VEL_OK;
 }
 
@@ -333,7 +335,8 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
     VEL_TRY(read_schedule(m));
     VEL_TRY(change_schedule(m, o));
     m->family->latent(m->config, &m->latent);
-    VEL_TRY(open_text(m, o));
+    m->guidance = vel_family_guidance(m->family, m->config);
+    VEL_TRY(vel_model_open_text(m, o));
     for (int i = 0; i < m->n_parts; i++)
         VEL_TRY(open_weights(m, &m->parts[i], o->variant));
     if (o->weights_only)
@@ -371,7 +374,8 @@ void vel_model_close(vel_model *m)
     vel_model_drop_plans(m);
     vel_model_remove_adapters(m);
     vel_engine_destroy(m->engine);
-    vel_tokenizer_close(m->tokenizer);
+    for (int k = 0; k < VEL_MAX_TEXTS; k++)
+        vel_tokenizer_close(m->tokenizers[k]);
     vel_free(m->ctx, m->word_rows);
     for (int i = 0; i < m->n_parts; i++) {
         if (m->parts[i].folder) /* else a view, which is the checkpoint's */
@@ -380,6 +384,7 @@ void vel_model_close(vel_model *m)
         json_decref(m->parts[i].config);
     }
     json_decref(m->scheduler);
+    json_decref(m->index);
     vel_checkpoint_finish(&m->checkpoint);
     vel_safetensors_close(m->vae_view);
     vel_safetensors_close(m->vae_file);
@@ -417,7 +422,7 @@ const vel_latent_info *vel_model_latent(const vel_model *m)
 }
 vel_tokenizer *vel_model_tokenizer(vel_model *m)
 {
-    return m->tokenizer;
+    return m->tokenizers[0];
 }
 vel_dtype vel_model_compute(const vel_model *m)
 {
@@ -436,7 +441,7 @@ int64_t vel_model_part_values(const vel_model *m, const char *name)
 {
     const model_part *part = find_part(m, name, strlen(name));
     int64_t sum = 0;
-    for (int i = 0; part && i < vel_safetensors_count(part->file); i++) {
+    for (int i = 0; part && part->file && i < vel_safetensors_count(part->file); i++) {
         const vel_file_tensor *t = vel_safetensors_at(part->file, i);
         sum += vel_key_is_buffer(t->name) ? 0 : t->count;
     }
@@ -465,7 +470,7 @@ static vel_status hash_weights(vel_model *m, const vel_safetensors *file, vel_sh
 const char *vel_model_hash(vel_model *m, const char *name)
 {
     model_part *part = find_part(m, name, strlen(name));
-    if (!part)
+    if (!part || !part->file)
         return NULL;
     if (part->hash[0])
         return part->hash;

@@ -14,6 +14,7 @@ typedef struct model_part {
     vel_safetensors *file;
     json_t *config; /* as its config.json */
     char hash[65];  /* "" until asked for */
+    bool absent;    /* the model has none: everything else is empty */
 } model_part;
 
 typedef struct model_adapter {
@@ -49,9 +50,14 @@ struct vel_model {
     vel_config *config;
     vel_schedule schedule;
     json_t *scheduler; /* as scheduler_config.json */
+    json_t *index;     /* as model_index.json; NULL: there is none */
     vel_latent_info latent;
-    vel_text_info text;
-    vel_tokenizer *tokenizer; /* NULL: opened for its weights only */
+    vel_text_info texts[VEL_MAX_TEXTS]; /* with the lengths and prefixes of this model's use */
+    int n_texts;
+    int prefix_tokens[VEL_MAX_TEXTS]; /* that come on top of the length */
+    vel_text_states states;
+    vel_guidance_info guidance;
+    vel_tokenizer *tokenizers[VEL_MAX_TEXTS]; /* NULL: opened for its weights only */
     vel_engine *engine;
     vel_dtype compute;
     int clip_skip;
@@ -65,7 +71,7 @@ struct vel_model {
     merged_weight *merged;
     int n_merged;
     vel_words words;     /* n 0: none were learned */
-    float *word_rows;    /* [words.n, text.width] */
+    float *word_rows;    /* [words.n, texts[0].width] */
     int32_t first_word;  /* the first id that is a word's */
     vel_trained trained; /* what it points at is borrowed; all zero: off */
     cached_plan plans[VEL_MAX_PLANS];
@@ -82,6 +88,16 @@ vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out);
 vel_status vel_model_find_tokenizer(vel_ctx *ctx, const char *file, const char *named, bool second,
                                     char **out);
 
+/* The tokenizers and the sizes of texts; after the config is read. */
+vel_status vel_model_open_text(vel_model *m, const vel_model_options *o);
+/* The text encoders' graph: outputs "out" (context), "pooled", "mask_of_text". */
+vel_graph *vel_model_text_graph(vel_model *m, int n, bool negative, int clip_skip);
+/* A plan of the cache, made if need be; h, w: of the latent; of PLAN_TEXT h is 1 for negative
+ * texts. */
+vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w, vel_plan **out);
+/* Runs and takes output "out"; NaN and infinity are refused with the place where they began. */
+vel_status vel_model_run_plan(vel_model *m, vel_plan *p, const char *what, float *out,
+                              int64_t count);
 /* The graph of a kind without adapters; NULL with the error set. */
 vel_graph *vel_model_build(vel_model *m, plan_kind kind, int n, int h, int w, int clip_skip);
 /* Rewrites *g under the model's adapters and what is being trained, as far as g has the modules. */
@@ -94,6 +110,9 @@ bool vel_model_find_merged(const vel_model *m, const char *path, vel_source_tens
 void vel_model_forget_merged(vel_model *m);
 /* The rows of learned words for the engine. */
 bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor *out);
+/* Sets the ids of encoder k (the plan's input `name`), where they may be those of words. */
+vel_status vel_model_set_worded_ids(vel_model *m, vel_plan *p, int k, const char *name,
+                                    const int32_t *ids, int count);
 /* Adds a word of the file at path, under its own name or another. */
 vel_status vel_model_take_word(vel_model *m, const char *path, const vel_word *word,
                                const char *name);

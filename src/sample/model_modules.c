@@ -75,7 +75,6 @@ static vel_status read_known(vel_model *m, const vel_known_model *known)
 {
     const json_t *configs[VEL_MAX_PARTS] = {0};
     const char *files[VEL_MAX_PARTS];
-    vel_text_info texts[2];
     for (int i = 0; vel_family_at(i) && !m->family; i++)
         if (strcmp(vel_family_at(i)->name, known->family) == 0)
             m->family = vel_family_at(i);
@@ -90,11 +89,9 @@ static vel_status read_known(vel_model *m, const vel_known_model *known)
         if (!part->config)
             return vel_fail(m->ctx, VEL_NO_MEMORY, "%s: no memory for its configs", known->title);
     }
-    VEL_TRY(m->family->read(m->ctx, m->arena, configs, files, &m->config));
+    VEL_TRY(m->family->read(m->ctx, m->arena, configs, files, NULL, &m->config));
     m->family->latent(m->config, &m->latent);
-    m->family->texts(m->config, texts);
-    m->text = texts[0];
-    return VEL_OK;
+    return vel_model_open_text(m, &(vel_model_options){.weights_only = true});
 }
 
 vel_status vel_model_open_known(vel_ctx *ctx, int i, vel_model **out)

@@ -5,21 +5,18 @@
 /* ---- graphs ---- */
 
 static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n, int64_t h,
-                          int64_t w, int clip_skip)
+                          int64_t w)
 {
     const vel_family *f = m->family;
-    int64_t channels = m->latent.channels, down = m->latent.down, length = m->text.length;
+    int64_t channels = m->latent.channels, down = m->latent.down;
     switch (kind) {
-    case PLAN_TEXT: {
-        vel_ref ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, length));
-        return f->encode_text(g, m->config, ids, clip_skip).context;
-    }
+    case PLAN_TEXT:
+        break;
     case PLAN_DENOISE: {
         vel_ref latent = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, channels));
         vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
-        vel_condition c = {
-            .context = vel_input(g, "context", VEL_F32, VEL_SHAPE(n, length, m->text.width))};
-        return f->denoise(g, m->config, latent, time, &c);
+        vel_condition c = vel_model_condition_inputs(m, g, n);
+        return vel_family_denoise(g, f, m->config, latent, time, &c);
     }
     case PLAN_DECODE:
         return f->decode(g, m->config, vel_input(g, "z", VEL_F32, VEL_SHAPE(n, h, w, channels)));
@@ -32,10 +29,12 @@ static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n,
 
 vel_graph *vel_model_build(vel_model *m, plan_kind kind, int n, int h, int w, int clip_skip)
 {
+    if (kind == PLAN_TEXT)
+        return vel_model_text_graph(m, n, h == 1, clip_skip);
     vel_graph *g = vel_graph_create(m->ctx);
     if (!g)
         return NULL;
-    vel_output(g, "out", build_part(m, g, kind, n, h, w, clip_skip));
+    vel_output(g, "out", build_part(m, g, kind, n, h, w));
     if (!vel_graph_check(g))
         return g;
     vel_graph_destroy(g);
@@ -58,13 +57,12 @@ void vel_model_drop_plans(vel_model *m)
 
 void vel_model_rest(vel_model *m, const char *part)
 {
-    static const struct {
+    const struct {
         const char *part;
         plan_kind kind;
-    } users[] = {{"vae", PLAN_DECODE},
-                 {"vae", PLAN_ENCODE},
-                 {"text_encoder", PLAN_TEXT},
-                 {"unet", PLAN_DENOISE}};
+    } users[] = {{"vae", PLAN_DECODE},          {"vae", PLAN_ENCODE},
+                 {"text_encoder", PLAN_TEXT},   {"text_encoder_2", PLAN_TEXT},
+                 {"text_encoder_3", PLAN_TEXT}, {m->family->denoiser, PLAN_DENOISE}};
     for (int u = 0; u < VEL_COUNT(users); u++)
         for (int i = m->n_plans - 1; i >= 0 && strcmp(users[u].part, part) == 0; i--)
             if (m->plans[i].kind == users[u].kind)
@@ -91,8 +89,7 @@ static void make_room(vel_model *m)
         drop_plan(m, oldest);
 }
 
-/* h, w: of the latent. */
-static vel_status get_plan(vel_model *m, plan_kind kind, int n, int h, int w, vel_plan **out)
+vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w, vel_plan **out)
 {
     m->clock++;
     for (int i = 0; i < m->n_plans; i++) {
@@ -130,8 +127,8 @@ vel_plan *vel_model_last_plan(vel_model *m)
 
 /* ---- runs ---- */
 
-/* Runs and takes output "out"; NaN and infinity are refused with the place where they began. */
-static vel_status run_plan(vel_model *m, vel_plan *p, const char *what, float *out, int64_t count)
+vel_status vel_model_run_plan(vel_model *m, vel_plan *p, const char *what, float *out,
+                              int64_t count)
 {
     VEL_TRY(vel_plan_run(p));
     VEL_TRY(vel_plan_get(p, "out", out, count));
@@ -153,17 +150,17 @@ static int64_t values_of(const vel_plan *p)
 }
 
 vel_status vel_model_denoise(vel_model *m, const float *latent, const float *time,
-                             const float *context, int n, int h, int w, float *out)
+                             const float *states, const float *extra, int n, int h, int w,
+                             float *out)
 {
     vel_plan *p;
     size_t values = (size_t)n * (size_t)h * (size_t)w * (size_t)m->latent.channels;
-    size_t states = (size_t)n * (size_t)m->text.length * (size_t)m->text.width;
-    VEL_TRY(get_plan(m, PLAN_DENOISE, n, h, w, &p));
+    VEL_TRY(vel_model_get_plan(m, PLAN_DENOISE, n, h, w, &p));
     VEL_TRY(vel_model_set_strengths(m, p));
     VEL_TRY(vel_plan_set(p, "latent", latent, values * sizeof *latent));
     VEL_TRY(vel_plan_set(p, "time", time, (size_t)n * sizeof *time));
-    VEL_TRY(vel_plan_set(p, "context", context, states * sizeof *context));
-    return run_plan(m, p, "denoiser", out, values_of(p));
+    VEL_TRY(vel_model_set_condition(m, p, states, extra, n));
+    return vel_model_run_plan(m, p, "denoiser", out, values_of(p));
 }
 
 /* Pictures to decode or encode at once: about four of 512 x 512, which bounds the working memory.
@@ -181,9 +178,9 @@ vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, f
     for (int i = 0; i < n; i += batch) {
         vel_plan *p;
         int k = VEL_MIN(batch, n - i);
-        VEL_TRY(get_plan(m, PLAN_DECODE, k, h, w, &p));
+        VEL_TRY(vel_model_get_plan(m, PLAN_DECODE, k, h, w, &p));
         VEL_TRY(vel_plan_set(p, "z", z + i * in, (size_t)(k * in) * sizeof *z));
-        VEL_TRY(run_plan(m, p, "autoencoder", image + i * out, k * out));
+        VEL_TRY(vel_model_run_plan(m, p, "autoencoder", image + i * out, k * out));
     }
     return VEL_OK;
 }
@@ -202,54 +199,9 @@ vel_status vel_model_encode(vel_model *m, const float *image, int n, int height,
     for (int i = 0; i < n; i += batch) {
         vel_plan *p;
         int k = VEL_MIN(batch, n - i);
-        VEL_TRY(get_plan(m, PLAN_ENCODE, k, h, w, &p));
+        VEL_TRY(vel_model_get_plan(m, PLAN_ENCODE, k, h, w, &p));
         VEL_TRY(vel_plan_set(p, "image", image + i * in, (size_t)(k * in) * sizeof *image));
-        VEL_TRY(run_plan(m, p, "autoencoder", moments + i * out, k * out));
+        VEL_TRY(vel_model_run_plan(m, p, "autoencoder", moments + i * out, k * out));
     }
     return VEL_OK;
-}
-
-/* ---- text ---- */
-
-static vel_status tokenize(vel_model *m, const char *prompt, int32_t *ids)
-{
-    int n_cut = 0;
-    size_t cut_at = 0;
-    vel_status st =
-        vel_tokenizer_encode(m->tokenizer, prompt, m->text.length, ids, &n_cut, &cut_at);
-    if (st)
-        return vel_fail_in(m->ctx, st, "prompt");
-    vel_model_warn_unknown_words(m, prompt);
-    if (n_cut)
-        vel_log(
-            m->ctx, 2,
-            "prompt: %d tokens do not fit into the text encoder's %d, and this part is left out: "
-            "\"%s\"",
-            n_cut, m->text.length, prompt + cut_at);
-    return VEL_OK;
-}
-
-enum { TEXT_BATCH = 16 };
-
-vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out)
-{
-    int64_t state = (int64_t)m->text.length * m->text.width;
-    int batch = VEL_MIN(n, TEXT_BATCH);
-    int32_t *ids = vel_alloc(m->ctx, sizeof *ids * (size_t)VEL_MAX(n, 1) * (size_t)m->text.length);
-    vel_status st = ids ? VEL_OK : VEL_NO_MEMORY;
-    for (int i = 0; i < n && !st; i++)
-        st = tokenize(m, prompts[i], ids + (int64_t)i * m->text.length);
-    for (int i = 0; i < n && !st; i += batch) {
-        vel_plan *p;
-        int first = VEL_MIN(i, n - batch); /* the last batch overlaps: one plan serves all */
-        st = get_plan(m, PLAN_TEXT, batch, 0, 0, &p);
-        if (!st)
-            st = vel_model_set_strengths(m, p);
-        if (!st)
-            st = vel_model_set_ids(m, p, ids + (int64_t)first * m->text.length, batch);
-        if (!st)
-            st = run_plan(m, p, "text encoder", out + first * state, batch * state);
-    }
-    vel_free(m->ctx, ids);
-    return st;
 }

@@ -16,7 +16,7 @@ bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor 
 {
     if (strcmp(path, rows_path) != 0 || !m->words.n)
         return false;
-    *out = (vel_source_tensor){.shape = VEL_SHAPE(m->words.n, m->text.width),
+    *out = (vel_source_tensor){.shape = VEL_SHAPE(m->words.n, m->texts[0].width),
                                .file = "learned words",
                                .user = m->word_rows,
                                .read = read_rows,
@@ -26,18 +26,18 @@ bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor 
 
 vel_status vel_model_add_word(vel_model *m, const char *word, int n, const float *values)
 {
-    int known = vel_tokenizer_size(m->tokenizer), rows = m->words.n;
+    int known = vel_tokenizer_size(m->tokenizers[0]), rows = m->words.n;
     if (!rows)
         m->first_word = known;
     float *grown = vel_realloc(m->ctx, m->word_rows,
-                               (size_t)(rows + n) * (size_t)m->text.width * sizeof *grown);
+                               (size_t)(rows + n) * (size_t)m->texts[0].width * sizeof *grown);
     if (!grown)
         return VEL_NO_MEMORY;
     m->word_rows = grown;
-    if (vel_tokenizer_add_word(m->tokenizer, word, n) < 0)
+    if (vel_tokenizer_add_word(m->tokenizers[0], word, n) < 0)
         return VEL_BAD_VALUE;
-    memcpy(grown + (int64_t)rows * m->text.width, values,
-           (size_t)n * (size_t)m->text.width * sizeof *values);
+    memcpy(grown + (int64_t)rows * m->texts[0].width, values,
+           (size_t)n * (size_t)m->texts[0].width * sizeof *values);
     m->words = (vel_words){.table = table_path, .path = rows_path, .n = rows + n};
     vel_model_rest(m, "text_encoder");
     vel_engine_drop_weights(m->engine, rows_path);
@@ -48,11 +48,11 @@ vel_status vel_model_take_word(vel_model *m, const char *path, const vel_word *w
                                const char *name)
 {
     name = name ? name : word->name;
-    if (word->width != m->text.width)
+    if (word->width != m->texts[0].width)
         return vel_fail(m->ctx, VEL_BAD_FILE,
                         "%s: '%s' has vectors of %d values, the text encoder of %d: it was made "
                         "for another model",
-                        path, name, word->width, m->text.width);
+                        path, name, word->width, m->texts[0].width);
     vel_status st = vel_model_add_word(m, name, word->n, word->values);
     if (st)
         return vel_fail_in(m->ctx, st, "%s", path);
@@ -85,22 +85,23 @@ vel_status vel_model_embedding(vel_model *m, int32_t id, float *out)
     float *table = NULL;
     int64_t n = 0;
     VEL_TRY(vel_model_read_weight(m, table_path, &table, &n));
-    bool there = id >= 0 && (int64_t)(id + 1) * m->text.width <= n;
+    bool there = id >= 0 && (int64_t)(id + 1) * m->texts[0].width <= n;
     if (there)
-        memcpy(out, table + (int64_t)id * m->text.width, (size_t)m->text.width * sizeof *out);
+        memcpy(out, table + (int64_t)id * m->texts[0].width,
+               (size_t)m->texts[0].width * sizeof *out);
     vel_free(m->ctx, table);
     return there ? VEL_OK : vel_fail(m->ctx, VEL_BUG, "the table has no row %d", id);
 }
 
-vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n)
+vel_status vel_model_set_worded_ids(vel_model *m, vel_plan *p, int k, const char *name,
+                                    const int32_t *ids, int count)
 {
-    int64_t count = (int64_t)n * m->text.length;
-    if (!vel_plan_has_input(p, "word_ids"))
-        return vel_plan_set(p, "ids", ids, (size_t)count * sizeof *ids);
+    if (k > 0 || !vel_plan_has_input(p, "word_ids"))
+        return vel_plan_set(p, name, ids, (size_t)count * sizeof *ids);
     int32_t *split = vel_alloc(m->ctx, 2 * (size_t)count * sizeof *split);
     float *mask = vel_alloc(m->ctx, (size_t)count * sizeof *mask);
     vel_status st = split && mask ? VEL_OK : VEL_NO_MEMORY;
-    for (int64_t i = 0; i < count && !st; i++) {
+    for (int i = 0; i < count && !st; i++) {
         bool is_word = ids[i] >= m->first_word;
         split[i] = is_word ? 0 : ids[i];
         split[count + i] = is_word ? ids[i] - m->first_word : 0;
@@ -136,7 +137,7 @@ void vel_model_warn_unknown_words(vel_model *m, const char *prompt)
         snprintf(word, sizeof word, "%.*s", (int)n, at);
         int32_t *ids;
         int count;
-        if (vel_tokenizer_ids(m->tokenizer, word, &ids, &count))
+        if (vel_tokenizer_ids(m->tokenizers[0], word, &ids, &count))
             continue;
         bool learned = false;
         for (int i = 0; i < count; i++)

@@ -25,13 +25,15 @@ typedef struct batch { /* pictures that are drawn together */
     float *scaled;          /* [C, h, w] */
     float *in, *out;        /* [n or 2n, h, w, C]: negative prompts first */
     float *time;            /* [n or 2n] */
-    float *context;         /* [n or 2n, length, width] */
+    float *states;          /* [n or 2n, values of a text] */
+    float *extra;           /* [n or 2n, E] */
 } batch;
 
-/* The texts of all draws, each once, with their states. */
+/* The texts of all draws, each once, with their states; negative ones apart from the others where
+ * the model makes other states of them. */
 typedef struct texts {
     const char **text;
-    int n;
+    int n, n_plain; /* the first n_plain are prompts, or stand for both */
     float *states;
 } texts;
 
@@ -79,9 +81,14 @@ static vel_status check_side(vel_ctx *ctx, const char *name, int side, int down)
                     down, below, below + down);
 }
 
-static bool is_guided(const vel_draw *d)
+static int side_unit(const vel_model *m)
 {
-    return d->guidance > 1;
+    return m->latent.down * VEL_MAX(1, m->latent.multiple);
+}
+
+static bool is_guided(const vel_model *m, const vel_draw *d)
+{
+    return d->guidance > 1 && !m->guidance.distilled && !m->guidance.none;
 }
 
 /* The schedule as the draw wants it spaced; *own is owned when it differs from the model's. */
@@ -121,8 +128,8 @@ static vel_status check_draws(vel_model *m, const vel_draw *draws, int n, int *e
     *total = 0;
     for (int i = 0; i < n; i++) {
         const vel_draw *d = &draws[i], *before = &draws[i ? i - 1 : 0];
-        VEL_TRY(check_side(m->ctx, "width", d->width, m->latent.down));
-        VEL_TRY(check_side(m->ctx, "height", d->height, m->latent.down));
+        VEL_TRY(check_side(m->ctx, "width", d->width, side_unit(m)));
+        VEL_TRY(check_side(m->ctx, "height", d->height, side_unit(m)));
         if (!isfinite(d->guidance))
             return vel_fail(m->ctx, VEL_BAD_VALUE, "guidance: %g is no number", d->guidance);
         bool same = i && d->steps == before->steps && d->sampler == before->sampler &&
@@ -153,23 +160,35 @@ static const char *negative_of(const vel_draw *d)
     return d->negative ? d->negative : "";
 }
 
-static int text_index(const texts *t, const char *text)
+static int text_index(const texts *t, const char *text, int first)
 {
-    for (int i = 0; i < t->n; i++)
+    for (int i = first; i < t->n; i++)
         if (t->text[i] == text || strcmp(t->text[i], text) == 0)
             return i;
     return -1;
 }
 
-static void add_text(texts *t, const char *text)
+static void add_text(texts *t, const char *text, int first)
 {
-    if (text_index(t, text) < 0)
+    if (text_index(t, text, first) < 0)
         t->text[t->n++] = text;
+}
+
+/* Where the negative texts of a model begin. */
+static int negatives_of(const vel_model *m, const texts *t)
+{
+    return vel_model_negatives_differ(m) ? t->n_plain : 0;
 }
 
 static int64_t state_values(const vel_model *m)
 {
-    return (int64_t)m->text.length * m->text.width;
+    return vel_text_values(&m->states);
+}
+
+/* Is the draw's negative text zeros, whatever the text encoder would say? */
+static bool is_zero(const vel_model *m, const vel_draw *d)
+{
+    return m->guidance.zero_negative && !negative_of(d)[0];
 }
 
 static vel_status encode_texts(vel_model *m, const vel_draw *draws, int n, texts *t)
@@ -177,13 +196,27 @@ static vel_status encode_texts(vel_model *m, const vel_draw *draws, int n, texts
     t->text = vel_alloc(m->ctx, sizeof *t->text * 2 * (size_t)n);
     if (!t->text)
         return VEL_NO_MEMORY;
-    for (int i = 0; i < n; i++) {
-        add_text(t, prompt_of(&draws[i]));
-        if (is_guided(&draws[i]))
-            add_text(t, negative_of(&draws[i]));
+    bool apart = vel_model_negatives_differ(m);
+    for (int pass = 0; pass < (apart ? 2 : 1); pass++) {
+        t->n_plain = t->n;
+        for (int i = 0; i < n; i++) {
+            if (pass == 0)
+                add_text(t, prompt_of(&draws[i]), 0);
+            if ((pass == 1 || !apart) && is_guided(m, &draws[i]) && !is_zero(m, &draws[i]))
+                add_text(t, negative_of(&draws[i]), negatives_of(m, t));
+        }
     }
-    t->states = vel_alloc(m->ctx, sizeof *t->states * (size_t)t->n * (size_t)state_values(m));
-    return t->states ? vel_model_encode_text(m, t->text, t->n, t->states) : VEL_NO_MEMORY;
+    if (!apart)
+        t->n_plain = t->n;
+    int64_t each = state_values(m);
+    t->states = vel_alloc(m->ctx, sizeof *t->states * (size_t)t->n * (size_t)each);
+    if (!t->states)
+        return VEL_NO_MEMORY;
+    VEL_TRY(vel_model_encode_texts(m, t->text, t->n_plain, false, t->states));
+    int left = t->n - t->n_plain;
+    return left ? vel_model_encode_texts(m, t->text + t->n_plain, left, true,
+                                         t->states + t->n_plain * each)
+                : VEL_OK;
 }
 
 static void finish_texts(vel_ctx *ctx, texts *t)
@@ -199,6 +232,34 @@ static int rows_of(const batch *b)
     return b->guided ? 2 * b->n : b->n;
 }
 
+/* States and extra inputs of picture i, under its prompt and, where it is guided, its negative one.
+ */
+static void put_condition(batch *b, const texts *t, int i)
+{
+    const vel_model *m = b->m;
+    const vel_draw *d = &b->draws[i];
+    int64_t state = state_values(m);
+    int extra = vel_model_extra_count(m), row = i;
+    vel_picture_facts facts = {.width = b->s.w * m->latent.down,
+                               .height = b->s.h * m->latent.down,
+                               .original_width = b->s.w * m->latent.down,
+                               .original_height = b->s.h * m->latent.down,
+                               .guidance = d->guidance};
+    float values[VEL_MAX_EXTRA];
+    vel_family_extra(m->family, m->config, &facts, values);
+    for (int side = b->guided ? 0 : 1; side < 2; side++) {
+        const char *text = side ? prompt_of(d) : negative_of(d);
+        int known = text_index(t, text, side ? 0 : negatives_of(m, t));
+        float *out = b->states + row * state;
+        if (side == 0 && is_zero(m, d))
+            memset(out, 0, sizeof *out * (size_t)state);
+        else
+            memcpy(out, t->states + known * state, sizeof *out * (size_t)state);
+        memcpy(b->extra + row * extra, values, sizeof *values * (size_t)extra);
+        row += b->n;
+    }
+}
+
 static vel_status begin_batch(batch *b, const texts *t)
 {
     vel_ctx *ctx = b->m->ctx;
@@ -211,13 +272,14 @@ static vel_status begin_batch(batch *b, const texts *t)
     b->in = vel_alloc(ctx, sizeof(float) * rows * values);
     b->out = vel_alloc(ctx, sizeof(float) * rows * values);
     b->time = vel_alloc(ctx, sizeof(float) * rows);
-    b->context = vel_alloc(ctx, sizeof(float) * rows * state);
+    b->states = vel_alloc(ctx, sizeof(float) * rows * state);
+    b->extra = vel_alloc(ctx, sizeof(float) * rows * VEL_MAX_EXTRA);
     if (!b->samplers || !b->rngs || !b->x || !b->scaled || !b->in || !b->out || !b->time ||
-        !b->context)
+        !b->states || !b->extra)
         return VEL_NO_MEMORY;
     for (size_t i = 0; i < n; i++) {
         const vel_draw *d = &b->draws[i];
-        float *x = b->x + i * values, *context = b->context;
+        float *x = b->x + i * values;
         vel_torch_seed(&b->rngs[i], d->seed);
         VEL_TRY(make_sampler(b->m, d, &b->rngs[i], &b->samplers[i]));
         if (d->noise)
@@ -227,13 +289,7 @@ static vel_status begin_batch(batch *b, const texts *t)
         float sigma = (float)vel_sampler_init_sigma(b->samplers[i]);
         for (size_t k = 0; k < values; k++)
             x[k] *= sigma;
-        if (b->guided) {
-            memcpy(context + i * state, t->states + (size_t)text_index(t, negative_of(d)) * state,
-                   sizeof *context * state);
-            context += n * state;
-        }
-        memcpy(context + i * state, t->states + (size_t)text_index(t, prompt_of(d)) * state,
-               sizeof *context * state);
+        put_condition(b, t, (int)i);
     }
     return VEL_OK;
 }
@@ -243,7 +299,8 @@ static void finish_batch(batch *b)
     vel_ctx *ctx = b->m->ctx;
     for (int i = 0; b->samplers && i < b->n; i++)
         vel_sampler_destroy(b->samplers[i]);
-    void *memory[] = {b->samplers, b->rngs, b->x, b->scaled, b->in, b->out, b->time, b->context};
+    void *memory[] = {b->samplers, b->rngs, b->x,      b->scaled, b->in,
+                      b->out,      b->time, b->states, b->extra};
     for (int i = 0; i < VEL_COUNT(memory); i++)
         vel_free(ctx, memory[i]);
 }
@@ -262,13 +319,38 @@ static void fill_input(batch *b, int e)
     }
 }
 
+/* p <- what the prompt and the negative prompt (p) say together. Where it is normalised, each row
+ * of the latent gets the length that the prompt's own has (Lumina2Pipeline takes it over the last
+ * axis of NCHW). */
+static void guide(const batch *b, int e, float *p, const float *with, float guidance)
+{
+    const vel_guidance_info *how = &b->m->guidance;
+    if (how->until > 0 && (double)(e + 1) / b->evaluations > how->until) {
+        memcpy(p, with, sizeof *p * (size_t)b->s.values);
+        return;
+    }
+    for (int64_t k = 0; k < b->s.values; k++)
+        p[k] = p[k] + guidance * (with[k] - p[k]);
+    int c = b->s.c;
+    for (int64_t row = 0; how->normalised && row < (int64_t)b->s.h * c; row++) {
+        int64_t first = row / c * b->s.w * c + row % c;
+        double own = 0, made = 0;
+        for (int x = 0; x < b->s.w; x++) {
+            own += (double)with[first + x * c] * with[first + x * c];
+            made += (double)p[first + x * c] * p[first + x * c];
+        }
+        float by = (float)(sqrt(own) / sqrt(made));
+        for (int x = 0; x < b->s.w && made > 0; x++)
+            p[first + x * c] *= by;
+    }
+}
+
 static vel_status take_step(batch *b, int e)
 {
     for (int i = 0; i < b->n; i++) {
-        float *p = b->out + i * b->s.values, guidance = (float)b->draws[i].guidance;
-        const float *with = p + b->n * b->s.values;
-        for (int64_t k = 0; b->guided && k < b->s.values; k++)
-            p[k] = p[k] + guidance * (with[k] - p[k]);
+        float *p = b->out + i * b->s.values;
+        if (b->guided)
+            guide(b, e, p, p + b->n * b->s.values, (float)b->draws[i].guidance);
         to_nchw(p, b->s, b->scaled);
         VEL_TRY(
             vel_sampler_step(b->samplers[i], e, b->scaled, b->x + i * b->s.values, b->s.values));
@@ -311,8 +393,8 @@ static vel_status run_batch(batch *b, const texts *t, vel_progress *progress, in
         if (b->m->ctx->interrupted)
             return vel_fail(b->m->ctx, VEL_INTERRUPTED, "drawing was interrupted");
         fill_input(b, e);
-        VEL_TRY(vel_model_denoise(b->m, b->in, b->time, b->context, rows_of(b), b->s.h, b->s.w,
-                                  b->out));
+        VEL_TRY(vel_model_denoise(b->m, b->in, b->time, b->states, b->extra, rows_of(b), b->s.h,
+                                  b->s.w, b->out));
         VEL_TRY(take_step(b, e));
         *done += b->n;
         if (progress)
@@ -334,7 +416,7 @@ static int group_size(const vel_model *m, const vel_draw *draws, const int *eval
     for (; k < n && k < most; k++) {
         shape s = latent_shape(m, &draws[k]);
         if (s.h != first.h || s.w != first.w || evaluations[k] != evaluations[0] ||
-            is_guided(&draws[k]) != is_guided(&draws[0]))
+            is_guided(m, &draws[k]) != is_guided(m, &draws[0]))
             break;
     }
     return k;
@@ -386,7 +468,7 @@ static vel_status draw_all(vel_model *m, const vel_draw *draws, int n, int batch
                    .draws = draws + i,
                    .n = k,
                    .s = latent_shape(m, &draws[i]),
-                   .guided = is_guided(&draws[i]),
+                   .guided = is_guided(m, &draws[i]),
                    .evaluations = evaluations[i]};
         st = draw_group(&b, i, &t, phase ? &progress : NULL, &done, to);
         finish_batch(&b);

@@ -50,11 +50,13 @@ typedef struct vel_model_options {
     const char *variant;   /* "fp16" file names */
     int clip_skip;
     bool no_text; /* prompts are not asked for: neither tokenizer nor text encoder need be known */
-    const char *prediction; /* "epsilon", "v_prediction", "sample"; NULL, "auto": the folder's */
-    bool zero_snr;          /* the noise schedule is stretched to end in pure noise */
-    const char *tokenizer;  /* folder of the tokenizer, for single files; NULL: looked for */
-    bool weights_only;      /* neither tokenizer nor device are needed: nothing can be run */
-    bool averaged;          /* of a single file: the running average that it keeps (model_ema.*) */
+    const char *prediction;  /* "epsilon", "v_prediction", "sample"; NULL, "auto": the folder's */
+    bool zero_snr;           /* the noise schedule is stretched to end in pure noise */
+    const char *tokenizer;   /* folder of the tokenizer, for single files; NULL: looked for */
+    bool weights_only;       /* neither tokenizer nor device are needed: nothing can be run */
+    bool averaged;           /* of a single file: the running average that it keeps (model_ema.*) */
+    int text_length;         /* tokens of a text where the encoder leaves a choice; 0: as usual */
+    const char *instruction; /* put before prompts instead of the family's own; "": nothing */
 } vel_model_options;
 /* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */
@@ -137,7 +139,7 @@ vel_status vel_model_embedding(vel_model *m, int32_t id, float *out);
 /* How graphs get the words; NULL: there are none. */
 struct vel_words;
 const struct vel_words *vel_model_words(const vel_model *m);
-/* Sets a plan's token ids [n, length], where they may be those of words. */
+/* Sets a plan's token ids [n, vel_model_ids], where they may be those of words. */
 vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n);
 
 /* Previews in training: the graph is rewritten to read what is being trained (what it points at is
@@ -164,16 +166,40 @@ vel_status vel_adapter_site_delta(vel_ctx *ctx, vel_engine *e, const struct vel_
 /* A weight of the model's files ("unet.conv_in.weight") as float32; *out is owned. */
 vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count);
 
-/* Text states of prompts: out [n, length, width] (through adapters on the text encoder). Warns with
- * the cut part of prompts over length. */
+/* ---- text (model_text.c) ---- */
+
+/* Sizes of the states of a text; values: vel_text_values of it. */
+const vel_text_states *vel_model_states(const vel_model *m);
+int vel_model_ids(const vel_model *m);         /* token ids of a text, for all encoders */
+int vel_model_extra_count(const vel_model *m); /* E of vel_condition */
+/* Does a negative text give other states than the same text as a prompt (a prefix)? */
+bool vel_model_negatives_differ(const vel_model *m);
+/* ids [vel_model_ids]; says nothing of what is cut. */
+vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids);
+/* Text states of prompts: out [n, values] (through adapters on the text encoders). Warns with the
+ * cut part of prompts over length. */
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out);
+vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
+                                  float *out);
+/* Inputs of a graph of n samples: token ids with what belongs to them, through the text encoders;
+ * or the states themselves. Set by vel_model_set_ids and vel_model_set_condition. The former leaves
+ * out extra, which vel_model_extra_input adds ({0} where there is none). */
+vel_condition vel_model_text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip_skip);
+vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n);
+vel_ref vel_model_extra_input(vel_model *m, vel_graph *g, int64_t n);
+/* states [n, values], extra [n, E] (unused where E is 0). */
+vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *states,
+                                   const float *extra, int n);
+vel_status vel_model_set_extra(vel_model *m, vel_plan *p, const float *extra, int n);
+
 /* NHWC in and out; latents are unscaled z here. Splits into batches as memory asks. */
 vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, float *image);
 vel_status vel_model_encode(vel_model *m, const float *image, int n, int height, int width,
                             float *moments);
-/* One evaluation: latent [n, h, w, C], time [n], context [n, length, width] -> out. */
+/* One evaluation: latent [n, h, w, C], time [n], states [n, values], extra [n, E] -> out. */
 vel_status vel_model_denoise(vel_model *m, const float *latent, const float *time,
-                             const float *context, int n, int h, int w, float *out);
+                             const float *states, const float *extra, int n, int h, int w,
+                             float *out);
 
 /* ---- pictures (pipeline.c)
  * ------------------------------------------------------------------------- */

@@ -25,7 +25,7 @@ static uint64_t stream_of(int kind, int64_t micro, int64_t item)
 
 vel_status vel_batch_room(train_session *s, int n, int64_t most, train_batch *t)
 {
-    int64_t each = (int64_t)s->length * s->width;
+    int64_t each = s->state;
     vel_ctx *ctx = s->ctx;
     *t = (train_batch){.room_items = n};
     t->item = vel_alloc(ctx, (size_t)n * sizeof *t->item);
@@ -35,11 +35,12 @@ vel_status vel_batch_room(train_session *s, int n, int64_t most, train_batch *t)
     t->room = vel_alloc(ctx, (size_t)most * sizeof(float));
     t->mask = vel_alloc(ctx, (size_t)(n * most / s->channels) * sizeof(float));
     t->context = vel_alloc(ctx, (size_t)(n * each) * sizeof(float));
+    t->extra = vel_alloc(ctx, (size_t)(n * VEL_MAX_EXTRA) * sizeof(float));
     t->weight = vel_alloc(ctx, (size_t)n * sizeof(float));
     t->timestep = vel_alloc(ctx, (size_t)n * sizeof(int32_t));
-    t->ids = vel_alloc(ctx, (size_t)(n * s->length) * sizeof(int32_t));
+    t->ids = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(int32_t));
     return t->item && t->latent && t->noise && t->disturbed && t->room && t->mask && t->context &&
-                   t->weight && t->timestep && t->ids
+                   t->extra && t->weight && t->timestep && t->ids
                ? VEL_OK
                : VEL_NO_MEMORY;
 }
@@ -57,8 +58,8 @@ void vel_batch_clear(train_session *s, train_batch *t)
 void vel_batch_finish(train_session *s, train_batch *t)
 {
     vel_batch_clear(s, t);
-    void *rooms[] = {t->item, t->latent,  t->noise,  t->disturbed, t->room,
-                     t->mask, t->context, t->weight, t->timestep,  t->ids};
+    void *rooms[] = {t->item,    t->latent, t->noise,    t->disturbed, t->room, t->mask,
+                     t->context, t->weight, t->timestep, t->ids,       t->extra};
     for (int i = 0; i < VEL_COUNT(rooms); i++)
         vel_free(s->ctx, rooms[i]);
     *t = (train_batch){0};
@@ -263,12 +264,28 @@ static vel_status put_caption(train_session *s, train_batch *t, int k, uint64_t 
     int64_t step = t->micro / s->o->accumulation;
     VEL_TRY(vel_caption_use(s->ctx, r, s->samples[item->sample].caption, (uint64_t)s->o->seed,
                             stream, until > 0 ? (double)step / until : 1, &item->text));
-    return s->tokenizes ? vel_tokenizer_encode(vel_model_tokenizer(s->model), item->text, s->length,
-                                               t->ids + k * s->length, NULL, NULL)
-                        : VEL_OK;
+    return s->tokenizes ? vel_model_tokenize(s->model, item->text, t->ids + k * s->n_ids) : VEL_OK;
 }
 
 /* ---- the batch ---- */
+
+/* What the family wants to know of the picture besides: its sizes, the guidance. */
+static void put_extra(const train_session *s, train_batch *t, int k, int sample, int64_t epoch)
+{
+    const vel_sample *p = &s->samples[sample];
+    vel_picture_facts facts = {.original_width = p->source_width,
+                               .original_height = p->source_height,
+                               .width = p->width,
+                               .height = p->height,
+                               .guidance = s->o->guidance_scale};
+    if (!s->n_extra)
+        return;
+    if (sample < s->data->n)
+        vel_sample_crop(s->data, sample, (uint64_t)s->o->seed, epoch, &facts.crop_left,
+                        &facts.crop_top);
+    vel_family_extra(vel_model_family(s->model), vel_model_config(s->model), &facts,
+                     t->extra + k * s->n_extra);
+}
 
 static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, int64_t epoch)
 {
@@ -278,6 +295,7 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
     t->item[k].epoch = epoch;
     VEL_TRY(put_picture(m, t, k));
     VEL_TRY(put_mask(s, t, k, sample, epoch));
+    put_extra(s, t, k, sample, epoch);
     int low = s->o->min_timestep, high = s->o->max_timestep;
     double u = vel_random_uniform(seed, stream_of(STREAM_TIME, t->micro, k), 0);
     t->timestep[k] = low + (int32_t)(u * (high - low));
@@ -320,6 +338,7 @@ static void describe(train_session *s, train_batch *t, int n, const vel_sample *
                        .timestep = t->timestep,
                        .context = t->context,
                        .ids = t->ids,
+                       .extra = t->extra,
                        .weight = t->weight,
                        .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
 }
@@ -361,6 +380,7 @@ vel_status vel_batch_held_out(train_session *s, int sample, const float *moments
         t->weight[k] = 1;
         VEL_TRY(put_caption(s, t, k, 0, false));
         VEL_TRY(put_mask(s, t, k, sample, 0));
+        put_extra(s, t, k, sample, 0);
     }
     return VEL_OK;
 }

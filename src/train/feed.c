@@ -151,15 +151,31 @@ static vel_status collect_captions(train_session *s)
     return VEL_OK;
 }
 
+/* Under what a text's states are kept on disk: the encoders' hashes, and what else they depend on.
+ */
+static char *text_key(train_session *s, const char *caption)
+{
+    vel_text_info text[VEL_MAX_TEXTS];
+    char encoders[VEL_MAX_TEXTS * 66] = "", length[32] = "";
+    int n = vel_model_family(s->model)->texts(vel_model_config(s->model), text);
+    for (int k = 0; k < n; k++) {
+        const char *hash = vel_model_hash(s->model, text[k].part);
+        size_t used = strlen(encoders);
+        snprintf(encoders + used, sizeof encoders - used, "%s%s", k ? " " : "", hash ? hash : "");
+    }
+    if (n > 1 || !text[0].fixed)
+        snprintf(length, sizeof length, " of %d", s->n_ids);
+    return vel_strf(s->ctx, "text %s skip %d type %d%s %s", encoders, s->o->clip_skip,
+                    (int)vel_model_compute(s->model), length, caption);
+}
+
 /* The states of a caption, from the disk cache where one is asked for. */
 static vel_status encode_caption(train_session *s, int i, int64_t each)
 {
     float *out = s->contexts + i * each;
     if (!s->o->cache_to_disk || s->o->train_text_encoder || s->n_words)
         return vel_model_encode_text(s->model, s->captions + i, 1, out);
-    const char *encoder = vel_model_hash(s->model, "text_encoder");
-    char *key = vel_strf(s->ctx, "text %s skip %d type %d %s", encoder ? encoder : "",
-                         s->o->clip_skip, (int)vel_model_compute(s->model), s->captions[i]);
+    char *key = text_key(s, s->captions[i]);
     if (!key)
         return VEL_NO_MEMORY;
     const float *known = vel_cache_find(s->cache, key, each);
@@ -178,7 +194,7 @@ static vel_status encode_caption(train_session *s, int i, int64_t each)
 
 vel_status vel_feed_encode_text(train_session *s)
 {
-    int64_t each = (int64_t)s->length * s->width;
+    int64_t each = s->state;
     s->contexts = vel_alloc(s->ctx, (size_t)(s->n_captions * each) * sizeof *s->contexts);
     if (!s->contexts)
         return VEL_NO_MEMORY;
@@ -198,12 +214,11 @@ static vel_status encode_captions(train_session *s)
     VEL_TRY(collect_captions(s));
     if (!s->text_in_graph)
         return vel_feed_encode_text(s);
-    s->ids = vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->length * sizeof *s->ids);
+    s->ids = vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->n_ids * sizeof *s->ids);
     if (!s->ids)
         return VEL_NO_MEMORY;
     for (int i = 0; i < s->n_captions; i++)
-        VEL_TRY(vel_tokenizer_encode(vel_model_tokenizer(s->model), s->captions[i], s->length,
-                                     s->ids + (int64_t)i * s->length, NULL, NULL));
+        VEL_TRY(vel_model_tokenize(s->model, s->captions[i], s->ids + (int64_t)i * s->n_ids));
     return VEL_OK;
 }
 
@@ -373,13 +388,13 @@ void vel_feed_end(train_session *s)
 
 static void put_caption(train_session *s, train_batch *t, int slot, int caption)
 {
-    int64_t each = (int64_t)s->length * s->width;
+    int64_t each = s->state;
     if (s->contexts)
         memcpy(t->context + slot * each, s->contexts + caption * each,
                (size_t)each * sizeof(float));
     else
-        memcpy(t->ids + slot * s->length, s->ids + (int64_t)caption * s->length,
-               (size_t)s->length * sizeof(int32_t));
+        memcpy(t->ids + slot * s->n_ids, s->ids + (int64_t)caption * s->n_ids,
+               (size_t)s->n_ids * sizeof(int32_t));
 }
 
 /* A text that was not encoded before the first step. */
@@ -388,7 +403,7 @@ static vel_status put_text(train_session *s, train_batch *t, int slot, const cha
     enum { MOST_TEXTS = 256 }; /* wildcards and short lists of tags come again */
     if (!s->contexts)          /* its ids are there */
         return VEL_OK;
-    int64_t each = (int64_t)s->length * s->width;
+    int64_t each = s->state;
     float *out = t->context + slot * each;
     const float *known = vel_cache_find(s->text_cache, text, each);
     if (known) {
@@ -409,6 +424,8 @@ static void repeat_slot(train_session *s, train_batch *t, int from, int to)
     memcpy(t->noise + to * each, t->noise + from * each, (size_t)each * sizeof *t->noise);
     memcpy(t->disturbed + to * each, t->disturbed + from * each, (size_t)each * sizeof *t->noise);
     memcpy(t->mask + to * pixels, t->mask + from * pixels, (size_t)pixels * sizeof *t->mask);
+    memcpy(t->extra + to * s->n_extra, t->extra + from * s->n_extra,
+           (size_t)s->n_extra * sizeof *t->extra);
     t->timestep[to] = t->timestep[from];
     t->weight[to] = t->weight[from];
     put_caption(s, t, to, s->class_caption);

@@ -278,7 +278,7 @@ static void put_dataset(train_session *s, json_t *meta)
 
 static void put_model(train_session *s, json_t *meta)
 {
-    vel_text_info text[2];
+    vel_text_info text[VEL_MAX_TEXTS];
     vel_model_family(s->model)->texts(vel_model_config(s->model), text);
     bool v2 = text[0].width == 1024;
     bool v = vel_model_schedule(s->model)->config.prediction == VEL_PREDICTS_V;

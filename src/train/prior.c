@@ -218,7 +218,7 @@ vel_status vel_prior_context(train_session *s)
     if (s->prior != PRIOR_BASE)
         return VEL_OK;
     const char *prompt = s->o->class_prompt ? s->o->class_prompt : "";
-    int64_t each = (int64_t)s->length * s->width;
+    int64_t each = s->state;
     s->base_context =
         vel_arena_alloc(s->arena, (size_t)(s->o->batch * each) * sizeof *s->base_context);
     if (!s->base_context)

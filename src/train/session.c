@@ -200,9 +200,11 @@ static vel_status open_model(train_session *s)
                         "--masked_loss: needs masks: --conditioning_data_dir FOLDER with a picture "
                         "of the same name for each, or --alpha_mask");
     s->masks = alpha || o->masked_loss;
-    vel_text_info text[2];
+    vel_text_info text[VEL_MAX_TEXTS];
     vel_model_family(s->model)->texts(vel_model_config(s->model), text);
-    s->length = text[0].length;
+    s->state = vel_text_values(vel_model_states(s->model));
+    s->n_ids = vel_model_ids(s->model);
+    s->n_extra = vel_model_extra_count(s->model);
     s->width = text[0].width;
     s->channels = vel_model_latent(s->model)->channels;
     if (o->base_weights)

@@ -32,7 +32,7 @@ typedef struct train_batch {
     int64_t micro;
     train_item *item; /* [room_items] */
     int n_items, room_items;
-    float *latent, *noise, *context, *weight, *disturbed, *mask, *room;
+    float *latent, *noise, *context, *weight, *disturbed, *mask, *extra, *room;
     int32_t *timestep, *ids;
 } train_batch;
 
@@ -91,7 +91,7 @@ typedef struct train_session {
     vel_dataset *class_data; /* of PRIOR_IMAGES */
     int class_pictures;      /* how many there are, or will be once they are drawn */
     int class_caption;       /* of PRIOR_BASE */
-    float *base_context;     /* [batch, length, width] of the class prompt by the base model */
+    float *base_context;     /* [batch, state] of the class prompt by the base model */
 
     /* feed */
     vel_sample *samples; /* those of data, then class_data's at each size of a batch */
@@ -105,9 +105,13 @@ typedef struct train_session {
     const char **captions;           /* distinct; [0] is "" */
     int *caption_of;                 /* [sample] */
     int n_captions;
-    float *contexts; /* [n_captions, length, width]; NULL when the text encoder is trained */
-    int32_t *ids;    /* [n_captions, length] */
-    int length, width, channels;
+    float *contexts; /* [n_captions, state]; NULL when the text encoder is trained */
+    int32_t *ids;    /* [n_captions, n_ids] */
+    int64_t state;   /* values of a text's states */
+    int n_ids;       /* token ids of a text */
+    int n_extra;     /* E of vel_condition */
+    int width;       /* of the first text encoder, in which new words have their vectors */
+    int channels;
     bool masks;          /* the loss is weighted by place */
     vel_ahead *ahead;    /* makes batches */
     int64_t next_batch;  /* that it gives */

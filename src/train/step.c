@@ -15,7 +15,7 @@ struct vel_trainer {
     vel_ctx *ctx;
     vel_model *model;
     vel_trainer_options o;
-    int channels, length, width;
+    int channels;
     bucket_plan plans[MAX_PLANS];
     int n_plans;
     float *noisy, *target; /* [n, h, w, C] of the largest batch so far */
@@ -34,10 +34,6 @@ vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_tr
     t->model = m;
     t->o = *o;
     t->channels = vel_model_latent(m)->channels;
-    vel_text_info text[2];
-    vel_model_family(m)->texts(vel_model_config(m), text);
-    t->length = text[0].length;
-    t->width = text[0].width;
     *out = t;
     return VEL_OK;
 }
@@ -67,14 +63,14 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
     vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
     vel_ref target = vel_input(g, "target", VEL_F32, latent);
     vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
-    vel_condition condition = {{0}};
+    vel_condition condition;
     if (t->o.train_text_encoder) {
-        vel_ref ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, t->length));
-        condition = family->encode_text(g, config, ids, t->o.clip_skip);
+        condition = vel_model_text_inputs(t->model, g, n, t->o.clip_skip);
+        condition.extra = vel_model_extra_input(t->model, g, n);
     } else {
-        condition.context = vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width));
+        condition = vel_model_condition_inputs(t->model, g, n);
     }
-    vel_ref prediction = family->denoise(g, config, x, time, &condition);
+    vel_ref prediction = vel_family_denoise(g, family, config, x, time, &condition);
     vel_ref huber = {0}, mask = {0}, per_sample;
     if (vel_objective_has_huber(&t->o.objective))
         huber = vel_input(g, "huber", VEL_F32, VEL_SHAPE(n));
@@ -228,10 +224,9 @@ static vel_status base_plan(vel_trainer *t, int n, int h, int w)
         return VEL_NO_MEMORY;
     vel_ref x = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, t->channels));
     vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
-    vel_condition c = {.context =
-                           vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width))};
+    vel_condition c = vel_model_condition_inputs(t->model, g, n);
     const vel_family *family = vel_model_family(t->model);
-    vel_output(g, "out", family->denoise(g, vel_model_config(t->model), x, time, &c));
+    vel_output(g, "out", vel_family_denoise(g, family, vel_model_config(t->model), x, time, &c));
     vel_plan_options o = {.compute = t->o.compute, .steady = "context"};
     VEL_TRY(vel_plan_create(vel_model_engine(t->model), g, &o, &t->base));
     t->base_n = n;
@@ -245,12 +240,13 @@ static vel_status base_targets(vel_trainer *t, const vel_batch *b, const float *
 {
     int n = b->n_base, first = b->n - n;
     int64_t each = (int64_t)b->h * b->w * t->channels;
-    size_t state = (size_t)t->length * (size_t)t->width * sizeof(float);
+    int extra = vel_model_extra_count(t->model);
     VEL_TRY(base_plan(t, n, b->h, b->w));
     VEL_TRY(vel_plan_set(t->base, "latent", t->noisy + first * each,
                          (size_t)(n * each) * sizeof(float)));
     VEL_TRY(vel_plan_set(t->base, "time", time + first, (size_t)n * sizeof(float)));
-    VEL_TRY(vel_plan_set(t->base, "context", b->base_context, (size_t)n * state));
+    VEL_TRY(vel_model_set_condition(t->model, t->base, b->base_context,
+                                    extra ? b->extra + first * extra : NULL, n));
     VEL_TRY(vel_plan_run(t->base));
     return vel_plan_get(t->base, "out", t->target + first * each, n * each);
 }
@@ -297,7 +293,9 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     if (t->o.train_text_encoder)
         VEL_TRY(vel_model_set_ids(t->model, p, b->ids, b->n));
     else
-        VEL_TRY(vel_plan_set(p, "context", b->context, per * (size_t)t->length * (size_t)t->width));
+        VEL_TRY(vel_model_set_condition(t->model, p, b->context, b->extra, b->n));
+    if (t->o.train_text_encoder)
+        VEL_TRY(vel_model_set_extra(t->model, p, b->extra, b->n));
     return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed)
                                          : VEL_OK;
 }

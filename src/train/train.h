@@ -87,6 +87,7 @@ typedef struct vel_train_options {
     bool masked_loss, alpha_mask;
     const char *conditioning_data_dir;
     int min_timestep, max_timestep;
+    double guidance_scale; /* what models that take the guidance as an input are trained with */
     /* memory */
     bool gradient_checkpointing;
     const char *memory; /* working memory to stay under, "2GiB"; NULL no limit */
@@ -159,13 +160,14 @@ typedef struct vel_batch {   /* what a step learns from, host memory */
     const float *disturbed;  /* the noise of the input where it is another; NULL: noise */
     const float *mask;       /* [n, h, w] weight of each place, where the trainer is masked */
     const int32_t *timestep; /* [n] */
-    const float *context;    /* [n, length, width]; unused where the text encoder is trained */
-    const int32_t *ids;      /* [n, length]; used then */
+    const float *context;    /* [n, values of a text]; unused where the text encoder is trained */
+    const int32_t *ids;      /* [n, ids of a text]; used then */
+    const float *extra;      /* [n, E] of vel_condition; unused where E is 0 */
     const float *weight;     /* [n] weight of each sample's loss */
     double scale;            /* of the gradient: loss scaling; 0: 1 */
     int32_t seed[2];         /* of dropout */
     /* The last n_base samples are to get what the unchanged model predicts for their noisy latent
-     * under base_context [n_base, length, width]. */
+     * under base_context [n_base, values of a text]. */
     int n_base;
     const float *base_context;
 } vel_batch;

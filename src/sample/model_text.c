@@ -1,0 +1,423 @@
+/* model_text.c: the text side of a loaded model: its tokenizers, token ids for all of its encoders,
+ * and a denoiser's condition as inputs of a graph.
+ *
+ * Token ids of a text lie behind each other, encoder by encoder; so do its states (context, pooled,
+ * mask; vel_text_states). A negative text goes without the prefix, so it may have fewer ids. */
+#include "sample/model.h"
+
+/* ---- sizes ---- */
+
+const vel_text_states *vel_model_states(const vel_model *m)
+{
+    return &m->states;
+}
+
+int vel_model_extra_count(const vel_model *m)
+{
+    return vel_family_extra(m->family, m->config, NULL, NULL);
+}
+
+/* Tokens that encoder k is given. */
+static int length_of(const vel_model *m, int k, bool negative)
+{
+    const vel_text_info *t = &m->texts[k];
+    return t->absent ? 0 : t->length + (t->prefix_apart && !negative ? m->prefix_tokens[k] : 0);
+}
+
+static int ids_of(const vel_model *m, bool negative)
+{
+    int n = 0;
+    for (int k = 0; k < m->n_texts; k++)
+        n += length_of(m, k, negative);
+    return n;
+}
+
+int vel_model_ids(const vel_model *m)
+{
+    return ids_of(m, false);
+}
+
+bool vel_model_negatives_differ(const vel_model *m)
+{
+    for (int k = 0; k < m->n_texts; k++)
+        if (m->texts[k].prefix)
+            return true;
+    return false;
+}
+
+/* ---- opening ---- */
+
+vel_status vel_model_words_folder(vel_model *m, const char *named, char **out)
+{
+    bool second = m->texts[0].width == 1024; /* as diffusers tells 2.x */
+    if (m->single || named)
+        return vel_model_find_tokenizer(m->ctx, m->folder, named, second, out);
+    *out = vel_path_join(m->ctx, m->folder, m->texts[0].tokenizer);
+    return *out ? VEL_OK : VEL_NO_MEMORY;
+}
+
+static vel_status open_tokenizer(vel_model *m, int k, const char *named)
+{
+    const vel_text_info *text = &m->texts[k];
+    char *folder = NULL;
+    if (k == 0 || m->single)
+        VEL_TRY(vel_model_words_folder(m, named, &folder));
+    else if (!(folder = vel_path_join(m->ctx, m->folder, text->tokenizer)))
+        return VEL_NO_MEMORY;
+    vel_status st = vel_tokenizer_open(m->ctx, folder, &m->tokenizers[k]);
+    if (!st && vel_tokenizer_size(m->tokenizers[k]) > text->vocabulary)
+        st = vel_fail(m->ctx, VEL_BAD_FILE,
+                      "%s: has %d words, the text encoder %d: they belong to different models",
+                      folder, vel_tokenizer_size(m->tokenizers[k]), text->vocabulary);
+    vel_free(m->ctx, folder);
+    return st;
+}
+
+/* How many ids come on top for the prefix: its own, less the one that the text has anyway. */
+static vel_status count_prefix(vel_model *m, int k)
+{
+    int32_t *ids;
+    int n;
+    if (!m->texts[k].prefix || !m->texts[k].prefix_apart)
+        return VEL_OK;
+    VEL_TRY(vel_tokenizer_ids(m->tokenizers[k], m->texts[k].prefix, &ids, &n));
+    vel_free(m->ctx, ids);
+    m->prefix_tokens[k] = VEL_MAX(0, n - 1); /* begin + n tokens - 2, as SanaPipeline counts */
+    return VEL_OK;
+}
+
+/* Other lengths and another prefix than the family's. */
+static vel_status take_wishes(vel_model *m, const vel_model_options *o)
+{
+    bool adjustable = false;
+    for (int k = 0; k < m->n_texts; k++) {
+        vel_text_info *t = &m->texts[k];
+        if (o->text_length > 0 && !t->fixed)
+            t->length = o->text_length;
+        adjustable |= !t->fixed;
+        if (o->instruction && t->prefix)
+            t->prefix = o->instruction[0] ? vel_arena_strdup(m->arena, o->instruction) : NULL;
+    }
+    if (o->text_length > 0 && !adjustable)
+        vel_log(m->ctx, 2,
+                "--max_sequence_length: the text encoders of %s have a length of their own, which "
+                "stays as it is",
+                m->family->title);
+    return VEL_OK;
+}
+
+vel_status vel_model_open_text(vel_model *m, const vel_model_options *o)
+{
+    int length[VEL_MAX_TEXTS] = {0};
+    m->n_texts = m->family->texts(m->config, m->texts);
+    VEL_TRY(take_wishes(m, o));
+    for (int k = 0; k < m->n_texts; k++)
+        length[k] = m->texts[k].length;
+    m->family->states(m->config, length, &m->states);
+    if (o->no_text || o->weights_only)
+        return VEL_OK;
+    for (int k = 0; k < m->n_texts; k++) {
+        if (m->texts[k].absent)
+            continue;
+        VEL_TRY(open_tokenizer(m, k, o->tokenizer));
+        VEL_TRY(count_prefix(m, k));
+    }
+    return VEL_OK;
+}
+
+/* ---- ids ---- */
+
+static void warn_cut(vel_model *m, int k, const char *text, const char *whole, int n_cut,
+                     size_t cut_at)
+{
+    size_t before = strlen(whole) - strlen(text); /* of the prefix */
+    if (cut_at < before)
+        cut_at = before;
+    vel_log(m->ctx, 2,
+            "prompt: %d tokens do not fit into the text encoder's %d, and this part is left out: "
+            "\"%s\"",
+            n_cut, m->texts[k].length, whole + cut_at);
+}
+
+static vel_status tokenize_for(vel_model *m, int k, const char *text, bool negative, bool quiet,
+                               int32_t *ids)
+{
+    const vel_text_info *info = &m->texts[k];
+    int n_cut = 0;
+    size_t cut_at = 0;
+    char *joined = NULL;
+    if (info->prefix && !negative && !(joined = vel_strf(m->ctx, "%s%s", info->prefix, text)))
+        return VEL_NO_MEMORY;
+    const char *whole = joined ? joined : text;
+    vel_status st = vel_tokenizer_encode(m->tokenizers[k], whole, length_of(m, k, negative), ids,
+                                         &n_cut, &cut_at);
+    if (st)
+        vel_fail_in(m->ctx, st, "prompt");
+    else if (n_cut && !quiet)
+        warn_cut(m, k, text, whole, n_cut, cut_at);
+    vel_free(m->ctx, joined);
+    return st;
+}
+
+static vel_status tokenize(vel_model *m, const char *text, bool negative, bool quiet, int32_t *ids)
+{
+    for (int k = 0; k < m->n_texts; k++) {
+        if (m->texts[k].absent)
+            continue;
+        VEL_TRY(tokenize_for(m, k, text, negative, quiet, ids));
+        ids += length_of(m, k, negative);
+    }
+    if (!quiet)
+        vel_model_warn_unknown_words(m, text);
+    return VEL_OK;
+}
+
+vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids)
+{
+    return tokenize(m, text, false, true, ids);
+}
+
+/* ---- inputs of graphs ---- */
+
+/* "ids" of the first encoder, "ids_2" of the second ... */
+static const char *name_of(const char *stem, int k, char out[32])
+{
+    if (k == 0)
+        snprintf(out, 32, "%s", stem);
+    else
+        snprintf(out, 32, "%s_%d", stem, k + 1);
+    return out;
+}
+
+static vel_condition text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip_skip,
+                                 bool negative)
+{
+    vel_text_input in[VEL_MAX_TEXTS] = {{{0}}};
+    char name[32];
+    for (int k = 0; k < m->n_texts; k++) {
+        const vel_text_info *t = &m->texts[k];
+        int length = length_of(m, k, negative);
+        if (t->absent)
+            continue;
+        in[k].ids = vel_input(g, name_of("ids", k, name), VEL_I32, VEL_SHAPE(n, length));
+        if (t->masked)
+            in[k].mask = vel_input(g, name_of("ids_mask", k, name), VEL_F32, VEL_SHAPE(n, length));
+        if (t->pools)
+            in[k].end = vel_input(g, name_of("ids_end", k, name), VEL_I32, VEL_SHAPE(n));
+        in[k].keep = length > t->length ? t->length : 0;
+    }
+    return m->family->encode_text(g, m->config, in, clip_skip);
+}
+
+vel_condition vel_model_text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip_skip)
+{
+    return text_inputs(m, g, n, clip_skip, false);
+}
+
+vel_ref vel_model_extra_input(vel_model *m, vel_graph *g, int64_t n)
+{
+    int count = vel_model_extra_count(m);
+    return count ? vel_input(g, "extra", VEL_F32, VEL_SHAPE(n, count)) : (vel_ref){0};
+}
+
+vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n)
+{
+    const vel_text_states *t = &m->states;
+    vel_condition c = {.context =
+                           vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width))};
+    if (t->pooled)
+        c.pooled = vel_input(g, "pooled", VEL_F32, VEL_SHAPE(n, t->pooled));
+    if (t->masked)
+        c.mask = vel_input(g, "mask_of_text", VEL_F32, VEL_SHAPE(n, t->length));
+    c.extra = vel_model_extra_input(m, g, n);
+    return c;
+}
+
+/* ---- values of inputs ---- */
+
+/* Columns first .. first + count - 1 of n rows, as the plan's input. */
+static vel_status set_columns(vel_model *m, vel_plan *p, const char *name, const float *rows,
+                              int64_t width, int64_t first, int64_t count, int n)
+{
+    size_t bytes = (size_t)count * sizeof *rows;
+    if (!vel_plan_has_input(p, name))
+        return VEL_OK;
+    if (width == count)
+        return vel_plan_set(p, name, rows, (size_t)n * bytes);
+    float *packed = vel_alloc(m->ctx, (size_t)n * bytes);
+    if (!packed)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < n; i++)
+        memcpy(packed + i * count, rows + i * width + first, bytes);
+    vel_status st = vel_plan_set(p, name, packed, (size_t)n * bytes);
+    vel_free(m->ctx, packed);
+    return st;
+}
+
+vel_status vel_model_set_extra(vel_model *m, vel_plan *p, const float *extra, int n)
+{
+    int64_t count = vel_model_extra_count(m);
+    return count ? set_columns(m, p, "extra", extra, count, 0, count, n) : VEL_OK;
+}
+
+vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *states,
+                                   const float *extra, int n)
+{
+    const vel_text_states *t = &m->states;
+    int64_t width = vel_text_values(t), context = (int64_t)t->length * t->width;
+    VEL_TRY(set_columns(m, p, "context", states, width, 0, context, n));
+    if (t->pooled)
+        VEL_TRY(set_columns(m, p, "pooled", states, width, context, t->pooled, n));
+    if (t->masked)
+        VEL_TRY(
+            set_columns(m, p, "mask_of_text", states, width, context + t->pooled, t->length, n));
+    return vel_model_set_extra(m, p, extra, n);
+}
+
+/* 1 for each token up to the last that is no padding. */
+static void fill_mask(const int32_t *ids, int length, int32_t pad, float *out)
+{
+    int used = length;
+    while (used && ids[used - 1] == pad)
+        used--;
+    for (int i = 0; i < length; i++)
+        out[i] = i < used;
+}
+
+/* The first end token; the last place where there is none. */
+static int32_t end_of(const int32_t *ids, int length, int32_t end)
+{
+    int at = 0;
+    while (at < length - 1 && ids[at] != end)
+        at++;
+    return at;
+}
+
+/* What encoder k's info asks for beside the ids [n, length]. */
+static vel_status set_marks(vel_model *m, vel_plan *p, int k, const int32_t *ids, int length, int n)
+{
+    char mask_name[32], end_name[32];
+    name_of("ids_mask", k, mask_name);
+    name_of("ids_end", k, end_name);
+    bool masked = vel_plan_has_input(p, mask_name), pools = vel_plan_has_input(p, end_name);
+    if (!masked && !pools)
+        return VEL_OK;
+    float *mask = vel_alloc(m->ctx, (size_t)n * (size_t)length * sizeof *mask);
+    int32_t *end = vel_alloc(m->ctx, (size_t)n * sizeof *end);
+    vel_status st = mask && end ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < n && !st; i++) {
+        const int32_t *row = ids + (int64_t)i * length;
+        fill_mask(row, length, vel_tokenizer_pad(m->tokenizers[k]), mask + (int64_t)i * length);
+        end[i] = i * length + end_of(row, length, vel_tokenizer_eos(m->tokenizers[k]));
+    }
+    if (!st && masked)
+        st = vel_plan_set(p, mask_name, mask, (size_t)n * (size_t)length * sizeof *mask);
+    if (!st && pools)
+        st = vel_plan_set(p, end_name, end, (size_t)n * sizeof *end);
+    vel_free(m->ctx, mask);
+    vel_free(m->ctx, end);
+    return st;
+}
+
+static vel_status set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n, bool negative)
+{
+    int all = ids_of(m, negative), first = 0;
+    int32_t *own = vel_alloc(m->ctx, (size_t)VEL_MAX(1, n * all) * sizeof *own);
+    vel_status st = own ? VEL_OK : VEL_NO_MEMORY;
+    for (int k = 0; k < m->n_texts && !st; k++) {
+        int length = length_of(m, k, negative);
+        char name[32];
+        for (int i = 0; i < n && length; i++)
+            memcpy(own + (int64_t)i * length, ids + (int64_t)i * all + first,
+                   (size_t)length * sizeof *own);
+        if (length && vel_plan_has_input(p, name_of("ids", k, name)))
+            st = vel_model_set_worded_ids(m, p, k, name, own, n * length);
+        if (length && !st)
+            st = set_marks(m, p, k, own, length, n);
+        first += length;
+    }
+    vel_free(m->ctx, own);
+    return st;
+}
+
+vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n)
+{
+    return set_ids(m, p, ids, n, false);
+}
+
+/* ---- encoding ---- */
+
+enum { TEXT_BATCH = 16 };
+
+vel_graph *vel_model_text_graph(vel_model *m, int n, bool negative, int clip_skip)
+{
+    vel_graph *g = vel_graph_create(m->ctx);
+    if (!g)
+        return NULL;
+    vel_condition c = text_inputs(m, g, n, clip_skip, negative);
+    vel_output(g, "out", c.context);
+    if (m->states.pooled)
+        vel_output(g, "pooled", c.pooled);
+    if (m->states.masked)
+        vel_output(g, "mask_of_text", c.mask);
+    if (!vel_graph_check(g))
+        return g;
+    vel_graph_destroy(g);
+    return NULL;
+}
+
+/* The outputs of a run for n texts, put behind each other for each text. */
+static vel_status take_states(vel_model *m, vel_plan *p, int n, float *out)
+{
+    const vel_text_states *t = &m->states;
+    int64_t all = vel_text_values(t), context = (int64_t)t->length * t->width;
+    const struct {
+        const char *name;
+        int64_t first, count;
+    } pieces[] = {{"out", 0, context},
+                  {"pooled", context, t->pooled},
+                  {"mask_of_text", context + t->pooled, t->masked ? t->length : 0}};
+    float *rows = vel_alloc(m->ctx, (size_t)n * (size_t)all * sizeof *rows);
+    vel_status st = rows ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < VEL_COUNT(pieces) && !st; i++) {
+        if (!pieces[i].count)
+            continue;
+        st = i ? vel_plan_get(p, pieces[i].name, rows, n * pieces[i].count)
+               : vel_model_run_plan(m, p, "text encoder", rows, n * pieces[i].count);
+        for (int k = 0; k < n && !st; k++)
+            memcpy(out + k * all + pieces[i].first, rows + k * pieces[i].count,
+                   (size_t)pieces[i].count * sizeof *out);
+    }
+    vel_free(m->ctx, rows);
+    return st;
+}
+
+vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
+                                  float *out)
+{
+    int64_t state = vel_text_values(&m->states);
+    negative = negative && vel_model_negatives_differ(m);
+    int batch = VEL_MIN(n, TEXT_BATCH), each = ids_of(m, negative);
+    int32_t *ids = vel_alloc(m->ctx, sizeof *ids * (size_t)VEL_MAX(n, 1) * (size_t)each);
+    vel_status st = ids ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < n && !st; i++)
+        st = tokenize(m, prompts[i], negative, false, ids + (int64_t)i * each);
+    for (int i = 0; i < n && !st; i += batch) {
+        vel_plan *p;
+        int first = VEL_MIN(i, n - batch); /* the last batch overlaps: one plan serves all */
+        st = vel_model_get_plan(m, PLAN_TEXT, batch, negative, 0, &p);
+        if (!st)
+            st = vel_model_set_strengths(m, p);
+        if (!st)
+            st = set_ids(m, p, ids + (int64_t)first * each, batch, negative);
+        if (!st)
+            st = take_states(m, p, batch, out + first * state);
+    }
+    vel_free(m->ctx, ids);
+    return st;
+}
+
+vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out)
+{
+    return vel_model_encode_texts(m, prompts, n, false, out);
+}
