@@ -20,13 +20,13 @@ const char *vel_inspect_number(int64_t n, char out[32])
 
 void vel_inspect_sum(const vel_safetensors *sf, vel_text *types, int64_t *values, int64_t *bytes)
 {
-    int64_t of_type[VEL_FILE_F8_E5M2 + 1] = {0};
+    int64_t of_type[VEL_FILE_TYPES] = {0};
     *values = *bytes = 0;
     for (int i = 0; i < vel_safetensors_count(sf); i++) {
         const vel_file_tensor *t = vel_safetensors_at(sf, i);
         of_type[t->type] += t->count;
         *values += t->count;
-        *bytes += t->count * vel_file_type_bytes(t->type);
+        *bytes += vel_file_bytes(t->type, t->count);
     }
     for (int i = 0; i < VEL_COUNT(of_type); i++)
         if (of_type[i])

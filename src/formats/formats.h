@@ -22,9 +22,23 @@ typedef enum vel_file_type {
     VEL_FILE_U8,
     VEL_FILE_BOOL,
     VEL_FILE_F8_E4M3,
-    VEL_FILE_F8_E5M2
+    VEL_FILE_F8_E5M2,
+    VEL_FILE_Q8_0, /* ggml's blocks (gguf.c), read only */
+    VEL_FILE_Q4_0,
+    VEL_FILE_Q5_0,
+    VEL_FILE_Q4_K,
+    VEL_FILE_Q5_K,
+    VEL_FILE_Q6_K,
+    VEL_FILE_TYPES
 } vel_file_type;
-int vel_file_type_bytes(vel_file_type t);
+int vel_file_type_bytes(vel_file_type t); /* of a value; 0 where values come in blocks */
+/* So many values lie together in so many bytes; 1 and the type's bytes where there are no blocks.
+ */
+typedef struct vel_file_block_size {
+    int values, bytes;
+} vel_file_block_size;
+vel_file_block_size vel_file_block(vel_file_type t);
+int64_t vel_file_bytes(vel_file_type t, int64_t count); /* of whole blocks */
 /* Elements of a shape; false when its bytes do not fit into 63 bits. */
 bool vel_file_count(int rank, const int64_t *dim, int bytes_each, int64_t *count);
 const char *vel_file_type_name(vel_file_type t); /* as in the header: "F16" */
@@ -37,10 +51,11 @@ typedef struct vel_file_tensor {
     int64_t count;       /* elements */
     const uint8_t *data; /* in the mapping; may be unaligned */
     bool copied;         /* data is in memory instead, put in order from where it lay scattered */
+    float scale; /* values are data times this (ComfyUI's scaled 8-bit floats); 0 stands for 1 */
 } vel_file_tensor;
 
-/* An open file of tensors: safetensors, or one that torch.save wrote (.ckpt, .pt, .bin), which is
- * told by its content; texts and numbers of the latter are its metadata. */
+/* An open file of tensors: safetensors, GGUF, or one that torch.save wrote (.ckpt, .pt, .bin),
+ * which is told by its content; texts and numbers of the latter are its metadata. */
 typedef struct vel_safetensors vel_safetensors;
 vel_status vel_safetensors_open(vel_ctx *ctx, const char *path, vel_safetensors **out);
 /* A model part in a folder: PREFIX.safetensors, PREFIX.VARIANT.safetensors (variant may be NULL),

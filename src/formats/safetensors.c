@@ -9,6 +9,7 @@
  * Values are little-endian in the file and taken to be so in memory. What the tensors mean is left
  * to the key tables of the models. A file that another program truncates while it is mapped is
  * beyond our means. */
+#include "formats/gguf.h"
 #include "formats/pickle.h"
 
 #include <stdlib.h>
@@ -25,6 +26,9 @@ static const struct type_row {
     [VEL_FILE_I16] = {"I16", 2},         [VEL_FILE_I8] = {"I8", 1},
     [VEL_FILE_U8] = {"U8", 1},           [VEL_FILE_BOOL] = {"BOOL", 1},
     [VEL_FILE_F8_E4M3] = {"F8_E4M3", 1}, [VEL_FILE_F8_E5M2] = {"F8_E5M2", 1},
+    [VEL_FILE_Q8_0] = {"Q8_0", 0},       [VEL_FILE_Q4_0] = {"Q4_0", 0},
+    [VEL_FILE_Q5_0] = {"Q5_0", 0},       [VEL_FILE_Q4_K] = {"Q4_K", 0},
+    [VEL_FILE_Q5_K] = {"Q5_K", 0},       [VEL_FILE_Q6_K] = {"Q6_K", 0},
 };
 
 struct vel_safetensors {
@@ -43,6 +47,18 @@ int vel_file_type_bytes(vel_file_type t)
     return (unsigned)t < VEL_COUNT(types) ? types[t].bytes : 0;
 }
 
+vel_file_block_size vel_file_block(vel_file_type t)
+{
+    vel_file_block_size b;
+    return vel_gguf_block(t, &b) ? b : (vel_file_block_size){1, vel_file_type_bytes(t)};
+}
+
+int64_t vel_file_bytes(vel_file_type t, int64_t count)
+{
+    vel_file_block_size b = vel_file_block(t);
+    return count / b.values * b.bytes;
+}
+
 const char *vel_file_type_name(vel_file_type t)
 {
     return (unsigned)t < VEL_COUNT(types) ? types[t].name : "unknown";
@@ -53,7 +69,7 @@ const char *vel_file_type_name(vel_file_type t)
 static bool type_of(const char *name, vel_file_type *out)
 {
     for (int i = 0; name && i < VEL_COUNT(types); i++) {
-        if (strcmp(types[i].name, name) == 0) {
+        if (types[i].bytes && strcmp(types[i].name, name) == 0) {
             *out = (vel_file_type)i;
             return true;
         }
@@ -200,7 +216,7 @@ static vel_status read_entries(vel_safetensors *sf, const char *path, json_t *he
     return check_cover(sf->ctx, path, sf->tensors + first, sf->n - first, data, size);
 }
 
-static vel_status add_pickled(void *user, const vel_file_tensor *t)
+static vel_status add_read(void *user, const vel_file_tensor *t)
 {
     vel_safetensors *sf = user;
     if (!reserve(sf, 1))
@@ -222,10 +238,20 @@ static vel_status sort_from(vel_safetensors *sf, const char *path, int first)
     return VEL_OK;
 }
 
+static vel_status read_gguf(vel_safetensors *sf, const char *path, const vel_map *map)
+{
+    int first = sf->n;
+    VEL_TRY(
+        vel_gguf_read(sf->ctx, sf->arena, path, map->bytes, map->size, add_read, sf, sf->metadata));
+    if (sf->n == first)
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: holds no tensors", path);
+    return sort_from(sf, path, first);
+}
+
 static vel_status read_pickled(vel_safetensors *sf, const char *path, const vel_map *map)
 {
     int first = sf->n;
-    VEL_TRY(vel_pickle_read(sf->ctx, sf->arena, path, map->bytes, map->size, add_pickled, sf,
+    VEL_TRY(vel_pickle_read(sf->ctx, sf->arena, path, map->bytes, map->size, add_read, sf,
                             sf->metadata));
     if (sf->n == first)
         return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: holds no tensors", path);
@@ -244,11 +270,13 @@ static vel_status read_file(vel_safetensors *sf, const char *path)
     bool headed = map->size > 8 && length <= map->size - 8 && map->bytes[8] == '{';
     if (!headed && vel_pickle_sniff(map->bytes, map->size))
         return read_pickled(sf, path, map);
+    if (!headed && vel_gguf_sniff(map->bytes, map->size))
+        return read_gguf(sf, path, map);
     if (map->size < 8 || length < 2 || length > map->size - 8 || map->bytes[8] != '{')
         return vel_fail(
             sf->ctx, VEL_BAD_FILE,
-            "%s: no safetensors file or one of torch.save, or a truncated one (%zu bytes)", path,
-            map->size);
+            "%s: no safetensors file, GGUF or one of torch.save, or a truncated one (%zu bytes)",
+            path, map->size);
     if (length > LARGEST_HEADER)
         return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: a header of %" PRIu64 " bytes, over %d", path,
                         length, LARGEST_HEADER);
@@ -261,6 +289,50 @@ static vel_status read_file(vel_safetensors *sf, const char *path)
         read_entries(sf, path, header, map->bytes + 8 + length, map->size - 8 - length);
     json_decref(header);
     return status;
+}
+
+/* ---- ComfyUI's scaled 8-bit floats ---- */
+
+static vel_file_tensor *find_mutable(vel_safetensors *sf, const char *name)
+{
+    return (vel_file_tensor *)vel_safetensors_find(sf, name);
+}
+
+/* "x.weight" beside "x.scale_weight": the values are 8-bit floats times one number. Scales of
+ * inputs are for arithmetic in 8 bits, which is not done here. The file says that it is of this
+ * kind by a tensor "scaled_fp8". */
+static vel_status apply_scales(vel_safetensors *sf, const char *path)
+{
+    static const char marker[] = "scaled_fp8", scale[] = ".scale_weight", input[] = ".scale_input";
+    char name[1200];
+    int kept = 0;
+    for (int i = 0; i < sf->n; i++) {
+        const vel_file_tensor *t = &sf->tensors[i];
+        if (!vel_has_suffix(t->name, scale))
+            continue;
+        snprintf(name, sizeof name, "%.*s.weight", (int)(strlen(t->name) + 1 - sizeof scale),
+                 t->name);
+        vel_file_tensor *weight = find_mutable(sf, name);
+        bool small =
+            weight && (weight->type == VEL_FILE_F8_E4M3 || weight->type == VEL_FILE_F8_E5M2);
+        float value = NAN;
+        if (t->count == 1)
+            vel_file_tensor_floats(t, 0, 1, &value);
+        if (weight && !small && value == 1) /* a layer that was left as it was */
+            continue;
+        if (!small || !isfinite(value) || value == 0)
+            return vel_fail(sf->ctx, VEL_UNSUPPORTED,
+                            "%s: tensor %s is no single scale of 8-bit floats named %s", path,
+                            t->name, name);
+        weight->scale = value;
+    }
+    for (int i = 0; i < sf->n; i++) {
+        const char *n = sf->tensors[i].name;
+        if (!vel_has_suffix(n, scale) && !vel_has_suffix(n, input) && !vel_has_suffix(n, marker))
+            sf->tensors[kept++] = sf->tensors[i];
+    }
+    sf->n = kept;
+    return VEL_OK;
 }
 
 /* ---- opening ---- */
@@ -289,14 +361,15 @@ vel_status vel_safetensors_open(vel_ctx *ctx, const char *path, vel_safetensors 
     *out = NULL;
     VEL_TRY(create(ctx, path, 1, &sf));
     vel_status status = read_file(sf, path);
-    if (status) {
-        vel_safetensors_close(sf);
-        return status;
-    }
-    if (sf->n)
+    if (!status && sf->n)
         qsort(sf->tensors, (size_t)sf->n, sizeof *sf->tensors, compare_names);
-    *out = sf;
-    return VEL_OK;
+    if (!status)
+        status = apply_scales(sf, path);
+    if (status)
+        vel_safetensors_close(sf);
+    else
+        *out = sf;
+    return status;
 }
 
 vel_status vel_safetensors_of(vel_ctx *ctx, const char *path, const vel_file_tensor *tensors, int n,
@@ -540,7 +613,7 @@ void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, 
         out[i] = NAN; /* the caller's mistake: seen at once, and nothing outside is read */
     if (first < 0 || first > t->count || n > t->count - first)
         return;
-    const uint8_t *p = t->data + first * types[t->type].bytes;
+    const uint8_t *p = t->data + first * types[t->type].bytes; /* blocks find theirs themselves */
     switch (t->type) {
         CASE(F64, double, v)
         CASE(F32, float, v)
@@ -558,5 +631,10 @@ void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, 
         CASE(BOOL, uint8_t, v != 0)
         CASE(F8_E4M3, uint8_t, f8_f32(v, 4))
         CASE(F8_E5M2, uint8_t, f8_f32(v, 5))
+    default:
+        vel_gguf_floats(t->type, t->data, first, n, out);
+        break;
     }
+    for (int64_t i = 0; i < n && t->scale != 0; i++)
+        out[i] *= t->scale;
 }

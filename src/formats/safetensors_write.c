@@ -3,9 +3,16 @@
  * are never all in memory at once. */
 #include "formats/formats.h"
 
-#include <omp.h>
 #include <pthread.h>
 #include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else /* one thread, as under a fuzzer */
+#define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
+#define omp_get_max_threads() 1
+#endif
 
 enum {
     LARGEST_HEADER = 100000000,

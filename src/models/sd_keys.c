@@ -701,7 +701,7 @@ static vel_status view_of(const reading *r, const vel_file_tensor *t, const vel_
                         vel_safetensors_path(r->file), t->name, key->slots);
     out->dim[0] /= key->slots;
     out->count /= key->slots;
-    out->data += (int64_t)key->slot * out->count * vel_file_type_bytes(t->type);
+    out->data += key->slot * vel_file_bytes(t->type, out->count);
     return VEL_OK;
 }
 

@@ -462,7 +462,7 @@ static vel_status hash_weights(vel_model *m, const vel_safetensors *file, vel_sh
     for (int i = 0; i < vel_safetensors_count(file); i++) {
         const vel_file_tensor *t = vel_safetensors_at(file, i);
         vel_sha256_add(h, t->name, strlen(t->name));
-        vel_sha256_add(h, t->data, (size_t)t->count * (size_t)vel_file_type_bytes(t->type));
+        vel_sha256_add(h, t->data, (size_t)vel_file_bytes(t->type, t->count));
     }
     return VEL_OK;
 }

@@ -45,7 +45,7 @@ static vel_status fill(void *user, float *out)
         if (o->change)
             o->change(o->user, from->paths[i], t, out, &st);
         if (!t->copied)
-            vel_map_forget(t->data, (size_t)t->count * (size_t)vel_file_type_bytes(t->type));
+            vel_map_forget(t->data, (size_t)vel_file_bytes(t->type, t->count));
         out += t->count;
     }
     return st;
@@ -59,8 +59,7 @@ static bool is_real(vel_file_type t)
 /* What type a tensor gets; integers stay what they are. */
 static vel_file_type type_of(const saving *s, const vel_file_tensor *t)
 {
-    bool number = is_real(t->type) || t->type == VEL_FILE_F64 || t->type == VEL_FILE_F8_E4M3 ||
-                  t->type == VEL_FILE_F8_E5M2;
+    bool number = is_real(t->type) || t->type == VEL_FILE_F64 || t->type >= VEL_FILE_F8_E4M3;
     if (!number || (s->o->keep_type && is_real(t->type)))
         return t->type;
     return s->o->keep_type ? VEL_FILE_F32 : s->o->type;
