@@ -187,7 +187,7 @@ static vel_status plan_memory(step_bench *s, int h, int w)
     char bytes[32], text[32];
     if (b->o->fit)
         VEL_TRY(vel_fit_choose(&f, b->o->fit));
-    else if (vel_engine_overhead(e, 0) == 0)
+    else if (vel_engine_in_use(e) == 0)
         return VEL_OK;
     else
         VEL_TRY(vel_fit_describe(&f, false));
@@ -198,7 +198,7 @@ static vel_status plan_memory(step_bench *s, int h, int w)
         "values %.1f, driver and libraries %.1f\n",
         (double)f.bytes / (1 << 20), (double)f.size.weights / (1 << 20),
         (double)f.size.arena / (1 << 20), (double)f.trained / (1 << 20),
-        (double)f.overhead / (1 << 20));
+        (double)f.size.overhead / (1 << 20));
     if (b->o->fit)
         vel_text_addf(
             b->out,

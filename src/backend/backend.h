@@ -132,8 +132,8 @@ typedef struct vel_backend {
      * its time where nobody says otherwise; 0: never. */
     int64_t roomy;
     /* Bytes of the device that the driver and the libraries have taken when it is open, and will
-     * take for a recording of so many kernels. NULL: none. */
-    int64_t (*overhead)(vel_device *d, int64_t kernels);
+     * take for a recording of so many kernels, whose memory was kept apart or not. NULL: none. */
+    int64_t (*overhead)(vel_device *d, int64_t kernels, bool apart);
     /* Bytes of the device that this process has now; NULL: it has none of its own. */
     int64_t (*in_use)(vel_device *d);
     vel_status (*open)(vel_ctx *ctx, const char *device, vel_device **out);

@@ -40,6 +40,7 @@ void vel_engine_destroy(vel_engine *e)
         return;
     vel_engine_drop_weights(e, "");
     if (e->device) {
+        vel_engine_end_loading(e);
         vel_engine_free_optimizer(e);
         float *vectors[] = {e->value, e->grad, e->sum, e->average};
         for (int i = 0; i < VEL_COUNT(vectors); i++)
@@ -57,11 +58,6 @@ void vel_engine_destroy(vel_engine *e)
 vel_ctx *vel_engine_ctx(vel_engine *e)
 {
     return e->ctx;
-}
-
-int64_t vel_engine_overhead(vel_engine *e, int64_t kernels)
-{
-    return e->backend->overhead ? e->backend->overhead(e->device, kernels) : 0;
 }
 
 int64_t vel_engine_in_use(vel_engine *e)
@@ -229,15 +225,27 @@ static weight_entry **weight_bucket(vel_engine *e, const char *path)
     return &e->weights[vel_hash64(path, strlen(path), 0) % WEIGHT_BUCKETS];
 }
 
-/* The packed weight goes from the device to the host, where it stays. */
-static vel_status move_to_host(vel_engine *e, weight_entry *w)
+void vel_engine_end_loading(vel_engine *e)
 {
-    void *host;
-    VEL_TRY(e->backend->alloc_host(e->device, w->bytes, &host));
-    e->backend->read(e->device, host, w->data, w->bytes);
-    e->backend->free(e->device, w->data);
-    w->data = host;
-    w->host = true;
+    if (e->packing)
+        e->backend->free(e->device, e->packing);
+    e->packing = NULL;
+    e->packing_bytes = 0;
+}
+
+/* Where a weight is packed: its place on the device, or room that the next one uses again. */
+static vel_status room_for(vel_engine *e, weight_entry *w)
+{
+    enum { AT_ONCE = 48 << 20 };
+    if (!w->host)
+        return e->backend->alloc(e->device, w->bytes, &w->data);
+    VEL_TRY(e->backend->alloc_host(e->device, w->bytes, &w->data));
+    if (w->bytes <= e->packing_bytes)
+        return VEL_OK;
+    vel_engine_end_loading(e);
+    size_t bytes = VEL_MAX(w->bytes, AT_ONCE);
+    VEL_TRY(e->backend->alloc(e->device, bytes, &e->packing));
+    e->packing_bytes = bytes;
     return VEL_OK;
 }
 
@@ -264,15 +272,19 @@ vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kern
     *w = (weight_entry){.dtype = leaf->out[0].dtype, .layout = layout, .bytes = bytes};
     w->path = vel_strdup(e->ctx, leaf->path);
     vel_status st = w->path ? read_plain(e, leaf, &t, &plain) : VEL_NO_MEMORY;
+    w->host = vel_engine_streams(e, leaf->path, (int64_t)bytes);
     if (st == VEL_OK)
-        st = e->backend->alloc(e->device, bytes, &w->data);
+        st = room_for(e, w);
+    void *to = w->host ? e->packing : w->data;
     if (st == VEL_OK && layout)
-        st = e->backend->pack(e->device, k, reader, in_type, i, plain, w->data);
-    else if (st == VEL_OK)
-        e->backend->write(e->device, w->data, plain, bytes);
+        st = e->backend->pack(e->device, k, reader, in_type, i, plain, to);
+    else if (st == VEL_OK && !w->host)
+        e->backend->write(e->device, to, plain, bytes);
+    if (st == VEL_OK && w->host && layout)
+        e->backend->read(e->device, w->data, to, bytes);
+    else if (st == VEL_OK && w->host)
+        memcpy(w->data, plain, bytes);
     vel_free(e->ctx, plain);
-    if (st == VEL_OK && vel_engine_streams(e, leaf->path, (int64_t)bytes))
-        st = move_to_host(e, w);
     if (st) {
         free_weight(e, w);
         return st;

@@ -14,9 +14,6 @@ void vel_engine_destroy(vel_engine *e); /* after its plans */
 vel_ctx *vel_engine_ctx(vel_engine *e);
 const char *vel_engine_describe(vel_engine *e);
 const char *vel_engine_backend(vel_engine *e); /* "cpu", "cuda" */
-/* Device memory that the driver and the vendor's libraries keep for themselves, when a run of so
- * many kernels is recorded. */
-int64_t vel_engine_overhead(vel_engine *e, int64_t kernels);
 /* Device memory that this process has now; 0 where the device's memory is the host's. */
 int64_t vel_engine_in_use(vel_engine *e);
 vel_dtype vel_engine_best_compute(vel_engine *e);
@@ -150,7 +147,7 @@ typedef struct vel_plan_options {
      * Borrowed. */
     const char *steady;
     /* Of recomputation, where neither smallest nor memory_budget chooses one. VEL_LEVEL_AUTO: the
-     * device's habit: keep everything, or stay below its vel_backend.roomy. */
+     * device's habit: keep everything, or what vel_backend.roomy tells. */
     int level;
 } vel_plan_options;
 
@@ -171,7 +168,8 @@ int64_t vel_plan_arena_bytes(const vel_plan *p);
 /* Of the packed weights that it has, or would have, on the device. */
 int64_t vel_plan_weight_bytes(const vel_plan *p);
 int64_t vel_plan_streamed_bytes(const vel_plan *p); /* fetched from the host in one run */
-int64_t vel_plan_kernels(const vel_plan *p);        /* that a run starts */
+/* Device memory that the driver, the vendor's libraries and the recording of a run keep. */
+int64_t vel_plan_overhead(const vel_plan *p);
 int vel_plan_remat_level(const vel_plan *p);
 int vel_plan_levels(void);                          /* of recomputation that there are */
 const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */

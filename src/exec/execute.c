@@ -329,7 +329,7 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
     return st;
 }
 
-/* Small steps keep everything, large ones some more than half of it. */
+/* Small steps keep nearly everything, large ones some more than half of it. */
 static vel_status roomy_budget(const vel_plan *p, int64_t *budget)
 {
     int64_t everything;
@@ -355,7 +355,8 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
         return VEL_OK;
     if (!o->smallest && budget <= 0)
         VEL_TRY(roomy_budget(p, &budget));
-    for (int level = 0; level < vel_remat_levels(p->g); level++) {
+    bool asked = o->smallest || o->memory_budget > 0; /* else the first level is a GPU's least */
+    for (int level = asked ? 0 : 1; level < vel_remat_levels(p->g); level++) {
         int64_t bytes;
         VEL_TRY(measure_level(p->engine, p->g, level, &bytes));
         if (bytes < best) {
@@ -561,7 +562,9 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
     if (p->steady.bytes)
         VEL_TRY(p->backend->alloc(p->device, (size_t)p->steady.bytes, (void **)&p->steady.kept));
     VEL_TRY(make_launches(p));
-    VEL_TRY(load_weights(p));
+    vel_status st = load_weights(p);
+    vel_engine_end_loading(p->engine);
+    VEL_TRY(st);
     return vel_engine_reserve(p->engine, p->layout.bytes);
 }
 
@@ -862,12 +865,12 @@ int64_t vel_plan_streamed_bytes(const vel_plan *p)
     return p->fetches.bytes;
 }
 
-int64_t vel_plan_kernels(const vel_plan *p)
+int64_t vel_plan_overhead(const vel_plan *p)
 {
     int64_t n = p->fetches.n;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++)
         n += p->prepared[id];
-    return n;
+    return p->backend->overhead ? p->backend->overhead(p->device, n, p->apart) : 0;
 }
 
 int vel_plan_levels(void)

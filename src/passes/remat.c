@@ -7,19 +7,19 @@
  * the border of a group of neighbouring layers (residual blocks, transformer blocks) is kept. */
 #include "passes/copy.h"
 
-/* Values that are computed again: the cheap (elementwise, moves, norms), the wide (products with
- * far more columns than their input), products that sum no more than `depth` terms for each value,
- * or whole layers, 2^grouped neighbours as one. */
+/* Values that are computed again: the cheap (elementwise, moves, norms), products that sum no more
+ * than `depth` terms for each value, `wide` where they have far more columns than their input, or
+ * whole layers, 2^grouped neighbours as one. */
 static const struct {
-    bool cheap, wide, layers;
+    bool cheap, layers;
     int grouped;
-    int64_t depth;
+    int64_t wide, depth;
 } levels[] = {
-    {0}, /* everything is kept */
-    {.cheap = true},
-    {.cheap = true, .wide = true},
-    {.cheap = true, .wide = true, .depth = 512},
-    {.cheap = true, .wide = true, .depth = 2048}, /* all but the ends of layers, at most models */
+    {0},            /* everything is kept */
+    {.wide = 1024}, /* some 1 % of a step on a GPU */
+    {.cheap = true, .wide = INT64_MAX},
+    {.cheap = true, .wide = INT64_MAX, .depth = 512},
+    {.cheap = true, .wide = INT64_MAX, .depth = 2048}, /* all but the ends of most layers */
     {.cheap = true, .layers = true},
     {.cheap = true, .layers = true, .grouped = 1},
     {.cheap = true, .layers = true, .grouped = 2},
@@ -95,8 +95,9 @@ static bool is_made_again(const remat *r, const vel_node *n)
     int64_t depth = product_depth(g, n);
     if (!depth)
         return levels[r->level].cheap && is_cheap(n->op);
-    bool wide = levels[r->level].wide && vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
-    return (wide || depth <= levels[r->level].depth) && (!has_residual(n) || has_side_path(g, n));
+    bool wide = vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
+    return depth <= (wide ? levels[r->level].wide : levels[r->level].depth) &&
+           (!has_residual(n) || has_side_path(g, n));
 }
 
 /* Layers are numbered in the order of making; neighbours share a number in grouped levels. 0 stays.

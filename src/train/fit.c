@@ -36,9 +36,8 @@ static int64_t trained_bytes(const vel_fit *f, bool adds_up)
 
 static void add_up(vel_fit *f, bool adds_up)
 {
-    f->overhead = vel_engine_overhead(vel_model_engine(f->model), f->size.kernels);
     f->trained = trained_bytes(f, adds_up);
-    f->bytes = f->overhead + f->trained + f->size.arena + f->size.weights;
+    f->bytes = f->size.overhead + f->trained + f->size.arena + f->size.weights;
 }
 
 static void keep_larger(vel_step_size *most, const vel_step_size *size)

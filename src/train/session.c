@@ -375,7 +375,7 @@ static vel_status describe_memory(train_session *s, vel_text *t)
 {
     vel_fit f;
     VEL_TRY(vel_train_sizes(s, &f));
-    bool own = vel_engine_overhead(vel_model_engine(s->model), 0) > 0;
+    bool own = vel_engine_in_use(vel_model_engine(s->model)) > 0;
     VEL_TRY(vel_fit_describe(&f, !own));
     char a[32], b[32], c[32], d[32], e[32];
     vel_text_addf(t,
@@ -386,7 +386,7 @@ static vel_status describe_memory(train_session *s, vel_text *t)
                   vel_bytes_text(f.trained, c));
     if (own)
         vel_text_addf(t, ", driver and libraries %s: %s of the device in all",
-                      vel_bytes_text(f.overhead, d), vel_bytes_text(f.bytes, e));
+                      vel_bytes_text(f.size.overhead, d), vel_bytes_text(f.bytes, e));
     vel_text_addf(t, "\n");
     return VEL_OK;
 }

@@ -195,7 +195,7 @@ vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, do
 typedef struct vel_step_size {
     int64_t arena, weights; /* bytes */
     int64_t streamed;       /* of other weights, fetched from the host in one step */
-    int64_t kernels;
+    int64_t overhead;       /* of the driver, the libraries and a recorded step */
     double operations;
     int level; /* of recomputation */
 } vel_step_size;
@@ -219,7 +219,6 @@ typedef struct vel_fit {
     int level, parts, streamed; /* recomputation; of a batch; eighths of the weights */
     vel_step_size size;         /* of the largest bucket */
     double more;                /* operations, as a share */
-    int64_t overhead;           /* of the driver, the libraries and a recorded step */
     int64_t trained;            /* values, gradient, optimizer */
     int64_t bytes;              /* in all */
 } vel_fit;

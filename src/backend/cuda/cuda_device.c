@@ -162,18 +162,19 @@ static int64_t cuda_in_use(vel_device *d);
 /* Bytes of the card in use, whoever uses them: before there is a context only NVML can tell. */
 static size_t used_before(int ordinal)
 {
-    typedef struct nvml_memory {
-        unsigned long long total, room, used;
+    typedef struct nvml_memory { /* nvmlMemory_v2_t: used leaves out what the driver reserves */
+        unsigned version;
+        unsigned long long total, reserved, room, used;
     } nvml_memory;
     typedef int (*init_fn)(void);
     typedef int (*find_fn)(const char *, void **);
     typedef int (*memory_fn)(void *, nvml_memory *);
     char bus[32];
-    nvml_memory m = {0};
+    nvml_memory m = {.version = (unsigned)sizeof m | 2u << 24};
     void *card, *nvml = dlopen("libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
     init_fn init = nvml ? (init_fn)dlsym(nvml, "nvmlInit_v2") : NULL;
     find_fn find = nvml ? (find_fn)dlsym(nvml, "nvmlDeviceGetHandleByPciBusId_v2") : NULL;
-    memory_fn memory = nvml ? (memory_fn)dlsym(nvml, "nvmlDeviceGetMemoryInfo") : NULL;
+    memory_fn memory = nvml ? (memory_fn)dlsym(nvml, "nvmlDeviceGetMemoryInfo_v2") : NULL;
     init_fn end = nvml ? (init_fn)dlsym(nvml, "nvmlShutdown") : NULL;
     if (init && find && memory && end && init() == 0) {
         if (cudaDeviceGetPCIBusId(bus, sizeof bus, ordinal) || find(bus, &card) || memory(card, &m))
@@ -185,7 +186,7 @@ static size_t used_before(int ordinal)
 
 /* Frames of our kernels and the libraries' lie in registers; the default stack of 1 KiB for each
  * thread that the card can have at once would take 200 MB. Kernels that need more get more. */
-enum { STACK_BYTES = 64 };
+enum { STACK_BYTES = 0 };
 
 static vel_status open_card(vel_device *d)
 {
@@ -248,11 +249,12 @@ static bool cuda_computes(vel_device *d, vel_dtype t)
 
 /* ---- memory ---- */
 
-/* What was seen on an H100: the code of kernels that are loaded on first use, and a recording. */
-static int64_t cuda_overhead(vel_device *d, int64_t kernels)
+/* Seen on an H100: the code of kernels that are loaded on first use, and a recording, which takes
+ * more the more of it can run side by side. */
+static int64_t cuda_overhead(vel_device *d, int64_t kernels, bool apart)
 {
-    enum { CODE = 8 << 20, RECORDED_KERNEL = 50 << 10 };
-    return (int64_t)d->taken + CODE + kernels * RECORDED_KERNEL;
+    enum { CODE = 16 << 20, RECORDED_KERNEL = 42 << 10, APART_KERNEL = 54 << 10 };
+    return (int64_t)d->taken + CODE + kernels * (apart ? APART_KERNEL : RECORDED_KERNEL);
 }
 
 /* The driver hands out whole pages of 2 MiB; a model has hundreds of small weights. They lie one
