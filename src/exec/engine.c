@@ -236,14 +236,13 @@ void vel_engine_end_loading(vel_engine *e)
 /* Where a weight is packed: its place on the device, or room that the next one uses again. */
 static vel_status room_for(vel_engine *e, weight_entry *w)
 {
-    enum { AT_ONCE = 48 << 20 };
     if (!w->host)
         return e->backend->alloc(e->device, w->bytes, &w->data);
     VEL_TRY(e->backend->alloc_host(e->device, w->bytes, &w->data));
     if (w->bytes <= e->packing_bytes)
         return VEL_OK;
     vel_engine_end_loading(e);
-    size_t bytes = VEL_MAX(w->bytes, AT_ONCE);
+    size_t bytes = VEL_MAX(w->bytes, VEL_PACKING_ROOM);
     VEL_TRY(e->backend->alloc(e->device, bytes, &e->packing));
     e->packing_bytes = bytes;
     return VEL_OK;

@@ -78,6 +78,7 @@ void vel_steady_finish(vel_steady *s, vel_engine *e, int32_t nodes);
  * and in_type are the node that reads it. A streamed one is in the host's memory. */
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data);
+enum { VEL_PACKING_ROOM = 48 << 20 };       /* of the device, where streamed weights are packed */
 void vel_engine_end_loading(vel_engine *e); /* frees what loading needed */
 /* Whether a weight of so many bytes is streamed; the same for every plan. */
 bool vel_engine_streams(const vel_engine *e, const char *path, int64_t bytes);

@@ -867,10 +867,10 @@ int64_t vel_plan_streamed_bytes(const vel_plan *p)
 
 int64_t vel_plan_overhead(const vel_plan *p)
 {
-    int64_t n = p->fetches.n;
+    int64_t n = 0, loading = p->fetches.n ? VEL_PACKING_ROOM : 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++)
         n += p->prepared[id];
-    return p->backend->overhead ? p->backend->overhead(p->device, n, p->apart) : 0;
+    return p->backend->overhead ? p->backend->overhead(p->device, n, p->apart) + loading : 0;
 }
 
 int vel_plan_levels(void)

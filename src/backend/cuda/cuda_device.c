@@ -253,7 +253,7 @@ static bool cuda_computes(vel_device *d, vel_dtype t)
  * more the more of it can run side by side. */
 static int64_t cuda_overhead(vel_device *d, int64_t kernels, bool apart)
 {
-    enum { CODE = 16 << 20, RECORDED_KERNEL = 42 << 10, APART_KERNEL = 54 << 10 };
+    enum { CODE = 46 << 20, RECORDED_KERNEL = 42 << 10, APART_KERNEL = 54 << 10 };
     return (int64_t)d->taken + CODE + kernels * (apart ? APART_KERNEL : RECORDED_KERNEL);
 }
 
