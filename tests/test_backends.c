@@ -563,3 +563,48 @@ TEST(plans_keep_what_does_not_change)
         vel_engine_destroy(s.e);
     }
 }
+
+/* ---- changes of weights ---- */
+
+/* Each layer's weight is the product of two products of thin matrices, as LoHa's. */
+static vel_graph *hadamard_layers(vel_test *t, int n, int wide)
+{
+    static const char *const names[] = {"a", "b", "c", "d"};
+    vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
+    vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(2, wide)), first = x;
+    for (int i = 0; i < n; i++) {
+        vel_ref part[4];
+        vel_scope(g, "layer%d", i);
+        for (int k = 0; k < 4; k++)
+            part[k] = vel_param(g, names[k], k % 2 ? VEL_SHAPE(2, wide) : VEL_SHAPE(wide, 2));
+        vel_ref w = vel_mul(g, vel_matmul(g, part[0], part[1], false, false),
+                            vel_matmul(g, part[2], part[3], false, false));
+        x = vel_act(g, vel_linear_op(g, x, w, (vel_ref){0}, x, VEL_ACT_NONE), VEL_ACT_TANH);
+        vel_end(g);
+    }
+    vel_output(g, "loss", vel_mse(g, x, first, vel_fill(g, VEL_SHAPE(2), 1)));
+    return g;
+}
+
+/* They are as large as the weights, and made again where the backward part reads them: the working
+ * memory does not grow with the number of layers. */
+TEST(plans_make_changes_of_weights_again)
+{
+    enum { WIDTH = 256 };
+    int64_t bytes[2];
+    vel_engine *e = NULL;
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+    for (int k = 0; k < 2; k++) {
+        vel_plan *p = NULL;
+        vel_graph *g = hadamard_layers(t, 4 << k, WIDTH);
+        REQUIRE_OK(vel_engine_add_trainables(e, g));
+        REQUIRE_OK(
+            vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32, .gradient = true}, &p));
+        bytes[k] = vel_plan_arena_bytes(p);
+        vel_plan_destroy(p);
+    }
+    vel_engine_destroy(e);
+    CHECK_MSG(bytes[1] - bytes[0] < WIDTH * WIDTH * 4,
+              "4 layers take %" PRId64 " bytes, 8 %" PRId64, bytes[0], bytes[1]);
+}

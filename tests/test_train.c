@@ -284,6 +284,64 @@ TEST(train_kinds_resume)
     }
 }
 
+/* Norms of the changes in a result, the largest one. */
+static double largest_change(vel_test *t, const char *name)
+{
+    char path[4200];
+    double most = 0;
+    vel_adapter_file *f = NULL;
+    vel_engine *e = NULL;
+    snprintf(path, sizeof path, "%s/%s", t->folder, name);
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_model_open(t->ctx, "models/emoji-sd", &(vel_model_options){0}, &m));
+    int n_known;
+    const vel_known_module *known = vel_model_modules(m, &n_known);
+    REQUIRE_OK(vel_adapter_file_read(t->ctx, path, known, n_known, &f));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+    for (int i = 0; i < f->n; i++) {
+        const vel_adapter_module *module = &f->modules[i];
+        int64_t n = 1;
+        for (int k = 0; k < module->weight_rank; k++)
+            n *= module->weight_dim[k];
+        float *change = vel_alloc(t->ctx, (size_t)n * sizeof *change);
+        double sum = 0;
+        REQUIRE_OK(vel_adapter_delta(e, module, NULL, 1, change));
+        for (int64_t k = 0; k < n; k++)
+            sum += (double)change[k] * change[k];
+        most = VEL_MAX(most, sqrt(sum));
+        vel_free(t->ctx, change);
+    }
+    vel_engine_destroy(e);
+    vel_adapter_file_destroy(f);
+    vel_model_close(m);
+    return most;
+}
+
+/* The largest changes are cut to the limit, whatever makes them; smaller ones are left alone. */
+TEST(train_changes_stay_below_their_limit)
+{
+    static const char *const kinds[] = {"network=lora alpha=2", "network=loha"};
+    static watch w;
+    char settings[256];
+    for (int i = 0; i < VEL_COUNT(kinds); i++) {
+        const char *targets = "targets=*mid_block*to_q,*down_blocks.0*to_v learning_rate=0.1";
+        snprintf(settings, sizeof settings, "%s %s overwrite=yes", kinds[i], targets);
+        CHECK_OK(train(t, &w, "free", settings));
+        double most = largest_change(t, "free/a.safetensors"), limit = most / 2;
+        snprintf(settings, sizeof settings, "%s %s overwrite=yes scale_weight_norms=%.9g", kinds[i],
+                 targets, limit);
+        CHECK_OK(train(t, &w, "cut", settings));
+        double cut = largest_change(t, "cut/a.safetensors");
+        CHECK_MSG(most > 0 && cut < limit * 1.001 && cut > limit * 0.999, "%s: %g, limit %g",
+                  kinds[i], cut, limit);
+        snprintf(settings, sizeof settings, "%s %s overwrite=yes scale_weight_norms=%.9g", kinds[i],
+                 targets, 1.1 * most);
+        CHECK_OK(train(t, &w, "wide", settings));
+        CHECK(same_files(t, "free/a.safetensors", "wide/a.safetensors") ||
+              fabs(largest_change(t, "wide/a.safetensors") - most) == 0);
+    }
+}
+
 /* A run that starts from a file, and at rate 0, gives the file back, whatever alpha says; a run
  * over a base with the file merged begins with the loss that a warm start begins with. */
 TEST(train_starts_from_an_adapter)

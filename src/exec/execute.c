@@ -369,9 +369,9 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
     return VEL_OK;
 }
 
-static vel_status apply_level(vel_plan *p)
+static vel_status apply_level(vel_plan *p, const vel_plan_options *o)
 {
-    if (p->level == 0)
+    if (!o->gradient)
         return VEL_OK;
     vel_graph *g;
     VEL_TRY(vel_pass_remat(p->g, p->level, &g));
@@ -549,7 +549,7 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
     if (!o->gradient)
         VEL_TRY(put_steady_first(&p->g, o));
     VEL_TRY(choose_level(p, o));
-    VEL_TRY(apply_level(p));
+    VEL_TRY(apply_level(p, o));
     print_if_asked(p->g, "remat", o);
     VEL_TRY(choose_kernels(p, o));
     print_if_asked(p->g, "plan", o);

@@ -3,6 +3,11 @@
  * is not kept, the nodes that make it are copied again, right there, down to values that are kept.
  * The planner then sees short lifetimes, and the memory falls by itself.
  *
+ * At every level, also where everything else is kept, large values that trained values and weights
+ * alone decide in few operations are made again: the changes of weights that LoHa and LoKr mean,
+ * and trained weights in another type. They are as large as the weights, and cheap beside the
+ * products that read them.
+ *
  * What is kept is a row of the table below for each level. Where layers decide, only what crosses
  * the border of a group of neighbouring layers (residual blocks, transformer blocks) is kept. */
 #include "passes/copy.h"
@@ -30,6 +35,7 @@ typedef struct remat {
     int level;
     bool *kept;     /* [node] of src, forward nodes: the backward part may read the first copy */
     vel_ref *again; /* [node] the second copy, once made */
+    bool *own;      /* [node] leaves decide it in few operations */
 } remat;
 
 int vel_remat_levels(const vel_graph *g)
@@ -100,6 +106,37 @@ static bool is_made_again(const remat *r, const vel_node *n)
            (!has_residual(n) || has_side_path(g, n));
 }
 
+/* Elementwise, or a product whose sums are far shorter than its sides. */
+static bool takes_few_operations(const vel_graph *g, const vel_node *n)
+{
+    if (n->op != VEL_OP_matmul)
+        return is_cheap(n->op) || n->op == VEL_OP_kron;
+    vel_shape a = vel_shape_at(g, n->in[0]), out = n->out[0].shape;
+    int64_t depth = vel_shape_count(a) / out.dim[out.rank - 2];
+    return 4 * depth <= VEL_MIN(out.dim[out.rank - 2], out.dim[out.rank - 1]);
+}
+
+static void find_own(remat *r)
+{
+    const vel_graph *g = r->c.src;
+    for (int32_t id = 1; id < vel_graph_size(g); id++) {
+        const vel_node *n = vel_node_at(g, id);
+        bool own = n->n_in > 0 && !n->backward && takes_few_operations(g, n);
+        for (int i = 0; i < n->n_in && own; i++) {
+            const vel_node *of = vel_at(g, n->in[i]);
+            own = !n->in[i].id || of->op == VEL_OP_weight || of->op == VEL_OP_param ||
+                  r->own[n->in[i].id];
+        }
+        r->own[id] = own;
+    }
+}
+
+static bool is_large(const vel_node *n)
+{
+    enum { LARGE = 128 << 10 }; /* bytes */
+    return vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE;
+}
+
 /* Layers are numbered in the order of making; neighbours share a number in grouped levels. 0 stays.
  */
 static int32_t group_of(const remat *r, int32_t layer)
@@ -113,7 +150,8 @@ static void choose_kept(remat *r)
     int32_t n = vel_graph_size(g);
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(g, id);
-        bool again = (levels[r->level].layers && node->layer) || is_made_again(r, node);
+        bool again = (levels[r->level].layers && node->layer) || is_made_again(r, node) ||
+                     (r->own[id] && is_large(node));
         r->kept[id] = vel_op_is_leaf(node->op) || !again;
     }
     if (!levels[r->level].layers)
@@ -159,10 +197,12 @@ vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out)
     vel_arena *arena = vel_graph_arena(m.c.dst);
     m.kept = vel_arena_alloc(arena, (size_t)n * sizeof *m.kept);
     m.again = vel_arena_alloc(arena, (size_t)n * sizeof *m.again);
-    if (!m.kept || !m.again) {
+    m.own = vel_arena_alloc(arena, (size_t)n * sizeof *m.own);
+    if (!m.kept || !m.again || !m.own) {
         vel_graph_destroy(m.c.dst);
         return VEL_NO_MEMORY;
     }
+    find_own(&m);
     choose_kept(&m);
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(g, id);

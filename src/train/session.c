@@ -484,6 +484,14 @@ static vel_status skip_step(train_session *s, const vel_batch *b, const char *wh
     return VEL_OK;
 }
 
+static vel_status limit_norms(train_session *s)
+{
+    if (!s->norm_limit)
+        VEL_TRY(vel_norm_limit_create(s->model, s->sites, s->n_sites, s->o->scale_weight_norms,
+                                      &s->norm_limit));
+    return vel_norm_limit_apply(s->norm_limit);
+}
+
 /* One optimizer step; *loss is the mean over its batches. */
 static vel_status one_step(train_session *s, double *loss, double *norm)
 {
@@ -519,7 +527,7 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
     double clip = o->max_grad_norm > 0 ? VEL_MIN(1, o->max_grad_norm / (*norm + 1e-6)) : 1;
     VEL_TRY(vel_engine_update(e, clip / factor, rate_of, s));
     if (o->scale_weight_norms > 0 && s->trained.n_adaptions)
-        VEL_TRY(vel_train_limit_norms(s->model, s->sites, s->n_sites, o->scale_weight_norms));
+        VEL_TRY(limit_norms(s));
     return o->use_ema ? vel_engine_average(e, vel_average_decay(o, s->step + 1)) : VEL_OK;
 }
 
@@ -740,6 +748,7 @@ static void finish_session(train_session *s)
     vel_free(s->ctx, s->points);
     vel_free(s->ctx, s->contexts);
     vel_trainer_destroy(s->trainer);
+    vel_norm_limit_destroy(s->norm_limit);
     vel_model_close(s->model);
     vel_dataset_close(s->class_data);
     vel_dataset_close(s->data);

@@ -79,6 +79,7 @@ typedef struct train_session {
     vel_thaw stepped_thaw;
     vel_trained trained; /* points at the ones above */
     vel_trainer *trainer;
+    vel_norm_limit *norm_limit; /* of scale_weight_norms, from the first step on */
     vel_optimizer_choice optimizer;
     vel_lr_course course;
     vel_loss_scaler scaler;

@@ -249,7 +249,7 @@ const char *vel_train_template(const char *property, int i);
 /* The decay of the average after optimizer step `step` (from 1): diffusers' EMAModel.get_decay. */
 double vel_average_decay(const vel_train_options *o, int64_t step);
 
-/* ---- other adapters, and limits (adapt.c)
+/* ---- other adapters (adapt.c)
  * --------------------------------------------------------------------------------- */
 
 /* Lengths of the rows (or columns) of a weight of n values, as the site's dora_scale has them. */
@@ -264,8 +264,17 @@ vel_status vel_train_warm_start(vel_model *m, const char *path, const vel_adapte
 /* Merges adapter files into the model's weights: "a.safetensors,b.safetensors" (or between spaces),
  * each with its multiplier (1 where there are fewer). */
 vel_status vel_train_merge_base(vel_model *m, const char *files, const char *multipliers);
+
+/* ---- the size of changes (norm_limit.c) ---- */
+
+typedef struct vel_norm_limit vel_norm_limit;
+/* Over registered trainables; sites are borrowed. *out is destroyed by the caller, also after a
+ * failure. */
+vel_status vel_norm_limit_create(vel_model *m, const vel_adapter_site *sites, int n, double most,
+                                 vel_norm_limit **out);
+void vel_norm_limit_destroy(vel_norm_limit *l); /* before the model's engine */
 /* After a step: no module's change is larger than `most` (Frobenius norm). */
-vel_status vel_train_limit_norms(vel_model *m, const vel_adapter_site *sites, int n, double most);
+vel_status vel_norm_limit_apply(vel_norm_limit *l);
 
 /* ---- state (state.c)
  * --------------------------------------------------------------------------------- */
