@@ -289,8 +289,13 @@ static vel_status load_words(vel_drawing *d)
 vel_status vel_drawing_load(vel_drawing *d)
 {
     const vel_generate_options *o = d->o;
-    vel_model_options m = {o->device,  o->precision, o->vae,
-                           o->variant, o->clip_skip, .tokenizer = o->tokenizer};
+    vel_model_options m = {o->device,
+                           o->precision,
+                           o->vae,
+                           o->variant,
+                           o->clip_skip,
+                           .tokenizer = o->tokenizer,
+                           .vae_tile = o->vae_tile};
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
     for (int i = 0; i < d->n_adapters; i++)
         VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));

@@ -7,7 +7,7 @@
 
 typedef struct vel_generate_options {
     const char *model, *vae, *variant, *tokenizer, *device, *precision;
-    int clip_skip;
+    int clip_skip, vae_tile;
     const char *prompt, *prompt_file, *negative;
     double guidance;
     int width, height, steps, count, batch;

@@ -7,6 +7,8 @@
          "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),   \
         TEXT("vae", NULL, at vae, NULL, "model",                                                   \
              "another autoencoder: a folder, or a file of its own"),                               \
+        INT("vae_tile", NULL, at vae_tile, "0", 0, 8192, "model",                                  \
+            "decode larger pictures in overlapping pieces of this many pixels; 0: whole"),         \
         TEXT("variant", NULL, at variant, NULL, "model", "file variant, such as fp16"),            \
         TEXT("tokenizer", "tokenizer_name", at tokenizer, NULL, "model",                           \
              "folder of the tokenizer, for a model in a single file"),                             \

@@ -34,6 +34,7 @@ typedef struct vel_latent_info {
     int multiple;        /* the latent's sides are multiples of it: patches; 0: 1 */
     int packed; /* the reference's model and pipeline hold latents as tokens [N, h/p * w/p, C * p *
                    p] (channel, row, column); 0: as pictures. For comparing with it */
+    double overlap; /* of pieces decoded one by one, as a share of one; 0: a fourth */
 } vel_latent_info;
 
 typedef enum vel_prediction {

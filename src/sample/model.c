@@ -335,10 +335,16 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
     VEL_TRY(read_schedule(m));
     VEL_TRY(change_schedule(m, o));
     m->family->latent(m->config, &m->latent);
+    if (o->vae_tile > 0) /* eighths of a piece are whole latents, for any overlap */
+        m->tile = VEL_MAX(8, o->vae_tile / m->latent.down / 8 * 8);
     m->guidance = vel_family_guidance(m->family, m->config);
     VEL_TRY(vel_model_open_text(m, o));
-    for (int i = 0; i < m->n_parts; i++)
-        VEL_TRY(open_weights(m, &m->parts[i], o->variant));
+    for (int i = 0; i < m->n_parts; i++) {
+        vel_status st = open_weights(m, &m->parts[i], o->variant);
+        /* where no text is asked for, a text encoder's config says enough */
+        if (st && !(st == VEL_NOT_FOUND && o->no_text && is_text_part(m->parts[i].name)))
+            return st;
+    }
     if (o->weights_only)
         return VEL_OK;
     VEL_TRY(vel_engine_create(m->ctx, o->device, &m->engine));

@@ -61,6 +61,7 @@ struct vel_model {
     vel_engine *engine;
     vel_dtype compute;
     int clip_skip;
+    int tile;     /* latents on a side of a piece that is decoded at once; 0: no pieces */
     bool no_text; /* opened without its text encoder */
     model_part parts[VEL_MAX_PARTS];
     int n_parts;
@@ -124,5 +125,8 @@ void vel_model_drop_plans(vel_model *m);
 
 /* Where a model's tokenizer lies; *out is owned. */
 vel_status vel_model_words_folder(vel_model *m, const char *named, char **out);
+
+/* decode_tiles.c: vel_model_decode in pieces of m->tile latents. */
+vel_status vel_model_decode_tiles(vel_model *m, const float *z, int n, int h, int w, float *image);
 
 #endif

@@ -172,6 +172,8 @@ static int image_batch(int n, int64_t pixels)
 
 vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, float *image)
 {
+    if (m->tile && (h > m->tile || w > m->tile))
+        return vel_model_decode_tiles(m, z, n, h, w, image);
     int64_t down = m->latent.down, in = (int64_t)h * w * m->latent.channels,
             out = (int64_t)h * w * down * down * 3;
     int batch = image_batch(n, (int64_t)h * w * down * down);
