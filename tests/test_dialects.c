@@ -165,6 +165,64 @@ TEST(dialects_other_methods)
              "scale_weight_norms=1 base_weights=a,b base_weights_multiplier=0.5,1");
 }
 
+#define FAMILY(script)                                                                             \
+    script " --pretrained_model_name_or_path m --train_data_dir d --resolution 512 "
+#define LARGE(script)                                                                              \
+    script " --pretrained_model_name_or_path m --instance_data_dir d --instance_prompt p "
+
+TEST(dialects_families)
+{
+    comes_to(
+        t,
+        FAMILY(
+            "sdxl_train_network.py") "--network_module networks.lora --text_encoder_lr 5e-5 1e-5",
+        "rank=4 text_encoder_lr=5e-5 text_encoder_2_lr=1e-5 targets=attn+mlp save_format=kohya");
+    comes_to(
+        t,
+        FAMILY("sdxl_train.py") "--train_text_encoder --learning_rate_te1 1e-6 "
+                                "--learning_rate_te2 2e-6 --cache_text_encoder_outputs_to_disk",
+        "method=full train_text_encoder=yes text_encoder_lr=1e-6 text_encoder_2_lr=2e-6 "
+        "cache_to_disk=yes");
+    comes_to(t, FAMILY("sd3_train_network.py") "--network_module networks.lora_sd3",
+             "weighting_scheme=uniform max_sequence_length=256 discrete_flow_shift=1.0");
+    comes_to(t,
+             FAMILY("flux_train_network.py") "--network_module networks.lora_flux "
+                                             "--timestep_sampling shift --blocks_to_swap 8",
+             "timestep_sampling=shift discrete_flow_shift=3.0 sigmoid_scale=1.0");
+    CHECK(strstr(said, "no --model_prediction_type: raw") &&
+          strstr(said, "--blocks_to_swap changes"));
+    comes_to(
+        t,
+        FAMILY("lumina_train_network.py") "--network_module networks.lora_lumina --system_prompt x",
+        "timestep_sampling=shift discrete_flow_shift=6.0 system_prompt=x");
+    is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora_sd3",
+               "networks.lora_sd3");
+    is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora --t5xxl t5",
+               "model folder");
+    is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora --strict_compat",
+               "--model_prediction_type");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_sdxl.py") "--use_dora --train_text_encoder --snr_gamma 5",
+             "resolution=1024 learning_rate=1e-4 adam_weight_decay=1e-4 text_encoder_lr=5e-6 "
+             "use_dora=yes train_text_encoder=yes min_snr_gamma=5 save_layout=checkpoints");
+    comes_to(t, LARGE("train_dreambooth_lora_sd3.py"),
+             "weighting_scheme=logit_normal precondition_outputs=yes max_sequence_length=77 "
+             "output_dir=sd3-dreambooth");
+    comes_to(t, LARGE("train_dreambooth_lora_flux.py") "--lora_layers attn.to_k,attn.to_q",
+             "weighting_scheme=none alpha=4 targets=*.attn.to_k,*.attn.to_q");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_sana.py") "--optimizer prodigy --prodigy_beta3 0.9 "
+                                                    "--complex_human_instruction x",
+             "optimizer=Prodigy max_sequence_length=300 system_prompt=x");
+    comes_to(t, LARGE("train_dreambooth_lora_lumina2.py"), "train_text_encoder=no rank=4");
+    comes_to(
+        t,
+        "train_text_to_image_lora_sdxl.py --pretrained_model_name_or_path m --train_data_dir d "
+        "--train_text_encoder --pretrained_vae_model_name_or_path v",
+        "resolution=1024 train_text_encoder=yes vae=v epochs=100");
+    is_refused(t, LARGE("train_dreambooth_lora_sdxl.py") "--do_edm_style_training", "formulation");
+}
+
 /* Each flag that goes into a setting goes into one that there is. */
 TEST(dialects_settings_exist)
 {

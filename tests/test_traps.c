@@ -126,6 +126,18 @@ TEST(trap_cached_latents)
               "%s", r.text);
 }
 
+/* Settings of flows would change nothing for a model that predicts noise: it is said. */
+TEST(trap_flow_settings)
+{
+    static program_result r;
+    if (!shell(t,
+               "$P train_dreambooth_lora_sd3.py --pretrained_model_name_or_path=$M "
+               "--instance_data_dir=d/10_sks_style --instance_prompt=x --resolution=64 --dry_run",
+               &r))
+        return;
+    CHECK_MSG(r.status == 1 && strstr(r.text, "models that learn a flow"), "%s", r.text);
+}
+
 /* ---- checkpoints of diffusers' scripts ---- */
 
 #define BOOTH                                                                                      \

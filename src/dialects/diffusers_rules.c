@@ -15,8 +15,11 @@ static vel_status data_rules(vel_line *l)
     const char *name = vel_line_value(l, "dataset_name"),
                *data = vel_line_value(l, "train_data_dir");
     const char *column = vel_line_value(l, "image_column");
+    bool booth = l->script->bit & DREAMBOOTH_LARGE;
     if (l->script->bit & (DREAMBOOTH | DREAMBOOTH_LORA | TEXTUAL_INVERSION))
         return VEL_OK;
+    if (booth)
+        data = vel_line_value(l, "instance_data_dir");
     if (name && strcmp(name, "imagefolder") != 0) {
         if (!is_own_folder(name))
             return vel_line_refuse(l, "dataset_name",
@@ -26,7 +29,8 @@ static vel_status data_rules(vel_line *l)
         data = name;
     }
     if (!data)
-        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: wants --train_data_dir", l->script->name);
+        return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: wants --%s", l->script->name,
+                        booth ? "instance_data_dir" : "train_data_dir");
     if (column && strcmp(column, "image") != 0)
         VEL_TRY(vel_line_set(l, "image_column", "image_column", "%s", column));
     return vel_line_set(l, "train_data_dir", "data", "%s", data);
@@ -85,6 +89,54 @@ static vel_status loss_rules(vel_line *l)
     if (!prediction)
         return VEL_OK;
     return vel_line_set(l, "prediction_type", "prediction_type", "%s", prediction);
+}
+
+/* ---- larger families ---- */
+
+/* Prodigy's own arguments, which stand in the script's flags. */
+static vel_status prodigy_rules(vel_line *l)
+{
+    static const char *const names[] = {"decouple", "use_bias_correction", "safeguard_warmup",
+                                        "beta3"};
+    char all[256] = "";
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        char flag[64];
+        size_t n = strlen(all);
+        snprintf(flag, sizeof flag, "prodigy_%s", names[i]);
+        const char *value = vel_line_value(l, flag);
+        if (value)
+            snprintf(all + n, sizeof all - n, "%s%s=%s", n ? " " : "", names[i], value);
+    }
+    VEL_TRY(vel_line_set(l, "optimizer", "optimizer", "Prodigy"));
+    return vel_line_set(l, "optimizer", "optimizer_args", "%s", all);
+}
+
+static vel_status family_rules(vel_line *l)
+{
+    const char *optimizer = vel_line_value(l, "optimizer"), *layers;
+    if (!(l->script->bit & DREAMBOOTH_LARGE))
+        return VEL_OK;
+    if (optimizer && (strcmp(optimizer, "prodigy") == 0 || strcmp(optimizer, "Prodigy") == 0))
+        VEL_TRY(prodigy_rules(l));
+    else if (optimizer && strcmp(optimizer, "AdamW") != 0 && strcmp(optimizer, "adamw") != 0)
+        return vel_line_refuse(l, "optimizer", "%s; AdamW and prodigy are", optimizer);
+    if (vel_line_given(l, "adam_weight_decay_text_encoder"))
+        return vel_line_refuse(l, "adam_weight_decay_text_encoder",
+                               "one decay goes for all: --adam_weight_decay");
+    layers = vel_line_value(l, "lora_layers");
+    vel_text t;
+    vel_text_init(&t, l->ctx);
+    for (const char *at = layers; at && *at;) { /* names of modules to patterns */
+        at += strspn(at, ", ");
+        size_t n = strcspn(at, ",");
+        vel_text_addf(&t, "%s*.%.*s", t.n ? "," : "", (int)n, at);
+        at += n;
+    }
+    vel_status st = t.failed ? VEL_NO_MEMORY : VEL_OK;
+    if (st == VEL_OK && t.n)
+        st = vel_line_set(l, "lora_layers", "targets", "%s", t.s);
+    vel_text_finish(&t);
+    return st;
 }
 
 /* ---- output ---- */
@@ -172,5 +224,6 @@ vel_status vel_diffusers_rules(vel_line *l)
         save_rules, sample_rules,  vel_rule_schedule, vel_rule_seed};
     for (int i = 0; i < VEL_COUNT(rules); i++)
         VEL_TRY(rules[i](l));
-    return kind_rules(l);
+    VEL_TRY(kind_rules(l));
+    return family_rules(l);
 }

@@ -256,7 +256,17 @@ static vel_status network_rules(vel_line *l)
         return vel_fail(l->ctx, VEL_BAD_VALUE,
                         "%s: wants --network_module: networks.lora or lycoris.kohya",
                         l->script->name);
-    if (strcmp(module, "networks.lora") == 0) {
+    static const struct {
+        uint32_t scripts;
+        const char *module;
+    } plain[] = {{NETWORKS, "networks.lora"},
+                 {SD3_NETWORK, "networks.lora_sd3"},
+                 {FLUX_NETWORK, "networks.lora_flux"},
+                 {LUMINA_NETWORK, "networks.lora_lumina"}};
+    bool lora = false;
+    for (int i = 0; i < VEL_COUNT(plain); i++)
+        lora |= (plain[i].scripts & l->script->bit) && strcmp(module, plain[i].module) == 0;
+    if (lora) {
         bool convolutions = vel_rule_pair(l, "network_args", "conv_dim");
         VEL_TRY(vel_line_set(l, "network_module", "targets", convolutions ? "all" : "attn+mlp"));
         if (convolutions && !vel_rule_pair(l, "network_args", "conv_alpha"))
@@ -278,6 +288,11 @@ static vel_status network_rules(vel_line *l)
 static vel_status rate_rules(vel_line *l)
 {
     const char *unet = vel_line_value(l, "unet_lr"), *text = vel_line_value(l, "text_encoder_lr");
+    static const char *const further[] = {"text_encoder_2_lr", "text_encoder_3_lr"};
+    for (int i = 0; i < 2 && (l->script->bit & ~TRAIN_NETWORK); i++)
+        if (vel_line_word(l, "text_encoder_lr", i + 1))
+            VEL_TRY(vel_line_set(l, "text_encoder_lr", further[i], "%s",
+                                 vel_line_word(l, "text_encoder_lr", i + 1)));
     bool unet_only = vel_line_on(l, "network_train_unet_only") || (text && atof(text) == 0);
     bool text_only = vel_line_on(l, "network_train_text_encoder_only") || (unet && atof(unet) == 0);
     const char *preset = vel_rule_pair(l, "network_args", "preset");
@@ -348,6 +363,24 @@ static vel_status word_rules(vel_line *l)
     return vel_line_set(l, "token_string", "learnable_property", "captions");
 }
 
+/* What the scripts of larger families have. */
+static vel_status family_rules(vel_line *l)
+{
+    const char *type = vel_line_value(l, "model_type");
+    const char *prediction = vel_line_value(l, "model_prediction_type");
+    if (type && strcmp(type, "flux") != 0)
+        return vel_line_refuse(l, "model_type", "%s; flux is", type);
+    if (prediction && strcmp(prediction, "raw") != 0) {
+        if (l->strict || vel_line_given(l, "model_prediction_type"))
+            return vel_line_refuse(l, "model_prediction_type", "%s; raw is", prediction);
+        vel_line_say(l, "no --model_prediction_type: raw is taken; the script's sigma_scaled "
+                        "compares a picture with a velocity");
+    }
+    if (vel_line_on(l, "cache_text_encoder_outputs_to_disk"))
+        return vel_line_set(l, "cache_text_encoder_outputs_to_disk", "cache_to_disk", "yes");
+    return VEL_OK;
+}
+
 vel_status vel_kohya_rules(vel_line *l)
 {
     static vel_status (*const rules[])(vel_line *) = {
@@ -360,9 +393,10 @@ vel_status vel_kohya_rules(vel_line *l)
         VEL_TRY(vel_line_set(l, "strict_compat", "strict_compat", "yes"));
     for (int i = 0; i < VEL_COUNT(rules); i++)
         VEL_TRY(rules[i](l));
-    VEL_TRY(l->script->bit == TRAIN_NETWORK ? adapter_rules(l)
-            : l->script->bit == KOHYA_TI    ? word_rules(l)
-                                            : weight_rules(l));
+    VEL_TRY(family_rules(l));
+    VEL_TRY(l->script->bit & NETWORKS    ? adapter_rules(l)
+            : l->script->bit == KOHYA_TI ? word_rules(l)
+                                         : weight_rules(l));
     if (!vel_line_given(l, "dataset_config"))
         return VEL_OK;
     return vel_line_set(l, "dataset_config", "dataset_config", "%s",

@@ -173,6 +173,26 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
     return VEL_OK;
 }
 
+/* Settings of flows, for a model that predicts noise: they would change nothing. */
+static vel_status check_flow(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    const vel_flow_options *f = &o->flow;
+    const char *wrong = strcmp(f->weighting_scheme, "auto") != 0    ? "weighting_scheme"
+                        : strcmp(f->timestep_sampling, "auto") != 0 ? "timestep_sampling"
+                        : f->shift > 0                              ? "discrete_flow_shift"
+                        : f->precondition_outputs                   ? "precondition_outputs"
+                        : o->max_sequence_length                    ? "max_sequence_length"
+                        : o->system_prompt && *o->system_prompt     ? "system_prompt"
+                                                                    : NULL;
+    if (!wrong)
+        return VEL_OK;
+    return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                    "--%s: is for models that learn a flow; %s is none of those that are trained "
+                    "here",
+                    wrong, o->model);
+}
+
 static vel_status make_trainer(train_session *s);
 
 static vel_status open_model(train_session *s)
@@ -188,6 +208,7 @@ static vel_status open_model(train_session *s)
                                o->v_parameterization ? "v_prediction" : o->prediction_type,
                            .zero_snr = o->zero_terminal_snr};
     VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
+    VEL_TRY(check_flow(s));
     VEL_TRY(vel_objective_check(s->ctx, &o->objective, vel_model_schedule(s->model)));
     bool alpha = false, masks = false;
     for (int i = 0; i < s->data->n; i++) {
@@ -456,6 +477,10 @@ static double rate_of(void *user, int i)
         return 0;
     double peak =
         text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
+    if (o->text_2_lr > 0 && vel_has_prefix(t->path, "text_encoder_2."))
+        peak = o->text_2_lr;
+    if (o->text_3_lr > 0 && vel_has_prefix(t->path, "text_encoder_3."))
+        peak = o->text_3_lr;
     if (word && (o->embedding_lr > 0 || vel_method_is_words(o)))
         peak = o->embedding_lr > 0 ? o->embedding_lr : o->lr;
     return peak * plus_ratio(o, t->path, text) * vel_lr_factor(&s->course, s->step);

@@ -12,6 +12,16 @@
 
 /* Settings of `velatura train`; src/params_train.c has a row for each field. Strings are borrowed.
  */
+/* How times are drawn and losses weighted where a model learns a flow; names as in diffusers' and
+ * kohya's scripts. */
+typedef struct vel_flow_options {
+    const char *weighting_scheme;  /* "auto": as suits the model */
+    const char *timestep_sampling; /* "auto" */
+    double logit_mean, logit_std, mode_scale, sigmoid_scale;
+    double shift;              /* 0: the model's own */
+    bool precondition_outputs; /* the loss is that of the picture, not of the velocity */
+} vel_flow_options;
+
 typedef struct vel_train_options {
     /* model */
     const char *model, *vae, *variant, *tokenizer, *device, *precision;
@@ -63,6 +73,11 @@ typedef struct vel_train_options {
     bool train_unet, train_text_encoder;
     /* optimizer */
     double lr, unet_lr, text_lr; /* the last two 0: lr */
+    double text_2_lr, text_3_lr; /* of further text encoders; 0: text_lr */
+    vel_flow_options flow;
+    int max_sequence_length; /* tokens of a text; 0: the model's own */
+    const char
+        *system_prompt; /* before each caption, for text encoders that take one; NULL: none */
     const char *optimizer, *optimizer_args;
     bool use_8bit_adam;
     double beta1, beta2, eps, weight_decay; /* below 0: the optimizer's own */

@@ -55,15 +55,20 @@ def arguments(function, known, out):
 
 def peers(kohya, diffusers):
     library = ["train_util.py", "config_util.py", "custom_train_functions.py", "huggingface_util.py",
-               "deepspeed_utils.py", "utils.py", "sai_model_spec.py"]
+               "deepspeed_utils.py", "utils.py", "sai_model_spec.py", "sdxl_train_util.py", "sd3_train_utils.py",
+               "flux_train_utils.py", "lumina_train_util.py"]
     known = functions(kohya, library)
     out = {}
-    for name in ("train_network", "train_db", "fine_tune", "train_textual_inversion"):
+    for name in ("train_network", "train_db", "fine_tune", "train_textual_inversion", "sdxl_train_network",
+                 "sdxl_train", "sd3_train_network", "flux_train_network", "lumina_train_network"):
         tree = ast.parse(find(kohya, name + ".py").read_text())
         setup = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "setup_parser"][0]
-        out[name + ".py"] = arguments(setup, known, {})
+        inherits = "train_network.setup_parser()" in ast.unparse(setup)
+        out[name + ".py"] = arguments(setup, known, dict(out["train_network.py"]) if inherits else {})
     for name in ("train_dreambooth_lora", "train_dreambooth", "train_text_to_image_lora",
-                 "train_text_to_image", "textual_inversion"):
+                 "train_text_to_image", "textual_inversion", "train_dreambooth_lora_sdxl",
+                 "train_dreambooth_lora_sd3", "train_dreambooth_lora_flux", "train_dreambooth_lora_sana",
+                 "train_dreambooth_lora_lumina2", "train_text_to_image_lora_sdxl"):
         tree = ast.parse(find(diffusers, name + ".py").read_text())
         parse = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "parse_args"][0]
         out[name + ".py"] = arguments(parse, {}, {})
