@@ -254,6 +254,7 @@ const vel_backend vel_backend_cpu = {
     .close = cpu_close,
     .describe = cpu_describe,
     .best_compute = cpu_best_compute,
+    .roomy = (int64_t)340 << 20, /* SD 1.5 at 512 x 512: 215 MiB less for 3 % of the time */
     .alloc = cpu_alloc,
     .free = cpu_free,
     .write = cpu_copy,
