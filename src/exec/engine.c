@@ -1,6 +1,8 @@
 /* engine.c: a device with what outlives plans: packed weights, trainable values, the arena. */
 #include "exec/engine.h"
 
+#include "base/quantise.h"
+
 vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out)
 {
     vel_engine *e = vel_alloc(ctx, sizeof *e);
@@ -248,17 +250,122 @@ static vel_status room_for(vel_engine *e, weight_entry *w)
     return VEL_OK;
 }
 
+vel_status vel_engine_quantise(vel_engine *e, const char *name)
+{
+    int kind = vel_quant_find(name);
+    if (kind < 0)
+        return vel_fail(e->ctx, VEL_BAD_VALUE, "base_quant: '%s' is not one of %s", name,
+                        VEL_QUANTS);
+    e->quant = kind;
+    return VEL_OK;
+}
+
+static weight_entry *find_weight(vel_engine *e, const char *path, vel_dtype dtype,
+                                 const char *layout)
+{
+    for (weight_entry *w = *weight_bucket(e, path); w; w = w->next)
+        if (strcmp(w->path, path) == 0 && w->dtype == dtype && same_layout(w->layout, layout))
+            return w;
+    return NULL;
+}
+
+/* Host memory onto the device, as a new entry. */
+static vel_status keep_plain(vel_engine *e, const char *path, vel_dtype dtype, const void *from,
+                             size_t bytes)
+{
+    weight_entry *w = vel_alloc(e->ctx, sizeof *w), **bucket = weight_bucket(e, path);
+    if (!w)
+        return VEL_NO_MEMORY;
+    *w = (weight_entry){.path = vel_strdup(e->ctx, path), .dtype = dtype, .bytes = bytes};
+    vel_status st = w->path ? e->backend->alloc(e->device, bytes, &w->data) : VEL_NO_MEMORY;
+    if (st) {
+        free_weight(e, w);
+        return st;
+    }
+    e->backend->write(e->device, w->data, from, bytes);
+    if (vel_engine_streams(e, path, (int64_t)bytes))
+        st = move_to_host(e, w);
+    if (st) {
+        free_weight(e, w);
+        return st;
+    }
+    w->next = *bucket;
+    *bucket = w;
+    e->weight_bytes += w->host ? 0 : (int64_t)bytes;
+    return VEL_OK;
+}
+
+/* Codes and scales of the weight at path, which is read and coded for both. */
+static vel_status load_coded(vel_engine *e, char *path, int kind)
+{
+    vel_source_tensor t = {0};
+    vel_node whole = {.op = VEL_OP_weight, .n_out = 1, .path = path};
+    bool found = false;
+    for (int i = 0; i < e->n_sources && !found; i++) {
+        memset(&t, 0, sizeof t);
+        found = e->sources[i].find(e->sources[i].user, path, &t);
+    }
+    whole.out[0] = (vel_type){VEL_F32, found ? t.shape : VEL_SHAPE(1)};
+    VEL_TRY(find_source(e, &whole, &t));
+    int64_t rows = t.shape.dim[0], columns = vel_shape_count(t.shape) / rows;
+    size_t code_bytes = 4 * (size_t)vel_quant_words((vel_quant)kind, rows, columns);
+    size_t scale_bytes = 4 * (size_t)vel_quant_scales((vel_quant)kind, rows, columns);
+    void *plain = NULL;
+    uint8_t *codes = vel_alloc(e->ctx, code_bytes + scale_bytes);
+    vel_status st = codes ? read_plain(e, &whole, &t, &plain) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        vel_quantise((vel_quant)kind, plain, rows, columns, codes, (float *)(codes + code_bytes));
+    vel_free(e->ctx, plain);
+    char *names[2] = {vel_strf(e->ctx, "%s:%s.codes", path, vel_quant_name(kind)),
+                      vel_strf(e->ctx, "%s:%s.scales", path, vel_quant_name(kind))};
+    if (st == VEL_OK && !(names[0] && names[1]))
+        st = VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = keep_plain(e, names[0], VEL_I32, codes, code_bytes);
+    if (st == VEL_OK)
+        st = keep_plain(e, names[1], VEL_F32, codes + code_bytes, scale_bytes);
+    vel_free(e->ctx, names[0]);
+    vel_free(e->ctx, names[1]);
+    vel_free(e->ctx, codes);
+    return st;
+}
+
+static vel_status coded_weight(vel_engine *e, const vel_node *leaf, size_t base, int kind,
+                               void **data)
+{
+    weight_entry *w = find_weight(e, leaf->path, leaf->out[0].dtype, NULL);
+    if (!w) {
+        char *path = vel_strf(e->ctx, "%.*s", (int)base, leaf->path);
+        if (!path)
+            return VEL_NO_MEMORY;
+        vel_status st = load_coded(e, path, kind);
+        vel_free(e->ctx, path);
+        VEL_TRY(st);
+        w = find_weight(e, leaf->path, leaf->out[0].dtype, NULL);
+    }
+    size_t bytes = 4 * (size_t)vel_shape_count(leaf->out[0].shape);
+    if (!w || w->bytes != bytes)
+        return vel_fail(e->ctx, VEL_BAD_FILE, "tensor '%.*s' has another size than the model's",
+                        (int)base, leaf->path);
+    *data = w->data;
+    return VEL_OK;
+}
+
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data)
 {
     const char *layout = k ? k->layout[i] : NULL;
     weight_entry **bucket = weight_bucket(e, leaf->path);
-    for (weight_entry *w = *bucket; w; w = w->next)
-        if (strcmp(w->path, leaf->path) == 0 && w->dtype == leaf->out[0].dtype &&
-            same_layout(w->layout, layout)) {
-            *data = w->data;
-            return VEL_OK;
-        }
+    size_t base;
+    int kind;
+    bool scales;
+    if (vel_quant_leaf(leaf->path, &base, &kind, &scales))
+        return coded_weight(e, leaf, base, kind, data);
+    weight_entry *known = find_weight(e, leaf->path, leaf->out[0].dtype, layout);
+    if (known) {
+        *data = known->data;
+        return VEL_OK;
+    }
     vel_source_tensor t;
     VEL_TRY(find_source(e, leaf, &t));
     size_t plain_bytes =

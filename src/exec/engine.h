@@ -30,6 +30,7 @@ struct vel_engine {
     vel_device *device;
     source sources[MAX_SOURCES];
     int n_sources;
+    int quant; /* vel_quant: how weights of linear layers are kept */
     weight_entry *weights[WEIGHT_BUCKETS];
     int64_t weight_bytes;
     void *packing; /* device: where streamed weights are packed, one after the other */

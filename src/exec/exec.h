@@ -38,6 +38,9 @@ typedef struct vel_source_tensor {
 typedef bool (*vel_source_fn)(void *user, const char *path, vel_source_tensor *out);
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user);
 void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);
+/* How frozen weights of linear layers are kept in plans made from now on: "none", "nf4", "int8",
+ * "fp8" (base/quantise.h); VEL_BAD_VALUE for another name. Weights loaded before stay. */
+vel_status vel_engine_quantise(vel_engine *e, const char *name);
 /* Forgets packed weights whose path starts with prefix (an adapter was exchanged, a part is done).
  * No plan that uses them may be left. */
 void vel_engine_drop_weights(vel_engine *e, const char *prefix);

@@ -82,7 +82,7 @@ static void print_if_asked(const vel_graph *g, const char *name, const vel_plan_
 }
 
 /* Replaces *g by what the passes make of it. */
-static vel_status run_passes(vel_graph **g, const vel_plan_options *o)
+static vel_status run_passes(vel_graph **g, int quant, const vel_plan_options *o)
 {
     VEL_TRY(vel_graph_check(*g));
     print_if_asked(*g, "build", o);
@@ -96,6 +96,13 @@ static vel_status run_passes(vel_graph **g, const vel_plan_options *o)
         vel_graph_destroy(*g);
         *g = next;
         print_if_asked(*g, pipeline[i].name, o);
+    }
+    if (quant) {
+        vel_graph *next;
+        VEL_TRY(vel_pass_quantise(*g, quant, &next));
+        vel_graph_destroy(*g);
+        *g = next;
+        print_if_asked(*g, "quantise", o);
     }
     return VEL_OK;
 }
@@ -545,7 +552,7 @@ static vel_status bind(vel_plan *p)
 
 static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
 {
-    VEL_TRY(run_passes(&p->g, o));
+    VEL_TRY(run_passes(&p->g, p->engine->quant, o));
     if (!o->gradient)
         VEL_TRY(put_steady_first(&p->g, o));
     VEL_TRY(choose_level(p, o));

@@ -23,6 +23,15 @@ vel_status vel_pass_cast(const vel_graph *g, vel_dtype compute, vel_graph **out)
  * another node or an output reads. */
 vel_status vel_pass_fuse(const vel_graph *g, vel_graph **out);
 
+/* Frozen weights of linear layers, but for the autoencoder's, as codes of 4 or 8 bits (kind: a
+ * vel_quant) with a dequant node before each reader. */
+vel_status vel_pass_quantise(const vel_graph *g, int kind, vel_graph **out);
+/* "nf4"; the kind of a name, -1: none. */
+const char *vel_quant_name(int kind);
+int vel_quant_find(const char *name);
+/* Is the path a leaf of a coded weight? The weight's own path is its first *base bytes. */
+bool vel_quant_leaf(const char *path, size_t *base, int *kind, bool *scales);
+
 /* Recomputes forward values in the backward part instead of keeping them. level 0: nothing; 1: what
  * is cheap (elementwise, norms, activations); 2: whole layers whose inputs are kept; higher levels
  * group layers, up to vel_remat_levels, the smallest memory. */

@@ -67,6 +67,7 @@ static bool is_cheap(vel_op op)
     case VEL_OP_geglu:
     case VEL_OP_rope:
     case VEL_OP_permute:
+    case VEL_OP_dequant:
         return true;
     default:
         return false;

@@ -72,6 +72,8 @@ static void find(const vel_graph *g, const char *inputs, bool ordered, const boo
         bool works = !is_leaf(n) && n->op != VEL_OP_reshape;
         steady[id] = n->op == VEL_OP_input ? inputs && vel_glob(inputs, n->path)
                                            : is_leaf(n) || !depends(n, steady);
+        if (n->op == VEL_OP_dequant) /* would undo what coding saves */
+            steady[id] = false;
         if (left[id] || (ordered && over && works))
             steady[id] = false;
         over = over || (works && !steady[id]);

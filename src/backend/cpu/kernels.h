@@ -114,6 +114,7 @@ extern const vel_cpu_kernels vel_cpu_kernels_avx2, vel_cpu_kernels_avx512, vel_c
     K(rms_norm, rms_norm, 1)                                                                       \
     K(rms_norm_grad, rms_norm_grad, 4)                                                             \
     KS(rms_norm_grad_w, rms_norm_grad_w, 0)                                                        \
+    K(dequant, dequant, 0)                                                                         \
     K(softmax, softmax, 1)                                                                         \
     KS(attention, attention, 0)                                                                    \
     KS(attention_grad, attention_grad, 0)                                                          \

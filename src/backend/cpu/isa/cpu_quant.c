@@ -1,0 +1,58 @@
+/* cpu_quant.c: frozen weights in 4 or 8 bits as values again (base/quantise.h), one pass over the
+ * codes. */
+#include "backend/cpu/kernels.h"
+#include "base/quantise.h"
+
+#include "backend/cpu/isa/vmath.h"
+
+enum { STRETCH = 64 }; /* values made at a time: a whole nf4 block, so each has one scale or more */
+
+/* Values at .. at + n - 1 of one block. */
+VEL_INLINE void block_values(vel_quant kind, const float *table, const uint8_t *codes, float scale,
+                             int64_t at, int64_t n, float *out)
+{
+    if (kind == VEL_QUANT_NF4) {
+        for (int64_t i = 0; i < n; i++)
+            out[i] = table[codes[(at + i) / 2] >> ((at + i) % 2 ? 0 : 4) & 15] * scale;
+    } else if (kind == VEL_QUANT_INT8) {
+        for (int64_t i = 0; i < n; i++)
+            out[i] = (float)(int8_t)codes[at + i] * scale * vel_int8_step;
+    } else {
+        for (int64_t i = 0; i < n; i++)
+            out[i] = table[codes[at + i]] * scale;
+    }
+}
+
+/* Stretches begin .. end-1 of each block's; a block has `each` of them. */
+VEL_INLINE void stretches(vel_quant kind, const float *table, const uint8_t *codes,
+                          const float *scales, int64_t block, int64_t each, int64_t count, void *y,
+                          int64_t begin, int64_t end, bool half)
+{
+    for (int64_t item = begin; item < end; item++) {
+        int64_t b = item / each, first = item % each * STRETCH;
+        int64_t at = b * block + first;
+        int64_t n = VEL_MIN(VEL_MIN(block - first, STRETCH), count - at);
+        float values[STRETCH] = {0};
+        block_values(kind, table, codes, scales[b], at, n, values);
+        for (int64_t i = 0; i < n; i += VL)
+            vput_part(y, at + i, n - i, half, vget_part(values, i, n - i, false));
+    }
+}
+
+void VEL_ISA_NAME(dequant)(const vel_cpu_job *job)
+{
+    const vel_launch *l = job->launch;
+    const vel_node *n = job->node;
+    vel_quant kind = (vel_quant)n->a.dequant.quant;
+    int64_t columns = n->a.dequant.columns, count = n->a.dequant.rows * columns;
+    int64_t block = vel_quant_block(kind, columns), each = (block + STRETCH - 1) / STRETCH;
+    int64_t blocks = vel_quant_scales(kind, n->a.dequant.rows, columns);
+    const uint8_t *codes = l->in[0];
+    const float *scales = l->in[1];
+    float table[256];
+    for (int i = 0; i < 256; i++)
+        table[i] = kind == VEL_QUANT_NF4 ? vel_nf4_values[i % 16] : vel_fp8_value((uint8_t)i);
+    VEL_EACH_PIECE(
+        job, blocks * each, 1, count, n->out[0].dtype == VEL_BF16,
+        stretches(kind, table, codes, scales, block, each, count, l->out[0], begin, end, half));
+}
