@@ -295,7 +295,8 @@ vel_status vel_drawing_load(vel_drawing *d)
                            o->variant,
                            o->clip_skip,
                            .tokenizer = o->tokenizer,
-                           .vae_tile = o->vae_tile};
+                           .vae_tile = o->vae_tile,
+                           .base_quant = o->base_quant};
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
     for (int i = 0; i < d->n_adapters; i++)
         VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));

@@ -6,7 +6,7 @@
 #include "train/train.h"
 
 typedef struct vel_generate_options {
-    const char *model, *vae, *variant, *tokenizer, *device, *precision;
+    const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
     int clip_skip, vae_tile;
     const char *prompt, *prompt_file, *negative;
     double guidance;

@@ -1,4 +1,5 @@
 /* params_draw.c: the settings of the commands that draw, measure and time. */
+#include "base/quantise.h"
 #include "params_rows.h"
 
 /* first_*: the defaults that differ from command to command. */
@@ -15,6 +16,8 @@
         TEXT("device", NULL, at device, NULL, "model", "cpu, cuda, cuda:1; default: the best"),    \
         CHOICE("precision", "mixed_precision", at precision, "auto", VEL_PRECISIONS, "model",      \
                "compute type"),                                                                    \
+        CHOICE("base_quant", "quantize_base", at base_quant, "none", VEL_QUANTS, "model",          \
+               "keep weights of linear layers in 4 or 8 bits; not the autoencoder's"),             \
         INT("clip_skip", NULL, at clip_skip, "1", 1, 12, "model",                                  \
             "use the text state of the n-th last layer"),                                          \
         TEXT("prompt", NULL, at prompt, NULL, "picture",                                           \

@@ -1,4 +1,5 @@
 /* params_train.c: the settings of `velatura train`. */
+#include "base/quantise.h"
 #include "params_rows.h"
 
 #define OPTIONS vel_train_options
@@ -13,6 +14,8 @@ const vel_option_row vel_train_rows[] = {
     TEXT("device", NULL, device, NULL, "model", "cpu, cuda, cuda:1; default: the best"),
     CHOICE("precision", "mixed_precision", precision, "auto", VEL_PRECISIONS, "model",
            "compute type; auto: bf16 where the hardware multiplies it, else float32"),
+    CHOICE("base_quant", "quantize_base", base_quant, "none", VEL_QUANTS, "model",
+           "keep frozen weights of the denoiser's and text encoders' linear layers in 4 or 8 bits"),
     INT("clip_skip", NULL, clip_skip, "1", 1, 12, "model",
         "use the text state of the n-th last layer"),
     TEXT("data", "train_data_dir,instance_data_dir", data, NULL, "data",

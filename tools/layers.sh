@@ -9,14 +9,14 @@ cd "$(dirname "$0")/.."
 layers='
 src/base              velatura.h
 src/graph             base/base.h
-src/ops               graph/graph.h base/base.h
-src/passes            ops/ops.h graph/graph.h base/base.h
+src/ops               graph/graph.h base/base.h base/quantise.h
+src/passes            ops/ops.h graph/graph.h base/base.h base/quantise.h
 src/backend           graph/graph.h base/base.h
 src/backend/null      backend/backend.h graph/graph.h base/base.h
 src/backend/cpu       backend/backend.h graph/graph.h base/base.h
-src/backend/cpu/isa   backend/cpu/isa.h backend/cpu/kernels.h backend/cpu/tiles.h backend/backend.h graph/graph.h base/base.h
+src/backend/cpu/isa   backend/cpu/isa.h backend/cpu/kernels.h backend/cpu/tiles.h backend/backend.h graph/graph.h base/base.h base/quantise.h
 src/backend/cuda      backend/backend.h graph/graph.h base/base.h
-src/exec              passes/passes.h ops/ops.h backend/backend.h graph/graph.h base/base.h
+src/exec              passes/passes.h ops/ops.h backend/backend.h graph/graph.h base/base.h base/quantise.h
 src/formats           base/base.h
 src/tokenizers        formats/formats.h base/base.h
 src/models            formats/formats.h graph/graph.h base/base.h

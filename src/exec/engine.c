@@ -256,6 +256,11 @@ vel_status vel_engine_quantise(vel_engine *e, const char *name)
     if (kind < 0)
         return vel_fail(e->ctx, VEL_BAD_VALUE, "base_quant: '%s' is not one of %s", name,
                         VEL_QUANTS);
+    if (kind && strcmp(e->backend->name, "cpu") != 0) /* no other has a kernel for dequant */
+        return vel_fail(e->ctx, VEL_UNSUPPORTED,
+                        "base_quant %s: weights of 4 or 8 bits can be used on the CPU only so far; "
+                        "use --base_quant none or --device cpu",
+                        name);
     e->quant = kind;
     return VEL_OK;
 }
@@ -277,18 +282,16 @@ static vel_status keep_plain(vel_engine *e, const char *path, vel_dtype dtype, c
     if (!w)
         return VEL_NO_MEMORY;
     *w = (weight_entry){.path = vel_strdup(e->ctx, path), .dtype = dtype, .bytes = bytes};
-    vel_status st = w->path ? e->backend->alloc(e->device, bytes, &w->data) : VEL_NO_MEMORY;
+    w->host = vel_engine_streams(e, path, (int64_t)bytes);
+    vel_status st = w->path ? room_for(e, w) : VEL_NO_MEMORY;
     if (st) {
         free_weight(e, w);
         return st;
     }
-    e->backend->write(e->device, w->data, from, bytes);
-    if (vel_engine_streams(e, path, (int64_t)bytes))
-        st = move_to_host(e, w);
-    if (st) {
-        free_weight(e, w);
-        return st;
-    }
+    if (w->host)
+        memcpy(w->data, from, bytes);
+    else
+        e->backend->write(e->device, w->data, from, bytes);
     w->next = *bucket;
     *bucket = w;
     e->weight_bytes += w->host ? 0 : (int64_t)bytes;

@@ -349,6 +349,8 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
         return VEL_OK;
     VEL_TRY(vel_engine_create(m->ctx, o->device, &m->engine));
     VEL_TRY(choose_precision(m, o->precision));
+    if (o->base_quant)
+        VEL_TRY(vel_engine_quantise(m->engine, o->base_quant));
     return vel_engine_add_source(m->engine, find_weight, m);
 }
 

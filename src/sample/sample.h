@@ -58,6 +58,7 @@ typedef struct vel_model_options {
     int text_length;         /* tokens of a text where the encoder leaves a choice; 0: as usual */
     const char *instruction; /* put before prompts instead of the family's own; "": nothing */
     int vae_tile; /* larger pictures are decoded in pieces of this many pixels; 0: whole */
+    const char *base_quant; /* "nf4", "int8", "fp8": how frozen linear layers are kept */
 } vel_model_options;
 /* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */

@@ -200,6 +200,7 @@ static vel_status open_model(train_session *s)
     const vel_train_options *o = s->o;
     vel_model_options m = {.device = o->device,
                            .precision = o->precision,
+                           .base_quant = o->base_quant,
                            .vae = o->vae,
                            .variant = o->variant,
                            .tokenizer = o->tokenizer,

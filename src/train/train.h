@@ -24,7 +24,7 @@ typedef struct vel_flow_options {
 
 typedef struct vel_train_options {
     /* model */
-    const char *model, *vae, *variant, *tokenizer, *device, *precision;
+    const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
     int clip_skip;
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;

@@ -1,4 +1,4 @@
-/* quantise.c: a frozen base in 4 or 8 bits, as a pass: each use of a weight that linear layers
+/* coded_weights.c: a frozen base in 4 or 8 bits, as a pass: each use of a weight that linear layers
  * multiply by becomes a dequant node right before its reader, so that the values live for one
  * product only. The leaves are "<path>:nf4.codes" and "<path>:nf4.scales", which the engine makes
  * when it loads them. Each node has a number of its own: equal ones must not be merged, as the
