@@ -41,6 +41,14 @@ static vel_status check_widths(vel_ctx *ctx, const vel_config *c, const char *co
     return VEL_OK;
 }
 
+/* Where there are no text encoders, as for a U-Net that is only measured: widths that suit it. */
+static void suit_texts(vel_config *c)
+{
+    int pooled = c->unet.pooled_width;
+    c->clip[0] = (vel_clip_config){.width = c->unet.context[0] - pooled, .positions = 77};
+    c->clip[1] = (vel_clip_config){.width = pooled, .projection = pooled, .positions = 77};
+}
+
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const char *const *files, const json_t *index, vel_config **out)
 {
@@ -51,8 +59,12 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
     own->zero_negative = vel_json_bool(index, "force_zeros_for_empty_prompt", true);
     c->own = own;
     VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
-    VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
-    VEL_TRY(vel_clip_read(ctx, configs[TEXT_2], files[TEXT_2], &c->clip[1]));
+    if (!configs[TEXT] && !configs[TEXT_2]) {
+        suit_texts(c);
+    } else {
+        VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
+        VEL_TRY(vel_clip_read(ctx, configs[TEXT_2], files[TEXT_2], &c->clip[1]));
+    }
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
     VEL_TRY(check_widths(ctx, c, files));
     *out = c;
