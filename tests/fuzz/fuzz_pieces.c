@@ -13,7 +13,7 @@ enum { JSON, MODEL, TEXT, KINDS };
 static const char *const names[] = {"tokenizer.json", "spiece.model"};
 
 static const char unigram[] =
-    "{\"added_tokens\":[{\"id\":0,\"content\":\"<pad>\",\"lstrip\":true,\"rstrip\":true},{\"id\":5,"
+    "{\"added_tokens\":[{\"id\":0,\"content\":\"<pad>\",\"lstrip\":true,\"rstrip\":true},{\"id\":9,"
     "\"content\":\"N\",\"normalized\":true}],\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":"
     "[{\"type\":\"NFKC\"},{\"type\":\"Replace\",\"pattern\":{\"Regex\":\" {2,}\"},\"content\":\" "
     "\"},"
@@ -118,6 +118,8 @@ static void try_files(const char *text, bool good)
     int64_t before = ctx->bytes_in_use;
     vel_tokenizer *t = NULL;
     vel_status st = vel_tokenizer_open(ctx, folder(), &t);
+    if (st && good)
+        fprintf(stderr, "%s\n", vel_ctx_error(ctx));
     require(st == VEL_OK || !good, "the files of this test are good");
     if (st == VEL_OK) {
         try_text(ctx, t, text);
