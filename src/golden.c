@@ -6,121 +6,7 @@
  * Reference tensors are NCHW, the graph's NHWC: the permutations are here and nowhere else. */
 #include <stdlib.h>
 
-#include "params.h"
-
-static const double TOLERANCE = 1e-4, TOLERANCE_END = 1e-3, TOLERANCE_HALF = 5e-3;
-
-typedef struct golden {
-    vel_ctx *ctx;
-    vel_model *model;
-    const char *folder;
-    vel_safetensors *file; /* the one being checked */
-    char name[64];         /* its name, for the lines */
-    int passed, failed;
-    const vel_adapter_site *sites; /* of the adapter that is trained */
-    int n_sites;
-    bool lycoris; /* its names are LyCORIS', not PEFT's */
-} golden;
-
-/* ---- comparing
- * ------------------------------------------------------------------------------------- */
-
-static void line(golden *k, const char *value, double max_abs, double rms, double tolerance,
-                 bool ok)
-{
-    vel_log(k->ctx, 2, "%-24s %-72s max abs %.3e  rel rms %.3e  tolerance %.0e  %s", k->name, value,
-            max_abs, rms, tolerance, ok ? "ok" : "FAIL");
-    ok ? k->passed++ : k->failed++;
-}
-
-static void compare(golden *k, const char *value, const float *got, const float *want, int64_t n,
-                    double tolerance)
-{
-    double error = 0, size = 0, largest = 0;
-    bool finite = true;
-    for (int64_t i = 0; i < n; i++) {
-        double d = (double)got[i] - want[i];
-        finite = finite && isfinite(got[i]);
-        error += d * d;
-        size += (double)want[i] * want[i];
-        largest = fmax(largest, fabs(d));
-    }
-    double rms = sqrt(error / fmax(size, 1e-60));
-    line(k, value, largest, rms, tolerance, finite && rms < tolerance);
-}
-
-/* A tensor of the file as floats; count must agree unless it is 0. NULL with the message. */
-static float *load(golden *k, const char *name, int64_t count, const vel_file_tensor **tensor)
-{
-    const vel_file_tensor *t = vel_safetensors_find(k->file, name);
-    if (!t || (count && t->count != count)) {
-        vel_fail(k->ctx, VEL_BAD_FILE, "%s: tensor '%s' is missing or has another size",
-                 vel_safetensors_path(k->file), name);
-        return NULL;
-    }
-    float *out = vel_alloc(k->ctx, (size_t)t->count * sizeof *out);
-    if (out)
-        vel_file_tensor_floats(t, 0, t->count, out);
-    if (tensor)
-        *tensor = t;
-    return out;
-}
-
-static void check(golden *k, const char *name, const float *got, int64_t n, double tolerance)
-{
-    float *want = load(k, name, n, NULL);
-    if (want)
-        compare(k, name, got, want, n, tolerance);
-    else
-        line(k, name, NAN, NAN, tolerance, false);
-    vel_free(k->ctx, want);
-}
-
-/* [n, c, h, w] to [n, h, w, c], and back. */
-static void to_nhwc(const float *in, int64_t n, int64_t c, int64_t pixels, float *out)
-{
-    for (int64_t b = 0; b < n; b++)
-        for (int64_t p = 0; p < pixels; p++)
-            for (int64_t i = 0; i < c; i++)
-                out[(b * pixels + p) * c + i] = in[(b * c + i) * pixels + p];
-}
-
-static void to_nchw(const float *in, int64_t n, int64_t c, int64_t pixels, float *out)
-{
-    for (int64_t b = 0; b < n; b++)
-        for (int64_t p = 0; p < pixels; p++)
-            for (int64_t i = 0; i < c; i++)
-                out[(b * c + i) * pixels + p] = in[(b * pixels + p) * c + i];
-}
-
-/* A reference picture or latent [n, c, h, w], as [n, h, w, c]; dims in d. */
-static float *load_nhwc(golden *k, const char *name, int64_t d[4])
-{
-    const vel_file_tensor *t;
-    float *raw = load(k, name, 0, &t);
-    if (!raw || t->rank != 4) {
-        vel_free(k->ctx, raw);
-        return NULL;
-    }
-    memcpy(d, t->dim, 4 * sizeof *d);
-    float *out = vel_alloc(k->ctx, (size_t)t->count * sizeof *out);
-    if (out)
-        to_nhwc(raw, d[0], d[1], d[2] * d[3], out);
-    vel_free(k->ctx, raw);
-    return out;
-}
-
-static void check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4],
-                       double tolerance)
-{
-    int64_t n = d[0] * d[1] * d[2] * d[3];
-    float *turned = vel_alloc(k->ctx, (size_t)n * sizeof *turned);
-    if (!turned)
-        return;
-    to_nchw(got, d[0], d[1], d[2] * d[3], turned);
-    check(k, name, turned, n, tolerance);
-    vel_free(k->ctx, turned);
-}
+#include "golden.h"
 
 /* ---- prompts
  * ----------------------------------------------------------------------------------------- */
@@ -160,13 +46,6 @@ static vel_text_info text_info(golden *k)
     return text[0];
 }
 
-/* Runs a small graph once: inputs are set by the caller's function. */
-static vel_status plan_of(golden *k, vel_graph *g, vel_plan **plan)
-{
-    vel_plan_options o = {.compute = VEL_F32};
-    return vel_plan_create(vel_model_engine(k->model), g, &o, plan);
-}
-
 /* ---- text.safetensors
  * ---------------------------------------------------------------------------------- */
 
@@ -182,7 +61,7 @@ static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_
                vel_model_family(k->model)->encode_text(g, config, &texts, 1).context);
     vel_output(g, "hidden_state_penultimate", vel_clip_text_state(g, config, in, 1));
     vel_plan *plan;
-    VEL_TRY(plan_of(k, g, &plan));
+    VEL_TRY(vel_golden_plan(k, g, false, &plan));
     int64_t count = (int64_t)p->n * info.length * info.width;
     float *got = vel_alloc(k->ctx, (size_t)count * sizeof *got);
     vel_status st = got ? vel_plan_set(plan, "ids", ids, (size_t)(p->n * info.length) * sizeof *ids)
@@ -193,7 +72,7 @@ static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_
     for (int i = 0; i < 2 && st == VEL_OK; i++) {
         st = vel_plan_get(plan, names[i], got, count);
         if (st == VEL_OK)
-            check(k, names[i], got, count, TOLERANCE);
+            vel_golden_check(k, names[i], got, count, VEL_GOLDEN_TOLERANCE);
     }
     vel_free(k->ctx, got);
     vel_plan_destroy(plan);
@@ -207,12 +86,12 @@ static vel_status check_text(golden *k)
     vel_text_info info = text_info(k);
     int n = p.n * info.length, wrong = 0;
     int32_t *ids = vel_alloc(k->ctx, (size_t)n * sizeof *ids);
-    float *want = load(k, "input_ids", n, NULL);
+    float *want = vel_golden_load(k, "input_ids", n, NULL);
     vel_status st = ids && want ? encode_ids(k, &p, info.length, ids) : VEL_BAD_FILE;
     for (int i = 0; i < n && st == VEL_OK; i++)
         wrong += ids[i] != (int32_t)want[i];
     if (st == VEL_OK) {
-        line(k, "input_ids", wrong, wrong, 0, wrong == 0);
+        vel_golden_line(k, "input_ids", wrong, wrong, 0, wrong == 0);
         st = run_text(k, &p, ids, info);
     }
     vel_free(k->ctx, ids);
@@ -229,10 +108,11 @@ static vel_status run_unet(golden *k, const char *sample_name, const char *out_n
 {
     int64_t d[4];
     vel_text_info info = text_info(k);
-    float *x = load_nhwc(k, sample_name, d), *time = load(k, "timestep", 0, NULL),
-          *context = load(k, "context", 0, NULL);
+    float *x = vel_golden_load_nhwc(k, sample_name, d),
+          *time = vel_golden_load(k, "timestep", 0, NULL),
+          *context = vel_golden_load(k, "context", 0, NULL);
     int64_t probe_dim[4];
-    float *probe = first ? load_nhwc(k, "grad_out", probe_dim) : NULL;
+    float *probe = first ? vel_golden_load_nhwc(k, "grad_out", probe_dim) : NULL;
     int64_t count = x ? d[0] * d[1] * d[2] * d[3] : 0,
             states = x ? d[0] * info.length * info.width : 0;
     float *got = vel_alloc(k->ctx, (size_t)VEL_MAX(count, states) * sizeof *got);
@@ -254,7 +134,7 @@ static vel_status run_unet(golden *k, const char *sample_name, const char *out_n
             vel_output(g, "grad_sample", grads[0]);
             vel_output(g, "grad_context", grads[1]);
         }
-        st = plan_of(k, g, &plan);
+        st = vel_golden_plan(k, g, false, &plan);
         g = NULL;
     }
     size_t f = sizeof(float);
@@ -269,11 +149,11 @@ static vel_status run_unet(golden *k, const char *sample_name, const char *out_n
     if (st == VEL_OK)
         st = vel_plan_run(plan);
     if (st == VEL_OK && (st = vel_plan_get(plan, "out", got, count)) == VEL_OK)
-        check_nhwc(k, out_name, got, d, TOLERANCE);
+        vel_golden_check_nhwc(k, out_name, got, d, VEL_GOLDEN_TOLERANCE);
     if (st == VEL_OK && first && (st = vel_plan_get(plan, "grad_sample", got, count)) == VEL_OK)
-        check_nhwc(k, "grad_sample", got, d, TOLERANCE);
+        vel_golden_check_nhwc(k, "grad_sample", got, d, VEL_GOLDEN_TOLERANCE);
     if (st == VEL_OK && first && (st = vel_plan_get(plan, "grad_context", got, states)) == VEL_OK)
-        check(k, "grad_context", got, states, TOLERANCE);
+        vel_golden_check(k, "grad_context", got, states, VEL_GOLDEN_TOLERANCE);
     vel_plan_destroy(plan);
     vel_graph_destroy(g);
     float *owned[] = {x, time, context, probe, got};
@@ -296,7 +176,7 @@ static vel_status check_unet(golden *k)
 static vel_status check_vae(golden *k)
 {
     int64_t z_dim[4], d[4];
-    float *z = load_nhwc(k, "z", z_dim), *want = load_nhwc(k, "image", d);
+    float *z = vel_golden_load_nhwc(k, "z", z_dim), *want = vel_golden_load_nhwc(k, "image", d);
     if (!z || !want)
         return VEL_BAD_FILE;
     int64_t pixels = d[0] * d[1] * d[2] * d[3], latents = z_dim[0] * z_dim[1] * z_dim[2] * z_dim[3];
@@ -306,7 +186,7 @@ static vel_status check_vae(golden *k)
     vel_status st = image && moments && half ? VEL_OK : VEL_NO_MEMORY;
     if (st == VEL_OK && (st = vel_model_decode(k->model, z, (int)z_dim[0], (int)z_dim[2],
                                                (int)z_dim[3], image)) == VEL_OK)
-        check_nhwc(k, "image", image, d, TOLERANCE);
+        vel_golden_check_nhwc(k, "image", image, d, VEL_GOLDEN_TOLERANCE);
     for (int64_t i = 0; i < pixels; i++)
         want[i] = fmaxf(-1, fminf(1, want[i]));
     if (st == VEL_OK)
@@ -315,7 +195,7 @@ static vel_status check_vae(golden *k)
         int64_t c = z_dim[1];
         for (int64_t p = 0; p < latents / c; p++)
             memcpy(half + p * c, moments + p * 2 * c + part * c, (size_t)c * sizeof *half);
-        check_nhwc(k, part ? "logvar" : "mean", half, z_dim, TOLERANCE);
+        vel_golden_check_nhwc(k, part ? "logvar" : "mean", half, z_dim, VEL_GOLDEN_TOLERANCE);
     }
     float *owned[] = {z, want, image, moments, half};
     for (int i = 0; i < VEL_COUNT(owned); i++)
@@ -343,9 +223,9 @@ static void check_timesteps(golden *k, const char *sampler, int steps)
     for (int i = 0; got && i < t->count; i++)
         got[i] = i < n ? (float)vel_sampler_timestep(s, i) : NAN;
     if (n != t->count)
-        line(k, name, n, (double)t->count, 0, false);
+        vel_golden_line(k, name, n, (double)t->count, 0, false);
     else if (got)
-        check(k, name, got, t->count, TOLERANCE);
+        vel_golden_check(k, name, got, t->count, VEL_GOLDEN_TOLERANCE);
     vel_free(k->ctx, got);
     vel_sampler_destroy(s);
 }
@@ -371,7 +251,7 @@ static vel_status check_sampler(golden *k, const char *sampler, const json_t *ho
     vel_status st =
         latent ? vel_model_draw(k->model, &draw, 1, 1, NULL, &picture, latent) : VEL_NO_MEMORY;
     if (st == VEL_OK)
-        check(k, sampler, latent, count, TOLERANCE_END);
+        vel_golden_check(k, sampler, latent, count, VEL_GOLDEN_TOLERANCE_END);
     vel_image_finish(&picture);
     char name[96];
     snprintf(name, sizeof name, "%s.image", sampler);
@@ -380,7 +260,7 @@ static vel_status check_sampler(golden *k, const char *sampler, const json_t *ho
         float *z = vel_alloc(k->ctx, (size_t)count * sizeof *z),
               *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
         if (z && image) {
-            to_nhwc(latent, 1, d[1], d[2] * d[3], z);
+            vel_golden_to_nhwc(latent, 1, d[1], d[2] * d[3], z);
             for (int64_t i = 0; i < count; i++)
                 z[i] = (float)(z[i] / info->scale + info->shift);
             st = vel_model_decode(k->model, z, 1, (int)d[2], (int)d[3], image);
@@ -394,7 +274,7 @@ static vel_status check_sampler(golden *k, const char *sampler, const json_t *ho
             for (int64_t i = 0; lowest >= 0 && i < pixels; i++) /* stored as 0..1 */
                 image[i] = fmaxf(0, fminf(1, image[i] / 2 + 0.5f));
             if (st == VEL_OK)
-                check_nhwc(k, name, image, image_dim, TOLERANCE_END);
+                vel_golden_check_nhwc(k, name, image, image_dim, VEL_GOLDEN_TOLERANCE_END);
         }
         vel_free(k->ctx, z);
         vel_free(k->ctx, image);
@@ -410,7 +290,7 @@ static vel_status check_samplers(golden *k)
     vel_status st = path ? vel_json_load(k->ctx, path, &how) : VEL_NO_MEMORY;
     vel_free(k->ctx, path);
     const vel_file_tensor *t = NULL;
-    float *noise = st == VEL_OK ? load(k, "noise", 0, &t) : NULL;
+    float *noise = st == VEL_OK ? vel_golden_load(k, "noise", 0, &t) : NULL;
     for (int i = 0; noise && i < vel_safetensors_count(k->file) && st == VEL_OK; i++) {
         const char *name = vel_safetensors_at(k->file, i)->name;
         if (strcmp(name, "noise") != 0 && !strchr(name, '.'))
@@ -442,17 +322,17 @@ static vel_status load_lesson(golden *k, lesson *l)
 {
     vel_safetensors *mine = k->file;
     VEL_TRY(open_other(k, "train_data.safetensors", &k->file));
-    l->context = load(k, "context", 0, NULL);
+    l->context = vel_golden_load(k, "context", 0, NULL);
     for (l->n = 0; l->n < VEL_COUNT(l->latent); l->n++) {
         char name[32];
         snprintf(name, sizeof name, "latents.%d", l->n);
         if (!vel_safetensors_find(k->file, name))
             break;
-        l->latent[l->n] = load_nhwc(k, name, l->d);
+        l->latent[l->n] = vel_golden_load_nhwc(k, name, l->d);
         snprintf(name, sizeof name, "noise.%d", l->n);
-        l->noise[l->n] = load_nhwc(k, name, l->d);
+        l->noise[l->n] = vel_golden_load_nhwc(k, name, l->d);
         snprintf(name, sizeof name, "timesteps.%d", l->n);
-        l->time[l->n] = load(k, name, l->d[0], NULL);
+        l->time[l->n] = vel_golden_load(k, name, l->d[0], NULL);
     }
     vel_safetensors_close(k->file);
     k->file = mine;
@@ -483,20 +363,6 @@ static vel_batch batch_of(const lesson *l, int i, int32_t *time, float *weight)
                        .timestep = time,
                        .context = l->context,
                        .weight = weight};
-}
-
-/* PEFT's rule: a target is a module's whole name or its end after a dot. */
-static bool is_target(const json_t *targets, const char *path)
-{
-    size_t i, n = json_array_size(targets);
-    for (i = 0; i < n; i++) {
-        const char *t = json_string_value(json_array_get(targets, i));
-        size_t stem = strlen(path), tail = t ? strlen(t) : 0;
-        if (tail && tail < stem && path[stem - tail - 1] == '.' &&
-            strcmp(path + stem - tail, t) == 0)
-            return true;
-    }
-    return false;
 }
 
 /* What PEFT's modules in memory call a leaf. */
@@ -556,7 +422,7 @@ static vel_status write_trainables(golden *k, const char *prefix)
         const vel_trainable *t = vel_engine_trainable_at(e, i);
         char name[512];
         name_of(k, prefix, t->path, name, sizeof name);
-        float *values = load(k, name, t->count, NULL);
+        float *values = vel_golden_load(k, name, t->count, NULL);
         if (!values)
             return VEL_BAD_FILE;
         vel_engine_write_trainables(e, 'v', t->offset, t->count, values);
@@ -581,7 +447,7 @@ static vel_status check_trainables(golden *k, const char *prefix, char which, bo
         char name[512];
         name_of(k, prefix, t->path, name, sizeof name);
         const vel_file_tensor *f = vel_safetensors_find(k->file, name);
-        float *want = load(k, name, t->count, NULL),
+        float *want = vel_golden_load(k, name, t->count, NULL),
               *got = vel_alloc(k->ctx, (size_t)t->count * sizeof *got);
         if (!want || !got) {
             vel_free(k->ctx, want);
@@ -595,7 +461,8 @@ static vel_status check_trainables(golden *k, const char *prefix, char which, bo
         if (half && whole)
             add_errors(&sum, got, want, t->count);
         else
-            compare(k, name, got, want, t->count, half ? TOLERANCE_HALF : tolerance);
+            vel_golden_compare(k, name, got, want, t->count,
+                               half ? VEL_GOLDEN_TOLERANCE_HALF : tolerance);
         vel_free(k->ctx, want);
         vel_free(k->ctx, got);
     }
@@ -603,7 +470,8 @@ static vel_status check_trainables(golden *k, const char *prefix, char which, bo
         char name[96];
         snprintf(name, sizeof name, "%s* (the adapter, %d tensors)", prefix, sum.tensors);
         double rms = sqrt(sum.error / fmax(sum.size, 1e-60));
-        line(k, name, sum.largest, rms, TOLERANCE_HALF, rms < TOLERANCE_HALF);
+        vel_golden_line(k, name, sum.largest, rms, VEL_GOLDEN_TOLERANCE_HALF,
+                        rms < VEL_GOLDEN_TOLERANCE_HALF);
     }
     return VEL_OK;
 }
@@ -632,16 +500,23 @@ static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
         VEL_TRY(vel_trainer_run(trainer, &b, true, &loss, NULL));
         losses[i] = (float)loss;
         if (i == 0)
-            VEL_TRY(check_trainables(k, "grad0.", 'g', true, TOLERANCE));
+            VEL_TRY(check_trainables(k, "grad0.", 'g', true, VEL_GOLDEN_TOLERANCE));
         VEL_TRY(vel_engine_update(vel_model_engine(k->model), 1, lesson_rate, NULL));
     }
-    check(k, "losses", losses, l->n, TOLERANCE);
-    return check_trainables(k, "final.", 'v', true, TOLERANCE_END);
+    vel_golden_check(k, "losses", losses, l->n, VEL_GOLDEN_TOLERANCE);
+    return check_trainables(k, "final.", 'v', true, VEL_GOLDEN_TOLERANCE_END);
 }
 
+/* A family's file says with which length and instruction its pipeline was run. */
 static vel_status open_model(golden *k, const char *folder)
 {
     vel_model_options o = {.precision = "no", .clip_skip = 1};
+    const char *text = vel_safetensors_meta(k->file, "pipeline");
+    json_decref(k->pipeline);
+    k->pipeline = text ? json_loads(text, 0, NULL) : NULL;
+    o.text_length = (int)vel_json_int(k->pipeline, "max_sequence_length", 0);
+    if (json_is_null(json_object_get(k->pipeline, "complex_human_instruction")))
+        o.instruction = "";
     return vel_model_open(k->ctx, folder, &o, &k->model);
 }
 
@@ -722,7 +597,7 @@ static vel_status read_sites(golden *k, const json_t *config, const char *kind,
     int targets = k->lycoris ? k->n_sites : 0;
     for (int i = 0; i < n_modules && !k->lycoris; i++)
         targets += vel_has_prefix(modules[i].path, vel_model_family(k->model)->denoiser) &&
-                   is_target(json_object_get(config, "target_modules"), modules[i].path);
+                   vel_golden_is_target(json_object_get(config, "target_modules"), modules[i].path);
     if (k->n_sites == 0 || targets != k->n_sites)
         return vel_fail(k->ctx, VEL_BAD_FILE, "%s: trains %d modules, and its config names %d",
                         vel_safetensors_path(k->file), k->n_sites, targets);
@@ -816,9 +691,9 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
     vel_vjp(g, &loss, &one, 1, &table, &grad, 1);
     vel_output(g, "grad", grad);
     vel_plan *plan;
-    VEL_TRY(plan_of(k, g, &plan));
+    VEL_TRY(vel_golden_plan(k, g, false, &plan));
     const vel_file_tensor *rows_tensor = NULL;
-    float *rows = load(k, "embedding_grad_rows", 0, &rows_tensor);
+    float *rows = vel_golden_load(k, "embedding_grad_rows", 0, &rows_tensor);
     int64_t all = (int64_t)info.vocabulary * info.width, each = l->d[1] * l->d[2] * l->d[3];
     float *whole = vel_alloc(k->ctx, (size_t)all * sizeof *whole),
           *noisy = vel_alloc(k->ctx, (size_t)(n * each) * sizeof *noisy);
@@ -845,7 +720,8 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
         for (int64_t i = 0; i < rows_tensor->count; i++)
             memcpy(some + i * info.width, whole + (int64_t)rows[i] * info.width,
                    (size_t)info.width * sizeof *some);
-        check(k, "embedding_grad", some, rows_tensor->count * info.width, TOLERANCE);
+        vel_golden_check(k, "embedding_grad", some, rows_tensor->count * info.width,
+                         VEL_GOLDEN_TOLERANCE);
     }
     float *owned[] = {rows, whole, noisy, some};
     for (int i = 0; i < VEL_COUNT(owned); i++)
@@ -872,13 +748,13 @@ static vel_status check_loss_values(golden *k, const lesson *l)
                                                     vel_model_schedule(k->model), time[i]);
             prior += each[i];
         }
-        check(k, "per_sample_mse", each, b.n, TOLERANCE);
-        check(k, "snr", snr, b.n, TOLERANCE);
-        check(k, "loss_prior", &prior, 1, TOLERANCE);
+        vel_golden_check(k, "per_sample_mse", each, b.n, VEL_GOLDEN_TOLERANCE);
+        vel_golden_check(k, "snr", snr, b.n, VEL_GOLDEN_TOLERANCE);
+        vel_golden_check(k, "loss_prior", &prior, 1, VEL_GOLDEN_TOLERANCE);
         st = vel_trainer_run(trainer, &b, false, &loss, NULL);
         float weighted = (float)loss;
         if (st == VEL_OK)
-            check(k, "loss_min_snr_5", &weighted, 1, TOLERANCE);
+            vel_golden_check(k, "loss_min_snr_5", &weighted, 1, VEL_GOLDEN_TOLERANCE);
     }
     vel_trainer_destroy(trainer);
     return st;
@@ -916,7 +792,7 @@ static const struct {
     {"text.safetensors", check_text},     {"unet.safetensors", check_unet},
     {"vae.safetensors", check_vae},       {"samplers.safetensors", check_samplers},
     {"losses.safetensors", check_losses}, {"train_data.safetensors", NULL},
-    {"train_*.safetensors", check_train},
+    {"train_*.safetensors", check_train}, {"golden.safetensors", vel_golden_family},
 };
 
 static vel_status check_file(golden *k, const char *name, const char *model)
@@ -937,7 +813,7 @@ static vel_status check_file(golden *k, const char *name, const char *model)
         k->file = NULL;
         if (st && st != VEL_INTERRUPTED) { /* the other files are still worth checking */
             vel_log(k->ctx, 1, "%s: %s", k->name, vel_ctx_error(k->ctx));
-            line(k, "(the file)", NAN, NAN, 0, false);
+            vel_golden_line(k, "(the file)", NAN, NAN, 0, false);
             return VEL_OK;
         }
         return st;
@@ -961,6 +837,7 @@ vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, i
             st = check_file(&k, names[i], model);
         }
     vel_names_free(ctx, names, n);
+    json_decref(k.pipeline);
     *passed = k.passed;
     *failed = k.failed;
     if (st == VEL_OK && known == 0)

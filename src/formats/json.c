@@ -3,12 +3,34 @@
  * jansson limits nesting (2048), checks UTF-8 and refuses what is not JSON. Two things that real
  * configuration files hold are let through: integers beyond 64 bits ("model_max_length" is
  * 1000000000000000019884624838656 in many tokenizers; such a file is read with all numbers as
- * reals) and numbers written as 8.0 where an integer is meant. Values are not checked here. */
+ * reals) and numbers written as 8.0 where an integer is meant; and Python's -Infinity and
+ * Infinity, which its schedulers' configs hold, are read as null. Values are not checked here. */
 #include "formats/formats.h"
 
 #include <stdlib.h>
 
 static const size_t largest_json = (size_t)64 << 20;
+
+/* Puts null, and blanks after it, where Python wrote a number that JSON does not have. */
+static void drop_infinities(char *s, size_t n)
+{
+    static const char *const words[] = {"-Infinity", "Infinity"};
+    bool quoted = false;
+    for (size_t i = 0; i < n; i++) {
+        if (s[i] == '\\' && quoted)
+            i++;
+        else if (s[i] == '"')
+            quoted = !quoted;
+        for (int w = 0; w < VEL_COUNT(words) && !quoted && i < n; w++) {
+            size_t length = strlen(words[w]);
+            if (n - i < length || memcmp(s + i, words[w], length) != 0)
+                continue;
+            memset(s + i, ' ', length);
+            memcpy(s + i, "null", 4);
+            i += length - 1;
+        }
+    }
+}
 
 vel_status vel_json_load(vel_ctx *ctx, const char *path, json_t **out)
 {
@@ -21,6 +43,10 @@ vel_status vel_json_load(vel_ctx *ctx, const char *path, json_t **out)
     const char *start = bytes + (has_mark ? 3 : 0);
     size_t length = n - (has_mark ? 3 : 0);
     *out = json_loadb(start, length, 0, &error);
+    if (!*out && json_error_code(&error) == json_error_invalid_syntax) {
+        drop_infinities(bytes, n);
+        *out = json_loadb(start, length, 0, &error);
+    }
     if (!*out && json_error_code(&error) == json_error_numeric_overflow)
         *out = json_loadb(start, length, JSON_DECODE_INT_AS_REAL, &error);
     vel_free(ctx, bytes);

@@ -217,7 +217,10 @@ static const scheduler *find_scheduler(vel_settings *s)
         snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "",
                  schedulers[i].class_name);
     }
-    vel_settings_fail(s, "_class_name", "is %s; known are: %s", name, known);
+    vel_settings_fail(s, "_class_name",
+                      "is %s; known are: %s, FlowMatchEulerDiscreteScheduler, "
+                      "FlowMatchHeunDiscreteScheduler",
+                      name, known);
     return NULL;
 }
 
@@ -242,6 +245,8 @@ vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *json, const char *f
     *out = (vel_noise_config){0};
     if (!json_is_object(json))
         return vel_fail(ctx, VEL_BAD_FILE, "%s: is no JSON object", file);
+    if (vel_flow_config_is(json))
+        return vel_flow_config_read(ctx, json, file, out);
     const scheduler *sort = find_scheduler(&s);
     if (!sort)
         return s.status;

@@ -257,7 +257,12 @@ struct vel_config {
     vel_vae_config vae;
     const void *own;
 };
-extern const vel_family vel_family_sd, vel_family_sdxl;
+extern const vel_family vel_family_sd, vel_family_sdxl, vel_family_sd3, vel_family_flux,
+    vel_family_sana, vel_family_lumina2;
+/* vae.c: the latents of c->vae; sample_size: a side of the native latent. */
+void vel_vae_latent(const vel_config *c, int sample_size, vel_latent_info *out);
+vel_status vel_transformer_check_latent(vel_ctx *ctx, const vel_config *c, int channels,
+                                        const char *transformer, const char *vae);
 /* sd.c, for families that are alike but for their text encoders */
 void vel_sd_latent(const vel_config *c, vel_latent_info *out);
 vel_status vel_sd_check_latent(vel_ctx *ctx, const vel_config *c, const char *unet,

@@ -53,6 +53,8 @@ typedef struct vel_flow_config {
     int base_tokens, max_tokens;
     bool linear;     /* mu itself, not exp(mu) */
     double terminal; /* the last sigma is stretched to this; 0: not */
+    bool even;       /* not of the file: levels from 1 to 1 / steps, as some pipelines ask */
+    int64_t tokens;  /* not of the file: of the picture, for dynamic */
 } vel_flow_config;
 
 /* The noise schedule as the model folder states it (scheduler_config.json). */
@@ -81,6 +83,7 @@ typedef struct vel_text_info { /* one text encoder */
     bool masked;        /* it wants to know which tokens are padding */
     bool pools;         /* it wants to know where a text ends */
     bool absent;        /* the model has none: it is given nothing */
+    bool lower;         /* texts lose blanks around them and capital letters, before the prefix */
     const char *prefix; /* put before every text but negative ones; NULL none */
     /* The tokens of the prefix come on top of length, and only the first state and the last
      * length - 1 are kept (Sana's instruction); else they count as the text's own. */
@@ -92,7 +95,8 @@ typedef struct vel_text_input {
     vel_ref ids;  /* [N, S] int32 */
     vel_ref mask; /* [N, S]: 1 for a token, 0 for padding */
     vel_ref end;  /* [N] int32: the row of each text's first end token among [N * S] */
-    int keep;     /* states to keep: the first and the last keep - 1; 0: all */
+    int keep; /* states to keep: the first and the last keep - 1; 0: all; of an absent encoder: how
+                 many there would be */
 } vel_text_input;
 
 /* How a prompt's prediction and the negative prompt's make one. */
@@ -126,6 +130,7 @@ typedef struct vel_family {
     /* The reference's denoiser is asked at time_scale * t + time_offset (t: 0 .. train_steps), and
      * gives the prediction times sign. Zeros stand for 1, 0, 1. */
     double time_scale, time_offset, sign;
+    bool even_sigmas; /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     /* Is it mine? model_index is model_index.json. */
     bool (*detect)(const json_t *model_index);
     /* parts[i]'s config.json, NULL where an optional one is missing; an unknown class, size or
@@ -175,6 +180,13 @@ const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, con
 const vel_family *vel_family_at(int i);
 vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *scheduler, const char *file,
                                  vel_noise_config *out);
+/* scheduler_config.json of flow matching (flow_config.c): is it, and what it says. */
+bool vel_flow_config_is(const json_t *scheduler);
+vel_status vel_flow_config_read(vel_ctx *ctx, const json_t *scheduler, const char *file,
+                                vel_noise_config *out);
+/* A noise level after shifting, for a picture of so many tokens. mu: of dynamic shifting. */
+double vel_flow_shifted(const vel_flow_config *f, double sigma, int64_t tokens);
+double vel_flow_mu(const vel_flow_config *f, int64_t tokens);
 /* Every module of the graph that has a weight of rank 2 or 4 used by linear or conv2d, or of rank 1
  * used by a norm: for adapter targets and file keys. Paths are in the graph's arena; returns how
  * many, fills at most room. */

@@ -57,14 +57,7 @@ vel_status vel_sd_check_latent(vel_ctx *ctx, const vel_config *c, const char *un
 
 void vel_sd_latent(const vel_config *c, vel_latent_info *out)
 {
-    int down = 1 << (c->vae.levels - 1);
-    *out = (vel_latent_info){
-        .channels = c->vae.latent_channels,
-        .down = down,
-        .scale = c->vae.scale,
-        .shift = c->vae.shift,
-        .picture = c->unet.sample_size * down,
-    };
+    vel_vae_latent(c, c->unet.sample_size, out);
 }
 
 static int texts(const vel_config *c, vel_text_info *out)

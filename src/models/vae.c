@@ -147,3 +147,26 @@ vel_ref vel_vae_decode(vel_graph *g, const vel_vae_config *c, vel_ref z)
     vel_end(g);
     return x;
 }
+
+void vel_vae_latent(const vel_config *c, int sample_size, vel_latent_info *out)
+{
+    int down = 1 << (c->vae.levels - 1);
+    *out = (vel_latent_info){
+        .channels = c->vae.latent_channels,
+        .down = down,
+        .scale = c->vae.scale,
+        .shift = c->vae.shift,
+        .picture = sample_size * down,
+    };
+}
+
+vel_status vel_transformer_check_latent(vel_ctx *ctx, const vel_config *c, int channels,
+                                        const char *transformer, const char *vae)
+{
+    return channels == c->vae.latent_channels
+               ? VEL_OK
+               : vel_fail(ctx, VEL_BAD_GRAPH,
+                          "%s: takes latents of %d channels, but %s makes %d: these parts are of "
+                          "different models",
+                          transformer, channels, vae, c->vae.latent_channels);
+}

@@ -245,6 +245,8 @@ static vel_status read_schedule(vel_model *m)
         st = vel_noise_config_read(m->ctx, json, file, &config);
     if (!st && !json_object_get(json, "timestep_spacing"))
         config.spacing[0] = 0; /* not stated: every sampler has its own, as with from_config */
+    if (!st)
+        config.flow.even = m->family->even_sigmas;
     if (!st && (st = vel_schedule_init(m->ctx, &m->schedule, &config)))
         vel_fail_in(m->ctx, st, "%s", file);
     m->scheduler = json;
@@ -431,6 +433,14 @@ const vel_latent_info *vel_model_latent(const vel_model *m)
 vel_tokenizer *vel_model_tokenizer(vel_model *m)
 {
     return m->tokenizers[0];
+}
+vel_tokenizer *vel_model_tokenizer_at(vel_model *m, int encoder)
+{
+    return m->tokenizers[encoder];
+}
+const vel_guidance_info *vel_model_guidance(const vel_model *m)
+{
+    return &m->guidance;
 }
 vel_dtype vel_model_compute(const vel_model *m)
 {

@@ -145,7 +145,10 @@ static vel_status tokenize_for(vel_model *m, int k, const char *text, bool negat
     const vel_text_info *info = &m->texts[k];
     int n_cut = 0;
     size_t cut_at = 0;
-    char *joined = NULL;
+    char *joined = NULL, *lower = NULL;
+    if (info->lower)
+        VEL_TRY(vel_text_lower(m->ctx, text, &lower));
+    text = lower ? lower : text;
     if (info->prefix && !negative && !(joined = vel_strf(m->ctx, "%s%s", info->prefix, text)))
         return VEL_NO_MEMORY;
     const char *whole = joined ? joined : text;
@@ -156,6 +159,7 @@ static vel_status tokenize_for(vel_model *m, int k, const char *text, bool negat
     else if (n_cut && !quiet)
         warn_cut(m, k, text, whole, n_cut, cut_at);
     vel_free(m->ctx, joined);
+    vel_free(m->ctx, lower);
     return st;
 }
 
@@ -197,6 +201,8 @@ static vel_condition text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip
     for (int k = 0; k < m->n_texts; k++) {
         const vel_text_info *t = &m->texts[k];
         int length = length_of(m, k, negative);
+        if (t->absent)
+            in[k].keep = t->length;
         if (t->absent)
             continue;
         in[k].ids = vel_input(g, name_of("ids", k, name), VEL_I32, VEL_SHAPE(n, length));

@@ -97,14 +97,18 @@ static vel_status draw_schedule(vel_model *m, const vel_draw *d, vel_schedule **
 {
     *own = NULL;
     *out = &m->schedule;
-    if (!d->spacing)
+    if (!d->spacing && !m->schedule.config.flow.dynamic)
         return VEL_OK;
     *own = vel_alloc(m->ctx, sizeof **own);
     if (!*own)
         return VEL_NO_MEMORY;
     **own = m->schedule;
-    const char *spacing = strcmp(d->spacing, "own") == 0 ? "" : d->spacing;
-    snprintf((*own)->config.spacing, sizeof(*own)->config.spacing, "%s", spacing);
+    shape s = latent_shape(m, d);
+    int patch = VEL_MAX(1, m->latent.multiple);
+    (*own)->config.flow.tokens = (int64_t)(s.h / patch) * (s.w / patch);
+    if (d->spacing)
+        snprintf((*own)->config.spacing, sizeof(*own)->config.spacing, "%s",
+                 strcmp(d->spacing, "own") == 0 ? "" : d->spacing);
     *out = *own;
     return VEL_OK;
 }

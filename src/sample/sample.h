@@ -23,11 +23,14 @@ double vel_schedule_snr(const vel_schedule *s, int t);
  */
 
 typedef struct vel_sampler vel_sampler;
-/* name: ddpm, ddim, pndm, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc; with "_karras"
+/* Of models that predict the flow: euler, heun, dpmpp_2m; of the others:
+ * name: ddpm, ddim, pndm, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc; with "_karras"
  * for Karras spacing (Karras et al. 2022). NULL takes the model's own. rng: draws of ancestral
  * samplers. */
 vel_status vel_sampler_create(vel_ctx *ctx, const char *name, const vel_schedule *schedule,
                               int steps, double eta, vel_torch_rng *rng, vel_sampler **out);
+/* Is there a sampler of this name for what the model predicts? */
+bool vel_sampler_fits(const char *name, const vel_schedule *schedule);
 void vel_sampler_destroy(vel_sampler *s);
 double vel_sampler_init_sigma(const vel_sampler *s); /* the first noise is multiplied by it */
 int vel_sampler_evaluations(
@@ -99,7 +102,9 @@ const vel_family *vel_model_family(const vel_model *m);
 const vel_config *vel_model_config(const vel_model *m);
 const vel_schedule *vel_model_schedule(const vel_model *m);
 const vel_latent_info *vel_model_latent(const vel_model *m);
-vel_tokenizer *vel_model_tokenizer(vel_model *m);
+vel_tokenizer *vel_model_tokenizer(vel_model *m); /* of the first text encoder */
+vel_tokenizer *vel_model_tokenizer_at(vel_model *m, int encoder);
+const vel_guidance_info *vel_model_guidance(const vel_model *m);
 vel_dtype vel_model_compute(const vel_model *m);
 const char *vel_model_folder(const vel_model *m);
 int vel_model_clip_skip(const vel_model *m);

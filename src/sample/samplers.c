@@ -32,37 +32,53 @@ static const sampler_kind kinds[] = {
      .prepare = vel_prepare_order2, .step = vel_step_dpmpp_2m_sde},
     {"unipc", "linspace", GRID_INNER, ZERO_SNR_CLAMPED, .buffers = 4, .prepare = vel_prepare_order2,
      .step = vel_step_unipc},
+    {"euler", "linspace", GRID_EXACT, ZERO_SNR_AS_IS, .flow = true, .step = vel_step_flow_euler},
+    {"heun", "linspace", GRID_EXACT, ZERO_SNR_AS_IS, .flow = true, .buffers = 2,
+     .prepare = vel_prepare_heun, .step = vel_step_heun},
+    {"dpmpp_2m", "linspace", GRID_INNER, ZERO_SNR_AS_IS, .flow = true, .buffers = 2,
+     .prepare = vel_prepare_order2, .step = vel_step_dpmpp_2m},
 };
 
 static const char karras_suffix[] = "_karras";
 
 const char *vel_sampler_name_at(int i)
 {
-    return i >= 0 && i < VEL_COUNT(kinds) ? kinds[i].name : NULL;
+    return i >= 0 && i < VEL_COUNT(kinds) && !kinds[i].flow ? kinds[i].name : NULL;
 }
 
-static const sampler_kind *find_kind(const char *name, bool *karras)
+static const sampler_kind *find_kind(const char *name, bool flow, bool *karras)
 {
     size_t n = strlen(name), tail = sizeof karras_suffix - 1;
     *karras = n > tail && strcmp(name + n - tail, karras_suffix) == 0;
     if (*karras)
         n -= tail;
     for (int i = 0; i < VEL_COUNT(kinds); i++)
-        if (strlen(kinds[i].name) == n && strncmp(kinds[i].name, name, n) == 0)
+        if (kinds[i].flow == flow && strlen(kinds[i].name) == n &&
+            strncmp(kinds[i].name, name, n) == 0 && !(flow && *karras))
             return &kinds[i];
     return NULL;
 }
 
-static vel_status unknown_name(vel_ctx *ctx, const char *name)
+bool vel_sampler_fits(const char *name, const vel_schedule *schedule)
+{
+    bool karras;
+    return find_kind(name, schedule->config.prediction == VEL_PREDICTS_FLOW, &karras) != NULL;
+}
+
+static vel_status unknown_name(vel_ctx *ctx, const char *name, bool flow)
 {
     vel_text all;
     vel_text_init(&all, ctx);
     for (int i = 0; i < VEL_COUNT(kinds); i++)
-        vel_text_addf(&all, "%s%s", i ? ", " : "", kinds[i].name);
+        if (kinds[i].flow == flow)
+            vel_text_addf(&all, "%s%s", all.n ? ", " : "", kinds[i].name);
     vel_status st =
-        vel_fail(ctx, VEL_BAD_VALUE,
-                 "sampler: '%s' is not one of %s, each also with %s (Karras' noise levels)", name,
-                 all.s ? all.s : "", karras_suffix);
+        flow ? vel_fail(ctx, VEL_BAD_VALUE,
+                        "sampler: '%s' is not one of %s, which models of flow matching have", name,
+                        all.s ? all.s : "")
+             : vel_fail(ctx, VEL_BAD_VALUE,
+                        "sampler: '%s' is not one of %s, each also with %s (Karras' noise levels)",
+                        name, all.s ? all.s : "", karras_suffix);
     vel_text_finish(&all);
     return st;
 }
@@ -251,9 +267,10 @@ vel_status vel_sampler_create(vel_ctx *ctx, const char *name, const vel_schedule
     bool karras;
     if (!name)
         name = schedule->config.sampler[0] ? schedule->config.sampler : "ddim";
-    const sampler_kind *kind = find_kind(name, &karras);
+    bool flow = schedule->config.prediction == VEL_PREDICTS_FLOW;
+    const sampler_kind *kind = find_kind(name, flow, &karras);
     if (!kind)
-        return unknown_name(ctx, name);
+        return unknown_name(ctx, name, flow);
     vel_sampler *s = vel_alloc(ctx, sizeof *s);
     if (!s)
         return VEL_NO_MEMORY;
@@ -265,9 +282,11 @@ vel_status vel_sampler_create(vel_ctx *ctx, const char *name, const vel_schedule
                        .eta = eta,
                        .rng = rng};
     vel_status st = check_request(s);
-    if (!st)
+    if (!st && flow)
+        st = vel_flow_lay_out(s);
+    if (!st && !flow)
         st = take_alphas(s, schedule);
-    if (!st)
+    if (!st && !flow)
         st = lay_out(s);
     if (!st && kind->prepare)
         st = kind->prepare(s);

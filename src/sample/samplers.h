@@ -2,8 +2,9 @@
  *
  * Three groups, by the variable in which their step is written: alphas (samplers_alpha.c: DDPM,
  * DDIM, PNDM), sigmas (samplers_sigma.c: Euler, Euler ancestral, Heun, LMS), and lambda = log(alpha
- * / sigma) (samplers_lambda.c: DPM-Solver++, UniPC). Coefficients are computed in float32 in the
- * order in which diffusers computes them, so that the pictures are the same. */
+ * / sigma) (samplers_lambda.c: DPM-Solver++, UniPC). Flow matching has rows of its own under the
+ * same names (samplers_flow.c). Coefficients are computed in float32 in the order in which
+ * diffusers computes them, so that the pictures are the same. */
 #ifndef VEL_SAMPLERS_H
 #define VEL_SAMPLERS_H
 
@@ -32,6 +33,7 @@ typedef struct sampler_kind {
     bool scales_input;  /* works on x = x0 + sigma noise; the model sees x / sqrt(sigma^2 + 1) */
     bool random;        /* draws noise in every step ... */
     bool random_by_eta; /* ... or where eta is above 0 */
+    bool flow;          /* of models that predict the flow */
     int buffers;        /* vectors of n values it keeps */
     vel_status (*prepare)(vel_sampler *s); /* NULL: one evaluation a step */
     void (*step)(vel_sampler *s, int i, const float *prediction, float *x, int64_t n);
@@ -74,6 +76,8 @@ vel_status vel_prepare_ddim(vel_sampler *s);
 vel_status vel_prepare_pndm(vel_sampler *s);
 vel_status vel_prepare_heun(vel_sampler *s);
 vel_status vel_prepare_order2(vel_sampler *s);
+vel_status vel_flow_lay_out(vel_sampler *s); /* sigmas and timesteps */
+void vel_step_flow_euler(vel_sampler *s, int i, const float *prediction, float *x, int64_t n);
 void vel_step_ddpm(vel_sampler *s, int i, const float *prediction, float *x, int64_t n);
 void vel_step_ddim(vel_sampler *s, int i, const float *prediction, float *x, int64_t n);
 void vel_step_pndm(vel_sampler *s, int i, const float *prediction, float *x, int64_t n);

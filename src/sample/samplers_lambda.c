@@ -15,6 +15,12 @@ static level level_at(const vel_sampler *s, int i)
 {
     float sigma = s->sigmas[i];
     level l;
+    if (s->config.prediction == VEL_PREDICTS_FLOW) {
+        l.alpha = 1 - sigma;
+        l.sigma = sigma;
+        l.lambda = logf(l.alpha) - logf(l.sigma);
+        return l;
+    }
     l.alpha = 1 / sqrtf(sigma * sigma + 1);
     l.sigma = sigma * l.alpha;
     l.lambda = logf(l.alpha) - logf(l.sigma); /* infinite at the end */
@@ -43,6 +49,8 @@ static void clean(const vel_sampler *s, level l, const float *prediction, const 
             p = (x[k] - l.sigma * p) / l.alpha;
         else if (s->config.prediction == VEL_PREDICTS_V)
             p = l.alpha * x[k] - l.sigma * p;
+        else if (s->config.prediction == VEL_PREDICTS_FLOW)
+            p = x[k] - l.sigma * p;
         out[k] = p;
     }
 }

@@ -97,10 +97,22 @@ vel_status vel_schedule_alphas(vel_ctx *ctx, const vel_noise_config *c, bool zer
     return VEL_OK;
 }
 
+/* Flow matching has no alphas; these give the same ratio of signal to noise at sigma = t / n. */
+static void flow_alphas(int n, double *out)
+{
+    for (int t = 0; t < n; t++) {
+        double sigma = (double)t / n, signal = (1 - sigma) * (1 - sigma);
+        out[t] = signal / (signal + sigma * sigma);
+    }
+}
+
 vel_status vel_schedule_init(vel_ctx *ctx, vel_schedule *s, const vel_noise_config *config)
 {
     memset(s, 0, sizeof *s); /* no timesteps: no sampler is made from it */
-    VEL_TRY(vel_schedule_alphas(ctx, config, config->rescale_zero_snr, s->alphas_cumprod));
+    if (config->prediction == VEL_PREDICTS_FLOW)
+        flow_alphas(config->train_steps, s->alphas_cumprod);
+    else
+        VEL_TRY(vel_schedule_alphas(ctx, config, config->rescale_zero_snr, s->alphas_cumprod));
     s->config = *config;
     s->n = config->train_steps;
     return VEL_OK;

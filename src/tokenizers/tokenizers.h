@@ -31,6 +31,9 @@ vel_status vel_tokenizer_ids(vel_tokenizer *t, const char *text, int32_t **ids, 
  * where the cut part starts (either may be NULL). */
 vel_status vel_tokenizer_encode(vel_tokenizer *t, const char *text, int length, int32_t *ids,
                                 int *n_cut, size_t *cut_at);
+/* Without blanks around it and in lower case, as Python's strip and lower; *out is owned.
+ * VEL_BAD_VALUE: not valid UTF-8. */
+vel_status vel_text_lower(vel_ctx *ctx, const char *text, char **out);
 /* The text of one id, for reports; borrowed; NULL when out of range. */
 const char *vel_tokenizer_piece(const vel_tokenizer *t, int32_t id);
 /* Adds a new word as one or several new ids (textual inversion): returns the first id, or -1. */

@@ -1,0 +1,136 @@
+/* flux.c: FLUX.1 dev and schnell: a transformer on 16-channel latents in patches of 2 x 2,
+ * conditioned on T5's states and CLIP's pooled text; dev takes the guidance as an input. Mirrors
+ * FluxPipeline of diffusers. */
+#include "models/model_parts.h"
+
+enum { TRANSFORMER, TEXT, TEXT_2, VAE };
+static const char *const parts[] = {"transformer", "text_encoder", "text_encoder_2", "vae", NULL};
+
+typedef struct flux_config { /* vel_config.own */
+    vel_flux_config transformer;
+    vel_t5_config t5;
+} flux_config;
+
+static bool detect(const json_t *model_index)
+{
+    return strcmp(vel_json_string(model_index, "_class_name", ""), "FluxPipeline") == 0;
+}
+
+static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const char *const *files, const json_t *index, vel_config **out)
+{
+    (void)index;
+    vel_config *c = vel_arena_alloc(a, sizeof *c);
+    flux_config *own = vel_arena_alloc(a, sizeof *own);
+    if (!c || !own)
+        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
+                        files[TRANSFORMER]);
+    VEL_TRY(vel_flux_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
+    VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
+    VEL_TRY(vel_t5_read(ctx, configs[TEXT_2], files[TEXT_2], &own->t5));
+    VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
+    c->own = own;
+    *out = c;
+    const vel_flux_config *t = &own->transformer;
+    if (t->pooled != c->clip[0].width || t->context != own->t5.width)
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: takes a pooled text of %d values and states of %d, but %s has %d and "
+                        "%s %d: these parts are of different models",
+                        files[TRANSFORMER], t->pooled, t->context, files[TEXT], c->clip[0].width,
+                        files[TEXT_2], own->t5.width);
+    return vel_transformer_check_latent(ctx, c, t->channels, files[TRANSFORMER], files[VAE]);
+}
+
+static void latent(const vel_config *c, vel_latent_info *out)
+{
+    vel_vae_latent(c, 128, out); /* FluxPipeline's default_sample_size */
+    out->multiple = out->packed = 2;
+}
+
+static int texts(const vel_config *c, vel_text_info *out)
+{
+    const flux_config *own = c->own;
+    out[0] = (vel_text_info){.part = parts[TEXT],
+                             .tokenizer = "tokenizer",
+                             .length = c->clip[0].positions,
+                             .width = c->clip[0].width,
+                             .layers = c->clip[0].layers,
+                             .vocabulary = c->clip[0].vocabulary,
+                             .fixed = true,
+                             .pools = true};
+    out[1] = (vel_text_info){.part = parts[TEXT_2],
+                             .tokenizer = "tokenizer_2",
+                             .length = own->transformer.guidance ? 512 : 256,
+                             .width = own->t5.width,
+                             .layers = own->t5.layers,
+                             .vocabulary = own->t5.vocabulary};
+    return 2;
+}
+
+static void states(const vel_config *c, const int *length, vel_text_states *out)
+{
+    const vel_flux_config *t = &((const flux_config *)c->own)->transformer;
+    *out = (vel_text_states){.length = length[1], .width = t->context, .pooled = t->pooled};
+}
+
+static void guidance(const vel_config *c, vel_guidance_info *out)
+{
+    bool takes = ((const flux_config *)c->own)->transformer.guidance;
+    *out = (vel_guidance_info){
+        .usual = 3.5, .steps = takes ? 28 : 4, .distilled = takes, .none = !takes};
+}
+
+static int extra(const vel_config *c, const vel_picture_facts *f, float *out)
+{
+    if (!((const flux_config *)c->own)->transformer.guidance)
+        return 0;
+    if (out)
+        out[0] = (float)f->guidance;
+    return 1;
+}
+
+static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+                                 int clip_skip)
+{
+    const flux_config *own = c->own;
+    vel_ref inner, last;
+    (void)clip_skip; /* only the pooled text of CLIP is used */
+    vel_scope(g, "%s", parts[TEXT]);
+    vel_clip_states(g, &c->clip[0], in[0].ids, c->clip[0].layers, &inner, &last);
+    vel_ref pooled = vel_clip_pool(g, &c->clip[0], last, in[0].end, false);
+    vel_end(g);
+    vel_scope(g, "%s", parts[TEXT_2]);
+    vel_ref context = vel_t5_build(g, &own->t5, in[1].ids, in[1].mask);
+    vel_end(g);
+    return (vel_condition){.context = context, .pooled = pooled};
+}
+
+static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
+                       const vel_condition *condition)
+{
+    vel_scope(g, "%s", parts[TRANSFORMER]);
+    vel_ref out =
+        vel_flux_build(g, &((const flux_config *)c->own)->transformer, x, time, condition);
+    vel_end(g);
+    return out;
+}
+
+const vel_family vel_family_flux = {
+    .name = "flux",
+    .title = "FLUX.1",
+    .parts = parts,
+    .denoiser = "transformer",
+    .time_scale = 0.001,
+    .even_sigmas = true,
+    .detect = detect,
+    .read = read_configs,
+    .latent = latent,
+    .texts = texts,
+    .states = states,
+    .guidance = guidance,
+    .extra = extra,
+    .encode_text = encode_text,
+    .denoise = denoise,
+    .decode = vel_sd_decode,
+    .encode = vel_sd_encode,
+};

@@ -1,0 +1,120 @@
+/* lumina2.c: Lumina-Image 2.0: a transformer on 16-channel latents under the states of Gemma-2, one
+ * layer before its last. Its time runs from 0 (noise) to 1 and it gives the flow the other way
+ * round. Mirrors Lumina2Pipeline of diffusers. */
+#include "models/model_parts.h"
+
+enum { TRANSFORMER, TEXT, VAE };
+static const char *const parts[] = {"transformer", "text_encoder", "vae", NULL};
+static const char system_prompt[] =
+    "You are an assistant designed to generate superior images with the superior degree of "
+    "image-text alignment based on textual prompts or user prompts. <Prompt Start> ";
+
+typedef struct lumina2_config { /* vel_config.own */
+    vel_lumina_config transformer;
+    vel_gemma_config gemma;
+} lumina2_config;
+
+static bool detect(const json_t *model_index)
+{
+    const char *name = vel_json_string(model_index, "_class_name", "");
+    return strcmp(name, "Lumina2Pipeline") == 0 || strcmp(name, "Lumina2Text2ImgPipeline") == 0;
+}
+
+static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const char *const *files, const json_t *index, vel_config **out)
+{
+    (void)index;
+    vel_config *c = vel_arena_alloc(a, sizeof *c);
+    lumina2_config *own = vel_arena_alloc(a, sizeof *own);
+    if (!c || !own)
+        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
+                        files[TRANSFORMER]);
+    VEL_TRY(vel_lumina_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
+    VEL_TRY(vel_gemma_read(ctx, configs[TEXT], files[TEXT], &own->gemma));
+    VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
+    c->own = own;
+    *out = c;
+    if (own->transformer.context != own->gemma.width)
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: \"cap_feat_dim\" is %d, but %s has a \"hidden_size\" of %d: these "
+                        "parts are of different models",
+                        files[TRANSFORMER], own->transformer.context, files[TEXT],
+                        own->gemma.width);
+    return vel_transformer_check_latent(ctx, c, own->transformer.channels, files[TRANSFORMER],
+                                        files[VAE]);
+}
+
+static void latent(const vel_config *c, vel_latent_info *out)
+{
+    const vel_lumina_config *t = &((const lumina2_config *)c->own)->transformer;
+    vel_vae_latent(c, t->sample_size, out);
+    out->multiple = t->patch;
+}
+
+static int texts(const vel_config *c, vel_text_info *out)
+{
+    const lumina2_config *own = c->own;
+    out[0] = (vel_text_info){.part = parts[TEXT],
+                             .tokenizer = "tokenizer",
+                             .length = 256,
+                             .width = own->gemma.width,
+                             .layers = own->gemma.layers,
+                             .vocabulary = own->gemma.vocabulary,
+                             .masked = true,
+                             .prefix = system_prompt};
+    return 1;
+}
+
+static void states(const vel_config *c, const int *length, vel_text_states *out)
+{
+    const lumina2_config *own = c->own;
+    *out = (vel_text_states){.length = length[0], .width = own->gemma.width, .masked = true};
+}
+
+static void guidance(const vel_config *c, vel_guidance_info *out)
+{
+    (void)c;
+    *out = (vel_guidance_info){.usual = 4, .steps = 30, .normalised = true};
+}
+
+static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+                                 int clip_skip)
+{
+    const lumina2_config *own = c->own;
+    vel_scope(g, "%s", parts[TEXT]);
+    vel_ref x = vel_gemma_build(g, &own->gemma, in[0].ids, in[0].mask,
+                                own->gemma.layers - VEL_MAX(clip_skip, 1), false);
+    vel_end(g);
+    return (vel_condition){.context = x, .mask = in[0].mask};
+}
+
+static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
+                       const vel_condition *condition)
+{
+    vel_scope(g, "%s", parts[TRANSFORMER]);
+    vel_ref out =
+        vel_lumina_build(g, &((const lumina2_config *)c->own)->transformer, x, time, condition);
+    vel_end(g);
+    return out;
+}
+
+const vel_family vel_family_lumina2 = {
+    .name = "lumina2",
+    .title = "Lumina-Image 2.0",
+    .parts = parts,
+    .denoiser = "transformer",
+    .time_scale = -0.001,
+    .time_offset = 1,
+    .sign = -1,
+    .even_sigmas = true,
+    .detect = detect,
+    .read = read_configs,
+    .latent = latent,
+    .texts = texts,
+    .states = states,
+    .guidance = guidance,
+    .encode_text = encode_text,
+    .denoise = denoise,
+    .decode = vel_sd_decode,
+    .encode = vel_sd_encode,
+};

@@ -1,0 +1,160 @@
+/* sd3.c: Stable Diffusion 3 and 3.5: a transformer on 16-channel latents, conditioned on two CLIP
+ * text encoders side by side and T5 behind them, which a model may lack. Mirrors
+ * StableDiffusion3Pipeline of diffusers. */
+#include "models/model_parts.h"
+
+enum { TRANSFORMER, TEXT, TEXT_2, TEXT_3, VAE };
+static const char *const parts[] = {"transformer",    "text_encoder", "text_encoder_2",
+                                    "text_encoder_3", "vae",          NULL};
+static const char *const optional[] = {"text_encoder_3", NULL};
+
+typedef struct sd3_config { /* vel_config.own */
+    vel_sd3_config transformer;
+    vel_t5_config t5;
+    bool has_t5;
+} sd3_config;
+
+static bool detect(const json_t *model_index)
+{
+    return strcmp(vel_json_string(model_index, "_class_name", ""), "StableDiffusion3Pipeline") == 0;
+}
+
+static vel_status check(vel_ctx *ctx, const vel_config *c, const sd3_config *own,
+                        const char *const *files)
+{
+    const vel_sd3_config *t = &own->transformer;
+    if (t->pooled != c->clip[0].projection + c->clip[1].projection)
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: \"pooled_projection_dim\" is %d, but the text encoders give %d and %d "
+                        "values (%s): these parts are of different models",
+                        files[TRANSFORMER], t->pooled, c->clip[0].projection, c->clip[1].projection,
+                        files[TEXT_2]);
+    if (c->clip[0].width + c->clip[1].width > t->context ||
+        (own->has_t5 && own->t5.width != t->context))
+        return vel_fail(ctx, VEL_BAD_GRAPH,
+                        "%s: \"joint_attention_dim\" is %d, which the text encoders' widths do not "
+                        "fit: these parts are of different models",
+                        files[TRANSFORMER], t->context);
+    return vel_transformer_check_latent(ctx, c, t->channels, files[TRANSFORMER], files[VAE]);
+}
+
+static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                               const char *const *files, const json_t *index, vel_config **out)
+{
+    (void)index;
+    vel_config *c = vel_arena_alloc(a, sizeof *c);
+    sd3_config *own = vel_arena_alloc(a, sizeof *own);
+    if (!c || !own)
+        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
+                        files[TRANSFORMER]);
+    VEL_TRY(vel_sd3_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
+    for (int i = 0; i < 2; i++)
+        VEL_TRY(vel_clip_read(ctx, configs[TEXT + i], files[TEXT + i], &c->clip[i]));
+    own->has_t5 = configs[TEXT_3] != NULL;
+    if (own->has_t5)
+        VEL_TRY(vel_t5_read(ctx, configs[TEXT_3], files[TEXT_3], &own->t5));
+    VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
+    c->own = own;
+    *out = c;
+    return check(ctx, c, own, files);
+}
+
+static void latent(const vel_config *c, vel_latent_info *out)
+{
+    const vel_sd3_config *t = &((const sd3_config *)c->own)->transformer;
+    vel_vae_latent(c, t->sample_size, out);
+    out->multiple = t->patch;
+}
+
+static int texts(const vel_config *c, vel_text_info *out)
+{
+    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2", "tokenizer_3"};
+    const sd3_config *own = c->own;
+    for (int i = 0; i < 2; i++)
+        out[i] = (vel_text_info){.part = parts[TEXT + i],
+                                 .tokenizer = tokenizers[i],
+                                 .length = c->clip[i].positions,
+                                 .width = c->clip[i].width,
+                                 .layers = c->clip[i].layers,
+                                 .vocabulary = c->clip[i].vocabulary,
+                                 .fixed = true,
+                                 .pools = true};
+    out[2] = (vel_text_info){.part = parts[TEXT_3],
+                             .tokenizer = tokenizers[2],
+                             .length = 256,
+                             .width = own->t5.width,
+                             .layers = own->t5.layers,
+                             .vocabulary = own->t5.vocabulary,
+                             .absent = !own->has_t5};
+    return 3;
+}
+
+static void states(const vel_config *c, const int *length, vel_text_states *out)
+{
+    const vel_sd3_config *t = &((const sd3_config *)c->own)->transformer;
+    *out = (vel_text_states){
+        .length = length[0] + length[2], .width = t->context, .pooled = t->pooled};
+}
+
+static void guidance(const vel_config *c, vel_guidance_info *out)
+{
+    (void)c;
+    *out = (vel_guidance_info){.usual = 7, .steps = 28};
+}
+
+/* The penultimate states of both CLIP encoders side by side, widened with zeros, then T5's; zeros
+ * stand for its states where there is none. */
+static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+                                 int clip_skip)
+{
+    const sd3_config *own = c->own;
+    vel_ref inner[2], pooled[2], last, t5;
+    for (int i = 0; i < 2; i++) {
+        int layers = c->clip[i].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
+        vel_scope(g, "%s", parts[TEXT + i]);
+        vel_clip_states(g, &c->clip[i], in[i].ids, layers, &inner[i], &last);
+        pooled[i] = vel_clip_pool(g, &c->clip[i], last, in[i].end, true);
+        vel_end(g);
+    }
+    vel_ref clip = vel_concat(g, inner[0], inner[1], 2);
+    vel_shape s = vel_shape_at(g, clip);
+    int64_t left = own->transformer.context - s.dim[2];
+    if (left > 0)
+        clip = vel_concat(g, clip, vel_fill(g, VEL_SHAPE(s.dim[0], s.dim[1], left), 0), 2);
+    if (own->has_t5) {
+        vel_scope(g, "%s", parts[TEXT_3]);
+        t5 = vel_t5_build(g, &own->t5, in[2].ids, in[2].mask);
+        vel_end(g);
+    } else {
+        t5 = vel_fill(g, VEL_SHAPE(s.dim[0], in[2].keep, own->transformer.context), 0);
+    }
+    return (vel_condition){.context = vel_concat(g, clip, t5, 1),
+                           .pooled = vel_concat(g, pooled[0], pooled[1], 1)};
+}
+
+static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
+                       const vel_condition *condition)
+{
+    vel_scope(g, "%s", parts[TRANSFORMER]);
+    vel_ref out = vel_sd3_build(g, &((const sd3_config *)c->own)->transformer, x, time, condition);
+    vel_end(g);
+    return out;
+}
+
+const vel_family vel_family_sd3 = {
+    .name = "sd3",
+    .title = "Stable Diffusion 3 and 3.5",
+    .parts = parts,
+    .optional = optional,
+    .denoiser = "transformer",
+    .detect = detect,
+    .read = read_configs,
+    .latent = latent,
+    .texts = texts,
+    .states = states,
+    .guidance = guidance,
+    .encode_text = encode_text,
+    .denoise = denoise,
+    .decode = vel_sd_decode,
+    .encode = vel_sd_encode,
+};
