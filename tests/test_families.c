@@ -6,7 +6,7 @@
 
 static void check_family(vel_test *t, const char *name)
 {
-    char folder[256], model[256];
+    char folder[128], model[160];
     int passed = 0, failed = 0;
     snprintf(folder, sizeof folder, "tests/golden/families/%s", name);
     snprintf(model, sizeof model, "%s/model", folder);

@@ -69,6 +69,7 @@ static void latent(const vel_config *c, vel_latent_info *out)
                              .down = down,
                              .scale = own->vae.scale,
                              .picture = own->transformer.sample_size * down,
+                             .overlap = 0.125,
                              .multiple = own->transformer.patch};
 }
 
@@ -106,7 +107,7 @@ static vel_ref kept(vel_graph *g, vel_ref x, int keep)
     int64_t length = vel_shape_at(g, x).dim[1];
     if (!keep || keep >= length)
         return x;
-    return vel_concat(g, vel_slice(g, x, 1, 0, 1), vel_slice(g, x, 1, length - keep + 1, keep - 1),
+    return vel_concat(g, vel_slice(g, x, 1, 0, 1), vel_slice(g, x, 1, length - keep + 1, length),
                       1);
 }
 
