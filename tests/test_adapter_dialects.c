@@ -179,7 +179,7 @@ static const struct kind {
 static void make_module(vel_test *t, const struct kind *k, const struct place *p,
                         vel_adapter_module *m)
 {
-    *m = (vel_adapter_module){.path = vel_strdup(t->ctx, p->path),
+    *m = (vel_adapter_module){.path = vel_test_text(t, "%s", p->path),
                               .kind = k->name,
                               .weight_rank = p->rank,
                               .rank = 4,
@@ -251,7 +251,7 @@ static void end_file(vel_test *t, writing *w, const char *path)
 {
     char *header = json_dumps(w->header, JSON_COMPACT);
     uint64_t length = strlen(header); /* written as this machine has it: little-endian */
-    char *values = vel_alloc(t->ctx, (size_t)w->bytes + 1);
+    char *values = vel_test_alloc(t, (size_t)w->bytes + 1);
     FILE *out = fopen(path, "wb");
     rewind(w->values);
     CHECK(fread(values, 1, (size_t)w->bytes, w->values) == (size_t)w->bytes);
@@ -307,6 +307,7 @@ static bool same_module(const vel_adapter_module *a, const vel_adapter_module *b
 static vel_status run_settings(vel_test *t, const char *const (*settings)[2], int n, char **text)
 {
     vel_params *p = vel_params_create(t->ctx, "adapter");
+    REQUIRE(p);
     vel_status st = p ? VEL_OK : VEL_NO_MEMORY;
     *text = NULL;
     for (int i = 0; i < n && !st; i++)
@@ -352,24 +353,24 @@ static void check_near(vel_test *t, const char *a, const char *b, const char *ki
 /* merge(file) - model is the change that training would make, for each module. */
 static void check_merge(vel_test *t, const vel_adapter_file *f, const char *file, const char *kind)
 {
-    char *merged = vel_path_join(t->ctx, t->folder, "merged.safetensors");
+    char *merged = vel_test_path(t, "merged.safetensors");
     const vel_model_options open = {.clip_skip = 1, .weights_only = true};
     vel_model *base = NULL, *changed = NULL;
     vel_engine *e = NULL;
-    CHECK_OK(run(t, "merge", file, merged, "save_precision", "float"));
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
-    CHECK_OK(vel_model_open(t->ctx, MODEL, &open, &base));
-    CHECK_OK(vel_model_open(t->ctx, merged, &open, &changed));
+    REQUIRE_OK(run(t, "merge", file, merged, "save_precision", "float"));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+    REQUIRE_OK(vel_model_open(t->ctx, MODEL, &open, &base));
+    REQUIRE_OK(vel_model_open(t->ctx, merged, &open, &changed));
     for (int i = 0; i < f->n && base && changed && e; i++) {
         const vel_adapter_module *m = &f->modules[i];
-        char *path = vel_strf(t->ctx, "%s.weight", m->path);
+        char *path = vel_test_text(t, "%s.weight", m->path);
         float *a = NULL, *b = NULL;
         int64_t n = 0;
         double wrong = 0;
-        CHECK_OK(vel_model_read_weight(base, path, &a, &n));
-        CHECK_OK(vel_model_read_weight(changed, path, &b, &n));
-        float *delta = vel_alloc(t->ctx, sizeof *delta * (size_t)n);
-        CHECK_OK(vel_adapter_delta(e, m, a, 1, delta));
+        REQUIRE_OK(vel_model_read_weight(base, path, &a, &n));
+        REQUIRE_OK(vel_model_read_weight(changed, path, &b, &n));
+        float *delta = vel_test_alloc(t, sizeof *delta * (size_t)n);
+        REQUIRE_OK(vel_adapter_delta(e, m, a, 1, delta));
         for (int64_t k = 0; a && b && k < n; k++)
             wrong = VEL_MAX(wrong, fabs((double)b[k] - (double)a[k] - (double)delta[k]));
         CHECK_MSG(wrong < 1e-6, "%s, %s: off by %g", kind, m->path, wrong);
@@ -388,19 +389,19 @@ static void check_merge(vel_test *t, const vel_adapter_file *f, const char *file
 
 TEST(adapter_dialects_of_other_programs)
 {
-    char *ours = vel_path_join(t->ctx, t->folder, "ours.safetensors"),
-         *theirs = vel_path_join(t->ctx, t->folder, "theirs.safetensors");
+    char *ours = vel_test_path(t, "ours.safetensors"),
+         *theirs = vel_test_path(t, "theirs.safetensors");
     vel_model *model = NULL;
     const vel_model_options open = {.clip_skip = 1, .weights_only = true};
     int n_known = 0;
-    CHECK_OK(vel_model_open(t->ctx, MODEL, &open, &model));
+    REQUIRE_OK(vel_model_open(t->ctx, MODEL, &open, &model));
     const vel_known_module *known = model ? vel_model_modules(model, &n_known) : NULL;
     for (int k = 0; known && k < VEL_COUNT(kinds); k++) {
         vel_adapter_module modules[N_PLACES];
         vel_adapter_file f, *read;
         make_adapter(t, &kinds[k], true, &f, modules);
         if (k == 0)
-            CHECK_OK(vel_adapter_file_write(&f, ours, "kohya", VEL_FILE_F32, NULL));
+            REQUIRE_OK(vel_adapter_file_write(&f, ours, "kohya", VEL_FILE_F32, NULL));
         for (int s = 0; s < VEL_COUNT(spellings); s++) {
             write_spelled(t, &f, &spellings[s], theirs);
             vel_status st = vel_adapter_file_read(t->ctx, theirs, known, n_known, &read);
@@ -426,9 +427,9 @@ static void there_and_back(vel_test *t, const struct kind *k, const char *dialec
 {
     bool peft = strcmp(dialect, "peft") == 0, kohya = strcmp(dialect, "kohya") == 0;
     bool refused = k->refused_by && strstr(k->refused_by, dialect);
-    char *there = vel_strf(t->ctx, "%s/%s-%d%s", t->folder, dialect, (int)(k - kinds),
-                           peft ? "" : ".safetensors"),
-         *back = vel_path_join(t->ctx, t->folder, "back.safetensors");
+    char *there = vel_test_text(t, "%s/%s-%d%s", t->folder, dialect, (int)(k - kinds),
+                                peft ? "" : ".safetensors"),
+         *back = vel_test_path(t, "back.safetensors");
     vel_status st = run(t, "convert", first, there, "format", dialect);
     CHECK_MSG((st == VEL_UNSUPPORTED) == refused, "%s, %s: %s", dialect, k->title,
               st ? vel_ctx_error(t->ctx) : "is written");
@@ -437,7 +438,7 @@ static void there_and_back(vel_test *t, const struct kind *k, const char *dialec
     if (!st)
         check_equal(t, first, there, dialect, k->title);
     if (!st && !kohya) {
-        CHECK_OK(run(t, "convert", there, back, "format", "kohya"));
+        REQUIRE_OK(run(t, "convert", there, back, "format", "kohya"));
         check_equal(t, first, back, dialect, k->title);
     }
     vel_free(t->ctx, there);
@@ -447,12 +448,12 @@ static void there_and_back(vel_test *t, const struct kind *k, const char *dialec
 TEST(adapter_dialects_there_and_back)
 {
     static const char *const dialects[] = {"kohya", "diffusers", "peft"};
-    char *first = vel_path_join(t->ctx, t->folder, "first.safetensors");
+    char *first = vel_test_path(t, "first.safetensors");
     for (int k = 0; k < VEL_COUNT(kinds); k++) {
         vel_adapter_module modules[N_PLACES];
         vel_adapter_file f;
         make_adapter(t, &kinds[k], false, &f, modules); /* PEFT keeps one part of a model */
-        CHECK_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
+        REQUIRE_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
         for (int d = 0; d < VEL_COUNT(dialects); d++)
             there_and_back(t, &kinds[k], dialects[d], first);
         finish_adapter(&f);
@@ -473,24 +474,24 @@ TEST(adapter_dialects_without_a_model)
                                 2,
                                 {1280, models[i].width},
                                 NULL};
-        vel_adapter_module m = {.path = vel_strdup(t->ctx, k.path),
+        vel_adapter_module m = {.path = vel_test_text(t, "%s", k.path),
                                 .kind = "lora",
                                 .weight_rank = 2,
                                 .weight_dim = {1280, models[i].width, 1, 1},
                                 .rank = 4,
                                 .alpha = 2};
         vel_adapter_file f = {.ctx = t->ctx, .modules = &m, .n = 1};
-        char *a = vel_path_join(t->ctx, t->folder, "a.safetensors"),
-             *b = vel_path_join(t->ctx, t->folder, "b.safetensors"), *text = NULL;
+        char *a = vel_test_path(t, "a.safetensors"), *b = vel_test_path(t, "b.safetensors"),
+             *text = NULL;
         make_lora(t->ctx, &k, &m);
-        CHECK_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
-        CHECK_OK(run_without_model(t, "convert", a, b, &text));
+        REQUIRE_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
+        REQUIRE_OK(run_without_model(t, "convert", a, b, &text));
         CHECK_MSG(text && strstr(text, models[i].title), "%s", text ? text : "");
         vel_text_free(text);
-        CHECK_OK(run_without_model(t, "verify", a, b, &text));
+        REQUIRE_OK(run_without_model(t, "verify", a, b, &text));
         vel_text_free(text);
         add_dora(t->ctx, &k, &m);
-        CHECK_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
+        REQUIRE_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
         CHECK(run_without_model(t, "verify", a, b, &text) == VEL_BAD_VALUE);
         CHECK(strstr(vel_ctx_error(t->ctx), "--model"));
         vel_adapter_module_finish(t->ctx, &m);
@@ -503,19 +504,19 @@ TEST(adapter_dialects_without_a_model)
  * rank the same change, whatever kind it was; norms go along as they are. */
 TEST(adapter_dialects_every_kind_is_merged_and_baked)
 {
-    char *first = vel_path_join(t->ctx, t->folder, "first.safetensors"),
-         *baked = vel_path_join(t->ctx, t->folder, "baked.safetensors"),
-         *halves = vel_strf(t->ctx, "%s:0.25,%s:0.75", baked, baked);
+    char *first = vel_test_path(t, "first.safetensors"),
+         *baked = vel_test_path(t, "baked.safetensors"),
+         *halves = vel_test_text(t, "%s:0.25,%s:0.75", baked, baked);
     for (int k = 0; k < VEL_COUNT(kinds); k += N_PLACES - 1) {
         vel_adapter_module modules[N_PLACES];
         vel_adapter_file f;
         make_mixed(t, k, &f, modules);
-        CHECK_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
-        CHECK_OK(run(t, "bake", first, baked, "fro", "1"));
+        REQUIRE_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
+        REQUIRE_OK(run(t, "bake", first, baked, "fro", "1"));
         check_near(t, first, baked, "baked");
-        CHECK_OK(run(t, "resize", baked, baked, "fro", "1"));
+        REQUIRE_OK(run(t, "resize", baked, baked, "fro", "1"));
         check_near(t, first, baked, "resized");
-        CHECK_OK(run(t, "join", halves, baked, "fro", "1"));
+        REQUIRE_OK(run(t, "join", halves, baked, "fro", "1"));
         check_near(t, first, baked, "joined");
         check_merge(t, &f, first, "merged");
         finish_adapter(&f);

@@ -77,11 +77,11 @@ static void check_same(vel_test *t, const vel_adapter_module *a, const vel_adapt
 static void round_trip(vel_test *t, const char *dialect, vel_file_type type, double alpha)
 {
     vel_adapter_file f, *g = NULL;
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     vel_status st = make_adapter(t->ctx, &f);
     if (!st && path) {
-        CHECK_OK(vel_adapter_file_write(&f, path, dialect, type, NULL));
-        CHECK_OK(vel_adapter_file_read(t->ctx, path, known, N_KNOWN, &g));
+        REQUIRE_OK(vel_adapter_file_write(&f, path, dialect, type, NULL));
+        REQUIRE_OK(vel_adapter_file_read(t->ctx, path, known, N_KNOWN, &g));
     }
     if (g) {
         CHECK(g->n == N_KNOWN && strcmp(g->dialect, dialect) == 0 && strcmp(g->kind, "lora") == 0);
@@ -301,7 +301,7 @@ static void check_kind(vel_test *t, const struct kind_row *row, const char *dial
     char what[96], name[64];
     snprintf(what, sizeof what, "%s, %s", row->what, dialect);
     snprintf(name, sizeof name, "%s%s", dialect, strcmp(dialect, "peft") ? ".safetensors" : "");
-    char *path = vel_path_join(t->ctx, t->folder, name);
+    char *path = vel_test_path(t, name);
     int n = 0;
     while (n < VEL_COUNT(row->leaf) && row->leaf[n].dims.rank)
         n++;
@@ -314,7 +314,7 @@ static void check_kind(vel_test *t, const struct kind_row *row, const char *dial
                       what, vel_ctx_error(t->ctx));
         } else {
             CHECK_MSG(st == VEL_OK, "%s: %s", what, vel_ctx_error(t->ctx));
-            CHECK_OK(vel_adapter_file_read(t->ctx, path, known, N_KNOWN, &g));
+            REQUIRE_OK(vel_adapter_file_read(t->ctx, path, known, N_KNOWN, &g));
         }
     }
     if (g && g->n == 1)
@@ -353,7 +353,7 @@ TEST(adapter_file_lokr_factors)
 TEST(adapter_file_unknown_dialect)
 {
     vel_adapter_file f;
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     if (!make_adapter(t->ctx, &f) && path) {
         CHECK(vel_adapter_file_write(&f, path, "webui", VEL_FILE_F32, NULL) != VEL_OK);
         CHECK(strstr(vel_ctx_error(t->ctx), "webui"));
@@ -369,10 +369,10 @@ static void check_names(vel_test *t, const char *dialect, const char *const *nam
 {
     vel_adapter_file f;
     vel_safetensors *sf = NULL;
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     if (!make_adapter(t->ctx, &f) && path) {
-        CHECK_OK(vel_adapter_file_write(&f, path, dialect, VEL_FILE_F16, NULL));
-        CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+        REQUIRE_OK(vel_adapter_file_write(&f, path, dialect, VEL_FILE_F16, NULL));
+        REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
     }
     for (int i = 0; sf && i < n; i++)
         CHECK_MSG(vel_safetensors_find(sf, names[i]) != NULL, "%s is missing", names[i]);
@@ -401,10 +401,10 @@ TEST(adapter_file_kohya_metadata)
     vel_adapter_file f;
     vel_safetensors *sf = NULL;
     json_t *metadata = json_pack("{s:s, s:s}", "ss_network_dim", "4", "modelspec.title", "x");
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     if (!make_adapter(t->ctx, &f) && path && metadata) {
-        CHECK_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, metadata));
-        CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+        REQUIRE_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, metadata));
+        REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
     }
     if (sf) {
         const char *hash = vel_safetensors_meta(sf, "sshs_model_hash");
@@ -430,10 +430,10 @@ TEST(adapter_file_diffusers_metadata)
 {
     vel_adapter_file f;
     vel_safetensors *sf = NULL;
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     if (!make_adapter(t->ctx, &f) && path) {
-        CHECK_OK(vel_adapter_file_write(&f, path, "diffusers", VEL_FILE_F32, NULL));
-        CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+        REQUIRE_OK(vel_adapter_file_write(&f, path, "diffusers", VEL_FILE_F32, NULL));
+        REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
     }
     const char *text = sf ? vel_safetensors_meta(sf, "lora_adapter_metadata") : NULL;
     json_t *config = text ? json_loads(text, 0, NULL) : NULL;
@@ -482,7 +482,7 @@ static vel_status write_rows(vel_ctx *ctx, const char *path, const row *rows, in
 static vel_status read_rows(vel_test *t, const char *name, const row *rows, int n,
                             const json_t *metadata, vel_adapter_file **out)
 {
-    char *path = vel_path_join(t->ctx, t->folder, name);
+    char *path = vel_test_path(t, name);
     *out = NULL;
     vel_status st = path ? write_rows(t->ctx, path, rows, n, metadata) : VEL_NO_MEMORY;
     if (!st)
@@ -526,7 +526,7 @@ TEST(adapter_file_reads_dialects)
         row file[] = {{rows[i].down, 2, {3, m->weight_dim[1]}, 2},
                       {rows[i].up, 2, {m->weight_dim[0], 3}, 5}};
         vel_adapter_file *f = NULL;
-        CHECK_OK(read_rows(t, "a.safetensors", file, 2, NULL, &f));
+        REQUIRE_OK(read_rows(t, "a.safetensors", file, 2, NULL, &f));
         if (!f)
             continue;
         CHECK_MSG(strcmp(f->dialect, rows[i].dialect) == 0, "%s: %s", rows[i].down, f->dialect);
@@ -551,7 +551,7 @@ TEST(adapter_file_lenient_shapes)
         {PROJ ".alpha", 0, {0}, 8},
     };
     vel_adapter_file *f = NULL;
-    CHECK_OK(read_rows(t, "a.safetensors", rows, VEL_COUNT(rows), NULL, &f));
+    REQUIRE_OK(read_rows(t, "a.safetensors", rows, VEL_COUNT(rows), NULL, &f));
     if (f)
         CHECK(f->n == 2 && f->modules[0].alpha == 0.25 && f->modules[1].alpha == 8);
     vel_adapter_file_destroy(f);
@@ -577,13 +577,13 @@ TEST(adapter_file_peft_folder)
         "{\"peft_type\": \"LORA\", \"lora_alpha\": 3, \"use_rslora\": true}",
     };
     static const double alphas[2][3] = {{3, 7, 3}, {6, 3 * 1.4142135623730951, 6}};
-    char *path = vel_path_join(t->ctx, t->folder, "adapter_model.safetensors");
-    char *config = vel_path_join(t->ctx, t->folder, "adapter_config.json");
+    char *path = vel_test_path(t, "adapter_model.safetensors");
+    char *config = vel_test_path(t, "adapter_config.json");
     for (int i = 0; path && config && i < 2; i++) {
         vel_adapter_file *f = NULL;
-        CHECK_OK(write_rows(t->ctx, path, rows, VEL_COUNT(rows), NULL));
-        CHECK_OK(vel_write_file(t->ctx, config, configs[i], strlen(configs[i])));
-        CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+        REQUIRE_OK(write_rows(t->ctx, path, rows, VEL_COUNT(rows), NULL));
+        REQUIRE_OK(vel_write_file(t->ctx, config, configs[i], strlen(configs[i])));
+        REQUIRE_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
         for (int m = 0; f && m < 3; m++)
             CHECK_MSG(fabs(f->modules[m].alpha - alphas[i][m]) < 1e-12, "%d.%d: %g", i, m,
                       f->modules[m].alpha);
@@ -595,7 +595,7 @@ TEST(adapter_file_peft_folder)
     };
     for (int i = 0; path && config && i < VEL_COUNT(refused); i++) {
         vel_adapter_file *f = NULL;
-        CHECK_OK(vel_write_file(t->ctx, config, refused[i][0], strlen(refused[i][0])));
+        REQUIRE_OK(vel_write_file(t->ctx, config, refused[i][0], strlen(refused[i][0])));
         CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_UNSUPPORTED);
         vel_adapter_file_destroy(f);
         CHECK_MSG(strstr(vel_ctx_error(t->ctx), refused[i][1]) != NULL, "%s",
@@ -607,7 +607,7 @@ TEST(adapter_file_peft_folder)
     };
     for (int i = 0; path && config && i < VEL_COUNT(contradicted); i++) {
         vel_adapter_file *f = NULL;
-        CHECK_OK(vel_write_file(t->ctx, config, contradicted[i][0], strlen(contradicted[i][0])));
+        REQUIRE_OK(vel_write_file(t->ctx, config, contradicted[i][0], strlen(contradicted[i][0])));
         CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_BAD_FILE);
         CHECK_MSG(strstr(vel_ctx_error(t->ctx), contradicted[i][1]) != NULL, "%s",
                   vel_ctx_error(t->ctx));
@@ -624,7 +624,7 @@ TEST(adapter_file_diffusers_alpha)
         json_pack("{s:s}", "lora_adapter_metadata",
                   "{\"unet.r\": 4, \"unet.lora_alpha\": 2, \"text_encoder.lora_alpha\": 16}");
     vel_adapter_file *f = NULL;
-    CHECK_OK(read_rows(t, "a.safetensors", rows, 2, metadata, &f));
+    REQUIRE_OK(read_rows(t, "a.safetensors", rows, 2, metadata, &f));
     if (f)
         CHECK(f->modules[0].alpha == 2);
     vel_adapter_file_destroy(f);
@@ -686,18 +686,18 @@ TEST(adapter_file_folders)
     vel_adapter_file *f = NULL;
     CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_NOT_FOUND);
     vel_adapter_file_destroy(f);
-    CHECK_OK(read_rows(t, "one.safetensors", rows, 2, NULL, &f));
+    REQUIRE_OK(read_rows(t, "one.safetensors", rows, 2, NULL, &f));
     vel_adapter_file_destroy(f);
-    CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+    REQUIRE_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
     vel_adapter_file_destroy(f);
-    CHECK_OK(read_rows(t, "two.safetensors", rows, 2, NULL, &f));
+    REQUIRE_OK(read_rows(t, "two.safetensors", rows, 2, NULL, &f));
     vel_adapter_file_destroy(f);
     CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_NOT_FOUND);
     vel_adapter_file_destroy(f);
     CHECK(strstr(vel_ctx_error(t->ctx), "several"));
-    CHECK_OK(read_rows(t, "pytorch_lora_weights.safetensors", rows, 2, NULL, &f));
+    REQUIRE_OK(read_rows(t, "pytorch_lora_weights.safetensors", rows, 2, NULL, &f));
     vel_adapter_file_destroy(f);
-    CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+    REQUIRE_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
     vel_adapter_file_destroy(f);
     CHECK(vel_adapter_file_read(t->ctx, "/no/such/file", known, N_KNOWN, &f) != VEL_OK && !f);
 }
@@ -707,18 +707,17 @@ TEST(adapter_file_folders_of_pickles)
 {
     static const char *const names[] = {"adapter_model.bin", "pytorch_lora_weights.bin"};
     vel_map map;
-    CHECK_OK(vel_map_open(t->ctx, &map, "tests/golden/pickle/adapter.bin"));
+    REQUIRE_OK(vel_map_open(t->ctx, &map, "tests/golden/pickle/adapter.bin"));
     for (int i = 0; i < VEL_COUNT(names); i++) {
-        char *other = vel_path_join(t->ctx, t->folder, "optimizer.bin"),
-             *path = vel_path_join(t->ctx, t->folder, names[i]);
+        char *other = vel_test_path(t, "optimizer.bin"), *path = vel_test_path(t, names[i]);
         vel_adapter_file *f = NULL;
-        CHECK_OK(vel_write_file(t->ctx, other, map.bytes, map.size));
+        REQUIRE_OK(vel_write_file(t->ctx, other, map.bytes, map.size));
         CHECK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f) == VEL_NOT_FOUND);
         CHECK(strstr(vel_ctx_error(t->ctx), ".bin"));
-        CHECK_OK(vel_write_file(t->ctx, path, map.bytes, map.size));
-        CHECK_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
-        CHECK(f && f->n == 1 && f->modules[0].rank == 2 &&
-              f->modules[0].leaf[VEL_LEAF_LORA_UP].v[1] == 2);
+        REQUIRE_OK(vel_write_file(t->ctx, path, map.bytes, map.size));
+        REQUIRE_OK(vel_adapter_file_read(t->ctx, t->folder, known, N_KNOWN, &f));
+        REQUIRE(f && f->n == 1 && f->modules[0].rank == 2 &&
+                f->modules[0].leaf[VEL_LEAF_LORA_UP].v[1] == 2);
         vel_adapter_file_destroy(f);
         CHECK(remove(path) == 0 && remove(other) == 0);
         vel_free(t->ctx, other);
@@ -738,10 +737,10 @@ TEST(adapter_file_words_of_others)
     for (int i = 0; i < VEL_COUNT(keys); i++) {
         const row rows[] = {{DOWN, {2, 6}, 1}, {UP, {8, 2}, 1}, {keys[i].key, 2, {2, 6}, 3}};
         vel_adapter_file *f = NULL;
-        CHECK_OK(read_rows(t, "style.safetensors", rows, 3, NULL, &f));
+        REQUIRE_OK(read_rows(t, "style.safetensors", rows, 3, NULL, &f));
         CHECK_MSG(f && f->n == 1 && f->n_words == 1 && strcmp(f->words[0].name, keys[i].word) == 0,
                   "%s", keys[i].key);
-        CHECK(f && f->words[0].n == 2 && f->words[0].values[0] == 3);
+        REQUIRE(f && f->words[0].n == 2 && f->words[0].values[0] == 3);
         vel_adapter_file_destroy(f);
     }
     const row output[] = {

@@ -380,6 +380,7 @@ static bool find_square(void *user, const char *path, vel_source_tensor *out)
 static vel_graph *deep_model(vel_test *t)
 {
     vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
     vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(ROWS, WIDE));
     vel_ref target = vel_input(g, "target", VEL_F32, VEL_SHAPE(ROWS, WIDE));
     vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(ROWS));
@@ -411,22 +412,23 @@ static void run_streamed(vel_test *t, int eighths, streamed *o)
     read_ramp(NULL, 3, VEL_COUNT(x), x);
     for (int i = 0; i < ROWS; i++)
         weight[i] = 1;
-    CHECK_OK(vel_engine_create(t->ctx, "cpu", &e));
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
     CHECK(!vel_engine_can_stream(e));
     e->backend = &b;
     CHECK(vel_engine_can_stream(e));
     vel_engine_stream(e, eighths);
-    CHECK_OK(vel_engine_add_source(e, find_square, NULL));
+    REQUIRE_OK(vel_engine_add_source(e, find_square, NULL));
     vel_graph *g = deep_model(t);
-    CHECK_OK(vel_engine_add_trainables(e, g));
-    CHECK_OK(vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32, .gradient = true}, &p));
+    REQUIRE_OK(vel_engine_add_trainables(e, g));
+    REQUIRE_OK(
+        vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32, .gradient = true}, &p));
     fetches_seen = 0;
     for (int run = 0; p && run < 2; run++) {
-        CHECK_OK(vel_plan_set(p, "x", x, sizeof x));
-        CHECK_OK(vel_plan_set(p, "target", x, sizeof x));
-        CHECK_OK(vel_plan_set(p, "weight", weight, sizeof weight));
-        CHECK_OK(vel_plan_run(p));
-        CHECK_OK(vel_plan_get(p, "loss", &o->loss, 1));
+        REQUIRE_OK(vel_plan_set(p, "x", x, sizeof x));
+        REQUIRE_OK(vel_plan_set(p, "target", x, sizeof x));
+        REQUIRE_OK(vel_plan_set(p, "weight", weight, sizeof weight));
+        REQUIRE_OK(vel_plan_run(p));
+        REQUIRE_OK(vel_plan_get(p, "loss", &o->loss, 1));
     }
     vel_engine_read_trainables(e, 'g', 0, VEL_COUNT(o->gradient), o->gradient);
     o->weights = p ? vel_plan_weight_bytes(p) : 0;

@@ -122,7 +122,7 @@ TEST(items_are_made_ahead_in_order)
                              .user = &q};
         vel_ahead *a;
         int slot, wrong = 0;
-        CHECK_OK(vel_ahead_start(t->ctx, &how, &a));
+        REQUIRE_OK(vel_ahead_start(t->ctx, &how, &a));
         for (int64_t i = 5; a && i < 205; i++)
             wrong += vel_ahead_take(a, i, &slot) != VEL_OK || q.slot[slot] != i * i;
         CHECK(wrong == 0);
@@ -141,7 +141,7 @@ TEST(items_that_fail_say_so_in_their_turn)
             .threads = threads, .slots = 5, .end = 1000, .make = make_square, .user = &q};
         vel_ahead *a;
         int slot;
-        CHECK_OK(vel_ahead_start(t->ctx, &how, &a));
+        REQUIRE_OK(vel_ahead_start(t->ctx, &how, &a));
         vel_fail(t->ctx, VEL_OK, "of the caller");
         for (int64_t i = 0; a && i < 3; i++)
             CHECK_OK(vel_ahead_take(a, i, &slot));

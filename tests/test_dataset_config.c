@@ -120,7 +120,8 @@ static vel_dataset *open_own(vel_test *t, vel_arena *a, vel_dataset_config *c)
     place(t, "a", 3);
     place(t, "b", 2);
     place(t, "c", 3);
-    CHECK_OK(vel_dataset_config_read(t->ctx, write_config(t, "own.toml", text), &otherwise, a, c));
+    REQUIRE_OK(
+        vel_dataset_config_read(t->ctx, write_config(t, "own.toml", text), &otherwise, a, c));
     vel_data_options o = {.folder = t->folder,
                           .subsets = c->subsets,
                           .n_subsets = c->n_subsets,
@@ -128,13 +129,14 @@ static vel_dataset *open_own(vel_test *t, vel_arena *a, vel_dataset_config *c)
                           .height = 64,
                           .repeats = 1,
                           .size_multiple = 8};
-    CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+    REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
     return d;
 }
 
 TEST(dataset_config_own_settings)
 {
     vel_arena *a = vel_arena_create(t->ctx);
+    REQUIRE(a);
     vel_dataset_config c;
     vel_dataset *d = open_own(t, a, &c);
     CHECK(c.n_settings == 0 && c.n_subsets == 3);
@@ -159,7 +161,7 @@ TEST(dataset_config_own_settings)
         CHECK_MSG(strstr(said.s, "\"one, ") && strstr(said.s, " end\""), "%s", said.s);
         vel_text_finish(&said);
     }
-    CHECK(d && d->n == 8);
+    REQUIRE(d && d->n == 8);
     vel_dataset_close(d);
     vel_arena_destroy(a);
 }
@@ -168,11 +170,12 @@ TEST(dataset_config_own_settings)
 TEST(dataset_config_own_batches)
 {
     vel_arena *a = vel_arena_create(t->ctx);
+    REQUIRE(a);
     vel_dataset_config c;
     vel_dataset *d = open_own(t, a, &c);
     vel_epoch *e = NULL;
     if (d)
-        CHECK_OK(vel_epoch_create(d, 8, 1, 0, false, &e));
+        REQUIRE_OK(vel_epoch_create(d, 8, 1, 0, false, &e));
     int learned[2] = {0}, batches[2] = {0};
     for (int i = 0; e && i < e->n_batches; i++) {
         int n = e->begin[i + 1] - e->begin[i];
@@ -183,7 +186,7 @@ TEST(dataset_config_own_batches)
         learned[set] += n;
         batches[set]++;
     }
-    CHECK(d && learned[0] + learned[1] == d->n_train && batches[1] == learned[1]);
+    REQUIRE(d && learned[0] + learned[1] == d->n_train && batches[1] == learned[1]);
     vel_epoch_destroy(e);
     vel_dataset_close(d);
     vel_arena_destroy(a);
@@ -220,7 +223,7 @@ TEST(regular_pictures_are_kohyas)
                               .repeats = 1,
                               .size_multiple = 8};
         vel_dataset *d = NULL;
-        CHECK_OK(vel_dataset_open(t->ctx, &o, &d));
+        REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
         int at = 0, items[2] = {0};
         for (int k = 0; d && k < d->n; k++) {
             const vel_sample *s = &d->samples[k];

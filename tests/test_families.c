@@ -10,7 +10,7 @@ static void check_family(vel_test *t, const char *name)
     int passed = 0, failed = 0;
     snprintf(folder, sizeof folder, "tests/golden/families/%s", name);
     snprintf(model, sizeof model, "%s/model", folder);
-    CHECK_OK(vel_golden_run(t->ctx, model, folder, &passed, &failed));
+    REQUIRE_OK(vel_golden_run(t->ctx, model, folder, &passed, &failed));
     CHECK_MSG(failed == 0 && passed > 60, "%s: %d passed, %d failed", name, passed, failed);
 }
 

@@ -13,8 +13,8 @@ static void check_tensor(vel_test *t, const vel_file_tensor *want, const vel_fil
     CHECK_MSG(have->rank == want->rank && have->count == want->count &&
                   memcmp(have->dim, want->dim, sizeof *want->dim * (size_t)want->rank) == 0,
               "%s has another shape", want->name);
-    float *a = vel_alloc(t->ctx, sizeof *a * (size_t)want->count),
-          *b = vel_alloc(t->ctx, sizeof *b * (size_t)want->count);
+    float *a = vel_test_alloc(t, sizeof *a * (size_t)want->count),
+          *b = vel_test_alloc(t, sizeof *b * (size_t)want->count);
     vel_file_tensor_floats(want, 0, want->count, a);
     vel_file_tensor_floats(have, 0, want->count, b);
     CHECK_MSG(memcmp(a, b, sizeof *a * (size_t)want->count) == 0, "%s has other values",
@@ -30,8 +30,8 @@ static void check_tensor(vel_test *t, const vel_file_tensor *want, const vel_fil
 TEST(gguf_values_are_the_packages)
 {
     vel_safetensors *have = NULL, *want = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, GOLDEN "types.gguf", &have));
-    CHECK_OK(vel_safetensors_open(t->ctx, GOLDEN "truth.safetensors", &want));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, GOLDEN "types.gguf", &have));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, GOLDEN "truth.safetensors", &want));
     CHECK(want && have && vel_safetensors_count(want) == 9 && vel_safetensors_count(have) == 9);
     for (int i = 0; want && have && i < vel_safetensors_count(want); i++) {
         const vel_file_tensor *w = vel_safetensors_at(want, i);
@@ -49,9 +49,9 @@ TEST(gguf_values_are_the_packages)
 TEST(gguf_damaged)
 {
     vel_map map;
-    char *path = vel_path_join(t->ctx, t->folder, "x.gguf");
-    CHECK_OK(vel_map_open(t->ctx, &map, GOLDEN "odd.gguf"));
-    uint8_t *bytes = vel_alloc(t->ctx, map.size);
+    char *path = vel_test_path(t, "x.gguf");
+    REQUIRE_OK(vel_map_open(t->ctx, &map, GOLDEN "odd.gguf"));
+    uint8_t *bytes = vel_test_alloc(t, map.size);
     for (size_t i = 0; i < map.size + 160; i++) {
         bool cut = i < map.size;
         if (cut && i > 160 && i % 16)
@@ -60,7 +60,7 @@ TEST(gguf_damaged)
         if (!cut)
             bytes[i - map.size] ^= 0xff;
         FILE *f = fopen(path, "wb");
-        CHECK(f && fwrite(bytes, 1, cut ? i : map.size, f) == (cut ? i : map.size));
+        REQUIRE(f && fwrite(bytes, 1, cut ? i : map.size, f) == (cut ? i : map.size));
         fclose(f);
         vel_safetensors *sf = NULL;
         vel_status st = vel_safetensors_open(t->ctx, path, &sf);
@@ -85,12 +85,12 @@ TEST(fp8_scaled_by_comfyui)
     const vel_save_tensor odd[] = {
         rows[0],
         {.name = "a.scale_weight", .type = VEL_FILE_F32, .rank = 1, .dim = {2}, .data = two}};
-    char *path = vel_path_join(t->ctx, t->folder, "x.safetensors");
+    char *path = vel_test_path(t, "x.safetensors");
     vel_safetensors *sf = NULL;
     float v[4] = {0};
-    CHECK_OK(vel_safetensors_save(t->ctx, path, rows, VEL_COUNT(rows), NULL));
-    CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
-    CHECK(sf && vel_safetensors_count(sf) == 2);
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, rows, VEL_COUNT(rows), NULL));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
+    REQUIRE(sf && vel_safetensors_count(sf) == 2);
     if (sf)
         vel_file_tensor_floats(vel_safetensors_find(sf, "a.weight"), 0, 4, v);
     CHECK(v[0] == 0.25f && v[1] == -0.25f && v[2] == 0.5f && v[3] == 0.125f);
@@ -98,7 +98,7 @@ TEST(fp8_scaled_by_comfyui)
         vel_file_tensor_floats(vel_safetensors_find(sf, "b.weight"), 0, 2, v);
     CHECK(v[0] == 3 && v[1] == 4);
     vel_safetensors_close(sf);
-    CHECK_OK(vel_safetensors_save(t->ctx, path, odd, VEL_COUNT(odd), NULL));
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, odd, VEL_COUNT(odd), NULL));
     CHECK(vel_safetensors_open(t->ctx, path, &sf) == VEL_UNSUPPORTED);
     CHECK(strstr(vel_ctx_error(t->ctx), "a.scale_weight"));
     vel_free(t->ctx, path);
