@@ -120,6 +120,7 @@ const vel_family vel_family_flux = {
     .title = "FLUX.1",
     .parts = parts,
     .denoiser = "transformer",
+    .dialect = "diffusers",
     .time_scale = 0.001,
     .even_sigmas = true,
     .detect = detect,

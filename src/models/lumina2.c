@@ -103,6 +103,7 @@ const vel_family vel_family_lumina2 = {
     .title = "Lumina-Image 2.0",
     .parts = parts,
     .denoiser = "transformer",
+    .dialect = "diffusers",
     .time_scale = -0.001,
     .time_offset = 1,
     .sign = -1,

@@ -130,7 +130,8 @@ typedef struct vel_family {
     /* The reference's denoiser is asked at time_scale * t + time_offset (t: 0 .. train_steps), and
      * gives the prediction times sign. Zeros stand for 1, 0, 1. */
     double time_scale, time_offset, sign;
-    bool even_sigmas; /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
+    const char *dialect; /* of adapter files where nobody asks for one; NULL: kohya */
+    bool even_sigmas;    /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     /* Is it mine? model_index is model_index.json. */
     bool (*detect)(const json_t *model_index);
     /* parts[i]'s config.json, NULL where an optional one is missing; an unknown class, size or

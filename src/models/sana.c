@@ -155,6 +155,7 @@ const vel_family vel_family_sana = {
     .title = "Sana",
     .parts = parts,
     .denoiser = "transformer",
+    .dialect = "diffusers",
     .detect = detect,
     .read = read_configs,
     .latent = latent,

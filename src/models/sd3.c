@@ -147,6 +147,7 @@ const vel_family vel_family_sd3 = {
     .parts = parts,
     .optional = optional,
     .denoiser = "transformer",
+    .dialect = "diffusers",
     .detect = detect,
     .read = read_configs,
     .latent = latent,

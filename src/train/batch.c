@@ -287,6 +287,19 @@ static void put_extra(const train_session *s, train_batch *t, int k, int sample,
                      t->extra + k * s->n_extra);
 }
 
+/* A noise level as a timestep, within the limits that are asked for. */
+static int32_t flow_timestep(const train_session *s, const train_batch *t, int k, double u)
+{
+    const vel_schedule *schedule = vel_model_schedule(s->model);
+    int patch = VEL_MAX(1, vel_model_latent(s->model)->multiple);
+    float normal;
+    vel_random_normal((uint64_t)s->o->seed, stream_of(STREAM_TIME, t->micro, k) + 1, 0, &normal, 1);
+    double sigma = vel_flow_sigma(&s->o->flow, &schedule->config.flow, u, (double)normal,
+                                  (int64_t)(t->b.h / patch) * (t->b.w / patch));
+    int32_t at = (int32_t)lround(sigma * schedule->n);
+    return VEL_MAX(VEL_MAX(1, s->o->min_timestep), VEL_MIN(at, s->o->max_timestep));
+}
+
 static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, int64_t epoch)
 {
     train_session *s = m->s;
@@ -299,9 +312,15 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
     int low = s->o->min_timestep, high = s->o->max_timestep;
     double u = vel_random_uniform(seed, stream_of(STREAM_TIME, t->micro, k), 0);
     t->timestep[k] = low + (int32_t)(u * (high - low));
+    if (vel_model_schedule(s->model)->config.prediction == VEL_PREDICTS_FLOW)
+        t->timestep[k] = flow_timestep(s, t, k, u);
     t->weight[k] = (float)(s->samples[sample].weight *
                            vel_objective_weight(&s->o->objective, vel_model_schedule(s->model),
                                                 t->timestep[k]));
+    if (vel_model_schedule(s->model)->config.prediction == VEL_PREDICTS_FLOW)
+        t->weight[k] = (float)(s->samples[sample].weight *
+                               vel_flow_weight(&s->o->flow, (double)t->timestep[k] /
+                                                                vel_model_schedule(s->model)->n));
     uint64_t stream = stream_of(STREAM_CAPTION, t->micro, k);
     const vel_data_how *how = vel_batch_how(s, sample);
     int every = how->captions.dropout_every; /* epochs counted from 1, as kohya does */

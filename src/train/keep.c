@@ -465,7 +465,8 @@ static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adap
 static const char *format_of(const train_session *s)
 {
     bool any = strcmp(s->o->save_format, "auto") == 0;
-    return !any ? s->o->save_format : vel_method_is_words(s->o) ? "diffusers" : "kohya";
+    const char *own = vel_model_family(s->model)->dialect, *usual = own ? own : "kohya";
+    return !any ? s->o->save_format : vel_method_is_words(s->o) ? "diffusers" : usual;
 }
 
 /* New words: a file of their own, or in the adapter's where its dialect has room for them. */

@@ -16,6 +16,12 @@ static bool is_type(const vel_objective *o, const char *name)
 
 vel_status vel_objective_check(vel_ctx *ctx, const vel_objective *o, const vel_schedule *s)
 {
+    bool flow = s->config.prediction == VEL_PREDICTS_FLOW;
+    if (flow && (o->min_snr_gamma > 0 || o->debiased_estimation || o->v_pred_like_loss > 0))
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--min_snr_gamma, --debiased_estimation_loss and --v_pred_like_loss are of "
+                        "the discrete noise schedule; this model is of flow matching: "
+                        "--weighting_scheme");
     bool v = s->config.prediction == VEL_PREDICTS_V, ends = s->alphas_cumprod[s->n - 1] <= 0;
     if (!v && o->scale_v_pred_loss_like_noise_pred)
         return vel_fail(ctx, VEL_BAD_VALUE,
@@ -135,6 +141,72 @@ void vel_objective_disturb(const vel_objective *o, uint64_t seed, uint64_t strea
     vel_random_normal(seed, own_stream(stream, OWN_DISTURB), 0, out, n);
     for (int64_t i = 0; i < n; i++)
         out[i] = noise[i] + (float)strength * out[i];
+}
+
+/* ---- flow matching ---- */
+
+static double sigmoid(double x)
+{
+    return 1 / (1 + exp(-x));
+}
+
+static bool is_named(const char *setting, const char *name)
+{
+    return setting && strcmp(setting, name) == 0;
+}
+
+vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const vel_schedule *s)
+{
+    if (s->config.prediction != VEL_PREDICTS_FLOW)
+        return VEL_OK;
+    if (is_named(o->timestep_sampling, "nextdit_shift"))
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "--timestep_sampling nextdit_shift: is not offered; shift with "
+                        "--discrete_flow_shift, or flux_shift, are near to it");
+    if (o->precondition_outputs)
+        return vel_fail(ctx, VEL_UNSUPPORTED, "--precondition_outputs: is not offered");
+    return VEL_OK;
+}
+
+double vel_flow_sigma(const vel_flow_options *o, const vel_flow_config *f, double u, double normal,
+                      int64_t tokens)
+{
+    static const double pi = 3.14159265358979323846;
+    const char *how = o->timestep_sampling;
+    vel_flow_config own = {.shift = o->shift > 0 ? o->shift : 1}, model = *f;
+    vel_flow_config flux = {.dynamic = true,
+                            .base_shift = 0.5,
+                            .max_shift = 1.15,
+                            .base_tokens = 256,
+                            .max_tokens = 4096};
+    double bell = sigmoid(o->sigmoid_scale * normal);
+    if (is_named(how, "uniform"))
+        return u;
+    if (is_named(how, "sigmoid"))
+        return bell;
+    if (is_named(how, "shift"))
+        return vel_flow_shifted(&own, bell, tokens);
+    if (is_named(how, "flux_shift"))
+        return vel_flow_shifted(&flux, bell, tokens);
+    if (o->shift > 0)
+        model = own;
+    if (is_named(o->weighting_scheme, "logit_normal")) /* from the noisy end, as in diffusers */
+        return vel_flow_shifted(&model, 1 - sigmoid(o->logit_mean + o->logit_std * normal), tokens);
+    if (is_named(o->weighting_scheme, "mode")) {
+        double c = cos(pi * u / 2);
+        u = u + o->mode_scale * (c * c - 1 + u);
+    }
+    return vel_flow_shifted(&model, u, tokens);
+}
+
+double vel_flow_weight(const vel_flow_options *o, double sigma)
+{
+    static const double pi = 3.14159265358979323846;
+    if (is_named(o->weighting_scheme, "sigma_sqrt"))
+        return 1 / (sigma * sigma);
+    if (is_named(o->weighting_scheme, "cosmap"))
+        return 2 / (pi * (1 - 2 * sigma + 2 * sigma * sigma));
+    return 1;
 }
 
 /* ---- weights ---- */

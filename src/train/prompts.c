@@ -94,6 +94,8 @@ static vel_status add_prompt(train_session *s, const char *text, size_t n, bool 
         VEL_TRY(take_option(s, option, &draw));
     }
     draw.prompt = copy;
+    if (draw.sampler && !vel_sampler_fits(draw.sampler, vel_model_schedule(s->model)))
+        draw.sampler = NULL; /* a model of flow matching has its own */
     for (int k = 0; k < o->sample_count && s->n_prompts < MOST_PROMPTS; k++) {
         s->prompts[s->n_prompts] = copy;
         s->draws[s->n_prompts] = draw;

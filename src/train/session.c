@@ -178,6 +178,9 @@ static vel_status check_flow(train_session *s)
 {
     const vel_train_options *o = s->o;
     const vel_flow_options *f = &o->flow;
+    const vel_schedule *schedule = vel_model_schedule(s->model);
+    if (schedule->config.prediction == VEL_PREDICTS_FLOW)
+        return vel_flow_check(s->ctx, f, schedule);
     const char *wrong = strcmp(f->weighting_scheme, "auto") != 0    ? "weighting_scheme"
                         : strcmp(f->timestep_sampling, "auto") != 0 ? "timestep_sampling"
                         : f->shift > 0                              ? "discrete_flow_shift"
@@ -188,9 +191,7 @@ static vel_status check_flow(train_session *s)
     if (!wrong)
         return VEL_OK;
     return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                    "--%s: is for models that learn a flow; %s is none of those that are trained "
-                    "here",
-                    wrong, o->model);
+                    "--%s: is for models that learn a flow, which %s does not", wrong, o->model);
 }
 
 static vel_status make_trainer(train_session *s);
@@ -205,6 +206,8 @@ static vel_status open_model(train_session *s)
                            .variant = o->variant,
                            .tokenizer = o->tokenizer,
                            .clip_skip = o->clip_skip,
+                           .text_length = o->max_sequence_length,
+                           .instruction = o->system_prompt,
                            .prediction =
                                o->v_parameterization ? "v_prediction" : o->prediction_type,
                            .zero_snr = o->zero_terminal_snr};

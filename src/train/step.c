@@ -199,14 +199,20 @@ static void noise_batch(vel_trainer *t, const vel_batch *b)
     const vel_schedule *s = vel_model_schedule(t->model);
     int64_t each = (int64_t)b->h * b->w * t->channels;
     for (int i = 0; i < b->n; i++) {
-        double a = s->alphas_cumprod[b->timestep[i]];
+        bool flow = s->config.prediction == VEL_PREDICTS_FLOW;
+        double a = s->alphas_cumprod[VEL_MIN(b->timestep[i], s->n - 1)];
         float signal = (float)sqrt(a), noise = (float)sqrt(1 - a);
+        if (flow) { /* (1 - sigma) x + sigma e, and e - x (Lipman et al. 2022) */
+            noise = (float)b->timestep[i] / (float)s->n;
+            signal = 1 - noise;
+        }
         const float *x = b->latent + i * each, *e = b->noise + i * each;
         const float *shown = (b->disturbed ? b->disturbed : b->noise) + i * each;
         float *noisy = t->noisy + i * each, *target = t->target + i * each;
         for (int64_t k = 0; k < each; k++) {
             noisy[k] = signal * x[k] + noise * shown[k];
             target[k] = s->config.prediction == VEL_PREDICTS_V        ? signal * e[k] - noise * x[k]
+                        : flow                                        ? e[k] - x[k]
                         : s->config.prediction == VEL_PREDICTS_SAMPLE ? x[k]
                                                                       : e[k];
         }

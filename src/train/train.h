@@ -12,16 +12,6 @@
 
 /* Settings of `velatura train`; src/params_train.c has a row for each field. Strings are borrowed.
  */
-/* How times are drawn and losses weighted where a model learns a flow; names as in diffusers' and
- * kohya's scripts. */
-typedef struct vel_flow_options {
-    const char *weighting_scheme;  /* "auto": as suits the model */
-    const char *timestep_sampling; /* "auto" */
-    double logit_mean, logit_std, mode_scale, sigmoid_scale;
-    double shift;              /* 0: the model's own */
-    bool precondition_outputs; /* the loss is that of the picture, not of the velocity */
-} vel_flow_options;
-
 typedef struct vel_train_options {
     /* model */
     const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
