@@ -146,6 +146,8 @@ vel_status vel_hub_new_file(vel_hub *h, int room, vel_adapter_file **out)
     f->modules = vel_alloc(h->ctx, sizeof *f->modules * (size_t)VEL_MAX(room, 1));
     f->metadata = json_object();
     snprintf(f->kind, sizeof f->kind, "lora");
+    for (int i = 0; i < h->n_known; i++)
+        f->several_texts |= vel_has_prefix(h->known[i].path, "text_encoder_2.");
     return f->modules && f->metadata ? VEL_OK : VEL_NO_MEMORY;
 }
 

@@ -468,7 +468,9 @@ TEST(adapter_dialects_without_a_model)
         int64_t width;
         bool linear;
         const char *title;
-    } models[] = {{768, false, "Stable Diffusion 1.x"}, {1024, true, "Stable Diffusion 2.x"}};
+    } models[] = {{768, false, "Stable Diffusion 1.x"},
+                  {1024, true, "Stable Diffusion 2.x"},
+                  {2048, true, "Stable Diffusion XL"}};
     for (int i = 0; i < VEL_COUNT(models); i++) {
         const struct place k = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
                                 2,

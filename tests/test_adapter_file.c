@@ -750,3 +750,121 @@ TEST(adapter_file_words_of_others)
     CHECK(strstr(vel_ctx_error(t->ctx), "clip_l_out"));
     vel_adapter_file_destroy(f);
 }
+
+/* ---- models with several text encoders, and modules that others join ---- */
+
+#define X_BLOCK "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+#define DIT "transformer.transformer_blocks.0.attn."
+#define T5 "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
+static const vel_known_module larger[] = {
+    {X_BLOCK, 2, {8, 6}, "input_blocks.4.1.transformer_blocks.0.attn1.to_q"},
+    {"text_encoder.text_model.encoder.layers.0.mlp.fc1", 2, {8, 6}},
+    {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1", 2, {8, 6}},
+    {T5, 2, {8, 6}},
+    {DIT "to_q", 2, {4, 6}, "joint_blocks.0.x_block.attn.qkv", 0, 12},
+    {DIT "to_k", 2, {4, 6}, "joint_blocks.0.x_block.attn.qkv", 4, 12},
+    {DIT "to_v", 2, {4, 6}, "joint_blocks.0.x_block.attn.qkv", 8, 12},
+};
+
+TEST(adapter_file_larger_families)
+{
+    static const struct {
+        const char *stem;
+        int module;
+    } names[] = {
+        {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 0},
+        {"lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 0},
+        {X_BLOCK, 0},
+        {"diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q", 0},
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1", 1},
+        {"clip_l.text_model.encoder.layers.0.mlp.fc1", 1},
+        {"lora_te2_text_model_encoder_layers_0_mlp_fc1", 2},
+        {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1", 2},
+        {"clip_g.text_model.encoder.layers.0.mlp.fc1", 2},
+        {"text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", 2},
+        {"lora_te3_encoder_block_0_layer_0_SelfAttention_q", 3},
+        {"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", 3},
+        {DIT "to_k", 5},
+        {"lora_transformer_transformer_blocks_0_attn_to_k", 5},
+        {"transformer_blocks.0.attn.to_k", 5},
+    };
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        const vel_known_module *k = &larger[names[i].module];
+        char *down = vel_strf(t->ctx, "%s.lora_down.weight", names[i].stem),
+             *up = vel_strf(t->ctx, "%s.lora_up.weight", names[i].stem);
+        const row rows[] = {{down, 2, {2, 6}, 1}, {up, 2, {k->weight_dim[0], 2}, 2}};
+        vel_adapter_file *f = NULL;
+        CHECK_OK(write_rows(t->ctx, path, rows, 2, NULL));
+        vel_status st = vel_adapter_file_read(t->ctx, path, larger, VEL_COUNT(larger), &f);
+        CHECK_MSG(!st && f->n == 1 && strcmp(f->modules[0].path, k->path) == 0, "%s: %s",
+                  names[i].stem, st ? vel_ctx_error(t->ctx) : f->modules[0].path);
+        if (!st && names[i].module == 1) { /* kohya numbers the encoders of such models */
+            vel_safetensors *sf = NULL;
+            CHECK(f->several_texts);
+            CHECK_OK(vel_adapter_file_write(f, path, "kohya", VEL_FILE_F32, NULL));
+            CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+            CHECK(sf && vel_safetensors_find(
+                            sf, "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"));
+            vel_safetensors_close(sf);
+        }
+        vel_adapter_file_destroy(f);
+        vel_free(t->ctx, down);
+        vel_free(t->ctx, up);
+    }
+    vel_free(t->ctx, path);
+}
+
+/* q, k and v as one: the rows of one factor fall apart, the other is everyone's. */
+TEST(adapter_file_joined_projections)
+{
+    static const char *const stems[] = {"lora_unet_joint_blocks_0_x_block_attn_qkv",
+                                        "diffusion_model.joint_blocks.0.x_block.attn.qkv",
+                                        "joint_blocks.0.x_block.attn.qkv"};
+    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    float up[24], w1[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9}, w2[8] = {1, 2, 3, 4, 5, 6, 7, 8},
+                  down[12] = {0};
+    for (int i = 0; i < 24; i++)
+        up[i] = (float)i;
+    for (int s = 0; s < VEL_COUNT(stems); s++)
+        for (int kr = 0; kr < 2; kr++) {
+            char *a = vel_strf(t->ctx, "%s.%s", stems[s], kr ? "lokr_w1" : "lora_up.weight"),
+                 *b = vel_strf(t->ctx, "%s.%s", stems[s], kr ? "lokr_w2" : "lora_down.weight");
+            const vel_save_tensor lora[] = {
+                {.name = a, .type = VEL_FILE_F32, .rank = 2, .dim = {12, 2}, .data = up},
+                {.name = b, .type = VEL_FILE_F32, .rank = 2, .dim = {2, 6}, .data = down}};
+            const vel_save_tensor lokr[] = {
+                {.name = a, .type = VEL_FILE_F32, .rank = 2, .dim = {3, 3}, .data = w1},
+                {.name = b, .type = VEL_FILE_F32, .rank = 2, .dim = {4, 2}, .data = w2}};
+            vel_adapter_leaf leaf = kr ? VEL_LEAF_LOKR_W1 : VEL_LEAF_LORA_UP;
+            vel_adapter_file *f = NULL;
+            CHECK_OK(vel_safetensors_save(t->ctx, path, kr ? lokr : lora, 2, NULL));
+            vel_status st = vel_adapter_file_read(t->ctx, path, larger, VEL_COUNT(larger), &f);
+            CHECK_MSG(!st && f->n == 3, "%s: %s", stems[s], st ? vel_ctx_error(t->ctx) : "");
+            for (int i = 0; f && i < f->n; i++) {
+                const vel_adapter_tensor *x = &f->modules[i].leaf[leaf];
+                CHECK(strcmp(f->modules[i].path, larger[4 + i].path) == 0);
+                CHECK(x->dims.dim[0] == (kr ? 1 : 4) &&
+                      memcmp(x->v, kr ? w1 + 3 * i : up + 8 * i, sizeof *up * (kr ? 3 : 8)) == 0);
+            }
+            vel_adapter_file_destroy(f);
+            vel_free(t->ctx, a);
+            vel_free(t->ctx, b);
+        }
+    const vel_save_tensor odd[] = {{.name = "joint_blocks.0.x_block.attn.qkv.lokr_w1",
+                                    .type = VEL_FILE_F32,
+                                    .rank = 2,
+                                    .dim = {2, 3},
+                                    .data = w1},
+                                   {.name = "joint_blocks.0.x_block.attn.qkv.lokr_w2",
+                                    .type = VEL_FILE_F32,
+                                    .rank = 2,
+                                    .dim = {6, 2},
+                                    .data = up}};
+    vel_adapter_file *f = NULL;
+    CHECK_OK(vel_safetensors_save(t->ctx, path, odd, 2, NULL));
+    CHECK(vel_adapter_file_read(t->ctx, path, larger, VEL_COUNT(larger), &f) == VEL_UNSUPPORTED);
+    CHECK(strstr(vel_ctx_error(t->ctx), "LoKr"));
+    vel_adapter_file_destroy(f);
+    vel_free(t->ctx, path);
+}

@@ -29,8 +29,9 @@ typedef struct vel_adapter_file {
     char dialect[24]; /* "kohya", "diffusers", "diffusers-old", "peft", "comfyui", "omi" */
     vel_adapter_module *modules;
     int n;
-    json_t *metadata; /* of the file; object */
-    vel_word *words;  /* learned words that lie beside the modules */
+    bool several_texts; /* the model has more than one text encoder: kohya numbers them */
+    json_t *metadata;   /* of the file; object */
+    vel_word *words;    /* learned words that lie beside the modules */
     int n_words;
 } vel_adapter_file;
 
@@ -40,6 +41,9 @@ typedef struct vel_known_module { /* what the model at hand has */
     int64_t weight_dim[4];
     const char *original; /* "input_blocks.1.1.proj_in": in the family's original files, without
                              what they put before the part; NULL: not known */
+    /* Where the original joins several modules (q, k and v): this one is its rows from first_row
+     * on, of so many; rows 0: all. */
+    int64_t first_row, rows;
 } vel_known_module;
 
 /* path: a file, or a folder with pytorch_lora_weights.safetensors, adapter_model.safetensors

@@ -84,7 +84,8 @@ static vel_status add_leaf(writing *w, const vel_adapter_module *m, vel_adapter_
                            double by)
 {
     const vel_adapter_tensor *t = &m->leaf[leaf];
-    const char *name = vel_adapter_name(w->arena, w->dialect, m->path, leaf);
+    const char *name =
+        vel_adapter_name(w->arena, w->dialect, m->path, w->file->several_texts, leaf);
     if (!name)
         return vel_fail(w->ctx, VEL_UNSUPPORTED, "%s: the dialect %s has no name for %s", w->path,
                         w->dialect, m->path);
@@ -120,7 +121,8 @@ static vel_status add_module(writing *w, const vel_adapter_module *m)
     for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
         if (has[i])
             VEL_TRY(add_leaf(w, m, (vel_adapter_leaf)i, (vel_adapter_leaf)i == leaf ? by : 1));
-    const char *name = vel_adapter_name(w->arena, w->dialect, m->path, VEL_ADAPTER_ALPHA);
+    const char *name =
+        vel_adapter_name(w->arena, w->dialect, m->path, w->file->several_texts, VEL_ADAPTER_ALPHA);
     float *alpha = vel_arena_alloc(w->arena, sizeof *alpha);
     if (!alpha)
         return VEL_NO_MEMORY;

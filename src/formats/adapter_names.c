@@ -12,14 +12,24 @@ typedef struct form {
     const char *dialect, *part, *prefix;
     bool underscores;
     bool original; /* then the module's name in the family's original files */
+    bool several;  /* written where the model has more than one text encoder */
 } form;
 static const form forms[] = {
     {"kohya", "unet", "lora_unet_", true},
     {"kohya", "text_encoder", "lora_te_", true},
-    {"kohya", "text_encoder", "lora_te1_", true},
+    {"kohya", "text_encoder", "lora_te1_", true, false, true},
+    {"kohya", "text_encoder_2", "lora_te2_", true},
+    {"kohya", "text_encoder_3", "lora_te3_", true},
+    {"kohya", "text_encoder_2", "lora_te3_", true}, /* FLUX's second is the third of SD 3 */
+    {"kohya", "transformer", "lora_unet_", true, true},
+    {"kohya", "transformer", "lycoris_", true},
     {"kohya", "unet", "lycoris_", true}, /* LyCORIS around the U-Net alone */
     {"diffusers", "unet", "unet.", false},
     {"diffusers", "text_encoder", "text_encoder.", false},
+    {"diffusers", "text_encoder_2", "text_encoder_2.", false},
+    {"diffusers", "text_encoder_3", "text_encoder_3.", false},
+    {"diffusers", "transformer", "transformer.", false},
+    {"diffusers", "transformer", "", false},
     {"diffusers", "unet", "", false}, /* adapters of the U-Net alone, saved from it */
     {"peft", NULL, "base_model.model.", false},
     {"comfyui", "unet", "diffusion_model.", false, true},
@@ -27,6 +37,20 @@ static const form forms[] = {
     {"comfyui", "unet", "lora_unet_", true, true},
     {"comfyui", "text_encoder", "text_encoders.clip_l.transformer.", false},
     {"comfyui", "text_encoder", "text_encoders.clip_h.transformer.", false},
+    {"comfyui", "text_encoder_2", "text_encoders.clip_g.transformer.", false},
+    {"comfyui", "text_encoder_2", "text_encoders.t5xxl.transformer.", false},
+    {"comfyui", "text_encoder_3", "text_encoders.t5xxl.transformer.", false},
+    {"comfyui", "transformer", "diffusion_model.", false, true},
+    {"comfyui", "transformer", "", false, true}, /* Black Forest Labs' own */
+    {"omi", "transformer", "transformer.", false, true},
+    {"omi", "text_encoder_2", "clip_g.", false},
+    {"omi", "text_encoder_2", "t5.", false},
+    {"omi", "text_encoder_3", "t5.", false},
+    {"onetrainer", "transformer", "lora_transformer_", true},
+    {"onetrainer", "transformer", "lora_transformer.", false},
+    {"onetrainer", "text_encoder", "lora_te1.", false},
+    {"onetrainer", "text_encoder_2", "lora_te2.", false},
+    {"onetrainer", "text_encoder_3", "lora_te3.", false},
     {"omi", "unet", "unet.", false, true}, /* OneTrainer's, by the standard of that name */
     {"omi", "text_encoder", "clip_l.", false},
     {"onetrainer", "unet", "lora_unet.", false}, /* as its modules are called in memory */
@@ -40,6 +64,7 @@ typedef struct rename {
 static const rename_row renames[] = {
     {NULL, NULL, "", ""},                      /* none */
     {NULL, "text_encoder", "text_model.", ""}, /* transformers 5 */
+    {NULL, "text_encoder_2", "text_model.", ""},
     {"diffusers-old", "unet", ".to_q",
      ".processor.to_q"}, /* before PEFT: in attention processors */
     {"diffusers-old", "unet", ".to_k", ".processor.to_k"},
@@ -86,6 +111,10 @@ static const struct {
     {"diffusers", "unet", VEL_LEAF_LORA_UP, ".lora.up.weight"},
     {"diffusers", "text_encoder", VEL_LEAF_LORA_DOWN, ".lora_linear_layer.down.weight"},
     {"diffusers", "text_encoder", VEL_LEAF_LORA_UP, ".lora_linear_layer.up.weight"},
+    {"diffusers", "text_encoder_2", VEL_LEAF_LORA_DOWN, ".lora_linear_layer.down.weight"},
+    {"diffusers", "text_encoder_2", VEL_LEAF_LORA_UP, ".lora_linear_layer.up.weight"},
+    {"diffusers", NULL, VEL_LEAF_LORA_DOWN, ".lora_A.weight"},
+    {"diffusers", NULL, VEL_LEAF_LORA_UP, ".lora_B.weight"},
     {"diffusers", NULL, VEL_LEAF_DORA_SCALE, ".lora_magnitude_vector"},
     {"peft", NULL, VEL_LEAF_LORA_DOWN, ".lora_A.weight"},
     {"peft", NULL, VEL_LEAF_LORA_UP, ".lora_B.weight"},
@@ -132,16 +161,19 @@ static char *make_stem(vel_arena *a, const vel_known_module *known, const form *
 
 static int by_stem(const void *a, const void *b)
 {
-    return strcmp(((const vel_adapter_stem *)a)->stem, ((const vel_adapter_stem *)b)->stem);
+    const vel_adapter_stem *x = a, *y = b;
+    int order = strcmp(x->stem, y->stem);
+    return order ? order : x->module - y->module;
 }
 
-/* Names that two modules share lead to neither. */
+/* Names that two modules share lead to neither, unless they are rows of what is called so. */
 static int join_equal(vel_adapter_stem *stems, int n)
 {
     int kept = 0;
     for (int i = 0; i < n; i++) {
         vel_adapter_stem *last = kept ? &stems[kept - 1] : NULL;
-        if (!last || strcmp(last->stem, stems[i].stem) != 0)
+        bool equal = last && strcmp(last->stem, stems[i].stem) == 0;
+        if (!equal || (last->joined && stems[i].joined && last->module != stems[i].module))
             stems[kept++] = stems[i];
         else if (last->module != stems[i].module)
             last->module = -1;
@@ -162,25 +194,37 @@ vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_mo
                 char *stem = make_stem(a, &known[m], &forms[f], &renames[r]);
                 const char *dialect = renames[r].dialect ? renames[r].dialect : forms[f].dialect;
                 if (stem)
-                    out->stems[out->n++] = (vel_adapter_stem){stem, m, dialect};
+                    out->stems[out->n++] = (vel_adapter_stem){
+                        stem, m, dialect, forms[f].original && known[m].rows > 0};
             }
     qsort(out->stems, (size_t)out->n, sizeof *out->stems, by_stem);
     out->n = join_equal(out->stems, out->n);
     return VEL_OK;
 }
 
-/* The stem of name's first n characters; NULL when no module is called so. */
+/* The first stem of name's first n characters; NULL when no module is called so. */
 static const vel_adapter_stem *find_stem(const vel_adapter_names *names, const char *name, size_t n)
 {
-    char stem[512];
-    if (n >= sizeof stem)
-        return NULL;
-    memcpy(stem, name, n);
-    stem[n] = 0;
-    vel_adapter_stem key = {.stem = stem};
-    const vel_adapter_stem *found =
-        bsearch(&key, names->stems, (size_t)names->n, sizeof *names->stems, by_stem);
-    return found && found->module >= 0 ? found : NULL;
+    int low = 0, high = names->n;
+    while (low < high) {
+        int mid = low + (high - low) / 2;
+        const char *stem = names->stems[mid].stem;
+        int order = strncmp(stem, name, n);
+        if (order < 0)
+            low = mid + 1;
+        else
+            high = mid; /* equal so far: the shortest such stem comes first */
+    }
+    const vel_adapter_stem *found = low < names->n ? &names->stems[low] : NULL;
+    bool equal = found && strncmp(found->stem, name, n) == 0 && !found->stem[n];
+    return equal && found->module >= 0 ? found : NULL;
+}
+
+const vel_adapter_stem *vel_adapter_names_next(const vel_adapter_names *names,
+                                               const vel_adapter_stem *s)
+{
+    const vel_adapter_stem *next = s + 1;
+    return next < names->stems + names->n && strcmp(next->stem, s->stem) == 0 ? next : NULL;
 }
 
 /* Does name (n characters) end with "." and the leaf's name? */
@@ -236,11 +280,12 @@ static const char *written_tail(vel_arena *a, const char *dialect, const char *p
 }
 
 const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
-                             vel_adapter_role role)
+                             bool several_texts, vel_adapter_role role)
 {
     const form *f = NULL;
     for (int i = VEL_COUNT(forms) - 1; i >= 0; i--)
-        if (strcmp(forms[i].dialect, dialect) == 0 && of_part(path, forms[i].part))
+        if (strcmp(forms[i].dialect, dialect) == 0 && of_part(path, forms[i].part) &&
+            (!f || !several_texts || !f->several))
             f = &forms[i];
     const vel_known_module known = {.path = path};
     const char *stem = f ? make_stem(a, &known, f, &renames[0]) : NULL;

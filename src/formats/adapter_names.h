@@ -18,6 +18,7 @@ typedef struct vel_adapter_stem {
     const char *stem; /* "lora_unet_mid_block_..._to_q" */
     int module;       /* index among the known; -1: two modules have this name */
     const char *dialect;
+    bool joined; /* the name of several modules' rows: more stems with the same text may follow */
 } vel_adapter_stem;
 typedef struct vel_adapter_names {
     vel_adapter_stem *stems;
@@ -26,16 +27,21 @@ typedef struct vel_adapter_names {
 /* In the arena. */
 vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_module *known,
                                   int n_known, vel_adapter_names *out);
-/* The stem of a tensor's name, and its role; NULL when no known module is called so. */
+/* The stem of a tensor's name, and its role; NULL when no known module is called so. Of a joined
+ * one the first. */
 const vel_adapter_stem *vel_adapter_names_find(const vel_adapter_names *names, const char *tensor,
                                                vel_adapter_role *role);
 /* What a tensor's name ends with, whatever its module is called; *stem: the length of what stands
  * before. False when it ends with no name of a leaf or of alpha. The ending of the file's own leaf
  * is taken, so "x.lora_B.default.weight" is a LORA_UP. */
 bool vel_adapter_tail(const char *tensor, size_t *stem, vel_adapter_role *role);
-/* The tensor's name for writing, in the arena; NULL when the dialect has none for this part. */
+/* The next stem with the same text as s; NULL past the last. */
+const vel_adapter_stem *vel_adapter_names_next(const vel_adapter_names *names,
+                                               const vel_adapter_stem *s);
+/* The tensor's name for writing, in the arena; NULL when the dialect has none for this part.
+ * several_texts: the model has more than one text encoder. */
 const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
-                             vel_adapter_role role);
+                             bool several_texts, vel_adapter_role role);
 /* "unet" of "unet.down_blocks...": how long the part is. */
 size_t vel_adapter_part(const char *path);
 

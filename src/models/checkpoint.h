@@ -49,7 +49,7 @@ typedef struct vel_checkpoint_names vel_checkpoint_names;
 bool vel_checkpoint_name(const vel_checkpoint_names *names, vel_arena *a, const char *part,
                          const char *name, vel_checkpoint_key *out);
 /* The same for a module: path "unet.conv_in" -> theirs "input_blocks.0.0", without prefix. False
- * when the form has none, or joins it with others. */
+ * when the form has none. */
 bool vel_checkpoint_module(const vel_checkpoint_names *names, vel_arena *a, const char *path,
                            vel_checkpoint_key *out);
 

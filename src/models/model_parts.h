@@ -272,6 +272,8 @@ vel_ref vel_sd_denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
 vel_ref vel_sd_decode(vel_graph *g, const vel_config *c, vel_ref z);
 vel_ref vel_sd_encode(vel_graph *g, const vel_config *c, vel_ref image);
 /* sd_keys.c */
+vel_status vel_sdxl_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                                 const struct vel_checkpoint_names **out);
 vel_status vel_sd_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const struct vel_checkpoint_names **out);
 

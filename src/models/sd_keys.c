@@ -109,6 +109,11 @@ static const struct key_row {
     {VAE, "decoder.up_blocks.B.resnets.L.", "decoder.up.R.block.L.", VAE_RESNET},
     {VAE, "decoder.up_blocks.B.upsamplers.0.conv.", "decoder.up.R.upsample.conv."},
 };
+/* SDXL's U-Net has these besides. */
+static const struct key_row sdxl_rows[] = {
+    {UNET, "add_embedding.linear_1.", "label_emb.0.0."},
+    {UNET, "add_embedding.linear_2.", "label_emb.0.2."},
+};
 /* The text encoder in transformers' names is itself; these are OpenCLIP's. */
 static const struct key_row hf_text_rows[] = {{TEXT, "text_model.", "text_model."}};
 static const struct key_row open_clip_rows[] = {
@@ -341,7 +346,7 @@ bool vel_checkpoint_module(const vel_checkpoint_names *names, vel_arena *a, cons
     if (!dot || snprintf(part, sizeof part, "%.*s", (int)(dot - path), path) >= (int)sizeof part)
         return false;
     const char *name = vel_arena_strf(a, "%s%s", dot + 1, leaf);
-    if (!name || !vel_checkpoint_name(names, a, part, name, out) || out->slots != 1 ||
+    if (!name || !vel_checkpoint_name(names, a, part, name, out) ||
         !vel_has_suffix(out->theirs, leaf))
         return false;
     for (int i = 0; i < VEL_COUNT(prefixes); i++)
@@ -891,4 +896,28 @@ vel_status vel_sd_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *
     VEL_TRY(make_pairs(ctx, a, &l, names));
     *out = names;
     return VEL_OK;
+}
+
+/* Of the U-Net alone, which is what adapters go by. */
+vel_status vel_sdxl_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
+                                 const vel_checkpoint_names **out)
+{
+    json_t *up = json_object_get(configs[UNET], "up_block_types");
+    layout l = {.layers = (int)vel_json_int(configs[UNET], "layers_per_block", 2),
+                .blocks = (int)json_array_size(up)};
+    vel_checkpoint_names *names = vel_arena_alloc(a, sizeof *names);
+    bool ok = names && (names->pairs = vel_arena_alloc(a, sizeof *names->pairs * MOST_PAIRS));
+    if (l.blocks < 1 || l.blocks > VEL_COUNT(l.up_attends) || l.layers < 1 || l.layers > 64)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "the model's blocks have no place in a single file's names");
+    for (int b = 0; b < l.blocks; b++) {
+        const char *type = json_string_value(json_array_get(up, (size_t)b));
+        l.up_attends[b] = type && strcmp(type, "CrossAttnUpBlock2D") == 0;
+    }
+    for (int i = 0; i < VEL_COUNT(rows) && ok; i++)
+        ok = rows[i].part != UNET || add_row(names, a, &l, &rows[i]);
+    for (int i = 0; i < VEL_COUNT(sdxl_rows) && ok; i++)
+        ok = add_row(names, a, &l, &sdxl_rows[i]);
+    *out = names;
+    return ok ? VEL_OK : vel_fail(ctx, VEL_NO_MEMORY, "no memory for the names of a checkpoint");
 }

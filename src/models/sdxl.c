@@ -144,4 +144,5 @@ const vel_family vel_family_sdxl = {
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,
+    .single_names = vel_sdxl_single_names,
 };

@@ -22,8 +22,11 @@ static vel_status describe(vel_model *m, const vel_checkpoint_names *names, cons
     *out = (vel_known_module){.path = vel_arena_strdup(m->arena, found->path),
                               .weight_rank = found->weight.rank};
     memcpy(out->weight_dim, found->weight.dim, sizeof out->weight_dim);
-    if (names && vel_checkpoint_module(names, m->arena, found->path, &key))
+    if (names && vel_checkpoint_module(names, m->arena, found->path, &key)) {
         out->original = key.theirs;
+        out->rows = key.slots > 1 ? key.slots * out->weight_dim[0] : 0;
+        out->first_row = key.slots > 1 ? key.slot * out->weight_dim[0] : 0;
+    }
     return out->path ? VEL_OK : VEL_NO_MEMORY;
 }
 

@@ -278,6 +278,10 @@ vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, 
     f->ctx = ctx;
     f->words = words;
     f->n_words = n_words;
+    int n_known = 0;
+    const vel_known_module *known = vel_model_modules(m, &n_known);
+    for (int i = 0; known && i < n_known; i++)
+        f->several_texts |= vel_has_prefix(known[i].path, "text_encoder_2.");
     f->modules = vel_alloc(ctx, (size_t)VEL_MAX(n, 1) * sizeof *f->modules);
     vel_status st = f->modules ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++) {
