@@ -54,7 +54,7 @@ static const struct spelling {
     {"PEFT in memory", "unet.", "text_encoder.", false, false, true, ".default.weight"},
 };
 
-static char *spell(vel_ctx *ctx, const struct spelling *s, const struct place *p, const char *leaf)
+static char *spell(vel_test *t, const struct spelling *s, const struct place *p, const char *leaf)
 {
     const char *module = strchr(p->path, '.') + 1;
     bool text = vel_has_prefix(p->path, "text_encoder");
@@ -67,43 +67,43 @@ static char *spell(vel_ctx *ctx, const struct spelling *s, const struct place *p
         theirs = s->tail ? "lora_B" : "lora_B.weight";
     if (s->tail && theirs != leaf)
         tail = s->tail;
-    char *stem = vel_strf(ctx, "%s%s", text ? s->text : s->unet, module);
+    char *stem = vel_test_text(t, "%s%s", text ? s->text : s->unet, module);
     for (char *c = stem; s->underscores && *c; c++)
         *c = *c == '.' ? '_' : *c;
-    char *name = vel_strf(ctx, "%s.%s%s", stem, theirs, tail);
-    vel_free(ctx, stem);
+    char *name = vel_test_text(t, "%s.%s%s", stem, theirs, tail);
+    vel_free(t->ctx, stem);
     return name;
 }
 
 /* ---- kinds ---- */
 
-typedef void make_fn(vel_ctx *ctx, const struct place *p, vel_adapter_module *m);
+typedef void make_fn(vel_test *t, const struct place *p, vel_adapter_module *m);
 
-static void add_leaf(vel_ctx *ctx, vel_adapter_module *m, vel_adapter_leaf leaf, int rank,
+static void add_leaf(vel_test *t, vel_adapter_module *m, vel_adapter_leaf leaf, int rank,
                      const int64_t *d, float size)
 {
     vel_adapter_tensor *x = &m->leaf[leaf];
     x->dims = (vel_leaf_dims){rank, {d[0], d[1], d[2], d[3]}};
     int64_t n = vel_adapter_tensor_count(x);
-    x->v = vel_alloc(ctx, sizeof *x->v * (size_t)n);
+    x->v = vel_test_alloc(t, sizeof *x->v * (size_t)n);
     vel_random_normal(11, (uint64_t)leaf + (uint64_t)m->weight_dim[0], 0, x->v, n);
     for (int64_t i = 0; i < n; i++)
         x->v[i] *= size;
 }
 
 #define LEAF(leaf, rank, a, b, c, d, size)                                                         \
-    add_leaf(ctx, m, VEL_LEAF_##leaf, rank, (const int64_t[]){a, b, c, d}, size)
+    add_leaf(t, m, VEL_LEAF_##leaf, rank, (const int64_t[]){a, b, c, d}, size)
 
-static void make_lora(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void make_lora(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     LEAF(LORA_DOWN, p->rank, 4, p->dim[1], p->dim[2], p->dim[3], 0.1f);
     LEAF(LORA_UP, p->rank, p->dim[0], 4, 1, 1, 0.1f);
 }
 
-static void make_tucker(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void make_tucker(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     if (p->rank != 4) {
-        make_lora(ctx, p, m);
+        make_lora(t, p, m);
         return;
     }
     LEAF(LORA_DOWN, 4, 4, p->dim[1], 1, 1, 0.1f);
@@ -116,7 +116,7 @@ static int64_t area(const struct place *p)
     return p->rank == 4 ? p->dim[2] * p->dim[3] : 1;
 }
 
-static void make_loha(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void make_loha(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     LEAF(HADA_W1_A, 2, p->dim[0], 4, 1, 1, 0.3f);
     LEAF(HADA_W1_B, 2, 4, p->dim[1] * area(p), 1, 1, 0.3f);
@@ -124,7 +124,7 @@ static void make_loha(vel_ctx *ctx, const struct place *p, vel_adapter_module *m
     LEAF(HADA_W2_B, 2, 4, p->dim[1] * area(p), 1, 1, 0.3f);
 }
 
-static void make_lokr(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void make_lokr(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     int64_t a, b, c, d; /* as LyCORIS and PEFT cut them */
     vel_lokr_factors(p->dim[0], -1, &a, &b);
@@ -134,14 +134,14 @@ static void make_lokr(vel_ctx *ctx, const struct place *p, vel_adapter_module *m
     LEAF(LOKR_W2_B, 2, 4, d * area(p), 1, 1, 0.3f);
 }
 
-static void make_full(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void make_full(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     LEAF(DIFF, p->rank, p->dim[0], p->dim[1], p->dim[2], p->dim[3], 0.01f);
     m->rank = 1;
     m->alpha = 1;
 }
 
-static void make_norm(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void make_norm(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     LEAF(W_NORM, 1, p->dim[0], 1, 1, 1, 0.1f);
     LEAF(B_NORM, 1, p->dim[0], 1, 1, 1, 0.1f);
@@ -149,7 +149,7 @@ static void make_norm(vel_ctx *ctx, const struct place *p, vel_adapter_module *m
     m->alpha = 1;
 }
 
-static void add_dora(vel_ctx *ctx, const struct place *p, vel_adapter_module *m)
+static void add_dora(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     LEAF(DORA_SCALE, p->rank, p->dim[0], 1, 1, 1, 0.0f);
     for (int64_t i = 0; i < p->dim[0]; i++)
@@ -187,9 +187,9 @@ static void make_module(vel_test *t, const struct kind *k, const struct place *p
     memcpy(m->weight_dim, p->dim, sizeof m->weight_dim);
     for (int d = m->weight_rank; d < 4; d++)
         m->weight_dim[d] = 1;
-    k->make(t->ctx, p, m);
+    k->make(t, p, m);
     if (k->dora)
-        add_dora(t->ctx, p, m);
+        add_dora(t, p, m);
 }
 
 static void make_adapter(vel_test *t, const struct kind *k, bool text, vel_adapter_file *f,
@@ -275,8 +275,7 @@ static void write_spelled(vel_test *t, const vel_adapter_file *f, const struct s
             bool last = leaf == VEL_ADAPTER_LEAVES; /* alpha, of what has a rank */
             if (last ? m->rank == 1 : !m->leaf[leaf].v)
                 continue;
-            char *name =
-                spell(t->ctx, s, place_of(m), last ? "alpha" : vel_adapter_leaf_name(leaf));
+            char *name = spell(t, s, place_of(m), last ? "alpha" : vel_adapter_leaf_name(leaf));
             put(&w, name, last ? 0 : m->leaf[leaf].dims.rank, last ? NULL : m->leaf[leaf].dims.dim,
                 last ? &alpha : m->leaf[leaf].v);
             vel_free(t->ctx, name);
@@ -485,14 +484,14 @@ TEST(adapter_dialects_without_a_model)
         vel_adapter_file f = {.ctx = t->ctx, .modules = &m, .n = 1};
         char *a = vel_test_path(t, "a.safetensors"), *b = vel_test_path(t, "b.safetensors"),
              *text = NULL;
-        make_lora(t->ctx, &k, &m);
+        make_lora(t, &k, &m);
         REQUIRE_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
         REQUIRE_OK(run_without_model(t, "convert", a, b, &text));
         CHECK_MSG(text && strstr(text, models[i].title), "%s", text ? text : "");
         vel_text_free(text);
         REQUIRE_OK(run_without_model(t, "verify", a, b, &text));
         vel_text_free(text);
-        add_dora(t->ctx, &k, &m);
+        add_dora(t, &k, &m);
         REQUIRE_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
         CHECK(run_without_model(t, "verify", a, b, &text) == VEL_BAD_VALUE);
         CHECK(strstr(vel_ctx_error(t->ctx), "--model"));
