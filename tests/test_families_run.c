@@ -1,0 +1,115 @@
+/* test_families_run.c: the command line on tiny models of the larger families, as users have it: an
+ * adapter is trained, drawn with, and trained on after a stop. Values: test_families.c. */
+#include "formats/formats.h"
+#include "program.h"
+
+#define FAMILY_MODEL "--model tests/golden/families/%s/model "
+#define QUICK                                                                                      \
+    "--data \"$D/pictures\" --resolution 64 --rank 2 --learning_rate 0.02 --mixed_precision no "   \
+    "--device cpu --seed 1 --output_name a "
+
+/* Runs a command with the family's name as format's only argument; true when it went well. */
+static bool runs(vel_test *t, const char *name, const char *format, program_result *r)
+{
+    char words[1024];
+    snprintf(words, sizeof words, format, name);
+    if (!program_run(t, words, r))
+        return false;
+    CHECK_MSG(r->status == 0, "velatura %s: status %d: %s", words, r->status, r->text);
+    return r->status == 0;
+}
+
+/* Byte for byte. */
+static bool same_files(vel_test *t, const char *a, const char *b)
+{
+    char command[256];
+    program_result r;
+    snprintf(command, sizeof command, "cmp \"$D/%s\" \"$D/%s\"", a, b);
+    return program_shell(t, command, &r) && r.status == 0;
+}
+
+static bool read_pixels(vel_test *t, const char *name, vel_image *out)
+{
+    char *path = vel_test_path(t, name);
+    const vel_picture_load as_it_is = {0};
+    vel_status st = vel_picture_read(t->ctx, path, &as_it_is, out);
+    CHECK_OK(st);
+    vel_free(t->ctx, path);
+    return st == VEL_OK;
+}
+
+/* Pixel by pixel: the files also say with which adapter they were drawn. */
+static bool same_pixels(vel_test *t, const char *a, const char *b)
+{
+    vel_image one = {0}, two = {0};
+    bool same = read_pixels(t, a, &one) && read_pixels(t, b, &two) && one.width == two.width &&
+                one.height == two.height && one.channels == two.channels &&
+                memcmp(one.pixels, two.pixels,
+                       (size_t)one.width * (size_t)one.height * (size_t)one.channels) == 0;
+    vel_image_finish(&one);
+    vel_image_finish(&two);
+    return same;
+}
+
+static void copy_pictures(vel_test *t)
+{
+    char *folder = vel_test_path(t, "pictures");
+    program_copy_pictures(t, folder, 2);
+    vel_free(t->ctx, folder);
+}
+
+#define DRAW                                                                                       \
+    "generate " FAMILY_MODEL "--prompt \"a red cat\" --steps 2 --width 64 --height 64 "            \
+    "--precision no --device cpu --seed 3 "
+
+static void train_and_draw(vel_test *t, const char *name)
+{
+    program_result r;
+    copy_pictures(t);
+    if (runs(t, name, "train " FAMILY_MODEL QUICK "--steps 3 --output_dir \"$D/out\"", &r) &&
+        runs(t, name, DRAW "--output \"$D/base.png\"", &r) &&
+        runs(t, name, DRAW "--lora \"$D/out/a.safetensors:0\" --output \"$D/off.png\"", &r) &&
+        runs(t, name, DRAW "--lora \"$D/out/a.safetensors:4\" --output \"$D/on.png\"", &r)) {
+        CHECK_MSG(same_pixels(t, "base.png", "off.png"), "%s: an adapter at 0 changes it", name);
+        CHECK_MSG(!same_pixels(t, "base.png", "on.png"), "%s: the adapter changes nothing", name);
+    }
+}
+
+TEST(families_run_sdxl)
+{
+    train_and_draw(t, "sdxl");
+}
+
+TEST(families_run_sd3)
+{
+    train_and_draw(t, "sd3");
+}
+
+TEST(families_run_flux)
+{
+    train_and_draw(t, "flux-dev");
+}
+
+TEST(families_run_sana)
+{
+    train_and_draw(t, "sana");
+}
+
+TEST(families_run_lumina2)
+{
+    train_and_draw(t, "lumina2");
+}
+
+TEST(families_run_resumed_equals_uninterrupted)
+{
+    program_result r;
+    const char *name = "sd3";
+    copy_pictures(t);
+    if (runs(t, name, "train " FAMILY_MODEL QUICK "--steps 3 --output_dir \"$D/whole\"", &r) &&
+        runs(t, name, "train " FAMILY_MODEL QUICK "--steps 1 --output_dir \"$D/parts\"", &r)) {
+        CHECK(!same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
+        runs(t, name,
+             "train " FAMILY_MODEL QUICK "--steps 3 --resume latest --output_dir \"$D/parts\"", &r);
+        CHECK(same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
+    }
+}
