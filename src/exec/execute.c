@@ -27,7 +27,8 @@ struct vel_plan {
     vel_layout layout;
     const vel_trainable **gradient_at; /* [node]: the gradient that output 0 is, written in place */
     const vel_trainable **shadow_at;   /* [node]: the trainable that this cast of it is a part of */
-    bool shadowed[VEL_I32];  /* [dtype]: the plan reads all trainable values in this type */
+    bool shadowed[VEL_I32]; /* [dtype]: the plan reads all trainable values in this type */
+    bool bound;
     const void *bound_arena; /* the launches hold pointers into this */
     const float *bound_grad, *bound_value;
     int64_t weight_bytes;
@@ -512,7 +513,7 @@ static void forget_recording(vel_plan *p)
 /* Addresses, again whenever the arena or the gradient vector has moved. */
 static vel_status bind(vel_plan *p)
 {
-    if (p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad &&
+    if (p->bound && p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad &&
         p->bound_value == p->engine->value)
         return VEL_OK;
     for (int type = 0; type < VEL_I32; type++)
@@ -539,6 +540,7 @@ static vel_status bind(vel_plan *p)
         l->scratch =
             p->layout.scratch[id] < 0 ? NULL : (char *)p->engine->arena + p->layout.scratch[id];
     }
+    p->bound = true; /* a plan may need no arena at all, and its address is then no sign */
     p->bound_arena = p->engine->arena;
     p->bound_grad = p->engine->grad;
     p->bound_value = p->engine->value;
