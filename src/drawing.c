@@ -298,6 +298,9 @@ vel_status vel_drawing_load(vel_drawing *d)
                            .vae_tile = o->vae_tile,
                            .base_quant = o->base_quant};
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
+    const vel_guidance_info *usual = vel_model_guidance(d->model);
+    d->guidance = o->guidance >= 0 ? o->guidance : usual->usual;
+    d->steps = o->steps > 0 ? o->steps : usual->steps;
     for (int i = 0; i < d->n_adapters; i++)
         VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));
     return load_words(d);
@@ -323,10 +326,10 @@ vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t see
     const vel_generate_options *o = d->o;
     return (vel_draw){.prompt = prompt,
                       .negative = o->negative,
-                      .guidance = o->guidance,
+                      .guidance = d->guidance,
                       .width = o->width,
                       .height = o->height,
-                      .steps = o->steps,
+                      .steps = d->steps,
                       .seed = seed,
                       .sampler = o->sampler,
                       .eta = o->eta};
@@ -391,9 +394,9 @@ static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image,
             vel_text_addf(t, " <lora:%s:%g>", d->adapters[i].name, p->weights[i]);
     if (o->negative && o->negative[0])
         vel_text_addf(t, "\nNegative prompt: %s", o->negative);
-    vel_text_addf(t, "\nSteps: %d, Sampler: ", o->steps);
+    vel_text_addf(t, "\nSteps: %d, Sampler: ", d->steps);
     add_sampler_title(t, sampler_of(d));
-    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s", o->guidance,
+    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s", d->guidance,
                   seed, image->width, image->height, model_name(d));
     if (o->clip_skip > 1)
         vel_text_addf(t, ", Clip skip: %d", o->clip_skip);
@@ -420,8 +423,8 @@ static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_d
     return json_pack(
         "{s:s, s:s, s:s, s:s, s:f, s:i, s:i, s:i, s:I, s:s, s:f, s:i, s:s, s:o}", "velatura",
         vel_version(), "model", model_name(d), "prompt", p->text, "negative",
-        o->negative ? o->negative : "", "guidance", o->guidance, "width", image->width, "height",
-        image->height, "steps", o->steps, "seed", (json_int_t)seed, "sampler", sampler_of(d), "eta",
+        o->negative ? o->negative : "", "guidance", d->guidance, "width", image->width, "height",
+        image->height, "steps", d->steps, "seed", (json_int_t)seed, "sampler", sampler_of(d), "eta",
         o->eta, "clip_skip", o->clip_skip, "precision",
         vel_model_compute(d->model) == VEL_F32 ? "no" : "bf16", "adapters", adapters_json(d, p));
 }

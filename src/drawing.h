@@ -29,6 +29,8 @@ typedef struct vel_drawing {
     int n_adapters;
     int64_t seed;     /* the first; resolved where it was to be random */
     vel_model *model; /* NULL until vel_drawing_load */
+    double guidance;  /* as asked for, else the family's; from vel_drawing_load on */
+    int steps;        /* likewise */
 } vel_drawing;
 
 /* Reads prompts (when wanted) and finds every adapter file; loads nothing. */

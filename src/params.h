@@ -9,8 +9,8 @@ typedef struct vel_generate_options {
     const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
     int clip_skip, vae_tile;
     const char *prompt, *prompt_file, *negative;
-    double guidance;
-    int width, height, steps, count, batch;
+    double guidance;                        /* < 0: the family's usual one */
+    int width, height, steps, count, batch; /* 0: the model's and the family's own */
     int64_t seed; /* -1: a random one, which is then printed and written into the file */
     const char *sampler;
     double eta;

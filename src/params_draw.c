@@ -24,12 +24,12 @@
              "what to draw; <lora:file:0.8> adds an adapter"),                                     \
         TEXT("prompt_file", "from_file", at prompt_file, NULL, "picture", "a prompt a line"),      \
         TEXT("negative", "negative_prompt", at negative, NULL, "picture", "what to avoid"),        \
-        FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, 0, 100, "picture",  \
-              "classifier-free guidance; 1: off"),                                                 \
+        FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, -1, 100, "picture", \
+              "classifier-free guidance; 1: off, -1: as the model's family is used"),              \
         INT("width", NULL, at width, "0", 0, 8192, "picture", "pixels; 0: the model's own"),       \
         INT("height", NULL, at height, "0", 0, 8192, "picture", "pixels; 0: the model's own"),     \
-        INT("steps", "num_inference_steps", at steps, first_steps, 1, 1000, "picture",             \
-            "sampler steps"),                                                                      \
+        INT("steps", "num_inference_steps", at steps, first_steps, 0, 1000, "picture",             \
+            "sampler steps; 0: as the model's family is used"),                                    \
         INT("count", "num_images", at count, "1", 1, 100000, "picture",                            \
             "pictures of each prompt, with seeds that follow"),                                    \
         INT("batch", "batch_size", at batch, "0", 0, 64, "picture",                                \
@@ -47,7 +47,7 @@
              "files of learned words: cat.safetensors,'<dog>=other.pt'")
 
 #define OPTIONS vel_generate_options
-const vel_option_row vel_generate_rows[] = {DRAW_ROWS(, NULL, "7.5", "30", "-1"),
+const vel_option_row vel_generate_rows[] = {DRAW_ROWS(, NULL, "-1", "0", "-1"),
                                             TEXT("output", "output_dir,outdir", output,
                                                  "output.png", "output",
                                                  "a file, or a folder for several pictures"),
@@ -56,7 +56,7 @@ const vel_option_row vel_generate_rows[] = {DRAW_ROWS(, NULL, "7.5", "30", "-1")
 
 #define OPTIONS vel_grid_options
 const vel_option_row vel_grid_rows[] = {
-    DRAW_ROWS(draw., NULL, "7.5", "30", "-1"),
+    DRAW_ROWS(draw., NULL, "-1", "0", "-1"),
     TEXT("output", NULL, draw.output, "grid.png", "output", "the sheet"),
     TEXT("weights", NULL, weights, "0.6,0.8,1", "adapters",
          "strengths to compare; the base is drawn in any case"),

@@ -8,11 +8,12 @@
     "--data \"$D/pictures\" --resolution 64 --rank 2 --learning_rate 0.02 --mixed_precision no "   \
     "--device cpu --seed 1 --output_name a "
 
-/* Runs a command with the family's name as format's only argument; true when it went well. */
+/* Runs a command with the family's name as format's one or two arguments; true when it went well.
+ */
 static bool runs(vel_test *t, const char *name, const char *format, program_result *r)
 {
     char words[1024];
-    snprintf(words, sizeof words, format, name);
+    snprintf(words, sizeof words, format, name, name);
     if (!program_run(t, words, r))
         return false;
     CHECK_MSG(r->status == 0, "velatura %s: status %d: %s", words, r->status, r->text);
@@ -112,4 +113,31 @@ TEST(families_run_resumed_equals_uninterrupted)
              "train " FAMILY_MODEL QUICK "--steps 3 --resume latest --output_dir \"$D/parts\"", &r);
         CHECK(same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
     }
+}
+
+/* A picture's own text says what it was drawn with: steps and guidance here. */
+static void check_drawn_with(vel_test *t, const char *name, const char *steps, const char *guidance)
+{
+    program_result r;
+    if (!runs(t, name,
+              "generate " FAMILY_MODEL "--prompt cat --width 64 --height 64 --precision no "
+              "--device cpu --seed 3 --output \"$D/%s.png\"",
+              &r))
+        return;
+    char *path = vel_test_text(t, "%s/%s.png", t->folder, name);
+    char *text = vel_picture_png_text(t->ctx, path, "parameters");
+    CHECK_MSG(text && strstr(text, steps), "%s: not '%s': %s", name, steps, text ? text : "");
+    CHECK_MSG(text && strstr(text, guidance), "%s: not '%s': %s", name, guidance, text ? text : "");
+    vel_free(t->ctx, text);
+    vel_free(t->ctx, path);
+}
+
+TEST(families_run_with_their_usual_guidance_and_steps)
+{
+    check_drawn_with(t, "sdxl", "Steps: 30,", "CFG scale: 5,");
+    check_drawn_with(t, "sd3", "Steps: 28,", "CFG scale: 7,");
+    check_drawn_with(t, "flux-dev", "Steps: 28,", "CFG scale: 3.5,");
+    check_drawn_with(t, "flux-schnell", "Steps: 4,", "CFG scale: 0,");
+    check_drawn_with(t, "sana", "Steps: 20,", "CFG scale: 4.5,");
+    check_drawn_with(t, "lumina2", "Steps: 30,", "CFG scale: 4,");
 }

@@ -46,8 +46,8 @@ vel_guidance_info vel_family_guidance(const vel_family *f, const vel_config *c)
     vel_guidance_info out = {0};
     if (f->guidance)
         f->guidance(c, &out);
-    out.usual = out.usual > 0 ? out.usual : 7.5;
-    out.steps = out.steps > 0 ? out.steps : 50;
+    out.usual = out.none ? 0 : out.usual > 0 ? out.usual : 7.5;
+    out.steps = out.steps > 0 ? out.steps : 30;
     return out;
 }
 

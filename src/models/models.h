@@ -101,8 +101,8 @@ typedef struct vel_text_input {
 
 /* How a prompt's prediction and the negative prompt's make one. */
 typedef struct vel_guidance_info {
-    double usual;       /* what the reference's pipeline takes when it is told nothing; 0: 7.5 */
-    int steps;          /* likewise; 0: 50 */
+    double usual; /* what the reference's pipeline takes when it is told nothing; 0: 7.5 */
+    int steps; /* of a picture when nothing is said: the reference's; 0: 30, where that takes 50 */
     bool distilled;     /* the model takes the guidance as an input, and is asked once */
     bool none;          /* it knows no guidance: it is asked once (schnell) */
     bool zero_negative; /* an empty negative prompt is zeros, not the text encoder's states of "" */
@@ -144,7 +144,7 @@ typedef struct vel_family {
     int (*texts)(const vel_config *c, vel_text_info *out);
     /* The states that they make together, when encoder k keeps length[k] tokens. */
     void (*states)(const vel_config *c, const int *length, vel_text_states *out);
-    /* NULL: classifier-free guidance, 7.5, 50 steps. */
+    /* NULL: classifier-free guidance, 7.5, 30 steps. */
     void (*guidance)(const vel_config *c, vel_guidance_info *out);
     /* The extra inputs of a picture into out[VEL_MAX_EXTRA] (NULL: only counted); returns E. NULL:
      * there are none. */

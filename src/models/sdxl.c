@@ -96,7 +96,7 @@ static void states(const vel_config *c, const int *length, vel_text_states *out)
 static void guidance(const vel_config *c, vel_guidance_info *out)
 {
     const sdxl_config *own = c->own;
-    *out = (vel_guidance_info){.usual = 5, .steps = 50, .zero_negative = own->zero_negative};
+    *out = (vel_guidance_info){.usual = 5, .zero_negative = own->zero_negative};
 }
 
 static int extra(const vel_config *c, const vel_picture_facts *f, float *out)

@@ -93,7 +93,7 @@ static vel_status draw_class(train_session *s, int there, int wanted)
         return VEL_NO_MEMORY;
     for (int i = 0; i < n; i++)
         draws[i] = (vel_draw){.prompt = o->class_prompt,
-                              .guidance = 7.5,
+                              .guidance = vel_model_guidance(s->model)->usual,
                               .steps = o->class_image_steps,
                               .seed = (uint64_t)o->seed + (uint64_t)(there + i)};
     class_drawing c = {s, there};
