@@ -63,6 +63,16 @@ static void copy_pictures(vel_test *t)
     "generate " FAMILY_MODEL "--prompt \"a red cat\" --steps 2 --width 64 --height 64 "            \
     "--precision no --device cpu --seed 3 "
 
+/* version, architecture: as the adapter's metadata say of the model. */
+static void check_says(vel_test *t, const char *version, const char *architecture)
+{
+    program_result r;
+    if (!program_shell(t, "head -c 8192 \"$D/out/a.safetensors\" | tr -d '\\0'", &r))
+        return;
+    CHECK_MSG(strstr(r.text, version), "no %s in %.4000s", version, r.text);
+    CHECK_MSG(strstr(r.text, architecture), "no %s in %.4000s", architecture, r.text);
+}
+
 static void train_and_draw(vel_test *t, const char *name)
 {
     program_result r;
@@ -79,26 +89,35 @@ static void train_and_draw(vel_test *t, const char *name)
 TEST(families_run_sdxl)
 {
     train_and_draw(t, "sdxl");
+    check_says(t, "\"ss_base_model_version\":\"sdxl_base_v1-0\"",
+               "\"modelspec.architecture\":\"stable-diffusion-xl-v1-base/lora\"");
 }
 
 TEST(families_run_sd3)
 {
     train_and_draw(t, "sd3");
+    check_says(t, "\"ss_base_model_version\":\"sd3_m\"",
+               "\"modelspec.architecture\":\"stable-diffusion-3-medium/lora\"");
 }
 
 TEST(families_run_flux)
 {
     train_and_draw(t, "flux-dev");
+    check_says(t, "\"ss_base_model_version\":\"flux1\"",
+               "\"modelspec.architecture\":\"flux-1-dev/lora\"");
 }
 
 TEST(families_run_sana)
 {
     train_and_draw(t, "sana");
+    check_says(t, "\"ss_base_model_version\":\"sana\"", "\"modelspec.architecture\":\"sana/lora\"");
 }
 
 TEST(families_run_lumina2)
 {
     train_and_draw(t, "lumina2");
+    check_says(t, "\"ss_base_model_version\":\"lumina2\"",
+               "\"modelspec.architecture\":\"lumina-2/lora\"");
 }
 
 TEST(families_run_resumed_equals_uninterrupted)

@@ -115,6 +115,14 @@ static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
     return out;
 }
 
+static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
+{
+    bool dev = ((const flux_config *)c->own)->transformer.guidance;
+    (void)predicts;
+    *out = (vel_model_names){"flux1", dev ? "flux-1-dev" : "flux-1-schnell",
+                             "https://github.com/black-forest-labs/flux"};
+}
+
 const vel_family vel_family_flux = {
     .name = "flux",
     .title = "FLUX.1",
@@ -128,6 +136,7 @@ const vel_family vel_family_flux = {
     .latent = latent,
     .texts = texts,
     .states = states,
+    .names = names,
     .guidance = guidance,
     .extra = extra,
     .encode_text = encode_text,

@@ -98,6 +98,14 @@ static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
     return out;
 }
 
+static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
+{
+    (void)c;
+    (void)predicts;
+    *out =
+        (vel_model_names){"lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0"};
+}
+
 const vel_family vel_family_lumina2 = {
     .name = "lumina2",
     .title = "Lumina-Image 2.0",
@@ -113,6 +121,7 @@ const vel_family vel_family_lumina2 = {
     .latent = latent,
     .texts = texts,
     .states = states,
+    .names = names,
     .guidance = guidance,
     .encode_text = encode_text,
     .denoise = denoise,

@@ -118,6 +118,14 @@ typedef struct vel_picture_facts {
     double guidance;
 } vel_picture_facts;
 
+/* What adapter files of a model say of it, as sd-scripts writes it. */
+typedef struct vel_model_names {
+    const char *version;        /* ss_base_model_version: "sdxl_base_v1-0" */
+    const char *architecture;   /* modelspec.architecture, before "/lora" */
+    const char *implementation; /* modelspec.implementation; NULL: "diffusers" */
+    bool v2;                    /* ss_v2: Stable Diffusion 2.x */
+} vel_model_names;
+
 typedef struct vel_config vel_config; /* a family's parsed configs, in an arena */
 
 struct vel_checkpoint_names;
@@ -146,6 +154,8 @@ typedef struct vel_family {
     void (*states)(const vel_config *c, const int *length, vel_text_states *out);
     /* NULL: classifier-free guidance, 7.5, 30 steps. */
     void (*guidance)(const vel_config *c, vel_guidance_info *out);
+    /* What adapter files say of the model. */
+    void (*names)(const vel_config *c, vel_prediction predicts, vel_model_names *out);
     /* The extra inputs of a picture into out[VEL_MAX_EXTRA] (NULL: only counted); returns E. NULL:
      * there are none. */
     int (*extra)(const vel_config *c, const vel_picture_facts *facts, float *out);

@@ -150,6 +150,14 @@ static vel_ref encode(vel_graph *g, const vel_config *c, vel_ref image)
     return vel_concat(g, mean, vel_fill(g, vel_shape_at(g, mean), -30), 3);
 }
 
+/* sd-scripts knows no Sana. */
+static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
+{
+    (void)c;
+    (void)predicts;
+    *out = (vel_model_names){"sana", "sana"};
+}
+
 const vel_family vel_family_sana = {
     .name = "sana",
     .title = "Sana",
@@ -161,6 +169,7 @@ const vel_family vel_family_sana = {
     .latent = latent,
     .texts = texts,
     .states = states,
+    .names = names,
     .guidance = guidance,
     .encode_text = encode_text,
     .denoise = denoise,

@@ -127,6 +127,17 @@ vel_ref vel_sd_encode(vel_graph *g, const vel_config *c, vel_ref image)
     return out;
 }
 
+static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
+{
+    bool v = predicts == VEL_PREDICTS_V;
+    if (c->clip[0].width == 1024)
+        *out = (vel_model_names){v ? "sd_v2_v" : "sd_v2",
+                                 v ? "stable-diffusion-v2-768-v" : "stable-diffusion-v2-512",
+                                 .v2 = true};
+    else
+        *out = (vel_model_names){"sd_v1", "stable-diffusion-v1"};
+}
+
 const vel_family vel_family_sd = {
     .name = "sd",
     .title = "Stable Diffusion 1.x and 2.x",
@@ -137,6 +148,7 @@ const vel_family vel_family_sd = {
     .latent = vel_sd_latent,
     .texts = texts,
     .states = states,
+    .names = names,
     .encode_text = encode_text,
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,

@@ -141,6 +141,18 @@ static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
     return out;
 }
 
+static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
+{
+    const vel_sd3_config *t = &((const sd3_config *)c->own)->transformer;
+    bool dual = false;
+    (void)predicts;
+    for (int i = 0; i < t->layers; i++)
+        dual = dual || t->dual[i];
+    *out = !t->head_norms ? (vel_model_names){"sd3_m", "stable-diffusion-3-medium"}
+           : dual         ? (vel_model_names){"sd3_5_medium", "stable-diffusion-3-5-medium"}
+                          : (vel_model_names){"sd3_5_large", "stable-diffusion-3-5-large"};
+}
+
 const vel_family vel_family_sd3 = {
     .name = "sd3",
     .title = "Stable Diffusion 3 and 3.5",
@@ -153,6 +165,7 @@ const vel_family vel_family_sd3 = {
     .latent = latent,
     .texts = texts,
     .states = states,
+    .names = names,
     .guidance = guidance,
     .encode_text = encode_text,
     .denoise = denoise,

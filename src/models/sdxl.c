@@ -128,6 +128,14 @@ static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_te
     return (vel_condition){.context = vel_concat(g, inner[0], inner[1], 2), .pooled = pooled};
 }
 
+static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
+{
+    (void)c;
+    (void)predicts;
+    *out = (vel_model_names){"sdxl_base_v1-0", "stable-diffusion-xl-v1-base",
+                             "https://github.com/Stability-AI/generative-models"};
+}
+
 const vel_family vel_family_sdxl = {
     .name = "sdxl",
     .title = "Stable Diffusion XL",
@@ -138,6 +146,7 @@ const vel_family vel_family_sdxl = {
     .latent = vel_sd_latent,
     .texts = texts,
     .states = states,
+    .names = names,
     .guidance = guidance,
     .extra = extra,
     .encode_text = encode_text,

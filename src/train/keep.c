@@ -278,22 +278,21 @@ static void put_dataset(train_session *s, json_t *meta)
 
 static void put_model(train_session *s, json_t *meta)
 {
-    vel_text_info text[VEL_MAX_TEXTS];
-    vel_model_family(s->model)->texts(vel_model_config(s->model), text);
-    bool v2 = text[0].width == 1024;
-    bool v = vel_model_schedule(s->model)->config.prediction == VEL_PREDICTS_V;
+    vel_prediction predicts = vel_model_schedule(s->model)->config.prediction;
+    vel_model_names n;
+    vel_model_family(s->model)->names(vel_model_config(s->model), predicts, &n);
     const char *folder = vel_model_folder(s->model), *name = strrchr(folder, '/');
     put(meta, "ss_sd_model_name", "%s", name ? name + 1 : folder);
-    put(meta, "ss_v2", "%s", v2 ? "True" : "False");
-    put(meta, "ss_base_model_version", "%s", v2 ? (v ? "sd_v2_v" : "sd_v2") : "sd_v1");
+    put(meta, "ss_v2", "%s", n.v2 ? "True" : "False");
+    put(meta, "ss_base_model_version", "%s", n.version);
     put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
     put(meta, "modelspec.sai_model_spec", "1.0.1");
-    put(meta, "modelspec.architecture", "stable-diffusion-%s/lora",
-        v2 ? (v ? "v2-768-v" : "v2-512") : "v1");
-    put(meta, "modelspec.implementation", "diffusers");
+    put(meta, "modelspec.architecture", "%s/lora", n.architecture);
+    put(meta, "modelspec.implementation", "%s", n.implementation ? n.implementation : "diffusers");
     put(meta, "modelspec.title", "%s", s->o->output_name);
     put(meta, "modelspec.resolution", "%dx%d", s->data->options.width, s->data->options.height);
-    put(meta, "modelspec.prediction_type", "%s", v ? "v" : "epsilon");
+    if (predicts != VEL_PREDICTS_FLOW) /* the specification has no word for it */
+        put(meta, "modelspec.prediction_type", "%s", predicts == VEL_PREDICTS_V ? "v" : "epsilon");
     /* No date: the same settings and seed give the same file, byte for byte. */
 }
 
