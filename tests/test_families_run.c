@@ -160,3 +160,31 @@ TEST(families_run_with_their_usual_guidance_and_steps)
     check_drawn_with(t, "sana", "Steps: 20,", "CFG scale: 4.5,");
     check_drawn_with(t, "lumina2", "Steps: 30,", "CFG scale: 4,");
 }
+
+/* An adapter of each family on a model of another one. */
+TEST(families_run_refuse_each_others_adapters)
+{
+    static const struct {
+        const char *adapter, *title, *model, *other;
+    } cases[] = {
+        {"sdxl", "Stable Diffusion XL", "sd3", "Stable Diffusion 3"},
+        {"sd3", "Stable Diffusion 3", "flux-dev", "FLUX"},
+        {"flux-dev", "FLUX", "sana", "Sana"},
+        {"sana", "Sana", "lumina2", "Lumina"},
+        {"lumina2", "Lumina", "sdxl", "Stable Diffusion XL"},
+    };
+    copy_pictures(t);
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        program_result r;
+        char *of = vel_test_text(t, "an adapter of %s", cases[i].title),
+             *model = vel_test_text(t, "a model of %s", cases[i].other);
+        char *words = vel_test_text(t, DRAW "--lora \"$D/%s/a.safetensors\" --output \"$D/x.png\"",
+                                    cases[i].model, cases[i].adapter);
+        if (runs(t, cases[i].adapter,
+                 "train " FAMILY_MODEL QUICK "--steps 1 --output_dir \"$D/%s\"", &r))
+            program_expect(t, words, 1, (const char *const[]){of, model, NULL});
+        vel_free(t->ctx, of);
+        vel_free(t->ctx, model);
+        vel_free(t->ctx, words);
+    }
+}

@@ -546,6 +546,15 @@ static vel_status read_all(reading *r, vel_adapter_file *f)
     return st;
 }
 
+vel_status vel_adapter_file_find(vel_ctx *ctx, const char *path, char **out)
+{
+    *out = NULL;
+    if (vel_is_folder(path))
+        return find_in_folder(ctx, path, out);
+    *out = vel_strdup(ctx, path);
+    return *out ? VEL_OK : VEL_NO_MEMORY;
+}
+
 vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known_module *known,
                                  int n_known, vel_adapter_file **out)
 {
@@ -555,12 +564,10 @@ vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known
     *out = NULL;
     if (!st) {
         f->ctx = ctx;
-        st = vel_is_folder(path) ? find_in_folder(ctx, path, &f->path) : VEL_OK;
+        st = vel_adapter_file_find(ctx, path, &f->path);
     }
-    if (!st && !f->path)
-        f->path = vel_strdup(ctx, path);
     r.arena = st ? NULL : vel_arena_create(ctx);
-    if (!st && (!f->path || !r.arena))
+    if (!st && !r.arena)
         st = VEL_NO_MEMORY;
     if (!st) {
         r.file = f->path;

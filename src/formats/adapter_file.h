@@ -49,6 +49,7 @@ typedef struct vel_known_module { /* what the model at hand has */
 /* path: a file, or a folder with pytorch_lora_weights.safetensors, adapter_model.safetensors
  * (+ adapter_config.json) or one .safetensors. An adapter for another model is refused with the
  * modules or shapes that do not fit; unknown tensors are listed (the first ten). */
+vel_status vel_adapter_file_find(vel_ctx *ctx, const char *path, char **out); /* the file; owned */
 vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known_module *known,
                                  int n_known, vel_adapter_file **out);
 void vel_adapter_file_destroy(vel_adapter_file *f);

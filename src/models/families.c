@@ -57,6 +57,15 @@ int vel_family_extra(const vel_family *f, const vel_config *c, const vel_picture
     return f->extra ? f->extra(c, facts, out) : 0;
 }
 
+const vel_family *vel_family_of_adapter(const vel_safetensors *file)
+{
+    for (int f = VEL_COUNT(families) - 1; f >= 0; f--)
+        for (int i = 0; i < vel_safetensors_count(file); i++)
+            if (vel_glob(families[f]->adapter_marks, vel_safetensors_at(file, i)->name))
+                return families[f];
+    return NULL;
+}
+
 bool vel_family_may_lack(const vel_family *f, const char *part)
 {
     for (int i = 0; f->optional && f->optional[i]; i++)

@@ -131,6 +131,7 @@ const vel_family vel_family_flux = {
     .dialect = "diffusers",
     .time_scale = 0.001,
     .even_sigmas = true,
+    .adapter_marks = "*single_transformer_blocks*,*double_blocks*,*single_blocks*",
     .detect = detect,
     .read = read_configs,
     .latent = latent,

@@ -116,6 +116,9 @@ const vel_family vel_family_lumina2 = {
     .time_offset = 1,
     .sign = -1,
     .even_sigmas = true,
+    .adapter_marks =
+        "transformer.layers.*,base_model.model.layers.*.attn.*,*noise_refiner*,*context_refiner*,"
+        "lora_unet_layers_*",
     .detect = detect,
     .read = read_configs,
     .latent = latent,

@@ -138,6 +138,9 @@ typedef struct vel_family {
     /* The reference's denoiser is asked at time_scale * t + time_offset (t: 0 .. train_steps), and
      * gives the prediction times sign. Zeros stand for 1, 0, 1. */
     double time_scale, time_offset, sign;
+    /* Names of tensors, as vel_glob, that are in its adapters by any program and not in those of
+     * the families before it in families.def. */
+    const char *adapter_marks;
     const char *dialect; /* of adapter files where nobody asks for one; NULL: kohya */
     bool even_sigmas;    /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     /* Is it mine? model_index is model_index.json. */
@@ -183,6 +186,8 @@ vel_ref vel_family_denoise(vel_graph *g, const vel_family *f, const vel_config *
 vel_guidance_info vel_family_guidance(const vel_family *f, const vel_config *c);
 int vel_family_extra(const vel_family *f, const vel_config *c, const vel_picture_facts *facts,
                      float *out);
+/* The last family whose adapter_marks fit a tensor of the file; NULL: none. */
+const vel_family *vel_family_of_adapter(const vel_safetensors *file);
 bool vel_family_may_lack(const vel_family *f, const char *part);
 
 /* families.def: FAMILY(sd). The first whose detect says yes; NULL with the message when none does.

@@ -164,6 +164,8 @@ const vel_family vel_family_sana = {
     .parts = parts,
     .denoiser = "transformer",
     .dialect = "diffusers",
+    .adapter_marks =
+        "transformer.transformer_blocks.*.attn1.*,base_model.model.transformer_blocks.*.attn1.*",
     .detect = detect,
     .read = read_configs,
     .latent = latent,

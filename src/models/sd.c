@@ -143,6 +143,7 @@ const vel_family vel_family_sd = {
     .title = "Stable Diffusion 1.x and 2.x",
     .parts = parts,
     .denoiser = "unet",
+    .adapter_marks = "*unet*attn*,*unet*attentions*",
     .detect = detect,
     .read = read_configs,
     .latent = vel_sd_latent,

@@ -160,6 +160,8 @@ const vel_family vel_family_sd3 = {
     .optional = optional,
     .denoiser = "transformer",
     .dialect = "diffusers",
+    .adapter_marks = "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
+                     "base_model.model.transformer_blocks.*.attn.*",
     .detect = detect,
     .read = read_configs,
     .latent = latent,

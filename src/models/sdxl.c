@@ -141,6 +141,8 @@ const vel_family vel_family_sdxl = {
     .title = "Stable Diffusion XL",
     .parts = parts,
     .denoiser = "unet",
+    .adapter_marks =
+        "*unet*attentions*transformer_blocks?1?*,lora_unet_*put_blocks*transformer_blocks_1_*",
     .detect = detect,
     .read = read_configs,
     .latent = vel_sd_latent,

@@ -48,6 +48,33 @@ static vel_status make_sites(vel_ctx *ctx, model_adapter *a)
     return VEL_OK;
 }
 
+/* After the file's names did not fit: whose are they? The message that is there stays behind. */
+static vel_status name_families(vel_model *m, const char *path)
+{
+    char *file = NULL;
+    vel_safetensors *tensors = NULL;
+    vel_status st = vel_adapter_file_find(m->ctx, path, &file);
+    if (!st)
+        st = vel_safetensors_open(m->ctx, file, &tensors);
+    const vel_family *of = st ? NULL : vel_family_of_adapter(tensors);
+    vel_safetensors_close(tensors);
+    vel_free(m->ctx, file);
+    if (!st && of && of != m->family)
+        return vel_fail_in(m->ctx, VEL_BAD_GRAPH, "an adapter of %s does not fit a model of %s",
+                           of->title, m->family->title);
+    return st ? st : VEL_BAD_GRAPH;
+}
+
+vel_status vel_model_read_adapter(vel_model *m, const char *path, vel_adapter_file **out)
+{
+    int n;
+    const vel_known_module *known = vel_model_modules(m, &n);
+    if (!known)
+        return VEL_BAD_GRAPH;
+    vel_status st = vel_adapter_file_read(m->ctx, path, known, n, out);
+    return st == VEL_BAD_GRAPH ? name_families(m, path) : st;
+}
+
 vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *path, double weight)
 {
     vel_ctx *ctx = m->ctx;
@@ -56,18 +83,13 @@ vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *pat
     if (find_adapter(m, name))
         return vel_fail(ctx, VEL_BAD_VALUE, "adapter '%s': the name is taken; give %s another",
                         name, path);
-    int n_known;
-    const vel_known_module *known = vel_model_modules(m, &n_known);
-    if (!known)
-        return VEL_BAD_GRAPH;
     model_adapter *grown =
         vel_realloc(ctx, m->adapters, sizeof *grown * (size_t)(m->n_adapters + 1));
     if (!grown)
         return VEL_NO_MEMORY;
     m->adapters = grown;
     model_adapter a = {.name = vel_strdup(ctx, name), .weight = weight};
-    vel_status st =
-        a.name ? vel_adapter_file_read(ctx, path, known, n_known, &a.file) : VEL_NO_MEMORY;
+    vel_status st = a.name ? vel_model_read_adapter(m, path, &a.file) : VEL_NO_MEMORY;
     if (!st)
         st = make_sites(ctx, &a);
     for (int i = 0; !st && i < a.file->n_words; i++)

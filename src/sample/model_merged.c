@@ -120,12 +120,8 @@ static vel_status mark_hash(vel_model *m, const char *part, const char *file, do
 
 vel_status vel_model_merge_adapter(vel_model *m, const char *path, double weight)
 {
-    int n;
-    const vel_known_module *known = vel_model_modules(m, &n);
     vel_adapter_file *f = NULL;
-    if (!known)
-        return VEL_BAD_GRAPH;
-    VEL_TRY(vel_adapter_file_read(m->ctx, path, known, n, &f));
+    VEL_TRY(vel_model_read_adapter(m, path, &f));
     vel_status st = VEL_OK;
     bool text = false;
     for (int i = 0; i < f->n && !st; i++) {

@@ -129,6 +129,8 @@ typedef struct vel_new_weight {
 vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
                           vel_file_type type);
 
+/* A file's values for this model; one of another family is refused with both families' names. */
+vel_status vel_model_read_adapter(vel_model *m, const char *path, struct vel_adapter_file **out);
 /* Adapters under a name, with a strength; change takes effect at the next picture, nothing is
  * reloaded. */
 vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *path, double weight);

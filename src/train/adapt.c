@@ -3,13 +3,6 @@
  */
 #include "train/train.h"
 
-static vel_status read_file(vel_model *m, const char *path, vel_adapter_file **out)
-{
-    int n;
-    const vel_known_module *known = vel_model_modules(m, &n);
-    return known ? vel_adapter_file_read(vel_model_ctx(m), path, known, n, out) : VEL_BAD_GRAPH;
-}
-
 static const vel_adapter_module *module_at(const vel_adapter_file *f, const char *path)
 {
     for (int i = 0; i < f->n; i++)
@@ -23,7 +16,7 @@ vel_status vel_train_take_shapes(vel_model *m, const char *path, vel_adapter_sit
     vel_ctx *ctx = vel_model_ctx(m);
     vel_adapter_file *f = NULL;
     int kept = 0;
-    VEL_TRY(read_file(m, path, &f));
+    VEL_TRY(vel_model_read_adapter(m, path, &f));
     vel_status st = VEL_OK;
     for (int i = 0; i < *n && !st; i++) {
         const vel_adapter_module *module = module_at(f, sites[i].path);
@@ -131,7 +124,7 @@ vel_status vel_train_warm_start(vel_model *m, const char *path, const vel_adapte
     vel_engine *e = vel_model_engine(m);
     vel_adapter_file *f = NULL;
     int found = 0;
-    VEL_TRY(read_file(m, path, &f));
+    VEL_TRY(vel_model_read_adapter(m, path, &f));
     vel_status st = VEL_OK;
     for (int i = 0; i < n && !st; i++) {
         const vel_adapter_module *module = module_at(f, sites[i].path);
