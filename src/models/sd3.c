@@ -141,6 +141,7 @@ static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
     return out;
 }
 
+/* Programs do not agree on the versions' spelling; all begin the architecture like this. */
 static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
 {
     const vel_sd3_config *t = &((const sd3_config *)c->own)->transformer;
