@@ -28,11 +28,13 @@ VEL_INLINE void stretches(vel_quant kind, const float *table, const uint8_t *cod
                           const float *scales, int64_t block, int64_t each, int64_t count, void *y,
                           int64_t begin, int64_t end, bool half)
 {
+    /* Not on the stack: gcc before 13 takes AddressSanitizer's stand-in for it to be aligned for
+     * the widest vectors, which it is not (gcc bug 110027). */
+    static _Thread_local float values[STRETCH];
     for (int64_t item = begin; item < end; item++) {
         int64_t b = item / each, first = item % each * STRETCH;
         int64_t at = b * block + first;
         int64_t n = VEL_MIN(VEL_MIN(block - first, STRETCH), count - at);
-        float values[STRETCH] = {0};
         block_values(kind, table, codes, scales[b], at, n, values);
         for (int64_t i = 0; i < n; i += VL)
             vput_part(y, at + i, n - i, half, vget_part(values, i, n - i, false));
