@@ -73,6 +73,23 @@ void vel_cu_embed_grad(cudaStream_t s, int type, const int32_t *ids, int64_t n, 
 void vel_cu_time_embed(cudaStream_t s, const float *t, int64_t batch, int dim, int flip,
                        double shift, double period, float *out);
 
+/* ---- for transformers (transformer.cu) ---- */
+
+void vel_cu_range(cudaStream_t s, float *out, int64_t n);
+/* x [rows, heads, 2 pairs], table [period, 2 pairs]: row r turns by row r % period. */
+void vel_cu_rope(cudaStream_t s, int type, const void *x, const float *table, void *out,
+                 int64_t rows, int64_t period, int heads, int pairs, int half, int back);
+/* w may be NULL; stats [rows] */
+void vel_cu_rms_norm(cudaStream_t s, int type, const void *x, const float *w, double eps,
+                     int one_plus, void *out, float *stats, int64_t rows, int64_t width);
+void vel_cu_rms_norm_grad(cudaStream_t s, int type, const void *x, const float *w,
+                          const float *stats, const void *dy, int one_plus, void *out, int64_t rows,
+                          int64_t width);
+/* w [channels, kernel_h, kernel_w]; bias may be NULL; back: the kernel turned round. */
+void vel_cu_depthwise(cudaStream_t s, int type, const void *x, const float *w, const float *bias,
+                      int back, void *out, int64_t n, int64_t height, int64_t width,
+                      int64_t channels, int kernel_h, int kernel_w);
+
 /* ---- reductions (reduce.cu) ---- */
 
 /* Sum (largest 0) or largest value over the axes of the mask, float32. */

@@ -242,6 +242,45 @@ static void run_time_embed(const own_job *j)
                       OUT(0));
 }
 
+/* ---- for transformers ---- */
+
+static void run_range(const own_job *j)
+{
+    vel_cu_range(j->s, OUT(0), out_count(j));
+}
+
+static void run_rope(const own_job *j)
+{
+    vel_shape s = out_shape(j), table = in_shape(j, 1);
+    vel_cu_rope(j->s, out_type(j), IN(0), IN(1), OUT(0), s.dim[0] * s.dim[1],
+                table.dim[0] * table.dim[1], j->n->a.rope.heads, (int)(table.dim[2] / 2),
+                j->n->a.rope.half, j->n->a.rope.back);
+}
+
+static void run_rms_norm(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_rms_norm(j->s, out_type(j), IN(0), IN(1), j->n->a.rms_norm.eps,
+                    j->n->a.rms_norm.one_plus, OUT(0), OUT(1), vel_shape_rows(s),
+                    vel_shape_last(s));
+}
+
+static void run_rms_norm_grad(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_rms_norm_grad(j->s, out_type(j), IN(0), IN(1), IN(2), IN(3),
+                         j->n->a.rms_norm_grad.one_plus, OUT(0), vel_shape_rows(s),
+                         vel_shape_last(s));
+}
+
+static void run_depthwise(const own_job *j)
+{
+    vel_shape s = out_shape(j), w = in_shape(j, 1);
+    bool back = j->n->op == VEL_OP_depthwise_grad_x;
+    vel_cu_depthwise(j->s, out_type(j), IN(0), IN(1), back ? NULL : IN(2), back, OUT(0), s.dim[0],
+                     s.dim[1], s.dim[2], s.dim[3], (int)w.dim[2], (int)w.dim[3]);
+}
+
 /* ---- reductions ---- */
 
 static unsigned axes_of(const own_job *j)
@@ -597,6 +636,12 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_embed] = {run_embed},
     [VEL_OP_embed_grad] = {run_embed_grad},
     [VEL_OP_time_embed] = {run_time_embed},
+    [VEL_OP_range] = {run_range},
+    [VEL_OP_rope] = {run_rope, .inplace = 1},
+    [VEL_OP_rms_norm] = {run_rms_norm, .inplace = 1},
+    [VEL_OP_rms_norm_grad] = {run_rms_norm_grad, .inplace = 4},
+    [VEL_OP_depthwise] = {run_depthwise},
+    [VEL_OP_depthwise_grad_x] = {run_depthwise},
     [VEL_OP_mse] = {run_mse, scratch_mse},
     [VEL_OP_mse_grad] = {run_mse_grad},
 };

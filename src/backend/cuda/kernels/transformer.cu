@@ -1,0 +1,257 @@
+/* transformer.cu: what transformers ask for beside products: counting, rotary embeddings, RMS norms
+ * (also of single heads, which are many short rows), and convolutions of each channel alone. */
+#include "common.cuh"
+
+enum { THREADS = 256 };
+
+/* ---- counting, rotary embeddings ---- */
+
+__global__ void __launch_bounds__(THREADS) range_kernel(float *out, int64_t n)
+{
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n)
+        out[i] = (float)i;
+}
+
+extern "C" void vel_cu_range(cudaStream_t s, float *out, int64_t n)
+{
+    range_kernel<<<blocks_for(n, THREADS), THREADS, 0, s>>>(out, n);
+}
+
+/* A block is a token: all of its heads turn by the same angles. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    rope_kernel(const T *x, const float *table, T *out, int64_t period, int pairs, int count,
+                int half, float sign)
+{
+    const float *angles = table + (int64_t)(blockIdx.x % period) * 2 * pairs;
+    int64_t row = (int64_t)blockIdx.x * 2 * count;
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        int pair = i % pairs;
+        int64_t first = row + (half ? 2 * (int64_t)(i - pair) + pair : 2 * (int64_t)i);
+        int64_t second = first + (half ? pairs : 1);
+        float a = to_float(x[first]), b = to_float(x[second]);
+        float cosine = angles[pair], sine = sign * angles[pairs + pair];
+        out[first] = from_float<T>(a * cosine - b * sine);
+        out[second] = from_float<T>(b * cosine + a * sine);
+    }
+}
+
+extern "C" void vel_cu_rope(cudaStream_t s, int type, const void *x, const float *table, void *out,
+                            int64_t rows, int64_t period, int heads, int pairs, int half, int back)
+{
+    VEL_CU_EACH_TYPE(type, rope_kernel<T><<<(unsigned)rows, THREADS, 0, s>>>(
+                               (const T *)x, table, (T *)out, period, pairs, heads * pairs, half,
+                               back ? -1.0f : 1.0f));
+}
+
+/* ---- RMS norm: LANES lanes of a warp share a row ---- */
+
+template <int LANES> __device__ __forceinline__ float lanes_sum(float x)
+{
+#pragma unroll
+    for (int step = LANES / 2; step; step >>= 1)
+        x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+template <int V>
+__device__ __forceinline__ void load_gain(const float *w, int64_t at, float one, float (&gain)[V])
+{
+#pragma unroll
+    for (int k = 0; k < V; k++)
+        gain[k] = w ? w[at + k] + one : 1.0f;
+}
+
+template <typename T, int V, int LANES>
+__global__ void __launch_bounds__(THREADS)
+    rms_norm_kernel(const T *x, const float *w, float eps, float one, T *out, float *stats,
+                    int64_t rows, int64_t width)
+{
+    int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / LANES;
+    int lane = threadIdx.x % LANES;
+    bool real = row < rows; /* all lanes take part in the sums */
+    const T *from = x + (real ? row : 0) * width;
+    float v[V], gain[V], sum = 0;
+    for (int64_t c = lane * V; c < width; c += LANES * V) {
+        load<T, V>(from + c, v);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            sum += v[k] * v[k];
+    }
+    float scale = 1.0f / sqrtf(lanes_sum<LANES>(sum) / (float)width + eps);
+    if (!real)
+        return;
+    if (lane == 0)
+        stats[row] = scale;
+    for (int64_t c = lane * V; c < width; c += LANES * V) {
+        load<T, V>(from + c, v);
+        load_gain<V>(w, c, one, gain);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            v[k] *= scale * gain[k];
+        store<T, V>(out + row * width + c, v);
+    }
+}
+
+/* scale g - x scale^3 mean(g x), g = dy w */
+template <typename T, int V, int LANES>
+__global__ void __launch_bounds__(THREADS)
+    rms_norm_grad_kernel(const T *x, const float *w, const float *stats, const T *dy, float one,
+                         T *out, int64_t rows, int64_t width)
+{
+    int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / LANES;
+    int lane = threadIdx.x % LANES;
+    bool real = row < rows;
+    int64_t first = (real ? row : 0) * width;
+    float v[V], g[V], gain[V], sum = 0;
+    for (int64_t c = lane * V; c < width; c += LANES * V) {
+        load<T, V>(x + first + c, v);
+        load<T, V>(dy + first + c, g);
+        load_gain<V>(w, c, one, gain);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            sum += v[k] * g[k] * gain[k];
+    }
+    float scale = stats[real ? row : 0];
+    float back = lanes_sum<LANES>(sum) / (float)width * scale * scale * scale;
+    if (!real)
+        return;
+    for (int64_t c = lane * V; c < width; c += LANES * V) {
+        load<T, V>(x + first + c, v);
+        load<T, V>(dy + first + c, g);
+        load_gain<V>(w, c, one, gain);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            v[k] = scale * g[k] * gain[k] - v[k] * back;
+        store<T, V>(out + first + c, v);
+    }
+}
+
+/* The statement with V and LANES for a row of `width`. */
+#define EACH_ROW_WIDTH(width, vectors, ...)                                                        \
+    do {                                                                                           \
+        if (vectors) {                                                                             \
+            constexpr int V = VECTOR<T>();                                                         \
+            if ((width) <= 8 * V) {                                                                \
+                constexpr int LANES = 8;                                                           \
+                __VA_ARGS__;                                                                       \
+            } else {                                                                               \
+                constexpr int LANES = 32;                                                          \
+                __VA_ARGS__;                                                                       \
+            }                                                                                      \
+        } else {                                                                                   \
+            constexpr int V = 1, LANES = 32;                                                       \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+template <typename T>
+static void rms_norm(cudaStream_t s, const T *x, const float *w, float eps, float one, T *out,
+                     float *stats, int64_t rows, int64_t width)
+{
+    bool vectors = width % VECTOR<T>() == 0 && aligned(x) && aligned(out);
+    EACH_ROW_WIDTH(width, vectors,
+                   rms_norm_kernel<T, V, LANES>
+                   <<<blocks_for(rows * LANES, THREADS), THREADS, 0, s>>>(x, w, eps, one, out,
+                                                                          stats, rows, width));
+}
+
+extern "C" void vel_cu_rms_norm(cudaStream_t s, int type, const void *x, const float *w, double eps,
+                                int one_plus, void *out, float *stats, int64_t rows, int64_t width)
+{
+    VEL_CU_EACH_TYPE(type, rms_norm<T>(s, (const T *)x, w, (float)eps, one_plus ? 1.0f : 0.0f,
+                                       (T *)out, stats, rows, width));
+}
+
+template <typename T>
+static void rms_norm_grad(cudaStream_t s, const T *x, const float *w, const float *stats,
+                          const T *dy, float one, T *out, int64_t rows, int64_t width)
+{
+    bool vectors = width % VECTOR<T>() == 0 && aligned(x) && aligned(dy) && aligned(out);
+    EACH_ROW_WIDTH(width, vectors,
+                   rms_norm_grad_kernel<T, V, LANES>
+                   <<<blocks_for(rows * LANES, THREADS), THREADS, 0, s>>>(x, w, stats, dy, one, out,
+                                                                          rows, width));
+}
+
+extern "C" void vel_cu_rms_norm_grad(cudaStream_t s, int type, const void *x, const float *w,
+                                     const float *stats, const void *dy, int one_plus, void *out,
+                                     int64_t rows, int64_t width)
+{
+    VEL_CU_EACH_TYPE(type, rms_norm_grad<T>(s, (const T *)x, w, stats, (const T *)dy,
+                                            one_plus ? 1.0f : 0.0f, (T *)out, rows, width));
+}
+
+/* ---- depthwise convolutions: a thread has V channels of STRIP pixels beside each other ---- */
+
+enum { STRIP = 4 };
+
+typedef struct depthwise_sizes {
+    int64_t height, width, channels;
+    int kernel_h, kernel_w;
+} depthwise_sizes;
+
+template <typename T, int V>
+__global__ void __launch_bounds__(THREADS)
+    depthwise_kernel(depthwise_sizes z, const T *x, const float *w, const float *bias, int back,
+                     T *out)
+{
+    int64_t c = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * V;
+    if (c >= z.channels)
+        return;
+    int64_t strips = (z.width + STRIP - 1) / STRIP;
+    int64_t left = blockIdx.x % strips * STRIP, rest = blockIdx.x / strips;
+    int64_t y = rest % z.height, image = rest / z.height;
+    int taps = z.kernel_h * z.kernel_w, down = z.kernel_h / 2, right = z.kernel_w / 2;
+    float sum[STRIP][V], v[V];
+#pragma unroll
+    for (int i = 0; i < STRIP; i++)
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            sum[i][k] = bias ? bias[c + k] : 0.0f;
+    for (int a = 0; a < z.kernel_h; a++) {
+        int64_t from_y = y + a - down;
+        if (from_y < 0 || from_y >= z.height)
+            continue;
+        const T *row = x + (image * z.height + from_y) * z.width * z.channels + c;
+        for (int b = 0; b < z.kernel_w; b++) {
+            int tap = a * z.kernel_w + b;
+            float weight[V];
+#pragma unroll
+            for (int k = 0; k < V; k++)
+                weight[k] = __ldg(w + (c + k) * taps + (back ? taps - 1 - tap : tap));
+#pragma unroll
+            for (int i = 0; i < STRIP; i++) {
+                int64_t from_x = left + i + b - right;
+                if (from_x < 0 || from_x >= z.width)
+                    continue;
+                load<T, V>(row + from_x * z.channels, v);
+#pragma unroll
+                for (int k = 0; k < V; k++)
+                    sum[i][k] += weight[k] * v[k];
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < STRIP; i++)
+        if (left + i < z.width)
+            store<T, V>(out + ((image * z.height + y) * z.width + left + i) * z.channels + c,
+                        sum[i]);
+}
+
+extern "C" void vel_cu_depthwise(cudaStream_t s, int type, const void *x, const float *w,
+                                 const float *bias, int back, void *out, int64_t n, int64_t height,
+                                 int64_t width, int64_t channels, int kernel_h, int kernel_w)
+{
+    depthwise_sizes z = {height, width, channels, kernel_h, kernel_w};
+    int v = channels % 2 == 0 && aligned(x) && aligned(out) ? 2 : 1;
+    dim3 grid((unsigned)(n * height * ((width + STRIP - 1) / STRIP)),
+              blocks_for(channels / v, THREADS));
+    if (v == 2)
+        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 2><<<grid, THREADS, 0, s>>>(
+                                   z, (const T *)x, w, bias, back, (T *)out));
+    else
+        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 1><<<grid, THREADS, 0, s>>>(
+                                   z, (const T *)x, w, bias, back, (T *)out));
+}
