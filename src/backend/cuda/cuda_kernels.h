@@ -79,6 +79,15 @@ void vel_cu_range(cudaStream_t s, float *out, int64_t n);
 /* x [rows, heads, 2 pairs], table [period, 2 pairs]: row r turns by row r % period. */
 void vel_cu_rope(cudaStream_t s, int type, const void *x, const float *table, void *out,
                  int64_t rows, int64_t period, int heads, int pairs, int half, int back);
+/* How codes of 4 or 8 bits become values: value[code] * scale of its block * step. */
+typedef struct vel_cu_quant {
+    float value[256];
+    float step;
+    int per_byte; /* 1 or 2; the first of two is the high half */
+    int64_t block, count;
+} vel_cu_quant;
+void vel_cu_dequant(cudaStream_t s, int type, const void *codes, const float *scales,
+                    const vel_cu_quant *c, void *out);
 /* w may be NULL; stats [rows] */
 void vel_cu_rms_norm(cudaStream_t s, int type, const void *x, const float *w, double eps,
                      int one_plus, void *out, float *stats, int64_t rows, int64_t width);

@@ -4,6 +4,7 @@
  */
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_kernels.h"
+#include "base/quantise.h"
 
 _Static_assert((int)VEL_CU_F32 == VEL_F32 && (int)VEL_CU_BF16 == VEL_BF16 &&
                    (int)VEL_CU_F16 == VEL_F16 && (int)VEL_CU_I32 == VEL_I32 &&
@@ -255,6 +256,20 @@ static void run_rope(const own_job *j)
     vel_cu_rope(j->s, out_type(j), IN(0), IN(1), OUT(0), s.dim[0] * s.dim[1],
                 table.dim[0] * table.dim[1], j->n->a.rope.heads, (int)(table.dim[2] / 2),
                 j->n->a.rope.half, j->n->a.rope.back);
+}
+
+static void run_dequant(const own_job *j)
+{
+    vel_quant kind = (vel_quant)j->n->a.dequant.quant;
+    vel_cu_quant c = {.step = kind == VEL_QUANT_INT8 ? vel_int8_step : 1,
+                      .per_byte = kind == VEL_QUANT_NF4 ? 2 : 1,
+                      .block = vel_quant_block(kind, j->n->a.dequant.columns),
+                      .count = out_count(j)};
+    for (int i = 0; i < 256; i++)
+        c.value[i] = kind == VEL_QUANT_NF4    ? vel_nf4_values[i % 16]
+                     : kind == VEL_QUANT_INT8 ? (float)(int8_t)i
+                                              : vel_fp8_value((uint8_t)i);
+    vel_cu_dequant(j->s, out_type(j), IN(0), IN(1), &c, OUT(0));
 }
 
 static void run_rms_norm(const own_job *j)
@@ -636,6 +651,7 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_embed] = {run_embed},
     [VEL_OP_embed_grad] = {run_embed_grad},
     [VEL_OP_time_embed] = {run_time_embed},
+    [VEL_OP_dequant] = {run_dequant},
     [VEL_OP_range] = {run_range},
     [VEL_OP_rope] = {run_rope, .inplace = 1},
     [VEL_OP_rms_norm] = {run_rms_norm, .inplace = 1},

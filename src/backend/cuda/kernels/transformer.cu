@@ -45,6 +45,34 @@ extern "C" void vel_cu_rope(cudaStream_t s, int type, const void *x, const float
                                back ? -1.0f : 1.0f));
 }
 
+/* ---- frozen weights of 4 or 8 bits as values again (base/quantise.h) ---- */
+
+/* Each thread makes the values of one byte of codes, two where they have 4 bits. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    dequant_kernel(const uint8_t *codes, const float *scales, vel_cu_quant c, T *out)
+{
+    int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * c.per_byte;
+    if (at >= c.count)
+        return;
+    unsigned code = codes[at / c.per_byte];
+    if (c.per_byte == 1) {
+        out[at] = from_float<T>(c.value[code] * scales[at / c.block] * c.step);
+        return;
+    }
+    out[at] = from_float<T>(c.value[code >> 4] * scales[at / c.block] * c.step);
+    if (at + 1 < c.count)
+        out[at + 1] = from_float<T>(c.value[code & 15] * scales[(at + 1) / c.block] * c.step);
+}
+
+extern "C" void vel_cu_dequant(cudaStream_t s, int type, const void *codes, const float *scales,
+                               const vel_cu_quant *c, void *out)
+{
+    int64_t bytes = (c->count + c->per_byte - 1) / c->per_byte;
+    VEL_CU_EACH_TYPE(type, dequant_kernel<T><<<blocks_for(bytes, THREADS), THREADS, 0, s>>>(
+                               (const uint8_t *)codes, scales, *c, (T *)out));
+}
+
 /* ---- RMS norm: LANES lanes of a warp share a row ---- */
 
 template <int LANES> __device__ __forceinline__ float lanes_sum(float x)
