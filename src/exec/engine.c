@@ -256,11 +256,6 @@ vel_status vel_engine_quantise(vel_engine *e, const char *name)
     if (kind < 0)
         return vel_fail(e->ctx, VEL_BAD_VALUE, "base_quant: '%s' is not one of %s", name,
                         VEL_QUANTS);
-    if (kind && strcmp(e->backend->name, "cpu") != 0) /* no other has a kernel for dequant */
-        return vel_fail(e->ctx, VEL_UNSUPPORTED,
-                        "base_quant %s: weights of 4 or 8 bits can be used on the CPU only so far; "
-                        "use --base_quant none or --device cpu",
-                        name);
     e->quant = kind;
     return VEL_OK;
 }
