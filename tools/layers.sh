@@ -15,7 +15,7 @@ src/backend           graph/graph.h base/base.h
 src/backend/null      backend/backend.h graph/graph.h base/base.h
 src/backend/cpu       backend/backend.h graph/graph.h base/base.h
 src/backend/cpu/isa   backend/cpu/isa.h backend/cpu/kernels.h backend/cpu/tiles.h backend/backend.h graph/graph.h base/base.h base/quantise.h
-src/backend/cuda      backend/backend.h graph/graph.h base/base.h
+src/backend/cuda      backend/backend.h graph/graph.h base/base.h base/quantise.h
 src/exec              passes/passes.h ops/ops.h backend/backend.h graph/graph.h base/base.h base/quantise.h
 src/formats           base/base.h
 src/tokenizers        formats/formats.h base/base.h
