@@ -16,14 +16,16 @@ const vel_family *vel_family_at(int i)
 const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, const char *file)
 {
     char known[512] = "";
+    const char *name = vel_json_string(model_index, "_class_name", "missing");
     for (int i = 0; i < VEL_COUNT(families); i++) {
-        if (families[i]->detect(model_index))
-            return families[i];
+        for (int k = 0; families[i]->pipelines[k]; k++)
+            if (strcmp(families[i]->pipelines[k], name) == 0)
+                return families[i];
         size_t used = strlen(known);
         snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "", families[i]->title);
     }
-    vel_fail(ctx, VEL_UNSUPPORTED, "%s: \"_class_name\" is %s; supported are: %s", file,
-             vel_json_string(model_index, "_class_name", "missing"), known);
+    vel_fail(ctx, VEL_UNSUPPORTED, "%s: \"_class_name\" is %s; supported are: %s", file, name,
+             known);
     return NULL;
 }
 
@@ -72,6 +74,17 @@ bool vel_family_may_lack(const vel_family *f, const char *part)
         if (strcmp(f->optional[i], part) == 0)
             return true;
     return false;
+}
+
+vel_status vel_config_create(vel_ctx *ctx, vel_arena *a, size_t own, const char *file,
+                             vel_config **out)
+{
+    *out = vel_arena_alloc(a, sizeof **out);
+    if (*out && own)
+        (*out)->own = vel_arena_alloc(a, own);
+    if (!*out || (own && !(*out)->own))
+        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", file);
+    return VEL_OK;
 }
 
 /* ---- modules ---- */

@@ -5,31 +5,24 @@
 
 enum { TRANSFORMER, TEXT, TEXT_2, VAE };
 static const char *const parts[] = {"transformer", "text_encoder", "text_encoder_2", "vae", NULL};
+static const char *const pipelines[] = {"FluxPipeline", NULL};
 
 typedef struct flux_config { /* vel_config.own */
     vel_flux_config transformer;
     vel_t5_config t5;
 } flux_config;
 
-static bool detect(const json_t *model_index)
-{
-    return strcmp(vel_json_string(model_index, "_class_name", ""), "FluxPipeline") == 0;
-}
-
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const char *const *files, const json_t *index, vel_config **out)
 {
     (void)index;
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    flux_config *own = vel_arena_alloc(a, sizeof *own);
-    if (!c || !own)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
-                        files[TRANSFORMER]);
+    vel_config *c;
+    VEL_TRY(vel_config_create(ctx, a, sizeof(flux_config), files[TRANSFORMER], &c));
+    flux_config *own = c->own;
     VEL_TRY(vel_flux_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
     VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
     VEL_TRY(vel_t5_read(ctx, configs[TEXT_2], files[TEXT_2], &own->t5));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
-    c->own = own;
     *out = c;
     const vel_flux_config *t = &own->transformer;
     if (t->pooled != c->clip[0].width || t->context != own->t5.width)
@@ -132,7 +125,7 @@ const vel_family vel_family_flux = {
     .time_scale = 0.001,
     .even_sigmas = true,
     .adapter_marks = "*single_transformer_blocks*,*double_blocks*,*single_blocks*",
-    .detect = detect,
+    .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,
     .texts = texts,

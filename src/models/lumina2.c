@@ -5,6 +5,7 @@
 
 enum { TRANSFORMER, TEXT, VAE };
 static const char *const parts[] = {"transformer", "text_encoder", "vae", NULL};
+static const char *const pipelines[] = {"Lumina2Pipeline", "Lumina2Text2ImgPipeline", NULL};
 static const char system_prompt[] =
     "You are an assistant designed to generate superior images with the superior degree of "
     "image-text alignment based on textual prompts or user prompts. <Prompt Start> ";
@@ -14,25 +15,16 @@ typedef struct lumina2_config { /* vel_config.own */
     vel_gemma_config gemma;
 } lumina2_config;
 
-static bool detect(const json_t *model_index)
-{
-    const char *name = vel_json_string(model_index, "_class_name", "");
-    return strcmp(name, "Lumina2Pipeline") == 0 || strcmp(name, "Lumina2Text2ImgPipeline") == 0;
-}
-
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const char *const *files, const json_t *index, vel_config **out)
 {
     (void)index;
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    lumina2_config *own = vel_arena_alloc(a, sizeof *own);
-    if (!c || !own)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
-                        files[TRANSFORMER]);
+    vel_config *c;
+    VEL_TRY(vel_config_create(ctx, a, sizeof(lumina2_config), files[TRANSFORMER], &c));
+    lumina2_config *own = c->own;
     VEL_TRY(vel_lumina_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
     VEL_TRY(vel_gemma_read(ctx, configs[TEXT], files[TEXT], &own->gemma));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
-    c->own = own;
     *out = c;
     if (own->transformer.context != own->gemma.width)
         return vel_fail(ctx, VEL_BAD_GRAPH,
@@ -119,7 +111,7 @@ const vel_family vel_family_lumina2 = {
     .adapter_marks =
         "transformer.layers.*,base_model.model.layers.*.attn.*,*noise_refiner*,*context_refiner*,"
         "lora_unet_layers_*",
-    .detect = detect,
+    .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,
     .texts = texts,

@@ -255,8 +255,11 @@ struct vel_config {
     vel_unet_config unet;
     vel_clip_config clip[2];
     vel_vae_config vae;
-    const void *own;
+    void *own;
 };
+/* Zeros, with own bytes of the family's behind c->own; file: for the message. */
+vel_status vel_config_create(vel_ctx *ctx, vel_arena *a, size_t own, const char *file,
+                             vel_config **out);
 extern const vel_family vel_family_sd, vel_family_sdxl, vel_family_sd3, vel_family_flux,
     vel_family_sana, vel_family_lumina2;
 /* vae.c: the latents of c->vae; sample_size: a side of the native latent. */

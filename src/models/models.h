@@ -143,8 +143,8 @@ typedef struct vel_family {
     const char *adapter_marks;
     const char *dialect; /* of adapter files where nobody asks for one; NULL: kohya */
     bool even_sigmas;    /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
-    /* Is it mine? model_index is model_index.json. */
-    bool (*detect)(const json_t *model_index);
+    const char *const
+        *pipelines; /* whose model_index.json it is, by "_class_name"; NULL-terminated */
     /* parts[i]'s config.json, NULL where an optional one is missing; an unknown class, size or
      * switch that would change the result is refused by name. files: what to name in messages.
      * index: model_index.json, NULL where there is none. */
@@ -190,7 +190,7 @@ int vel_family_extra(const vel_family *f, const vel_config *c, const vel_picture
 const vel_family *vel_family_of_adapter(const vel_safetensors *file);
 bool vel_family_may_lack(const vel_family *f, const char *part);
 
-/* families.def: FAMILY(sd). The first whose detect says yes; NULL with the message when none does.
+/* families.def: FAMILY(sd). The one whose pipeline it is; NULL with the message when none does.
  */
 const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, const char *file);
 const vel_family *vel_family_at(int i);

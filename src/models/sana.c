@@ -5,6 +5,7 @@
 
 enum { TRANSFORMER, TEXT, VAE };
 static const char *const parts[] = {"transformer", "text_encoder", "vae", NULL};
+static const char *const pipelines[] = {"SanaPipeline", NULL};
 static const char instruction[] =
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions "
     "suitable for image generation. Evaluate the level of detail in the user prompt:\n"
@@ -29,24 +30,16 @@ typedef struct sana_config { /* vel_config.own */
     vel_dc_config vae;
 } sana_config;
 
-static bool detect(const json_t *model_index)
-{
-    return strcmp(vel_json_string(model_index, "_class_name", ""), "SanaPipeline") == 0;
-}
-
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const char *const *files, const json_t *index, vel_config **out)
 {
     (void)index;
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    sana_config *own = vel_arena_alloc(a, sizeof *own);
-    if (!c || !own)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
-                        files[TRANSFORMER]);
+    vel_config *c;
+    VEL_TRY(vel_config_create(ctx, a, sizeof(sana_config), files[TRANSFORMER], &c));
+    sana_config *own = c->own;
     VEL_TRY(vel_sana_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
     VEL_TRY(vel_gemma_read(ctx, configs[TEXT], files[TEXT], &own->gemma));
     VEL_TRY(vel_dc_read(ctx, configs[VAE], files[VAE], &own->vae));
-    c->own = own;
     *out = c;
     if (own->transformer.context != own->gemma.width)
         return vel_fail(ctx, VEL_BAD_GRAPH,
@@ -166,7 +159,7 @@ const vel_family vel_family_sana = {
     .dialect = "diffusers",
     .adapter_marks =
         "transformer.transformer_blocks.*.attn1.*,base_model.model.transformer_blocks.*.attn1.*",
-    .detect = detect,
+    .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,
     .texts = texts,

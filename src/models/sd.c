@@ -5,25 +5,15 @@
 
 enum { UNET, TEXT, VAE };
 static const char *const parts[] = {"unet", "text_encoder", "vae", NULL};
-static const char *const pipelines[] = {"StableDiffusionPipeline",
-                                        "StableDiffusionImg2ImgPipeline"};
-
-static bool detect(const json_t *model_index)
-{
-    const char *name = vel_json_string(model_index, "_class_name", "");
-    for (int i = 0; i < VEL_COUNT(pipelines); i++)
-        if (strcmp(name, pipelines[i]) == 0)
-            return true;
-    return false;
-}
+static const char *const pipelines[] = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+                                        NULL};
 
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const char *const *files, const json_t *index, vel_config **out)
 {
     (void)index;
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    if (!c)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", files[UNET]);
+    vel_config *c;
+    VEL_TRY(vel_config_create(ctx, a, 0, files[UNET], &c));
     VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
     VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
@@ -144,7 +134,7 @@ const vel_family vel_family_sd = {
     .parts = parts,
     .denoiser = "unet",
     .adapter_marks = "*unet*attn*,*unet*attentions*",
-    .detect = detect,
+    .pipelines = pipelines,
     .read = read_configs,
     .latent = vel_sd_latent,
     .texts = texts,

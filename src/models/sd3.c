@@ -7,17 +7,13 @@ enum { TRANSFORMER, TEXT, TEXT_2, TEXT_3, VAE };
 static const char *const parts[] = {"transformer",    "text_encoder", "text_encoder_2",
                                     "text_encoder_3", "vae",          NULL};
 static const char *const optional[] = {"text_encoder_3", NULL};
+static const char *const pipelines[] = {"StableDiffusion3Pipeline", NULL};
 
 typedef struct sd3_config { /* vel_config.own */
     vel_sd3_config transformer;
     vel_t5_config t5;
     bool has_t5;
 } sd3_config;
-
-static bool detect(const json_t *model_index)
-{
-    return strcmp(vel_json_string(model_index, "_class_name", ""), "StableDiffusion3Pipeline") == 0;
-}
 
 static vel_status check(vel_ctx *ctx, const vel_config *c, const sd3_config *own,
                         const char *const *files)
@@ -42,11 +38,9 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
                                const char *const *files, const json_t *index, vel_config **out)
 {
     (void)index;
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    sd3_config *own = vel_arena_alloc(a, sizeof *own);
-    if (!c || !own)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration",
-                        files[TRANSFORMER]);
+    vel_config *c;
+    VEL_TRY(vel_config_create(ctx, a, sizeof(sd3_config), files[TRANSFORMER], &c));
+    sd3_config *own = c->own;
     VEL_TRY(vel_sd3_read(ctx, configs[TRANSFORMER], files[TRANSFORMER], &own->transformer));
     for (int i = 0; i < 2; i++)
         VEL_TRY(vel_clip_read(ctx, configs[TEXT + i], files[TEXT + i], &c->clip[i]));
@@ -54,7 +48,6 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
     if (own->has_t5)
         VEL_TRY(vel_t5_read(ctx, configs[TEXT_3], files[TEXT_3], &own->t5));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
-    c->own = own;
     *out = c;
     return check(ctx, c, own, files);
 }
@@ -163,7 +156,7 @@ const vel_family vel_family_sd3 = {
     .dialect = "diffusers",
     .adapter_marks = "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
                      "base_model.model.transformer_blocks.*.attn.*",
-    .detect = detect,
+    .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,
     .texts = texts,

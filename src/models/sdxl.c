@@ -7,16 +7,11 @@
 
 enum { UNET, TEXT, TEXT_2, VAE };
 static const char *const parts[] = {"unet", "text_encoder", "text_encoder_2", "vae", NULL};
+static const char *const pipelines[] = {"StableDiffusionXLPipeline", NULL};
 
 typedef struct sdxl_config { /* vel_config.own */
     bool zero_negative;
 } sdxl_config;
-
-static bool detect(const json_t *model_index)
-{
-    return strcmp(vel_json_string(model_index, "_class_name", ""), "StableDiffusionXLPipeline") ==
-           0;
-}
 
 static vel_status check_widths(vel_ctx *ctx, const vel_config *c, const char *const *files)
 {
@@ -52,12 +47,10 @@ static void suit_texts(vel_config *c)
 static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
                                const char *const *files, const json_t *index, vel_config **out)
 {
-    vel_config *c = vel_arena_alloc(a, sizeof *c);
-    sdxl_config *own = vel_arena_alloc(a, sizeof *own);
-    if (!c || !own)
-        return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory for the configuration", files[UNET]);
+    vel_config *c;
+    VEL_TRY(vel_config_create(ctx, a, sizeof(sdxl_config), files[UNET], &c));
+    sdxl_config *own = c->own;
     own->zero_negative = vel_json_bool(index, "force_zeros_for_empty_prompt", true);
-    c->own = own;
     VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
     if (!configs[TEXT] && !configs[TEXT_2]) {
         suit_texts(c);
@@ -143,7 +136,7 @@ const vel_family vel_family_sdxl = {
     .denoiser = "unet",
     .adapter_marks =
         "*unet*attentions*transformer_blocks?1?*,lora_unet_*put_blocks*transformer_blocks_1_*",
-    .detect = detect,
+    .pipelines = pipelines,
     .read = read_configs,
     .latent = vel_sd_latent,
     .texts = texts,
