@@ -788,14 +788,14 @@ TEST(adapter_file_larger_families)
         {"lora_transformer_transformer_blocks_0_attn_to_k", 5},
         {"transformer_blocks.0.attn.to_k", 5},
     };
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     for (int i = 0; i < VEL_COUNT(names); i++) {
         const vel_known_module *k = &larger[names[i].module];
-        char *down = vel_strf(t->ctx, "%s.lora_down.weight", names[i].stem),
-             *up = vel_strf(t->ctx, "%s.lora_up.weight", names[i].stem);
+        char *down = vel_test_text(t, "%s.lora_down.weight", names[i].stem),
+             *up = vel_test_text(t, "%s.lora_up.weight", names[i].stem);
         const row rows[] = {{down, 2, {2, 6}, 1}, {up, 2, {k->weight_dim[0], 2}, 2}};
         vel_adapter_file *f = NULL;
-        CHECK_OK(write_rows(t->ctx, path, rows, 2, NULL));
+        REQUIRE_OK(write_rows(t->ctx, path, rows, 2, NULL));
         vel_status st = vel_adapter_file_read(t->ctx, path, larger, VEL_COUNT(larger), &f);
         CHECK_MSG(!st && f->n == 1 && strcmp(f->modules[0].path, k->path) == 0, "%s: %s",
                   names[i].stem, st ? vel_ctx_error(t->ctx) : f->modules[0].path);
@@ -803,7 +803,7 @@ TEST(adapter_file_larger_families)
             vel_safetensors *sf = NULL;
             CHECK(f->several_texts);
             CHECK_OK(vel_adapter_file_write(f, path, "kohya", VEL_FILE_F32, NULL));
-            CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+            REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
             CHECK(sf && vel_safetensors_find(
                             sf, "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"));
             vel_safetensors_close(sf);
@@ -821,15 +821,15 @@ TEST(adapter_file_joined_projections)
     static const char *const stems[] = {"lora_unet_joint_blocks_0_x_block_attn_qkv",
                                         "diffusion_model.joint_blocks.0.x_block.attn.qkv",
                                         "joint_blocks.0.x_block.attn.qkv"};
-    char *path = vel_path_join(t->ctx, t->folder, "a.safetensors");
+    char *path = vel_test_path(t, "a.safetensors");
     float up[24], w1[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9}, w2[8] = {1, 2, 3, 4, 5, 6, 7, 8},
                   down[12] = {0};
     for (int i = 0; i < 24; i++)
         up[i] = (float)i;
     for (int s = 0; s < VEL_COUNT(stems); s++)
         for (int kr = 0; kr < 2; kr++) {
-            char *a = vel_strf(t->ctx, "%s.%s", stems[s], kr ? "lokr_w1" : "lora_up.weight"),
-                 *b = vel_strf(t->ctx, "%s.%s", stems[s], kr ? "lokr_w2" : "lora_down.weight");
+            char *a = vel_test_text(t, "%s.%s", stems[s], kr ? "lokr_w1" : "lora_up.weight"),
+                 *b = vel_test_text(t, "%s.%s", stems[s], kr ? "lokr_w2" : "lora_down.weight");
             const vel_save_tensor lora[] = {
                 {.name = a, .type = VEL_FILE_F32, .rank = 2, .dim = {12, 2}, .data = up},
                 {.name = b, .type = VEL_FILE_F32, .rank = 2, .dim = {2, 6}, .data = down}};

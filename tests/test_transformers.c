@@ -109,7 +109,7 @@ static void check_weights_are_used(vel_test *t, const part *p, const vel_graph *
 static void check_values(vel_test *t, part *p, vel_graph *g, vel_dtype compute, double limit)
 {
     vel_plan *plan = NULL;
-    CHECK_OK(vel_plan_create(p->engine, g, &(vel_plan_options){.compute = compute}, &plan));
+    REQUIRE_OK(vel_plan_create(p->engine, g, &(vel_plan_options){.compute = compute}, &plan));
     if (!plan)
         return;
     for (int i = 0; i < vel_safetensors_count(p->golden); i++) {
@@ -120,11 +120,11 @@ static void check_values(vel_test *t, part *p, vel_graph *g, vel_dtype compute, 
         float *values = vel_alloc(t->ctx, bytes);
         if (values) {
             vel_file_tensor_floats(v, 0, v->count, values);
-            CHECK_OK(vel_plan_set(plan, v->name, values, bytes));
+            REQUIRE_OK(vel_plan_set(plan, v->name, values, bytes));
         }
         vel_free(t->ctx, values);
     }
-    CHECK_OK(vel_plan_run(plan));
+    REQUIRE_OK(vel_plan_run(plan));
     for (int i = 0; i < vel_graph_outputs(vel_plan_graph(plan)); i++) {
         const char *name = vel_output_name(vel_plan_graph(plan), i);
         const vel_file_tensor *v = vel_safetensors_find(p->golden, name);
@@ -134,7 +134,7 @@ static void check_values(vel_test *t, part *p, vel_graph *g, vel_dtype compute, 
             CHECK_MSG(false, "no golden value %s", name);
             continue;
         }
-        CHECK_OK(vel_plan_get(plan, name, values, v->count));
+        REQUIRE_OK(vel_plan_get(plan, name, values, v->count));
         vel_file_tensor_floats(v, 0, v->count, values + v->count);
         for (int64_t j = 0; j < v->count; j++) {
             double wanted = values[v->count + j];
@@ -177,7 +177,7 @@ static void check_in(vel_test *t, part *p, build_fn build, vel_dtype compute, do
 static void check_denoiser(vel_test *t, const char *family, build_fn build)
 {
     part p;
-    CHECK_OK(open_part(t->ctx, family, "transformer", &p));
+    REQUIRE_OK(open_part(t->ctx, family, "transformer", &p));
     p.packed = vel_safetensors_find(p.golden, "in.img_ids") != NULL;
     if (p.engine) {
         check_in(t, &p, build, VEL_F32, 1e-4);
@@ -268,13 +268,13 @@ static void check_autoencoder(vel_test *t, const char *family, autoencode_fn bui
 {
     part p;
     vel_ref out[2];
-    CHECK_OK(open_part(t->ctx, family, "vae", &p));
+    REQUIRE_OK(open_part(t->ctx, family, "vae", &p));
     vel_graph *g = vel_graph_create(t->ctx);
     if (p.engine && g) {
         vel_ref picture = to_nhwc(g, golden_input(g, &p, "vae.picture"));
         vel_ref latent = to_nhwc(g, golden_input(g, &p, "vae.latent"));
         vel_scope(g, "%s", p.name);
-        CHECK_OK(build(g, &p, picture, latent, out));
+        REQUIRE_OK(build(g, &p, picture, latent, out));
         vel_end(g);
         int64_t channels = vel_shape_last(vel_shape_at(g, latent));
         vel_output(g, "vae.latent", to_nchw(g, vel_slice(g, out[0], 3, 0, channels)));
@@ -341,10 +341,10 @@ TEST(transformers_sana_keeps_both_ends)
     vel_text_info info[VEL_MAX_TEXTS];
     for (int i = 0; f && i < PARTS; i++) {
         snprintf(path, sizeof path, FAMILIES "sana/model/%s/config.json", f->parts[i]);
-        CHECK_OK(vel_json_load(t->ctx, path, &configs[i]));
+        REQUIRE_OK(vel_json_load(t->ctx, path, &configs[i]));
     }
     if (f && a && g)
-        CHECK_OK(f->read(t->ctx, a, (const json_t *const *)configs, f->parts, NULL, &c));
+        REQUIRE_OK(f->read(t->ctx, a, (const json_t *const *)configs, f->parts, NULL, &c));
     if (c) {
         vel_text_input in = {.ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(2, LENGTH)),
                              .mask = vel_input(g, "mask", VEL_F32, VEL_SHAPE(2, LENGTH)),
@@ -361,7 +361,7 @@ TEST(transformers_sana_keeps_both_ends)
                                   .mask = row,
                                   .keep = KEEP};
             vel_output(only, "mask", f->encode_text(only, c, &in, 1).mask);
-            CHECK_OK(vel_reference_run(only, NULL, NULL, &out));
+            REQUIRE_OK(vel_reference_run(only, NULL, NULL, &out));
             for (int i = 0; out.v && i < KEEP; i++)
                 CHECK(out.v[i] == (i ? LENGTH - KEEP + i : 0));
             vel_reference_free(t->ctx, &out, 1);
