@@ -53,31 +53,6 @@ static const vel_option_row *find_row(const vel_option_row *rows, const char *na
     return n_begin == 1 ? begins : NULL;
 }
 
-/* "did you mean" names: at most three within a small edit distance. */
-static void nearest_names(const vel_option_row *rows, const char *name, char *out, size_t room)
-{
-    const char *best[3] = {NULL};
-    int distance[3] = {99, 99, 99};
-    for (const vel_option_row *r = rows; r->name; r++) {
-        int d = strstr(r->name, name) ? 1 : vel_edit_distance(name, r->name);
-        for (int i = 0; i < 3; i++)
-            if (d < distance[i]) {
-                for (int k = 2; k > i; k--) {
-                    best[k] = best[k - 1];
-                    distance[k] = distance[k - 1];
-                }
-                best[i] = r->name;
-                distance[i] = d;
-                break;
-            }
-    }
-    size_t at = 0;
-    out[0] = 0;
-    for (int i = 0; i < 3 && best[i] && distance[i] <= 6; i++)
-        at +=
-            (size_t)snprintf(out + at, room - at, "%s--%s", i ? ", " : "; the nearest: ", best[i]);
-}
-
 static bool parse_flag(const char *value, bool *out)
 {
     static const char *const yes = "yes,true,1,on,True", *const no = "no,false,0,off,False";
@@ -221,10 +196,11 @@ vel_status vel_params_set(vel_params *p, const char *name, const char *value)
         VEL_TRY(load_dataset_config(p, value));
     if (r)
         return set_row(p, r, value ? value : "");
-    char nearest[256];
-    nearest_names(rows, name, nearest, sizeof nearest);
+    vel_nearest nearest = vel_nearest_to(name);
+    for (r = rows; r->name; r++)
+        vel_nearest_look(&nearest, r->name);
     return vel_fail(p->ctx, VEL_BAD_VALUE, "%s: no setting --%s%s", commands[p->command].name, name,
-                    nearest);
+                    vel_nearest_text(&nearest, "--").s);
 }
 
 const char *vel_params_get(const vel_params *p, const char *name)

@@ -239,6 +239,16 @@ TEST(small_string_questions)
     CHECK(vel_has_suffix("A.PNG", ".png") && !vel_has_suffix("png", ".png"));
     CHECK(vel_edit_distance("kitten", "sitting") == 3 && vel_edit_distance("", "abc") == 3);
     CHECK(vel_edit_distance("same", "same") == 0);
+    vel_nearest near = vel_nearest_to("learn_rate");
+    static const char *const names[] = {"seed",          "learning_rate", "unet_learn_rate",
+                                        "learning_rate", "batch",         "lr_rate"};
+    for (int i = 0; i < VEL_COUNT(names); i++)
+        vel_nearest_look(&near, names[i]);
+    CHECK(strcmp(vel_nearest_text(&near, "--").s,
+                 "; the nearest: --unet_learn_rate, --learning_rate, --lr_rate") == 0);
+    near = vel_nearest_to("nothing_of_this_kind");
+    vel_nearest_look(&near, "seed");
+    CHECK(!vel_nearest_text(&near, "--").s[0]);
     char text[32];
     CHECK(strcmp(vel_bytes_text(512, text), "512 B") == 0);
     CHECK(strcmp(vel_bytes_text((int64_t)3435973837, text), "3.2 GiB") == 0);

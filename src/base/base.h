@@ -146,6 +146,22 @@ bool vel_has_suffix(const char *s, const char *suffix); /* ASCII case is ignored
 /* Is name one of the words of list, which commas separate? list may be NULL. */
 bool vel_list_has(const char *list, const char *name);
 int vel_edit_distance(const char *a, const char *b);
+
+/* "Did you mean": the three names nearest to a wanted one, within six edits. A name that holds the
+ * whole of a wanted one of three letters or more counts as one edit away. */
+typedef struct vel_nearest {
+    const char *wanted;
+    const char *name[3]; /* best first; NULL where there are fewer */
+    int distance[3];
+} vel_nearest;
+vel_nearest vel_nearest_to(const char *wanted);
+void vel_nearest_look(vel_nearest *nearest, const char *name); /* name must outlive nearest */
+/* "; the nearest: --rank, --alpha" with prefix "--", or "": to stand behind an error's words. */
+typedef struct vel_nearest_words {
+    char s[320];
+} vel_nearest_words;
+vel_nearest_words vel_nearest_text(const vel_nearest *nearest, const char *prefix);
+
 bool vel_utf8_valid(const char *s, size_t n);
 const char *vel_bytes_text(int64_t bytes, char out[32]); /* "3.2 GiB" */
 

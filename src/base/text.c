@@ -160,6 +160,41 @@ int vel_edit_distance(const char *a, const char *b)
     return row[m];
 }
 
+vel_nearest vel_nearest_to(const char *wanted)
+{
+    enum { FAR = 7 };
+    return (vel_nearest){.wanted = wanted, .distance = {FAR, FAR, FAR}};
+}
+
+void vel_nearest_look(vel_nearest *nearest, const char *name)
+{
+    const char *wanted = nearest->wanted;
+    int distance = strlen(wanted) > 2 && strstr(name, wanted) ? 1 : vel_edit_distance(wanted, name);
+    for (int i = 0; i < VEL_COUNT(nearest->name); i++) {
+        if (nearest->name[i] && strcmp(nearest->name[i], name) == 0)
+            return;
+        if (distance >= nearest->distance[i])
+            continue;
+        for (int k = VEL_COUNT(nearest->name) - 1; k > i; k--) {
+            nearest->name[k] = nearest->name[k - 1];
+            nearest->distance[k] = nearest->distance[k - 1];
+        }
+        nearest->name[i] = name;
+        nearest->distance[i] = distance;
+        return;
+    }
+}
+
+vel_nearest_words vel_nearest_text(const vel_nearest *nearest, const char *prefix)
+{
+    vel_nearest_words words = {""};
+    size_t at = 0;
+    for (int i = 0; i < VEL_COUNT(nearest->name) && nearest->name[i] && at < sizeof words.s; i++)
+        at += (size_t)snprintf(words.s + at, sizeof words.s - at, "%s%s%s",
+                               i ? ", " : "; the nearest: ", prefix, nearest->name[i]);
+    return words;
+}
+
 /* Bytes of the sequence at s with n left; 0 when it is none. Refuses what RFC 3629 refuses:
  * overlong forms, surrogates, anything above U+10FFFF. */
 static size_t utf8_length(const uint8_t *s, size_t n)

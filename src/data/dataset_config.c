@@ -107,16 +107,15 @@ static vel_status check_keys(const reader *r, const json_t *table, int where, co
     json_object_foreach ((json_t *)table, key, value) {
         if (below && strcmp(key, below) == 0)
             continue;
-        int found = -1, nearest = 0, distance = 99;
+        int found = -1;
+        vel_nearest nearest = vel_nearest_to(key);
         for (int i = 0; i < VEL_COUNT(keys); i++) {
-            int d = vel_edit_distance(key, keys[i].key);
-            found = d == 0 ? i : found;
-            nearest = d < distance ? i : nearest;
-            distance = VEL_MIN(d, distance);
+            found = strcmp(key, keys[i].key) == 0 ? i : found;
+            vel_nearest_look(&nearest, keys[i].key);
         }
         if (found < 0)
-            return vel_fail(r->ctx, VEL_BAD_VALUE, "%s: there is no key '%s'; the nearest: %s",
-                            r->path, key, keys[nearest].key);
+            return vel_fail(r->ctx, VEL_BAD_VALUE, "%s: there is no key '%s'%s", r->path, key,
+                            vel_nearest_text(&nearest, "").s);
         if (!(keys[found].where & where))
             return wrong(r, key, "does not stand in this table");
         bool set = !json_is_false(value) && json_number_value(value) != 1; /* 1: a multiplier */

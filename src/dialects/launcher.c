@@ -64,15 +64,11 @@ static const launcher_option *find_option(const char *word, size_t n)
 
 static vel_status unknown_option(vel_line *l, const char *word)
 {
-    const char *best = NULL;
-    int distance = 7;
-    for (int i = 0; i < VEL_COUNT(options); i++) {
-        int d = vel_edit_distance(word + strspn(word, "-"), options[i].name);
-        best = d < distance ? options[i].name : best;
-        distance = VEL_MIN(d, distance);
-    }
-    return vel_fail(l->ctx, VEL_BAD_VALUE, "accelerate launch: has no option %s%s%s", word,
-                    best ? "; the nearest: --" : "", best ? best : "");
+    vel_nearest nearest = vel_nearest_to(word + strspn(word, "-"));
+    for (int i = 0; i < VEL_COUNT(options); i++)
+        vel_nearest_look(&nearest, options[i].name);
+    return vel_fail(l->ctx, VEL_BAD_VALUE, "accelerate launch: has no option %s%s", word,
+                    vel_nearest_text(&nearest, "--").s);
 }
 
 /* A line `key: value` of accelerate's own file; what it says of one process and its type counts. */

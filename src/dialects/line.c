@@ -208,46 +208,17 @@ bool vel_is_option(const char *word)
     return (*end || end == word) && !strchr(word, ' ');
 }
 
-typedef struct nearest {
-    const char *name[3];
-    int distance[3];
-} nearest;
-
-static void look_near(nearest *best, const char *name, const char *wanted)
-{
-    int d = strlen(wanted) > 2 && strstr(name, wanted) ? 1 : vel_edit_distance(wanted, name);
-    for (int i = 0; i < 3; i++) {
-        if (best->name[i] && strcmp(best->name[i], name) == 0)
-            return;
-        if (d < best->distance[i]) {
-            for (int k = 2; k > i; k--) {
-                best->name[k] = best->name[k - 1];
-                best->distance[k] = best->distance[k - 1];
-            }
-            best->name[i] = name;
-            best->distance[i] = d;
-            return;
-        }
-    }
-}
-
 static vel_status unknown_flag(vel_line *l, const char *word, const char *flag)
 {
-    nearest best = {.distance = {7, 7, 7}};
+    vel_nearest nearest = vel_nearest_to(flag);
     vel_param_info info;
     for (const vel_dialect_row *r = l->script->rows; r->flag; r++)
         if (r->scripts & l->script->bit)
-            look_near(&best, r->flag, flag);
+            vel_nearest_look(&nearest, r->flag);
     for (int i = 0; vel_params_describe("train", i, &info); i++)
-        look_near(&best, info.name, flag);
-    vel_text t;
-    vel_text_init(&t, l->ctx);
-    for (int i = 0; i < 3 && best.name[i]; i++)
-        vel_text_addf(&t, "%s--%s", i ? ", " : "; the nearest: ", best.name[i]);
-    vel_status st = vel_fail(l->ctx, VEL_BAD_VALUE, "%s: has no flag %s%s", l->script->name, word,
-                             t.s ? t.s : "");
-    vel_text_finish(&t);
-    return st;
+        vel_nearest_look(&nearest, info.name);
+    return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: has no flag %s%s", l->script->name, word,
+                    vel_nearest_text(&nearest, "--").s);
 }
 
 static bool is_truth(const char *word)
