@@ -2,15 +2,13 @@
  * The first byte of an input chooses: tokenizer.json, spiece.model, or a text for the files of this
  * test. Whatever comes, a call ends, leaves no memory, and gives ids below the size and offsets
  * inside the text. */
-#include "tokenizers/tokenizers.h"
+#define _GNU_SOURCE /* program_invocation_short_name */
+#include <errno.h>
 
-#include <stdlib.h>
-#include <unistd.h>
+static const char *const fuzz_files[] = {"tokenizer.json", "spiece.model", 0};
+#include "fuzz_folder.h"
 
-#include "fuzz.h"
-
-enum { JSON, MODEL, TEXT, KINDS };
-static const char *const names[] = {"tokenizer.json", "spiece.model"};
+enum { JSON, MODEL, TEXT, KINDS }; /* the first two in the order of fuzz_files */
 
 static const char unigram[] =
     "{\"added_tokens\":[{\"id\":0,\"content\":\"<pad>\",\"lstrip\":true,\"rstrip\":true},{\"id\":9,"
@@ -50,113 +48,33 @@ static const char pair_model[] = "\x0a\x03\x0a\x01"
                                  "ab\x0a\x05\x0a\x03"
                                  "abb\x12\x02\x18\x02";
 
-static void require(bool good, const char *what)
+static void try_texts(vel_ctx *ctx, vel_tokenizer *t, const char *text)
 {
-    if (good)
-        return;
-    fprintf(stderr, "fuzz_pieces: %s\n", what);
-    abort();
+    fuzz_try_text(ctx, t, text);
+    fuzz_try_text(ctx, t,
+                  " aab  ab<pad> N\xc3\xa9\xcc\x81 \xe2\x96\x81\xef\xac\x81zz</s>ab\xe3\x80\x80n");
 }
 
-static void try_text(vel_ctx *ctx, vel_tokenizer *t, const char *text)
+static void try_file(int kind, const void *bytes, size_t n, const char *text, bool good)
 {
-    int32_t *ids = NULL, padded[16];
-    int n = 0, n_cut = 0;
-    size_t cut_at = 0;
-    vel_status st = vel_tokenizer_ids(t, text, &ids, &n);
-    require(st == VEL_OK || st == VEL_BAD_VALUE, "a text gives ids or a bad value");
-    for (int i = 0; st == VEL_OK && i < n; i++)
-        require(ids[i] >= 0 && ids[i] < vel_tokenizer_size(t), "ids are below the size");
-    vel_free(ctx, ids);
-    st = vel_tokenizer_encode(t, text, VEL_COUNT(padded), padded, &n_cut, &cut_at);
-    if (st)
-        return; /* no padding, or no text */
-    require(cut_at <= strlen(text), "the cut lies in the text");
-    require(n_cut == 0 || cut_at < strlen(text), "what is cut begins somewhere");
-    for (int i = 0; i < VEL_COUNT(padded); i++)
-        require(padded[i] >= 0 && padded[i] < vel_tokenizer_size(t),
-                "padded ids are below the size");
-}
-
-static void remove_folder(void);
-
-static const char *folder(void)
-{
-    static char path[] = "/tmp/fuzz-pieces-XXXXXX";
-    static bool made;
-    if (!made) {
-        require(mkdtemp(path) != NULL, "a temporary folder can be made");
-        atexit(remove_folder);
-    }
-    made = true;
-    return path;
-}
-
-static void put_file(int i, const void *bytes, size_t n)
-{
-    char path[256];
-    snprintf(path, sizeof path, "%s/%s", folder(), names[i]);
-    if (!bytes) {
-        remove(path);
-        return;
-    }
-    FILE *f = fopen(path, "wb");
-    require(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "a file can be written");
-}
-
-static void remove_folder(void)
-{
-    for (int i = 0; i < VEL_COUNT(names); i++)
-        put_file(i, NULL, 0);
-    rmdir(folder());
-}
-
-static void try_files(const char *text, bool good)
-{
-    vel_ctx *ctx = vel_ctx_create("cpu");
-    require(ctx != NULL, "there is memory for a context");
-    int64_t before = ctx->bytes_in_use;
-    vel_tokenizer *t = NULL;
-    vel_status st = vel_tokenizer_open(ctx, folder(), &t);
-    if (st && good)
-        fprintf(stderr, "%s\n", vel_ctx_error(ctx));
-    require(st == VEL_OK || !good, "the files of this test are good");
-    if (st == VEL_OK) {
-        try_text(ctx, t, text);
-        try_text(ctx, t,
-                 " aab  ab<pad> N\xc3\xa9\xcc\x81 \xe2\x96\x81\xef\xac\x81zz</s>ab\xe3\x80\x80n");
-    }
-    vel_tokenizer_close(t);
-    require(ctx->bytes_in_use == before, "no memory is left");
-    vel_ctx_destroy(ctx);
+    fuzz_put_file(fuzz_files[kind], bytes, n);
+    fuzz_try_folder(good, text, try_texts);
+    fuzz_put_file(fuzz_files[kind], NULL, 0);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     int kind = size > 0 ? data[0] % KINDS : TEXT;
-    char *text = malloc(size + 1);
-    require(text != NULL, "there is memory for a text");
-    memcpy(text, data, size);
-    text[size] = '\0';
     if (kind != TEXT) {
-        put_file(kind, data + 1, size - 1);
-        try_files("a", false);
-        put_file(kind, NULL, 0);
-    } else {
-        static const struct {
-            const char *bytes;
-            size_t n;
-        } json[] = {{unigram, sizeof unigram - 1}, {bytes_model, sizeof bytes_model - 1}},
-          models[] = {{model, sizeof model - 1}, {pair_model, sizeof pair_model - 1}};
-        for (int i = 0; i < 4; i++) {
-            int file = i < 2 ? JSON : MODEL;
-            put_file(file, i < 2 ? json[i].bytes : models[i - 2].bytes,
-                     i < 2 ? json[i].n : models[i - 2].n);
-            try_files(size > 0 ? text + 1 : text, true);
-            put_file(file, NULL, 0);
-        }
+        try_file(kind, data + 1, size - 1, "a", false);
+        return 0;
     }
-    free(text);
+    char *all = fuzz_as_text(data, size), *text = size > 0 ? all + 1 : all;
+    try_file(JSON, unigram, sizeof unigram - 1, text, true);
+    try_file(JSON, bytes_model, sizeof bytes_model - 1, text, true);
+    try_file(MODEL, model, sizeof model - 1, text, true);
+    try_file(MODEL, pair_model, sizeof pair_model - 1, text, true);
+    free(all);
     return 0;
 }
 

@@ -1,9 +1,7 @@
 /* fuzz_safetensors.c: vel_safetensors_open on hostile bytes; every tensor of what is accepted is
  * read from its first to its last element. */
 #define _GNU_SOURCE /* memfd_create */
-#include "fuzz_file.h"
-
-#include "formats/formats.h"
+#include "fuzz_tensors.h"
 
 /* Header, then `data` bytes of zeros. */
 static const struct {
@@ -37,33 +35,7 @@ const uint8_t *fuzz_seed(int i, size_t *n)
     return file;
 }
 
-static void read_tensor(const vel_file_tensor *t)
-{
-    float out[256];
-    for (int64_t at = 0; at < t->count; at += VEL_COUNT(out))
-        vel_file_tensor_floats(t, at, VEL_MIN(t->count - at, VEL_COUNT(out)), out);
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
-    vel_ctx *ctx = vel_ctx_create("cpu");
-    fuzz_file f;
-    vel_safetensors *sf = NULL;
-    if (ctx && fuzz_file_open(&f, bytes, n)) {
-        vel_status status = vel_safetensors_open(ctx, f.path, &sf);
-        if (status && !*vel_ctx_error(ctx))
-            __builtin_trap(); /* a refusal says why */
-        for (int i = 0; !status && i < vel_safetensors_count(sf); i++) {
-            const vel_file_tensor *t = vel_safetensors_at(sf, i);
-            read_tensor(t);
-            if (vel_safetensors_find(sf, t->name) == NULL)
-                __builtin_trap();
-        }
-        if (!status)
-            (void)vel_safetensors_meta(sf, "format");
-        vel_safetensors_close(sf);
-    }
-    fuzz_file_close(&f);
-    fuzz_end(ctx);
-    return 0;
+    return fuzz_tensors(bytes, n);
 }

@@ -47,6 +47,8 @@ static inline int fuzz_tensors(const uint8_t *bytes, size_t n)
             if (vel_safetensors_find(sf, vel_safetensors_at(sf, i)->name) == NULL)
                 __builtin_trap();
         }
+        if (!status)
+            (void)vel_safetensors_meta(sf, "format");
         vel_safetensors_close(sf);
     }
     fuzz_file_close(&f);

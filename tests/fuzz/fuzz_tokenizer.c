@@ -2,91 +2,44 @@
  *
  * The first byte of an input chooses what the rest is: a text, or one of the files. Whatever comes,
  * a call ends, leaves no memory, and gives ids below the size and offsets inside the text. */
-#include "tokenizers/tokenizers.h"
+#define _GNU_SOURCE /* program_invocation_short_name */
+#include <errno.h>
 
-#include <stdlib.h>
-#include <unistd.h>
+enum { FILES = 6 };
+static const char *const fuzz_files[FILES + 1] = {
+    "vocab.json",        "merges.txt",    "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.json"};
+#include "fuzz_folder.h"
 
-#include "fuzz.h"
-
-static const struct {
-    const char *name, *content; /* content NULL: only there when it is fuzzed */
-} files[] = {
-    {"vocab.json", "{\"!\":0,\"a\":1,\"b\":2,\"c\":3,\"!</w>\":4,\"a</w>\":5,\"b</w>\":6,"
-                   "\"c</w>\":7,\"ab\":8,\"abc</w>\":9,\"<|startoftext|>\":10,"
-                   "\"<|endoftext|>\":11,\"\xc4\xa0\":12,\"aa\":13,\"aaa\":14,\"aaa</w>\":15}"},
-    {"merges.txt", "#version: 0.2\na b\na a\naa a\na aa\nab c</w>\naa a</w>\n"},
-    {"tokenizer_config.json", "{\"model_max_length\":77,\"additional_special_tokens\":[\"<x>\"]}"},
-    {"special_tokens_map.json", "{\"pad_token\":\"!\",\"bos_token\":{\"content\":"
-                                "\"<|startoftext|>\",\"normalized\":true}}"},
-    {"added_tokens.json", NULL},
-    {"tokenizer.json", NULL},
+/* Of each file; NULL: only there when it is fuzzed. */
+static const char *const contents[FILES] = {
+    "{\"!\":0,\"a\":1,\"b\":2,\"c\":3,\"!</w>\":4,\"a</w>\":5,\"b</w>\":6,"
+    "\"c</w>\":7,\"ab\":8,\"abc</w>\":9,\"<|startoftext|>\":10,"
+    "\"<|endoftext|>\":11,\"\xc4\xa0\":12,\"aa\":13,\"aaa\":14,\"aaa</w>\":15}",
+    "#version: 0.2\na b\na a\naa a\na aa\nab c</w>\naa a</w>\n",
+    "{\"model_max_length\":77,\"additional_special_tokens\":[\"<x>\"]}",
+    "{\"pad_token\":\"!\",\"bos_token\":{\"content\":\"<|startoftext|>\",\"normalized\":true}}",
 };
-enum { FILES = VEL_COUNT(files) };
 
-static void require(bool good, const char *what)
+static void put_own(int i)
 {
-    if (good)
-        return;
-    fprintf(stderr, "fuzz_tokenizer: %s\n", what);
-    abort();
+    fuzz_put_file(fuzz_files[i], contents[i], contents[i] ? strlen(contents[i]) : 0);
 }
 
 static void try_text(vel_ctx *ctx, vel_tokenizer *t, const char *text)
 {
-    int32_t *ids = NULL, padded[16];
-    int n = 0, n_cut = 0;
-    size_t cut_at = 0;
-    vel_status st = vel_tokenizer_ids(t, text, &ids, &n);
-    require(st == VEL_OK || st == VEL_BAD_VALUE, "a text gives ids or a bad value");
-    for (int i = 0; st == VEL_OK && i < n; i++)
-        require(ids[i] >= 0 && ids[i] < vel_tokenizer_size(t), "ids are below the size");
-    vel_free(ctx, ids);
-    vel_status again = vel_tokenizer_encode(t, text, VEL_COUNT(padded), padded, &n_cut, &cut_at);
-    require(again == st, "both calls agree");
-    if (st == VEL_OK) {
-        require(cut_at <= strlen(text), "the cut lies in the text");
-        require(n_cut == VEL_MAX(0, n - (VEL_COUNT(padded) - 2)), "the cut counts the rest");
-        require(n_cut == 0 || cut_at < strlen(text), "what is cut begins somewhere");
-    }
+    fuzz_text r = fuzz_try_text(ctx, t, text);
+    fuzz_require(r.padded == r.ids, "both calls agree");
+    if (r.ids == VEL_OK)
+        fuzz_require(r.n_cut == VEL_MAX(0, r.n - (FUZZ_PADDED - 2)), "the cut counts the rest");
 }
 
-static void remove_folder(void);
-
-static const char *folder(void)
+static void try_texts(vel_ctx *ctx, vel_tokenizer *t, const char *text)
 {
-    static char path[] = "/tmp/fuzz-tokenizer-XXXXXX";
-    static bool made;
-    if (!made) {
-        require(mkdtemp(path) != NULL, "a temporary folder can be made");
-        atexit(remove_folder);
-    }
-    made = true;
-    return path;
-}
-
-static void put_file(int i, const void *bytes, size_t n)
-{
-    char path[256];
-    snprintf(path, sizeof path, "%s/%s", folder(), files[i].name);
-    if (!bytes) {
-        remove(path);
-        return;
-    }
-    FILE *f = fopen(path, "wb");
-    require(f && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "a file can be written");
-}
-
-static void remove_folder(void)
-{
-    for (int i = 0; i < FILES; i++)
-        put_file(i, NULL, 0);
-    rmdir(folder());
-}
-
-static void put_own(int i)
-{
-    put_file(i, files[i].content, files[i].content ? strlen(files[i].content) : 0);
+    try_text(ctx, t, text);
+    if (text[0] && text[1] && vel_tokenizer_add_word(t, text, (uint8_t)text[0] % 4) >= 0)
+        try_text(ctx, t, text);
+    try_text(ctx, t, "aaaa ab<x>abc!! \xc3\xa9\xcc\x81<|StartOfText|>");
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -97,27 +50,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     written = true;
     int fuzzed = size > 0 ? data[0] % (2 * FILES) : FILES;
     if (fuzzed < FILES)
-        put_file(fuzzed, data + 1, size - 1);
-    vel_ctx *ctx = vel_ctx_create("cpu");
-    require(ctx != NULL, "there is memory for a context");
-    int64_t before = ctx->bytes_in_use;
-    vel_tokenizer *t = NULL;
-    vel_status st = vel_tokenizer_open(ctx, folder(), &t);
-    require(st == VEL_OK || fuzzed < FILES, "the files of this test are good");
-    if (st == VEL_OK) {
-        char *text = malloc(size + 1);
-        require(text != NULL, "there is memory for a text");
-        memcpy(text, data, size);
-        text[size] = '\0';
-        try_text(ctx, t, size > 0 ? text + 1 : text);
-        if (size > 2 && vel_tokenizer_add_word(t, text + 1, data[1] % 4) >= 0)
-            try_text(ctx, t, text + 1);
-        try_text(ctx, t, "aaaa ab<x>abc!! \xc3\xa9\xcc\x81<|StartOfText|>");
-        free(text);
-    }
-    vel_tokenizer_close(t);
-    require(ctx->bytes_in_use == before, "no memory is left");
-    vel_ctx_destroy(ctx);
+        fuzz_put_file(fuzz_files[fuzzed], data + 1, size - 1);
+    char *input = fuzz_as_text(data, size);
+    fuzz_try_folder(fuzzed >= FILES, size > 0 ? input + 1 : input, try_texts);
+    free(input);
     if (fuzzed < FILES)
         put_own(fuzzed);
     return 0;
