@@ -329,7 +329,13 @@ TEST(report_is_one_escaped_page)
     vel_image images[SHEETS] = {{0}};
     vel_report_sheet sheets[SHEETS];
     for (int i = 0; points && i < POINTS; i++)
-        points[i] = (vel_curve_point){i + 1, 1.0 / (i + 1), 1e-4, 0.5, 0.1, i % 100 ? NAN : 0.2};
+        points[i] = (vel_curve_point){.step = i + 1,
+                                      .loss = 1.0 / (i + 1),
+                                      .lr = 1e-4,
+                                      .text_lr = 5e-5,
+                                      .grad_norm = 0.5,
+                                      .seconds = 0.1,
+                                      .validation = i % 100 ? NAN : 0.2};
     for (int i = 0; i < SHEETS; i++) {
         CHECK_OK(vel_image_create(t->ctx, 32, 24, 3, &images[i]));
         sheets[i] = (vel_report_sheet){i * 10, &images[i]};
@@ -360,7 +366,8 @@ TEST(report_is_one_escaped_page)
                                        "data:image/jpeg;base64,/9j/",
                                        "step 20",
                                        "</html>",
-                                       "1 min 1 s"};
+                                       "1 min 1 s",
+                                       ">text encoder<"};
     for (int i = 0; page && i < VEL_COUNT(says); i++)
         CHECK_MSG(strstr(page, says[i]), "does not hold '%s'", says[i]);
     CHECK(page && !strstr(page, "<script") && !strstr(page, "http:") && !strstr(page, "https:") &&
@@ -376,8 +383,9 @@ TEST(report_is_one_escaped_page)
 TEST(report_of_a_run_with_nothing)
 {
     size_t n = 0;
-    vel_curve_point same[3] = {
-        {1, 0.5, 0, 0, 0.1, NAN}, {2, 0.5, 0, 0, 0.1, NAN}, {3, NAN, 0, INFINITY, 0.1, NAN}};
+    vel_curve_point same[3] = {{1, 0.5, 0, 0, 0.1, NAN, NAN},
+                               {2, 0.5, 0, 0, 0.1, NAN, NAN},
+                               {3, NAN, 0, INFINITY, 0.1, NAN, NAN}};
     char *page = make_report(t, &(vel_report){.title = "empty"}, &n);
     CHECK(page && strstr(page, "</html>"));
     vel_free(t->ctx, page);

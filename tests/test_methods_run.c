@@ -131,6 +131,28 @@ TEST(methods_full_run_leaves_a_model)
     CHECK_OK(train(t, "next", path));
 }
 
+static bool log_holds(vel_test *t, const char *name, const char *words)
+{
+    char *log = NULL;
+    size_t n;
+    CHECK_OK(vel_read_file(t->ctx, in(t, name), 1 << 20, &log, &n));
+    bool held = log && strstr(log, words);
+    vel_free(t->ctx, log);
+    return held;
+}
+
+/* With a rate of its own for the text encoder both are logged, each under its name. */
+TEST(methods_log_each_rate)
+{
+    CHECK_OK(train(t, "both",
+                   "targets=*mid_block* steps=1 train_text_encoder=yes learning_rate=0.0005 "
+                   "text_encoder_lr=0.002 lr_scheduler=constant"));
+    CHECK(log_holds(t, "both/a.log.jsonl", "\"lr\": 0.0005, \"text_encoder_lr\": 0.002,"));
+    CHECK_OK(
+        train(t, "one", "targets=*mid_block* steps=1 learning_rate=0.0005 lr_scheduler=constant"));
+    CHECK(log_holds(t, "one/a.log.jsonl", "\"lr\": 0.0005, \"grad_norm\""));
+}
+
 TEST(methods_full_resumed_equals_uninterrupted)
 {
     CHECK_OK(train(t, "whole", "method=full steps=3 use_ema=yes train_text_encoder=yes" SOME));

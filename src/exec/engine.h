@@ -45,7 +45,6 @@ struct vel_engine {
     vel_optimizer_number numbers[VEL_OPTIMIZER_NUMBERS];
     vel_segment *segments; /* [n_segments], of trainables in their order */
     float *rates;
-    double rate; /* of the first, in the last step */
     double (*sums)[2];
     int n_segments;
     void *state; /* device */

@@ -105,7 +105,7 @@ vel_status vel_engine_set_optimizer(vel_engine *e, const vel_optimizer *o);
  * rate of trainable i. */
 vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void *user, int i),
                              void *user);
-double vel_engine_rate(const vel_engine *e); /* of trainable 0 in the last step */
+double vel_engine_rate(const vel_engine *e, int i); /* of trainable i in the last step */
 /* Values to look at and to save, where they are not the ones that are trained (the average where
  * one is kept, else those of schedule_free): on
  * shows them, off brings back the trained ones, bit for bit. The gradient is lost. */

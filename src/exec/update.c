@@ -281,7 +281,6 @@ static void schedule_free_numbers(vel_engine *e, vel_update *u, double t)
         e->rates[i] = (float)(e->rates[i] * warm);
         rate = VEL_MAX(rate, (double)e->rates[i]);
     }
-    e->rate *= warm;
     double *sum = &e->numbers[NUMBER_WEIGHT_SUM].value, *most = &e->numbers[NUMBER_LR_MAX].value;
     *most = VEL_MAX(*most, rate);
     double weight = pow(t, o->power) * pow(*most, o->lr_power);
@@ -297,7 +296,7 @@ static void adafactor_numbers(vel_engine *e, vel_update *u, double t)
     u->beta2 = (float)(1 - pow(t, o->decay_rate));
     double most = o->warmup_init ? 1e-6 * t : 1e-2;
     for (int i = 0; o->relative_step && i < u->n; i++)
-        e->rates[i] = (float)(e->rate = VEL_MIN(most, 1 / sqrt(t)));
+        e->rates[i] = (float)VEL_MIN(most, 1 / sqrt(t));
 }
 
 static vel_status prodigy(vel_engine *e, vel_update *u, double t)
@@ -350,7 +349,6 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
     double t = e->numbers[NUMBER_T].value + 1;
     for (int i = 0; i < e->n_trainables; i++)
         e->rates[i] = (float)lr(user, i);
-    e->rate = e->n_trainables ? lr(user, 0) : 0;
     vel_update u = {.rule = rule_of(e),
                     .value = e->value,
                     .grad = e->grad,
@@ -384,9 +382,9 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
     return VEL_OK;
 }
 
-double vel_engine_rate(const vel_engine *e)
+double vel_engine_rate(const vel_engine *e, int i)
 {
-    return e->rate;
+    return i >= 0 && i < e->n_segments ? e->rates[i] : NAN;
 }
 
 vel_status vel_engine_evaluate(vel_engine *e, bool on)

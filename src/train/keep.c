@@ -167,6 +167,7 @@ static void read_old_points(train_session *s)
         vel_curve_point p = {.step = vel_json_int(row, "step", INT64_MAX),
                              .loss = vel_json_number(row, "loss", NAN),
                              .lr = vel_json_number(row, "lr", NAN),
+                             .text_lr = vel_json_number(row, "text_encoder_lr", NAN),
                              .seconds = vel_json_number(row, "seconds", NAN),
                              .grad_norm = vel_json_number(row, "grad_norm", NAN),
                              .validation = vel_json_number(row, "validation_loss", NAN),
@@ -193,7 +194,9 @@ static void write_point(FILE *f, const vel_curve_point *p)
 {
     fprintf(f, "{\"step\": %" PRId64, p->step);
     write_number(f, "loss", p->loss);
-    write_number(f, "lr", p->lr);
+    fprintf(f, ", \"lr\": %.6g", p->lr);
+    if (isfinite(p->text_lr))
+        fprintf(f, ", \"text_encoder_lr\": %.6g", p->text_lr);
     write_number(f, "grad_norm", p->grad_norm);
     fprintf(f, ", \"seconds\": %.4f, \"feed_wait\": %.4f", p->seconds, p->feed_wait);
     if (isfinite(p->validation))
@@ -237,6 +240,8 @@ vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
     }
     vel_metric(s->ctx, "loss", p->step, p->loss);
     vel_metric(s->ctx, "lr", p->step, p->lr);
+    if (isfinite(p->text_lr))
+        vel_metric(s->ctx, "text_encoder_lr", p->step, p->text_lr);
     vel_metric(s->ctx, "grad_norm", p->step, p->grad_norm);
     if (p->d > 0)
         vel_metric(s->ctx, "d", p->step, p->d);

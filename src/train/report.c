@@ -54,7 +54,7 @@ static const char style[] =
     ".key{color:var(--soft)}.key:before{content:'';display:inline-block;width:18px;height:3px;"
     "border-radius:2px;"
     "margin-right:7px;vertical-align:middle;background:var(--accent)}.key.raw:before{background:"
-    "var(--raw)}\n"
+    "var(--raw)}.key.other:before{background:var(--second)}\n"
     ".plot{padding:6px 12px 26px 56px}.area{position:relative;height:280px}.small "
     ".area{height:150px}\n"
     ".area svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}\n"
@@ -103,10 +103,10 @@ typedef struct page {
     vel_ctx *ctx;
     const vel_report *r;
     vel_text out;
-    double *column[6]; /* of the points: x, loss, smoothed loss, validation, lr, gradient norm */
+    double *column[7]; /* of the points, as below */
 } page;
 
-enum { X, LOSS, SMOOTH, VALIDATION, RATE, NORM };
+enum { X, LOSS, SMOOTH, VALIDATION, RATE, TEXT_RATE, NORM, NONE = -1 };
 
 /* ---- escaping, base64
  * ------------------------------------------------------------------------------------- */
@@ -417,11 +417,20 @@ static vel_status make_columns(page *p)
         p->column[LOSS][i] = point->loss;
         p->column[VALIDATION][i] = point->validation;
         p->column[RATE][i] = point->lr;
+        p->column[TEXT_RATE][i] = point->text_lr;
         p->column[NORM][i] = point->grad_norm;
     }
     vel_chart_smooth(p->column[LOSS], r->n_points, (double)r->n_points / SMOOTH_SHARE,
                      p->column[SMOOTH]);
     return VEL_OK;
+}
+
+static bool has_values(const page *p, int column)
+{
+    for (int i = 0; i < p->r->n_points; i++)
+        if (isfinite(p->column[column][i]))
+            return true;
+    return false;
 }
 
 static void add_curves(page *p)
@@ -440,23 +449,27 @@ static void add_curves(page *p)
         .lines = {{column[LOSS], "raw", "each step"}, {column[SMOOTH], "smooth", "smoothed"}}};
     const struct {
         const char *title;
-        int column;
+        int column, second;
         bool from_zero;
-    } small[] = {{"Loss on held-out pictures", VALIDATION, false},
-                 {"Learning rate", RATE, true},
-                 {"Gradient norm", NORM, true}};
+        const char *first_name, *second_name;
+    } small[] = {{"Loss on held-out pictures", VALIDATION, NONE, false, NULL, NULL},
+                 {"Learning rate", RATE, TEXT_RATE, true, "denoiser", "text encoder"},
+                 {"Gradient norm", NORM, NONE, true, NULL, NULL}};
     vel_text_add(&p->out, "<section><h2>Curves</h2>");
     vel_chart_add(&p->out, p->ctx, &loss);
     vel_text_add(&p->out, "<div class=\"charts\">");
     for (int i = 0; i < VEL_COUNT(small); i++) {
-        vel_chart c = {.title = small[i].title,
-                       .x_label = "step",
-                       .x = column[X],
-                       .n = n,
-                       .n_lines = 1,
-                       .small = true,
-                       .from_zero = small[i].from_zero,
-                       .lines = {{column[small[i].column], "other", NULL}}};
+        bool both = small[i].second != NONE && has_values(p, small[i].second);
+        vel_chart c = {
+            .title = small[i].title,
+            .x_label = "step",
+            .x = column[X],
+            .n = n,
+            .n_lines = both ? 2 : 1,
+            .small = true,
+            .from_zero = small[i].from_zero,
+            .lines = {{column[small[i].column], "other", both ? small[i].first_name : NULL},
+                      {both ? column[small[i].second] : NULL, "smooth", small[i].second_name}}};
         vel_chart_add(&p->out, p->ctx, &c);
     }
     vel_text_add(&p->out, "</div></section>\n");

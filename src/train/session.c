@@ -615,6 +615,17 @@ static vel_status draw_samples(train_session *s)
     return vel_engine_evaluate(e, false);
 }
 
+/* The last step's rate of the first trainable in the text encoder or outside it; NaN: there is
+ * none. */
+static double first_rate(train_session *s, bool text)
+{
+    const vel_engine *e = vel_model_engine(s->model);
+    for (int i = 0; i < vel_engine_trainables(e); i++)
+        if (vel_has_prefix(vel_engine_trainable_at(e, i)->path, "text_encoder") == text)
+            return vel_engine_rate(e, i);
+    return NAN;
+}
+
 static vel_status step_until_done(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -630,15 +641,20 @@ static vel_status step_until_done(train_session *s)
         if (isfinite(loss)) /* it is not where the step was skipped */
             smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;
         vel_engine *e = vel_model_engine(s->model);
-        vel_curve_point p = {s->step,
-                             loss,
-                             vel_engine_rate(e),
-                             norm,
-                             vel_now() - start,
-                             NAN,
-                             vel_engine_optimizer_number(e, "d"),
-                             s->scaler.scale,
-                             s->feed_wait - waited};
+        vel_curve_point p = {.step = s->step,
+                             .loss = loss,
+                             .lr = first_rate(s, false),
+                             .text_lr = first_rate(s, true),
+                             .grad_norm = norm,
+                             .seconds = vel_now() - start,
+                             .validation = NAN,
+                             .d = vel_engine_optimizer_number(e, "d"),
+                             .scale = s->scaler.scale,
+                             .feed_wait = s->feed_wait - waited};
+        if (isnan(p.lr) || p.lr == p.text_lr) { /* one rate is enough to tell */
+            p.lr = vel_engine_rate(e, 0);
+            p.text_lr = NAN;
+        }
         if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs)) {
             VEL_TRY(vel_engine_evaluate(e, true));
             VEL_TRY(vel_feed_validate(s, &p.validation));

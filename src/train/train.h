@@ -306,6 +306,7 @@ vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char
 typedef struct vel_curve_point {
     int64_t step;
     double loss, lr, grad_norm, seconds;
+    double text_lr;    /* of the text encoder; NaN where it has none, or none of its own */
     double validation; /* NaN where it was not measured */
     double d;          /* Prodigy's estimate; 0 with other optimizers */
     double scale;      /* of the loss; 0 where it is not scaled */
