@@ -77,9 +77,9 @@ typedef struct step_bench {
     vel_adaption adaption;
     vel_thaw thaw;
     vel_words words;
-    int32_t word; /* id of the new one */
-    bool text;    /* the text encoder runs in the step */
-    int parts;    /* of the batch, one after the other */
+    int32_t word;   /* id of the new one */
+    unsigned texts; /* bit k: text encoder k runs in the step */
+    int parts;      /* of the batch, one after the other */
 } step_bench;
 
 static double bench_rate(void *user, int i)
@@ -141,7 +141,7 @@ static vel_status bench_word(step_bench *s, vel_arena *arena, vel_trained *what)
     VEL_TRY(vel_model_add_word(s->b->model, "<bench>", 1, row));
     s->words = *vel_model_words(s->b->model);
     s->words.trained = true;
-    s->text = true;
+    s->texts = 1;
     *what = (vel_trained){.words = &s->words};
     return VEL_OK;
 }
@@ -150,13 +150,16 @@ static vel_status bench_word(step_bench *s, vel_arena *arena, vel_trained *what)
 static vel_status choose_method(step_bench *s, vel_arena *arena, vel_trained *what)
 {
     const vel_bench_options *o = s->b->o;
-    s->text = o->train_text_encoder;
+    vel_train_options texts = {.train_text_encoder = o->train_text_encoder};
+    VEL_TRY(vel_train_texts(s->b->model, &texts, &s->texts));
     if (strcmp(o->method, "adapter") == 0)
         return bench_adapter(s, arena, what);
     if (strcmp(o->method, "textual_inversion") == 0)
         return bench_word(s, arena, what);
     s->thaw.parts[0] = vel_model_family(s->b->model)->denoiser;
-    s->thaw.parts[1] = o->train_text_encoder ? "text_encoder" : NULL;
+    for (int k = 0, n = 1; k < vel_model_texts(s->b->model); k++)
+        if (s->texts >> k & 1)
+            s->thaw.parts[n++] = vel_model_text(s->b->model, k)->part;
     *what = (vel_trained){.thaw = &s->thaw};
     return VEL_OK;
 }
@@ -235,7 +238,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     vel_trainer_options t = {.compute = vel_model_compute(b->model),
                              .smallest = o->gradient_checkpointing,
                              .level = VEL_LEVEL_AUTO,
-                             .train_text_encoder = s->text,
+                             .texts = s->texts,
                              .clip_skip = 1,
                              .trained = what};
     vel_optimizer adamw = {
@@ -248,7 +251,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     VEL_TRY(plan_memory(s, h, w));
     VEL_TRY(first_values(s, &what));
     int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;
-    int64_t states = o->batch * vel_text_values(vel_model_states(b->model));
+    int64_t states = o->batch * vel_model_text_values(b->model);
     float *latent = vel_arena_alloc(arena, (size_t)count * 4),
           *noise = vel_arena_alloc(arena, (size_t)count * 4);
     float *context = vel_arena_alloc(arena, (size_t)states * 4),
@@ -361,7 +364,9 @@ static vel_status run_text(void *user)
     const char *all[64];
     for (int i = 0; i < p->n; i++)
         all[i] = prompts[0];
-    return vel_model_encode_text(p->b->model, all, p->n, p->out);
+    for (int k = 0; k < vel_model_texts(p->b->model); k++)
+        VEL_TRY(vel_model_encode_by(p->b->model, k, all, p->n, false, p->out));
+    return VEL_OK;
 }
 
 static const struct {
@@ -376,7 +381,7 @@ static vel_status bench_part(bench *b, run_fn run)
     latent_size(b, &p.h, &p.w);
     int down = vel_model_latent(b->model)->down;
     int64_t pixels = (int64_t)p.n * p.h * p.w * down * down * 3,
-            states = p.n * vel_text_values(vel_model_states(b->model));
+            states = p.n * vel_model_text_values(b->model);
     p.in = vel_bench_values(b->ctx, 1, pixels);
     p.context = vel_bench_values(b->ctx, 2, states);
     p.time = vel_alloc(b->ctx, (size_t)p.n * sizeof *p.time);

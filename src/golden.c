@@ -58,7 +58,7 @@ static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_
     vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(p->n, info.length));
     vel_text_input texts = {.ids = in};
     vel_output(g, "last_hidden_state",
-               vel_model_family(k->model)->encode_text(g, config, &texts, 1).context);
+               vel_model_family(k->model)->encode_text(g, config, 0, &texts, 1).context);
     vel_output(g, "hidden_state_penultimate", vel_clip_text_state(g, config, in, 1));
     vel_plan *plan;
     VEL_TRY(vel_golden_plan(k, g, false, &plan));
@@ -508,7 +508,7 @@ static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
 }
 
 /* A family's file says with which length and instruction its pipeline was run. */
-static vel_status open_model(golden *k, const char *folder)
+vel_status vel_golden_open_model(golden *k, const char *folder)
 {
     vel_model_options o = {.precision = "no", .clip_skip = 1};
     const char *text = vel_safetensors_meta(k->file, "pipeline");
@@ -677,7 +677,7 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
     vel_shape latent = VEL_SHAPE(n, l->d[2], l->d[3], l->d[1]);
     vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, info.length));
     vel_text_input texts = {.ids = in};
-    vel_condition condition = family->encode_text(g, config, &texts, 1);
+    vel_condition condition = family->encode_text(g, config, 0, &texts, 1);
     vel_ref x = vel_input(g, "x", VEL_F32, latent),
             time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
     vel_ref target = vel_input(g, "target", VEL_F32, latent),
@@ -804,7 +804,8 @@ static vel_status check_file(golden *k, const char *name, const char *model)
             return VEL_OK;
         snprintf(k->name, sizeof k->name, "%.*s", (int)strcspn(name, "."), name);
         VEL_TRY(open_other(k, name, &k->file));
-        vel_status st = open_model(k, model); /* fresh: one file's adapter is not another's */
+        vel_status st =
+            vel_golden_open_model(k, model); /* fresh: one file's adapter is not another's */
         if (st == VEL_OK)
             st = files[i].check(k);
         vel_model_close(k->model);

@@ -19,8 +19,9 @@ typedef struct golden {
     int passed, failed;
     const vel_adapter_site *sites; /* of the adapter that is trained */
     int n_sites;
-    bool lycoris;     /* its names are LyCORIS', not PEFT's */
-    json_t *pipeline; /* a family's: arguments of its pipeline; NULL */
+    vel_safetensors *texts; /* text_adapters.safetensors while it is checked; else NULL */
+    bool lycoris;           /* its names are LyCORIS', not PEFT's */
+    json_t *pipeline;       /* a family's: arguments of its pipeline; NULL */
 } golden;
 
 /* One comparison: counted, and printed. */
@@ -39,6 +40,8 @@ float *vel_golden_load_nhwc(golden *k, const char *name, int64_t d[4]);
 void vel_golden_check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4],
                            double tolerance);
 vel_status vel_golden_plan(golden *k, vel_graph *g, bool gradient, vel_plan **plan);
+/* k->model: the one in a folder, as the file says that its pipeline was run. */
+vel_status vel_golden_open_model(golden *k, const char *folder);
 /* PEFT's rule: a target is a module's whole name or its end after a dot. */
 bool vel_golden_is_target(const json_t *targets, const char *path);
 

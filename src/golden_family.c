@@ -1,6 +1,7 @@
 /* golden_family.c: golden.safetensors of a family's folder against a model: every tokenizer, what
  * the text encoders make of a prompt, the denoiser with its gradients, the autoencoder, the whole
- * pipeline, and four steps of a LoRA. tests/golden/README.md names the keys.
+ * pipeline, and four steps of a LoRA; and text_adapters.safetensors beside it: steps of a LoRA on
+ * every text encoder. tests/golden/README.md names the keys.
  *
  * What the file holds decides what is compared; a part that cannot run is a line that fails, and
  * the others go on. Nothing here knows a family: names of arguments lead to the fields of
@@ -47,6 +48,49 @@ static vel_status check_tokenizers(golden *k)
 
 /* ---- text encoders ---- */
 
+/* The sizes of what a denoiser is conditioned on, as if one encoder made it; *g is its graph. */
+static vel_status joined_graph(golden *k, vel_graph **g, vel_text_states *out)
+{
+    *g = vel_graph_create(k->ctx);
+    if (!*g)
+        return VEL_NO_MEMORY;
+    vel_condition c = vel_model_condition_inputs(k->model, *g, 1, 0, 1);
+    vel_shape s = vel_shape_at(*g, c.context);
+    *out = (vel_text_states){
+        .length = (int)s.dim[1], .width = (int)s.dim[2], .masked = c.mask.id != 0};
+    if (c.pooled.id)
+        out->pooled = (int)vel_shape_last(vel_shape_at(*g, c.pooled));
+    vel_output(*g, "context", c.context);
+    if (c.pooled.id)
+        vel_output(*g, "pooled", c.pooled);
+    if (c.mask.id)
+        vel_output(*g, "mask", c.mask);
+    return VEL_OK;
+}
+
+/* A text's states together: context, pooled, mask, behind each other. */
+static vel_status encode_joined(golden *k, vel_plan *p, const vel_text_states *s,
+                                const char *prompt, bool negative, float *out)
+{
+    int64_t context = (int64_t)s->length * s->width;
+    float extra[VEL_MAX_EXTRA] = {0};
+    float *each = vel_alloc(k->ctx, (size_t)vel_model_text_values(k->model) * sizeof *each);
+    vel_status st =
+        each ? vel_model_encode_texts(k->model, &prompt, 1, negative, each) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_model_set_condition(k->model, p, each, extra, 1);
+    if (!st)
+        st = vel_plan_run(p);
+    if (!st)
+        st = vel_plan_get(p, "context", out, context);
+    if (!st && s->pooled)
+        st = vel_plan_get(p, "pooled", out + context, s->pooled);
+    if (!st && s->masked)
+        st = vel_plan_get(p, "mask", out + context + s->pooled, s->length);
+    vel_free(k->ctx, each);
+    return st;
+}
+
 /* Which piece of a text's states a tensor is, by its shape: where it begins among the values and
  * how many there are; 0 values: none of them. */
 static int64_t piece_of(const vel_file_tensor *t, const vel_text_states *s, int64_t *first)
@@ -62,21 +106,10 @@ static int64_t piece_of(const vel_file_tensor *t, const vel_text_states *s, int6
     return t->rank == 2 && t->dim[0] == 1 && s->masked && t->dim[1] == s->length ? s->length : 0;
 }
 
-/* encoded.<i> in the pipeline's order: of each kind the prompt's first, then the negative's. */
-static vel_status check_encoded(golden *k)
+static void compare_encoded(golden *k, const vel_text_states *s, const float *states)
 {
-    const vel_text_states *s = vel_model_states(k->model);
     int64_t values = vel_text_values(s), first, seen[3] = {0};
-    const char *text = vel_safetensors_meta(k->file, "prompts");
-    json_t *prompts = text ? json_loads(text, 0, NULL) : NULL;
-    const char *prompt = json_string_value(json_array_get(prompts, 0)), *negative = "";
-    float *states = vel_alloc(k->ctx, (size_t)(2 * values) * sizeof *states);
-    vel_status st = states && prompt ? VEL_OK : VEL_BAD_FILE;
-    if (!st)
-        st = vel_model_encode_texts(k->model, &prompt, 1, false, states);
-    if (!st && !vel_model_guidance(k->model)->zero_negative)
-        st = vel_model_encode_texts(k->model, &negative, 1, true, states + values);
-    for (int i = 0; i < 8 && !st; i++) {
+    for (int i = 0; i < 8; i++) {
         char key[32];
         snprintf(key, sizeof key, "encoded.%d", i);
         const vel_file_tensor *t = vel_safetensors_find(k->file, key);
@@ -91,6 +124,31 @@ static vel_status check_encoded(golden *k)
         else if (!places)
             vel_golden_line(k, key, NAN, NAN, VEL_GOLDEN_TOLERANCE, false);
     }
+}
+
+/* encoded.<i> in the pipeline's order: of each kind the prompt's first, then the negative's. */
+static vel_status check_encoded(golden *k)
+{
+    const char *text = vel_safetensors_meta(k->file, "prompts");
+    json_t *prompts = text ? json_loads(text, 0, NULL) : NULL;
+    const char *prompt = json_string_value(json_array_get(prompts, 0));
+    vel_text_states s = {0};
+    vel_graph *g = NULL;
+    vel_plan *p = NULL;
+    float *states = NULL;
+    vel_status st = prompt ? joined_graph(k, &g, &s) : VEL_BAD_FILE;
+    if (!st)
+        st = vel_golden_plan(k, g, false, &p); /* takes g */
+    int64_t values = vel_text_values(&s);
+    if (!st && !(states = vel_alloc(k->ctx, (size_t)(2 * values) * sizeof *states)))
+        st = VEL_NO_MEMORY;
+    if (!st)
+        st = encode_joined(k, p, &s, prompt, false, states);
+    if (!st && !vel_model_guidance(k->model)->zero_negative)
+        st = encode_joined(k, p, &s, "", true, states + values);
+    if (!st)
+        compare_encoded(k, &s, states);
+    vel_plan_destroy(p);
     vel_free(k->ctx, states);
     json_decref(prompts);
     return st;
@@ -119,7 +177,7 @@ typedef struct denoiser { /* one evaluation on the file's arguments */
     vel_shape shape[ROLES];
     char name[ROLES][64]; /* in the file */
     int64_t d[4];         /* of the latent, NCHW */
-    bool packed;
+    bool packed, encodes; /* encodes: its condition is what the text encoders make of token ids */
 } denoiser;
 
 /* [n, tokens, c * p * p] of the reference to [n, h, w, c]; the pictures are square there. */
@@ -215,9 +273,11 @@ static vel_status build_denoiser(golden *k, denoiser *m)
     if (!m->g)
         return VEL_NO_MEMORY;
     for (int r = 0; r < ROLES; r++)
-        if (m->value[r])
+        if (m->value[r] && (r < CONTEXT || !m->encodes))
             m->in[r] = vel_input(m->g, names[r], VEL_F32, m->shape[r]);
     vel_condition c = {m->in[CONTEXT], m->in[POOLED], m->in[EXTRA], m->in[MASK]};
+    if (m->encodes) /* "extra" has the same name there */
+        c = vel_model_condition_inputs(k->model, m->g, m->d[0], ~0u, 1);
     m->out = vel_model_family(k->model)->denoise(m->g, vel_model_config(k->model), m->in[LATENT],
                                                  m->in[TIME], &c);
     return vel_graph_check(m->g);
@@ -428,10 +488,29 @@ static vel_status lora_sites(golden *k, const json_t *how, vel_adapter_site *sit
                                          vel_safetensors_path(k->file), expected / 2, *n);
 }
 
+static const char text_model[] = ".text_model.";
+
+/* Of a site's leaf in text_adapters.safetensors; newer versions of CLIP leave text_model out. */
+static bool text_key(const golden *k, const char *prefix, const char *path, bool down, char *out,
+                     size_t room)
+{
+    const char *inner = strstr(path, text_model);
+    char leaf = down ? 'A' : 'B';
+    snprintf(out, room, "text.%s.%s.lora_%c.default.weight", prefix, path, leaf);
+    if (!vel_safetensors_find(k->texts, out) && inner)
+        snprintf(out, room, "text.%s.%.*s.%s.lora_%c.default.weight", prefix, (int)(inner - path),
+                 path, inner + sizeof text_model - 1, leaf);
+    return vel_safetensors_find(k->texts, out) != NULL;
+}
+
 static void lora_key(const golden *k, const char *prefix, const char *path, char *out, size_t room)
 {
     vel_adapter_leaf leaf;
     const vel_adapter_site *s = vel_adapter_site_find(k->sites, k->n_sites, path, &leaf);
+    if (s && k->texts) {
+        text_key(k, prefix, s->path, leaf == VEL_LEAF_LORA_DOWN, out, room);
+        return;
+    }
     snprintf(out, room, "lora.%s.%s.lora_%c.default.weight", prefix,
              s ? strchr(s->path, '.') + 1 : path, leaf == VEL_LEAF_LORA_DOWN ? 'A' : 'B');
 }
@@ -532,15 +611,166 @@ static vel_status check_lora(golden *k)
     return st;
 }
 
+/* ---- adapters on text encoders ---- */
+
+/* Modules that the file has a gradient of: a layer whose states nobody takes has none. */
+static vel_status text_sites(golden *k, const json_t *how, vel_adapter_site *sites, int *n)
+{
+    int n_modules, expected = 0;
+    const vel_known_module *modules = vel_model_modules(k->model, &n_modules);
+    *n = 0;
+    for (int i = 0; i < n_modules; i++) {
+        const vel_known_module *m = &modules[i];
+        char key[512];
+        if (!text_key(k, "grad0", m->path, true, key, sizeof key))
+            continue;
+        vel_adapter_site *s = &sites[(*n)++];
+        *s = (vel_adapter_site){.path = m->path,
+                                .kind = vel_adapter_find("lora"),
+                                .weight = vel_shape_of(m->weight_rank, m->weight_dim)};
+        vel_adapter_how make = {.rank = (int)vel_json_int(how, "r", 4),
+                                .alpha = vel_json_number(how, "lora_alpha", 4)};
+        vel_adapter_site_make(s, &make);
+    }
+    for (int i = 0; i < vel_safetensors_count(k->texts); i++)
+        expected += vel_has_prefix(vel_safetensors_at(k->texts, i)->name, "text.grad0.");
+    return 2 * *n == expected ? VEL_OK
+                              : vel_fail(k->ctx, VEL_BAD_FILE, "%s: trains %d modules, ours are %d",
+                                         vel_safetensors_path(k->texts), expected / 2, *n);
+}
+
+typedef struct text_rates {
+    golden *k;
+    const json_t *rates; /* of each encoder */
+} text_rates;
+
+static double text_rate(void *user, int i)
+{
+    const text_rates *r = user;
+    const char *path = vel_engine_trainable_at(vel_model_engine(r->k->model), i)->path;
+    int encoder = vel_has_prefix(path, "text_encoder_2.")   ? 1
+                  : vel_has_prefix(path, "text_encoder_3.") ? 2
+                                                            : 0;
+    return json_number_value(json_array_get(r->rates, (size_t)encoder));
+}
+
+static vel_status set_prompts(golden *k, vel_plan *p, int n)
+{
+    const char *text = vel_safetensors_meta(k->texts, "prompts");
+    json_t *prompts = text ? json_loads(text, 0, NULL) : NULL;
+    int each = vel_model_ids(k->model);
+    int32_t *ids = vel_alloc(k->ctx, (size_t)(n * each) * sizeof *ids);
+    vel_status st = !ids                                 ? VEL_NO_MEMORY
+                    : (int)json_array_size(prompts) == n ? VEL_OK
+                                                         : VEL_BAD_FILE;
+    for (int i = 0; i < n && !st; i++)
+        st = vel_model_tokenize(k->model, json_string_value(json_array_get(prompts, (size_t)i)),
+                                ids + i * each);
+    if (!st)
+        st = vel_model_set_ids(k->model, p, ids, n);
+    vel_free(k->ctx, ids);
+    json_decref(prompts);
+    return st;
+}
+
+/* The same lessons as lora_steps, with a rate for each encoder. */
+static vel_status text_steps(golden *k, const json_t *how, denoiser *m, vel_plan *p)
+{
+    vel_engine *e = vel_model_engine(k->model);
+    float losses[MOST_STEPS];
+    int steps = (int)vel_json_int(how, "steps", 3);
+    text_rates rates = {k, json_object_get(how, "lr")};
+    if (steps < 1 || steps > MOST_STEPS)
+        return vel_fail(k->ctx, VEL_BAD_FILE, "text_lora: %d steps", steps);
+    VEL_TRY(lora_values(k, "init", 'v', 0));
+    for (int i = 0; i < steps; i++) {
+        VEL_TRY(set_denoiser(m, p));
+        VEL_TRY(set_prompts(k, p, (int)m->d[0]));
+        VEL_TRY(vel_plan_set(p, "target", m->probe, (size_t)m->count[LATENT] * sizeof(float)));
+        VEL_TRY(vel_plan_run(p));
+        VEL_TRY(vel_plan_get(p, "loss", &losses[i], 1));
+        if (i == 0)
+            VEL_TRY(lora_values(k, "grad0", 'g', VEL_GOLDEN_TOLERANCE));
+        VEL_TRY(vel_engine_update(e, 1, text_rate, &rates));
+    }
+    vel_golden_check(k, "text.losses", losses, steps, VEL_GOLDEN_TOLERANCE);
+    return lora_values(k, "final", 'v', VEL_GOLDEN_TOLERANCE_END);
+}
+
+/* Trainables stay with an engine, so the lessons are given to a model of their own. */
+static vel_status learn_texts(golden *k, const json_t *how)
+{
+    int n_modules;
+    vel_plan *p = NULL;
+    denoiser m = {0};
+    vel_optimizer adamw = {.rule = "adamw",
+                           .beta1 = 0.9,
+                           .beta2 = 0.999,
+                           .eps = 1e-8,
+                           .weight_decay = vel_json_number(how, "weight_decay", 0.01)};
+    vel_safetensors *values = k->texts, *given = k->file;
+    vel_model_modules(k->model, &n_modules);
+    vel_adapter_site *sites = vel_alloc(k->ctx, (size_t)VEL_MAX(1, n_modules) * sizeof *sites);
+    k->sites = sites;
+    vel_status st = sites ? text_sites(k, how, sites, &k->n_sites) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_engine_set_optimizer(vel_model_engine(k->model), &adamw);
+    if (!st)
+        st = load_denoiser(k, &m);
+    m.encodes = true;
+    if (!st)
+        st = lora_plan(k, &m, &p);
+    k->file = values;
+    if (!st)
+        st = text_steps(k, how, &m, p);
+    k->file = given;
+    vel_plan_destroy(p);
+    finish_denoiser(k, &m);
+    vel_free(k->ctx, sites);
+    k->sites = NULL;
+    k->n_sites = 0;
+    return st;
+}
+
+static vel_status check_text_adapters(golden *k)
+{
+    char *path = vel_path_join(k->ctx, k->folder, "text_adapters.safetensors");
+    vel_model *model = k->model;
+    json_t *how = NULL;
+    if (!path)
+        return VEL_NO_MEMORY;
+    if (!vel_is_file(path)) {
+        vel_free(k->ctx, path);
+        return VEL_OK;
+    }
+    k->model = NULL;
+    vel_status st = vel_safetensors_open(k->ctx, path, &k->texts);
+    vel_free(k->ctx, path);
+    if (!st) {
+        const char *text = vel_safetensors_meta(k->texts, "text_lora");
+        how = text ? json_loads(text, 0, NULL) : NULL;
+        st = how ? vel_golden_open_model(k, vel_model_folder(model)) : VEL_BAD_FILE;
+    }
+    if (!st)
+        st = learn_texts(k, how);
+    json_decref(how);
+    vel_model_close(k->model);
+    k->model = model;
+    vel_safetensors_close(k->texts);
+    k->texts = NULL;
+    return st;
+}
+
 /* ---- all ---- */
 
 static const struct {
     const char *name;
     vel_status (*check)(golden *k);
 } groups[] = {
-    {"(tokenizers)", check_tokenizers}, {"(text encoders)", check_encoded},
-    {"(denoiser)", check_denoiser},     {"(autoencoder)", check_autoencoder},
-    {"(pipeline)", check_pipeline},     {"(lora)", check_lora},
+    {"(tokenizers)", check_tokenizers},       {"(text encoders)", check_encoded},
+    {"(denoiser)", check_denoiser},           {"(autoencoder)", check_autoencoder},
+    {"(pipeline)", check_pipeline},           {"(lora)", check_lora},
+    {"(text adapters)", check_text_adapters},
 };
 
 vel_status vel_golden_family(golden *k)

@@ -188,3 +188,89 @@ TEST(families_run_refuse_each_others_adapters)
         vel_free(t->ctx, words);
     }
 }
+
+/* Only the text encoders learn; what they learned is drawn with. */
+static void learn_texts(vel_test *t, const char *name, const char *says)
+{
+    program_result r;
+    copy_pictures(t);
+    if (runs(t, name,
+             "train " FAMILY_MODEL QUICK "--train_text_encoder --text_encoders all "
+             "--train_unet no --steps 1 --output_dir \"$D/%s\"",
+             &r))
+        CHECK_MSG(strstr(r.text, says), "%s: %s", name, r.text);
+    if (runs(t, name, DRAW "--lora \"$D/%s/a.safetensors:0\" --output \"$D/off.png\"", &r) &&
+        runs(t, name, DRAW "--lora \"$D/%s/a.safetensors:8\" --output \"$D/on.png\"", &r))
+        CHECK_MSG(!same_pixels(t, "off.png", "on.png"), "%s: it changes nothing", name);
+}
+
+TEST(families_run_adapters_on_every_text_encoder)
+{
+    learn_texts(t, "sdxl", "24 of the text encoders");
+    learn_texts(t, "sd3", "38 of the text encoders");
+}
+
+TEST(families_run_adapters_on_t5_and_llms)
+{
+    learn_texts(t, "flux-dev", "26 of the text encoders");
+    learn_texts(t, "sana", "21 of the text encoder");
+    learn_texts(t, "lumina2", "14 of the text encoder");
+}
+
+/* The largest value of an adapter's up matrices in a part. */
+static float largest_up(vel_test *t, const char *path, const char *part)
+{
+    vel_safetensors *file = NULL;
+    float most = 0;
+    size_t n = strlen(part);
+    char *whole = vel_test_text(t, "%s/%s", t->folder, path);
+    CHECK_OK(vel_safetensors_open(t->ctx, whole, &file));
+    for (int i = 0; file && i < vel_safetensors_count(file); i++) {
+        const vel_file_tensor *at = vel_safetensors_at(file, i);
+        for (int64_t k = 0;
+             k < at->count && strncmp(at->name, part, n) == 0 && at->name[n] == '.' &&
+             (strstr(at->name, ".up.") || strstr(at->name, ".lora_B."));
+             k++) {
+            float v;
+            vel_file_tensor_floats(at, k, 1, &v);
+            most = fmaxf(most, fabsf(v));
+        }
+    }
+    vel_safetensors_close(file);
+    vel_free(t->ctx, whole);
+    return most;
+}
+
+static void check_moved(vel_test *t, const char *path, const char *part, double by)
+{
+    double most = largest_up(t, path, part);
+    CHECK_MSG(most > 0.7 * by && most < 1.3 * by, "%s moved by %g, not %g", part, most, by);
+}
+
+/* Three encoders and the denoiser, each with its own rate; T5 beside the others only where it is
+ * named, and where it is not, its states are computed once. */
+TEST(families_run_rates_of_text_encoders)
+{
+    program_result r;
+    copy_pictures(t);
+    if (runs(t, "sd3",
+             "train " FAMILY_MODEL QUICK "--train_text_encoder --text_encoders all --unet_lr 1e-3 "
+             "--text_encoder_lr 1e-2 --text_encoder_2_lr 1e-9 --text_encoder_3_lr 3e-2 --steps 2 "
+             "--output_dir \"$D/three\"",
+             &r)) {
+        check_moved(t, "three/a.safetensors", "transformer", 2e-3);
+        check_moved(t, "three/a.safetensors", "text_encoder", 2e-2);
+        CHECK(largest_up(t, "three/a.safetensors", "text_encoder_2") < 1e-6f);
+        check_moved(t, "three/a.safetensors", "text_encoder_3", 6e-2);
+    }
+    if (runs(t, "sd3",
+             "train " FAMILY_MODEL QUICK "--train_text_encoder --steps 2 --output_dir \"$D/two\"",
+             &r)) {
+        CHECK(largest_up(t, "two/a.safetensors", "text_encoder_2") > 1e-2f);
+        CHECK(largest_up(t, "two/a.safetensors", "text_encoder_3") == 0);
+    }
+    program_expect(t,
+                   "train --model tests/golden/families/sdxl/model --data \"$D/pictures\" "
+                   "--train_text_encoder --text_encoders 3 --dry_run",
+                   1, (const char *const[]){"--text_encoders: '3'", "numbers up to 2", NULL});
+}

@@ -69,8 +69,7 @@ static void open_lesson(vel_test *t, lesson *l)
 static bool start(lesson *l, vel_trained what, bool text)
 {
     vel_test *t = l->t;
-    vel_trainer_options o = {
-        .compute = VEL_F32, .clip_skip = 1, .train_text_encoder = text, .trained = what};
+    vel_trainer_options o = {.compute = VEL_F32, .clip_skip = 1, .texts = text, .trained = what};
     if (!l->context)
         return false;
     REQUIRE_OK(vel_trainer_create(l->model, &o, &l->trainer));

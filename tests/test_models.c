@@ -91,7 +91,7 @@ static vel_graph *build_part(vel_ctx *ctx, const model *m, int part, int64_t hei
     } else if (part == 1) {
         vel_ref ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, text[0].length));
         vel_text_input in = {.ids = ids};
-        vel_output(g, "out", m->family->encode_text(g, m->config, &in, 1).context);
+        vel_output(g, "out", m->family->encode_text(g, m->config, 0, &in, 1).context);
     } else {
         vel_ref z = vel_input(g, "z", VEL_F32, VEL_SHAPE(1, height, width, latent.channels));
         vel_ref image = vel_input(g, "image", VEL_F32,
@@ -273,7 +273,7 @@ TEST(models_refuse_inputs_that_do_not_fit)
     g = vel_graph_create(t->ctx);
     if (m.config && g) {
         vel_text_input in = {.ids = vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, 77))};
-        m.family->encode_text(g, m.config, &in, 5);
+        m.family->encode_text(g, m.config, 0, &in, 5);
         CHECK(vel_graph_check(g) == VEL_BAD_GRAPH);
         CHECK(strstr(vel_ctx_error(t->ctx), "clip skip"));
     }

@@ -351,7 +351,7 @@ TEST(transformers_sana_keeps_both_ends)
                              .keep = KEEP};
         vel_ref_tensor out = {{0}};
         f->texts(c, info);
-        vel_condition made = f->encode_text(g, c, &in, 1);
+        vel_condition made = f->encode_text(g, c, 0, &in, 1);
         CHECK(vel_shape_equal(vel_shape_at(g, made.context), VEL_SHAPE(2, KEEP, info[0].width)));
         CHECK(vel_shape_equal(vel_shape_at(g, made.mask), VEL_SHAPE(2, KEEP)));
         vel_graph *only = vel_graph_create(t->ctx);
@@ -360,7 +360,7 @@ TEST(transformers_sana_keeps_both_ends)
             in = (vel_text_input){.ids = vel_input(only, "ids", VEL_I32, VEL_SHAPE(1, LENGTH)),
                                   .mask = row,
                                   .keep = KEEP};
-            vel_output(only, "mask", f->encode_text(only, c, &in, 1).mask);
+            vel_output(only, "mask", f->encode_text(only, c, 0, &in, 1).mask);
             REQUIRE_OK(vel_reference_run(only, NULL, NULL, &out));
             for (int i = 0; out.v && i < KEEP; i++)
                 CHECK(out.v[i] == (i ? LENGTH - KEEP + i : 0));

@@ -34,13 +34,16 @@ const vel_adapter_kind *vel_adapter_find(const char *name)
 #define ATTENTION "*.attn*.to_q,*.attn*.to_k,*.attn*.to_v,*.attn*.to_out.0"
 #define FEED_FORWARD "*.ff.net.0.proj,*.ff.net.2,*.proj_in,*.proj_out"
 #define CONVOLUTIONS "*.conv1,*.conv2,*.conv_shortcut,*.time_emb_proj,*samplers.0.conv"
-#define TEXT_ATTENTION "*.q_proj,*.k_proj,*.v_proj,*.out_proj"
+/* CLIP's and Gemma's names, then T5's */
+#define TEXT_ATTENTION "*.q_proj,*.k_proj,*.v_proj,*.out_proj,*.o_proj,*.SelfAttention.?"
+#define TEXT_FEED_FORWARD                                                                          \
+    "*.fc1,*.fc2,*.gate_proj,*.up_proj,*.down_proj,*.DenseReluDense.wi*,*.DenseReluDense.wo"
 static const struct {
     const char *name, *denoiser, *text;
 } presets[] = {
     {"attn", ATTENTION, TEXT_ATTENTION},
-    {"attn+mlp", ATTENTION "," FEED_FORWARD, TEXT_ATTENTION ",*.fc1,*.fc2"},
-    {"all", ATTENTION "," FEED_FORWARD "," CONVOLUTIONS, TEXT_ATTENTION ",*.fc1,*.fc2"},
+    {"attn+mlp", ATTENTION "," FEED_FORWARD, TEXT_ATTENTION "," TEXT_FEED_FORWARD},
+    {"all", ATTENTION "," FEED_FORWARD "," CONVOLUTIONS, TEXT_ATTENTION "," TEXT_FEED_FORWARD},
     {"conv", CONVOLUTIONS, ""},
 };
 

@@ -56,14 +56,16 @@ static int texts(const vel_config *c, vel_text_info *out)
                              .length = own->transformer.guidance ? 512 : 256,
                              .width = own->t5.width,
                              .layers = own->t5.layers,
-                             .vocabulary = own->t5.vocabulary};
+                             .vocabulary = own->t5.vocabulary,
+                             .large = true};
     return 2;
 }
 
 static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
     const vel_flux_config *t = &((const flux_config *)c->own)->transformer;
-    *out = (vel_text_states){.length = length[1], .width = t->context, .pooled = t->pooled};
+    out[0] = (vel_text_states){.pooled = t->pooled};
+    out[1] = (vel_text_states){.length = length[1], .width = t->context};
 }
 
 static void guidance(const vel_config *c, vel_guidance_info *out)
@@ -82,20 +84,30 @@ static int extra(const vel_config *c, const vel_picture_facts *f, float *out)
     return 1;
 }
 
-static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip)
 {
-    const flux_config *own = c->own;
+    vel_condition out = {{0}};
     vel_ref inner, last;
     (void)clip_skip; /* only the pooled text of CLIP is used */
-    vel_scope(g, "%s", parts[TEXT]);
-    vel_clip_states(g, &c->clip[0], in[0].ids, c->clip[0].layers, &inner, &last);
-    vel_ref pooled = vel_clip_pool(g, &c->clip[0], last, in[0].end, false);
+    vel_scope(g, "%s", parts[TEXT + k]);
+    if (k == 1) {
+        out.context = vel_t5_build(g, &((const flux_config *)c->own)->t5, in->ids, in->mask);
+    } else {
+        vel_clip_states(g, &c->clip[0], in->ids, c->clip[0].layers, &inner, &last);
+        out.pooled = vel_clip_pool(g, &c->clip[0], last, in->end, false);
+    }
     vel_end(g);
-    vel_scope(g, "%s", parts[TEXT_2]);
-    vel_ref context = vel_t5_build(g, &own->t5, in[1].ids, in[1].mask);
-    vel_end(g);
-    return (vel_condition){.context = context, .pooled = pooled};
+    return out;
+}
+
+static vel_condition join_texts(vel_graph *g, const vel_config *c, const vel_condition *each,
+                                const int *length)
+{
+    (void)g;
+    (void)c;
+    (void)length;
+    return (vel_condition){.context = each[1].context, .pooled = each[0].pooled};
 }
 
 static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
@@ -134,6 +146,7 @@ const vel_family vel_family_flux = {
     .guidance = guidance,
     .extra = extra,
     .encode_text = encode_text,
+    .join_texts = join_texts,
     .denoise = denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,

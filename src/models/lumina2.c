@@ -60,7 +60,7 @@ static int texts(const vel_config *c, vel_text_info *out)
 static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
     const lumina2_config *own = c->own;
-    *out = (vel_text_states){.length = length[0], .width = own->gemma.width, .masked = true};
+    out[0] = (vel_text_states){.length = length[0], .width = own->gemma.width, .masked = true};
 }
 
 static void guidance(const vel_config *c, vel_guidance_info *out)
@@ -69,15 +69,16 @@ static void guidance(const vel_config *c, vel_guidance_info *out)
     *out = (vel_guidance_info){.usual = 4, .steps = 30, .normalised = true};
 }
 
-static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip)
 {
+    (void)k;
     const lumina2_config *own = c->own;
     vel_scope(g, "%s", parts[TEXT]);
-    vel_ref x = vel_gemma_build(g, &own->gemma, in[0].ids, in[0].mask,
+    vel_ref x = vel_gemma_build(g, &own->gemma, in->ids, in->mask,
                                 own->gemma.layers - VEL_MAX(clip_skip, 1), false);
     vel_end(g);
-    return (vel_condition){.context = x, .mask = in[0].mask};
+    return (vel_condition){.context = x, .mask = in->mask};
 }
 
 static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,

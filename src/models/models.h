@@ -19,13 +19,14 @@ typedef struct vel_condition {
     vel_ref mask;    /* [N, S]: 1 for a token, 0 for padding */
 } vel_condition;
 
-/* The sizes of what is known of one text: S, D, P above. Outside of graphs the values of a text lie
- * behind each other: context [S, D], then pooled [P], then mask [S] where masked. */
+/* The sizes of what one encoder makes of a text: its states [length, width] (length 0: only the
+ * pooled ones are used), pooled, a mask [length]. Outside of graphs the values of a text lie behind
+ * each other: those of the first encoder (context, pooled, mask), then those of the next. */
 typedef struct vel_text_states {
     int length, width, pooled;
     bool masked;
 } vel_text_states;
-int64_t vel_text_values(const vel_text_states *t); /* of one text */
+int64_t vel_text_values(const vel_text_states *t); /* of one text, by one encoder */
 
 typedef struct vel_latent_info {
     int channels, down;  /* latent channels; pixels per latent on a side */
@@ -83,6 +84,7 @@ typedef struct vel_text_info { /* one text encoder */
     bool masked;        /* it wants to know which tokens are padding */
     bool pools;         /* it wants to know where a text ends */
     bool absent;        /* the model has none: it is given nothing */
+    bool large;         /* trained only where it is named: T5, behind other encoders */
     bool lower;         /* texts lose blanks around them and capital letters, before the prefix */
     const char *prefix; /* put before every text but negative ones; NULL none */
     /* The tokens of the prefix come on top of length, and only the first state and the last
@@ -95,8 +97,7 @@ typedef struct vel_text_input {
     vel_ref ids;  /* [N, S] int32 */
     vel_ref mask; /* [N, S]: 1 for a token, 0 for padding */
     vel_ref end;  /* [N] int32: the row of each text's first end token among [N * S] */
-    int keep; /* states to keep: the first and the last keep - 1; 0: all; of an absent encoder: how
-                 many there would be */
+    int keep;     /* states to keep: the first and the last keep - 1; 0: all */
 } vel_text_input;
 
 /* How a prompt's prediction and the negative prompt's make one. */
@@ -153,7 +154,7 @@ typedef struct vel_family {
     void (*latent)(const vel_config *c, vel_latent_info *out);
     /* The text encoders; out[VEL_MAX_TEXTS]; returns how many. */
     int (*texts)(const vel_config *c, vel_text_info *out);
-    /* The states that they make together, when encoder k keeps length[k] tokens. */
+    /* What each of them makes, when encoder k keeps length[k] tokens; out[VEL_MAX_TEXTS]. */
     void (*states)(const vel_config *c, const int *length, vel_text_states *out);
     /* NULL: classifier-free guidance, 7.5, 30 steps. */
     void (*guidance)(const vel_config *c, vel_guidance_info *out);
@@ -162,11 +163,15 @@ typedef struct vel_family {
     /* The extra inputs of a picture into out[VEL_MAX_EXTRA] (NULL: only counted); returns E. NULL:
      * there are none. */
     int (*extra)(const vel_config *c, const vel_picture_facts *facts, float *out);
-    /* in[k] for encoder k. clip_skip of SD: context is the state after the final norm
+    /* What encoder k makes of a text. clip_skip of SD: context is the state after the final norm
      * (clip_skip <= 1) or of the layer clip_skip - 1 from the end, through the final norm (as kohya
      * and A1111 do); other families count from the state that they take. */
-    vel_condition (*encode_text)(vel_graph *g, const vel_config *c, const vel_text_input *in,
+    vel_condition (*encode_text)(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip);
+    /* What all of them made, each[k] by encoder k, which keeps length[k] tokens ({0} of an absent
+     * one), to what the denoiser is conditioned on. NULL: each[0]. */
+    vel_condition (*join_texts)(vel_graph *g, const vel_config *c, const vel_condition *each,
+                                const int *length);
     /* As the reference's denoiser: latent [N, h, w, C] (scaled, noisy), time [N] float32 in its own
      * units -> what it gives [N, h, w, C]. See vel_family_denoise. */
     vel_ref (*denoise)(vel_graph *g, const vel_config *c, vel_ref latent, vel_ref time,

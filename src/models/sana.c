@@ -85,7 +85,7 @@ static int texts(const vel_config *c, vel_text_info *out)
 static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
     const sana_config *own = c->own;
-    *out = (vel_text_states){.length = length[0], .width = own->gemma.width, .masked = true};
+    out[0] = (vel_text_states){.length = length[0], .width = own->gemma.width, .masked = true};
 }
 
 static void guidance(const vel_config *c, vel_guidance_info *out)
@@ -104,16 +104,16 @@ static vel_ref kept(vel_graph *g, vel_ref x, int keep)
                       1);
 }
 
-static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip)
 {
+    (void)k;
     const sana_config *own = c->own;
     vel_scope(g, "%s", parts[TEXT]);
-    vel_ref x = vel_gemma_build(g, &own->gemma, in[0].ids, in[0].mask,
+    vel_ref x = vel_gemma_build(g, &own->gemma, in->ids, in->mask,
                                 own->gemma.layers - (VEL_MAX(clip_skip, 1) - 1), true);
     vel_end(g);
-    return (vel_condition){.context = kept(g, x, in[0].keep),
-                           .mask = kept(g, in[0].mask, in[0].keep)};
+    return (vel_condition){.context = kept(g, x, in->keep), .mask = kept(g, in->mask, in->keep)};
 }
 
 static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,

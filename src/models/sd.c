@@ -66,7 +66,7 @@ static int texts(const vel_config *c, vel_text_info *out)
 
 static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
-    *out = (vel_text_states){.length = length[0], .width = c->clip[0].width};
+    out[0] = (vel_text_states){.length = length[0], .width = c->clip[0].width};
 }
 
 static vel_ref text_state(vel_graph *g, const vel_config *c, vel_ref ids, int layers,
@@ -78,13 +78,14 @@ static vel_ref text_state(vel_graph *g, const vel_config *c, vel_ref ids, int la
     return x;
 }
 
-static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip)
 {
+    (void)k;
     int layers = c->clip[0].layers - (VEL_MAX(clip_skip, 1) - 1);
     if (layers < 1)
         layers = -1; /* refused with its message */
-    return (vel_condition){.context = text_state(g, c, in[0].ids, layers, true)};
+    return (vel_condition){.context = text_state(g, c, in->ids, layers, true)};
 }
 
 vel_ref vel_clip_text_state(vel_graph *g, const vel_config *c, vel_ref ids, int which)

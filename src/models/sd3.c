@@ -78,15 +78,19 @@ static int texts(const vel_config *c, vel_text_info *out)
                              .width = own->t5.width,
                              .layers = own->t5.layers,
                              .vocabulary = own->t5.vocabulary,
-                             .absent = !own->has_t5};
+                             .absent = !own->has_t5,
+                             .large = true};
     return 3;
 }
 
 static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
-    const vel_sd3_config *t = &((const sd3_config *)c->own)->transformer;
-    *out = (vel_text_states){
-        .length = length[0] + length[2], .width = t->context, .pooled = t->pooled};
+    const sd3_config *own = c->own;
+    for (int k = 0; k < 2; k++)
+        out[k] = (vel_text_states){
+            .length = length[k], .width = c->clip[k].width, .pooled = c->clip[k].projection};
+    if (own->has_t5)
+        out[2] = (vel_text_states){.length = length[2], .width = own->t5.width};
 }
 
 static void guidance(const vel_config *c, vel_guidance_info *out)
@@ -95,34 +99,39 @@ static void guidance(const vel_config *c, vel_guidance_info *out)
     *out = (vel_guidance_info){.usual = 7, .steps = 28};
 }
 
-/* The penultimate states of both CLIP encoders side by side, widened with zeros, then T5's; zeros
- * stand for its states where there is none. */
-static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+/* The penultimate states of a CLIP encoder, with what it pools; those of T5. */
+static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip)
 {
-    const sd3_config *own = c->own;
-    vel_ref inner[2], pooled[2], last, t5;
-    for (int i = 0; i < 2; i++) {
-        int layers = c->clip[i].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
-        vel_scope(g, "%s", parts[TEXT + i]);
-        vel_clip_states(g, &c->clip[i], in[i].ids, layers, &inner[i], &last);
-        pooled[i] = vel_clip_pool(g, &c->clip[i], last, in[i].end, true);
-        vel_end(g);
+    vel_condition out = {{0}};
+    vel_ref last;
+    vel_scope(g, "%s", parts[TEXT + k]);
+    if (k == 2) {
+        out.context = vel_t5_build(g, &((const sd3_config *)c->own)->t5, in->ids, in->mask);
+    } else {
+        int layers = c->clip[k].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
+        vel_clip_states(g, &c->clip[k], in->ids, layers, &out.context, &last);
+        out.pooled = vel_clip_pool(g, &c->clip[k], last, in->end, true);
     }
-    vel_ref clip = vel_concat(g, inner[0], inner[1], 2);
+    vel_end(g);
+    return out;
+}
+
+/* Both CLIP encoders' states side by side, widened with zeros, then T5's; zeros stand for its
+ * states where there is none. */
+static vel_condition join_texts(vel_graph *g, const vel_config *c, const vel_condition *each,
+                                const int *length)
+{
+    int64_t width = ((const sd3_config *)c->own)->transformer.context;
+    vel_ref clip = vel_concat(g, each[0].context, each[1].context, 2), t5 = each[2].context;
     vel_shape s = vel_shape_at(g, clip);
-    int64_t left = own->transformer.context - s.dim[2];
+    int64_t left = width - s.dim[2];
     if (left > 0)
         clip = vel_concat(g, clip, vel_fill(g, VEL_SHAPE(s.dim[0], s.dim[1], left), 0), 2);
-    if (own->has_t5) {
-        vel_scope(g, "%s", parts[TEXT_3]);
-        t5 = vel_t5_build(g, &own->t5, in[2].ids, in[2].mask);
-        vel_end(g);
-    } else {
-        t5 = vel_fill(g, VEL_SHAPE(s.dim[0], in[2].keep, own->transformer.context), 0);
-    }
+    if (!t5.id)
+        t5 = vel_fill(g, VEL_SHAPE(s.dim[0], length[2], width), 0);
     return (vel_condition){.context = vel_concat(g, clip, t5, 1),
-                           .pooled = vel_concat(g, pooled[0], pooled[1], 1)};
+                           .pooled = vel_concat(g, each[0].pooled, each[1].pooled, 1)};
 }
 
 static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
@@ -164,6 +173,7 @@ const vel_family vel_family_sd3 = {
     .names = names,
     .guidance = guidance,
     .encode_text = encode_text,
+    .join_texts = join_texts,
     .denoise = denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,

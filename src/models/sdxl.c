@@ -81,9 +81,10 @@ static int texts(const vel_config *c, vel_text_info *out)
 
 static void states(const vel_config *c, const int *length, vel_text_states *out)
 {
-    *out = (vel_text_states){.length = length[0],
-                             .width = c->clip[0].width + c->clip[1].width,
-                             .pooled = c->clip[1].projection};
+    for (int k = 0; k < 2; k++)
+        out[k] = (vel_text_states){.length = length[k],
+                                   .width = c->clip[k].width,
+                                   .pooled = k == 1 ? c->clip[k].projection : 0};
 }
 
 static void guidance(const vel_config *c, vel_guidance_info *out)
@@ -106,19 +107,27 @@ static int extra(const vel_config *c, const vel_picture_facts *f, float *out)
 
 /* The penultimate layer's states, without the final norm; clip skip counts from there on, as
  * diffusers does. */
-static vel_condition encode_text(vel_graph *g, const vel_config *c, const vel_text_input *in,
+static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const vel_text_input *in,
                                  int clip_skip)
 {
-    vel_ref inner[2], last[2], pooled = {0};
-    for (int i = 0; i < 2; i++) {
-        int layers = c->clip[i].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
-        vel_scope(g, "%s", parts[TEXT + i]);
-        vel_clip_states(g, &c->clip[i], in[i].ids, layers, &inner[i], &last[i]);
-        if (i == 1)
-            pooled = vel_clip_pool(g, &c->clip[1], last[1], in[1].end, true);
-        vel_end(g);
-    }
-    return (vel_condition){.context = vel_concat(g, inner[0], inner[1], 2), .pooled = pooled};
+    vel_condition out = {{0}};
+    vel_ref last;
+    int layers = c->clip[k].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
+    vel_scope(g, "%s", parts[TEXT + k]);
+    vel_clip_states(g, &c->clip[k], in->ids, layers, &out.context, &last);
+    if (k == 1)
+        out.pooled = vel_clip_pool(g, &c->clip[k], last, in->end, true);
+    vel_end(g);
+    return out;
+}
+
+static vel_condition join_texts(vel_graph *g, const vel_config *c, const vel_condition *each,
+                                const int *length)
+{
+    (void)c;
+    (void)length;
+    return (vel_condition){.context = vel_concat(g, each[0].context, each[1].context, 2),
+                           .pooled = each[1].pooled};
 }
 
 static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
@@ -145,6 +154,7 @@ const vel_family vel_family_sdxl = {
     .guidance = guidance,
     .extra = extra,
     .encode_text = encode_text,
+    .join_texts = join_texts,
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,

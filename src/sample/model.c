@@ -382,6 +382,7 @@ void vel_model_close(vel_model *m)
         return;
     vel_model_forget_merged(m);
     vel_model_drop_plans(m);
+    vel_model_forget_texts(m);
     vel_model_remove_adapters(m);
     vel_engine_destroy(m->engine);
     for (int k = 0; k < VEL_MAX_TEXTS; k++)

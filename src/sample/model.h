@@ -39,6 +39,13 @@ typedef struct cached_plan {
     vel_plan *plan;
 } cached_plan;
 
+typedef struct kept_text { /* what one encoder made of a text */
+    char *text;
+    int encoder;
+    bool negative;
+    float *values;
+} kept_text;
+
 struct vel_model {
     vel_ctx *ctx;
     char *folder;            /* or the single file */
@@ -55,7 +62,7 @@ struct vel_model {
     vel_text_info texts[VEL_MAX_TEXTS]; /* with the lengths and prefixes of this model's use */
     int n_texts;
     int prefix_tokens[VEL_MAX_TEXTS]; /* that come on top of the length */
-    vel_text_states states;
+    vel_text_states states[VEL_MAX_TEXTS];
     vel_guidance_info guidance;
     vel_tokenizer *tokenizers[VEL_MAX_TEXTS]; /* NULL: opened for its weights only */
     vel_engine *engine;
@@ -75,6 +82,9 @@ struct vel_model {
     float *word_rows;    /* [words.n, texts[0].width] */
     int32_t first_word;  /* the first id that is a word's */
     vel_trained trained; /* what it points at is borrowed; all zero: off */
+    kept_text *kept;
+    int n_kept;
+    int64_t kept_bytes;
     cached_plan plans[VEL_MAX_PLANS];
     int n_plans;
     uint64_t clock;
@@ -91,10 +101,14 @@ vel_status vel_model_find_tokenizer(vel_ctx *ctx, const char *file, const char *
 
 /* The tokenizers and the sizes of texts; after the config is read. */
 vel_status vel_model_open_text(vel_model *m, const vel_model_options *o);
-/* The text encoders' graph: outputs "out" (context), "pooled", "mask_of_text". */
-vel_graph *vel_model_text_graph(vel_model *m, int n, bool negative, int clip_skip);
-/* A plan of the cache, made if need be; h, w: of the latent; of PLAN_TEXT h is 1 for negative
- * texts. */
+/* Text encoder k's graph: outputs are what it makes of a text, the first is "out". */
+vel_graph *vel_model_text_graph(vel_model *m, int n, int k, bool negative, int clip_skip);
+/* text_memory.c: are the states of encoder k others after each step? */
+bool vel_model_trains_text(const vel_model *m, int k);
+/* After anything that changes what an encoder makes of a text. */
+void vel_model_forget_texts(vel_model *m);
+/* A plan of the cache, made if need be; h, w: of the latent; of PLAN_TEXT h is the encoder, and w
+ * is 1 for negative texts. */
 vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w, vel_plan **out);
 /* Runs and takes output "out"; NaN and infinity are refused with the place where they began. */
 vel_status vel_model_run_plan(vel_model *m, vel_plan *p, const char *what, float *out,

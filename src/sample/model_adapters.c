@@ -108,6 +108,11 @@ vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight)
     model_adapter *a = find_adapter(m, name);
     if (!a)
         return vel_fail(m->ctx, VEL_NOT_FOUND, "adapter '%s': none of that name was added", name);
+    bool text = false;
+    for (int i = 0; i < a->file->n; i++)
+        text = text || vel_has_prefix(a->file->modules[i].path, "text_encoder");
+    if (text && a->weight != weight)
+        vel_model_forget_texts(m);
     a->weight = weight;
     return VEL_OK;
 }

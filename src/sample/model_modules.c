@@ -34,11 +34,13 @@ static vel_status describe(vel_model *m, const vel_checkpoint_names *names, cons
 static vel_status list_modules(vel_model *m)
 {
     int side = VEL_MAX(8, m->latent.picture / m->latent.down), room = 0;
-    int n_graphs = m->no_text ? 1 : 2;
-    vel_graph *graphs[2] = {vel_model_build(m, PLAN_DENOISE, 1, side, side, 1)};
-    if (n_graphs == 2)
-        graphs[1] = vel_model_build(m, PLAN_TEXT, 1, 0, 0, 1);
-    vel_status st = graphs[0] && graphs[n_graphs - 1] ? VEL_OK : VEL_BAD_GRAPH;
+    int n_graphs = 1;
+    vel_graph *graphs[1 + VEL_MAX_TEXTS] = {vel_model_build(m, PLAN_DENOISE, 1, side, side, 1)};
+    vel_status st = graphs[0] ? VEL_OK : VEL_BAD_GRAPH;
+    for (int k = 0; k < m->n_texts && !m->no_text && !st; k++)
+        if (!m->texts[k].absent &&
+            !(graphs[n_graphs++] = vel_model_build(m, PLAN_TEXT, 1, k, 0, 1)))
+            st = VEL_BAD_GRAPH;
     for (int i = 0; i < n_graphs && !st; i++)
         room += vel_graph_modules(graphs[i], NULL, 0);
     vel_known_module *out =
@@ -54,8 +56,8 @@ static vel_status list_modules(vel_model *m)
             st = describe(m, names, &found[k], &out[n++]);
     }
     vel_free(m->ctx, found);
-    vel_graph_destroy(graphs[0]);
-    vel_graph_destroy(graphs[1]);
+    for (int i = 0; i < n_graphs; i++)
+        vel_graph_destroy(graphs[i]);
     if (!st) {
         m->modules = out;
         m->n_modules = n;

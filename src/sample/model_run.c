@@ -15,7 +15,7 @@ static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n,
     case PLAN_DENOISE: {
         vel_ref latent = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, channels));
         vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
-        vel_condition c = vel_model_condition_inputs(m, g, n);
+        vel_condition c = vel_model_condition_inputs(m, g, n, 0, 1);
         return vel_family_denoise(g, f, m->config, latent, time, &c);
     }
     case PLAN_DECODE:
@@ -30,7 +30,7 @@ static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n,
 vel_graph *vel_model_build(vel_model *m, plan_kind kind, int n, int h, int w, int clip_skip)
 {
     if (kind == PLAN_TEXT)
-        return vel_model_text_graph(m, n, h == 1, clip_skip);
+        return vel_model_text_graph(m, n, h, w == 1, clip_skip);
     vel_graph *g = vel_graph_create(m->ctx);
     if (!g)
         return NULL;
@@ -57,16 +57,14 @@ void vel_model_drop_plans(vel_model *m)
 
 void vel_model_rest(vel_model *m, const char *part)
 {
-    const struct {
-        const char *part;
-        plan_kind kind;
-    } users[] = {{"vae", PLAN_DECODE},          {"vae", PLAN_ENCODE},
-                 {"text_encoder", PLAN_TEXT},   {"text_encoder_2", PLAN_TEXT},
-                 {"text_encoder_3", PLAN_TEXT}, {m->family->denoiser, PLAN_DENOISE}};
-    for (int u = 0; u < VEL_COUNT(users); u++)
-        for (int i = m->n_plans - 1; i >= 0 && strcmp(users[u].part, part) == 0; i--)
-            if (m->plans[i].kind == users[u].kind)
-                drop_plan(m, i);
+    for (int i = m->n_plans - 1; i >= 0; i--) {
+        const cached_plan *p = &m->plans[i];
+        const char *used = p->kind == PLAN_TEXT      ? m->texts[p->h].part
+                           : p->kind == PLAN_DENOISE ? m->family->denoiser
+                                                     : "vae";
+        if (strcmp(used, part) == 0)
+            drop_plan(m, i);
+    }
     char prefix[64];
     snprintf(prefix, sizeof prefix, "%s.", part);
     vel_engine_drop_weights(m->engine, prefix);
@@ -74,6 +72,7 @@ void vel_model_rest(vel_model *m, const char *part)
 
 void vel_model_drop_adapted_plans(vel_model *m)
 {
+    vel_model_forget_texts(m);
     for (int i = m->n_plans - 1; i >= 0; i--)
         if (m->plans[i].kind == PLAN_TEXT || m->plans[i].kind == PLAN_DENOISE)
             drop_plan(m, i);
@@ -111,7 +110,7 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
             return st;
         }
     }
-    const vel_plan_options options = {.compute = m->compute, .steady = "context,adapter.*"};
+    const vel_plan_options options = {.compute = m->compute, .steady = "context*,adapter.*"};
     VEL_TRY(vel_plan_create(m->engine, g, &options, out));
     m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, m->clock, *out};
     return VEL_OK;

@@ -9,7 +9,25 @@
 
 const vel_text_states *vel_model_states(const vel_model *m)
 {
-    return &m->states;
+    return m->states;
+}
+
+int vel_model_texts(const vel_model *m)
+{
+    return m->n_texts;
+}
+
+const vel_text_info *vel_model_text(const vel_model *m, int k)
+{
+    return &m->texts[k];
+}
+
+int64_t vel_model_text_values(const vel_model *m)
+{
+    int64_t n = 0;
+    for (int k = 0; k < m->n_texts; k++)
+        n += vel_text_values(&m->states[k]);
+    return n;
 }
 
 int vel_model_extra_count(const vel_model *m)
@@ -24,17 +42,12 @@ static int length_of(const vel_model *m, int k, bool negative)
     return t->absent ? 0 : t->length + (t->prefix_apart && !negative ? m->prefix_tokens[k] : 0);
 }
 
-static int ids_of(const vel_model *m, bool negative)
+int vel_model_ids(const vel_model *m)
 {
     int n = 0;
     for (int k = 0; k < m->n_texts; k++)
-        n += length_of(m, k, negative);
+        n += length_of(m, k, false);
     return n;
-}
-
-int vel_model_ids(const vel_model *m)
-{
-    return ids_of(m, false);
 }
 
 bool vel_model_negatives_differ(const vel_model *m)
@@ -113,7 +126,7 @@ vel_status vel_model_open_text(vel_model *m, const vel_model_options *o)
     VEL_TRY(take_wishes(m, o));
     for (int k = 0; k < m->n_texts; k++)
         length[k] = m->texts[k].length;
-    m->family->states(m->config, length, &m->states);
+    m->family->states(m->config, length, m->states);
     if (o->no_text || o->weights_only)
         return VEL_OK;
     for (int k = 0; k < m->n_texts; k++) {
@@ -163,22 +176,15 @@ static vel_status tokenize_for(vel_model *m, int k, const char *text, bool negat
     return st;
 }
 
-static vel_status tokenize(vel_model *m, const char *text, bool negative, bool quiet, int32_t *ids)
+vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids)
 {
     for (int k = 0; k < m->n_texts; k++) {
         if (m->texts[k].absent)
             continue;
-        VEL_TRY(tokenize_for(m, k, text, negative, quiet, ids));
-        ids += length_of(m, k, negative);
+        VEL_TRY(tokenize_for(m, k, text, false, true, ids));
+        ids += length_of(m, k, false);
     }
-    if (!quiet)
-        vel_model_warn_unknown_words(m, text);
     return VEL_OK;
-}
-
-vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids)
-{
-    return tokenize(m, text, false, true, ids);
 }
 
 /* ---- inputs of graphs ---- */
@@ -193,49 +199,52 @@ static const char *name_of(const char *stem, int k, char out[32])
     return out;
 }
 
-static vel_condition text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip_skip,
-                                 bool negative)
+/* Token ids of encoder k and what belongs to them, through the encoder. */
+static vel_condition encoded(vel_model *m, vel_graph *g, int64_t n, int k, int clip_skip,
+                             bool negative)
 {
-    vel_text_input in[VEL_MAX_TEXTS] = {{{0}}};
+    const vel_text_info *t = &m->texts[k];
+    int length = length_of(m, k, negative);
     char name[32];
-    for (int k = 0; k < m->n_texts; k++) {
-        const vel_text_info *t = &m->texts[k];
-        int length = length_of(m, k, negative);
-        if (t->absent)
-            in[k].keep = t->length;
-        if (t->absent)
-            continue;
-        in[k].ids = vel_input(g, name_of("ids", k, name), VEL_I32, VEL_SHAPE(n, length));
-        if (t->masked)
-            in[k].mask = vel_input(g, name_of("ids_mask", k, name), VEL_F32, VEL_SHAPE(n, length));
-        if (t->pools)
-            in[k].end = vel_input(g, name_of("ids_end", k, name), VEL_I32, VEL_SHAPE(n));
-        in[k].keep = length > t->length ? t->length : 0;
-    }
-    return m->family->encode_text(g, m->config, in, clip_skip);
-}
-
-vel_condition vel_model_text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip_skip)
-{
-    return text_inputs(m, g, n, clip_skip, false);
-}
-
-vel_ref vel_model_extra_input(vel_model *m, vel_graph *g, int64_t n)
-{
-    int count = vel_model_extra_count(m);
-    return count ? vel_input(g, "extra", VEL_F32, VEL_SHAPE(n, count)) : (vel_ref){0};
-}
-
-vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n)
-{
-    const vel_text_states *t = &m->states;
-    vel_condition c = {.context =
-                           vel_input(g, "context", VEL_F32, VEL_SHAPE(n, t->length, t->width))};
-    if (t->pooled)
-        c.pooled = vel_input(g, "pooled", VEL_F32, VEL_SHAPE(n, t->pooled));
+    vel_text_input in = {.ids =
+                             vel_input(g, name_of("ids", k, name), VEL_I32, VEL_SHAPE(n, length)),
+                         .keep = length > t->length ? t->length : 0};
     if (t->masked)
-        c.mask = vel_input(g, "mask_of_text", VEL_F32, VEL_SHAPE(n, t->length));
-    c.extra = vel_model_extra_input(m, g, n);
+        in.mask = vel_input(g, name_of("ids_mask", k, name), VEL_F32, VEL_SHAPE(n, length));
+    if (t->pools)
+        in.end = vel_input(g, name_of("ids_end", k, name), VEL_I32, VEL_SHAPE(n));
+    return m->family->encode_text(g, m->config, k, &in, clip_skip);
+}
+
+/* What encoder k made, as inputs. */
+static vel_condition known(vel_model *m, vel_graph *g, int64_t n, int k)
+{
+    const vel_text_states *t = &m->states[k];
+    vel_condition c = {{0}};
+    char name[32];
+    if (t->length)
+        c.context =
+            vel_input(g, name_of("context", k, name), VEL_F32, VEL_SHAPE(n, t->length, t->width));
+    if (t->pooled)
+        c.pooled = vel_input(g, name_of("pooled", k, name), VEL_F32, VEL_SHAPE(n, t->pooled));
+    if (t->masked)
+        c.mask = vel_input(g, name_of("mask_of_text", k, name), VEL_F32, VEL_SHAPE(n, t->length));
+    return c;
+}
+
+vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n, unsigned run,
+                                         int clip_skip)
+{
+    vel_condition each[VEL_MAX_TEXTS] = {{{0}}}, c;
+    int length[VEL_MAX_TEXTS] = {0}, extra = vel_model_extra_count(m);
+    for (int k = 0; k < m->n_texts; k++) {
+        length[k] = m->texts[k].length;
+        if (!m->texts[k].absent)
+            each[k] = run >> k & 1 ? encoded(m, g, n, k, clip_skip, false) : known(m, g, n, k);
+    }
+    c = m->family->join_texts ? m->family->join_texts(g, m->config, each, length) : each[0];
+    if (extra)
+        c.extra = vel_input(g, "extra", VEL_F32, VEL_SHAPE(n, extra));
     return c;
 }
 
@@ -260,24 +269,29 @@ static vel_status set_columns(vel_model *m, vel_plan *p, const char *name, const
     return st;
 }
 
-vel_status vel_model_set_extra(vel_model *m, vel_plan *p, const float *extra, int n)
+/* The pieces of what encoder k made of a text, in their order. */
+static const char *piece_at(const vel_text_states *t, int i, int64_t *count)
 {
-    int64_t count = vel_model_extra_count(m);
-    return count ? set_columns(m, p, "extra", extra, count, 0, count, n) : VEL_OK;
+    static const char *const names[] = {"context", "pooled", "mask_of_text"};
+    const int64_t counts[] = {(int64_t)t->length * t->width, t->pooled, t->masked ? t->length : 0};
+    *count = i < VEL_COUNT(names) ? counts[i] : 0;
+    return i < VEL_COUNT(names) ? names[i] : NULL;
 }
 
 vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *states,
                                    const float *extra, int n)
 {
-    const vel_text_states *t = &m->states;
-    int64_t width = vel_text_values(t), context = (int64_t)t->length * t->width;
-    VEL_TRY(set_columns(m, p, "context", states, width, 0, context, n));
-    if (t->pooled)
-        VEL_TRY(set_columns(m, p, "pooled", states, width, context, t->pooled, n));
-    if (t->masked)
-        VEL_TRY(
-            set_columns(m, p, "mask_of_text", states, width, context + t->pooled, t->length, n));
-    return vel_model_set_extra(m, p, extra, n);
+    int64_t width = vel_model_text_values(m), first = 0, count;
+    const char *stem;
+    char name[32];
+    for (int k = 0; k < m->n_texts; k++)
+        for (int i = 0; (stem = piece_at(&m->states[k], i, &count)); i++) {
+            if (count && states)
+                VEL_TRY(set_columns(m, p, name_of(stem, k, name), states, width, first, count, n));
+            first += count;
+        }
+    count = vel_model_extra_count(m);
+    return count ? set_columns(m, p, "extra", extra, count, 0, count, n) : VEL_OK;
 }
 
 /* 1 for each token up to the last that is no padding. */
@@ -325,47 +339,53 @@ static vel_status set_marks(vel_model *m, vel_plan *p, int k, const int32_t *ids
     return st;
 }
 
-static vel_status set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n, bool negative)
+/* ids [n, length], of encoder k. */
+static vel_status set_ids(vel_model *m, vel_plan *p, int k, const int32_t *ids, int length, int n)
 {
-    int all = ids_of(m, negative), first = 0;
+    char name[32];
+    if (!length || !vel_plan_has_input(p, name_of("ids", k, name)))
+        return VEL_OK;
+    VEL_TRY(vel_model_set_worded_ids(m, p, k, name, ids, n * length));
+    return set_marks(m, p, k, ids, length, n);
+}
+
+vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n)
+{
+    int all = vel_model_ids(m), first = 0;
     int32_t *own = vel_alloc(m->ctx, (size_t)VEL_MAX(1, n * all) * sizeof *own);
     vel_status st = own ? VEL_OK : VEL_NO_MEMORY;
     for (int k = 0; k < m->n_texts && !st; k++) {
-        int length = length_of(m, k, negative);
-        char name[32];
+        int length = length_of(m, k, false);
         for (int i = 0; i < n && length; i++)
             memcpy(own + (int64_t)i * length, ids + (int64_t)i * all + first,
                    (size_t)length * sizeof *own);
-        if (length && vel_plan_has_input(p, name_of("ids", k, name)))
-            st = vel_model_set_worded_ids(m, p, k, name, own, n * length);
-        if (length && !st)
-            st = set_marks(m, p, k, own, length, n);
+        st = set_ids(m, p, k, own, length, n);
         first += length;
     }
     vel_free(m->ctx, own);
     return st;
 }
 
-vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n)
-{
-    return set_ids(m, p, ids, n, false);
-}
-
 /* ---- encoding ---- */
 
 enum { TEXT_BATCH = 16 };
 
-vel_graph *vel_model_text_graph(vel_model *m, int n, bool negative, int clip_skip)
+/* Outputs are named as the inputs that they become; the first is "out". */
+vel_graph *vel_model_text_graph(vel_model *m, int n, int k, bool negative, int clip_skip)
 {
     vel_graph *g = vel_graph_create(m->ctx);
     if (!g)
         return NULL;
-    vel_condition c = text_inputs(m, g, n, clip_skip, negative);
-    vel_output(g, "out", c.context);
-    if (m->states.pooled)
-        vel_output(g, "pooled", c.pooled);
-    if (m->states.masked)
-        vel_output(g, "mask_of_text", c.mask);
+    vel_condition c = encoded(m, g, n, k, clip_skip, negative);
+    const vel_ref pieces[] = {c.context, c.pooled, c.mask};
+    const char *stem;
+    int64_t count;
+    bool named = false;
+    for (int i = 0; (stem = piece_at(&m->states[k], i, &count)); i++) {
+        if (count)
+            vel_output(g, named ? stem : "out", pieces[i]);
+        named = named || count;
+    }
     if (!vel_graph_check(g))
         return g;
     vel_graph_destroy(g);
@@ -373,57 +393,48 @@ vel_graph *vel_model_text_graph(vel_model *m, int n, bool negative, int clip_ski
 }
 
 /* The outputs of a run for n texts, put behind each other for each text. */
-static vel_status take_states(vel_model *m, vel_plan *p, int n, float *out)
+static vel_status take_states(vel_model *m, vel_plan *p, int k, int n, float *out)
 {
-    const vel_text_states *t = &m->states;
-    int64_t all = vel_text_values(t), context = (int64_t)t->length * t->width;
-    const struct {
-        const char *name;
-        int64_t first, count;
-    } pieces[] = {{"out", 0, context},
-                  {"pooled", context, t->pooled},
-                  {"mask_of_text", context + t->pooled, t->masked ? t->length : 0}};
-    float *rows = vel_alloc(m->ctx, (size_t)n * (size_t)all * sizeof *rows);
+    int64_t width = vel_text_values(&m->states[k]), count, first = 0;
+    const char *stem;
+    float *rows = vel_alloc(m->ctx, (size_t)(n * width) * sizeof *rows);
     vel_status st = rows ? VEL_OK : VEL_NO_MEMORY;
-    for (int i = 0; i < VEL_COUNT(pieces) && !st; i++) {
-        if (!pieces[i].count)
+    for (int i = 0; !st && (stem = piece_at(&m->states[k], i, &count)); i++) {
+        if (!count)
             continue;
-        st = i ? vel_plan_get(p, pieces[i].name, rows, n * pieces[i].count)
-               : vel_model_run_plan(m, p, "text encoder", rows, n * pieces[i].count);
-        for (int k = 0; k < n && !st; k++)
-            memcpy(out + k * all + pieces[i].first, rows + k * pieces[i].count,
-                   (size_t)pieces[i].count * sizeof *out);
+        st = first ? vel_plan_get(p, stem, rows, n * count)
+                   : vel_model_run_plan(m, p, "text encoder", rows, n * count);
+        for (int r = 0; r < n && !st; r++)
+            memcpy(out + r * width + first, rows + r * count, (size_t)count * sizeof *out);
+        first += count;
     }
     vel_free(m->ctx, rows);
     return st;
 }
 
-vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
-                                  float *out)
+vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, int n,
+                               bool negative, float *out)
 {
-    int64_t state = vel_text_values(&m->states);
+    int64_t own = vel_text_values(&m->states[k]);
     negative = negative && vel_model_negatives_differ(m);
-    int batch = VEL_MIN(n, TEXT_BATCH), each = ids_of(m, negative);
-    int32_t *ids = vel_alloc(m->ctx, sizeof *ids * (size_t)VEL_MAX(n, 1) * (size_t)each);
+    int batch = VEL_MIN(n, TEXT_BATCH), length = length_of(m, k, negative);
+    if (!n || !own)
+        return VEL_OK;
+    int32_t *ids = vel_alloc(m->ctx, sizeof *ids * (size_t)n * (size_t)length);
     vel_status st = ids ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++)
-        st = tokenize(m, prompts[i], negative, false, ids + (int64_t)i * each);
+        st = tokenize_for(m, k, prompts[i], negative, false, ids + (int64_t)i * length);
     for (int i = 0; i < n && !st; i += batch) {
         vel_plan *p;
         int first = VEL_MIN(i, n - batch); /* the last batch overlaps: one plan serves all */
-        st = vel_model_get_plan(m, PLAN_TEXT, batch, negative, 0, &p);
+        st = vel_model_get_plan(m, PLAN_TEXT, batch, k, negative, &p);
         if (!st)
             st = vel_model_set_strengths(m, p);
         if (!st)
-            st = set_ids(m, p, ids + (int64_t)first * each, batch, negative);
+            st = set_ids(m, p, k, ids + (int64_t)first * length, length, batch);
         if (!st)
-            st = take_states(m, p, batch, out + first * state);
+            st = take_states(m, p, k, batch, out + first * own);
     }
     vel_free(m->ctx, ids);
     return st;
-}
-
-vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out)
-{
-    return vel_model_encode_texts(m, prompts, n, false, out);
 }

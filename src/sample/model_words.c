@@ -40,6 +40,7 @@ vel_status vel_model_add_word(vel_model *m, const char *word, int n, const float
            (size_t)n * (size_t)m->texts[0].width * sizeof *values);
     m->words = (vel_words){.table = table_path, .path = rows_path, .n = rows + n};
     vel_model_rest(m, "text_encoder");
+    vel_model_forget_texts(m);
     vel_engine_drop_weights(m->engine, rows_path);
     return VEL_OK;
 }

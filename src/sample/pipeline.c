@@ -186,7 +186,7 @@ static int negatives_of(const vel_model *m, const texts *t)
 
 static int64_t state_values(const vel_model *m)
 {
-    return vel_text_values(&m->states);
+    return vel_model_text_values(m);
 }
 
 /* Is the draw's negative text zeros, whatever the text encoder would say? */

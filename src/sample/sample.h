@@ -177,8 +177,11 @@ vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, in
 
 /* ---- text (model_text.c) ---- */
 
-/* Sizes of the states of a text; values: vel_text_values of it. */
-const vel_text_states *vel_model_states(const vel_model *m);
+/* The text encoders, and the sizes of what each makes of a text; all of them together. */
+int vel_model_texts(const vel_model *m);
+const vel_text_info *vel_model_text(const vel_model *m, int k);
+const vel_text_states *vel_model_states(const vel_model *m); /* [vel_model_texts] */
+int64_t vel_model_text_values(const vel_model *m);
 int vel_model_ids(const vel_model *m);         /* token ids of a text, for all encoders */
 int vel_model_extra_count(const vel_model *m); /* E of vel_condition */
 /* Does a negative text give other states than the same text as a prompt (a prefix)? */
@@ -186,20 +189,23 @@ bool vel_model_negatives_differ(const vel_model *m);
 /* ids [vel_model_ids]; says nothing of what is cut. */
 vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids);
 /* Text states of prompts: out [n, values] (through adapters on the text encoders). Warns with the
- * cut part of prompts over length. */
+ * cut part of prompts over length. The encoders are loaded one after the other, and let go; states
+ * are kept, so that a text that comes again needs none. */
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out);
 vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
                                   float *out);
-/* Inputs of a graph of n samples: token ids with what belongs to them, through the text encoders;
- * or the states themselves. Set by vel_model_set_ids and vel_model_set_condition. The former leaves
- * out extra, which vel_model_extra_input adds ({0} where there is none). */
-vel_condition vel_model_text_inputs(vel_model *m, vel_graph *g, int64_t n, int clip_skip);
-vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n);
-vel_ref vel_model_extra_input(vel_model *m, vel_graph *g, int64_t n);
-/* states [n, values], extra [n, E] (unused where E is 0). */
+/* The same by encoder k alone, each time anew, and it stays loaded: out [n, vel_text_values of its
+ * states]. */
+vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, int n,
+                               bool negative, float *out);
+/* Inputs of a graph of n samples: token ids through the encoders k where bit k of run is set, the
+ * states themselves of the others. Set by vel_model_set_ids and vel_model_set_condition. */
+vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n, unsigned run,
+                                         int clip_skip);
+/* As far as the plan has them as inputs. states [n, values] (NULL: all encoders run in it), extra
+ * [n, E] (unused where E is 0). */
 vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *states,
                                    const float *extra, int n);
-vel_status vel_model_set_extra(vel_model *m, vel_plan *p, const float *extra, int n);
 
 /* NHWC in and out; latents are unscaled z here. Splits into batches as memory asks. */
 vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, float *image);

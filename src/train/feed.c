@@ -151,75 +151,105 @@ static vel_status collect_captions(train_session *s)
     return VEL_OK;
 }
 
-/* Under what a text's states are kept on disk: the encoders' hashes, and what else they depend on.
- */
-static char *text_key(train_session *s, const char *caption)
+/* Under what the states of a text are kept on disk: the encoder's hash, and what else they depend
+ * on. */
+static char *text_key(train_session *s, int k, const char *caption)
 {
-    vel_text_info text[VEL_MAX_TEXTS];
-    char encoders[VEL_MAX_TEXTS * 66] = "", length[32] = "";
-    int n = vel_model_family(s->model)->texts(vel_model_config(s->model), text);
-    for (int k = 0; k < n; k++) {
-        const char *hash = vel_model_hash(s->model, text[k].part);
-        size_t used = strlen(encoders);
-        snprintf(encoders + used, sizeof encoders - used, "%s%s", k ? " " : "", hash ? hash : "");
-    }
-    if (n > 1 || !text[0].fixed)
-        snprintf(length, sizeof length, " of %d", s->n_ids);
-    return vel_strf(s->ctx, "text %s skip %d type %d%s %s", encoders, s->o->clip_skip,
-                    (int)vel_model_compute(s->model), length, caption);
+    const vel_text_info *text = vel_model_text(s->model, k);
+    const char *hash = vel_model_hash(s->model, text->part);
+    char length[32] = "";
+    if (!text->fixed)
+        snprintf(length, sizeof length, " of %d", text->length);
+    return vel_strf(s->ctx, "text %s skip %d type %d %s%s %s%s", hash ? hash : "", s->o->clip_skip,
+                    (int)vel_model_compute(s->model), s->o->base_quant ? s->o->base_quant : "",
+                    length, text->prefix ? text->prefix : "", caption);
 }
 
-/* The states of a caption, from the disk cache where one is asked for. */
-static vel_status encode_caption(train_session *s, int i, int64_t each)
+/* The states of a caption by encoder k, from the disk cache where one is asked for. */
+static vel_status encode_caption(train_session *s, int k, int i, float *out, bool *cached)
 {
-    float *out = s->contexts + i * each;
-    if (!s->o->cache_to_disk || s->o->train_text_encoder || s->n_words)
-        return vel_model_encode_text(s->model, s->captions + i, 1, out);
-    char *key = text_key(s, s->captions[i]);
+    int64_t count = vel_text_values(&vel_model_states(s->model)[k]);
+    *cached = false;
+    if (!s->o->cache_to_disk || s->learned_texts >> k & 1)
+        return vel_model_encode_by(s->model, k, s->captions + i, 1, false, out);
+    char *key = text_key(s, k, s->captions[i]);
     if (!key)
         return VEL_NO_MEMORY;
-    const float *known = vel_cache_find(s->cache, key, each);
+    const float *known = vel_cache_find(s->cache, key, count);
     vel_status st = VEL_OK;
-    s->n_known_texts += known != NULL;
     if (known) {
-        memcpy(out, known, (size_t)each * sizeof *out);
+        memcpy(out, known, (size_t)count * sizeof *out);
+        *cached = true;
     } else {
-        st = vel_model_encode_text(s->model, s->captions + i, 1, out);
+        st = vel_model_encode_by(s->model, k, s->captions + i, 1, false, out);
         if (st == VEL_OK)
-            st = vel_cache_put(s->cache, key, out, each);
+            st = vel_cache_put(s->cache, key, out, count);
     }
     vel_free(s->ctx, key);
     return st;
 }
 
-vel_status vel_feed_encode_text(train_session *s)
+/* All captions by encoder k, whose values of a text begin at first. */
+static vel_status encode_by(train_session *s, int k, int64_t first, vel_progress *progress,
+                            int64_t *done)
 {
-    int64_t each = s->state;
-    s->contexts = vel_alloc(s->ctx, (size_t)(s->n_captions * each) * sizeof *s->contexts);
-    if (!s->contexts)
-        return VEL_NO_MEMORY;
-    vel_progress progress;
-    vel_progress_begin(&progress, s->ctx, "reading captions", s->n_captions);
     for (int i = 0; i < s->n_captions; i++) {
-        VEL_TRY(encode_caption(s, i, each));
-        vel_progress_at(&progress, i + 1, NAN);
+        bool cached;
+        VEL_TRY(encode_caption(s, k, i, s->contexts + i * s->state + first, &cached));
+        s->n_known_texts += cached && k == 0;
+        vel_progress_at(progress, ++*done, NAN);
         if (s->ctx->interrupted && s->step == s->first_step)
             return vel_fail(s->ctx, VEL_INTERRUPTED, "stopped before the first step");
     }
     return VEL_OK;
 }
 
+vel_status vel_feed_encode_text(train_session *s)
+{
+    const vel_text_states *states = vel_model_states(s->model);
+    int64_t first = 0, done = 0;
+    int n = vel_model_texts(s->model), asked = 0;
+    for (int k = 0; k < n; k++)
+        asked += !(s->texts >> k & 1) && vel_text_values(&states[k]);
+    if (!asked)
+        return VEL_OK;
+    vel_free(s->ctx, s->contexts);
+    s->contexts = vel_alloc(s->ctx, (size_t)(s->n_captions * s->state) * sizeof *s->contexts);
+    if (!s->contexts)
+        return VEL_NO_MEMORY;
+    vel_progress progress;
+    vel_progress_begin(&progress, s->ctx, "reading captions", (int64_t)s->n_captions * asked);
+    for (int k = 0; k < n; k++) {
+        int64_t values = vel_text_values(&states[k]);
+        if (!(s->texts >> k & 1) && values)
+            VEL_TRY(encode_by(s, k, first, &progress, &done));
+        first += values;
+        vel_feed_rest_text(s, k);
+    }
+    return VEL_OK;
+}
+
+void vel_feed_rest_text(train_session *s, int k)
+{
+    if (!(s->texts >> k & 1) && !s->captions_vary)
+        vel_model_rest(s->model, vel_model_text(s->model, k)->part);
+}
+
 static vel_status encode_captions(train_session *s)
 {
+    for (int i = 0; i < s->data->n && !s->captions_vary; i++)
+        s->captions_vary = vel_caption_varies(&vel_batch_how(s, i)->captions);
+    s->learned_texts = s->texts;
     VEL_TRY(collect_captions(s));
-    if (!s->text_in_graph)
-        return vel_feed_encode_text(s);
-    s->ids = vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->n_ids * sizeof *s->ids);
-    if (!s->ids)
-        return VEL_NO_MEMORY;
-    for (int i = 0; i < s->n_captions; i++)
-        VEL_TRY(vel_model_tokenize(s->model, s->captions[i], s->ids + (int64_t)i * s->n_ids));
-    return VEL_OK;
+    if (s->texts) {
+        s->ids =
+            vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->n_ids * sizeof *s->ids);
+        if (!s->ids)
+            return VEL_NO_MEMORY;
+        for (int i = 0; i < s->n_captions; i++)
+            VEL_TRY(vel_model_tokenize(s->model, s->captions[i], s->ids + (int64_t)i * s->n_ids));
+    }
+    return vel_feed_encode_text(s);
 }
 
 /* ---- before the first step ---- */
@@ -339,7 +369,7 @@ static vel_status make_room(train_session *s)
         VEL_TRY(vel_batch_room(s, vel_prior_batch(s), most, &s->batches[i]));
     for (int i = 0; i < VEL_MAX(s->threads, 1); i++)
         VEL_TRY(vel_maker_create(s, &s->makers[i]));
-    s->tokenizes = s->text_in_graph;
+    s->tokenizes = s->texts != 0;
     for (int i = 0; i < s->n_samples; i++)
         s->encodes = s->encodes || !vel_batch_keeps(s, i);
     return s->data->n_held_out ? vel_batch_room(s, VALIDATION_BATCH, most, &s->held_out) : VEL_OK;
@@ -392,7 +422,7 @@ static void put_caption(train_session *s, train_batch *t, int slot, int caption)
     if (s->contexts)
         memcpy(t->context + slot * each, s->contexts + caption * each,
                (size_t)each * sizeof(float));
-    else
+    if (s->texts)
         memcpy(t->ids + slot * s->n_ids, s->ids + (int64_t)caption * s->n_ids,
                (size_t)s->n_ids * sizeof(int32_t));
 }
@@ -410,7 +440,13 @@ static vel_status put_text(train_session *s, train_batch *t, int slot, const cha
         memcpy(out, known, (size_t)each * sizeof *out);
         return VEL_OK;
     }
-    VEL_TRY(vel_model_encode_text(s->model, &text, 1, out));
+    const vel_text_states *states = vel_model_states(s->model);
+    for (int k = 0; k < vel_model_texts(s->model); k++) {
+        if (!(s->texts >> k & 1))
+            VEL_TRY(vel_model_encode_by(s->model, k, &text, 1, false, out));
+        out += vel_text_values(&states[k]);
+    }
+    out = t->context + slot * each;
     return s->n_cached_texts++ < MOST_TEXTS ? vel_cache_put(s->text_cache, text, out, each)
                                             : VEL_OK;
 }

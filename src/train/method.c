@@ -12,6 +12,30 @@ bool vel_method_is_words(const vel_train_options *o)
     return strcmp(o->method, "textual_inversion") == 0;
 }
 
+vel_status vel_train_texts(vel_model *m, const vel_train_options *o, unsigned *out)
+{
+    const char *which = o->text_encoders ? o->text_encoders : "auto";
+    bool automatic = strcmp(which, "auto") == 0, all = strcmp(which, "all") == 0;
+    *out = 0;
+    for (int k = 0; k < vel_model_texts(m); k++) {
+        const vel_text_info *text = vel_model_text(m, k);
+        char number[16];
+        snprintf(number, sizeof number, "%d", k + 1);
+        bool named = vel_list_has(which, number);
+        if (named && text->absent)
+            return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE, "--text_encoders %s: %s has no %s",
+                            which, vel_model_folder(m), text->part);
+        if (!text->absent && (named || all || (automatic && !text->large)))
+            *out |= 1u << k;
+    }
+    if (!*out)
+        return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE,
+                        "--text_encoders: '%s' is not auto, all, or numbers up to %d", which,
+                        vel_model_texts(m));
+    *out = o->train_text_encoder ? *out : 0;
+    return VEL_OK;
+}
+
 static vel_status choose(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -22,18 +46,21 @@ static vel_status choose(train_session *s)
             "with --method full");
     if (vel_method_is_full(o)) {
         int n = 0;
-        s->text_in_graph = o->train_text_encoder && o->stop_text_encoder_training >= 0;
+        if (o->stop_text_encoder_training >= 0)
+            VEL_TRY(vel_train_texts(s->model, o, &s->texts));
         if (o->train_unet)
             s->thaw.parts[n++] = vel_model_family(s->model)->denoiser;
-        if (s->text_in_graph)
-            s->thaw.parts[n++] = "text_encoder";
+        for (int k = 0; k < vel_model_texts(s->model); k++)
+            if (s->texts >> k & 1)
+                s->thaw.parts[n++] = vel_model_text(s->model, k)->part;
         s->thaw.patterns = o->weights;
         s->trained.thaw = &s->thaw;
         return n ? VEL_OK
                  : vel_fail(s->ctx, VEL_BAD_VALUE,
                             "nothing is trained: neither the denoiser nor the text encoder");
     }
-    s->text_in_graph = o->train_text_encoder || vel_words_wanted(o);
+    VEL_TRY(vel_train_texts(s->model, o, &s->texts));
+    s->texts |= vel_words_wanted(o); /* the first encoder has them */
     if (vel_words_wanted(o))
         VEL_TRY(vel_words_prepare(s));
     if (vel_method_is_words(o))
@@ -59,17 +86,17 @@ vel_status vel_method_prepare(train_session *s)
     return VEL_OK;
 }
 
-/* The sites of the text encoder come last: those before them are the rest. */
+/* The sites of text encoders come last: those before them are the rest. */
 void vel_method_without_text(train_session *s)
 {
-    static const char text[] = "text_encoder.";
+    static const char text[] = "text_encoder"; /* and its number */
     s->stepped_adaption = s->adaption;
     while (s->stepped_adaption.n_sites &&
            vel_has_prefix(s->sites[s->stepped_adaption.n_sites - 1].path, text))
         s->stepped_adaption.n_sites--;
     s->stepped_thaw = (vel_thaw){.patterns = s->thaw.patterns};
     for (int i = 0, n = 0; i < VEL_COUNT(s->thaw.parts) && s->thaw.parts[i]; i++)
-        if (strcmp(s->thaw.parts[i], "text_encoder") != 0)
+        if (!vel_has_prefix(s->thaw.parts[i], text))
             s->stepped_thaw.parts[n++] = s->thaw.parts[i];
     s->stepped = (vel_trained){.adaptions = &s->stepped_adaption,
                                .n_adaptions = s->trained.n_adaptions && s->stepped_adaption.n_sites,

@@ -112,7 +112,7 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
             m->path[strlen(part)] != '.' ||
             !(vel_glob(patterns, m->path) || (more && vel_glob(more, m->path))))
             continue;
-        if (strcmp(part, "text_encoder") == 0 && is_skipped(modules, n, m->path, o->clip_skip))
+        if (vel_has_prefix(part, "text_encoder") && is_skipped(modules, n, m->path, o->clip_skip))
             continue;
         bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
         int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
@@ -148,7 +148,9 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
 {
     int n_modules;
     const vel_known_module *modules = vel_model_modules(m, &n_modules);
+    unsigned texts;
     *n = 0;
+    VEL_TRY(vel_train_texts(m, o, &texts));
     *sites = vel_arena_alloc(a, (size_t)n_modules * sizeof **sites);
     if (!modules || !*sites)
         return VEL_NO_MEMORY;
@@ -164,9 +166,10 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
                         "--targets: '%s' matches no module of the model; a preset (attn, "
                         "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'",
                         o->targets);
-    if (o->train_text_encoder)
-        *n += match_sites(a, modules, n_modules, o, "text_encoder", text ? text : o->text_targets,
-                          NULL, *sites + *n);
+    for (int k = 0; k < vel_model_texts(m); k++)
+        if (texts >> k & 1)
+            *n += match_sites(a, modules, n_modules, o, vel_model_text(m, k)->part,
+                              text ? text : o->text_targets, NULL, *sites + *n);
     if (*n == 0)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "nothing is trained: neither the denoiser nor the text encoder");
@@ -227,7 +230,7 @@ static vel_status open_model(train_session *s)
     s->masks = alpha || o->masked_loss;
     vel_text_info text[VEL_MAX_TEXTS];
     vel_model_family(s->model)->texts(vel_model_config(s->model), text);
-    s->state = vel_text_values(vel_model_states(s->model));
+    s->state = vel_model_text_values(s->model);
     s->n_ids = vel_model_ids(s->model);
     s->n_extra = vel_model_extra_count(s->model);
     s->width = text[0].width;
@@ -244,7 +247,7 @@ static vel_status make_trainer(train_session *s)
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
                              .level = VEL_LEVEL_AUTO,
-                             .train_text_encoder = s->text_in_graph,
+                             .texts = s->texts,
                              .clip_skip = o->clip_skip,
                              .objective = o->objective,
                              .masked = s->masks,
@@ -371,8 +374,9 @@ static void describe_trainables(train_session *s, vel_text *t)
         all += trained;
     if (s->o->train_unet)
         all += vel_model_part_values(s->model, vel_model_family(s->model)->denoiser);
-    if (s->text_in_graph)
-        all += vel_model_part_values(s->model, "text_encoder");
+    for (int k = 0; k < vel_model_texts(s->model); k++)
+        if (s->texts >> k & 1)
+            all += vel_model_part_values(s->model, vel_model_text(s->model, k)->part);
     char a[32], b[32], *out[] = {a, b};
     int64_t numbers[] = {trained, all};
     for (int k = 0; k < 2; k++) { /* 3,188,736 */
@@ -391,8 +395,10 @@ static void describe_trainables(train_session *s, vel_text *t)
     for (int i = 0; i < s->n_sites; i++)
         text += vel_has_prefix(s->sites[i].path, "text_encoder");
     if (s->n_sites)
-        vel_text_addf(t, "adapter: %s on %d modules: %d of the denoiser, %d of the text encoder\n",
-                      s->o->network, s->n_sites, s->n_sites - text, text);
+        vel_text_addf(t,
+                      "adapter: %s on %d modules: %d of the denoiser, %d of the text encoder%s\n",
+                      s->o->network, s->n_sites, s->n_sites - text, text,
+                      s->texts & (s->texts - 1) ? "s" : "");
 }
 
 /* Exact where the device has memory of its own: the plan of the step is made for it. */
@@ -572,22 +578,19 @@ static void rest_parts(train_session *s)
 {
     if (!s->encodes)
         vel_model_rest(s->model, "vae");
-    bool varies = false;
-    for (int i = 0; i < s->data->n && !varies; i++)
-        varies = vel_caption_varies(&vel_batch_how(s, i)->captions);
-    if (!s->text_in_graph && !varies)
-        vel_model_rest(s->model, "text_encoder");
+    for (int k = 0; k < vel_model_texts(s->model); k++)
+        vel_feed_rest_text(s, k);
 }
 
 /* From now on the text encoder and new words stay as they are: their states are computed once and
  * the steps go without them. */
 static vel_status freeze_text(train_session *s)
 {
-    if (s->text_frozen || !s->text_in_graph)
+    if (s->text_frozen || !s->texts)
         return VEL_OK;
     vel_log(s->ctx, 2, "step %" PRId64 ": the text encoder is learned and stays as it is", s->step);
     s->text_frozen = true;
-    s->text_in_graph = false;
+    s->texts = 0;
     vel_trainer_destroy(s->trainer);
     s->trainer = NULL;
     VEL_TRY(vel_feed_encode_text(s));

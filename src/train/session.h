@@ -71,10 +71,12 @@ typedef struct train_session {
     vel_words words;
     char **word_names;
     int n_words;
-    const char *property; /* learnable_property, resolved */
-    bool text_in_graph;   /* the text encoder runs in each step */
-    bool text_frozen;     /* it was trained until stop_text_encoder_training */
-    vel_trained stepped;  /* what the steps train: less than trained once the text is frozen */
+    const char *property;   /* learnable_property, resolved */
+    unsigned texts;         /* bit k: text encoder k runs in each step */
+    unsigned learned_texts; /* those that did so at first */
+    bool captions_vary;     /* some are made for their step */
+    bool text_frozen;       /* it was trained until stop_text_encoder_training */
+    vel_trained stepped;    /* what the steps train: less than trained once the text is frozen */
     vel_adaption stepped_adaption;
     vel_thaw stepped_thaw;
     vel_trained trained; /* points at the ones above */
@@ -106,12 +108,13 @@ typedef struct train_session {
     const char **captions;           /* distinct; [0] is "" */
     int *caption_of;                 /* [sample] */
     int n_captions;
-    float *contexts; /* [n_captions, state]; NULL when the text encoder is trained */
-    int32_t *ids;    /* [n_captions, n_ids] */
-    int64_t state;   /* values of a text's states */
-    int n_ids;       /* token ids of a text */
-    int n_extra;     /* E of vel_condition */
-    int width;       /* of the first text encoder, in which new words have their vectors */
+    float
+        *contexts; /* [n_captions, state] of encoders that do not run in the steps; NULL: all do */
+    int32_t *ids;  /* [n_captions, n_ids] */
+    int64_t state; /* values of a text's states */
+    int n_ids;     /* token ids of a text */
+    int n_extra;   /* E of vel_condition */
+    int width;     /* of the first text encoder, in which new words have their vectors */
     int channels;
     bool masks;          /* the loss is weighted by place */
     vel_ahead *ahead;    /* makes batches */
@@ -157,8 +160,10 @@ void vel_words_describe(const train_session *s, vel_text *t);
 vel_status vel_words_trained(train_session *s, vel_word **out); /* [n_words]; vel_words_free */
 
 /* feed.c */
-vel_status vel_feed_encode_text(train_session *s); /* the captions' states, by the model as it is */
-vel_status vel_feed_prepare(train_session *s);     /* encodes pictures and captions */
+/* The captions' states by encoders that do not run in the steps, one after the other. */
+vel_status vel_feed_encode_text(train_session *s);
+void vel_feed_rest_text(train_session *s, int k); /* lets encoder k go unless steps need it */
+vel_status vel_feed_prepare(train_session *s);    /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
 vel_status vel_feed_validate(train_session *s, double *loss);
 void vel_feed_end(train_session *s); /* ends its threads */

@@ -61,6 +61,7 @@ typedef struct vel_train_options {
     bool dim_from_weights;                              /* with its shapes */
     const char *base_weights, *base_weights_multiplier; /* adapters merged first; lists */
     bool train_unet, train_text_encoder;
+    const char *text_encoders; /* which of them: "auto", "all", "1,3"; NULL: auto */
     /* optimizer */
     double lr, unet_lr, text_lr; /* the last two 0: lr */
     double text_2_lr, text_3_lr; /* of further text encoders; 0: text_lr */
@@ -165,8 +166,8 @@ typedef struct vel_batch {   /* what a step learns from, host memory */
     const float *disturbed;  /* the noise of the input where it is another; NULL: noise */
     const float *mask;       /* [n, h, w] weight of each place, where the trainer is masked */
     const int32_t *timestep; /* [n] */
-    const float *context;    /* [n, values of a text]; unused where the text encoder is trained */
-    const int32_t *ids;      /* [n, ids of a text]; used then */
+    const float *context;    /* [n, values of a text], of encoders that do not run in the step */
+    const int32_t *ids;      /* [n, ids of a text], of those that do */
     const float *extra;      /* [n, E] of vel_condition; unused where E is 0 */
     const float *weight;     /* [n] weight of each sample's loss */
     double scale;            /* of the gradient: loss scaling; 0: 1 */
@@ -181,8 +182,8 @@ typedef struct vel_trainer_options {
     vel_dtype compute;
     bool smallest;
     int64_t memory_budget;
-    int level; /* of recomputation, where neither of the two chooses one; or VEL_LEVEL_AUTO */
-    bool train_text_encoder;
+    int level;      /* of recomputation, where neither of the two chooses one; or VEL_LEVEL_AUTO */
+    unsigned texts; /* bit k: text encoder k runs in each step */
     int clip_skip;
     vel_objective objective; /* zeros: the squared error */
     bool masked;             /* batches have a mask */
@@ -239,6 +240,8 @@ vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w);
 const char *vel_trainer_first_bad(vel_trainer *t, const vel_batch *b);
 vel_plan *vel_trainer_plan(vel_trainer *t, int n, int h, int w); /* for profiles; NULL on failure */
 
+/* Which text encoders are trained: bit k for encoder k; 0 without train_text_encoder. */
+vel_status vel_train_texts(vel_model *m, const vel_train_options *o, unsigned *out);
 /* The sites of an adapter over a model's modules: those that match the targets. Strings live in a.
  */
 vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_train_options *o,
