@@ -22,6 +22,7 @@ vel_status vel_checkpoint_run(vel_ctx *ctx, const vel_checkpoint_options *o, vel
                                .keep_type = strcmp(o->save_precision, "keep") == 0,
                                .overwrite = o->overwrite,
                                .tokenizer = o->tokenizer};
+    memcpy(open.part_files, o->part_files, sizeof open.part_files);
     double started = vel_now();
     VEL_TRY(vel_model_open(ctx, o->input, &open, &m));
     vel_status st = vel_model_export(m, o->output, &save);

@@ -297,6 +297,7 @@ vel_status vel_drawing_load(vel_drawing *d)
                            .tokenizer = o->tokenizer,
                            .vae_tile = o->vae_tile,
                            .base_quant = o->base_quant};
+    memcpy(m.part_files, o->part_files, sizeof m.part_files);
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
     const vel_guidance_info *usual = vel_model_guidance(d->model);
     d->guidance = o->guidance >= 0 ? o->guidance : usual->usual;

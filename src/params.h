@@ -7,6 +7,7 @@
 
 typedef struct vel_generate_options {
     const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
+    const char *part_files[VEL_PART_FILES];
     int clip_skip, vae_tile;
     const char *prompt, *prompt_file, *negative;
     double guidance;                        /* < 0: the family's usual one */
@@ -44,6 +45,7 @@ typedef struct vel_bench_options {
 typedef struct vel_checkpoint_options {
     const char *what; /* "convert" */
     const char *input, *output, *tokenizer, *variant, *vae, *save_precision;
+    const char *part_files[VEL_PART_FILES];
     bool extract_ema, overwrite;
 } vel_checkpoint_options;
 

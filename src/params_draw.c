@@ -5,14 +5,16 @@
 /* first_*: the defaults that differ from command to command. */
 #define DRAW_ROWS(at, first_sampler, first_guidance, first_steps, first_seed)                      \
     TEXT("model", "pretrained_model_name_or_path", at model, NULL, "model",                        \
-         "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),   \
-        TEXT("vae", NULL, at vae, NULL, "model",                                                   \
+         "diffusers folder, single file (.safetensors, .ckpt, .gguf) or a hub name that is kept "  \
+         "here"),                                                                                  \
+        TEXT("vae", "ae", at vae, NULL, "model",                                                   \
              "another autoencoder: a folder, or a file of its own"),                               \
+        PART_ROWS(at, "model"),                                                                    \
         INT("vae_tile", NULL, at vae_tile, "0", 0, 8192, "model",                                  \
             "decode larger pictures in overlapping pieces of this many pixels; 0: whole"),         \
         TEXT("variant", NULL, at variant, NULL, "model", "file variant, such as fp16"),            \
         TEXT("tokenizer", "tokenizer_name", at tokenizer, NULL, "model",                           \
-             "folder of the tokenizer, for a model in a single file"),                             \
+             "folder of the tokenizers, for a model in a single file"),                            \
         TEXT("device", NULL, at device, NULL, "model", "cpu, cuda, cuda:1; default: the best"),    \
         CHOICE("precision", "mixed_precision", at precision, "auto", VEL_PRECISIONS, "model",      \
                "compute type"),                                                                    \

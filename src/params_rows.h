@@ -25,6 +25,18 @@ typedef struct vel_option_row {
 extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows[],
     vel_score_rows[], vel_bench_rows[], vel_checkpoint_rows[], vel_adapter_rows[];
 
+/* Parts of a model in files of their own, as vel_part_file_flags; at: how to get to the field. */
+#define PART_ROWS(at, group)                                                                       \
+    TEXT("transformer", "unet", at part_files[VEL_PART_TRANSFORMER], NULL, group,                  \
+         "the denoiser's own file, instead of the model's: safetensors or GGUF"),                  \
+        TEXT("clip_l", NULL, at part_files[VEL_PART_CLIP_L], NULL, group,                          \
+             "the first CLIP text encoder's own file, for a model that lacks it"),                 \
+        TEXT("clip_g", NULL, at part_files[VEL_PART_CLIP_G], NULL, group,                          \
+             "the second CLIP text encoder's own file"),                                           \
+        TEXT("t5xxl", NULL, at part_files[VEL_PART_T5XXL], NULL, group,                            \
+             "the T5 text encoder's own file"),                                                    \
+        TEXT("gemma2", NULL, at part_files[VEL_PART_GEMMA2], NULL, group,                          \
+             "the Gemma-2 text encoder's own file")
 /* Which field of which struct a row fills: a table defines OPTIONS as its struct. */
 #define FIELD(type, field) offsetof(type, field), sizeof(((type *)0)->field)
 #define TEXT(name, aliases, field, initial, group, help)                                           \

@@ -5,12 +5,14 @@
 #define OPTIONS vel_train_options
 const vel_option_row vel_train_rows[] = {
     TEXT("model", "pretrained_model_name_or_path", model, NULL, "model",
-         "diffusers folder, single file (.safetensors, .ckpt) or a hub name that is kept here"),
-    TEXT("vae", "pretrained_vae_model_name_or_path", vae, NULL, "model",
+         "diffusers folder, single file (.safetensors, .ckpt, .gguf) or a hub name that is kept "
+         "here"),
+    TEXT("vae", "pretrained_vae_model_name_or_path,ae", vae, NULL, "model",
          "another autoencoder: a folder, or a file of its own"),
+    PART_ROWS(, "model"),
     TEXT("variant", NULL, variant, NULL, "model", "file variant, such as fp16"),
     TEXT("tokenizer", "tokenizer_name", tokenizer, NULL, "model",
-         "folder of the tokenizer, for a model in a single file"),
+         "folder of the tokenizers, for a model in a single file"),
     TEXT("device", NULL, device, NULL, "model", "cpu, cuda, cuda:1; default: the best"),
     CHOICE("precision", "mixed_precision", precision, "auto", VEL_PRECISIONS, "model",
            "compute type; auto: bf16 where the hardware multiplies it, else float32"),

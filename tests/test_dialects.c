@@ -197,8 +197,6 @@ TEST(dialects_families)
         "timestep_sampling=shift discrete_flow_shift=6.0 system_prompt=x");
     is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora_sd3",
                "networks.lora_sd3");
-    is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora --t5xxl t5",
-               "model folder");
     is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora --strict_compat",
                "--model_prediction_type");
     comes_to(t,

@@ -7,7 +7,6 @@
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define ATTENTION "attention never keeps its whole matrix here"
 #define NO_LOADER "threads of its own read ahead (--data_threads)"
-#define PARTS "parts in files of their own are not read; give a model folder"
 #define AS_PIPELINES "masks are applied as diffusers' pipelines do"
 #define WHOLE_CAPTIONS "captions are dropped for all text encoders together: --caption_dropout_rate"
 #define DATED "resuming takes the step from the state: --resume"
@@ -283,11 +282,11 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(FLOW_NETWORKS, "logit_std", KIND_FLOAT, "1.0", "logit_std"),
     SET(FLOW_NETWORKS, "mode_scale", KIND_FLOAT, "1.29", "mode_scale"),
     IDLE(FLOW_NETWORKS, "blocks_to_swap", KIND_INT, NULL, "--fit chooses what stays with the host"),
-    REFUSED(SD3_NETWORK | FLUX_NETWORK, "clip_l", KIND_TEXT, NULL, PARTS),
-    REFUSED(SD3_NETWORK, "clip_g", KIND_TEXT, NULL, PARTS),
-    REFUSED(SD3_NETWORK | FLUX_NETWORK, "t5xxl", KIND_TEXT, NULL, PARTS),
-    REFUSED(LUMINA_NETWORK, "gemma2", KIND_TEXT, NULL, PARTS),
-    REFUSED(FLUX_NETWORK | LUMINA_NETWORK, "ae", KIND_TEXT, NULL, PARTS),
+    SET(SD3_NETWORK | FLUX_NETWORK, "clip_l", KIND_TEXT, NULL, "clip_l"),
+    SET(SD3_NETWORK, "clip_g", KIND_TEXT, NULL, "clip_g"),
+    SET(SD3_NETWORK | FLUX_NETWORK, "t5xxl", KIND_TEXT, NULL, "t5xxl"),
+    SET(LUMINA_NETWORK, "gemma2", KIND_TEXT, NULL, "gemma2"),
+    SET(FLUX_NETWORK | LUMINA_NETWORK, "ae", KIND_TEXT, NULL, "vae"),
     IDLE(SD3_NETWORK, "save_clip", KIND_SWITCH, NULL, "what is not trained is not written"),
     IDLE(SD3_NETWORK, "save_t5xxl", KIND_SWITCH, NULL, "what is not trained is not written"),
     IDLE(SD3_NETWORK, "t5xxl_device", KIND_TEXT, NULL, "--device chooses the device"),

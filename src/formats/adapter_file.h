@@ -44,6 +44,7 @@ typedef struct vel_known_module { /* what the model at hand has */
     /* Where the original joins several modules (q, k and v): this one is its rows from first_row
      * on, of so many; rows 0: all. */
     int64_t first_row, rows;
+    bool halves; /* the original keeps the second half of its rows first */
 } vel_known_module;
 
 /* path: a file, or a folder with pytorch_lora_weights.safetensors, adapter_model.safetensors

@@ -43,6 +43,13 @@ int64_t vel_file_bytes(vel_file_type t, int64_t count); /* of whole blocks */
 bool vel_file_count(int rank, const int64_t *dim, int bytes_each, int64_t *count);
 const char *vel_file_type_name(vel_file_type t); /* as in the header: "F16" */
 
+/* Where a view's values lie in its data: single files keep some tensors in another order. */
+typedef enum vel_file_order {
+    VEL_ORDER_PLAIN,
+    VEL_ORDER_HALVES,    /* the second half of the rows comes first */
+    VEL_ORDER_TRANSPOSED /* data is [dim 1, dim 0] */
+} vel_file_order;
+
 typedef struct vel_file_tensor {
     const char *name;
     vel_file_type type;
@@ -52,6 +59,7 @@ typedef struct vel_file_tensor {
     const uint8_t *data; /* in the mapping; may be unaligned */
     bool copied;         /* data is in memory instead, put in order from where it lay scattered */
     float scale; /* values are data times this (ComfyUI's scaled 8-bit floats); 0 stands for 1 */
+    vel_file_order order;
 } vel_file_tensor;
 
 /* An open file of tensors: safetensors, GGUF, or one that torch.save wrote (.ckpt, .pt, .bin),

@@ -607,12 +607,9 @@ static float f8_f32(uint8_t v, int exponent_bits)
         }                                                                                          \
         break;
 
-void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, float *out)
+/* Values as they lie in the data. */
+static void plain_floats(const vel_file_tensor *t, int64_t first, int64_t n, float *out)
 {
-    for (int64_t i = 0; i < n && (first < 0 || first > t->count || n > t->count - first); i++)
-        out[i] = NAN; /* the caller's mistake: seen at once, and nothing outside is read */
-    if (first < 0 || first > t->count || n > t->count - first)
-        return;
     const uint8_t *p = t->data + first * types[t->type].bytes; /* blocks find theirs themselves */
     switch (t->type) {
         CASE(F64, double, v)
@@ -637,4 +634,23 @@ void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, 
     }
     for (int64_t i = 0; i < n && t->scale != 0; i++)
         out[i] *= t->scale;
+}
+
+void vel_file_tensor_floats(const vel_file_tensor *t, int64_t first, int64_t n, float *out)
+{
+    bool inside = first >= 0 && first <= t->count && n <= t->count - first;
+    int64_t half = t->count / 2, rows = t->dim[0], columns = t->dim[1];
+    for (int64_t i = 0; i < n && !inside; i++)
+        out[i] = NAN; /* the caller's mistake: seen at once, and nothing outside is read */
+    if (!inside)
+        return;
+    if (t->order == VEL_ORDER_PLAIN)
+        plain_floats(t, first, n, out);
+    int64_t before = VEL_MAX(0, VEL_MIN(n, half - first)); /* of the first half */
+    if (t->order == VEL_ORDER_HALVES && before)
+        plain_floats(t, first + half, before, out);
+    if (t->order == VEL_ORDER_HALVES && n > before)
+        plain_floats(t, first + before - half, n - before, out + before);
+    for (int64_t i = 0; i < n && t->order == VEL_ORDER_TRANSPOSED; i++)
+        plain_floats(t, (first + i) % columns * rows + (first + i) / columns, 1, out + i);
 }

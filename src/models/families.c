@@ -124,8 +124,9 @@ int vel_graph_modules(const vel_graph *g, vel_module *out, int room)
 static const struct {
     const char *part, *ours, *theirs;
 } renamed[] = {
-    {"text_encoder", "text_model.", ""}, /* transformers 5; CLIPTextModel's state without its
-                                            wrapper */
+    {"text_encoder", "text_model.embeddings.", "embeddings."}, /* transformers 5; CLIPTextModel's */
+    {"text_encoder", "text_model.encoder.", "encoder."},       /* state without its wrapper */
+    {"text_encoder", "text_model.final_layer_norm.", "final_layer_norm."},
     {"text_encoder", "embed_tokens.", "model.embed_tokens."}, /* Gemma2ForCausalLM's */
     {"text_encoder", "layers.", "model.layers."},
     {"text_encoder", "norm.weight", "model.norm.weight"},
@@ -166,9 +167,9 @@ bool vel_key_canonical(const char *part, const char *name, char *buffer, size_t 
     for (int r = 0; r < VEL_COUNT(renamed); r++) {
         if (strcmp(renamed[r].part, part) != 0)
             continue;
-        const char *theirs = renamed[r].theirs, *at = *theirs ? strstr(name, theirs) : name;
-        bool wrapped = !*theirs && vel_has_prefix(name, renamed[r].ours);
-        if (at && !wrapped)
+        const char *theirs = renamed[r].theirs, *at = strstr(name, theirs);
+        bool inside = *theirs == '.'; /* the others name the beginning */
+        if (at && (inside || at == name))
             return snprintf(buffer, n, "%.*s%s%s", (int)(at - name), name, renamed[r].ours,
                             at + strlen(theirs)) < (int)n;
     }

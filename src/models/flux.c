@@ -5,6 +5,7 @@
 
 enum { TRANSFORMER, TEXT, TEXT_2, VAE };
 static const char *const parts[] = {"transformer", "text_encoder", "text_encoder_2", "vae", NULL};
+static const char *const part_flags[] = {"transformer", "clip_l", "t5xxl", "vae"};
 static const char *const pipelines[] = {"FluxPipeline", NULL};
 
 typedef struct flux_config { /* vel_config.own */
@@ -132,6 +133,7 @@ const vel_family vel_family_flux = {
     .name = "flux",
     .title = "FLUX.1",
     .parts = parts,
+    .part_flags = part_flags,
     .denoiser = "transformer",
     .dialect = "diffusers",
     .time_scale = 0.001,

@@ -5,6 +5,7 @@
 
 enum { TRANSFORMER, TEXT, VAE };
 static const char *const parts[] = {"transformer", "text_encoder", "vae", NULL};
+static const char *const part_flags[] = {"transformer", "gemma2", "vae"};
 static const char *const pipelines[] = {"Lumina2Pipeline", "Lumina2Text2ImgPipeline", NULL};
 static const char system_prompt[] =
     "You are an assistant designed to generate superior images with the superior degree of "
@@ -103,6 +104,7 @@ const vel_family vel_family_lumina2 = {
     .name = "lumina2",
     .title = "Lumina-Image 2.0",
     .parts = parts,
+    .part_flags = part_flags,
     .denoiser = "transformer",
     .dialect = "diffusers",
     .time_scale = -0.001,

@@ -274,11 +274,6 @@ vel_ref vel_sd_denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
                        const vel_condition *condition);
 vel_ref vel_sd_decode(vel_graph *g, const vel_config *c, vel_ref z);
 vel_ref vel_sd_encode(vel_graph *g, const vel_config *c, vel_ref image);
-/* sd_keys.c */
-vel_status vel_sdxl_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                                 const struct vel_checkpoint_names **out);
-vel_status vel_sd_single_names(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                               const struct vel_checkpoint_names **out);
 
 /* ---- blocks of both image parts (nn.c) ---- */
 

@@ -129,13 +129,13 @@ typedef struct vel_model_names {
 
 typedef struct vel_config vel_config; /* a family's parsed configs, in an arena */
 
-struct vel_checkpoint_names;
 typedef struct vel_family {
     const char *name;            /* "sd" */
     const char *title;           /* "Stable Diffusion 1.x and 2.x" */
     const char *const *parts;    /* parts with weights, NULL-terminated: also the folders' names */
     const char *const *optional; /* those of them that a model may lack; NULL: none */
-    const char *denoiser;        /* the part that adapters train: "unet" */
+    const char *const *part_flags; /* for each part, the setting that names a file of its own */
+    const char *denoiser;          /* the part that adapters train: "unet" */
     /* The reference's denoiser is asked at time_scale * t + time_offset (t: 0 .. train_steps), and
      * gives the prediction times sign. Zeros stand for 1, 0, 1. */
     double time_scale, time_offset, sign;
@@ -180,9 +180,6 @@ typedef struct vel_family {
                       vel_ref z); /* [N,h,w,C] unscaled -> [N,H,W,3] */
     /* -> moments [N, h, w, 2C]: mean, logvar (-30 where the encoder is not random). */
     vel_ref (*encode)(vel_graph *g, const vel_config *c, vel_ref image);
-    /* Names in single files (checkpoint.h), from the configs of all parts; NULL: there are none. */
-    vel_status (*single_names)(vel_ctx *ctx, vel_arena *a, const json_t *const *configs,
-                               const struct vel_checkpoint_names **out);
 } vel_family;
 
 /* The prediction of noise, v, sample or flow at timesteps time [N] of the schedule. */

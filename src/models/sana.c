@@ -5,6 +5,7 @@
 
 enum { TRANSFORMER, TEXT, VAE };
 static const char *const parts[] = {"transformer", "text_encoder", "vae", NULL};
+static const char *const part_flags[] = {"transformer", "gemma2", "vae"};
 static const char *const pipelines[] = {"SanaPipeline", NULL};
 static const char instruction[] =
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions "
@@ -155,6 +156,7 @@ const vel_family vel_family_sana = {
     .name = "sana",
     .title = "Sana",
     .parts = parts,
+    .part_flags = part_flags,
     .denoiser = "transformer",
     .dialect = "diffusers",
     .adapter_marks =

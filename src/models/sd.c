@@ -5,6 +5,7 @@
 
 enum { UNET, TEXT, VAE };
 static const char *const parts[] = {"unet", "text_encoder", "vae", NULL};
+static const char *const part_flags[] = {"transformer", "clip_l", "vae"};
 static const char *const pipelines[] = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
                                         NULL};
 
@@ -133,6 +134,7 @@ const vel_family vel_family_sd = {
     .name = "sd",
     .title = "Stable Diffusion 1.x and 2.x",
     .parts = parts,
+    .part_flags = part_flags,
     .denoiser = "unet",
     .adapter_marks = "*unet*attn*,*unet*attentions*",
     .pipelines = pipelines,
@@ -145,5 +147,4 @@ const vel_family vel_family_sd = {
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,
-    .single_names = vel_sd_single_names,
 };

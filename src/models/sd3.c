@@ -7,6 +7,7 @@ enum { TRANSFORMER, TEXT, TEXT_2, TEXT_3, VAE };
 static const char *const parts[] = {"transformer",    "text_encoder", "text_encoder_2",
                                     "text_encoder_3", "vae",          NULL};
 static const char *const optional[] = {"text_encoder_3", NULL};
+static const char *const part_flags[] = {"transformer", "clip_l", "clip_g", "t5xxl", "vae"};
 static const char *const pipelines[] = {"StableDiffusion3Pipeline", NULL};
 
 typedef struct sd3_config { /* vel_config.own */
@@ -160,6 +161,7 @@ const vel_family vel_family_sd3 = {
     .name = "sd3",
     .title = "Stable Diffusion 3 and 3.5",
     .parts = parts,
+    .part_flags = part_flags,
     .optional = optional,
     .denoiser = "transformer",
     .dialect = "diffusers",

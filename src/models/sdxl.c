@@ -7,6 +7,7 @@
 
 enum { UNET, TEXT, TEXT_2, VAE };
 static const char *const parts[] = {"unet", "text_encoder", "text_encoder_2", "vae", NULL};
+static const char *const part_flags[] = {"transformer", "clip_l", "clip_g", "vae"};
 static const char *const pipelines[] = {"StableDiffusionXLPipeline", NULL};
 
 typedef struct sdxl_config { /* vel_config.own */
@@ -142,6 +143,7 @@ const vel_family vel_family_sdxl = {
     .name = "sdxl",
     .title = "Stable Diffusion XL",
     .parts = parts,
+    .part_flags = part_flags,
     .denoiser = "unet",
     .adapter_marks =
         "*unet*attentions*transformer_blocks?1?*,lora_unet_*put_blocks*transformer_blocks_1_*",
@@ -158,5 +160,4 @@ const vel_family vel_family_sdxl = {
     .denoise = vel_sd_denoise,
     .decode = vel_sd_decode,
     .encode = vel_sd_encode,
-    .single_names = vel_sdxl_single_names,
 };

@@ -6,6 +6,9 @@
  * model_run.c, adapters to model_adapters.c. */
 #include "sample/model.h"
 
+const char *const vel_part_file_flags[VEL_PART_FILES] = {"transformer", "clip_l", "clip_g", "t5xxl",
+                                                         "gemma2"};
+
 /* ---- weights ---- */
 
 static model_part *find_part(const vel_model *m, const char *name, size_t n)
@@ -29,7 +32,7 @@ static bool describe_tensor(const model_part *part, const vel_file_tensor *t,
     *out = (vel_source_tensor){.file = vel_safetensors_path(part->file),
                                .user = (void *)t,
                                .read = read_tensor,
-                               .data = t->copied ? NULL : t->data};
+                               .data = t->copied || t->order ? NULL : t->data};
     out->shape = vel_shape_of(t->rank, t->dim);
     switch (t->type) {
     case VEL_FILE_F32:
@@ -112,27 +115,49 @@ static vel_status open_weights(vel_model *m, model_part *part, const char *varia
 
 /* ---- configs ---- */
 
-/* An autoencoder in a file of its own: its sizes are the tensors'; what no tensor tells, the scale
- * of its latents and its norms' groups, is as in the model's own. */
-static vel_status take_vae_file(vel_model *m, const char *path, model_part *part, int index)
+/* A part in a file of its own: its sizes are the tensors'; what no tensor tells, such as the scale
+ * of latents and the number of heads, is as in the model's own. */
+static vel_status take_part_file(vel_model *m, const char *path, model_part *part, int index)
 {
-    static const char *const untold[] = {"scaling_factor", "shift_factor", "norm_num_groups"};
+    static const char *const untold[] = {"scaling_factor",
+                                         "shift_factor",
+                                         "norm_num_groups",
+                                         "attention_head_dim",
+                                         "num_attention_heads",
+                                         "num_key_value_heads",
+                                         "head_dim",
+                                         "query_pre_attn_scalar",
+                                         "sliding_window",
+                                         "layer_types",
+                                         "hidden_act",
+                                         "sample_size",
+                                         "axes_dims_rope",
+                                         "axes_dim_rope",
+                                         "addition_time_embed_dim",
+                                         "projection_dim",
+                                         "eos_token_id"};
+    vel_checkpoint own_file;
     json_t *own = m->single ? json_incref(m->checkpoint.configs[index]) : NULL;
-    char *file = own ? NULL : vel_path_join(m->ctx, m->folder, "vae/config.json");
+    char *file = own ? NULL : vel_strf(m->ctx, "%s/%s/config.json", m->folder, part->name);
     vel_status st = VEL_OK;
     if (file && vel_is_file(file))
         st = vel_json_load(m->ctx, file, &own);
     vel_free(m->ctx, file);
     if (!st)
-        st = vel_safetensors_open(m->ctx, path, &m->vae_file);
+        st = vel_safetensors_open(m->ctx, path, &part->own);
     if (!st)
-        st = vel_checkpoint_read_vae(m->ctx, m->vae_file, &m->vae_view, &part->config);
+        st = vel_checkpoint_read_part(m->ctx, part->own, m->family, index, &own_file);
+    if (!st) {
+        part->file = own_file.parts[index];
+        part->config = own_file.configs[index];
+        part->made = own_file.arena;
+        own_file = (vel_checkpoint){0}; /* which are the part's now */
+    }
     for (int i = 0; i < VEL_COUNT(untold) && !st; i++) {
         json_t *value = json_object_get(own, untold[i]);
         if (value)
             json_object_set(part->config, untold[i], value);
     }
-    part->file = m->vae_view;
     json_decref(own);
     return st;
 }
@@ -143,7 +168,7 @@ static vel_status find_vae(vel_model *m, const char *name, model_part *part, int
     char *folder = NULL, **out = &part->folder;
     VEL_TRY(vel_model_find_folder(m->ctx, name, &folder));
     if (vel_is_file(folder)) {
-        vel_status st = take_vae_file(m, folder, part, index);
+        vel_status st = take_part_file(m, folder, part, index);
         vel_free(m->ctx, folder);
         return st;
     }
@@ -182,20 +207,60 @@ static vel_status check_part(vel_model *m, model_part *part, const vel_model_opt
                                                      : "");
 }
 
+/* The file that the caller names for part i: its setting is the family's word for it. */
+static const char *named_file(const vel_model *m, const vel_model_options *o, int i)
+{
+    for (int f = 0; f < VEL_PART_FILES; f++)
+        if (o->part_files[f] && strcmp(vel_part_file_flags[f], m->family->part_flags[i]) == 0)
+            return o->part_files[f];
+    return NULL;
+}
+
+/* A file that is named for a part which the family has not. */
+static vel_status check_named(const vel_model *m, const vel_model_options *o)
+{
+    for (int f = 0; f < VEL_PART_FILES; f++) {
+        bool known = !o->part_files[f];
+        for (int i = 0; m->family->parts[i]; i++)
+            known |= strcmp(vel_part_file_flags[f], m->family->part_flags[i]) == 0;
+        if (!known)
+            return vel_fail(m->ctx, VEL_BAD_VALUE, "--%s %s: %s has no such part",
+                            vel_part_file_flags[f], o->part_files[f], m->family->title);
+    }
+    return VEL_OK;
+}
+
+/* A part that a single file lacks. */
+static vel_status lacks_part(vel_model *m, model_part *part, int i, const vel_model_options *o)
+{
+    bool may_lack = vel_family_may_lack(m->family, part->name);
+    if (may_lack || ((o->no_text || o->weights_only) && is_text_part(part->name))) {
+        part->absent = true;
+        if (may_lack)
+            vel_log(m->ctx, 2, "%s: has no %s; %s goes without it, unless --%s names one",
+                    m->folder, part->name, m->family->title, m->family->part_flags[i]);
+        return VEL_OK;
+    }
+    return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no part %s; name its file with --%s", m->folder,
+                    part->name, m->family->part_flags[i]);
+}
+
 static vel_status place_parts(vel_model *m, const vel_model_options *o)
 {
+    VEL_TRY(check_named(m, o));
     for (int i = 0; m->family->parts[i]; i++) {
         if (i == VEL_MAX_PARTS)
             return vel_fail(m->ctx, VEL_BUG, "family %s has more than %d parts", m->family->name,
                             VEL_MAX_PARTS);
         model_part *part = &m->parts[m->n_parts++];
         part->name = m->family->parts[i];
+        const char *named = named_file(m, o, i);
         if (o->vae && strcmp(part->name, "vae") == 0)
             VEL_TRY(find_vae(m, o->vae, part, i));
+        else if (named)
+            VEL_TRY(take_part_file(m, named, part, i));
         else if (m->single && !(part->file = m->checkpoint.parts[i]))
-            return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no part %s; %s", m->folder, part->name,
-                            strcmp(part->name, "vae") == 0 ? "name one with --vae"
-                                                           : "a whole model is needed");
+            VEL_TRY(lacks_part(m, part, i, o));
         else if (!m->single && !(part->folder = vel_path_join(m->ctx, m->folder, part->name)))
             return VEL_NO_MEMORY;
         if (!m->single && part->folder)
@@ -389,16 +454,16 @@ void vel_model_close(vel_model *m)
         vel_tokenizer_close(m->tokenizers[k]);
     vel_free(m->ctx, m->word_rows);
     for (int i = 0; i < m->n_parts; i++) {
-        if (m->parts[i].folder) /* else a view, which is the checkpoint's */
+        if (m->parts[i].folder || m->parts[i].own) /* else a view, which is the checkpoint's */
             vel_safetensors_close(m->parts[i].file);
+        vel_safetensors_close(m->parts[i].own);
+        vel_arena_destroy(m->parts[i].made);
         vel_free(m->ctx, m->parts[i].folder);
         json_decref(m->parts[i].config);
     }
     json_decref(m->scheduler);
     json_decref(m->index);
     vel_checkpoint_finish(&m->checkpoint);
-    vel_safetensors_close(m->vae_view);
-    vel_safetensors_close(m->vae_file);
     vel_safetensors_close(m->single);
     vel_arena_destroy(m->arena);
     vel_free(m->ctx, m->folder);

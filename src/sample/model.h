@@ -12,9 +12,11 @@ typedef struct model_part {
     const char *name; /* "unet": the folder's name and the first word of its paths */
     char *folder;
     vel_safetensors *file;
-    json_t *config; /* as its config.json */
-    char hash[65];  /* "" until asked for */
-    bool absent;    /* the model has none: everything else is empty */
+    json_t *config;       /* as its config.json */
+    char hash[65];        /* "" until asked for */
+    bool absent;          /* the model has none: everything else is empty */
+    vel_safetensors *own; /* a file of its own, which `file` views; NULL: none */
+    vel_arena *made;      /* values that this file leaves out */
 } model_part;
 
 typedef struct model_adapter {
@@ -51,7 +53,6 @@ struct vel_model {
     char *folder;            /* or the single file */
     vel_safetensors *single; /* NULL: a folder */
     vel_checkpoint checkpoint;
-    vel_safetensors *vae_file, *vae_view; /* an autoencoder in a file of its own; NULL: none */
     const vel_family *family;
     vel_arena *arena; /* of the config and the module list */
     vel_config *config;
@@ -93,11 +94,10 @@ struct vel_model {
 /* An existing folder or single file for a name that a user gave: itself, or where the hub's name is
  * kept on this machine. *out is owned. */
 vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out);
-/* The folder with a tokenizer's files for a model in a single file, which brings none: the folder
- * that the user names (or its tokenizer/), what lies beside the file, VELATURA_MODEL_ROOT, a full
- * model on this machine. *out is owned. */
-vel_status vel_model_find_tokenizer(vel_ctx *ctx, const char *file, const char *named, bool second,
-                                    char **out);
+/* The folder with the files of encoder k's tokenizer for a model in a single file, which brings
+ * none: in the folder that the user names (or, where there is but one encoder, itself), beside the
+ * file, in VELATURA_MODEL_ROOT, in a full model on this machine. *out is owned. */
+vel_status vel_model_find_tokenizer(vel_model *m, int k, const char *named, char **out);
 
 /* The tokenizers and the sizes of texts; after the config is read. */
 vel_status vel_model_open_text(vel_model *m, const vel_model_options *o);
@@ -137,8 +137,8 @@ void vel_model_warn_unknown_words(vel_model *m, const char *prompt);
 void vel_model_drop_adapted_plans(vel_model *m);
 void vel_model_drop_plans(vel_model *m);
 
-/* Where a model's tokenizer lies; *out is owned. */
-vel_status vel_model_words_folder(vel_model *m, const char *named, char **out);
+/* Where the tokenizer of encoder k lies; *out is owned. */
+vel_status vel_model_words_folder(vel_model *m, int k, const char *named, char **out);
 
 /* decode_tiles.c: vel_model_decode in pieces of m->tile latents. */
 vel_status vel_model_decode_tiles(vel_model *m, const float *z, int n, int h, int w, float *image);

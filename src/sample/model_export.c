@@ -7,9 +7,11 @@
 
 typedef struct source { /* of one tensor that is written */
     const struct saving *s;
-    vel_file_tensor pieces[3]; /* in the order of their rows */
-    const char *paths[3];
+    vel_file_tensor pieces[4]; /* in the order of their rows */
+    const char *paths[4];
     int n;
+    vel_key_change change; /* of all pieces together */
+    int64_t rows, columns; /* as they are written */
 } source;
 
 typedef struct saving {
@@ -31,9 +33,28 @@ static bool is_changed(const saving *s, const char *path, const vel_file_tensor 
     return s->o->change && s->o->change(s->o->user, path, t, NULL, &st);
 }
 
+/* The values of a whole tensor, as ours, put in the order of theirs. */
+static vel_status reorder(const source *from, float *values)
+{
+    int64_t n = from->rows * from->columns, half = n / 2;
+    if (from->change != VEL_KEY_HALVES && from->change != VEL_KEY_TRANSPOSED)
+        return VEL_OK;
+    float *copy = vel_alloc(from->s->ctx, sizeof *copy * (size_t)VEL_MAX(n, 1));
+    if (!copy)
+        return VEL_NO_MEMORY;
+    memcpy(copy, values, sizeof *copy * (size_t)n);
+    for (int64_t i = 0; i < n; i++)
+        values[i] = from->change == VEL_KEY_HALVES
+                        ? copy[(i + half) % n]
+                        : copy[i % from->columns * from->rows + i / from->columns];
+    vel_free(from->s->ctx, copy);
+    return VEL_OK;
+}
+
 static vel_status fill(void *user, float *out)
 {
     const source *from = user;
+    float *first = out;
     const vel_export_options *o = from->s->o;
     vel_status st = VEL_OK;
     if (from->s->ctx->interrupted)
@@ -48,7 +69,7 @@ static vel_status fill(void *user, float *out)
             vel_map_forget(t->data, (size_t)vel_file_bytes(t->type, t->count));
         out += t->count;
     }
-    return st;
+    return st ? st : reorder(from, first);
 }
 
 static bool is_real(vel_file_type t)
@@ -67,8 +88,10 @@ static vel_file_type type_of(const saving *s, const vel_file_tensor *t)
 
 /* Adds piece t of the tensor `name`; pieces of one tensor come in the order of their rows. */
 static vel_status add_piece(saving *s, const char *name, const char *path, const vel_file_tensor *t,
-                            bool image, int slot, int slots)
+                            const vel_checkpoint_key *key)
 {
+    int slot = key ? key->slot : 0, slots = key ? key->slots : 1;
+    vel_key_change change = key ? key->change : VEL_KEY_AS_IS;
     source *from = slot ? s->sources + s->n - 1 : s->sources + s->n;
     vel_save_tensor *out = s->tensors + (from - s->sources);
     if (slot && (strcmp(out->name, name) != 0 || from->n != slot))
@@ -76,12 +99,20 @@ static vel_status add_piece(saving *s, const char *name, const char *path, const
                         vel_model_folder(s->m), path);
     if (!slot) {
         s->n++;
-        *from = (source){.s = s};
+        *from = (source){.s = s, .change = change};
         *out = (vel_save_tensor){.name = name, .type = type_of(s, t), .rank = t->rank};
         memcpy(out->dim, t->dim, sizeof out->dim);
-        for (; image && out->rank < 4; out->rank++)
+        for (; change == VEL_KEY_IMAGE && out->rank < 4; out->rank++)
             out->dim[out->rank] = 1;
-        bool as_is = out->type == t->type && slots == 1 && !t->copied && !is_changed(s, path, t);
+        if (change == VEL_KEY_TRANSPOSED && t->rank == 2) {
+            out->dim[0] = t->dim[1];
+            out->dim[1] = t->dim[0];
+        }
+        from->rows = out->rank ? out->dim[0] : 1;
+        from->columns = from->rows ? t->count / from->rows : 0;
+        bool in_order = t->order == VEL_ORDER_PLAIN && change <= VEL_KEY_IMAGE;
+        bool as_is =
+            out->type == t->type && slots == 1 && !t->copied && in_order && !is_changed(s, path, t);
         if (as_is || !is_real(out->type)) {
             out->raw = as_is;
             out->data = t->data;
@@ -100,7 +131,7 @@ static vel_status add_piece(saving *s, const char *name, const char *path, const
 static vel_status make_room(saving *s)
 {
     for (int p = 0; p < s->m->n_parts; p++)
-        s->room += vel_safetensors_count(s->m->parts[p].file);
+        s->room += s->m->parts[p].file ? vel_safetensors_count(s->m->parts[p].file) : 0;
     s->tensors = vel_arena_alloc(s->arena, sizeof *s->tensors * (size_t)(s->room + 1));
     s->sources = vel_arena_alloc(s->arena, sizeof *s->sources * (size_t)(s->room + 1));
     return s->tensors && s->sources ? VEL_OK : VEL_NO_MEMORY;
@@ -135,7 +166,7 @@ static vel_status collect_single(saving *s, const vel_checkpoint_names *names, s
 {
     for (int p = 0; p < s->m->n_parts; p++) {
         const model_part *part = &s->m->parts[p];
-        for (int i = 0; i < vel_safetensors_count(part->file); i++) {
+        for (int i = 0; part->file && i < vel_safetensors_count(part->file); i++) {
             const vel_file_tensor *t = vel_safetensors_at(part->file, i);
             single_entry *e = &list[*n];
             if (vel_key_is_buffer(t->name))
@@ -161,8 +192,10 @@ static json_t *single_metadata(const saving *s)
     json_t *all = s->o->metadata ? json_deep_copy(s->o->metadata) : json_object();
     json_t *configs = json_object();
     for (int p = 0; p < s->m->n_parts; p++)
-        json_object_set(configs, s->m->parts[p].name, s->m->parts[p].config);
+        if (s->m->parts[p].config)
+            json_object_set(configs, s->m->parts[p].name, s->m->parts[p].config);
     json_object_set(configs, "scheduler", s->m->scheduler);
+    json_object_set(configs, "model_index", s->m->index);
     char *text = json_dumps(configs, JSON_COMPACT | JSON_SORT_KEYS);
     json_decref(configs);
     json_object_set_new(all, "format", json_string("pt"));
@@ -181,21 +214,18 @@ static vel_status save_single(saving *s)
     int n = 0;
     for (int p = 0; p < s->m->n_parts; p++)
         configs[p] = s->m->parts[p].config;
-    if (!s->m->family->single_names)
-        return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                        "%s: single files of %s are not written; name a folder", s->path,
-                        s->m->family->title);
-    VEL_TRY(s->m->family->single_names(s->ctx, s->arena, configs, &names));
+    vel_status st = vel_checkpoint_names_make(s->ctx, s->arena, s->m->family, configs, &names);
+    if (st)
+        return vel_fail_in(s->ctx, st, "%s: name a folder instead", s->path);
     single_entry *list = vel_arena_alloc(s->arena, sizeof *list * (size_t)(s->room + 1));
     if (!list)
         return VEL_NO_MEMORY;
     VEL_TRY(collect_single(s, names, list, &n));
     for (int i = 0; i < n; i++)
-        VEL_TRY(add_piece(s, list[i].key.theirs, list[i].path, list[i].tensor, list[i].key.image,
-                          list[i].key.slot, list[i].key.slots));
+        VEL_TRY(add_piece(s, list[i].key.theirs, list[i].path, list[i].tensor, &list[i].key));
     json_t *metadata = single_metadata(s);
-    vel_status st = metadata ? vel_safetensors_save(s->ctx, s->path, s->tensors, s->n, metadata)
-                             : VEL_NO_MEMORY;
+    st = metadata ? vel_safetensors_save(s->ctx, s->path, s->tensors, s->n, metadata)
+                  : VEL_NO_MEMORY;
     json_decref(metadata);
     return st;
 }
@@ -226,7 +256,7 @@ static vel_status save_part(saving *s, const model_part *part)
         if (!path)
             return VEL_NO_MEMORY;
         if (!vel_key_is_buffer(t->name))
-            VEL_TRY(add_piece(s, path + strlen(part->name) + 1, path, t, false, 0, 1));
+            VEL_TRY(add_piece(s, path + strlen(part->name) + 1, path, t, NULL));
     }
     char *file = vel_strf(s->ctx, "%s/%s/%s.safetensors", s->path, part->name, stems[text]);
     json_t *metadata = json_pack("{s:s}", "format", "pt");
@@ -238,18 +268,19 @@ static vel_status save_part(saving *s, const model_part *part)
     return st;
 }
 
-/* The tokenizer's files as they are. */
-static vel_status copy_words(saving *s)
+/* The files of encoder k's tokenizer as they are. */
+static vel_status copy_words(saving *s, int k)
 {
     static const size_t largest = (size_t)64 << 20;
+    const char *wanted = "*.json,*.txt,*.model";
     char *from = NULL, **names = NULL;
     int n = 0;
-    if (vel_model_words_folder(s->m, s->o->tokenizer, &from)) {
+    if (vel_model_words_folder(s->m, k, s->o->tokenizer, &from)) {
         vel_log(s->ctx, 1, "%s: is written without a tokenizer: %s", s->path,
                 vel_ctx_error(s->ctx));
         return s->o->tokenizer ? VEL_NOT_FOUND : VEL_OK;
     }
-    char *to = vel_path_join(s->ctx, s->path, "tokenizer");
+    char *to = vel_path_join(s->ctx, s->path, s->m->texts[k].tokenizer);
     vel_status st = to ? vel_make_folder(s->ctx, to) : VEL_NO_MEMORY;
     if (!st)
         st = vel_list_folder(s->ctx, from, &names, &n);
@@ -257,9 +288,8 @@ static vel_status copy_words(saving *s)
         char *a = vel_path_join(s->ctx, from, names[i]), *b = vel_path_join(s->ctx, to, names[i]);
         char *bytes = NULL;
         size_t size = 0;
-        bool wanted = vel_has_suffix(names[i], ".json") || vel_has_suffix(names[i], ".txt");
         st = a && b ? VEL_OK : VEL_NO_MEMORY;
-        if (!st && wanted && vel_is_file(a))
+        if (!st && vel_glob(wanted, names[i]) && vel_is_file(a))
             st = vel_read_file(s->ctx, a, largest, &bytes, &size);
         if (!st && bytes)
             st = vel_write_file(s->ctx, b, bytes, size);
@@ -273,25 +303,55 @@ static vel_status copy_words(saving *s)
     return st;
 }
 
-static json_t *make_index(const saving *s)
+/* The class of a tokenizer, as its own folder says. */
+static json_t *tokenizer_class(const saving *s, int k)
 {
-    json_t *index =
-        json_pack("{s:s, s:[s,s], s:[s,s]}", "_class_name", "StableDiffusionPipeline", "scheduler",
-                  "diffusers", vel_json_string(s->m->scheduler, "_class_name", "PNDMScheduler"),
-                  "tokenizer", "transformers", "CLIPTokenizer");
+    char *path = vel_strf(s->ctx, "%s/%s/tokenizer_config.json", s->path, s->m->texts[k].tokenizer);
+    json_t *config = NULL;
+    if (path && vel_is_file(path) && vel_json_load(s->ctx, path, &config))
+        config = NULL; /* the tokenizer's own matter */
+    json_t *out = json_pack("[s,s]", "transformers",
+                            vel_json_string(config, "tokenizer_class", "CLIPTokenizer"));
+    json_decref(config);
+    vel_free(s->ctx, path);
+    return out;
+}
+
+/* Of the kinds of old, whose pipelines have parts that are not ours. */
+static void add_absent(json_t *index)
+{
     static const char *const absent[] = {"feature_extractor", "image_encoder", "safety_checker"};
     for (int i = 0; i < VEL_COUNT(absent); i++)
         json_object_set_new(index, absent[i], json_pack("[n,n]"));
     json_object_set_new(index, "requires_safety_checker", json_false());
+}
+
+static json_t *make_index(const saving *s)
+{
+    const json_t *stated = json_object_get(s->m->index, "_class_name");
+    json_t *index = json_pack(
+        "{s:s, s:[s,s]}", "_class_name",
+        json_is_string(stated) ? json_string_value(stated) : s->m->family->pipelines[0],
+        "scheduler", "diffusers", vel_json_string(s->m->scheduler, "_class_name", "PNDMScheduler"));
+    json_t *zeros = json_object_get(s->m->index, "force_zeros_for_empty_prompt");
+    if (zeros)
+        json_object_set(index, "force_zeros_for_empty_prompt", zeros);
+    if (strcmp(s->m->family->name, "sd") == 0)
+        add_absent(index);
+    for (int k = 0; k < s->m->n_texts; k++)
+        json_object_set_new(index, s->m->texts[k].tokenizer,
+                            s->m->texts[k].absent ? json_pack("[n,n]") : tokenizer_class(s, k));
     for (int p = 0; p < s->m->n_parts; p++) {
         const model_part *part = &s->m->parts[p];
         const json_t *classes = json_object_get(part->config, "architectures");
         const char *class_name = json_string_value(json_array_get(classes, 0));
         json_object_set_new(
             index, part->name,
-            json_pack("[s,s]", classes ? "transformers" : "diffusers",
-                      class_name ? class_name
-                                 : vel_json_string(part->config, "_class_name", "unknown")));
+            !part->file
+                ? json_pack("[n,n]")
+                : json_pack("[s,s]", classes ? "transformers" : "diffusers",
+                            class_name ? class_name
+                                       : vel_json_string(part->config, "_class_name", "unknown")));
     }
     return index;
 }
@@ -299,9 +359,12 @@ static json_t *make_index(const saving *s)
 static vel_status save_folder(saving *s)
 {
     for (int p = 0; p < s->m->n_parts; p++)
-        VEL_TRY(save_part(s, &s->m->parts[p]));
+        if (s->m->parts[p].file)
+            VEL_TRY(save_part(s, &s->m->parts[p]));
     VEL_TRY(save_json(s, "scheduler", "scheduler_config.json", s->m->scheduler));
-    VEL_TRY(copy_words(s));
+    for (int k = 0; k < s->m->n_texts; k++)
+        if (!s->m->texts[k].absent)
+            VEL_TRY(copy_words(s, k));
     json_t *index = make_index(s);
     vel_status st = index ? save_json(s, "", "model_index.json", index) : VEL_NO_MEMORY;
     json_decref(index);

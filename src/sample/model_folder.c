@@ -151,11 +151,12 @@ vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out)
     return find_by_hub_name(ctx, name, out);
 }
 
-/* ---- the tokenizer of a single file ---- */
+/* ---- the tokenizers of a single file ---- */
 
 static bool has_words(vel_ctx *ctx, const char *folder)
 {
-    static const char *const files[] = {"tokenizer.json", "vocab.json"};
+    static const char *const files[] = {"tokenizer.json", "vocab.json", "spiece.model",
+                                        "tokenizer.model"};
     bool found = false;
     for (int i = 0; i < VEL_COUNT(files) && !found; i++) {
         char *path = vel_path_join(ctx, folder, files[i]);
@@ -165,12 +166,13 @@ static bool has_words(vel_ctx *ctx, const char *folder)
     return found;
 }
 
-/* folder, or the tokenizer/ in it. */
-static bool take_tokenizer(vel_ctx *ctx, const char *folder, char **out)
+/* The folder `tokenizer` in folder; or, itself, folder. */
+static bool take_tokenizer(vel_ctx *ctx, const char *folder, const char *tokenizer, bool itself,
+                           char **out)
 {
-    char *inner = vel_path_join(ctx, folder, "tokenizer");
+    char *inner = vel_path_join(ctx, folder, tokenizer);
     bool in_it = inner && has_words(ctx, inner);
-    if (in_it || has_words(ctx, folder)) {
+    if (in_it || (itself && has_words(ctx, folder))) {
         *out = in_it ? inner : vel_strdup(ctx, folder);
         if (!in_it)
             vel_free(ctx, inner);
@@ -180,44 +182,76 @@ static bool take_tokenizer(vel_ctx *ctx, const char *folder, char **out)
     return false;
 }
 
-vel_status vel_model_find_tokenizer(vel_ctx *ctx, const char *file, const char *named, bool second,
-                                    char **out)
+/* Models that have the tokenizers of a family, as they are named where they are published. */
+static const struct {
+    const char *family;
+    bool second; /* Stable Diffusion 2.x */
+    const char *models[3];
+} published[] = {
+    {"sd",
+     false,
+     {"stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
+      "CompVis/stable-diffusion-v1-4"}},
+    {"sd",
+     true,
+     {"stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2",
+      "stabilityai/stable-diffusion-2-base"}},
+    {"sdxl", false, {"stabilityai/stable-diffusion-xl-base-1.0"}},
+    {"sd3",
+     false,
+     {"stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-3.5-medium",
+      "stabilityai/stable-diffusion-3.5-large"}},
+    {"flux", false, {"black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"}},
+    {"lumina2", false, {"Alpha-VLLM/Lumina-Image-2.0"}},
+};
+
+static bool find_published(vel_ctx *ctx, const char *family, bool second, const char *tokenizer,
+                           char **out)
 {
-    static const char *const models[2][3] = {
-        {"stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
-         "CompVis/stable-diffusion-v1-4"},
-        {"stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2",
-         "stabilityai/stable-diffusion-2-base"}};
-    char *folder = NULL;
+    for (int i = 0; i < VEL_COUNT(published); i++) {
+        if (strcmp(published[i].family, family) != 0 || published[i].second != second)
+            continue;
+        for (int k = 0; k < VEL_COUNT(published[i].models) && published[i].models[k]; k++) {
+            char *folder = NULL;
+            bool found = !vel_model_find_folder(ctx, published[i].models[k], &folder) &&
+                         take_tokenizer(ctx, folder, tokenizer, false, out);
+            vel_free(ctx, folder);
+            if (found)
+                return true;
+        }
+    }
+    return false;
+}
+
+vel_status vel_model_find_tokenizer(vel_model *m, int k, const char *named, char **out)
+{
+    vel_ctx *ctx = m->ctx;
+    const char *file = m->folder, *tokenizer = m->texts[k].tokenizer;
+    bool second = strcmp(m->family->name, "sd") == 0 && m->texts[0].width == 1024;
+    char *folder = NULL; /* 2.x as diffusers tells it */
     *out = NULL;
     if (named) {
         VEL_TRY(vel_model_find_folder(ctx, named, &folder));
-        bool found = take_tokenizer(ctx, folder, out);
+        bool found = take_tokenizer(ctx, folder, tokenizer, m->n_texts == 1, out);
         vel_free(ctx, folder);
         return found ? VEL_OK
                      : vel_fail(ctx, VEL_NOT_FOUND,
-                                "%s: no tokenizer.json and no vocab.json in this folder or its "
-                                "tokenizer/",
-                                named);
+                                "%s: no tokenizer.json, vocab.json, spiece.model or "
+                                "tokenizer.model in its folder %s/%s",
+                                named, tokenizer, m->n_texts == 1 ? " or itself" : "");
     }
     const char *slash = strrchr(file, '/'), *root = getenv("VELATURA_MODEL_ROOT");
     folder = slash ? vel_strf(ctx, "%.*s", (int)(slash - file), file) : vel_strdup(ctx, ".");
-    bool found = folder && take_tokenizer(ctx, folder, out);
+    bool found = folder && take_tokenizer(ctx, folder, tokenizer, k == 0, out);
     vel_free(ctx, folder);
     if (!found && root && root[0])
-        found = take_tokenizer(ctx, root, out);
-    for (int i = 0; !found && i < VEL_COUNT(models[0]); i++)
-        if (!vel_model_find_folder(ctx, models[second][i], &folder)) {
-            found = take_tokenizer(ctx, folder, out);
-            vel_free(ctx, folder);
-        }
-    if (found)
+        found = take_tokenizer(ctx, root, tokenizer, k == 0, out);
+    if (found || find_published(ctx, m->family->name, second, tokenizer, out))
         return VEL_OK;
-    return vel_fail(
-        ctx, VEL_NOT_FOUND,
-        "%s: a single file holds no tokenizer. Place the folder tokenizer/ (vocab.json, "
-        "merges.txt, tokenizer_config.json, special_tokens_map.json) of a Stable "
-        "Diffusion %s model beside it or at $VELATURA_MODEL_ROOT/tokenizer, or name "
-        "such a folder with --tokenizer",
-        file, second ? "2.x" : "1.x");
+    return vel_fail(ctx, VEL_NOT_FOUND,
+                    "%s: a single file holds no tokenizer. Place the folder %s/ of a %s%s model "
+                    "(tokenizer.json, or vocab.json and merges.txt, or spiece.model, "
+                    "with tokenizer_config.json) beside it or at $VELATURA_MODEL_ROOT/%s, or name "
+                    "the folder that it lies in with --tokenizer",
+                    file, tokenizer, m->family->title, second ? " (2.x)" : "", tokenizer);
 }

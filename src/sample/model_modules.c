@@ -10,9 +10,7 @@ static const vel_checkpoint_names *original_names(vel_model *m)
     const vel_checkpoint_names *names = NULL;
     for (int i = 0; i < m->n_parts; i++)
         configs[i] = m->parts[i].config;
-    if (!m->family->single_names || m->family->single_names(m->ctx, m->arena, configs, &names))
-        return NULL;
-    return names;
+    return vel_checkpoint_names_make(m->ctx, m->arena, m->family, configs, &names) ? NULL : names;
 }
 
 static vel_status describe(vel_model *m, const vel_checkpoint_names *names, const vel_module *found,
@@ -24,8 +22,10 @@ static vel_status describe(vel_model *m, const vel_checkpoint_names *names, cons
     memcpy(out->weight_dim, found->weight.dim, sizeof out->weight_dim);
     if (names && vel_checkpoint_module(names, m->arena, found->path, &key)) {
         out->original = key.theirs;
-        out->rows = key.slots > 1 ? key.slots * out->weight_dim[0] : 0;
-        out->first_row = key.slots > 1 ? key.slot * out->weight_dim[0] : 0;
+        int64_t share = out->weight_dim[0] / (key.to - key.from);
+        out->rows = key.slots > 1 ? share * key.of : 0;
+        out->first_row = key.slots > 1 ? share * key.from : 0;
+        out->halves = key.change == VEL_KEY_HALVES;
     }
     return out->path ? VEL_OK : VEL_NO_MEMORY;
 }

@@ -60,12 +60,11 @@ bool vel_model_negatives_differ(const vel_model *m)
 
 /* ---- opening ---- */
 
-vel_status vel_model_words_folder(vel_model *m, const char *named, char **out)
+vel_status vel_model_words_folder(vel_model *m, int k, const char *named, char **out)
 {
-    bool second = m->texts[0].width == 1024; /* as diffusers tells 2.x */
     if (m->single || named)
-        return vel_model_find_tokenizer(m->ctx, m->folder, named, second, out);
-    *out = vel_path_join(m->ctx, m->folder, m->texts[0].tokenizer);
+        return vel_model_find_tokenizer(m, k, named, out);
+    *out = vel_path_join(m->ctx, m->folder, m->texts[k].tokenizer);
     return *out ? VEL_OK : VEL_NO_MEMORY;
 }
 
@@ -73,10 +72,7 @@ static vel_status open_tokenizer(vel_model *m, int k, const char *named)
 {
     const vel_text_info *text = &m->texts[k];
     char *folder = NULL;
-    if (k == 0 || m->single)
-        VEL_TRY(vel_model_words_folder(m, named, &folder));
-    else if (!(folder = vel_path_join(m->ctx, m->folder, text->tokenizer)))
-        return VEL_NO_MEMORY;
+    VEL_TRY(vel_model_words_folder(m, k, named, &folder));
     vel_status st = vel_tokenizer_open(m->ctx, folder, &m->tokenizers[k]);
     if (!st && vel_tokenizer_size(m->tokenizers[k]) > text->vocabulary)
         st = vel_fail(m->ctx, VEL_BAD_FILE,

@@ -45,6 +45,18 @@ const char *vel_sampler_name_at(int i); /* NULL past the end */
 /* ---- a loaded model (model.c)
  * --------------------------------------------------------------------- */
 
+/* Settings that name a part's own file: the words of vel_family.part_flags, but for the
+ * autoencoder's, which may be a folder, too. */
+enum {
+    VEL_PART_TRANSFORMER,
+    VEL_PART_CLIP_L,
+    VEL_PART_CLIP_G,
+    VEL_PART_T5XXL,
+    VEL_PART_GEMMA2,
+    VEL_PART_FILES
+};
+extern const char *const vel_part_file_flags[VEL_PART_FILES];
+
 typedef struct vel_model vel_model;
 typedef struct vel_model_options {
     const char *device;    /* NULL best */
@@ -62,6 +74,7 @@ typedef struct vel_model_options {
     const char *instruction; /* put before prompts instead of the family's own; "": nothing */
     int vae_tile; /* larger pictures are decoded in pieces of this many pixels; 0: whole */
     const char *base_quant; /* "nf4", "int8", "fp8": how frozen linear layers are kept */
+    const char *part_files[VEL_PART_FILES]; /* files of single parts; NULL: the model's own */
 } vel_model_options;
 /* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */

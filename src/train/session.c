@@ -214,6 +214,7 @@ static vel_status open_model(train_session *s)
                            .prediction =
                                o->v_parameterization ? "v_prediction" : o->prediction_type,
                            .zero_snr = o->zero_terminal_snr};
+    memcpy(m.part_files, o->part_files, sizeof m.part_files);
     VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
     VEL_TRY(check_flow(s));
     VEL_TRY(vel_objective_check(s->ctx, &o->objective, vel_model_schedule(s->model)));

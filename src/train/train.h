@@ -15,6 +15,7 @@
 typedef struct vel_train_options {
     /* model */
     const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
+    const char *part_files[VEL_PART_FILES];
     int clip_skip;
     /* data */
     const char *data, *instance_prompt, *caption_extension, *caption_column, *image_column;
