@@ -251,11 +251,17 @@ typedef struct attention_case {
 } attention_case;
 
 static const attention_case attention_cases[] = {
-    {1, 130, 450, 2, 40, 0, false, 3}, {2, 77, 77, 3, 32, 0, true, 1},
-    {2, 33, 77, 2, 80, 2, false, 2},   {1, 5, 3, 1, 7, 1, false, 1},
-    {1, 65, 200, 1, 160, 0, false, 1}, {1, 70, 210, 1, 64, 0, true, 4},
-    {1, 40, 33, 1, 512, 0, false, 1},  {1, 35, 1300, 1, 32, 0, false, 1},
-    {1, 70, 150, 2, 200, 1, true, 2},  {2, 65, 130, 1, 384, 0, false, 3},
+    {1, 130, 450, 2, 40, 0, false, 3},
+    {2, 77, 77, 3, 32, 0, true, 1},
+    {2, 33, 77, 2, 80, 2, false, 2},
+    {1, 5, 3, 1, 7, 1, false, 1},
+    {1, 65, 200, 1, 160, 0, false, 1},
+    {1, 70, 210, 1, 64, 0, true, 4},
+    {1, 40, 33, 1, 512, 0, false, 1},
+    {1, 35, 1300, 1, 32, 0, false, 1},
+    {1, 70, 150, 2, 200, 1, true, 2},
+    {2, 65, 130, 1, 384, 0, false, 3},
+    {2, 70, 100, 2, 40, 0, false, 1},
     {1, 50, 400, 1, 40, 0, false, 12}, /* so sharp that rows must be scaled again on the way */
 };
 

@@ -11,14 +11,19 @@
  *
  * Scores, sums and outputs are float32; probabilities are rounded to bfloat16 when values are. */
 #include "backend/cpu/isa/attention.h"
+#include "backend/cpu/isa/attention_tiles.h"
 
 enum { TASK_ROWS = 32, STRIP_ROWS = 32, KEY_BLOCK = 96, GROUP_BYTES = 4 << 20, RISE = 40 };
 
 typedef struct forward {
     attention_shape s;
     int64_t keys_padded, group, tasks; /* heads in a group; tasks of a head */
+    int64_t blocks;                    /* of KEY_BLOCK keys of a head */
+    int64_t k_panel;                   /* elements from VL packed keys to the next */
     int64_t k_bytes, v_bytes;          /* packed, of one head */
     char *k, *v;                       /* packed, of a group */
+    float *longest;                    /* [group][blocks]: the largest |k|^2 */
+    bool quick;                        /* rows may take the way of attention_tiles.h */
 } forward;
 
 typedef struct task_space { /* of one thread */
@@ -36,9 +41,13 @@ static forward forward_of(const vel_cpu_job *job)
     forward f = {
         attention_shape_of(job, n->a.attention.heads, n->a.attention.causal, n->a.attention.scale)};
     const attention_shape *s = &f.s;
+    f.quick = s->amx && !s->causal && !s->bias_rows;
     f.keys_padded = padded(s->keys, s->grain);
+    f.blocks = (f.keys_padded + KEY_BLOCK - 1) / KEY_BLOCK;
     f.tasks = (s->queries + TASK_ROWS - 1) / TASK_ROWS;
-    f.k_bytes = f.keys_padded * s->depth * s->size;
+    /* what a tile reads behind the depth meets zeros of the queries */
+    f.k_panel = VL * (f.quick ? padded(s->d, 2) : s->depth);
+    f.k_bytes = (f.keys_padded - VL) * f.k_panel / VL * s->size + s->depth * VL * s->size;
     f.v_bytes = f.keys_padded * s->width * s->size;
     int64_t fit = GROUP_BYTES / (f.k_bytes + f.v_bytes),
             busy = (4 * s->threads + f.tasks - 1) / f.tasks;
@@ -63,6 +72,7 @@ static size_t group_bytes(const forward *f)
     size_t used = 0;
     carve(NULL, &used, f->group * f->k_bytes);
     carve(NULL, &used, f->group * f->v_bytes);
+    carve(NULL, &used, f->group * f->blocks * 4);
     return used;
 }
 
@@ -117,17 +127,25 @@ VEL_INLINE bool any_above(vf v, float bound)
 }
 
 /* exp2(score * c - base) of a row to p; returns the sums of the lanes. columns: a multiple of VL.
- */
+ * paired: keys k and k + VL side by side, as tiles want them; columns: a multiple of 2 VL. */
 VEL_INLINE vf exp_row(const float *score, int64_t columns, float c, float base, void *p,
-                      const bool half)
+                      const bool half, bool paired)
 {
     vf sum[2] = {{0}, {0}};
     int64_t i = 0;
+    (void)paired;
     for (; i + 2 * VL <= columns; i += 2 * VL) {
         vf t0 = vload(score + i) * c - base, t1 = vload(score + i + VL) * c - base;
         vf p0 = half ? vexp2_rough(t0) : vexp2(t0), p1 = half ? vexp2_rough(t1) : vexp2(t1);
         sum[0] += p0;
         sum[1] += p1;
+#if VEL_HAS_HALF
+        if (paired) {
+            vu pairs = interleaved(p0, p1);
+            memcpy((uint16_t *)p + i, &pairs, sizeof pairs);
+            continue;
+        }
+#endif
         vput_two(p, i, half, p0, p1);
     }
     if (i < columns) {
@@ -178,10 +196,10 @@ VEL_INLINE float softmax_row(const attention_shape *s, const task_space *w, int6
         w->base[r] = largest_of(score, columns) * c;
     else if (!half && largest_of(score, columns) * c > w->base[r] + RISE)
         by = raise_base(s, w, r, score, columns);
-    vf sum = exp_row(score, columns, c, w->base[r], p, half);
+    vf sum = exp_row(score, columns, c, w->base[r], p, half, s->amx);
     if (half && any_above(sum, (float)(1ull << RISE))) {
         by = raise_base(s, w, r, score, columns);
-        sum = exp_row(score, columns, c, w->base[r], p, half);
+        sum = exp_row(score, columns, c, w->base[r], p, half, s->amx);
     }
     vstore(w->sum + r * VL, vload(w->sum + r * VL) + sum);
     return by;
@@ -197,7 +215,7 @@ VEL_INLINE bool softmax_strip(const attention_shape *s, const task_space *w, int
     uint16_t *p = w->p;
     vf sums[STRIP_ROWS], top = {0};
     for (int64_t r = 0; r < rows; r++, score += KEY_BLOCK, p += KEY_BLOCK) {
-        sums[r] = exp_row(score, KEY_BLOCK, c, base[r], p, true);
+        sums[r] = exp_row(score, KEY_BLOCK, c, base[r], p, true, s->amx);
         top = vmax(sums[r], top);
     }
     if (any_above(top, (float)(1ull << RISE)))
@@ -220,8 +238,8 @@ static vel_operands scores_of(const forward *f, const task_space *w, float *scor
                           .ldc = KEY_BLOCK,
                           .a = (char *)w->q + first * s->depth * s->size,
                           .lda = s->depth,
-                          .b = k + key * s->depth * s->size,
-                          .b_panel = s->depth * VL,
+                          .b = k + key / VL * f->k_panel * s->size,
+                          .b_panel = f->k_panel,
                           .b_row = VL,
                           .rows = rows,
                           .panels = columns / VL,
@@ -300,6 +318,20 @@ static void finish_task(const attention_shape *s, const task_space *w, int64_t h
     }
 }
 
+#if defined(__AMX_BF16__)
+/* No score of these rows can leave the range. */
+static bool is_quick(const forward *f, const task_space *w, int64_t in_group, int64_t rows)
+{
+    const attention_shape *s = &f->s;
+    float k = 0, q = 0;
+    for (int64_t i = 0; i < f->blocks; i++)
+        k = f->longest[in_group * f->blocks + i] <= k ? k : f->longest[in_group * f->blocks + i];
+    vel_matrix m = {w->q, s->depth, rows, s->d, true};
+    q = longest_row(&m, 0, rows);
+    return sqrtf(q) * sqrtf(k) * fabsf(s->scale) * LOG2_E <= QUICK_LIMIT; /* not where one is NaN */
+}
+#endif
+
 static void run_task(const forward *f, const vel_launch *l, const task_space *w, int64_t head,
                      int64_t in_group, int64_t task)
 {
@@ -313,6 +345,16 @@ static void run_task(const forward *f, const vel_launch *l, const task_space *w,
     pack_rows(w->q, &part, rows_padded, s->depth, s->half);
     memset(w->o, 0, (size_t)(rows_padded * s->width) * sizeof(float));
     memset(w->sum, 0, (size_t)(rows_padded * VL) * sizeof(float));
+#if defined(__AMX_BF16__)
+    if (f->quick && is_quick(f, w, in_group, rows)) {
+        quick_keys h = {(const uint16_t *)k, (const uint16_t *)v, s->keys,
+                        f->keys_padded,      f->k_panel,          f->keys_padded * VL};
+        quick_walk(s, &(quick_space){w->q, w->score, w->p, w->o, w->sum}, &h);
+        memset(w->base, 0, (size_t)rows * sizeof *w->base);
+        finish_task(s, w, head, query, rows, l->out[0], l->out[1]);
+        return;
+    }
+#endif
     int64_t keys_seen =
         s->causal ? padded(VEL_MIN(s->keys, query + rows), s->grain) : f->keys_padded;
     walk_keys(f, w, k, v, bias, query, rows_padded, keys_seen);
@@ -321,15 +363,26 @@ static void run_task(const forward *f, const vel_launch *l, const task_space *w,
 
 /* One block of keys and values of a head, into the group's space. */
 static void pack_block(const forward *f, const vel_launch *l, int64_t head, int64_t in_group,
-                       int64_t key)
+                       int64_t block)
 {
     const attention_shape *s = &f->s;
-    int64_t columns = VEL_MIN(KEY_BLOCK, f->keys_padded - key);
+    int64_t key = block * KEY_BLOCK, columns = VEL_MIN(KEY_BLOCK, f->keys_padded - key);
     vel_matrix k = head_of(s, l->in[1], s->keys, head), v = head_of(s, l->in[2], s->keys, head);
-    pack_across(f->k + in_group * f->k_bytes + key * s->depth * s->size, s->depth * VL, &k, key,
-                columns, s->depth, s->half);
-    pack_down(f->v + in_group * f->v_bytes + key * VL * s->size, f->keys_padded * VL, &v, key,
-              columns, s->half);
+    char *v_to = f->v + in_group * f->v_bytes + key * VL * s->size;
+    char *k_to = f->k + in_group * f->k_bytes + key / VL * f->k_panel * s->size;
+    pack_across(k_to, f->k_panel, &k, key, columns, f->k_panel / VL, s->half);
+    if (block == f->blocks - 1) /* behind the last */
+        memset(k_to + columns / VL * f->k_panel * s->size, 0,
+               (size_t)((s->depth - f->k_panel / VL) * VL * s->size));
+#if defined(__AMX_BF16__)
+    if (s->amx) {
+        pack_values((uint16_t *)v_to, f->keys_padded * VL, s->width, &v, key, columns);
+        f->longest[in_group * f->blocks + block] =
+            f->quick ? longest_row(&k, key, VEL_MIN(columns, s->keys - key)) : 0;
+        return;
+    }
+#endif
+    pack_down(v_to, f->keys_padded * VL, &v, key, columns, s->half);
 }
 
 void VEL_ISA_NAME(attention)(const vel_cpu_job *job)
@@ -340,7 +393,8 @@ void VEL_ISA_NAME(attention)(const vel_cpu_job *job)
     size_t used = 0;
     f.k = carve(l->scratch, &used, f.group * f.k_bytes);
     f.v = carve(l->scratch, &used, f.group * f.v_bytes);
-    int64_t heads = s->batch * s->heads, blocks = (f.keys_padded + KEY_BLOCK - 1) / KEY_BLOCK;
+    f.longest = carve(l->scratch, &used, f.group * f.blocks * 4);
+    int64_t heads = s->batch * s->heads;
     int team = vel_team(s->threads, heads * s->queries * s->keys);
 #pragma omp parallel num_threads(team)
     {
@@ -352,8 +406,8 @@ void VEL_ISA_NAME(attention)(const vel_cpu_job *job)
         for (int64_t first = 0; first < heads; first += f.group) {
             int64_t n = VEL_MIN(f.group, heads - first);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < n * blocks; i++)
-                pack_block(&f, l, first + i / blocks, i / blocks, i % blocks * KEY_BLOCK);
+            for (int64_t i = 0; i < n * f.blocks; i++)
+                pack_block(&f, l, first + i / f.blocks, i / f.blocks, i % f.blocks);
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < n * f.tasks; i++)
                 run_task(&f, l, &w, first + i / f.tasks, i / f.tasks, i % f.tasks);
