@@ -461,3 +461,172 @@ TEST(single_sd3_without_its_t5)
     vel_free(t->ctx, single);
     vel_free(t->ctx, bare);
 }
+
+/* ---- 8-bit floats, and what is not read ---- */
+
+/* The matrices of a FLUX.1 file as 8-bit floats with a scale each, as ComfyUI writes them. */
+static char *write_scaled(vel_test *t, const char *single)
+{
+    static const uint8_t marker[1];
+    vel_safetensors *sf = NULL;
+    char *path = vel_test_path(t, "scaled.safetensors");
+    vel_arena *a = vel_arena_create(t->ctx);
+    REQUIRE(a);
+    REQUIRE_OK(vel_safetensors_open(t->ctx, single, &sf));
+    int total = vel_safetensors_count(sf), n = 0;
+    vel_save_tensor *list = vel_test_alloc(t, sizeof *list * (size_t)(2 * total + 1));
+    for (int i = 0; i < total; i++) {
+        const vel_file_tensor *f = vel_safetensors_at(sf, i);
+        vel_save_tensor *to = &list[n++];
+        *to = (vel_save_tensor){
+            .name = f->name, .type = f->type, .rank = f->rank, .data = f->data, .raw = true};
+        memcpy(to->dim, f->dim, sizeof f->dim);
+        if (f->rank != 2 || !vel_has_prefix(f->name, "model.diffusion_model."))
+            continue;
+        uint8_t *codes = vel_arena_alloc(a, (size_t)f->count);
+        float *scale = vel_arena_alloc(a, sizeof *scale);
+        REQUIRE(codes && scale);
+        for (int64_t k = 0; k < f->count; k++)
+            codes[k] = f->data[k] & 0xf7; /* never the code of NaN */
+        *scale = 0.01f * (float)(1 + i % 7);
+        to->type = VEL_FILE_F8_E4M3;
+        to->data = codes;
+        list[n++] = (vel_save_tensor){
+            .name = vel_arena_strf(a, "%.*sscale_weight", (int)(strlen(f->name) - 6), f->name),
+            .type = VEL_FILE_F32,
+            .data = scale};
+    }
+    list[n++] = (vel_save_tensor){.name = "model.diffusion_model.scaled_fp8",
+                                  .type = VEL_FILE_F8_E4M3,
+                                  .rank = 1,
+                                  .dim = {0},
+                                  .data = marker};
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, list, n, vel_safetensors_metadata(sf)));
+    vel_free(t->ctx, list);
+    vel_arena_destroy(a);
+    vel_safetensors_close(sf);
+    return path;
+}
+
+/* The weight at path is rows of the file's tensor from share `from` of `of` on; swapped: their
+ * halves. */
+static void check_rows(vel_test *t, vel_model *m, const vel_safetensors *sf, const char *path,
+                       const char *tensor, int from, int of, bool swapped)
+{
+    char *name = vel_test_text(t, "model.diffusion_model.%s", tensor);
+    const vel_file_tensor *f = vel_safetensors_find(sf, name);
+    float *have = NULL;
+    int64_t n = 0;
+    REQUIRE(f);
+    REQUIRE_OK(vel_model_read_weight(m, path, &have, &n));
+    float *want = vel_test_alloc(t, sizeof *want * (size_t)f->count);
+    vel_file_tensor_floats(f, 0, f->count, want);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t at = f->count / of * from + (swapped ? (i + n / 2) % n : i);
+        if (have[i] == want[at])
+            continue;
+        CHECK_MSG(false, "%s: value %d is %g, not %g", path, (int)i, (double)have[i],
+                  (double)want[at]);
+        break;
+    }
+    vel_free(t->ctx, have);
+    vel_free(t->ctx, want);
+    vel_free(t->ctx, name);
+}
+
+TEST(single_scaled_8_bit_floats)
+{
+    char *single = make_single(t, FLUX_DEV), *scaled = write_scaled(t, single);
+    vel_safetensors *sf = NULL;
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, scaled, &sf));
+    REQUIRE_OK(open_weights(t, scaled, &m));
+    check_rows(t, m, sf, "transformer.transformer_blocks.0.attn.to_k.weight",
+               "double_blocks.0.img_attn.qkv.weight", 1, 3, false);
+    check_rows(t, m, sf, "transformer.single_transformer_blocks.1.proj_mlp.weight",
+               "single_blocks.1.linear1.weight", 3, 7, false);
+    check_rows(t, m, sf, "transformer.norm_out.linear.weight",
+               "final_layer.adaLN_modulation.1.weight", 0, 1, true);
+    const vel_file_tensor *f = vel_safetensors_find(sf, "model.diffusion_model.img_in.weight");
+    CHECK(f && f->type == VEL_FILE_F8_E4M3 && f->scale > 0);
+    vel_model_close(m);
+    vel_safetensors_close(sf);
+    vel_free(t->ctx, single);
+    vel_free(t->ctx, scaled);
+}
+
+TEST(single_quantised_files_that_are_refused)
+{
+    static const char json[] = "{\"format\": \"nvfp4\"}",
+                      known[] = "{\"format\": \"float8_e4m3fn\"}";
+    static const uint8_t bytes[64];
+    static const float one = 1;
+    static const struct {
+        const char *beside, *says;
+        int n;
+        const void *data;
+    } cases[] = {
+        {"x.weight.absmax", "bitsandbytes", 4, bytes},
+        {"x.weight.quant_state.bitsandbytes__nf4", "bitsandbytes", 4, bytes},
+        {"x.SCB", "bitsandbytes", 4, bytes},
+        {"x.qweight", "GPTQ", 4, bytes},
+        {"x.smooth_factor", "SVDQuant", 4, bytes},
+        {"x.comfy_quant", "nvfp4", sizeof json - 1, json},
+    };
+    char *path = vel_test_path(t, "x.safetensors");
+    vel_safetensors *sf = NULL;
+    vel_save_tensor list[3] = {
+        {.name = "x.weight", .type = VEL_FILE_F8_E4M3, .rank = 2, .dim = {4, 4}, .data = bytes}};
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        list[1] = (vel_save_tensor){.name = cases[i].beside,
+                                    .type = VEL_FILE_U8,
+                                    .rank = 1,
+                                    .dim = {cases[i].n},
+                                    .data = cases[i].data};
+        REQUIRE_OK(vel_safetensors_save(t->ctx, path, list, 2, NULL));
+        CHECK(vel_safetensors_open(t->ctx, path, &sf) == VEL_UNSUPPORTED);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), cases[i].says) &&
+                      strstr(vel_ctx_error(t->ctx), "x."),
+                  "%s: %s", cases[i].beside, vel_ctx_error(t->ctx));
+    }
+    list[1] = (vel_save_tensor){.name = "x.comfy_quant",
+                                .type = VEL_FILE_U8,
+                                .rank = 1,
+                                .dim = {sizeof known - 1},
+                                .data = known};
+    list[2] = (vel_save_tensor){.name = "x.weight_scale", .type = VEL_FILE_F32, .data = &one};
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, list, 3, NULL));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, path, &sf));
+    CHECK(vel_safetensors_count(sf) == 1 && vel_safetensors_at(sf, 0)->scale == 1);
+    vel_safetensors_close(sf);
+    vel_free(t->ctx, path);
+}
+
+/* Integers where weights should be, in a file that says nothing else. */
+TEST(single_codes_are_not_guessed_at)
+{
+    char *single = make_single(t, FLUX_DEV), *path = vel_test_path(t, "codes.safetensors");
+    vel_safetensors *sf = NULL;
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, single, &sf));
+    int n = vel_safetensors_count(sf);
+    vel_save_tensor *list = vel_test_alloc(t, sizeof *list * (size_t)n);
+    for (int i = 0; i < n; i++) {
+        const vel_file_tensor *f = vel_safetensors_at(sf, i);
+        bool coded = strcmp(f->name, "model.diffusion_model.img_in.weight") == 0;
+        list[i] = (vel_save_tensor){.name = f->name,
+                                    .type = coded ? VEL_FILE_I8 : f->type,
+                                    .rank = f->rank,
+                                    .data = f->data,
+                                    .raw = true};
+        memcpy(list[i].dim, f->dim, sizeof f->dim);
+    }
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, list, n, vel_safetensors_metadata(sf)));
+    CHECK(open_weights(t, path, &m) == VEL_UNSUPPORTED);
+    CHECK(strstr(vel_ctx_error(t->ctx), "x_embedder.weight") &&
+          strstr(vel_ctx_error(t->ctx), "I8"));
+    vel_free(t->ctx, list);
+    vel_safetensors_close(sf);
+    vel_free(t->ctx, single);
+    vel_free(t->ctx, path);
+}

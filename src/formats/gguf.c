@@ -48,6 +48,15 @@ static const struct {
 /* Bytes of a fact's value, by the specification's numbers; 0: of its own length. */
 static const int fact_bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
+/* A tensor's own shape, where it was laid in rows of 256 to fill blocks: ComfyUI-GGUF's, for
+ * convolutions. */
+typedef struct laid {
+    const char *name;
+    int rank;
+    int64_t dim[LARGEST_RANK];
+    struct laid *next;
+} laid;
+
 typedef struct reading {
     vel_ctx *ctx;
     vel_arena *arena;
@@ -56,6 +65,7 @@ typedef struct reading {
     size_t n, at;
     uint64_t alignment;
     bool failed; /* the file ended */
+    laid *shapes;
 } reading;
 
 bool vel_gguf_sniff(const uint8_t *bytes, size_t n)
@@ -124,6 +134,41 @@ static void skip(reading *r, uint64_t type, int depth)
     }
 }
 
+static const char laid_mark[] = "comfy.gguf.orig_shape.";
+
+/* The value of a fact that states a shape: an array of 32-bit integers, outermost first. */
+static vel_status read_laid(reading *r, const char *name)
+{
+    enum { INT32 = 5 };
+    laid *l = vel_arena_alloc(r->arena, sizeof *l);
+    if (!l)
+        return vel_fail(r->ctx, VEL_NO_MEMORY, "%s: no memory for its tensors", r->path);
+    uint64_t type = number(r, 4), n = number(r, 8);
+    if (r->failed || type != INT32 || n > LARGEST_RANK)
+        return vel_fail(r->ctx, VEL_UNSUPPORTED, "%s: the shape of %s is stated in another way",
+                        r->path, name);
+    *l = (laid){.name = name, .rank = (int)n, .next = r->shapes};
+    for (int i = 0; i < l->rank; i++)
+        l->dim[i] = (int32_t)number(r, 4);
+    r->shapes = l;
+    return VEL_OK;
+}
+
+static vel_status restore_shape(const reading *r, vel_file_tensor *t)
+{
+    for (const laid *l = r->shapes; l; l = l->next) {
+        int64_t count;
+        if (strcmp(l->name, t->name) != 0)
+            continue;
+        if (!vel_file_count(l->rank, l->dim, 8, &count) || count != t->count)
+            return vel_fail(r->ctx, VEL_BAD_FILE, "%s: tensor %s: its shape is not that of %s%s",
+                            r->path, t->name, laid_mark, t->name);
+        t->rank = l->rank;
+        memcpy(t->dim, l->dim, sizeof l->dim);
+    }
+    return VEL_OK;
+}
+
 /* Texts become metadata; of numbers only the alignment is needed. */
 static vel_status read_facts(reading *r, uint64_t n, json_t *metadata)
 {
@@ -132,7 +177,9 @@ static vel_status read_facts(reading *r, uint64_t n, json_t *metadata)
         uint64_t type = number(r, 4);
         if (!key)
             return truncated(r);
-        if (type == UINT32 && strcmp(key, "general.alignment") == 0) {
+        if (type == ARRAY && vel_has_prefix(key, laid_mark)) {
+            VEL_TRY(read_laid(r, key + strlen(laid_mark)));
+        } else if (type == UINT32 && strcmp(key, "general.alignment") == 0) {
             r->alignment = number(r, 4);
         } else if (type == TEXT) {
             size_t before = r->at;
@@ -218,6 +265,7 @@ static vel_status read_tensors(reading *r, uint64_t n, vel_gguf_add add, void *u
                             "%s: tensor %s lies outside the file; is the download complete?",
                             r->path, list[i].name);
         list[i].data = r->bytes + data + offsets[i];
+        VEL_TRY(restore_shape(r, &list[i]));
         VEL_TRY(add(user, &list[i]));
     }
     return VEL_OK;

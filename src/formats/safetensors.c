@@ -298,20 +298,77 @@ static vel_file_tensor *find_mutable(vel_safetensors *sf, const char *name)
     return (vel_file_tensor *)vel_safetensors_find(sf, name);
 }
 
+/* Quantised files of other programs, by the names of what lies beside the codes. */
+static const struct {
+    const char *names, *program;
+} foreign[] = {
+    {"*.absmax,*.quant_map,*.nested_absmax,*.quant_state.*", "bitsandbytes' 4 bits"},
+    {"*.SCB,*.weight_format", "bitsandbytes' 8 bits"},
+    {"*.qweight,*.qzeros,*.g_idx", "GPTQ or AWQ"},
+    {"*.smooth_factor,*.wscales,*.wtscale,*.smooth_factor_orig", "SVDQuant"},
+    {"*.weight_scale_inv", "8-bit floats in blocks"},
+    {"*.weight_packed,*.weight_zero_point", "compressed-tensors"},
+};
+
+static vel_status refuse_foreign(const vel_safetensors *sf, const char *path)
+{
+    for (int i = 0; i < sf->n; i++)
+        for (int k = 0; k < VEL_COUNT(foreign); k++)
+            if (vel_glob(foreign[k].names, sf->tensors[i].name))
+                return vel_fail(sf->ctx, VEL_UNSUPPORTED,
+                                "%s: is quantised (%s, by its tensor %s), which is not read; real "
+                                "numbers, ComfyUI's 8-bit floats and GGUF are",
+                                path, foreign[k].program, sf->tensors[i].name);
+    return VEL_OK;
+}
+
+/* ComfyUI's newer files say of each layer how it is quantised, as JSON. */
+static vel_status check_format(const vel_safetensors *sf, const char *path,
+                               const vel_file_tensor *t)
+{
+    json_t *how = t->type == VEL_FILE_U8
+                      ? json_loadb((const char *)t->data, (size_t)t->count, 0, NULL)
+                      : NULL;
+    const char *format = vel_json_string(how, "format", "unknown");
+    bool known = vel_glob("float8_e4m3fn,float8_e5m2", format);
+    vel_status st = known ? VEL_OK
+                          : vel_fail(sf->ctx, VEL_UNSUPPORTED,
+                                     "%s: tensor %s: the layer is quantised as \"%.40s\", which is "
+                                     "not read; float8_e4m3fn and float8_e5m2 are",
+                                     path, t->name, format);
+    json_decref(how);
+    return st;
+}
+
+/* The scale of "x.weight" that t is; its other spelling is newer. False: t is none. */
+static bool names_scale(const vel_file_tensor *t, char weight[1200])
+{
+    static const char *const scales[] = {".scale_weight", ".weight_scale"};
+    for (int i = 0; i < VEL_COUNT(scales); i++)
+        if (vel_has_suffix(t->name, scales[i])) {
+            snprintf(weight, 1200, "%.*s.weight", (int)(strlen(t->name) - strlen(scales[i])),
+                     t->name);
+            return true;
+        }
+    return false;
+}
+
 /* "x.weight" beside "x.scale_weight": the values are 8-bit floats times one number. Scales of
  * inputs are for arithmetic in 8 bits, which is not done here. The file says that it is of this
- * kind by a tensor "scaled_fp8". */
+ * kind by a tensor "scaled_fp8", or for each layer by "x.comfy_quant". */
 static vel_status apply_scales(vel_safetensors *sf, const char *path)
 {
-    static const char marker[] = "scaled_fp8", scale[] = ".scale_weight", input[] = ".scale_input";
+    static const char beside[] =
+        "*.scale_weight,*.weight_scale,*.scale_input,*.input_scale,*scaled_fp8,*.comfy_quant";
     char name[1200];
     int kept = 0;
+    VEL_TRY(refuse_foreign(sf, path));
     for (int i = 0; i < sf->n; i++) {
         const vel_file_tensor *t = &sf->tensors[i];
-        if (!vel_has_suffix(t->name, scale))
+        if (vel_has_suffix(t->name, ".comfy_quant"))
+            VEL_TRY(check_format(sf, path, t));
+        if (!names_scale(t, name))
             continue;
-        snprintf(name, sizeof name, "%.*s.weight", (int)(strlen(t->name) + 1 - sizeof scale),
-                 t->name);
         vel_file_tensor *weight = find_mutable(sf, name);
         bool small =
             weight && (weight->type == VEL_FILE_F8_E4M3 || weight->type == VEL_FILE_F8_E5M2);
@@ -326,11 +383,9 @@ static vel_status apply_scales(vel_safetensors *sf, const char *path)
                             t->name, name);
         weight->scale = value;
     }
-    for (int i = 0; i < sf->n; i++) {
-        const char *n = sf->tensors[i].name;
-        if (!vel_has_suffix(n, scale) && !vel_has_suffix(n, input) && !vel_has_suffix(n, marker))
+    for (int i = 0; i < sf->n; i++)
+        if (!vel_glob(beside, sf->tensors[i].name))
             sf->tensors[kept++] = sf->tensors[i];
-    }
     sf->n = kept;
     return VEL_OK;
 }
@@ -460,6 +515,8 @@ static vel_status open_index(vel_ctx *ctx, const char *folder, const char *path,
                 status = vel_fail(ctx, VEL_BAD_FILE, "%s: tensor %s is not in its shard %s", path,
                                   name, json_string_value(value));
     }
+    if (!status)
+        status = apply_scales(sf, path);
     json_decref(seen);
     json_decref(index);
     if (status)

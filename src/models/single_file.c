@@ -348,6 +348,11 @@ static vel_status add_view(void *user, const vel_checkpoint_key *key)
                         vel_safetensors_path(v->r->file), t->name, key->of);
     if (key->slots > 1) {
         int64_t share = t->count / key->of;
+        if (share % vel_file_block(t->type).values)
+            return vel_fail(v->r->ctx, VEL_BAD_FILE,
+                            "%s: tensor %s: its blocks of %s do not end "
+                            "where the parts that it joins do",
+                            vel_safetensors_path(v->r->file), t->name, vel_file_type_name(t->type));
         out->dim[0] = t->dim[0] / key->of * (key->to - key->from);
         out->count = share * (key->to - key->from);
         out->data += vel_file_bytes(t->type, share * key->from);

@@ -113,29 +113,61 @@ static vel_status open_weights(vel_model *m, model_part *part, const char *varia
     return st;
 }
 
+/* Weights are real numbers: integers are some program's codes, which are not guessed at. */
+static vel_status check_weights(const vel_model *m, const model_part *part)
+{
+    for (int i = 0; part->file && i < vel_safetensors_count(part->file); i++) {
+        const vel_file_tensor *t = vel_safetensors_at(part->file, i);
+        bool whole = t->type >= VEL_FILE_I64 && t->type <= VEL_FILE_BOOL;
+        if (whole && t->rank >= 2 && vel_has_suffix(t->name, ".weight"))
+            return vel_fail(m->ctx, VEL_UNSUPPORTED,
+                            "%s: tensor %s holds codes of a kind that is not known (%s); give a "
+                            "file of real numbers, 8-bit floats or GGUF, and --base_quant keeps "
+                            "it in 4 or 8 bits",
+                            vel_safetensors_path(part->file), t->name, vel_file_type_name(t->type));
+    }
+    return VEL_OK;
+}
+
 /* ---- configs ---- */
 
-/* A part in a file of its own: its sizes are the tensors'; what no tensor tells, such as the scale
- * of latents and the number of heads, is as in the model's own. */
+/* Does own state the heads of a denoiser as wide as made's, whose width is its tensors'? */
+static bool same_width(const json_t *made, const json_t *own)
+{
+    static const char *const heads[] = {"num_attention_heads", "attention_head_dim"};
+    int64_t width[2] = {1, 1};
+    for (int i = 0; i < VEL_COUNT(heads); i++) {
+        width[0] *= vel_json_int(made, heads[i], 1);
+        width[1] *= vel_json_int(own, heads[i], 1);
+    }
+    return width[0] == width[1];
+}
+
+/* What no tensor tells, such as the scale of latents, is as in the model's own. */
+static void take_untold(const json_t *own, json_t *made)
+{
+    static const struct {
+        const char *key;
+        bool heads; /* depends on the width */
+    } untold[] = {{"scaling_factor", false},     {"shift_factor", false},
+                  {"norm_num_groups", false},    {"hidden_act", false},
+                  {"sample_size", false},        {"addition_time_embed_dim", false},
+                  {"eos_token_id", false},       {"layer_types", false},
+                  {"sliding_window", false},     {"query_pre_attn_scalar", false},
+                  {"head_dim", false},           {"num_key_value_heads", false},
+                  {"num_attention_heads", true}, {"attention_head_dim", true},
+                  {"axes_dims_rope", true},      {"axes_dim_rope", true}};
+    bool same = same_width(made, own);
+    for (int i = 0; i < VEL_COUNT(untold); i++) {
+        json_t *value = json_object_get(own, untold[i].key);
+        if (value && (same || !untold[i].heads))
+            json_object_set(made, untold[i].key, value);
+    }
+}
+
+/* A part in a file of its own. */
 static vel_status take_part_file(vel_model *m, const char *path, model_part *part, int index)
 {
-    static const char *const untold[] = {"scaling_factor",
-                                         "shift_factor",
-                                         "norm_num_groups",
-                                         "attention_head_dim",
-                                         "num_attention_heads",
-                                         "num_key_value_heads",
-                                         "head_dim",
-                                         "query_pre_attn_scalar",
-                                         "sliding_window",
-                                         "layer_types",
-                                         "hidden_act",
-                                         "sample_size",
-                                         "axes_dims_rope",
-                                         "axes_dim_rope",
-                                         "addition_time_embed_dim",
-                                         "projection_dim",
-                                         "eos_token_id"};
     vel_checkpoint own_file;
     json_t *own = m->single ? json_incref(m->checkpoint.configs[index]) : NULL;
     char *file = own ? NULL : vel_strf(m->ctx, "%s/%s/config.json", m->folder, part->name);
@@ -151,12 +183,7 @@ static vel_status take_part_file(vel_model *m, const char *path, model_part *par
         part->file = own_file.parts[index];
         part->config = own_file.configs[index];
         part->made = own_file.arena;
-        own_file = (vel_checkpoint){0}; /* which are the part's now */
-    }
-    for (int i = 0; i < VEL_COUNT(untold) && !st; i++) {
-        json_t *value = json_object_get(own, untold[i]);
-        if (value)
-            json_object_set(part->config, untold[i], value);
+        take_untold(own, part->config);
     }
     json_decref(own);
     return st;
@@ -408,6 +435,8 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
     VEL_TRY(vel_model_open_text(m, o));
     for (int i = 0; i < m->n_parts; i++) {
         vel_status st = open_weights(m, &m->parts[i], o->variant);
+        if (!st)
+            st = check_weights(m, &m->parts[i]);
         /* where no text is asked for, a text encoder's config says enough */
         if (st && !(st == VEL_NOT_FOUND && o->no_text && is_text_part(m->parts[i].name)))
             return st;
