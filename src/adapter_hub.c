@@ -148,6 +148,8 @@ vel_status vel_hub_new_file(vel_hub *h, int room, vel_adapter_file **out)
     snprintf(f->kind, sizeof f->kind, "lora");
     for (int i = 0; i < h->n_known; i++)
         f->several_texts |= vel_has_prefix(h->known[i].path, "text_encoder_2.");
+    f->known = h->known;
+    f->n_known = h->n_known;
     return f->modules && f->metadata ? VEL_OK : VEL_NO_MEMORY;
 }
 

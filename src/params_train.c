@@ -325,8 +325,8 @@ const vel_option_row vel_train_rows[] = {
     TEXT("memory", NULL, memory, NULL, "run", "working memory to stay under, such as 2GiB"),
     TEXT("output_dir", NULL, output_dir, "output", "output", "folder for everything that is made"),
     TEXT("output_name", NULL, output_name, "adapter", "output", "first part of file names"),
-    CHOICE("save_format", NULL, save_format, "auto", "auto,kohya,diffusers", "output",
-           "names in the adapter file"),
+    CHOICE("save_format", NULL, save_format, "auto", "auto,kohya,diffusers,comfyui,lycoris",
+           "output", "names in the adapter file"),
     CHOICE("save_layout", NULL, save_layout, "files", "files,checkpoints", "output",
            "of saves on the way: NAME-stepN beside the result, or folders checkpoint-N as the "
            "scripts of diffusers leave them"),

@@ -7,6 +7,7 @@
  * the rank. A LoKr of two whole factors shows no rank: its strength is 1, as LyCORIS has it, unless
  * PEFT's config says both. */
 #define PCRE2_CODE_UNIT_WIDTH 8
+#include "formats/adapter_join.h"
 #include "formats/adapter_names.h"
 
 #include <pcre2.h>
@@ -51,7 +52,8 @@ typedef struct part { /* a known module, as the file has it */
     vel_leaf_dims dims[VEL_ADAPTER_LEAVES];
     const char *kind; /* NULL: the file has nothing for it */
     int rank;
-    bool joined; /* the tensors are those of several modules, this one is some of their rows */
+    bool joined;   /* the tensors are those of several modules, this one is some of their rows */
+    bool original; /* they are as in the family's original files */
 } part;
 
 typedef struct reading {
@@ -292,6 +294,7 @@ static vel_status place_tensors(reading *r, const vel_adapter_names *names)
                               r->file, (*slot)->name, t->name, r->known[stem->module].path);
             *slot = t;
             r->parts[stem->module].joined = stem->joined;
+            r->parts[stem->module].original = stem->original;
         }
     }
     if (!st && kind)
@@ -446,45 +449,6 @@ static vel_status read_strength(const reading *r, const part *p, vel_adapter_mod
                                            r->file, out->path);
 }
 
-static void keep_rows(vel_adapter_tensor *t, int64_t first, int64_t n)
-{
-    int64_t each = t->v ? vel_adapter_tensor_count(t) / t->dims.dim[0] : 0;
-    if (!t->v)
-        return;
-    memmove(t->v, t->v + first * each, sizeof *t->v * (size_t)(n * each));
-    t->dims.dim[0] = n;
-}
-
-/* A module's rows of a change that is stated for several modules together. Nothing is lost: the
- * other factor is the same for all rows. */
-static vel_status cut_rows(const reading *r, const vel_known_module *k, vel_adapter_module *m)
-{
-    static const vel_adapter_leaf by_row[] = {VEL_LEAF_LORA_UP,   VEL_LEAF_HADA_W1_A,
-                                              VEL_LEAF_HADA_W2_A, VEL_LEAF_DIFF,
-                                              VEL_LEAF_DIFF_B,    VEL_LEAF_DORA_SCALE};
-    static const vel_adapter_leaf first_factor[] = {VEL_LEAF_LOKR_W1, VEL_LEAF_LOKR_W1_A};
-    int64_t n = k->weight_dim[0];
-    const vel_adapter_tensor *lengths = &m->leaf[VEL_LEAF_DORA_SCALE];
-    if (lengths->v && lengths->dims.dim[0] != k->rows)
-        return vel_fail(r->ctx, VEL_UNSUPPORTED,
-                        "%s: has DoRA over the columns of %s together with its neighbours, which "
-                        "cannot be told apart",
-                        r->file, k->path);
-    for (int i = 0; i < VEL_COUNT(by_row); i++)
-        keep_rows(&m->leaf[by_row[i]], k->first_row, n);
-    for (int i = 0; i < VEL_COUNT(first_factor); i++) {
-        vel_adapter_tensor *t = &m->leaf[first_factor[i]];
-        int64_t each = t->v ? k->rows / t->dims.dim[0] : 1; /* rows of W for one of w1 */
-        if (t->v && (k->first_row % each || n % each))
-            return vel_fail(r->ctx, VEL_UNSUPPORTED,
-                            "%s: the factors of its LoKr over %s and its neighbours do not fall "
-                            "apart at their rows; train it with another factor",
-                            r->file, k->path);
-        keep_rows(t, k->first_row / each, n / each);
-    }
-    return VEL_OK;
-}
-
 static vel_status read_module(const reading *r, int index, vel_adapter_module *out)
 {
     const vel_known_module *m = &r->known[index];
@@ -501,8 +465,8 @@ static vel_status read_module(const reading *r, int index, vel_adapter_module *o
             out->leaf[i].dims = p->dims[i];
             VEL_TRY(read_values(r, p->tensor[i], &out->leaf[i]));
         }
-    if (p->joined)
-        VEL_TRY(cut_rows(r, m, out));
+    if (p->original)
+        VEL_TRY(vel_adapter_cut(r->ctx, r->file, m, p->joined, out));
     return check_peft_kind(r, m->path, out->kind, vel_adapter_module_has_dora(out));
 }
 
@@ -537,6 +501,8 @@ static vel_status read_all(reading *r, vel_adapter_file *f)
     if (!f->metadata)
         f->metadata = json_object();
     snprintf(f->dialect, sizeof f->dialect, "%s", r->dialect);
+    f->known = r->known;
+    f->n_known = r->n_known;
     for (int i = 0; i < r->n_known; i++)
         f->several_texts |= vel_has_prefix(r->known[i].path, "text_encoder_2.");
     vel_status st = read_modules(r, n_used, f);

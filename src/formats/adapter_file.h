@@ -22,19 +22,6 @@ typedef struct vel_adapter_module {
     vel_adapter_tensor leaf[VEL_ADAPTER_LEAVES];
 } vel_adapter_module;
 
-typedef struct vel_adapter_file {
-    vel_ctx *ctx;
-    char *path;
-    char kind[16];    /* of the first module; modules may differ */
-    char dialect[24]; /* "kohya", "diffusers", "diffusers-old", "peft", "comfyui", "omi" */
-    vel_adapter_module *modules;
-    int n;
-    bool several_texts; /* the model has more than one text encoder: kohya numbers them */
-    json_t *metadata;   /* of the file; object */
-    vel_word *words;    /* learned words that lie beside the modules */
-    int n_words;
-} vel_adapter_file;
-
 typedef struct vel_known_module { /* what the model at hand has */
     const char *path;             /* with its part: "unet....", "text_encoder...." */
     int weight_rank;              /* 2, 4; 1: a norm, whose weight has this many values */
@@ -46,6 +33,23 @@ typedef struct vel_known_module { /* what the model at hand has */
     int64_t first_row, rows;
     bool halves; /* the original keeps the second half of its rows first */
 } vel_known_module;
+
+typedef struct vel_adapter_file {
+    vel_ctx *ctx;
+    char *path;
+    char kind[16];    /* of the first module; modules may differ */
+    char dialect[24]; /* "kohya", "diffusers", "diffusers-old", "peft", "comfyui", "omi" */
+    vel_adapter_module *modules;
+    int n;
+    bool several_texts; /* the model has more than one text encoder: kohya numbers them */
+    /* The model's modules, for names of the family's original files; borrowed; NULL: none are
+     * known, and none of these names is written. */
+    const vel_known_module *known;
+    int n_known;
+    json_t *metadata; /* of the file; object */
+    vel_word *words;  /* learned words that lie beside the modules */
+    int n_words;
+} vel_adapter_file;
 
 /* path: a file, or a folder with pytorch_lora_weights.safetensors, adapter_model.safetensors
  * (+ adapter_config.json) or one .safetensors. An adapter for another model is refused with the
@@ -64,11 +68,13 @@ bool vel_adapter_pattern_matches(const char *key, const char *module);
 
 /* dialect:
  * "kohya": learned words, alpha tensors, lora_unet_ names, LyCORIS' names of leaves; ss_ and sshs_
- * metadata. "diffusers": no alpha tensors: metadata "lora_adapter_metadata" carries it, and the
- * scale is folded in where a reader would not see it: peers' trap 3. "peft": path is a folder;
- * adapter_model.safetensors and adapter_config.json. One part of a model only, and one kind; what
- * PEFT has no module for is refused. type: F32, F16 or BF16. metadata: ss_*, modelspec.* entries,
- * hashes are added; may be NULL. */
+ * metadata; of transformers and SDXL the names of the original files, where q, k and v are joined,
+ * or LyCORIS' own names of what cannot be joined. "lycoris": the same with these for all.
+ * "comfyui": the same with dots, "diffusion_model.". "diffusers": no alpha tensors: metadata
+ * "lora_adapter_metadata" carries it, and the scale is folded in where a reader would not see it:
+ * peers' trap 3. "peft": path is a folder; adapter_model.safetensors and adapter_config.json. One
+ * part of a model only, and one kind; what PEFT has no module for is refused. type: F32, F16 or
+ * BF16. metadata: ss_*, modelspec.* entries, hashes are added; may be NULL. */
 vel_status vel_adapter_file_write(const vel_adapter_file *f, const char *path, const char *dialect,
                                   vel_file_type type, const json_t *metadata);
 

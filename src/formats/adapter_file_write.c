@@ -10,6 +10,7 @@
  * only; that file is written first, under the final name, and then replaced by the one with all
  * entries. */
 #include "formats/adapter_config.h"
+#include "formats/adapter_join.h"
 #include "formats/adapter_names.h"
 
 #include <stdlib.h>
@@ -80,12 +81,17 @@ static vel_status peft_magnitude(const writing *w, const vel_adapter_module *m,
     return VEL_OK;
 }
 
-static vel_status add_leaf(writing *w, const vel_adapter_module *m, vel_adapter_leaf leaf,
-                           double by)
+/* Does the dialect keep alpha beside the tensors, and LyCORIS' shapes, as kohya's? */
+static bool is_kohyas(const writing *w)
+{
+    return vel_glob("kohya,lycoris,comfyui", w->dialect);
+}
+
+static vel_status add_leaf(writing *w, const vel_adapter_module *m, const char *stem,
+                           vel_adapter_leaf leaf, double by)
 {
     const vel_adapter_tensor *t = &m->leaf[leaf];
-    const char *name =
-        vel_adapter_name(w->arena, w->dialect, m->path, w->file->several_texts, leaf);
+    const char *name = vel_adapter_name(w->arena, w->dialect, stem, m->path, leaf);
     if (!name)
         return vel_fail(w->ctx, VEL_UNSUPPORTED, "%s: the dialect %s has no name for %s", w->path,
                         w->dialect, m->path);
@@ -95,8 +101,7 @@ static vel_status add_leaf(writing *w, const vel_adapter_module *m, vel_adapter_
     memcpy(out->dim, t->dims.dim, sizeof t->dims.dim);
     if (!out->data)
         return VEL_NO_MEMORY;
-    bool kohya = strcmp(w->dialect, "kohya") == 0;
-    return leaf == VEL_LEAF_DORA_SCALE && !kohya ? peft_magnitude(w, m, out) : VEL_OK;
+    return leaf == VEL_LEAF_DORA_SCALE && !is_kohyas(w) ? peft_magnitude(w, m, out) : VEL_OK;
 }
 
 /* Which factor on dW the file's readers would not see: all of it where alpha is not told; and where
@@ -106,12 +111,12 @@ static double unseen_strength(const writing *w, const vel_adapter_module *m,
                               vel_adapter_leaf scaled_leaf)
 {
     bool whole = m->leaf[VEL_LEAF_LOKR_W1].v && m->leaf[VEL_LEAF_LOKR_W2].v;
-    bool told = strcmp(w->dialect, "peft") == 0 || (strcmp(w->dialect, "kohya") == 0 && !whole);
+    bool told = strcmp(w->dialect, "peft") == 0 || (is_kohyas(w) && !whole);
     bool product = scaled_leaf < VEL_ADAPTER_LEAVES && scaled_leaf != VEL_LEAF_DIFF;
     return told || !product ? 1 : m->alpha / m->rank;
 }
 
-static vel_status add_module(writing *w, const vel_adapter_module *m)
+static vel_status add_module(writing *w, const vel_adapter_module *m, const char *stem)
 {
     bool has[VEL_ADAPTER_LEAVES];
     VEL_TRY(check_module(w, m));
@@ -120,9 +125,9 @@ static vel_status add_module(writing *w, const vel_adapter_module *m)
     double by = unseen_strength(w, m, leaf);
     for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
         if (has[i])
-            VEL_TRY(add_leaf(w, m, (vel_adapter_leaf)i, (vel_adapter_leaf)i == leaf ? by : 1));
-    const char *name =
-        vel_adapter_name(w->arena, w->dialect, m->path, w->file->several_texts, VEL_ADAPTER_ALPHA);
+            VEL_TRY(
+                add_leaf(w, m, stem, (vel_adapter_leaf)i, (vel_adapter_leaf)i == leaf ? by : 1));
+    const char *name = vel_adapter_name(w->arena, w->dialect, stem, m->path, VEL_ADAPTER_ALPHA);
     float *alpha = vel_arena_alloc(w->arena, sizeof *alpha);
     if (!alpha)
         return VEL_NO_MEMORY;
@@ -130,6 +135,72 @@ static vel_status add_module(writing *w, const vel_adapter_module *m)
     if (name && leaf < VEL_ADAPTER_LEAVES && leaf != VEL_LEAF_DIFF)
         w->tensors[w->n++] = (vel_save_tensor){.name = name, .type = VEL_FILE_F32, .data = alpha};
     return VEL_OK;
+}
+
+/* ---- names of modules, some of which the original files join ---- */
+
+/* What the model says of module i; only its path where nothing is known. */
+static vel_known_module known_of(const writing *w, int i)
+{
+    const vel_adapter_file *f = w->file;
+    for (int k = 0; k < f->n_known; k++)
+        if (strcmp(f->known[k].path, f->modules[i].path) == 0)
+            return f->known[k];
+    return (vel_known_module){.path = f->modules[i].path};
+}
+
+/* Module i with the later ones that the original joins it with, under its original name; *done
+ * false: they cannot be joined. taken: those that are written. */
+static vel_status add_joined(writing *w, int i, const char *stem, bool *taken, bool *done)
+{
+    enum { MOST = 8 };
+    vel_known_module known[MOST];
+    vel_adapter_piece pieces[MOST] = {{0}};
+    vel_adapter_module joined;
+    int members[MOST], n = 0;
+    for (int k = i; k < w->file->n && n < MOST; k++) {
+        known[n] = known_of(w, k);
+        bool same = k == i || (known[0].rows && known[n].original && !taken[k] &&
+                               vel_adapter_same_part(known[0].path, known[n].path) &&
+                               strcmp(known[0].original, known[n].original) == 0);
+        if (!same)
+            continue;
+        pieces[n] = (vel_adapter_piece){&known[n], &w->file->modules[k]};
+        members[n++] = k;
+    }
+    VEL_TRY(vel_adapter_join(w->ctx, w->arena, pieces, n, &joined, done));
+    for (int k = 0; k < n && *done; k++)
+        taken[members[k]] = true;
+    return *done ? add_module(w, &joined, stem) : VEL_OK;
+}
+
+static vel_status add_named(writing *w, int i, bool *taken)
+{
+    const vel_known_module known = known_of(w, i);
+    bool original = false, done = false;
+    const char *stem = vel_adapter_write_stem(w->arena, w->dialect, &known, w->file->several_texts,
+                                              true, &original);
+    if (stem && original && (known.rows || known.halves)) {
+        VEL_TRY(add_joined(w, i, stem, taken, &done));
+        if (done)
+            return VEL_OK;
+        stem = vel_adapter_write_stem(w->arena, w->dialect, &known, w->file->several_texts, false,
+                                      &original);
+    }
+    if (!stem)
+        return vel_fail(w->ctx, VEL_UNSUPPORTED, "%s: the dialect %s has no name for %s", w->path,
+                        w->dialect, known.path);
+    return add_module(w, &w->file->modules[i], stem);
+}
+
+static vel_status add_modules(writing *w)
+{
+    bool *taken = vel_arena_alloc(w->arena, sizeof *taken * (size_t)(w->file->n + 1));
+    vel_status st = taken ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < w->file->n && !st; i++)
+        if (!taken[i])
+            st = add_named(w, i, taken);
+    return st;
 }
 
 /* ---- diffusers' metadata ---- */
@@ -255,9 +326,8 @@ static const struct {
     const char *name;
     vel_status (*write)(writing *w, json_t *metadata);
 } dialects[] = {
-    {"kohya", write_kohya},
-    {"diffusers", write_diffusers},
-    {"peft", write_folder},
+    {"kohya", write_kohya},   {"diffusers", write_diffusers}, {"peft", write_folder},
+    {"comfyui", write_kohya}, {"lycoris", write_kohya},
 };
 
 static vel_status write_all(writing *w, json_t *metadata)
@@ -267,15 +337,15 @@ static vel_status write_all(writing *w, json_t *metadata)
         row++;
     if (row == VEL_COUNT(dialects))
         return vel_fail(w->ctx, VEL_BAD_VALUE,
-                        "%s: there is no dialect \"%s\": use kohya, diffusers or peft", w->path,
-                        w->dialect);
+                        "%s: there is no dialect \"%s\": use kohya, diffusers, peft, comfyui "
+                        "or lycoris",
+                        w->path, w->dialect);
     int most = w->file->n * VEL_ADAPTER_ROLES + w->file->n_words + 1;
     w->tensors = vel_arena_alloc(w->arena, (size_t)most * sizeof *w->tensors);
     if (!w->tensors)
         return VEL_NO_MEMORY;
-    for (int i = 0; i < w->file->n; i++)
-        VEL_TRY(add_module(w, &w->file->modules[i]));
-    for (int i = 0; i < w->file->n_words && strcmp(w->dialect, "kohya") == 0; i++) {
+    VEL_TRY(add_modules(w));
+    for (int i = 0; i < w->file->n_words && is_kohyas(w); i++) {
         const vel_word *word = &w->file->words[i];
         char *key = vel_arena_strf(w->arena, "bundle_emb.%s.string_to_param.*", word->name);
         if (!key)

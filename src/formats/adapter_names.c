@@ -6,24 +6,35 @@
 
 #include <stdlib.h>
 
-/* How a dialect begins a module's name; part NULL: any. The first row of a dialect and part is the
- * one that is written. */
+/* How a dialect begins a module's name; part NULL: any. Of the rows of a dialect and part the first
+ * that gives a name is the one that is written; those for several encoders go before the others. */
 typedef struct form {
     const char *dialect, *part, *prefix;
     bool underscores;
-    bool original; /* then the module's name in the family's original files */
-    bool several;  /* written where the model has more than one text encoder */
+    bool original;      /* then the module's name in the family's original files */
+    bool several;       /* written where the model has more than one text encoder, and only there */
+    const char *begins; /* the module's path goes on like this; NULL: in any way */
 } form;
+#define T5 "encoder.block."
+#define GEMMA "layers."
 static const form forms[] = {
+    {"kohya", "unet", "lora_unet_", true, true, true}, /* SDXL: as its own program calls it */
     {"kohya", "unet", "lora_unet_", true},
     {"kohya", "text_encoder", "lora_te_", true},
     {"kohya", "text_encoder", "lora_te1_", true, false, true},
+    {"kohya", "text_encoder_2", "lora_te3_", true, .begins = T5}, /* FLUX's: the third of SD 3 */
     {"kohya", "text_encoder_2", "lora_te2_", true},
     {"kohya", "text_encoder_3", "lora_te3_", true},
-    {"kohya", "text_encoder_2", "lora_te3_", true}, /* FLUX's second is the third of SD 3 */
     {"kohya", "transformer", "lora_unet_", true, true},
     {"kohya", "transformer", "lycoris_", true},
     {"kohya", "unet", "lycoris_", true}, /* LyCORIS around the U-Net alone */
+    {"lycoris", "transformer", "lycoris_", true},
+    {"lycoris", "unet", "lycoris_", true},
+    {"lycoris", "text_encoder", "lora_te_", true},
+    {"lycoris", "text_encoder", "lora_te1_", true, false, true},
+    {"lycoris", "text_encoder_2", "lora_te3_", true, .begins = T5},
+    {"lycoris", "text_encoder_2", "lora_te2_", true},
+    {"lycoris", "text_encoder_3", "lora_te3_", true},
     {"diffusers", "unet", "unet.", false},
     {"diffusers", "text_encoder", "text_encoder.", false},
     {"diffusers", "text_encoder_2", "text_encoder_2.", false},
@@ -35,19 +46,22 @@ static const form forms[] = {
     {"comfyui", "unet", "diffusion_model.", false, true},
     {"comfyui", "unet", "model.diffusion_model.", false, true},
     {"comfyui", "unet", "lora_unet_", true, true},
+    {"comfyui", "text_encoder", "text_encoders.gemma2_2b.transformer.model.", .begins = GEMMA},
     {"comfyui", "text_encoder", "text_encoders.clip_l.transformer.", false},
     {"comfyui", "text_encoder", "text_encoders.clip_h.transformer.", false},
+    {"comfyui", "text_encoder_2", "text_encoders.t5xxl.transformer.", .begins = T5},
     {"comfyui", "text_encoder_2", "text_encoders.clip_g.transformer.", false},
-    {"comfyui", "text_encoder_2", "text_encoders.t5xxl.transformer.", false},
     {"comfyui", "text_encoder_3", "text_encoders.t5xxl.transformer.", false},
     {"comfyui", "transformer", "diffusion_model.", false, true},
     {"comfyui", "transformer", "", false, true}, /* Black Forest Labs' own */
+    {"comfyui", "transformer", "lycoris_", true},
     {"omi", "transformer", "transformer.", false, true},
     {"omi", "text_encoder_2", "clip_g.", false},
     {"omi", "text_encoder_2", "t5.", false},
     {"omi", "text_encoder_3", "t5.", false},
     {"onetrainer", "transformer", "lora_transformer_", true},
     {"onetrainer", "transformer", "lora_transformer.", false},
+    {"onetrainer", "text_encoder_2", "lora_te2_", true},
     {"onetrainer", "text_encoder", "lora_te1.", false},
     {"onetrainer", "text_encoder_2", "lora_te2.", false},
     {"onetrainer", "text_encoder_3", "lora_te3.", false},
@@ -107,6 +121,8 @@ static const struct {
     const char *text;
 } written[] = {
     {"kohya", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
+    {"comfyui", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
+    {"lycoris", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
     {"diffusers", "unet", VEL_LEAF_LORA_DOWN, ".lora.down.weight"},
     {"diffusers", "unet", VEL_LEAF_LORA_UP, ".lora.up.weight"},
     {"diffusers", "text_encoder", VEL_LEAF_LORA_DOWN, ".lora_linear_layer.down.weight"},
@@ -141,6 +157,8 @@ static char *make_stem(vel_arena *a, const vel_known_module *known, const form *
         return NULL;
     const char *module = path + vel_adapter_part(path);
     module += *module == '.';
+    if (f->begins && !vel_has_prefix(module, f->begins))
+        return NULL;
     if (f->original)
         module = known->original;
     const char *at = strstr(module, r->ours);
@@ -163,7 +181,8 @@ static int by_stem(const void *a, const void *b)
 {
     const vel_adapter_stem *x = a, *y = b;
     int order = strcmp(x->stem, y->stem);
-    return order ? order : x->module - y->module;
+    order = order ? order : x->module - y->module;
+    return order ? order : x->form - y->form;
 }
 
 /* Names that two modules share lead to neither, unless they are rows of what is called so. */
@@ -194,8 +213,13 @@ vel_status vel_adapter_names_make(vel_ctx *ctx, vel_arena *a, const vel_known_mo
                 char *stem = make_stem(a, &known[m], &forms[f], &renames[r]);
                 const char *dialect = renames[r].dialect ? renames[r].dialect : forms[f].dialect;
                 if (stem)
-                    out->stems[out->n++] = (vel_adapter_stem){
-                        stem, m, dialect, forms[f].original && known[m].rows > 0};
+                    out->stems[out->n++] =
+                        (vel_adapter_stem){stem,
+                                           m,
+                                           f,
+                                           dialect,
+                                           forms[f].original && known[m].rows > 0,
+                                           forms[f].original};
             }
     qsort(out->stems, (size_t)out->n, sizeof *out->stems, by_stem);
     out->n = join_equal(out->stems, out->n);
@@ -279,16 +303,26 @@ static const char *written_tail(vel_arena *a, const char *dialect, const char *p
                : NULL;
 }
 
-const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
-                             bool several_texts, vel_adapter_role role)
+const char *vel_adapter_write_stem(vel_arena *a, const char *dialect, const vel_known_module *known,
+                                   bool several_texts, bool original, bool *is_original)
 {
-    const form *f = NULL;
-    for (int i = VEL_COUNT(forms) - 1; i >= 0; i--)
-        if (strcmp(forms[i].dialect, dialect) == 0 && of_part(path, forms[i].part) &&
-            (!f || !several_texts || !f->several))
-            f = &forms[i];
-    const vel_known_module known = {.path = path};
-    const char *stem = f ? make_stem(a, &known, f, &renames[0]) : NULL;
-    const char *tail = stem ? written_tail(a, dialect, path, role) : NULL;
+    for (int several = several_texts; several >= 0; several--)
+        for (int i = 0; i < VEL_COUNT(forms); i++) {
+            const form *f = &forms[i];
+            if (strcmp(f->dialect, dialect) != 0 || f->several != several ||
+                (f->original && !original))
+                continue;
+            const char *stem = make_stem(a, known, f, &renames[0]);
+            *is_original = f->original;
+            if (stem)
+                return stem;
+        }
+    return NULL;
+}
+
+const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *stem, const char *path,
+                             vel_adapter_role role)
+{
+    const char *tail = written_tail(a, dialect, path, role);
     return tail ? vel_arena_strf(a, "%s%s", stem, tail) : NULL;
 }

@@ -17,8 +17,10 @@ typedef int vel_adapter_role;
 typedef struct vel_adapter_stem {
     const char *stem; /* "lora_unet_mid_block_..._to_q" */
     int module;       /* index among the known; -1: two modules have this name */
+    int form;         /* of the table: the first counts */
     const char *dialect;
-    bool joined; /* the name of several modules' rows: more stems with the same text may follow */
+    bool joined;   /* the name of several modules' rows: more stems with the same text may follow */
+    bool original; /* by the module's name in the family's original files */
 } vel_adapter_stem;
 typedef struct vel_adapter_names {
     vel_adapter_stem *stems;
@@ -38,10 +40,15 @@ bool vel_adapter_tail(const char *tensor, size_t *stem, vel_adapter_role *role);
 /* The next stem with the same text as s; NULL past the last. */
 const vel_adapter_stem *vel_adapter_names_next(const vel_adapter_names *names,
                                                const vel_adapter_stem *s);
-/* The tensor's name for writing, in the arena; NULL when the dialect has none for this part.
- * several_texts: the model has more than one text encoder. */
-const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *path,
-                             bool several_texts, vel_adapter_role role);
+/* How the names of a module begin when they are written, in the arena; NULL when the dialect has no
+ * name for it. several_texts: the model has more than one text encoder. original: the name in the
+ * family's original files may be taken; *is_original: it was. */
+const char *vel_adapter_write_stem(vel_arena *a, const char *dialect, const vel_known_module *known,
+                                   bool several_texts, bool original, bool *is_original);
+/* A tensor's name behind that beginning, in the arena; NULL when the dialect has none for the role.
+ */
+const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *stem, const char *path,
+                             vel_adapter_role role);
 /* "unet" of "unet.down_blocks...": how long the part is. */
 size_t vel_adapter_part(const char *path);
 

@@ -465,12 +465,15 @@ static void forget_checkpoints(train_session *s, int keep)
 
 static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adapters */
 
-/* The dialect of the result: kohya's for adapters and diffusers' for words, unless one is named. */
+/* The dialect of the result: kohya's for adapters and diffusers' for words, unless one is named. Of
+ * words only these two forms are there. */
 static const char *format_of(const train_session *s)
 {
-    bool any = strcmp(s->o->save_format, "auto") == 0;
+    bool words = vel_method_is_words(s->o);
+    bool any = strcmp(s->o->save_format, "auto") == 0 ||
+               (words && !vel_glob("kohya,diffusers", s->o->save_format));
     const char *own = vel_model_family(s->model)->dialect, *usual = own ? own : "kohya";
-    return !any ? s->o->save_format : vel_method_is_words(s->o) ? "diffusers" : usual;
+    return !any ? s->o->save_format : words ? "diffusers" : usual;
 }
 
 /* New words: a file of their own, or in the adapter's where its dialect has room for them. */

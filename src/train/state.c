@@ -282,6 +282,8 @@ vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, 
     const vel_known_module *known = vel_model_modules(m, &n_known);
     for (int i = 0; known && i < n_known; i++)
         f->several_texts |= vel_has_prefix(known[i].path, "text_encoder_2.");
+    f->known = known;
+    f->n_known = n_known;
     f->modules = vel_alloc(ctx, (size_t)VEL_MAX(n, 1) * sizeof *f->modules);
     vel_status st = f->modules ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++) {
