@@ -31,8 +31,13 @@ const vel_adapter_kind *vel_adapter_find(const char *name)
 
 /* ---- presets ---- */
 
-#define ATTENTION "*.attn*.to_q,*.attn*.to_k,*.attn*.to_v,*.attn*.to_out.0"
-#define FEED_FORWARD "*.ff.net.0.proj,*.ff.net.2,*.proj_in,*.proj_out"
+/* also of the text that goes beside the picture (add_*, ff_context) */
+#define ATTENTION                                                                                  \
+    "*.attn*.to_q,*.attn*.to_k,*.attn*.to_v,*.attn*.to_out.0,*.attn*.add_?_proj,*.attn*.to_add_"   \
+    "out"
+#define FEED_FORWARD                                                                               \
+    "*.ff.net.0.proj,*.ff.net.2,*.ff_context.net.0.proj,*.ff_context.net.2,*.proj_mlp,"            \
+    "*.feed_forward.linear_?,*.ff.conv_inverted,*.ff.conv_point,*block*.proj_in,*block*.proj_out"
 #define CONVOLUTIONS "*.conv1,*.conv2,*.conv_shortcut,*.time_emb_proj,*samplers.0.conv"
 /* CLIP's and Gemma's names, then T5's */
 #define TEXT_ATTENTION "*.q_proj,*.k_proj,*.v_proj,*.out_proj,*.o_proj,*.SelfAttention.?"

@@ -189,7 +189,20 @@ static vel_status sample_rules(vel_line *l)
 
 static vel_status adapter_rules(vel_line *l)
 {
-    VEL_TRY(vel_line_set(l, "rank", "targets", "attn"));
+    static const struct { /* each script's default */
+        uint32_t script;
+        const char *targets;
+    } own[] = {
+        {DREAMBOOTH_LORA_SD3, "*.attn.to_?,*.attn.to_out.0,*.attn.add_?_proj,*.attn.to_add_out"},
+        {DREAMBOOTH_LORA_FLUX, "*.attn.to_?,*.attn.to_out.0,*.attn.add_?_proj,"
+                               "*.attn.to_add_out,*.ff.net.0.proj,*.ff.net.2,"
+                               "*.ff_context.net.0.proj,*.ff_context.net.2"},
+        {DREAMBOOTH_LORA_SANA | DREAMBOOTH_LORA_LUMINA2, "*.to_k,*.to_q,*.to_v"}};
+    const char *targets = "attn";
+    for (int i = 0; i < VEL_COUNT(own); i++)
+        if (own[i].script & l->script->bit)
+            targets = own[i].targets;
+    VEL_TRY(vel_line_set(l, "rank", "targets", "%s", targets));
     VEL_TRY(vel_line_set(l, "rank", "text_targets", "attn"));
     if (vel_line_has(l, "init"))
         VEL_TRY(vel_line_set(l, "rank", "init", "gaussian"));
@@ -211,6 +224,17 @@ static vel_status kind_rules(vel_line *l)
         VEL_TRY(vel_line_set(l, "pretrained_model_name_or_path", "method", "full"));
         VEL_TRY(vel_line_set(l, "output_dir", "output_name", "."));
         break;
+    case BANANA:
+        VEL_TRY(adapter_rules(l));
+        VEL_TRY(vel_line_set(l, "output_dir", "save_precision", "fp16"));
+        if (text)
+            break;
+        vel_line_say(l,
+                     "where the text encoder is a language model it is trained as well, at rate "
+                     "%s, as the lesson does; other models' with --train_text_encoder",
+                     vel_line_value(l, "text_encoder_lr"));
+        VEL_TRY(vel_line_set(l, "train_text_encoder", "text_encoders", "llm"));
+        return vel_line_set(l, "train_text_encoder", "train_text_encoder", "yes");
     default:
         VEL_TRY(adapter_rules(l));
     }

@@ -177,6 +177,9 @@ static const vel_pair lora_keys[] = {
     {"loraplus_lr_ratio", "loraplus_lr_ratio", NULL},
     {"loraplus_unet_lr_ratio", "loraplus_unet_lr_ratio", NULL},
     {"loraplus_text_encoder_lr_ratio", "loraplus_text_encoder_lr_ratio", NULL},
+    {"train_t5xxl", "", NULL}, /* text_rules */
+    {"split_qkv", NULL, "q, k and v are always apart"},
+    {"verbose", NULL, "modules are listed by velatura inspect"},
     {"block_dims", "x", BY_BLOCK},
     {"block_alphas", "x", BY_BLOCK},
     {"conv_block_dims", "x", BY_BLOCK},
@@ -285,15 +288,45 @@ static vel_status network_rules(vel_line *l)
     return vel_rule_pairs(l, "network_args", lycoris_keys);
 }
 
+/* The scripts of larger families: a rate for each encoder, 0 for one that stays as it is; T5 is
+ * trained where network_args says so. *none: all of them stay. */
+static vel_status text_rules(vel_line *l, bool *none)
+{
+    static const struct {
+        uint32_t scripts;
+        int n;
+        bool t5; /* the last one */
+    } encoders[] = {{SDXL_NETWORK, 2, false}, {SD3_NETWORK, 3, true}, {FLUX_NETWORK, 2, true}};
+    static const char *const rates[] = {"text_encoder_lr", "text_encoder_2_lr",
+                                        "text_encoder_3_lr"};
+    const char *t5 = vel_rule_pair(l, "network_args", "train_t5xxl"), *rate = NULL;
+    char names[16] = "";
+    int n = 0;
+    for (int e = 0; e < VEL_COUNT(encoders); e++)
+        for (int i = 0; (encoders[e].scripts & l->script->bit) && i < encoders[e].n; i++) {
+            const char *own = vel_line_word(l, "text_encoder_lr", i);
+            bool asked = !encoders[e].t5 || i < encoders[e].n - 1 ||
+                         (t5 && (strcmp(t5, "True") == 0 || strcmp(t5, "true") == 0));
+            rate = own ? own : rate; /* the last one goes for the rest */
+            if (!asked || (rate && atof(rate) == 0))
+                continue;
+            if (rate)
+                VEL_TRY(vel_line_set(l, "text_encoder_lr", rates[i], "%s", rate));
+            snprintf(names + strlen(names), sizeof names - strlen(names), "%s%d", n++ ? "," : "",
+                     i + 1);
+        }
+    *none = n == 0;
+    return n ? vel_line_set(l, "text_encoder_lr", "text_encoders", "%s", names) : VEL_OK;
+}
+
 static vel_status rate_rules(vel_line *l)
 {
     const char *unet = vel_line_value(l, "unet_lr"), *text = vel_line_value(l, "text_encoder_lr");
-    static const char *const further[] = {"text_encoder_2_lr", "text_encoder_3_lr"};
-    for (int i = 0; i < 2 && (l->script->bit & ~TRAIN_NETWORK); i++)
-        if (vel_line_word(l, "text_encoder_lr", i + 1))
-            VEL_TRY(vel_line_set(l, "text_encoder_lr", further[i], "%s",
-                                 vel_line_word(l, "text_encoder_lr", i + 1)));
-    bool unet_only = vel_line_on(l, "network_train_unet_only") || (text && atof(text) == 0);
+    bool several = (l->script->bit & (SDXL_NETWORK | SD3_NETWORK | FLUX_NETWORK)) != 0;
+    bool resting = text && atof(text) == 0;
+    if (several)
+        VEL_TRY(text_rules(l, &resting));
+    bool unet_only = vel_line_on(l, "network_train_unet_only") || resting;
     bool text_only = vel_line_on(l, "network_train_text_encoder_only") || (unet && atof(unet) == 0);
     const char *preset = vel_rule_pair(l, "network_args", "preset");
     bool excluded = preset && strncmp(preset, "unet-", 5) == 0;
@@ -303,7 +336,7 @@ static vel_status rate_rules(vel_line *l)
                         l->script->name);
     if (unet && atof(unet) > 0)
         VEL_TRY(vel_line_set(l, "unet_lr", "unet_lr", "%s", unet));
-    if (text && atof(text) > 0)
+    if (text && atof(text) > 0 && !several)
         VEL_TRY(vel_line_set(l, "text_encoder_lr", "text_encoder_lr", "%s", text));
     if (text_only)
         VEL_TRY(vel_line_set(l, "network_train_text_encoder_only", "train_unet", "no"));
@@ -376,6 +409,8 @@ static vel_status family_rules(vel_line *l)
         vel_line_say(l, "no --model_prediction_type: raw is taken; the script's sigma_scaled "
                         "compares a picture with a velocity");
     }
+    if (vel_line_on(l, "fp8_base") || vel_line_on(l, "fp8_base_unet"))
+        VEL_TRY(vel_line_set(l, "fp8_base", "base_quant", "fp8"));
     if (vel_line_on(l, "cache_text_encoder_outputs_to_disk"))
         return vel_line_set(l, "cache_text_encoder_outputs_to_disk", "cache_to_disk", "yes");
     return VEL_OK;

@@ -54,6 +54,7 @@ static int texts(const vel_config *c, vel_text_info *out)
                              .layers = own->gemma.layers,
                              .vocabulary = own->gemma.vocabulary,
                              .masked = true,
+                             .llm = true,
                              .prefix = system_prompt};
     return 1;
 }

@@ -85,6 +85,7 @@ typedef struct vel_text_info { /* one text encoder */
     bool pools;         /* it wants to know where a text ends */
     bool absent;        /* the model has none: it is given nothing */
     bool large;         /* trained only where it is named: T5, behind other encoders */
+    bool llm;           /* a language model, rather than made for pictures */
     bool lower;         /* texts lose blanks around them and capital letters, before the prefix */
     const char *prefix; /* put before every text but negative ones; NULL none */
     /* The tokens of the prefix come on top of length, and only the first state and the last

@@ -77,6 +77,7 @@ static int texts(const vel_config *c, vel_text_info *out)
                              .layers = own->gemma.layers,
                              .vocabulary = own->gemma.vocabulary,
                              .masked = true,
+                             .llm = true,
                              .lower = true,
                              .prefix = instruction,
                              .prefix_apart = true};

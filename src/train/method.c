@@ -16,6 +16,7 @@ vel_status vel_train_texts(vel_model *m, const vel_train_options *o, unsigned *o
 {
     const char *which = o->text_encoders ? o->text_encoders : "auto";
     bool automatic = strcmp(which, "auto") == 0, all = strcmp(which, "all") == 0;
+    bool llm = strcmp(which, "llm") == 0;
     *out = 0;
     for (int k = 0; k < vel_model_texts(m); k++) {
         const vel_text_info *text = vel_model_text(m, k);
@@ -25,12 +26,12 @@ vel_status vel_train_texts(vel_model *m, const vel_train_options *o, unsigned *o
         if (named && text->absent)
             return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE, "--text_encoders %s: %s has no %s",
                             which, vel_model_folder(m), text->part);
-        if (!text->absent && (named || all || (automatic && !text->large)))
+        if (!text->absent && (named || all || (automatic && !text->large) || (llm && text->llm)))
             *out |= 1u << k;
     }
-    if (!*out)
+    if (!*out && !llm)
         return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE,
-                        "--text_encoders: '%s' is not auto, all, or numbers up to %d", which,
+                        "--text_encoders: '%s' is not auto, all, llm, or numbers up to %d", which,
                         vel_model_texts(m));
     *out = o->train_text_encoder ? *out : 0;
     return VEL_OK;

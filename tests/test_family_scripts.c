@@ -1,0 +1,200 @@
+/* test_family_scripts.c: command lines of the scripts for larger families, run whole on tiny models
+ * of those families with the flags that people give them, and what each must leave behind. */
+#include "formats/formats.h"
+#include "program.h"
+
+#define MODEL(name) "tests/golden/families/" name "/model "
+#define KOHYA(script, name)                                                                        \
+    "accelerate launch --num_cpu_threads_per_process 1 " script                                    \
+    " --pretrained_model_name_or_path " MODEL(                                                     \
+        name) "--train_data_dir \"$D/train\" "                                                     \
+              "--resolution 64 --output_dir \"$D/out\" --output_name a --max_train_steps 1 "       \
+              "--learning_rate 1e-2 --seed 1 --sdpa --gradient_checkpointing --save_precision "    \
+              "float "
+#define DIFFUSERS(script, name)                                                                    \
+    "accelerate launch " script " --pretrained_model_name_or_path " MODEL(                         \
+        name) "--output_dir \"$D/out\" --resolution 64 --train_batch_size 1 --max_train_steps 1 "  \
+              "--seed 1 "                                                                          \
+              "--gradient_checkpointing "
+#define BOOTH "--instance_data_dir \"$D/train/1_x\" --instance_prompt \"a sks icon\" "
+
+/* Tensors of a file in the test's folder whose names contain a text. */
+static int tensors(vel_test *t, const char *name, const char *text)
+{
+    vel_safetensors *file = NULL;
+    char *path = vel_test_text(t, "%s/%s", t->folder, name);
+    int n = 0;
+    CHECK_OK(vel_safetensors_open(t->ctx, path, &file));
+    for (int i = 0; file && i < vel_safetensors_count(file); i++)
+        n += strstr(vel_safetensors_at(file, i)->name, text) != NULL;
+    vel_safetensors_close(file);
+    vel_free(t->ctx, path);
+    return n;
+}
+
+static void place_pictures(vel_test *t)
+{
+    char *folder = vel_test_path(t, "train/1_x");
+    program_copy_pictures(t, folder, 1);
+    vel_free(t->ctx, folder);
+}
+
+/* Runs a line; the program is to say all of the texts. */
+static void run(vel_test *t, const char *line, const char *const *says)
+{
+    place_pictures(t);
+    program_expect(t, line, 0, says);
+}
+
+static void check_count(vel_test *t, const char *name, const char *text, int wanted)
+{
+    int n = tensors(t, name, text);
+    CHECK_MSG(n == wanted, "%s: %d tensors with %s, not %d", name, n, text, wanted);
+}
+
+#define RESULT "out/a.safetensors"
+#define WEIGHTS "out/pytorch_lora_weights.safetensors"
+
+/* Both text encoders, each with its rate; captions' states of the one that stays are kept. */
+TEST(scripts_sdxl_train_network)
+{
+    run(t,
+        KOHYA("sdxl_train_network.py", "sdxl") "--network_module networks.lora --network_dim 4 "
+                                               "--text_encoder_lr 1e-3 5e-4 --no_half_vae "
+                                               "--optimizer_type AdamW8bit --min_snr_gamma 5",
+        (const char *const[]){"24 of the text encoders", "--no_half_vae", NULL});
+    check_count(t, RESULT, "lora_te1_", 36);
+    check_count(t, RESULT, "lora_te2_", 36);
+    run(t,
+        KOHYA("sdxl_train_network.py", "sdxl") "--network_module networks.lora --text_encoder_lr "
+                                               "1e-3 0 --output_name b",
+        (const char *const[]){"12 of the text encoder", NULL});
+    check_count(t, "out/b.safetensors", "lora_te2_", 0);
+    run(t,
+        KOHYA("sdxl_train_network.py", "sdxl") "--network_module networks.lora "
+                                               "--network_train_unet_only --fp8_base "
+                                               "--cache_text_encoder_outputs --cache_latents "
+                                               "--cache_text_encoder_outputs_to_disk "
+                                               "--output_name c",
+        (const char *const[]){"0 of the text encoder", "base_quant fp8", "captions read, 0 known",
+                              NULL});
+    check_count(t, "out/c.safetensors", "lora_te", 0);
+}
+
+TEST(scripts_sdxl_train)
+{
+    run(t,
+        KOHYA("sdxl_train.py", "sdxl") "--train_text_encoder --learning_rate_te1 1e-3 "
+                                       "--learning_rate_te2 1e-3 --save_model_as diffusers",
+        (const char *const[]){"trainable%: 100.0000", NULL});
+    check_count(t, "out/a/unet/diffusion_pytorch_model.safetensors", "conv_in.weight", 1);
+    check_count(t, "out/a/text_encoder_2/model.safetensors", "text_projection.weight", 1);
+}
+
+/* T5 learns only where network_args say so. */
+TEST(scripts_sd3_train_network)
+{
+    run(t,
+        KOHYA("sd3_train_network.py", "sd3") "--network_module networks.lora_sd3 --network_dim 4 "
+                                             "--network_args train_t5xxl=True --text_encoder_lr "
+                                             "1e-3 5e-4 2e-4 --t5xxl_max_token_length 32 "
+                                             "--weighting_scheme logit_normal --training_shift 3",
+        (const char *const[]){"38 of the text encoders", NULL});
+    check_count(t, RESULT, "lora_te3_", 42);
+    run(t,
+        KOHYA("sd3_train_network.py", "sd3") "--network_module networks.lora_sd3 --output_name b "
+                                             "--weighting_scheme mode --blocks_to_swap 1",
+        (const char *const[]){"24 of the text encoders", "--blocks_to_swap changes nothing", NULL});
+    check_count(t, "out/b.safetensors", "lora_te3_", 0);
+}
+
+TEST(scripts_flux_train_network)
+{
+    run(t,
+        KOHYA("flux_train_network.py",
+              "flux-dev") "--network_module networks.lora_flux --network_dim 4 --guidance_scale 1 "
+                          "--timestep_sampling shift --discrete_flow_shift 3.1582 "
+                          "--model_prediction_type raw --t5xxl_max_token_length 32 "
+                          "--network_args train_t5xxl=True --text_encoder_lr 1e-3 1e-4",
+        (const char *const[]){"26 of the text encoders", NULL});
+    check_count(t, RESULT, "lora_te1_", 36);
+    check_count(t, RESULT, "lora_te3_", 42);
+    run(t,
+        KOHYA("flux_train_network.py",
+              "flux-dev") "--network_module networks.lora_flux --network_train_unet_only "
+                          "--timestep_sampling flux_shift --model_prediction_type raw "
+                          "--t5xxl_max_token_length 32 --output_name b --fp8_base",
+        (const char *const[]){"0 of the text encoder", NULL});
+}
+
+TEST(scripts_lumina_train_network)
+{
+    run(t,
+        KOHYA("lumina_train_network.py",
+              "lumina2") "--network_module networks.lora_lumina --network_dim 4 "
+                         "--timestep_sampling nextdit_shift --discrete_flow_shift 6 "
+                         "--gemma2_max_token_length 48 --text_encoder_lr 1e-3 --system_prompt "
+                         "\"You are an assistant.\"",
+        (const char *const[]){"14 of the text encoder", NULL});
+}
+
+TEST(scripts_train_dreambooth_lora_sdxl)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_sdxl.py", "sdxl") BOOTH
+        "--train_text_encoder --rank 2 --use_dora --validation_prompt \"a sks icon\" "
+        "--num_validation_images 1",
+        (const char *const[]){"of the text encoders", NULL});
+    check_count(t, WEIGHTS, "text_encoder_2.", 8 * 3);
+}
+
+TEST(scripts_train_dreambooth_lora_sd3)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_sd3.py", "sd3") BOOTH
+        "--train_text_encoder --rank 2 --max_sequence_length 32 --text_encoder_lr 1e-4 "
+        "--weighting_scheme sigma_sqrt",
+        (const char *const[]){"16 of the text encoders", NULL});
+    check_count(t, WEIGHTS, "text_encoder_3.", 0);
+    check_count(t, WEIGHTS, "transformer.transformer_blocks.", tensors(t, WEIGHTS, "transformer."));
+}
+
+TEST(scripts_train_dreambooth_lora_flux)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_flux.py", "flux-dev") BOOTH
+        "--train_text_encoder --rank 2 --max_sequence_length 32 --guidance_scale 1 "
+        "--optimizer prodigy --learning_rate 1",
+        (const char *const[]){"8 of the text encoder", NULL});
+    check_count(t, WEIGHTS, "text_encoder_2.", 0);
+}
+
+TEST(scripts_train_dreambooth_lora_sana)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_sana.py", "sana") BOOTH
+        "--rank 2 --max_sequence_length 24 --weighting_scheme cosmap --offload --cache_latents "
+        "--complex_human_instruction \"Describe it:\" --use_8bit_adam",
+        (const char *const[]){"0 of the text encoder", NULL});
+    check_count(t, WEIGHTS, "to_out", 0);
+}
+
+TEST(scripts_train_dreambooth_lora_lumina2)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_lumina2.py", "lumina2") BOOTH
+        "--rank 2 --max_sequence_length 48 --weighting_scheme mode --system_prompt \"Draw.\" "
+        "--with_prior_preservation --class_data_dir \"$D/class\" --class_prompt \"an icon\" "
+        "--num_class_images 1 --class_image_steps 1 --sample_batch_size 1",
+        (const char *const[]){"0 of the text encoder", NULL});
+}
+
+TEST(scripts_train_text_to_image_lora_sdxl)
+{
+    run(t,
+        DIFFUSERS("train_text_to_image_lora_sdxl.py",
+                  "sdxl") "--train_data_dir \"$D/train/1_x\" --train_text_encoder --rank 2 "
+                          "--random_flip --snr_gamma 5",
+        (const char *const[]){"16 of the text encoders", NULL});
+    check_count(t, WEIGHTS, "text_encoder_2.", 8 * 2);
+}
