@@ -100,12 +100,12 @@ TEST(scripts_sd3_train_network)
                                              "1e-3 5e-4 2e-4 --t5xxl_max_token_length 32 "
                                              "--weighting_scheme logit_normal --training_shift 3",
         (const char *const[]){"38 of the text encoders", NULL});
-    check_count(t, RESULT, "lora_te3_", 42);
+    check_count(t, RESULT, "text_encoder_3.", 28);
     run(t,
         KOHYA("sd3_train_network.py", "sd3") "--network_module networks.lora_sd3 --output_name b "
                                              "--weighting_scheme mode --blocks_to_swap 1",
         (const char *const[]){"24 of the text encoders", "--blocks_to_swap changes nothing", NULL});
-    check_count(t, "out/b.safetensors", "lora_te3_", 0);
+    check_count(t, "out/b.safetensors", "text_encoder_3.", 0);
 }
 
 TEST(scripts_flux_train_network)
@@ -117,8 +117,8 @@ TEST(scripts_flux_train_network)
                           "--model_prediction_type raw --t5xxl_max_token_length 32 "
                           "--network_args train_t5xxl=True --text_encoder_lr 1e-3 1e-4",
         (const char *const[]){"26 of the text encoders", NULL});
-    check_count(t, RESULT, "lora_te1_", 36);
-    check_count(t, RESULT, "lora_te3_", 42);
+    check_count(t, RESULT, "text_encoder.", 24);
+    check_count(t, RESULT, "text_encoder_2.", 28);
     run(t,
         KOHYA("flux_train_network.py",
               "flux-dev") "--network_module networks.lora_flux --network_train_unet_only "

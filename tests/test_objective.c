@@ -275,3 +275,101 @@ TEST(objective_pyramid_noise_and_perturbation)
     vel_objective_disturb(&o, 3, 5, plain, N, again);
     CHECK(memcmp(again, plain, sizeof again) == 0);
 }
+
+/* Noise levels and weights of flow matching: diffusers' in steps of 1/1000, sd-scripts'. */
+static float *flow_values(vel_test *t, const vel_safetensors *file, const char *name, int64_t n)
+{
+    const vel_file_tensor *tensor = vel_safetensors_find(file, name);
+    float *v = vel_test_alloc(t, (size_t)n * sizeof *v);
+    CHECK_MSG(tensor && tensor->count == n, "no %s", name);
+    if (tensor && tensor->count == n)
+        vel_file_tensor_floats(tensor, 0, n, v);
+    return v;
+}
+
+static void flow_levels(vel_test *t, const vel_safetensors *file, const char *name,
+                        const vel_flow_options *o, bool mirrored, double tolerance)
+{
+    enum { N = 64, TOKENS = 1024 };
+    static const vel_flow_config plain = {.shift = 1};
+    float *u = flow_values(t, file, "u", N), *normal = flow_values(t, file, "normal", N);
+    float *want = flow_values(t, file, name, N);
+    for (int i = 0; i < N; i++) {
+        double at = mirrored ? 1 - (double)u[i] : (double)u[i];
+        double got = vel_flow_sigma(o, &plain, at, (double)normal[i], TOKENS);
+        CHECK_MSG(fabs(got - (double)want[i]) <= tolerance, "%s: %d is %g, not %g", name, i, got,
+                  (double)want[i]);
+    }
+    vel_free(t->ctx, u);
+    vel_free(t->ctx, normal);
+    vel_free(t->ctx, want);
+}
+
+static void flow_weights(vel_test *t, const vel_safetensors *file, const char *name,
+                         const vel_flow_options *o)
+{
+    enum { N = 64 };
+    float *levels = flow_values(t, file, "levels", N), *want = flow_values(t, file, name, N);
+    for (int i = 0; i < N; i++) {
+        double got = vel_flow_weight(o, (double)levels[i]);
+        CHECK_MSG(fabs(got / (double)want[i] - 1) < 1e-5, "%s: %d is %g, not %g", name, i, got,
+                  (double)want[i]);
+    }
+    vel_free(t->ctx, levels);
+    vel_free(t->ctx, want);
+}
+
+TEST(objective_flow_times_are_diffusers_and_kohyas)
+{
+    static const struct {
+        const char *name;
+        vel_flow_options o;
+        bool mirrored; /* uniform draws count from the other end */
+        double tolerance;
+    } levels[] = {
+        {"diffusers.none.1", {.weighting_scheme = "none"}, true, 1.01e-3},
+        {"diffusers.none.3", {.weighting_scheme = "none", .shift = 3}, true, 3.01e-3},
+        {"diffusers.logit_normal.1",
+         {.weighting_scheme = "logit_normal", .logit_mean = 0.3, .logit_std = 0.8},
+         false,
+         1.01e-3},
+        {"diffusers.logit_normal.3",
+         {.weighting_scheme = "logit_normal", .logit_mean = 0.3, .logit_std = 0.8, .shift = 3},
+         false,
+         3.01e-3},
+        {"diffusers.mode.1", {.weighting_scheme = "mode", .mode_scale = 1.29}, false, 1.01e-3},
+        {"diffusers.mode.3",
+         {.weighting_scheme = "mode", .mode_scale = 1.29, .shift = 3},
+         false,
+         3.01e-3},
+        {"kohya.uniform", {.timestep_sampling = "uniform"}, false, 1e-6},
+        {"kohya.sigmoid", {.timestep_sampling = "sigmoid", .sigmoid_scale = 1.2}, false, 1e-6},
+        {"kohya.shift",
+         {.timestep_sampling = "shift", .sigmoid_scale = 1.2, .shift = 3.1582},
+         false,
+         1e-6},
+        {"kohya.flux_shift",
+         {.timestep_sampling = "flux_shift", .sigmoid_scale = 1.2},
+         false,
+         1e-6},
+        {"kohya.nextdit_shift", {.timestep_sampling = "nextdit_shift"}, false, 1e-6},
+    };
+    static const struct {
+        const char *name;
+        vel_flow_options o;
+    } weights[] = {
+        {"weight.none", {.weighting_scheme = "none"}},
+        {"weight.logit_normal", {.weighting_scheme = "logit_normal"}},
+        {"weight.mode", {.weighting_scheme = "mode"}},
+        {"weight.sigma_sqrt", {.weighting_scheme = "sigma_sqrt"}},
+        {"weight.cosmap", {.weighting_scheme = "cosmap"}},
+        {"weight.none.preconditioned", {.weighting_scheme = "none", .precondition_outputs = true}},
+    };
+    vel_safetensors *file = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/flow_times.safetensors", &file));
+    for (int i = 0; i < VEL_COUNT(levels); i++)
+        flow_levels(t, file, levels[i].name, &levels[i].o, levels[i].mirrored, levels[i].tolerance);
+    for (int i = 0; i < VEL_COUNT(weights); i++)
+        flow_weights(t, file, weights[i].name, &weights[i].o);
+    vel_safetensors_close(file);
+}

@@ -357,7 +357,11 @@ static vel_status adapter_rules(vel_line *l)
     if (!rank)
         vel_line_say(l, "no --network_dim: rank 4");
     VEL_TRY(vel_line_set(l, "network_dim", "rank", "%s", rank ? rank : "4"));
-    VEL_TRY(vel_line_set(l, "save_model_as", "save_format", "kohya"));
+    if (l->script->bit & FLOW_NETWORKS)
+        vel_line_say(l, "the file has diffusers' names, q, k and v apart: diffusers and ComfyUI "
+                        "load it");
+    else
+        VEL_TRY(vel_line_set(l, "save_model_as", "save_format", "kohya"));
     VEL_TRY(network_rules(l));
     VEL_TRY(vel_line_set_all(l, "base_weights", "base_weights", ','));
     VEL_TRY(vel_line_set_all(l, "base_weights_multiplier", "base_weights_multiplier", ','));

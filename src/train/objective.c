@@ -155,16 +155,16 @@ static bool is_named(const char *setting, const char *name)
     return setting && strcmp(setting, name) == 0;
 }
 
-vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const vel_schedule *s)
+vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const char *loss_type,
+                          const vel_schedule *s)
 {
     if (s->config.prediction != VEL_PREDICTS_FLOW)
         return VEL_OK;
-    if (is_named(o->timestep_sampling, "nextdit_shift"))
-        return vel_fail(ctx, VEL_UNSUPPORTED,
-                        "--timestep_sampling nextdit_shift: is not offered; shift with "
-                        "--discrete_flow_shift, or flux_shift, are near to it");
-    if (o->precondition_outputs)
-        return vel_fail(ctx, VEL_UNSUPPORTED, "--precondition_outputs: is not offered");
+    if (o->precondition_outputs && loss_type && strcmp(loss_type, "l2") != 0)
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--precondition_outputs: is a weight of the squared error; --loss_type %s "
+                        "is another",
+                        loss_type);
     return VEL_OK;
 }
 
@@ -188,6 +188,8 @@ double vel_flow_sigma(const vel_flow_options *o, const vel_flow_config *f, doubl
         return vel_flow_shifted(&own, bell, tokens);
     if (is_named(how, "flux_shift"))
         return vel_flow_shifted(&flux, bell, tokens);
+    if (is_named(how, "nextdit_shift")) /* Lumina's */
+        return vel_flow_shifted(&flux, u, tokens);
     if (o->shift > 0)
         model = own;
     if (is_named(o->weighting_scheme, "logit_normal")) /* from the noisy end, as in diffusers */
@@ -202,11 +204,12 @@ double vel_flow_sigma(const vel_flow_options *o, const vel_flow_config *f, doubl
 double vel_flow_weight(const vel_flow_options *o, double sigma)
 {
     static const double pi = 3.14159265358979323846;
+    double weight = o->precondition_outputs ? sigma * sigma : 1;
     if (is_named(o->weighting_scheme, "sigma_sqrt"))
-        return 1 / (sigma * sigma);
+        return weight / (sigma * sigma);
     if (is_named(o->weighting_scheme, "cosmap"))
-        return 2 / (pi * (1 - 2 * sigma + 2 * sigma * sigma));
-    return 1;
+        return weight * 2 / (pi * (1 - 2 * sigma + 2 * sigma * sigma));
+    return weight;
 }
 
 /* ---- weights ---- */

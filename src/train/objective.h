@@ -29,17 +29,19 @@ typedef struct vel_flow_options {
     const char *weighting_scheme;  /* "auto": as suits the model */
     const char *timestep_sampling; /* "auto" */
     double logit_mean, logit_std, mode_scale, sigmoid_scale;
-    double shift;              /* 0: the model's own */
-    bool precondition_outputs; /* the loss is that of the picture, not of the velocity */
+    double shift; /* 0: the model's own */
+    /* The loss is that of the picture, not of the velocity: x' - x = sigma (v - v'). */
+    bool precondition_outputs;
 } vel_flow_options;
 /* What cannot be had of them, or does not suit what the model predicts. */
-vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const vel_schedule *s);
+vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const char *loss_type,
+                          const vel_schedule *s);
 /* The noise level, 0 to 1, at which a sample is shown: u uniform in 0 .. 1, normal from N(0, 1),
  * tokens of the picture. By the weighting scheme as diffusers draws it (Esser et al. 2024), at the
  * scheduler's shift; or by timestep_sampling as sd-scripts does. */
 double vel_flow_sigma(const vel_flow_options *o, const vel_flow_config *f, double u, double normal,
                       int64_t tokens);
-/* Weight of the loss at a noise level: sigma_sqrt, cosmap. */
+/* Weight of the loss at a noise level: sigma_sqrt, cosmap, precondition_outputs. */
 double vel_flow_weight(const vel_flow_options *o, double sigma);
 
 /* Settings that exclude each other. */

@@ -183,7 +183,7 @@ static vel_status check_flow(train_session *s)
     const vel_flow_options *f = &o->flow;
     const vel_schedule *schedule = vel_model_schedule(s->model);
     if (schedule->config.prediction == VEL_PREDICTS_FLOW)
-        return vel_flow_check(s->ctx, f, schedule);
+        return vel_flow_check(s->ctx, f, o->objective.loss_type, schedule);
     const char *wrong = strcmp(f->weighting_scheme, "auto") != 0    ? "weighting_scheme"
                         : strcmp(f->timestep_sampling, "auto") != 0 ? "timestep_sampling"
                         : f->shift > 0                              ? "discrete_flow_shift"
