@@ -192,9 +192,10 @@ const vel_option_row vel_train_rows[] = {
     FLAG("train_unet", NULL, train_unet, "yes", "adapter", "train the denoiser"),
     FLAG("train_text_encoder", NULL, train_text_encoder, "no", "adapter",
          "train the text encoders as well"),
-    TEXT("text_encoders", NULL, text_encoders, "auto", "adapter",
-         "which of them are trained: numbers such as 1,3, or all; llm: language models alone; auto: "
-         "all but T5 beside others"),
+    TEXT(
+        "text_encoders", NULL, text_encoders, "auto", "adapter",
+        "which of them are trained: numbers such as 1,3, or all; llm: language models alone; auto: "
+        "all but T5 beside others"),
     FLOAT("learning_rate", "lr", lr, "1e-4", 0, 10, "optimizer", "peak learning rate"),
     FLOAT("unet_lr", NULL, unet_lr, "0", 0, 10, "optimizer", "of the denoiser; 0: learning_rate"),
     FLOAT("text_encoder_lr", NULL, text_lr, "0", 0, 10, "optimizer",

@@ -135,6 +135,51 @@ TEST(seed_s0)
     CHECK(strstr(r.text, "picture: a.png"));
 }
 
+static void copy_sana(vel_test *t, const char *folder)
+{
+    program_result r;
+    char *command =
+        vel_test_text(t, "cp -rs \"$PWD/tests/golden/families/sana/model\" '%s'", folder);
+    program_shell(t, command, &r);
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    vel_free(t->ctx, command);
+}
+
+/* The same line, byte for byte, on a model of the kind that it is about: the language model that
+ * reads the prompts learns as well, at a rate of its own (16 and 12 modules of two tensors). The
+ * folder is an adapter; a step at these rates is seen at 200 times its strength. */
+TEST(seed_s0_with_a_language_model)
+{
+    static program_result r;
+    int up = 0, text = 0;
+    place_model(t, "banana-ai/nano-banana-v1-base", copy_sana);
+    place_pictures(t, "dataset/my_sketch_style", 2);
+    if (!run(t,
+             "run s0.sh --resolution 64 --max_train_steps 1; "
+             "draw() { \"$P\" generate \"A futuristic car drifting on a highway\" --model "
+             "banana-ai/nano-banana-v1-base --width 64 --height 64 --seed 1 --steps 2 --precision "
+             "no \"$@\"; }; "
+             "draw --output base.png; draw --lora ./output/sketch-lora:0 --output off.png; "
+             "draw --lora ./output/sketch-lora:0.8 --output used.png; "
+             "draw --lora ./output/sketch-lora:200 --output on.png; "
+             "\"$P\" inspect output/sketch-lora; ls output/sketch-lora | sed s/^/has:/; "
+             "sed s/^/log:/ output/sketch-lora/*.log.jsonl",
+             &r))
+        return;
+    static const char file[] = "output/sketch-lora/pytorch_lora_weights.safetensors";
+    int n = tensors(t, file, "lora_B.weight", &up);
+    tensors(t, file, "lora_linear_layer.up.weight", &text);
+    CHECK_MSG(n == 56 && up == 16 && text == 12, "%d tensors, %d and %d up", n, up, text);
+    CHECK(strstr(r.text, "--rank 32") && strstr(r.text, "--text_encoder_lr 5e-5"));
+    CHECK(strstr(r.text, "it is trained as well, at rate 5e-5"));
+    CHECK(strstr(r.text, "16 of the denoiser, 12 of the text encoder"));
+    CHECK(strstr(r.text, "rank        32") && strstr(r.text, "4 batches a step"));
+    CHECK_MSG(strstr(r.text, "\"lr\": 0.0001, \"text_encoder_lr\": 5e-05"), "%s", r.text);
+    CHECK(strstr(r.text, "has:pytorch_lora_weights-report.html"));
+    CHECK(same_picture(t, "base.png", "off.png"));
+    CHECK(!same_picture(t, "base.png", "on.png"));
+}
+
 /* Saves by epoch, stated metadata, prompts with options: as kohya's tools name and read them. */
 TEST(seed_epochs_and_samples)
 {
