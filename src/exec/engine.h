@@ -68,7 +68,8 @@ typedef struct vel_steady {
     void **input;    /* [node] what a steady input was last set to; NULL: never */
 } vel_steady;
 /* For a plan whose kernels are chosen; inputs as in vel_plan_options. In arena a. */
-vel_status vel_steady_find(const vel_graph *g, const char *inputs, vel_arena *a, vel_steady *out);
+vel_status vel_steady_find(const vel_graph *g, const char *inputs,
+                           const vel_trainable *const *shadow_at, vel_arena *a, vel_steady *out);
 /* Notes what an input was set to. */
 void vel_steady_set(vel_steady *s, vel_ctx *ctx, int32_t id, const void *data, size_t bytes);
 bool vel_steady_is_stale(const vel_steady *s, const vel_engine *e);

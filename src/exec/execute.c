@@ -563,7 +563,8 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
     VEL_TRY(choose_kernels(p, o));
     print_if_asked(p->g, "plan", o);
     if (!o->gradient)
-        VEL_TRY(vel_steady_find(p->g, o->steady, p->arena, &p->steady));
+        VEL_TRY(vel_steady_find(p->g, o->steady, (const vel_trainable *const *)p->shadow_at,
+                                p->arena, &p->steady));
     VEL_TRY(lay_out(p));
     p->weight_bytes = weights_in_use(p) + p->steady.bytes;
     if (p->dry)

@@ -4,7 +4,8 @@
  */
 #include "exec/engine.h"
 
-vel_status vel_steady_find(const vel_graph *g, const char *inputs, vel_arena *a, vel_steady *out)
+vel_status vel_steady_find(const vel_graph *g, const char *inputs,
+                           const vel_trainable *const *shadow_at, vel_arena *a, vel_steady *out)
 {
     int32_t n = vel_graph_size(g);
     bool *read;
@@ -18,6 +19,8 @@ vel_status vel_steady_find(const vel_graph *g, const char *inputs, vel_arena *a,
         bool leaf =
             node->op == VEL_OP_input || node->op == VEL_OP_weight || node->op == VEL_OP_param;
         out->reads_trained = out->reads_trained || node->op == VEL_OP_param;
+        if (shadow_at[id]) /* made with all the others at the start of each run, and lies there */
+            out->node[id] = false;
         for (int o = 0; o < VEL_MAX_OUT; o++) {
             out->place[id][o] = -1;
             if (leaf || node->op == VEL_OP_reshape || !out->node[id] || !read[id] ||
