@@ -15,6 +15,7 @@ typedef struct trial {
     vel_op op;
     vel_shape in[4]; /* rank 0: absent */
     vel_attr a;
+    vel_dtype stored; /* of a frozen weight, in its file */
 } trial;
 
 #define S2(a, b)                                                                                   \
@@ -214,6 +215,8 @@ static const vel_node *build_node(vel_graph *g, const trial *c, vel_dtype dtype,
                 weight ? vel_weight(g, name, c->in[i]) : vel_input(g, name, VEL_F32, c->in[i]);
             vel_node copy = *vel_at(g, leaf);
             copy.out[0].dtype = i == 2 && has_bias(c->op) ? VEL_F32 : dtype;
+            if (weight)
+                copy.a.weight.stored = (int)c->stored;
             in[i] = vel_copy_node(g, &copy, NULL);
         }
         count = i + 1;
@@ -297,8 +300,14 @@ static void *open_values(bench *b)
         b->in[i] = guarded(ctx, bytes_of(type));
         if (!b->value[i].v || !b->in[i])
             return NULL;
-        for (int64_t j = 0; j < count; j++)
-            b->value[i].v[j] = 2 * vel_random_uniform(7, (uint64_t)i, (uint64_t)j) - 1;
+        for (int64_t j = 0; j < count; j++) {
+            double v = 2 * vel_random_uniform(7, (uint64_t)i, (uint64_t)j) - 1;
+            if (i == 1 && b->c->stored == VEL_F16)
+                v = vel_f16_f32(vel_f32_f16((float)(j % 50 ? v : v * 0x1p-15))); /* denormal too */
+            else if (i == 1 && b->c->stored == VEL_BF16)
+                v = vel_bf16_f32(vel_f32_bf16((float)v));
+            b->value[i].v[j] = v;
+        }
         store(type, b->in[i], b->value[i].v);
         for (int64_t j = 0; j < count; j++)
             b->value[i].v[j] = load(type, b->in[i], j);
@@ -502,6 +511,79 @@ static const trial turned_trials[] = {
      {S4(1, 20, 17, 32), S4(32, 64, 3, 3)},
      .a.conv2d_grad_x = {1, {0, 1, 2, 1}, 21, 16}},
 };
+
+/* Sizes at which float32's own products and convolutions are cut: rows, groups of columns, chunks
+ * of the depth, blocks of tiles over several images, columns and depths that fill no vector. */
+static const trial float_trials[] = {
+    {"rows, groups, chunks", VEL_OP_linear, {S2(390, 260), S2(330, 260), {1, {330}}, S2(390, 330)}},
+    {"rows, groups, chunks", VEL_OP_linear_grad_x, {S2(390, 260), S2(260, 330), S2(390, 330)}},
+    {"blocks, groups, chunks",
+     VEL_OP_conv2d,
+     {S4(3, 5, 33, 75), S4(70, 75, 3, 3), {1, {70}}, S4(3, 5, 33, 70)},
+     .a.conv2d = {1, {1, 1, 1, 1}, VEL_ACT_SILU}},
+    {"blocks, groups, chunks",
+     VEL_OP_conv2d_grad_x,
+     {S4(3, 5, 33, 75), S4(75, 70, 3, 3), S4(3, 5, 33, 70)},
+     .a.conv2d_grad_x = {1, {1, 1, 1, 1}, 5, 33}},
+    {"uneven padding",
+     VEL_OP_conv2d,
+     {S4(1, 9, 5, 16), S4(33, 16, 3, 3)},
+     .a.conv2d = {1, {0, 2, 3, 0}}},
+    {"uneven padding",
+     VEL_OP_conv2d_grad_x,
+     {S4(1, 9, 6, 33), S4(33, 16, 3, 3)},
+     .a.conv2d_grad_x = {1, {0, 2, 3, 0}, 9, 5}},
+};
+
+TEST(float_products_agree_with_the_meaning)
+{
+    static const vel_dtype stored[] = {VEL_F32, VEL_BF16, VEL_F16};
+    vel_device *d;
+    if (vel_backend_cpu.open(t->ctx, "cpu", &d)) {
+        CHECK(t->ctx->fail_after);
+        return;
+    }
+    d->all_tiles = true;
+    bool half = !d->amx && !d->dot;
+    for (int i = 0; i < VEL_COUNT(trials); i++)
+        if (has_weight(trials[i].op))
+            try_trial(t, d, vel_cpu_float_impls, &trials[i], i % 2 ? VEL_BF16 : VEL_F32, true);
+    for (int i = 0; i < VEL_COUNT(float_trials); i++)
+        for (int j = 0; j < VEL_COUNT(stored) + half; j++) {
+            trial c = float_trials[i];
+            c.stored = j < VEL_COUNT(stored) ? stored[j] : VEL_F32;
+            vel_dtype type = j < VEL_COUNT(stored) ? VEL_F32 : VEL_BF16;
+            CHECK_MSG(try_trial(t, d, vel_cpu_float_impls, &c, type, true), "%s (%s) is refused",
+                      vel_op_name(c.op), c.what);
+        }
+    vel_backend_cpu.close(d);
+}
+
+/* A weight that is said to be short and is not, is an error and not a rounded weight. */
+TEST(float_products_round_no_weight)
+{
+    vel_device *d;
+    trial c = {"", VEL_OP_linear, {S2(5, 40), S2(48, 40)}, .stored = VEL_F16};
+    vel_kernel k = {.inplace = -1};
+    vel_type in_type[VEL_MAX_IN] = {{VEL_F32, VEL_SHAPE(5, 40)}, {VEL_F32, VEL_SHAPE(48, 40)}};
+    float plain[48 * 40] = {0};
+    static uint16_t packed[64 * 40];
+    if (vel_backend_cpu.open(t->ctx, "cpu", &d)) {
+        CHECK(t->ctx->fail_after);
+        return;
+    }
+    vel_graph *g = vel_graph_create(t->ctx);
+    const vel_node *n = g ? build_node(g, &c, VEL_F32, true) : NULL;
+    if (n && n->op == c.op && !vel_cpu_float_impls[0].prepare(d, g, n, &k)) {
+        CHECK(k.packed_bytes[1] == sizeof packed);
+        CHECK_OK(vel_cpu_float_impls[0].pack(d, &k, n, in_type, 1, plain, packed));
+        plain[1234] = 0.1f;
+        CHECK(vel_cpu_float_impls[0].pack(d, &k, n, in_type, 1, plain, packed) == VEL_BUG);
+        vel_cpu_float_impls[0].release(d, &k);
+    }
+    vel_graph_destroy(g);
+    vel_backend_cpu.close(d);
+}
 
 TEST(tiles_agree_with_the_meaning)
 {

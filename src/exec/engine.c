@@ -172,6 +172,15 @@ static vel_status find_source(vel_engine *e, const vel_node *leaf, vel_source_te
         vel_shape_text(leaf->out[0].shape, want));
 }
 
+vel_dtype vel_engine_stored(const vel_engine *e, const vel_node *leaf)
+{
+    vel_source_tensor t = {0};
+    for (int i = 0; i < e->n_sources; i++, memset(&t, 0, sizeof t))
+        if (e->sources[i].find(e->sources[i].user, leaf->path, &t))
+            return t.data && (t.dtype == VEL_F16 || t.dtype == VEL_BF16) ? t.dtype : VEL_F32;
+    return VEL_F32;
+}
+
 static void store_plain(vel_dtype type, const float *from, void *to, int64_t at, int64_t n)
 {
     if (type == VEL_F32)

@@ -79,6 +79,8 @@ void vel_steady_finish(vel_steady *s, vel_engine *e, int32_t nodes);
  * and in_type are the node that reads it. A streamed one is in the host's memory. */
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data);
+/* The 16-bit type that the values of the weight leaf n have in their file; else float32. */
+vel_dtype vel_engine_stored(const vel_engine *e, const vel_node *leaf);
 enum { VEL_PACKING_ROOM = 48 << 20 };       /* of the device, where streamed weights are packed */
 void vel_engine_end_loading(vel_engine *e); /* frees what loading needed */
 /* Whether a weight of so many bytes is streamed; the same for every plan. */

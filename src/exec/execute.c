@@ -234,11 +234,20 @@ static vel_status lower_refused(vel_graph *g, const bool *refused, const vel_pla
     return st;
 }
 
+/* A backend may keep a weight in the type of its file, where that is the shorter one. */
+static void note_stored(vel_plan *p)
+{
+    for (int32_t id = 1; id < vel_graph_size(p->g); id++)
+        if (vel_node_at(p->g, id)->op == VEL_OP_weight)
+            vel_weight_stored(p->g, id, vel_engine_stored(p->engine, vel_node_at(p->g, id)));
+}
+
 static vel_status choose_kernels(vel_plan *p, const vel_plan_options *o)
 {
     for (int round = 0; round < MAX_LOWERING_ROUNDS; round++) {
         bool *refused;
         int n_refused;
+        note_stored(p);
         VEL_TRY(prepare_kernels(p, &refused, &n_refused));
         if (n_refused == 0)
             return VEL_OK;

@@ -483,6 +483,11 @@ vel_ref vel_weight(vel_graph *g, const char *name, vel_shape s)
     return leaf(g, VEL_OP_weight, name, VEL_F32, s);
 }
 
+void vel_weight_stored(vel_graph *g, int32_t weight, vel_dtype stored)
+{
+    g->nodes[weight]->a.weight.stored = (int)stored;
+}
+
 vel_ref vel_param(vel_graph *g, const char *name, vel_shape s)
 {
     return leaf(g, VEL_OP_param, name, VEL_F32, s);

@@ -140,6 +140,7 @@ void vel_graph_print(const vel_graph *g, vel_text *out);
 /* Leaves. name is joined to the scope for weight and param; an input's name is its own. */
 vel_ref vel_input(vel_graph *g, const char *name, vel_dtype dtype, vel_shape s);
 vel_ref vel_weight(vel_graph *g, const char *name, vel_shape s);
+void vel_weight_stored(vel_graph *g, int32_t weight, vel_dtype stored); /* sets the attribute */
 vel_ref vel_param(vel_graph *g, const char *name, vel_shape s);
 vel_ref vel_fill(vel_graph *g, vel_shape s, double value);
 vel_ref vel_range(vel_graph *g, int64_t n); /* 0, 1 ... n - 1: [n] */

@@ -9,6 +9,7 @@
 #ifndef VEL_CPU_KERNELS_H
 #define VEL_CPU_KERNELS_H
 
+#include "backend/cpu/float_product.h"
 #include "backend/cpu/tiles.h"
 
 typedef struct vel_cpu_job {
@@ -50,6 +51,12 @@ typedef struct vel_cpu_kernels {
     /* A packed weight of oneDNN's convolutions, turned round for their gradient. */
     void (*turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
                         uint16_t *to, int threads);
+    int lanes, micro_rows; /* of a vector of float32; positions that float_product sums at once */
+    void (*float_product)(const vel_float_product *p, const vel_float_data *d);
+    void (*winograd)(const vel_float_product *p, const vel_float_data *d);
+    /* Plain [outputs, inputs, taps], bfloat16 where half, else float32, into the form that
+     * float_product.h describes; false: p's element type does not hold a value exactly. */
+    bool (*float_pack)(const vel_float_product *p, const void *plain, bool half, void *packed);
 } vel_cpu_kernels;
 
 extern const vel_cpu_kernels vel_cpu_kernels_base;
@@ -142,6 +149,10 @@ void VEL_ISA_NAME(tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t in
                               uint16_t *packed, int threads);
 void VEL_ISA_NAME(turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
                                uint16_t *to, int threads);
+void VEL_ISA_NAME(float_product)(const vel_float_product *p, const vel_float_data *d);
+void VEL_ISA_NAME(winograd)(const vel_float_product *p, const vel_float_data *d);
+bool VEL_ISA_NAME(float_pack)(const vel_float_product *p, const void *plain, bool half,
+                              void *packed);
 
 #endif
 #endif

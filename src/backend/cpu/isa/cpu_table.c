@@ -1,6 +1,6 @@
 /* cpu_table.c: the table of kernels of one instruction set (see ../kernels.h, which holds the
  * list). */
-#include "backend/cpu/kernels.h"
+#include "backend/cpu/isa/float_micro.h"
 
 #define NAME(op) #op "_" VEL_ISA_TEXT(VEL_ISA)
 #define K(op, function, input)                                                                     \
@@ -15,6 +15,11 @@ const vel_cpu_kernels VEL_ISA_NAME(kernels) = {
     .entry = {VEL_CPU_KERNEL_LIST(K, KS)},
     .update = VEL_ISA_NAME(update),
     .sum_squares = VEL_ISA_NAME(sum_squares),
+    .lanes = VL,
+    .micro_rows = MICRO_MOST,
+    .float_product = VEL_ISA_NAME(float_product),
+    .winograd = VEL_ISA_NAME(winograd),
+    .float_pack = VEL_ISA_NAME(float_pack),
 #if defined(__AMX_BF16__)
     .tiles = VEL_ISA_NAME(tiles),
     .tiles_pack = VEL_ISA_NAME(tiles_pack),
