@@ -124,6 +124,30 @@ vel_plan *vel_model_last_plan(vel_model *m)
     return NULL;
 }
 
+static vel_status size_of(vel_model *m, vel_graph *g, bool on_paper, vel_run_size *out)
+{
+    vel_plan *p;
+    const vel_plan_options options = {.compute = m->compute, .dry = on_paper, .measure = !on_paper};
+    VEL_TRY(vel_plan_create(m->engine, g, &options, &p));
+    *out = (vel_run_size){.arena = vel_plan_arena_bytes(p),
+                          .weights = vel_plan_weight_bytes(p),
+                          .overhead = on_paper ? 0 : vel_plan_overhead(p)};
+    vel_plan_destroy(p);
+    return VEL_OK;
+}
+
+vel_status vel_model_text_size(vel_model *m, int k, int n, bool on_paper, vel_run_size *out)
+{
+    vel_graph *g = vel_model_build(m, PLAN_TEXT, n, k, 0, m->clip_skip);
+    return g ? size_of(m, g, on_paper, out) : VEL_BAD_GRAPH;
+}
+
+vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_run_size *out)
+{
+    vel_graph *g = vel_model_build(m, PLAN_ENCODE, 1, h, w, m->clip_skip);
+    return g ? size_of(m, g, on_paper, out) : VEL_BAD_GRAPH;
+}
+
 /* ---- runs ---- */
 
 vel_status vel_model_run_plan(vel_model *m, vel_plan *p, const char *what, float *out,

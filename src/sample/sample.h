@@ -105,6 +105,14 @@ vel_status vel_model_export(vel_model *m, const char *path, const vel_export_opt
 /* The values of the tensor at path ("unet....weight") as the model's file has them; NULL none. */
 const vel_file_tensor *vel_model_tensor(const vel_model *m, const char *path);
 
+/* What a part takes of the device when it works on n texts (encoder k), or encodes a picture of h x
+ * w latents; nothing is allocated. on_paper: without the device's own kernels. */
+typedef struct vel_run_size {
+    int64_t arena, weights, overhead;
+} vel_run_size;
+vel_status vel_model_text_size(vel_model *m, int k, int n, bool on_paper, vel_run_size *out);
+vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_run_size *out);
+
 /* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures
  * are encoded). */
 void vel_model_rest(vel_model *m, const char *part);
@@ -207,6 +215,9 @@ vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids);
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out);
 vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
                                   float *out);
+/* Makes sure that encoder k's states of the texts are kept. */
+vel_status vel_model_keep_texts(vel_model *m, int k, const char *const *texts, int n,
+                                bool negative);
 /* The same by encoder k alone, each time anew, and it stays loaded: out [n, vel_text_values of its
  * states]. */
 vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, int n,

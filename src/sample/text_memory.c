@@ -105,6 +105,19 @@ static vel_status encode(vel_model *m, int k, const char *const *texts, int n, b
     return st;
 }
 
+vel_status vel_model_keep_texts(vel_model *m, int k, const char *const *texts, int n, bool negative)
+{
+    int64_t own = vel_text_values(&m->states[k]);
+    bool ran;
+    negative = negative && vel_model_negatives_differ(m);
+    if (!own || !n || vel_model_trains_text(m, k))
+        return VEL_OK;
+    float *out = vel_alloc(m->ctx, (size_t)(n * own) * sizeof *out);
+    vel_status st = out ? encode(m, k, texts, n, negative, own, out, &ran) : VEL_NO_MEMORY;
+    vel_free(m->ctx, out);
+    return st;
+}
+
 vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
                                   float *out)
 {

@@ -204,6 +204,18 @@ static vel_status encode_by(train_session *s, int k, int64_t first, vel_progress
     return VEL_OK;
 }
 
+/* Those of the samples as well, so that drawing them needs no text encoder. */
+static vel_status keep_prompts(train_session *s, int k)
+{
+    for (int i = 0; i < s->n_prompts; i++) {
+        const vel_draw *d = &s->draws[i];
+        const char *negative = d->negative ? d->negative : "";
+        VEL_TRY(vel_model_keep_texts(s->model, k, &d->prompt, 1, false));
+        VEL_TRY(vel_model_keep_texts(s->model, k, &negative, 1, true));
+    }
+    return VEL_OK;
+}
+
 vel_status vel_feed_encode_text(train_session *s)
 {
     const vel_text_states *states = vel_model_states(s->model);
@@ -221,10 +233,16 @@ vel_status vel_feed_encode_text(train_session *s)
     vel_progress_begin(&progress, s->ctx, "reading captions", (int64_t)s->n_captions * asked);
     for (int k = 0; k < n; k++) {
         int64_t values = vel_text_values(&states[k]);
-        if (!(s->texts >> k & 1) && values)
-            VEL_TRY(encode_by(s, k, first, &progress, &done));
+        if (!(s->texts >> k & 1) && values) {
+            vel_phases_begin_text(s, k);
+            vel_status st = encode_by(s, k, first, &progress, &done);
+            if (!st)
+                st = keep_prompts(s, k);
+            vel_feed_rest_text(s, k);
+            vel_phases_end_text(s);
+            VEL_TRY(st);
+        }
         first += values;
-        vel_feed_rest_text(s, k);
     }
     return VEL_OK;
 }

@@ -7,7 +7,7 @@
 #include "train/session.h"
 
 /* "8GB", "8GiB", "800M": bytes; 0 when it is not a size. */
-static int64_t read_size(const char *text)
+int64_t vel_fit_size(const char *text)
 {
     static const struct {
         const char *unit;
@@ -142,7 +142,7 @@ static void say(const vel_fit *f, const char *text, int64_t limit)
 
 vel_status vel_fit_choose(vel_fit *f, const char *text)
 {
-    int64_t limit = read_size(text);
+    int64_t limit = vel_fit_size(text);
     if (!limit)
         return vel_fail(vel_model_ctx(f->model), VEL_BAD_VALUE,
                         "--fit: '%s' is not a size such as 8GB", text);
@@ -196,8 +196,11 @@ vel_status vel_train_fit(train_session *s, vel_train_options *o)
     vel_fit f;
     VEL_TRY(vel_train_sizes(s, &f));
     VEL_TRY(vel_fit_choose(&f, o->fit));
+    s->streamed = f.streamed;
     o->batch /= f.parts;
     o->accumulation *= f.parts;
+    VEL_TRY(vel_phases_plan(s, f.trained, vel_fit_size(o->fit)));
+    vel_engine_stream(vel_model_engine(s->model), s->streamed);
     if (f.streamed) /* weights that are on the device already would stay there */
         vel_model_rest(s->model, vel_model_family(s->model)->denoiser);
     return VEL_OK;

@@ -210,6 +210,7 @@ static vel_status open_model(train_session *s)
                            .tokenizer = o->tokenizer,
                            .clip_skip = o->clip_skip,
                            .text_length = o->max_sequence_length,
+                           .vae_tile = o->fit ? 512 : 0, /* of samples */
                            .instruction = o->system_prompt,
                            .prediction =
                                o->v_parameterization ? "v_prediction" : o->prediction_type,
@@ -420,6 +421,9 @@ static vel_status describe_memory(train_session *s, vel_text *t)
         vel_text_addf(t, ", driver and libraries %s: %s of the device in all",
                       vel_bytes_text(f.size.overhead, d), vel_bytes_text(f.bytes, e));
     vel_text_addf(t, "\n");
+    if (!s->n_phases)
+        VEL_TRY(vel_phases_plan(s, f.trained, 0));
+    vel_phases_describe(s, t);
     return VEL_OK;
 }
 

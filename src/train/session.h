@@ -7,6 +7,7 @@
  *   batch.c    what is in a batch: samples, noise, timesteps, masks, captions
  *   keep.c     what is left on disk: adapters, states, log, metadata
  *   prompts.c  the prompts of samples
+ *   phases.c   what comes before the steps: which part of the model takes how much memory
  *   compare.c  runs on more and more pictures, beside each other
  *   look.c     what a person looks at: samples, sheets, the report */
 #ifndef VEL_TRAIN_SESSION_H
@@ -55,6 +56,13 @@ typedef struct known_values {
     const float **values; /* [2 * n_samples] */
 } known_values;
 
+/* A part of the model that works alone before the steps. */
+typedef struct run_phase {
+    const char *part;
+    int64_t bytes; /* of the device in all */
+    int streamed;  /* eighths of its weights that stay with the host */
+} run_phase;
+
 typedef struct train_session {
     vel_ctx *ctx;
     const vel_train_options *o;
@@ -84,6 +92,9 @@ typedef struct train_session {
     vel_norm_limit *norm_limit; /* of scale_weight_norms, from the first step on */
     vel_optimizer_choice optimizer;
     vel_lr_course course;
+    run_phase phases[VEL_MAX_TEXTS + 1];
+    int n_phases;
+    int streamed; /* eighths of the denoiser's weights, by --fit */
     vel_loss_scaler scaler;
 
     /* arithmetic, in optimizer steps and batches */
@@ -219,6 +230,14 @@ vel_status vel_look_prepare(train_session *s); /* reads the prompts */
 /* look.c */
 vel_status vel_look_draw(train_session *s);   /* a sheet of samples at this step */
 vel_status vel_look_report(train_session *s); /* before/after sheet and report.html */
+
+/* phases.c: plans what comes before the steps, within a limit (0: any size) where the trained
+ * values take so many bytes. */
+vel_status vel_phases_plan(train_session *s, int64_t trained, int64_t limit);
+void vel_phases_describe(const train_session *s, vel_text *t);
+/* Around the use of encoder k before the steps. */
+void vel_phases_begin_text(train_session *s, int k);
+void vel_phases_end_text(train_session *s);
 
 /* fit.c: the sizes of the run's steps, to be described or chosen for. */
 vel_status vel_train_sizes(train_session *s, vel_fit *f);

@@ -229,6 +229,7 @@ typedef struct vel_fit {
     int64_t trained;            /* values, gradient, optimizer */
     int64_t bytes;              /* in all */
 } vel_fit;
+int64_t vel_fit_size(const char *text); /* "8GB", "800M": bytes; 0: it is not a size */
 /* Of the run as it is. on_paper: see vel_trainer_size. */
 vel_status vel_fit_describe(vel_fit *f, bool on_paper);
 /* Chooses level, parts and streamed for a size such as "8GB", sets them for trainer and engine and
