@@ -4,13 +4,17 @@
 
 SDXL, SD 3 and 3.5, FLUX.1, Sana and Lumina-Image 2.0: denoiser and autoencoder as float16; of the text
 encoders only their configurations, which say how wide their states are, so `velatura bench step`, `unet` and
-the autoencoder's run, and prompts do not. Matrices are normal with a deviation of one by the root of their
+the autoencoder's run, and prompts do not. With --texts FOLDER the text encoders have weights too, and their
+tokenizers are those of the tiny model in that folder (tests/golden/families/NAME/model), so the model can be
+trained and drawn with. Matrices are normal with a deviation of one by the root of their
 inputs, norms 1, biases 0: activations stay finite and nothing is learnt. Values are a block that repeats,
-written as it is made, so a folder needs no more memory than its largest tensor. Needs torch and diffusers.
+written as it is made, so a folder needs no more memory than its largest tensor. Needs torch and diffusers, and
+transformers for --texts.
 """
 import argparse
 import json
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -125,11 +129,24 @@ def write_values(path, shapes, seed):
             file.write(values[: count % BLOCK].tobytes())
 
 
+def write_text(path, config, seed):
+    import torch
+    import transformers
+    name = config["architectures"][0]
+    kind = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = getattr(transformers, name)(kind)
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    write_values(path, shapes, seed)
+    print(f"{name}: {sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values()):,} values", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--family", choices=list(FAMILIES), required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts", metavar="FOLDER")
     args = parser.parse_args()
     import diffusers
     import torch
@@ -146,6 +163,11 @@ def main():
         print(f"{part}: {sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values()):,} values", flush=True)
     for part, config in texts.items():
         write_json(os.path.join(args.folder, part, "config.json"), config)
+        if args.texts:
+            write_text(os.path.join(args.folder, part, "model.safetensors"), config, args.seed)
+            tokenizer = "tokenizer" + part[len("text_encoder"):]
+            shutil.copytree(os.path.join(args.texts, tokenizer), os.path.join(args.folder, tokenizer),
+                            dirs_exist_ok=True, copy_function=shutil.copyfile)
         index[part] = ["transformers", config["architectures"][0]]
         index["tokenizer" + part[len("text_encoder"):]] = ["transformers", "PreTrainedTokenizerFast"]
     write_json(os.path.join(args.folder, "scheduler", "scheduler_config.json"), scheduler)
