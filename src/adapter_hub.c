@@ -70,6 +70,12 @@ int64_t vel_hub_count(const vel_adapter_module *m)
     return n;
 }
 
+bool vel_hub_is_product(const vel_adapter_module *m)
+{
+    return strcmp(m->kind, "lora") == 0 && !m->leaf[VEL_LEAF_LORA_MID].v &&
+           !vel_adapter_module_has_dora(m);
+}
+
 const vel_adapter_module *vel_hub_find(const vel_adapter_file *f, const char *path)
 {
     for (int i = 0; i < f->n; i++)
@@ -92,8 +98,8 @@ vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char
     return st;
 }
 
-/* This thread's engine: an engine has one arena, in which one plan runs. */
-static vel_status own_engine(vel_hub *h, vel_engine **out)
+/* An engine has one arena, in which one plan runs. */
+vel_status vel_hub_engine(vel_hub *h, vel_engine **out)
 {
     int at = omp_get_thread_num();
     vel_status st = VEL_OK;
@@ -113,7 +119,7 @@ vel_status vel_hub_change_into(vel_hub *h, const vel_adapter_module *m, const fl
     float *own = NULL;
     int64_t n = 0;
     vel_engine *e = NULL;
-    vel_status st = own_engine(h, &e);
+    vel_status st = vel_hub_engine(h, &e);
     if (!st && !base && vel_adapter_module_has_dora(m)) {
         st = vel_hub_weight(h, h->m, m->path, "weight", &own, &n);
         base = own;
@@ -178,9 +184,7 @@ static json_t *kept_metadata(const vel_adapter_file *f, const json_t *given)
         json_object_del(all, dropped[i]);
     bool plain = true;
     for (int i = 0; i < f->n; i++)
-        plain = plain && strcmp(f->modules[i].kind, "lora") == 0 &&
-                !f->modules[i].leaf[VEL_LEAF_LORA_MID].v &&
-                !vel_adapter_module_has_dora(&f->modules[i]);
+        plain = plain && vel_hub_is_product(&f->modules[i]);
     json_object_set_new(all, "ss_network_module",
                         json_string(plain ? "networks.lora" : "lycoris.kohya"));
     if (f->n) {

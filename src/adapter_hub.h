@@ -29,6 +29,8 @@ typedef struct vel_hub_list {
 vel_status vel_hub_list_read(vel_hub *h, const char *text, vel_hub_list *list);
 void vel_hub_list_finish(vel_hub *h, vel_hub_list *list);
 
+/* The calling thread's engine; borrowed. */
+vel_status vel_hub_engine(vel_hub *h, vel_engine **out);
 /* strength (W' - W) of a module, in the weight's shape; callers may be several threads. base: W, or
  * NULL: read from the model where it is needed. */
 vel_status vel_hub_change_into(vel_hub *h, const vel_adapter_module *m, const float *base,
@@ -37,6 +39,8 @@ vel_status vel_hub_change_into(vel_hub *h, const vel_adapter_module *m, const fl
 vel_status vel_hub_change(vel_hub *h, const vel_adapter_module *m, const float *base,
                           double strength, float **out);
 int64_t vel_hub_count(const vel_adapter_module *m); /* values of the weight */
+/* Is the change a product of two thin matrices? */
+bool vel_hub_is_product(const vel_adapter_module *m);
 /* The model weight that a path with ".weight" or ".bias" names, as float32; *out is owned. */
 vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char *leaf, float **out,
                           int64_t *n);

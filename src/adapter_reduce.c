@@ -94,12 +94,6 @@ static vel_status make_lora(vel_ctx *ctx, const job *j, int r, vel_adapter_modul
 
 /* ---- the change of one module ---- */
 
-static bool is_product(const vel_adapter_module *m)
-{
-    return strcmp(m->kind, "lora") == 0 && !m->leaf[VEL_LEAF_LORA_MID].v &&
-           !vel_adapter_module_has_dora(m);
-}
-
 /* All files' products side by side: up = [s1 up1, s2 up2], down below each other. */
 static vel_status collect_product(work *w, job *j, const vel_adapter_module **modules)
 {
@@ -165,7 +159,7 @@ static vel_status collect_from_files(work *w, job *j)
             continue;
         modules[i] = m;
         any = true;
-        product = product && is_product(m);
+        product = product && vel_hub_is_product(m);
     }
     if (!any)
         return VEL_OK;

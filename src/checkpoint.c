@@ -21,6 +21,7 @@ vel_status vel_checkpoint_run(vel_ctx *ctx, const vel_checkpoint_options *o, vel
     vel_export_options save = {.type = type_named(o->save_precision),
                                .keep_type = strcmp(o->save_precision, "keep") == 0,
                                .overwrite = o->overwrite,
+                               .may_stop = true,
                                .tokenizer = o->tokenizer};
     memcpy(open.part_files, o->part_files, sizeof open.part_files);
     double started = vel_now();

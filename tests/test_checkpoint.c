@@ -164,6 +164,33 @@ TEST(checkpoint_there_and_back)
     vel_free(t->ctx, folder);
 }
 
+static void read_ones(void *user, int64_t first, int64_t n, float *out)
+{
+    (void)user, (void)first;
+    for (int64_t i = 0; i < n; i++)
+        out[i] = 1;
+}
+
+/* Ctrl-C ends a conversion, but not the saving of what was trained, which it asks for. */
+TEST(checkpoint_interrupted)
+{
+    char *single = vel_test_path(t, "a.safetensors");
+    vel_model *m = NULL;
+    const vel_model_options open = {.clip_skip = 1, .weights_only = true};
+    const vel_export_options save = {.keep_type = true, .may_stop = true};
+    REQUIRE_OK(vel_model_open(t->ctx, MODEL, &open, &m));
+    const vel_file_tensor *bias = vel_model_tensor(m, "unet.conv_in.bias");
+    REQUIRE(bias);
+    const vel_new_weight ones = {"unet.conv_in.bias", bias->count, read_ones, NULL};
+    t->ctx->interrupted = 1;
+    CHECK(vel_model_export(m, single, &save) == VEL_INTERRUPTED);
+    CHECK(!vel_is_file(single));
+    CHECK_OK(vel_model_save(m, single, &ones, 1, VEL_FILE_F16));
+    CHECK(vel_is_file(single));
+    vel_model_close(m);
+    vel_free(t->ctx, single);
+}
+
 /* float16 -> float32 -> float16 loses nothing; bfloat16 has its own rounding. */
 TEST(checkpoint_types)
 {

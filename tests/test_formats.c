@@ -229,6 +229,29 @@ TEST(safetensors_that_cannot_be_written_leave_nothing)
         CHECK(save_all(t, "/dev/full") == VEL_IO);
 }
 
+/* A float that the half types cannot hold would come back as infinity. */
+TEST(safetensors_hold_no_infinity)
+{
+    static const struct {
+        vel_file_type type;
+        float good, bad;
+        const char *remedy;
+    } rows[] = {{VEL_FILE_F16, 65519.0f, 65520.0f, "bf16"},
+                {VEL_FILE_BF16, 0x1.fep127f, 0x1.ffp127f, "float"},
+                {VEL_FILE_F16, 0x1p-30f, NAN, "--learning_rate"},
+                {VEL_FILE_BF16, 0x1p-130f, INFINITY, "--learning_rate"}};
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        float v[3] = {1, rows[i].good, -rows[i].good};
+        const vel_save_tensor one = {
+            .name = "x", .type = rows[i].type, .rank = 1, .dim = {3}, .data = v};
+        CHECK_OK(vel_safetensors_save(t->ctx, in_folder(t, "a"), &one, 1, NULL));
+        v[2] = -rows[i].bad;
+        CHECK(vel_safetensors_save(t->ctx, in_folder(t, "b"), &one, 1, NULL) == VEL_DIVERGED);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), rows[i].remedy), "%s", vel_ctx_error(t->ctx));
+    }
+    CHECK(entries_in(t) == 1);
+}
+
 /* ---- parts in folders ---- */
 
 static const char *const stems[] = {"diffusion_pytorch_model", "model"};

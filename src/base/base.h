@@ -184,9 +184,15 @@ typedef struct vel_writer {
     vel_ctx *ctx;
     FILE *f;
     char *path, *temporary;
+    bool unbuffered, past_cache;
 } vel_writer;
 vel_status vel_writer_open(vel_ctx *ctx, vel_writer *w, const char *path);
 vel_status vel_writer_write(vel_writer *w, const void *bytes, size_t n);
+/* For a large file, before anything is written: where the file system can do it, the disk takes its
+ * bytes from our memory, and the system's cache neither copies nor keeps them. That goes on as long
+ * as each write's memory and size are multiples of VEL_WRITER_BLOCK. */
+enum { VEL_WRITER_BLOCK = 4096 };
+void vel_writer_past_cache(vel_writer *w);
 /* Lets the system begin to write what it was given so far, so that commit need not wait for all. */
 vel_status vel_writer_start(vel_writer *w);
 vel_status vel_writer_commit(vel_writer *w); /* ends w, whatever it returns */
@@ -287,5 +293,7 @@ void vel_bf16_floats(const void *from, float *out, int64_t n);
 void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n);
 void vel_floats_f16(const float *from, vel_f16 *out, int64_t n);
 bool vel_all_finite(const float *x, int64_t n);
+bool vel_f16_all_finite(const vel_f16 *x, int64_t n);
+bool vel_bf16_all_finite(const vel_bf16 *x, int64_t n);
 
 #endif

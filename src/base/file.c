@@ -6,7 +6,7 @@
  * directly: renaming over a device would replace it.
  *
  * Errors name the path and say what the system said. Knows no format. */
-#define _GNU_SOURCE /* sync_file_range */
+#define _GNU_SOURCE /* sync_file_range, O_DIRECT */
 #include "base/base.h"
 
 #include <dirent.h>
@@ -220,8 +220,46 @@ vel_status vel_writer_open(vel_ctx *ctx, vel_writer *w, const char *path)
     return status;
 }
 
+static void set_past_cache(vel_writer *w, bool on)
+{
+#ifdef O_DIRECT
+    int fd = fileno(w->f), flags = fcntl(fd, F_GETFL);
+    if (flags >= 0 && fcntl(fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0)
+        w->past_cache = on;
+#else
+    (void)w, (void)on;
+#endif
+}
+
+void vel_writer_past_cache(vel_writer *w)
+{
+    w->unbuffered = true;
+    if (w->temporary)
+        set_past_cache(w, true);
+}
+
+/* Not every file system that takes the flag takes the writes: then as usual. */
+static vel_status write_unbuffered(vel_writer *w, const uint8_t *bytes, size_t n)
+{
+    static const size_t most = (size_t)1 << 30;
+    while (n) {
+        if (w->past_cache && (n % VEL_WRITER_BLOCK || (uintptr_t)bytes % VEL_WRITER_BLOCK))
+            set_past_cache(w, false);
+        ssize_t put = write(fileno(w->f), bytes, VEL_MIN(n, most));
+        if (put < 0 && errno == EINVAL && w->past_cache)
+            set_past_cache(w, false);
+        else if (put == 0 || (put < 0 && errno != EINTR))
+            return fail_write(w->ctx, w->path, put ? errno : EIO);
+        bytes += VEL_MAX(put, 0);
+        n -= (size_t)VEL_MAX(put, 0);
+    }
+    return VEL_OK;
+}
+
 vel_status vel_writer_write(vel_writer *w, const void *bytes, size_t n)
 {
+    if (w->unbuffered)
+        return write_unbuffered(w, bytes, n);
     if (n == 0 || fwrite(bytes, 1, n, w->f) == n)
         return VEL_OK;
     return fail_write(w->ctx, w->path, errno);

@@ -125,3 +125,22 @@ EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
     }
     return !bad;
 }
+
+/* Is any exponent all ones? */
+EACH_WIDTH static bool has_special(const uint16_t *x, int64_t n, uint16_t exponent)
+{
+    uint16_t bad = 0;
+    for (int64_t i = 0; i < n; i++)
+        bad |= (x[i] & exponent) == exponent;
+    return bad;
+}
+
+bool vel_f16_all_finite(const vel_f16 *x, int64_t n)
+{
+    return !has_special(x, n, 0x7c00u);
+}
+
+bool vel_bf16_all_finite(const vel_bf16 *x, int64_t n)
+{
+    return !has_special(x, n, 0x7f80u);
+}

@@ -855,6 +855,10 @@ vel_status vel_plan_get(vel_plan *p, const char *output, float *out, int64_t cou
                         vel_shape_count(t.shape), count);
     size_t bytes = (size_t)count * (size_t)vel_dtype_bytes(t.dtype);
     VEL_TRY(vel_plan_wait(p)); /* a run that failed is told here */
+    if (t.dtype == VEL_F32) {
+        p->backend->read(p->device, out, address_of(p, r), bytes);
+        return VEL_OK;
+    }
     void *raw = vel_alloc(ctx, bytes);
     if (!raw)
         return VEL_NO_MEMORY;

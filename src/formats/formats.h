@@ -94,13 +94,17 @@ typedef struct vel_save_tensor {
     int64_t dim[8];
     const void *data; /* float * for F32, F16, BF16; else raw bytes of the type */
     bool raw;         /* data holds bytes of the type, whichever it is; in a mapping */
-    /* Instead of data, for F32, F16, BF16: makes all values. Called from several threads, for
-     * several tensors at a time. */
-    vel_status (*fill)(void *user, float *out);
-    /* For F32, F16, BF16 where the values are not in memory at once, instead of data: values
-     * first .. first+n-1. A value that is not finite, or too large for F16, is VEL_DIVERGED. */
+    /* Instead of data, for F32, F16, BF16: fill or read. A value that is made or converted and is
+     * not finite, or too large for the type, is VEL_DIVERGED. */
+    vel_status (*fill)(void *user, float *out); /* makes all values */
+    /* Values first .. first+n-1; one thread asks for all pieces of a tensor, in order. */
     void (*read)(void *user, int64_t first, int64_t n, float *out);
+    vel_status (*add)(void *user, int64_t first, int64_t n, float *values); /* to what was read */
     void *user;
+    /* read and add may be called from several threads, for several tensors at a time, as fill
+     * always may; else the thread that saves does so, for one after the other. */
+    bool read_anywhere;
+    bool may_stop; /* when the context is interrupted: VEL_INTERRUPTED, and no file */
 } vel_save_tensor;
 /* Written whole or not at all. metadata: object of strings, may be NULL. Tensors are stored in
  * safetensors' own order (by descending type size, then name), so that files compare equal with the

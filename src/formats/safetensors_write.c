@@ -17,11 +17,16 @@
 enum {
     LARGEST_HEADER = 100000000,
     LARGEST_RANK = 8,
-    MOST_KEPT = 24,
-    MOST_AHEAD = 384 << 20,
-    NEAR = 1 << 14,
+    NEAR = 1 << 17, /* values: half a MiB stays near a core */
+#ifdef VEL_HOSTILE
+    BLOCK = VEL_WRITER_BLOCK,
+    MOST_BLOCKS = 2,
+#else
+    BLOCK = 8 << 20,
+    MOST_BLOCKS = 16,
+#endif
     START_BYTES = 32 << 20,
-    SHOWN_BYTES = 128 << 20 /* progress is shown from here */
+    LARGE_BYTES = 64 << 20 /* from here on progress is shown, and the cache spared */
 };
 
 /* Place in the reference implementation's enum, by which its writer sorts. */
@@ -62,6 +67,11 @@ static vel_status order_entries(vel_ctx *ctx, const char *path, const vel_save_t
     return VEL_OK;
 }
 
+static int64_t bytes_of(const save_entry *e)
+{
+    return e->count * vel_file_type_bytes(e->tensor->type);
+}
+
 static json_t *header_entry(const save_entry *e, int64_t begin, int64_t end)
 {
     json_t *shape = json_array();
@@ -82,7 +92,7 @@ static vel_status make_header(vel_ctx *ctx, const char *path, const save_entry *
         json_object_set(header, "__metadata__", (json_t *)metadata);
     for (int i = 0; i < n && !status; i++) {
         const char *name = entries[i].tensor->name;
-        int64_t end = at + entries[i].count * vel_file_type_bytes(entries[i].tensor->type);
+        int64_t end = at + bytes_of(&entries[i]);
         if (json_object_get(header, name))
             status = vel_fail(ctx, VEL_BUG, "%s: two tensors are named %s", path, name);
         else if (json_object_set_new(header, name, header_entry(&entries[i], at, end)))
@@ -102,29 +112,12 @@ static vel_status make_header(vel_ctx *ctx, const char *path, const save_entry *
     return status;
 }
 
-static vel_status write_header(vel_writer *w, const char *text)
-{
-    size_t length = strlen(text), padded = (length + 7) / 8 * 8;
-    uint8_t head[8];
-    for (int i = 0; i < 8; i++)
-        head[i] = (uint8_t)((uint64_t)padded >> 8 * i);
-    VEL_TRY(vel_writer_write(w, head, 8));
-    VEL_TRY(vel_writer_write(w, text, length));
-    return vel_writer_write(w, "       ", padded - length);
-}
-
 /* ---- values ----
  * A tensor's bytes: as they lie in memory, converted, or made first. */
 
 static bool is_half(vel_file_type t)
 {
     return t == VEL_FILE_F16 || t == VEL_FILE_BF16;
-}
-
-/* Does the tensor want work before its bytes can be written? */
-static bool is_made(const vel_save_tensor *t)
-{
-    return t->fill || (is_half(t->type) && !t->raw && !t->read);
 }
 
 static void convert(vel_file_type type, const float *from, uint16_t *to, int64_t n)
@@ -135,28 +128,31 @@ static void convert(vel_file_type type, const float *from, uint16_t *to, int64_t
         vel_floats_f16(from, to, n);
 }
 
+/* Values, and what became of them in the file's type. */
 static vel_status check_values(vel_ctx *ctx, const char *path, const vel_save_tensor *t,
-                               const float *data, int64_t n)
+                               const float *v, const void *written, int64_t n)
 {
-    if (t->type != VEL_FILE_F16 && vel_all_finite(data, n))
-        return VEL_OK;
-    for (int64_t i = 0; i < n; i++)
-        if (!isfinite(data[i]) || (t->type == VEL_FILE_F16 && fabsf(data[i]) >= 65520))
+    bool good = t->type == VEL_FILE_F16    ? vel_f16_all_finite(written, n)
+                : t->type == VEL_FILE_BF16 ? vel_bf16_all_finite(written, n)
+                                           : vel_all_finite(v, n);
+    for (int64_t i = 0; i < n && !good; i++) {
+        vel_f16 f16 = vel_f32_f16(v[i]);
+        vel_bf16 bf16 = vel_f32_bf16(v[i]);
+        if (!isfinite(v[i]) || (t->type == VEL_FILE_F16 && !vel_f16_all_finite(&f16, 1)) ||
+            (t->type == VEL_FILE_BF16 && !vel_bf16_all_finite(&bf16, 1)))
             return vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", path,
-                            t->name, (double)data[i],
-                            isfinite(data[i]) ? "float16 cannot: use --save_precision bf16"
-                                              : "is not finite; a lower --learning_rate may help");
+                            t->name, (double)v[i],
+                            !isfinite(v[i]) ? "is not finite; a lower --learning_rate may help"
+                            : t->type == VEL_FILE_F16
+                                ? "float16 cannot: use --save_precision bf16"
+                                : "bfloat16 cannot: use --save_precision float");
+    }
     return VEL_OK;
 }
 
-static int64_t bytes_of(const save_entry *e)
-{
-    return e->count * vel_file_type_bytes(e->tensor->type);
-}
-
-/* A thread's room for float32 values on their way to a half type, kept from tensor to tensor. */
+/* A thread's room for float32 values on their way, kept from tensor to tensor. */
 typedef struct room {
-    float *v;
+    float *v, *near; /* near: [NEAR] */
     int64_t n;
 } room;
 
@@ -170,191 +166,212 @@ static float *room_for(vel_ctx *ctx, room *r, int64_t n)
     return r->v;
 }
 
-/* One tensor's bytes into out. */
-static vel_status make_bytes(vel_ctx *ctx, const char *path, const save_entry *e, room *floats,
-                             uint8_t *out)
-{
-    const vel_save_tensor *t = e->tensor;
-    bool half = is_half(t->type);
-    float *made = !t->fill ? NULL
-                  : half   ? room_for(ctx, floats, VEL_MAX(e->count, 1))
-                           : (float *)(void *)out;
-    vel_status status = made || !t->fill ? VEL_OK : VEL_NO_MEMORY;
-    if (!status && t->fill)
-        status = t->fill(t->user, made);
-    for (int64_t i = 0; i < e->count && !status; i += NEAR) { /* while they are near the core */
-        int64_t n = VEL_MIN(e->count - i, (int64_t)NEAR);
-        const float *from = (made ? made : (const float *)t->data) + i;
-        if (t->fill)
-            status = check_values(ctx, path, t, from, n);
-        if (!status && half)
-            convert(t->type, from, (uint16_t *)(void *)out + i, n);
-    }
-    return status;
-}
-
-/* A tensor that is read piece by piece, in the order of its values. */
-static vel_status write_pieces(vel_writer *w, const save_entry *e)
-{
-    enum { SOME = 1 << 18 };
-    const vel_save_tensor *t = e->tensor;
-    int64_t most = VEL_MIN(e->count, SOME);
-    float *data = vel_alloc(w->ctx, (size_t)VEL_MAX(most, 1) * sizeof *data);
-    uint16_t *half = vel_alloc(w->ctx, (size_t)VEL_MAX(most, 1) * sizeof *half);
-    vel_status status = data && half ? VEL_OK : VEL_NO_MEMORY;
-    for (int64_t i = 0; i < e->count && !status; i += SOME) {
-        int64_t n = VEL_MIN(e->count - i, SOME);
-        t->read(t->user, i, n, data);
-        status = check_values(w->ctx, w->path, t, data, n);
-        if (is_half(t->type))
-            convert(t->type, data, half, n);
-        if (!status)
-            status = vel_writer_write(w, is_half(t->type) ? (void *)half : data,
-                                      (size_t)(n * vel_file_type_bytes(t->type)));
-    }
-    vel_free(w->ctx, data);
-    vel_free(w->ctx, half);
-    return status;
-}
-
 /* ---- the stream ----
- * One thread writes, in order; the others make what is to be written, each the next tensor that
- * nobody has taken, as far ahead as the memory for it allows. */
-
-typedef struct block {
-    uint8_t *bytes;
-    size_t n;
-} block;
+ * One thread writes, in order, in blocks that the file is cut into; the others make what is to be
+ * written, each the next tensor that nobody has taken, straight into the blocks: a ring of them,
+ * so that makers can be ahead of the disk, and only so far. */
 
 typedef struct stream {
     vel_writer *w;
     const save_entry *entries;
     int n;
+    const char *header; /* its text */
+    int64_t *place;     /* [n]: in the file */
+    int64_t bytes;      /* of the file */
+    uint8_t *ring;      /* [blocks][BLOCK] */
+    void *memory;       /* that the ring lies in */
+    int64_t *filled;    /* [blocks]: bytes that are there */
+    int blocks, threads;
+    room *rooms;            /* [threads] */
     vel_progress *progress; /* NULL: not shown */
+    bool first_makes_all;   /* the thread that saves is the only maker */
+    bool alone;             /* it also writes */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    int next, written;     /* the first that is not taken, not written */
-    int64_t ahead;         /* bytes that are made or being made */
-    block *made;           /* [n]; bytes NULL: nothing yet, or nothing to make */
-    bool *ready;           /* [n] */
-    block kept[MOST_KEPT]; /* blocks that were written, to be used again: new pages are dear */
-    int n_kept;
-    room *floats; /* [threads] */
-    int threads;
+    int next;                        /* the first entry that is not taken; -1: the header */
+    int64_t written, started, shown; /* bytes */
     vel_status status;
 } stream;
 
-/* A block of n bytes; under the lock. */
-static block take_block(stream *s, size_t n)
+static int64_t block_at(const stream *s, int64_t place)
 {
-    for (int i = 0; i < s->n_kept; i++)
-        if (s->kept[i].n == n) {
-            block found = s->kept[i];
-            s->kept[i] = s->kept[--s->n_kept];
-            return found;
-        }
-    return (block){NULL, n};
+    return place / BLOCK % s->blocks;
 }
 
-/* Under the lock; the oldest gives way. */
-static void keep_block(stream *s, block b)
+static void set_status(stream *s, vel_status status)
 {
-    if (s->n_kept == MOST_KEPT) {
-        vel_free(s->w->ctx, s->kept[0].bytes);
-        memmove(s->kept, s->kept + 1, sizeof *s->kept * (MOST_KEPT - 1));
-        s->n_kept--;
-    }
-    s->kept[s->n_kept++] = b;
-}
-
-/* Makes entry i, which was taken; b is its block. */
-static void make_entry(stream *s, int i, block b)
-{
-    vel_status st = VEL_OK;
-    if (!b.bytes && !(b.bytes = vel_alloc(s->w->ctx, VEL_MAX(b.n, (size_t)1))))
-        st = VEL_NO_MEMORY;
-    if (!st)
-        st = make_bytes(s->w->ctx, s->w->path, &s->entries[i], &s->floats[omp_get_thread_num()],
-                        b.bytes);
     pthread_mutex_lock(&s->lock);
-    s->made[i] = b;
-    s->ready[i] = true;
-    s->status = st ? st : s->status;
+    s->status = s->status ? s->status : status;
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Takes the next entry and makes it, unless another is enough; false when there is none left.
- * wait: until there is memory for it. */
-static bool make_next(stream *s, bool wait)
+/* Writes the next block, which must be full, and gives its memory free. */
+static void write_block(stream *s)
 {
+    int64_t n = VEL_MIN(s->bytes - s->written, (int64_t)BLOCK), at = block_at(s, s->written);
+    vel_status status = vel_writer_write(s->w, s->ring + at * BLOCK, (size_t)n);
+    if (!status && s->written + n - s->started >= START_BYTES) {
+        status = vel_writer_start(s->w);
+        s->started = s->written + n;
+    }
     pthread_mutex_lock(&s->lock);
-    while (wait && s->next < s->n && !s->status && s->ahead > MOST_AHEAD)
-        pthread_cond_wait(&s->changed, &s->lock);
-    if (s->next == s->n || s->status) {
-        pthread_mutex_unlock(&s->lock);
-        return false;
-    }
-    int i = s->next++;
-    bool made = is_made(s->entries[i].tensor);
-    block b = {NULL, 0};
-    if (made) {
-        b = take_block(s, (size_t)bytes_of(&s->entries[i]));
-        s->ahead += (int64_t)b.n;
-    } else {
-        s->ready[i] = true;
-        pthread_cond_broadcast(&s->changed);
-    }
+    s->filled[at] = 0;
+    s->written += n;
+    s->status = s->status ? s->status : status;
+    pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
-    if (made)
-        make_entry(s, i, b);
-    return true;
 }
 
-static vel_status write_entry(stream *s, int i)
+static void write_blocks(stream *s)
 {
-    const vel_save_tensor *t = s->entries[i].tensor;
-    size_t bytes = (size_t)bytes_of(&s->entries[i]);
-    vel_status status =
-        t->read ? write_pieces(s->w, &s->entries[i])
-                : vel_writer_write(s->w, s->made[i].bytes ? s->made[i].bytes : t->data, bytes);
-    if (t->raw) /* mapped pages that were copied */
-        vel_map_forget(t->data, bytes);
+    while (s->written < s->bytes) { /* only this thread changes it */
+        int64_t n = VEL_MIN(s->bytes - s->written, (int64_t)BLOCK);
+        pthread_mutex_lock(&s->lock);
+        while (s->filled[block_at(s, s->written)] < n && !s->status)
+            pthread_cond_wait(&s->changed, &s->lock);
+        bool stopped = s->status != VEL_OK;
+        pthread_mutex_unlock(&s->lock);
+        if (stopped)
+            return;
+        write_block(s);
+    }
+}
+
+/* Memory for the file's bytes from place on, as soon as there is some: *n of the *n wanted. NULL:
+ * something has failed. */
+static uint8_t *claim(stream *s, int64_t place, int64_t *n)
+{
+    pthread_mutex_lock(&s->lock);
+    while (!s->status && place >= s->written + (int64_t)s->blocks * BLOCK)
+        pthread_cond_wait(&s->changed, &s->lock);
+    bool stopped = s->status != VEL_OK;
+    pthread_mutex_unlock(&s->lock);
+    *n = VEL_MIN(*n, BLOCK - place % BLOCK);
+    return stopped ? NULL : s->ring + block_at(s, place) * BLOCK + place % BLOCK;
+}
+
+/* The n bytes at place, which lie in one block, are there. */
+static void put(stream *s, int64_t place, int64_t n)
+{
+    int64_t size = VEL_MIN(s->bytes - place / BLOCK * BLOCK, (int64_t)BLOCK);
+    pthread_mutex_lock(&s->lock);
+    bool full = (s->filled[block_at(s, place)] += n) == size;
+    if (full)
+        pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    if (full && s->alone) /* makers go by the order of the file, so it is the next */
+        write_block(s);
+    if (s->progress && omp_get_thread_num() == 0 && place - s->shown >= START_BYTES) {
+        s->shown = place;
+        vel_progress_at(s->progress, place >> 20, NAN);
+    }
+}
+
+static void put_bytes(stream *s, int64_t place, const void *bytes, int64_t n)
+{
+    const uint8_t *from = bytes;
+    while (n > 0) {
+        int64_t some = n;
+        uint8_t *to = claim(s, place, &some);
+        if (!to)
+            return;
+        memcpy(to, from, (size_t)some);
+        put(s, place, some);
+        from += some;
+        place += some;
+        n -= some;
+    }
+}
+
+static void put_header(stream *s)
+{
+    int64_t length = (int64_t)strlen(s->header), padded = (length + 7) / 8 * 8;
+    uint8_t head[8];
+    for (int i = 0; i < 8; i++)
+        head[i] = (uint8_t)((uint64_t)padded >> 8 * i);
+    put_bytes(s, 0, head, 8);
+    put_bytes(s, 8, s->header, length);
+    put_bytes(s, 8 + length, "       ", padded - length);
+}
+
+/* Values first .. first+n-1 in the file's type, in pieces that stay near the core. made: what fill
+ * made, or NULL. */
+static vel_status put_values(stream *s, const vel_save_tensor *t, const float *made, float *near,
+                             int64_t first, int64_t n, uint8_t *out)
+{
+    const float *all = made ? made : t->data;
+    vel_status status = VEL_OK;
+    for (int64_t i = 0; i < n && !status; i += NEAR) {
+        int64_t some = VEL_MIN(n - i, (int64_t)NEAR);
+        void *to = out + i * vel_file_type_bytes(t->type);
+        const float *from = t->read ? near : all + first + i;
+        if (t->read)
+            t->read(t->user, first + i, some, near);
+        if (t->add)
+            status = t->add(t->user, first + i, some, near);
+        if (is_half(t->type))
+            convert(t->type, from, to, some);
+        else
+            memcpy(to, from, sizeof *from * (size_t)some);
+        if (!status)
+            status = check_values(s->w->ctx, s->w->path, t, from, to, some);
+    }
     return status;
 }
 
-/* Writes all in order; alone: makes them too. */
-static void write_in_order(stream *s, bool alone)
+/* Are a tensor's bytes the file's as they lie in memory? */
+static bool is_plain(const vel_save_tensor *t)
 {
-    int64_t done = 0, started = 0;
-    for (int i = 0; i < s->n; i++) {
-        while (alone && s->next <= i && make_next(s, false))
-            continue;
-        pthread_mutex_lock(&s->lock);
-        while (!s->ready[i] && !s->status)
-            pthread_cond_wait(&s->changed, &s->lock);
-        vel_status status = s->status;
-        pthread_mutex_unlock(&s->lock);
+    return t->raw || !(t->fill || t->read || is_half(t->type));
+}
+
+static vel_status make_entry(stream *s, int i, room *own)
+{
+    const vel_save_tensor *t = s->entries[i].tensor;
+    int64_t count = s->entries[i].count, size = vel_file_type_bytes(t->type), place = s->place[i];
+    float *made = t->fill ? room_for(s->w->ctx, own, VEL_MAX(count, 1)) : NULL;
+    vel_status status = made || !t->fill ? VEL_OK : VEL_NO_MEMORY;
+    if (t->may_stop && s->w->ctx->interrupted)
+        return vel_fail(s->w->ctx, VEL_INTERRUPTED, "%s: interrupted; nothing was written",
+                        s->w->path);
+    if (is_plain(t)) {
+        put_bytes(s, place, t->data, count * size);
+        if (t->raw) /* mapped pages that were copied */
+            vel_map_forget(t->data, (size_t)(count * size));
+        return VEL_OK;
+    }
+    if (!status && t->fill)
+        status = t->fill(t->user, made);
+    for (int64_t first = 0; first < count && !status;) {
+        int64_t n = (count - first) * size;
+        uint8_t *out = claim(s, place + first * size, &n); /* values lie at multiples of size */
+        if (!out)
+            return VEL_OK; /* it is told where it happened */
+        status = put_values(s, t, made, own->near, first, n / size, out);
         if (!status)
-            status = write_entry(s, i);
-        done += bytes_of(&s->entries[i]);
-        if (!status && done - started >= START_BYTES) {
-            status = vel_writer_start(s->w);
-            started = done;
-            if (s->progress)
-                vel_progress_at(s->progress, done >> 20, NAN);
-        }
+            put(s, place + first * size, n);
+        first += n / size;
+    }
+    return status;
+}
+
+static void make_entries(stream *s, room *own)
+{
+    for (;;) {
         pthread_mutex_lock(&s->lock);
-        s->status = s->status ? s->status : status;
-        if (s->made[i].bytes) {
-            s->ahead -= (int64_t)s->made[i].n;
-            keep_block(s, s->made[i]);
-            s->made[i].bytes = NULL;
-        }
-        pthread_cond_broadcast(&s->changed);
+        bool ended = s->status || s->next >= s->n;
+        int i = ended ? s->n : s->next++;
         pthread_mutex_unlock(&s->lock);
-        if (status)
+        if (ended)
             return;
+        vel_status status = VEL_OK;
+        if (i < 0)
+            put_header(s);
+        else
+            status = make_entry(s, i, own);
+        if (status)
+            set_status(s, status);
     }
 }
 
@@ -362,54 +379,83 @@ static void run_stream(stream *s)
 {
 #pragma omp parallel num_threads(s->threads)
     {
-        bool alone = omp_get_num_threads() == 1;
-        if (omp_get_thread_num() == 0)
-            write_in_order(s, alone);
-        else
-            while (make_next(s, true))
-                continue;
+        int thread = omp_get_thread_num(), last = omp_get_num_threads() - 1;
+        if (thread == 0)
+            s->alone = last == 0;
+        if (thread == 0 || (thread < last && !s->first_makes_all))
+            make_entries(s, &s->rooms[thread]);
+        else if (thread == last)
+            write_blocks(s);
     }
+}
+
+/* ---- the file ---- */
+
+static vel_status begin_stream(stream *s)
+{
+    vel_ctx *ctx = s->w->ctx;
+    s->blocks = (int)VEL_MIN((s->bytes + BLOCK - 1) / BLOCK, (int64_t)MOST_BLOCKS);
+    int64_t memory = VEL_MIN(s->bytes, (int64_t)s->blocks * BLOCK) + VEL_WRITER_BLOCK;
+    s->place = vel_alloc(ctx, sizeof *s->place * (size_t)(s->n + 1));
+    s->filled = vel_alloc(ctx, sizeof *s->filled * (size_t)s->blocks);
+    s->rooms = vel_alloc(ctx, sizeof *s->rooms * (size_t)s->threads);
+    s->memory = vel_alloc(ctx, (size_t)memory);
+    if (!s->place || !s->filled || !s->rooms || !s->memory)
+        return VEL_NO_MEMORY;
+    uintptr_t at = (uintptr_t)s->memory;
+    s->ring = (uint8_t *)s->memory +
+              ((at + VEL_WRITER_BLOCK - 1) / VEL_WRITER_BLOCK * VEL_WRITER_BLOCK - at);
+    for (int i = 0; i < s->threads; i++) {
+        s->rooms[i].near = vel_alloc(ctx, sizeof(float) * NEAR);
+        if (!s->rooms[i].near)
+            return VEL_NO_MEMORY;
+    }
+    return VEL_OK;
 }
 
 static void finish_stream(stream *s)
 {
     vel_ctx *ctx = s->w->ctx;
-    for (int i = 0; s->made && i < s->n; i++)
-        vel_free(ctx, s->made[i].bytes);
-    for (int i = 0; i < s->n_kept; i++)
-        vel_free(ctx, s->kept[i].bytes);
-    for (int i = 0; s->floats && i < s->threads; i++)
-        vel_free(ctx, s->floats[i].v);
-    vel_free(ctx, s->made);
-    vel_free(ctx, s->ready);
-    vel_free(ctx, s->floats);
+    for (int i = 0; s->rooms && i < s->threads; i++) {
+        vel_free(ctx, s->rooms[i].v);
+        vel_free(ctx, s->rooms[i].near);
+    }
+    vel_free(ctx, s->rooms);
+    vel_free(ctx, s->place);
+    vel_free(ctx, s->filled);
+    vel_free(ctx, s->memory);
     pthread_cond_destroy(&s->changed);
     pthread_mutex_destroy(&s->lock);
 }
 
 static vel_status write_entries(vel_writer *w, const char *path, const save_entry *entries, int n,
-                                int64_t bytes)
+                                const char *header, int64_t bytes)
 {
     vel_progress progress;
     char phase[300];
     const char *slash = strrchr(path, '/');
-    bool shown = bytes >= SHOWN_BYTES, any = false;
-    for (int i = 0; i < n; i++)
-        any = any || is_made(entries[i].tensor);
+    int64_t at = bytes;
+    bool shown = bytes >= LARGE_BYTES;
     stream s = {.w = w,
                 .entries = entries,
                 .n = n,
+                .next = -1,
+                .header = header,
+                .bytes = bytes,
                 .progress = shown ? &progress : NULL,
                 .lock = PTHREAD_MUTEX_INITIALIZER,
                 .changed = PTHREAD_COND_INITIALIZER,
-                .threads = any ? vel_save_threads() : 1};
-    s.made = vel_alloc(w->ctx, sizeof *s.made * (size_t)(n + 1));
-    s.ready = vel_alloc(w->ctx, sizeof *s.ready * (size_t)(n + 1));
-    s.floats = vel_alloc(w->ctx, sizeof *s.floats * (size_t)s.threads);
-    vel_status status = s.made && s.ready && s.floats ? VEL_OK : VEL_NO_MEMORY;
+                .threads = bytes > BLOCK ? vel_save_threads() : 1};
+    vel_status status = begin_stream(&s);
+    for (int i = n - 1; i >= 0 && !status; i--)
+        s.place[i] = at -= bytes_of(&entries[i]);
+    for (int i = 0; i < n; i++)
+        s.first_makes_all |= entries[i].tensor->read && !entries[i].tensor->read_anywhere;
     snprintf(phase, sizeof phase, "writing %.200s", slash ? slash + 1 : path);
-    if (shown)
+    if (shown) {
+        vel_writer_past_cache(w);
         vel_progress_begin(&progress, w->ctx, phase, bytes >> 20);
+    }
     if (!status) {
         run_stream(&s);
         status = s.status;
@@ -425,7 +471,8 @@ int vel_save_threads(void)
     return VEL_MAX(omp_get_max_threads(), 1) + 1;
 }
 
-/* Looks at the free space first, so that a long write does not start in vain. */
+/* Looks at the free space first, so that a long write does not start in vain. bytes: of the
+ * tensors. */
 static vel_status write_all(vel_ctx *ctx, const char *path, const save_entry *entries, int n,
                             const char *header, int64_t bytes)
 {
@@ -437,9 +484,8 @@ static vel_status write_all(vel_ctx *ctx, const char *path, const save_entry *en
     }
     vel_writer w;
     VEL_TRY(vel_writer_open(ctx, &w, path));
-    vel_status status = write_header(&w, header);
-    if (!status)
-        status = write_entries(&w, path, entries, n, bytes);
+    bytes += 8 + ((int64_t)strlen(header) + 7) / 8 * 8;
+    vel_status status = write_entries(&w, path, entries, n, header, bytes);
     if (!status)
         return vel_writer_commit(&w);
     vel_writer_discard(&w);

@@ -78,3 +78,57 @@ vel_status vel_adapter_delta(vel_engine *e, const vel_adapter_module *m, const f
     VEL_TRY(vel_adapter_module_site(ctx, m, &site));
     return vel_adapter_site_delta(ctx, e, &site, leaf, base, strength, out);
 }
+
+struct vel_adapter_strip {
+    vel_ctx *ctx;
+    const vel_adapter_module *m;
+    vel_adapter_module part; /* of the first rows; borrows */
+    vel_adapter_site site;   /* of part */
+    vel_plan *plan;
+};
+
+void vel_adapter_strip_destroy(vel_adapter_strip *r)
+{
+    if (!r)
+        return;
+    vel_plan_destroy(r->plan);
+    vel_free(r->ctx, r);
+}
+
+vel_status vel_adapter_strip_create(vel_engine *e, const vel_adapter_module *m, int64_t rows,
+                                    double strength, vel_adapter_strip **out)
+{
+    vel_ctx *ctx = vel_engine_ctx(e);
+    vel_adapter_strip *r = *out = vel_alloc(ctx, sizeof *r);
+    vel_graph *g = NULL;
+    const float *leaf[VEL_ADAPTER_LEAVES] = {NULL};
+    vel_plan_options o = {.compute = VEL_F32};
+    if (!r)
+        return VEL_NO_MEMORY;
+    *r = (vel_adapter_strip){.ctx = ctx, .m = m, .part = *m};
+    rows = VEL_MIN(rows, m->weight_dim[0]);
+    r->part.weight_dim[0] = r->part.leaf[VEL_LEAF_LORA_UP].dims.dim[0] = rows;
+    leaf[VEL_LEAF_LORA_UP] = m->leaf[VEL_LEAF_LORA_UP].v;
+    leaf[VEL_LEAF_LORA_DOWN] = m->leaf[VEL_LEAF_LORA_DOWN].v;
+    vel_status st = vel_adapter_module_site(ctx, &r->part, &r->site);
+    if (!st)
+        st = build(ctx, &r->site, leaf, false, strength, &g);
+    if (!st)
+        st = vel_plan_create(e, g, &o, &r->plan); /* the graph is the plan's */
+    else
+        vel_graph_destroy(g);
+    if (!st)
+        return VEL_OK;
+    vel_adapter_strip_destroy(r);
+    *out = NULL;
+    return st;
+}
+
+vel_status vel_adapter_strip_make(vel_adapter_strip *r, int64_t *first, float *out)
+{
+    const float *leaf[VEL_ADAPTER_LEAVES] = {NULL};
+    *first = VEL_MIN(*first, r->m->weight_dim[0] - r->part.weight_dim[0]);
+    leaf[VEL_LEAF_LORA_UP] = r->m->leaf[VEL_LEAF_LORA_UP].v + *first * r->m->rank;
+    leaf[VEL_LEAF_LORA_DOWN] = r->m->leaf[VEL_LEAF_LORA_DOWN].v;
+    return run(r->plan, &r->site, leaf, NULL, out);
+}

@@ -27,10 +27,16 @@ typedef struct saving {
 
 /* ---- values ---- */
 
-static bool is_changed(const saving *s, const char *path, const vel_file_tensor *t)
+static bool is_replaced(const saving *s, const char *path, const vel_file_tensor *t)
 {
     vel_status st = VEL_OK;
     return s->o->change && s->o->change(s->o->user, path, t, NULL, &st);
+}
+
+static bool is_added_to(const saving *s, const char *path, const vel_file_tensor *t)
+{
+    vel_status st = VEL_OK;
+    return s->o->add && s->o->add(s->o->user, path, t, 0, t->count, NULL, &st);
 }
 
 /* The values of a whole tensor, as ours, put in the order of theirs. */
@@ -57,19 +63,60 @@ static vel_status fill(void *user, float *out)
     float *first = out;
     const vel_export_options *o = from->s->o;
     vel_status st = VEL_OK;
-    if (from->s->ctx->interrupted)
-        return vel_fail(from->s->ctx, VEL_INTERRUPTED, "%s: interrupted; nothing was written",
-                        from->s->path);
     for (int i = 0; i < from->n && !st; i++) {
         const vel_file_tensor *t = &from->pieces[i];
-        vel_file_tensor_floats(t, 0, t->count, out);
-        if (o->change)
-            o->change(o->user, from->paths[i], t, out, &st);
-        if (!t->copied)
-            vel_map_forget(t->data, (size_t)vel_file_bytes(t->type, t->count));
+        if (!o->change || !o->change(o->user, from->paths[i], t, out, &st))
+            vel_file_tensor_floats(t, 0, t->count, out);
+        if (o->add)
+            o->add(o->user, from->paths[i], t, 0, t->count, out, &st);
         out += t->count;
     }
     return st ? st : reorder(from, first);
+}
+
+/* Which piece holds the value `first`, and the n values from there on as far as it goes; counts
+ * both on. NULL: the end. */
+static const vel_file_tensor *piece_at(const source *from, int64_t *first, int64_t *n, int *piece)
+{
+    for (int i = 0; i < from->n; i++) {
+        const vel_file_tensor *t = &from->pieces[i];
+        if (*first < t->count) {
+            *n = VEL_MIN(*n, t->count - *first);
+            *piece = i;
+            return t;
+        }
+        *first -= t->count;
+    }
+    return NULL;
+}
+
+/* The file's values. */
+static void read_pieces(void *user, int64_t first, int64_t n, float *out)
+{
+    for (int64_t done = 0; done < n;) {
+        int64_t at = first + done, some = n - done;
+        int piece = 0;
+        const vel_file_tensor *t = piece_at(user, &at, &some, &piece);
+        vel_file_tensor_floats(t, at, some, out + done);
+        if (at + some == t->count && !t->copied)
+            vel_map_forget(t->data, (size_t)vel_file_bytes(t->type, t->count));
+        done += some;
+    }
+}
+
+static vel_status add_pieces(void *user, int64_t first, int64_t n, float *values)
+{
+    const source *from = user;
+    const vel_export_options *o = from->s->o;
+    vel_status st = VEL_OK;
+    for (int64_t done = 0; done < n && !st;) {
+        int64_t at = first + done, some = n - done;
+        int piece = 0;
+        const vel_file_tensor *t = piece_at(user, &at, &some, &piece);
+        o->add(o->user, from->paths[piece], t, at, some, values + done, &st);
+        done += some;
+    }
+    return st;
 }
 
 static bool is_real(vel_file_type t)
@@ -92,6 +139,7 @@ static vel_status add_piece(saving *s, const char *name, const char *path, const
 {
     int slot = key ? key->slot : 0, slots = key ? key->slots : 1;
     vel_key_change change = key ? key->change : VEL_KEY_AS_IS;
+    bool whole = change > VEL_KEY_IMAGE; /* is needed before one value can be written */
     source *from = slot ? s->sources + s->n - 1 : s->sources + s->n;
     vel_save_tensor *out = s->tensors + (from - s->sources);
     if (slot && (strcmp(out->name, name) != 0 || from->n != slot))
@@ -100,7 +148,8 @@ static vel_status add_piece(saving *s, const char *name, const char *path, const
     if (!slot) {
         s->n++;
         *from = (source){.s = s, .change = change};
-        *out = (vel_save_tensor){.name = name, .type = type_of(s, t), .rank = t->rank};
+        *out = (vel_save_tensor){
+            .name = name, .type = type_of(s, t), .rank = t->rank, .may_stop = s->o->may_stop};
         memcpy(out->dim, t->dim, sizeof out->dim);
         for (; change == VEL_KEY_IMAGE && out->rank < 4; out->rank++)
             out->dim[out->rank] = 1;
@@ -110,18 +159,26 @@ static vel_status add_piece(saving *s, const char *name, const char *path, const
         }
         from->rows = out->rank ? out->dim[0] : 1;
         from->columns = from->rows ? t->count / from->rows : 0;
-        bool in_order = t->order == VEL_ORDER_PLAIN && change <= VEL_KEY_IMAGE;
-        bool as_is =
-            out->type == t->type && slots == 1 && !t->copied && in_order && !is_changed(s, path, t);
+        bool as_is = out->type == t->type && slots == 1 && !t->copied && !whole &&
+                     t->order == VEL_ORDER_PLAIN && !is_replaced(s, path, t) &&
+                     !is_added_to(s, path, t);
         if (as_is || !is_real(out->type)) {
             out->raw = as_is;
             out->data = t->data;
         } else {
-            out->fill = fill;
+            out->read = read_pieces;
+            out->read_anywhere = true;
             out->user = from;
         }
     } else {
         out->dim[0] += t->dim[0];
+    }
+    if (out->read && is_added_to(s, path, t))
+        out->add = add_pieces;
+    if (is_real(out->type) && (whole || is_replaced(s, path, t))) {
+        out->fill = fill;
+        out->read = NULL;
+        out->add = NULL;
     }
     from->pieces[from->n] = *t;
     from->paths[from->n++] = path;

@@ -80,6 +80,7 @@ static vel_save_tensor same_tensor(const vel_file_tensor *f, vel_file_type type)
     if (real) {
         t.type = type;
         t.read = read_from_file;
+        t.read_anywhere = true;
         t.user = (void *)f;
     }
     return t;
@@ -118,6 +119,7 @@ static vel_status write_weights(vel_ctx *ctx, const model_part *part, const char
         }
         tensors[t - first].type = type;
         tensors[t - first].read = news[i].read;
+        tensors[t - first].read_anywhere = false;
         tensors[t - first].user = news[i].user;
     }
     json_t *meta = json_pack("{s:s}", "format", "pt");

@@ -92,12 +92,17 @@ typedef struct vel_export_options {
     vel_file_type type; /* F32, F16 or BF16 */
     bool keep_type;     /* of each tensor instead */
     bool overwrite;     /* else an existing file is refused */
+    bool may_stop;      /* when the context is interrupted; what is trained must be saved then */
     const char *tokenizer;
-    /* Values instead of the file's for the tensor at path ("unet....weight"); NULL: none. Called
-     * first for each tensor with out NULL: are there any? Then from several threads: out holds the
-     * file's values. */
+    /* Values instead of the file's for the tensor at path ("unet....weight"), which the file has as
+     * t; NULL: none. Called first for each tensor with out NULL: are there any? Then from several
+     * threads. */
     bool (*change)(void *user, const char *path, const vel_file_tensor *t, float *out,
                    vel_status *status);
+    /* Adds to the file's values first .. first+n-1 in the same manner, piece by piece: one thread
+     * asks for all pieces of a tensor, in order. */
+    bool (*add)(void *user, const char *path, const vel_file_tensor *t, int64_t first, int64_t n,
+                float *values, vel_status *status);
     void *user;
     const json_t *metadata; /* of a single file, texts; may be NULL */
 } vel_export_options;
@@ -193,6 +198,15 @@ vel_status vel_adapter_delta(vel_engine *e, const vel_adapter_module *m, const f
 vel_status vel_adapter_site_delta(vel_ctx *ctx, vel_engine *e, const struct vel_adapter_site *s,
                                   const float *const *leaf, const float *base, double strength,
                                   float *out);
+/* The same for some rows at a time of a change that is a product (a LoRA without core and DoRA),
+ * made ready once: a part that fits into a cache is cheaper than the whole. m and its leaves are
+ * borrowed. make: `rows` rows from *first on, or the last ones; *first is which; out [rows, ...].
+ */
+typedef struct vel_adapter_strip vel_adapter_strip;
+vel_status vel_adapter_strip_create(vel_engine *e, const vel_adapter_module *m, int64_t rows,
+                                    double strength, vel_adapter_strip **out);
+vel_status vel_adapter_strip_make(vel_adapter_strip *r, int64_t *first, float *out);
+void vel_adapter_strip_destroy(vel_adapter_strip *r);
 /* A weight of the model's files ("unet.conv_in.weight") as float32; *out is owned. */
 vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count);
 
