@@ -96,7 +96,7 @@ TEST(families_run_sdxl)
 TEST(families_run_sd3)
 {
     train_and_draw(t, "sd3");
-    check_says(t, "\"ss_base_model_version\":\"sd3_m\"",
+    check_says(t, "\"ss_base_model_version\":\"3-medium\"",
                "\"modelspec.architecture\":\"stable-diffusion-3-medium/lora\"");
 }
 
@@ -273,4 +273,96 @@ TEST(families_run_rates_of_text_encoders)
                    "train --model tests/golden/families/sdxl/model --data \"$D/pictures\" "
                    "--train_text_encoder --text_encoders 3 --dry_run",
                    1, (const char *const[]){"--text_encoders: '3'", "numbers up to 2", NULL});
+}
+
+/* ---- models that are not whole ---- */
+
+/* A copy of a family's model in <folder>/MODEL, as links, to be spoiled. */
+static void copy_family(vel_test *t, const char *name)
+{
+    char command[400];
+    program_result r;
+    snprintf(command, sizeof command,
+             "rm -rf \"$D/model\"; cp -rL tests/golden/families/%s/model \"$D/model\"", name);
+    REQUIRE(program_shell(t, command, &r) && r.status == 0);
+}
+
+TEST(families_run_name_what_a_model_lacks)
+{
+    static const struct {
+        const char *family, *spoil, *says[3];
+    } cases[] = {
+        {"flux-dev", "rm -r text_encoder_2", {"text_encoder_2", "FLUX.1", "--t5xxl"}},
+        {"sd3", "rm -r text_encoder", {"text_encoder", "Stable Diffusion 3", "--clip_l"}},
+        {"sdxl", "rm -r text_encoder_2", {"text_encoder_2", "--clip_g", "neither trained"}},
+        {"sana", "rm -r vae", {"vae", "Sana", "--vae"}},
+        {"lumina2",
+         "rm text_encoder/model.safetensors; >text_encoder/model.safetensors.incomplete",
+         {"text_encoder", "model.safetensors.incomplete", "not complete"}},
+        {"flux-dev",
+         "printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:0\\nsize 3\\n' "
+         ">transformer/diffusion_pytorch_model.safetensors",
+         {"transformer", "git-lfs", "git lfs pull"}},
+        {"sd3",
+         "printf 'Access to model x is restricted' >transformer/config.json",
+         {"transformer/config.json", "licence", "token"}},
+        {"sd3",
+         "printf '<!DOCTYPE html>' >vae/diffusion_pytorch_model.safetensors",
+         {"vae", "web page"}},
+        {"sana",
+         "cd transformer; mv *.safetensors x; printf '{\"weight_map\": {\"x\": "
+         "\"diffusion_pytorch_model-00001-of-00002.safetensors\"}}' "
+         ">diffusion_pytorch_model.safetensors.index.json",
+         {"index.json", "00001-of-00002", "complete"}},
+    };
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        char command[600];
+        program_result r;
+        copy_family(t, cases[i].family);
+        snprintf(command, sizeof command, "cd \"$D/model\"; %s", cases[i].spoil);
+        REQUIRE(program_shell(t, command, &r) && r.status == 0);
+        program_expect(
+            t,
+            "generate --model \"$D/model\" --prompt cat --width 64 --height 64 "
+            "--device cpu --output \"$D/x.png\"",
+            1, (const char *const[]){cases[i].says[0], cases[i].says[1], cases[i].says[2], NULL});
+    }
+}
+
+/* An adapter under other programs' names, too, is said to be another family's. */
+TEST(families_run_tell_adapters_by_other_names)
+{
+    static const struct {
+        const char *tensor, *of, *model, *title;
+    } cases[] = {
+        {"lora_unet_double_blocks_0_img_attn_qkv", "FLUX.1", "sd3", "Stable Diffusion 3"},
+        {"diffusion_model.single_blocks.0.linear1", "FLUX.1", "lumina2", "Lumina"},
+        {"lora_unet_joint_blocks_0_x_block_attn_qkv", "Stable Diffusion 3", "flux-dev", "FLUX.1"},
+        {"lora_unet_layers_0_attention_qkv", "Lumina", "sana", "Sana"},
+        {"lycoris_transformer_blocks_0_attn1_to_q", "Sana", "sd3", "Stable Diffusion 3"},
+        {"lora_unet_input_blocks_7_1_transformer_blocks_1_attn1_to_q", "Stable Diffusion XL",
+         "flux-dev", "FLUX.1"},
+    };
+    char *path = vel_test_path(t, "a.safetensors");
+    static const float zeros[64];
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        char *down = vel_test_text(t, "%s.lora_down.weight", cases[i].tensor),
+             *up = vel_test_text(t, "%s.lora_up.weight", cases[i].tensor),
+             *words = vel_test_text(t,
+                                    "generate --model tests/golden/families/%s/model --prompt "
+                                    "cat --width 64 --height 64 --device cpu --lora "
+                                    "\"$D/a.safetensors\" --output \"$D/x.png\"",
+                                    cases[i].model),
+             *of = vel_test_text(t, "an adapter of %s", cases[i].of),
+             *model = vel_test_text(t, "a model of %s", cases[i].title);
+        const vel_save_tensor list[] = {
+            {.name = down, .type = VEL_FILE_F32, .rank = 2, .dim = {2, 8}, .data = zeros},
+            {.name = up, .type = VEL_FILE_F32, .rank = 2, .dim = {8, 2}, .data = zeros}};
+        REQUIRE_OK(vel_safetensors_save(t->ctx, path, list, 2, NULL));
+        program_expect(t, words, 1, (const char *const[]){of, model, NULL});
+        char *const texts[] = {down, up, words, of, model};
+        for (int k = 0; k < VEL_COUNT(texts); k++)
+            vel_free(t->ctx, texts[k]);
+    }
+    vel_free(t->ctx, path);
 }

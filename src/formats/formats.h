@@ -134,6 +134,10 @@ vel_save_tensor vel_words_tensor(const vel_word *word, const char *key, vel_file
 /* Is the tensor a word's in a file of an adapter? "bundle_emb.WORD.string_to_param.*" */
 bool vel_words_is_bundled(const char *key);
 
+/* What is wrong with a file that should be something else, when it looks like what failed downloads
+ * leave: a pointer of git-lfs, a web page, a hub's refusal. NULL: it does not. Static. */
+const char *vel_download_problem(const uint8_t *bytes, size_t n);
+
 /* ---- JSON (json.c, over jansson) ------------------------------------------------------------ */
 
 /* At most 64 MiB, depth-limited; the error names file, line and what is wrong. json_decref. */

@@ -49,9 +49,12 @@ vel_status vel_json_load(vel_ctx *ctx, const char *path, json_t **out)
     }
     if (!*out && json_error_code(&error) == json_error_numeric_overflow)
         *out = json_loadb(start, length, JSON_DECODE_INT_AS_REAL, &error);
+    const char *problem = *out || !n ? NULL : vel_download_problem((const uint8_t *)bytes, n);
     vel_free(ctx, bytes);
     if (*out)
         return VEL_OK;
+    if (problem)
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: %s", path, problem);
     if (json_error_code(&error) == json_error_out_of_memory)
         return vel_fail(ctx, VEL_NO_MEMORY, "%s: no memory to read it", path);
     return vel_fail(ctx, VEL_BAD_FILE, "%s: line %d: %s; is it JSON?", path, error.line,

@@ -258,6 +258,33 @@ static vel_status read_pickled(vel_safetensors *sf, const char *path, const vel_
     return sort_from(sf, path, first);
 }
 
+/* ---- failed downloads ---- */
+
+const char *vel_download_problem(const uint8_t *bytes, size_t n)
+{
+    static const struct {
+        const char *begins, *problem;
+    } rows[] = {
+        {"version https://git-lfs", "is only git-lfs' pointer to the file: `git lfs pull` in its "
+                                    "folder fetches it"},
+        {"<!DOCTYPE", "is a web page, not the file: the download was answered otherwise"},
+        {"<!doctype", "is a web page, not the file: the download was answered otherwise"},
+        {"<html", "is a web page, not the file: the download was answered otherwise"},
+        {"Access to model", "is a hub's refusal, not the file: its licence must be accepted, and "
+                            "the download needs a token"},
+        {"Invalid username or password", "is a hub's refusal, not the file: the model is gated or "
+                                         "private, and the download needs a token"},
+        {"Entry not found", "is a hub's answer, not the file: it has none of this name"},
+        {"Invalid credentials", "is a hub's refusal, not the file: the download needs a token"},
+    };
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        size_t length = strlen(rows[i].begins);
+        if (n >= length && memcmp(bytes, rows[i].begins, length) == 0)
+            return rows[i].problem;
+    }
+    return n ? NULL : "is empty: the download failed";
+}
+
 /* Maps the file into sf->maps[sf->n_maps] and appends its tensors. */
 static vel_status read_file(vel_safetensors *sf, const char *path)
 {
@@ -267,6 +294,9 @@ static vel_status read_file(vel_safetensors *sf, const char *path)
     uint64_t length = 0;
     for (int i = 0; i < 8 && map->size >= 8; i++)
         length |= (uint64_t)map->bytes[i] << 8 * i;
+    const char *problem = vel_download_problem(map->bytes, map->size);
+    if (problem)
+        return vel_fail(sf->ctx, VEL_BAD_FILE, "%s: %s", path, problem);
     bool headed = map->size > 8 && length <= map->size - 8 && map->bytes[8] == '{';
     if (!headed && vel_pickle_sniff(map->bytes, map->size))
         return read_pickled(sf, path, map);
@@ -473,6 +503,11 @@ static vel_status read_shards(vel_safetensors *sf, const char *folder, json_t *w
             return VEL_NO_MEMORY;
         int first = sf->n;
         vel_status status = read_file(sf, path);
+        if (status == VEL_NOT_FOUND)
+            status = vel_fail_in(sf->ctx, VEL_BAD_FILE,
+                                 "%s: a shard that it names is missing; is "
+                                 "the download complete?",
+                                 sf->path);
         vel_free(sf->ctx, path);
         if (!status && json_object_set_new(seen, file, json_true()))
             status = VEL_NO_MEMORY;
@@ -557,6 +592,23 @@ static char *form_path(vel_ctx *ctx, const struct part_form *form, const char *f
     return path;
 }
 
+/* Says so where a folder holds what a program has begun to download. */
+static bool say_unfinished(vel_ctx *ctx, const char *folder)
+{
+    char **names = NULL;
+    int n = 0, at = -1;
+    if (vel_list_folder(ctx, folder, &names, &n))
+        return false;
+    for (int i = 0; i < n; i++)
+        if (vel_glob("*.incomplete,*.part,*.crdownload,*.aria2,*.download,*.tmp", names[i]))
+            at = i;
+    if (at >= 0)
+        vel_fail(ctx, VEL_NOT_FOUND, "%s: no weights here but %s: the download is not complete",
+                 folder, names[at]);
+    vel_names_free(ctx, names, n);
+    return at >= 0;
+}
+
 vel_status vel_safetensors_open_part(vel_ctx *ctx, const char *folder, const char *const *stems,
                                      int n, const char *variant, vel_safetensors **out)
 {
@@ -584,7 +636,7 @@ vel_status vel_safetensors_open_part(vel_ctx *ctx, const char *folder, const cha
         }
         vel_free(ctx, path);
     }
-    if (status == VEL_NOT_FOUND)
+    if (status == VEL_NOT_FOUND && !say_unfinished(ctx, folder))
         vel_fail(ctx, status, "%s: no weights here; looked for %s", folder, tried.s ? tried.s : "");
     vel_text_finish(&tried);
     return status;

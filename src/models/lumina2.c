@@ -114,7 +114,7 @@ const vel_family vel_family_lumina2 = {
     .even_sigmas = true,
     .adapter_marks =
         "transformer.layers.*,base_model.model.layers.*.attn.*,*noise_refiner*,*context_refiner*,"
-        "lora_unet_layers_*",
+        "lora_unet_layers_*,lycoris_layers_*,diffusion_model.layers.*",
     .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,

@@ -161,7 +161,8 @@ const vel_family vel_family_sana = {
     .denoiser = "transformer",
     .dialect = "diffusers",
     .adapter_marks =
-        "transformer.transformer_blocks.*.attn1.*,base_model.model.transformer_blocks.*.attn1.*",
+        "transformer.transformer_blocks.*.attn1.*,base_model.model.transformer_blocks.*.attn1.*,"
+        "lycoris_transformer_blocks_*_attn1_*",
     .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,

@@ -144,7 +144,8 @@ static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref tim
     return out;
 }
 
-/* Programs do not agree on the versions' spelling; all begin the architecture like this. */
+/* The version as sd-scripts tells the models apart; the architecture as its merging tool writes it
+ * (its trainer puts the version behind "stable-diffusion-3-", which says 3 twice). */
 static void names(const vel_config *c, vel_prediction predicts, vel_model_names *out)
 {
     const vel_sd3_config *t = &((const sd3_config *)c->own)->transformer;
@@ -152,9 +153,9 @@ static void names(const vel_config *c, vel_prediction predicts, vel_model_names 
     (void)predicts;
     for (int i = 0; i < t->layers; i++)
         dual = dual || t->dual[i];
-    *out = !t->head_norms ? (vel_model_names){"sd3_m", "stable-diffusion-3-medium"}
-           : dual         ? (vel_model_names){"sd3_5_medium", "stable-diffusion-3-5-medium"}
-                          : (vel_model_names){"sd3_5_large", "stable-diffusion-3-5-large"};
+    *out = !t->head_norms ? (vel_model_names){"3-medium", "stable-diffusion-3-medium"}
+           : dual         ? (vel_model_names){"3-5-medium", "stable-diffusion-3-5-medium"}
+                          : (vel_model_names){"3-5-large", "stable-diffusion-3-5-large"};
 }
 
 const vel_family vel_family_sd3 = {
@@ -165,8 +166,9 @@ const vel_family vel_family_sd3 = {
     .optional = optional,
     .denoiser = "transformer",
     .dialect = "diffusers",
-    .adapter_marks = "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
-                     "base_model.model.transformer_blocks.*.attn.*",
+    .adapter_marks =
+        "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
+        "base_model.model.transformer_blocks.*.attn.*,lycoris_transformer_blocks_*_attn_*",
     .pipelines = pipelines,
     .read = read_configs,
     .latent = latent,

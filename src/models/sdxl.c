@@ -146,7 +146,8 @@ const vel_family vel_family_sdxl = {
     .part_flags = part_flags,
     .denoiser = "unet",
     .adapter_marks =
-        "*unet*attentions*transformer_blocks?1?*,lora_unet_*put_blocks*transformer_blocks_1_*",
+        "*unet*attentions*transformer_blocks?1?*,lora_unet_*put_blocks*transformer_blocks_1_*,"
+        "diffusion_model.*put_blocks*transformer_blocks.1.*",
     .pipelines = pipelines,
     .read = read_configs,
     .latent = vel_sd_latent,

@@ -213,8 +213,9 @@ static bool is_text_part(const char *name)
 
 /* A part whose folder is not there: left out where the family can do without it, or where no text
  * is asked for. */
-static vel_status check_part(vel_model *m, model_part *part, const vel_model_options *o)
+static vel_status check_part(vel_model *m, int i, const vel_model_options *o)
 {
+    model_part *part = &m->parts[i];
     if (vel_is_folder(part->folder))
         return VEL_OK;
     bool may_lack = vel_family_may_lack(m->family, part->name);
@@ -225,13 +226,13 @@ static vel_status check_part(vel_model *m, model_part *part, const vel_model_opt
                     m->family->title);
         return VEL_OK;
     }
-    return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: the folder %s is missing, which %s needs%s",
-                    m->folder, part->name, m->family->title,
+    return vel_fail(m->ctx, VEL_NOT_FOUND,
+                    "%s: the folder %s is missing, which %s needs; --%s names a file of its own%s",
+                    m->folder, part->name, m->family->title, m->family->part_flags[i],
                     is_text_part(part->name)
-                        ? "; without it the model can be measured (velatura bench), merged and "
+                        ? ". Without it the model can be measured (velatura bench), merged and "
                           "converted, but neither trained nor drawn with"
-                    : strcmp(part->name, "vae") == 0 ? "; name another one with --vae"
-                                                     : "");
+                        : "");
 }
 
 /* The file that the caller names for part i: its setting is the family's word for it. */
@@ -291,7 +292,7 @@ static vel_status place_parts(vel_model *m, const vel_model_options *o)
         else if (!m->single && !(part->folder = vel_path_join(m->ctx, m->folder, part->name)))
             return VEL_NO_MEMORY;
         if (!m->single && part->folder)
-            VEL_TRY(check_part(m, part, o));
+            VEL_TRY(check_part(m, i, o));
     }
     return VEL_OK;
 }
