@@ -151,9 +151,11 @@ static vel_status need_state(vel_engine *e)
     e->segments = segments ? segments : e->segments;
     float *rates = vel_realloc(e->ctx, e->rates, (size_t)n * sizeof *rates);
     e->rates = rates ? rates : e->rates;
+    double *told = vel_realloc(e->ctx, e->rates_told, (size_t)n * sizeof *told);
+    e->rates_told = told ? told : e->rates_told;
     double(*sums)[2] = vel_realloc(e->ctx, e->sums, (size_t)n * sizeof *sums);
     e->sums = sums ? sums : e->sums;
-    if (!segments || !rates || !sums)
+    if (!segments || !rates || !told || !sums)
         return VEL_NO_MEMORY;
     int64_t bytes = e->state_bytes;
     for (int i = old; i < n; i++) {
@@ -174,6 +176,7 @@ void vel_engine_free_optimizer(vel_engine *e)
 {
     vel_free(e->ctx, e->segments);
     vel_free(e->ctx, e->rates);
+    vel_free(e->ctx, e->rates_told);
     vel_free(e->ctx, e->sums);
     e->backend->free(e->device, e->state);
     if (e->host)
@@ -279,6 +282,7 @@ static void schedule_free_numbers(vel_engine *e, vel_update *u, double t)
     double warm = t <= (double)o->warmup ? t / (double)o->warmup : 1, rate = 0;
     for (int i = 0; i < u->n; i++) {
         e->rates[i] = (float)(e->rates[i] * warm);
+        e->rates_told[i] *= warm;
         rate = VEL_MAX(rate, (double)e->rates[i]);
     }
     double *sum = &e->numbers[NUMBER_WEIGHT_SUM].value, *most = &e->numbers[NUMBER_LR_MAX].value;
@@ -296,7 +300,7 @@ static void adafactor_numbers(vel_engine *e, vel_update *u, double t)
     u->beta2 = (float)(1 - pow(t, o->decay_rate));
     double most = o->warmup_init ? 1e-6 * t : 1e-2;
     for (int i = 0; o->relative_step && i < u->n; i++)
-        e->rates[i] = (float)VEL_MIN(most, 1 / sqrt(t));
+        e->rates[i] = (float)(e->rates_told[i] = VEL_MIN(most, 1 / sqrt(t)));
 }
 
 static vel_status prodigy(vel_engine *e, vel_update *u, double t)
@@ -348,7 +352,7 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
     const vel_optimizer *o = &e->optimizer;
     double t = e->numbers[NUMBER_T].value + 1;
     for (int i = 0; i < e->n_trainables; i++)
-        e->rates[i] = (float)lr(user, i);
+        e->rates[i] = (float)(e->rates_told[i] = lr(user, i));
     vel_update u = {.rule = rule_of(e),
                     .value = e->value,
                     .grad = e->grad,
@@ -384,7 +388,7 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
 
 double vel_engine_rate(const vel_engine *e, int i)
 {
-    return i >= 0 && i < e->n_segments ? e->rates[i] : NAN;
+    return i >= 0 && i < e->n_segments ? e->rates_told[i] : NAN;
 }
 
 vel_status vel_engine_evaluate(vel_engine *e, bool on)
