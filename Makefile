@@ -84,7 +84,7 @@ CLI_OBJ := $(CLI_SRC:%.c=$(OBJ)/%.o)
 TEST_SRC := $(wildcard tests/*.c)
 TEST_OBJ := $(TEST_SRC:%.c=$(OBJ)/%.o)
 
-.PHONY: all test test-gpu clean layers format size objects fault fuzz aarch64 cuda
+.PHONY: all test plans test-gpu clean layers format size objects fault fuzz aarch64 cuda
 all: $(BUILD)/velatura
 objects: $(LIB_OBJ) $(CLI_OBJ)
 
@@ -150,6 +150,11 @@ test: $(BUILD)/run-tests $(BUILD)/velatura
 	$(TEST_ENV) $(BUILD)/run-tests --program $(BUILD)/velatura $(if $(SKIP),--skip '$(SKIP)') $(if $(PATTERN),'$(PATTERN)')
 # On a GPU: its kernels against the op table in three types, with the libraries and without, the
 # optimizer against the CPU's, then the goldens of the model and of training.
+# the snapshots of the families' graphs, to be looked at with git diff
+plans: $(BUILD)/run-tests
+	mkdir -p tests/plans
+	VELATURA_WRITE_PLANS=1 $(BUILD)/run-tests plans_of_families
+
 DEVICE ?= cuda
 test-gpu: $(BUILD)/run-tests $(BUILD)/velatura $(BUILD)/libvelatura-cuda.so
 	$(TEST_ENV) VELATURA_TEST_DEVICE=$(DEVICE) $(BUILD)/run-tests --program $(BUILD)/velatura 'gpu_*'

@@ -1,0 +1,239 @@
+/* test_plans.c: the larger families on paper: each one's whole graph (text encoders, denoiser,
+ * autoencoder) as text in tests/plans, so that a change of a graph is seen as what it is; and what
+ * the planner says of a training step's memory against what is allocated. `make plans` writes the
+ * snapshots anew. */
+#include <stdlib.h>
+
+#include "backend/backend.h"
+#include "exec/engine.h"
+#include "test.h"
+#include "train/train.h"
+
+static vel_model *open_tiny(vel_test *t, const char *family)
+{
+    vel_model *m = NULL;
+    char *folder = vel_test_text(t, "tests/golden/families/%s/model", family);
+    const vel_model_options o = {.device = "cpu", .precision = "no", .clip_skip = 1};
+    CHECK_OK(vel_model_open(t->ctx, folder, &o, &m));
+    vel_free(t->ctx, folder);
+    return m;
+}
+
+/* ---- snapshots ---- */
+
+/* Everything that the family builds, for one sample of 8 x 8 latents. */
+static void print_family(vel_test *t, vel_model *m, vel_text *out)
+{
+    enum { SIDE = 8 };
+    const vel_family *f = vel_model_family(m);
+    const vel_config *config = vel_model_config(m);
+    const vel_latent_info *info = vel_model_latent(m);
+    vel_graph *g = vel_graph_create(t->ctx);
+    if (!g)
+        return;
+    vel_shape latent = VEL_SHAPE(1, SIDE, SIDE, info->channels);
+    vel_ref x = vel_input(g, "latent", VEL_F32, latent);
+    vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(1));
+    vel_condition c = vel_model_condition_inputs(m, g, 1, ~0u, 1);
+    vel_output(g, "prediction", vel_family_denoise(g, f, config, x, time, &c));
+    vel_output(g, "picture", f->decode(g, config, x));
+    int64_t side = (int64_t)SIDE * info->down;
+    vel_output(g, "moments",
+               f->encode(g, config, vel_input(g, "image", VEL_F32, VEL_SHAPE(1, side, side, 3))));
+    CHECK_OK(vel_graph_check(g));
+    if (!vel_graph_check(g))
+        vel_graph_print(g, out);
+    vel_graph_destroy(g);
+}
+
+static void compare_lines(vel_test *t, const char *path, const char *got, const char *want)
+{
+    int line = 1;
+    while (*got && *got == *want) {
+        line += *got == '\n';
+        got++;
+        want++;
+    }
+    if (*got == *want)
+        return;
+    while (line > 1 && got[-1] != '\n') {
+        got--;
+        want--;
+    }
+    CHECK_MSG(false, "%s:%d: is now\n  %.*s\nand was\n  %.*s\n(make plans, and look at the change)",
+              path, line, (int)strcspn(got, "\n"), got, (int)strcspn(want, "\n"), want);
+}
+
+static void check_family(vel_test *t, const char *family)
+{
+    vel_model *m = open_tiny(t, family);
+    REQUIRE(m);
+    vel_text out;
+    vel_text_init(&out, t->ctx);
+    print_family(t, m, &out);
+    char *path = vel_test_text(t, "tests/plans/%s.txt", family);
+    bool writes = getenv("VELATURA_WRITE_PLANS") != NULL;
+    FILE *file = fopen(path, writes ? "w" : "r");
+    CHECK_MSG(file, "%s: cannot open; make plans", path);
+    if (file && writes) {
+        fputs(out.s ? out.s : "", file);
+    } else if (file && out.s && !out.failed) {
+        char *want = vel_test_alloc(t, out.n + 65536);
+        size_t n = fread(want, 1, out.n + 65535, file);
+        want[n] = 0;
+        compare_lines(t, path, out.s, want);
+        vel_free(t->ctx, want);
+    }
+    if (file)
+        fclose(file);
+    vel_free(t->ctx, path);
+    vel_text_finish(&out);
+    vel_model_close(m);
+}
+
+TEST(plans_of_families)
+{
+    static const char *const families[] = {"sdxl",         "sd3",  "sd35",   "flux-dev",
+                                           "flux-schnell", "sana", "lumina2"};
+    for (int i = 0; i < VEL_COUNT(families); i++)
+        check_family(t, families[i]);
+}
+
+/* ---- memory ---- */
+
+enum { MOST_BLOCKS = 1 << 14 };
+static struct {
+    void *at;
+    size_t bytes;
+} blocks[MOST_BLOCKS];
+static int64_t held, most;
+
+static vel_status counting_alloc(vel_device *d, size_t bytes, void **out)
+{
+    VEL_TRY(vel_backend_cpu.alloc(d, bytes, out));
+    for (int i = 0; i < MOST_BLOCKS; i++)
+        if (!blocks[i].at) {
+            blocks[i].at = *out;
+            blocks[i].bytes = bytes;
+            break;
+        }
+    held += (int64_t)bytes;
+    most = VEL_MAX(most, held);
+    return VEL_OK;
+}
+
+static void counting_free(vel_device *d, void *p)
+{
+    for (int i = 0; p && i < MOST_BLOCKS; i++)
+        if (blocks[i].at == p) {
+            held -= (int64_t)blocks[i].bytes;
+            blocks[i].at = NULL;
+            break;
+        }
+    vel_backend_cpu.free(d, p);
+}
+
+typedef struct step_inputs {
+    float *latent, *noise, *context, *extra, weight[1];
+    int32_t *ids, time[1];
+} step_inputs;
+
+static void one_step(vel_test *t, vel_model *m, vel_trainer *trainer, int side)
+{
+    int64_t count = (int64_t)side * side * vel_model_latent(m)->channels;
+    step_inputs in = {.weight = {1}, .time = {500}};
+    in.latent = vel_test_alloc(t, (size_t)count * sizeof(float));
+    in.noise = vel_test_alloc(t, (size_t)count * sizeof(float));
+    in.context = vel_test_alloc(t, (size_t)vel_model_text_values(m) * sizeof(float));
+    in.extra = vel_test_alloc(t, VEL_MAX_EXTRA * sizeof(float));
+    in.ids = vel_test_alloc(t, (size_t)vel_model_ids(m) * sizeof(int32_t));
+    vel_batch b = {.n = 1,
+                   .h = side,
+                   .w = side,
+                   .latent = in.latent,
+                   .noise = in.noise,
+                   .timestep = in.time,
+                   .context = in.context,
+                   .ids = in.ids,
+                   .extra = in.extra,
+                   .weight = in.weight};
+    double loss;
+    REQUIRE_OK(vel_trainer_run(trainer, &b, true, &loss, NULL));
+    void *own[] = {in.latent, in.noise, in.context, in.extra, in.ids};
+    for (int i = 0; i < VEL_COUNT(own); i++)
+        vel_free(t->ctx, own[i]);
+}
+
+static double any_rate(void *user, int i)
+{
+    (void)user;
+    (void)i;
+    return 1e-4;
+}
+
+/* texts: the text encoders learn as well. */
+static void check_memory(vel_test *t, const char *family, bool texts, int level)
+{
+    enum { SIDE = 16 };
+    vel_backend counting = vel_backend_cpu;
+    counting.alloc = counting_alloc;
+    counting.free = counting_free;
+    memset(blocks, 0, sizeof blocks);
+    held = most = 0;
+    vel_model *m = open_tiny(t, family);
+    REQUIRE(m);
+    vel_engine *e = vel_model_engine(m);
+    e->backend = &counting;
+    vel_arena *arena = vel_arena_create(t->ctx);
+    vel_adapter_site *sites = NULL;
+    REQUIRE(arena);
+    int n = 0, sizes[1][2] = {{SIDE, SIDE}};
+    vel_train_options how = {.targets = "attn+mlp",
+                             .text_targets = "attn+mlp",
+                             .text_encoders = "all",
+                             .rank = 4,
+                             .network = "lora",
+                             .train_unet = true,
+                             .train_text_encoder = texts};
+    REQUIRE_OK(vel_train_sites(t->ctx, arena, m, &how, &sites, &n));
+    vel_adaption adaption = {sites, n};
+    vel_trainer_options o = {.compute = VEL_F32,
+                             .level = level,
+                             .clip_skip = 1,
+                             .trained = {.adaptions = &adaption, .n_adaptions = 1}};
+    REQUIRE_OK(vel_train_texts(m, &how, &o.texts));
+    vel_optimizer adamw = {.rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
+    vel_trainer *trainer = NULL;
+    REQUIRE_OK(vel_engine_set_optimizer(e, &adamw));
+    REQUIRE_OK(vel_trainer_create(m, &o, &trainer));
+    REQUIRE_OK(vel_trainer_register(trainer, 1, SIDE, SIDE));
+    vel_fit fit = {.model = m,
+                   .trainer = trainer,
+                   .sizes = sizes,
+                   .n_sizes = 1,
+                   .batch = 1,
+                   .models = 1,
+                   .accumulation = 1};
+    REQUIRE_OK(vel_fit_describe(&fit, false));
+    one_step(t, m, trainer, SIDE);
+    REQUIRE_OK(vel_engine_update(e, 1, any_rate, NULL));
+    double planned = (double)(fit.bytes - fit.size.overhead), off = planned / (double)most - 1;
+    CHECK_MSG(fabs(off) < 0.01,
+              "%s: %.0f bytes were planned (trained %lld, working %lld, weights %lld), %lld are "
+              "allocated: %.2f %%",
+              family, planned, (long long)fit.trained, (long long)fit.size.arena,
+              (long long)fit.size.weights, (long long)most, 100 * off);
+    vel_trainer_destroy(trainer);
+    vel_model_close(m);
+    vel_arena_destroy(arena);
+    CHECK(held == 0);
+}
+
+TEST(plans_memory_is_what_is_allocated)
+{
+    check_memory(t, "sdxl", false, 0);
+    check_memory(t, "sd3", true, 0);
+    check_memory(t, "flux-dev", false, 2);
+    check_memory(t, "sana", true, 1);
+    check_memory(t, "lumina2", false, 0);
+}
