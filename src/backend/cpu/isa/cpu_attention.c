@@ -323,11 +323,12 @@ static void finish_task(const attention_shape *s, const task_space *w, int64_t h
 static bool is_quick(const forward *f, const task_space *w, int64_t in_group, int64_t rows)
 {
     const attention_shape *s = &f->s;
-    float k = 0, q = 0;
-    for (int64_t i = 0; i < f->blocks; i++)
-        k = f->longest[in_group * f->blocks + i] <= k ? k : f->longest[in_group * f->blocks + i];
+    const float *longest = f->longest + in_group * f->blocks;
+    float k = 0;
+    for (int64_t i = 0; i < f->blocks && k == k; i++)
+        k = longest[i] <= k ? k : longest[i];
     vel_matrix m = {w->q, s->depth, rows, s->d, true};
-    q = longest_row(&m, 0, rows);
+    float q = longest_row(&m, 0, rows);
     return sqrtf(q) * sqrtf(k) * fabsf(s->scale) * LOG2_E <= QUICK_LIMIT; /* not where one is NaN */
 }
 #endif

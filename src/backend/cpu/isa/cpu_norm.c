@@ -123,7 +123,7 @@ VEL_INLINE void forward_apply(const group_shape *s, const void *x, const float *
             int64_t left = s->width - c, at = row * s->width + c;
             vf z = vget_part(x, at, left, half) * vget_part(factor, c, left, false) +
                    vget_part(addend, c, left, false);
-            vput_part(y, at, left, half, vact(act, z));
+            vput_part(y, at, left, half, half ? vact_rough(act, z) : vact(act, z));
         }
     }
 }
