@@ -346,12 +346,14 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
     return st;
 }
 
-/* Small steps keep nearly everything, large ones some more than half of it. */
+/* Small steps keep what the device finds roomy, larger ones some more than half of everything. */
 static vel_status roomy_budget(const vel_plan *p, int64_t *budget)
 {
     int64_t everything;
     VEL_TRY(measure_level(p->engine, p->g, 0, &everything));
-    *budget = VEL_MAX(p->backend->roomy, everything / 20 * 11);
+    *budget = p->backend->roomy;
+    if (everything > p->backend->small)
+        *budget = VEL_MAX(*budget, everything / 20 * 11);
     return VEL_OK;
 }
 
