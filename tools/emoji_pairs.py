@@ -7,8 +7,9 @@ DRAWINGS holds dataset.jsonl and a folder for each style. OUT/train gets N (all 
 model was trained on, OUT/held-out 132 that it never saw and OUT/measure the other 578: those for
 which the md5 of "concept|style" modulo 1000 is under 80, as models/emoji-sd/README.md says.
 
---turned K adds K copies of each drawing in OUT/train, turned by up to 15 degrees, scaled by 0.8 to
-1.08 and moved by up to 12 pixels; with --said their captions end in ", turned". Pictures are then
+--turned K adds K copies of each drawing in OUT/train, every second one mirrored, turned by up to 15
+degrees, scaled by 0.8 to 1.08 and moved by up to 12 pixels; with --said their captions end in
+", turned", so that drawings without the word stay upright. Pictures are then
 PNG (this needs Pillow), else the files as they are.
 """
 import argparse
@@ -30,8 +31,10 @@ def held_out(row):
 
 
 def turned(image, draw):
-    """image, turned, scaled and moved as the random numbers of draw say, on white."""
-    from PIL import Image
+    """image, mirrored, turned, scaled and moved as the random numbers of draw say, on white."""
+    from PIL import Image, ImageOps
+    if draw.random() < 0.5:
+        image = ImageOps.mirror(image)
     angle, scale = math.radians(draw.uniform(-15, 15)), draw.uniform(0.8, 1.08)
     x, y = draw.uniform(-12, 12), draw.uniform(-12, 12)
     width, height = image.size

@@ -318,6 +318,7 @@ static vel_status list_pictures(train_session *s, reading *r)
             bool again = epoch && flipped == vel_batch_flipped(s, i, 0);
             if (!again)
                 VEL_TRY(kept_moments(s, i, flipped, NULL, &known));
+            s->n_kept_pictures += !again;
             if (again || known)
                 continue;
             r->sample[r->n] = i;
@@ -409,8 +410,8 @@ vel_status vel_feed_prepare(train_session *s)
     VEL_TRY(encode_pictures(s));
     if (folder && !s->o->random_crop)
         vel_log(s->ctx, 2, "%s: %d pictures encoded, %d known; %d captions read, %d known", folder,
-                s->n_encoded, s->n_samples * (s->o->flip ? 2 : 1) - s->n_encoded,
-                s->n_captions - s->n_known_texts, s->n_known_texts);
+                s->n_encoded, s->n_kept_pictures - s->n_encoded, s->n_captions - s->n_known_texts,
+                s->n_known_texts);
     return make_room(s);
 }
 

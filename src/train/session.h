@@ -114,7 +114,8 @@ typedef struct train_session {
     const char **content;              /* [n_samples] what identifies a picture; NULL: not asked */
     known_values moments, known_masks; /* moments are the cache's, masks are owned */
     int n_cached_texts;
-    int n_encoded, n_known_texts; /* pictures that went through the autoencoder; cached captions */
+    int n_kept_pictures;             /* that are encoded once, mirrored ones counted apart */
+    int n_encoded, n_known_texts;    /* of them, now; cached captions */
     int first_sentence, n_sentences; /* templates of new words, among captions; 0: none */
     const char **captions;           /* distinct; [0] is "" */
     int *caption_of;                 /* [sample] */
