@@ -282,6 +282,73 @@ TEST(optimizers_8bit_states_are_a_quarter)
     vel_free(t->ctx, b);
 }
 
+/* ---- a whole run ---- */
+
+enum { OUTPUTS = 70, INPUTS = 65, ROWS = 16, RUN = 300, WINDOW = 25 };
+
+/* One batch of a layer that learns another one's answers, y = tanh(W x), with noise on them, so
+ * that the loss comes down and then stays: the mean square error, and its gradient in dw. */
+static double layer_loss(const float *w, int number, float *dw)
+{
+    double loss = 0;
+    memset(dw, 0, OUTPUTS * INPUTS * sizeof *dw);
+    for (int r = 0; r < ROWS; r++)
+        for (int o = 0; o < OUTPUTS; o++) {
+            float y = 0, want = 0, x[INPUTS];
+            for (int i = 0; i < INPUTS; i++) {
+                x[i] = hashed(r * INPUTS + i, 1000 + number);
+                y += w[o * INPUTS + i] * x[i];
+                want += 2 * hashed(o * INPUTS + i, 7) * x[i];
+            }
+            y = tanhf(y);
+            float off = y - tanhf(want) - 0.5f * hashed(r * OUTPUTS + o, 5000 + number);
+            loss += (double)(off * off) / (ROWS * OUTPUTS);
+            for (int i = 0; i < INPUTS; i++)
+                dw[o * INPUTS + i] += 2 * off * (1 - y * y) * x[i] / (ROWS * OUTPUTS);
+        }
+    return loss;
+}
+
+/* The losses of a run, means over windows of its steps. */
+static void learn(vel_test *t, const char *name, const char *args, double *means)
+{
+    bench *b = vel_test_alloc(t, sizeof *b);
+    float *w = vel_test_alloc(t, OUTPUTS * INPUTS * sizeof *w);
+    REQUIRE(open_bench(b, t, name, args, true));
+    const vel_trainable *p = vel_engine_trainable_at(b->e, 0);
+    REQUIRE(p->count == OUTPUTS * INPUTS);
+    memset(means, 0, RUN / WINDOW * sizeof *means);
+    for (int k = 0; k < RUN; k++) {
+        vel_engine_read_trainables(b->e, 'v', p->offset, p->count, w);
+        means[k / WINDOW] += layer_loss(w, k, b->room) / WINDOW;
+        vel_engine_write_trainables(b->e, 'g', p->offset, p->count, b->room);
+        b->lr = 0.01 * (1 - (double)k / RUN);
+        REQUIRE_OK(vel_engine_update(b->e, 1, rate_of, b));
+    }
+    vel_engine_destroy(b->e);
+    vel_free(t->ctx, w);
+    vel_free(t->ctx, b);
+}
+
+/* Within 1 % of AdamW's at each point of the curve; a run with a slightly other beta is not. */
+TEST(optimizers_8bit_curve_is_adamws)
+{
+    double plain[RUN / WINDOW], eight[RUN / WINDOW], other[RUN / WINDOW], most = 0;
+    learn(t, "AdamW", NULL, plain);
+    learn(t, "AdamW8bit", NULL, eight);
+    learn(t, "AdamW", "betas=0.8,0.999", other);
+    CHECK_MSG(plain[RUN / WINDOW - 1] < 0.25 * plain[0], "from %g to %g", plain[0],
+              plain[RUN / WINDOW - 1]);
+    for (int k = 0; k < RUN / WINDOW; k++) {
+        double off = fabs(eight[k] / plain[k] - 1);
+        CHECK_MSG(off < 0.01, "steps %d to %d: %.6f, and %.6f by AdamW", WINDOW * k + 1,
+                  WINDOW * (k + 1), eight[k], plain[k]);
+        CHECK(k == 0 || eight[k] != plain[k]);
+        most = VEL_MAX(most, fabs(other[k] / plain[k] - 1));
+    }
+    CHECK_MSG(most > 0.01, "another beta is only %g off", most);
+}
+
 /* Values stay on bfloat16's grid, and small steps are taken in the mean where rounding to the
  * nearest would take none. */
 TEST(optimizers_round_stochastically)
