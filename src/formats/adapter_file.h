@@ -70,11 +70,12 @@ bool vel_adapter_pattern_matches(const char *key, const char *module);
  * "kohya": learned words, alpha tensors, lora_unet_ names, LyCORIS' names of leaves; ss_ and sshs_
  * metadata; of transformers and SDXL the names of the original files, where q, k and v are joined,
  * or LyCORIS' own names of what cannot be joined. "lycoris": the same with these for all.
- * "comfyui": the same with dots, "diffusion_model.". "diffusers": no alpha tensors: metadata
- * "lora_adapter_metadata" carries it, and the scale is folded in where a reader would not see it:
- * peers' trap 3. "peft": path is a folder; adapter_model.safetensors and adapter_config.json. One
- * part of a model only, and one kind; what PEFT has no module for is refused. type: F32, F16 or
- * BF16. metadata: ss_*, modelspec.* entries, hashes are added; may be NULL. */
+ * "comfyui": the same with dots, "diffusion_model."; LoRA by PEFT's leaves, the strength folded in.
+ * "diffusers": no alpha tensors: metadata "lora_adapter_metadata" carries it, and the scale is
+ * folded in where a reader would not see it: peers' trap 3. "peft": path is a folder;
+ * adapter_model.safetensors and adapter_config.json. One part of a model only, and one kind; what
+ * PEFT has no module for is refused. type: F32, F16 or BF16. metadata: ss_*, modelspec.* entries,
+ * hashes are added; may be NULL. */
 vel_status vel_adapter_file_write(const vel_adapter_file *f, const char *path, const char *dialect,
                                   vel_file_type type, const json_t *metadata);
 

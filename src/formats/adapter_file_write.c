@@ -87,6 +87,13 @@ static bool is_kohyas(const writing *w)
     return vel_glob("kohya,lycoris,comfyui", w->dialect);
 }
 
+/* LoRA as ComfyUI's users exchange it has PEFT's leaves and no alpha, which not all its readers
+ * look for. */
+static bool goes_without_alpha(const writing *w, const vel_adapter_module *m)
+{
+    return strcmp(w->dialect, "comfyui") == 0 && strcmp(m->kind, "lora") == 0;
+}
+
 static vel_status add_leaf(writing *w, const vel_adapter_module *m, const char *stem,
                            vel_adapter_leaf leaf, double by)
 {
@@ -111,7 +118,8 @@ static double unseen_strength(const writing *w, const vel_adapter_module *m,
                               vel_adapter_leaf scaled_leaf)
 {
     bool whole = m->leaf[VEL_LEAF_LOKR_W1].v && m->leaf[VEL_LEAF_LOKR_W2].v;
-    bool told = strcmp(w->dialect, "peft") == 0 || (is_kohyas(w) && !whole);
+    bool told =
+        strcmp(w->dialect, "peft") == 0 || (is_kohyas(w) && !whole && !goes_without_alpha(w, m));
     bool product = scaled_leaf < VEL_ADAPTER_LEAVES && scaled_leaf != VEL_LEAF_DIFF;
     return told || !product ? 1 : m->alpha / m->rank;
 }
@@ -132,7 +140,7 @@ static vel_status add_module(writing *w, const vel_adapter_module *m, const char
     if (!alpha)
         return VEL_NO_MEMORY;
     *alpha = (float)(by == 1 ? m->alpha : m->rank);
-    if (name && leaf < VEL_ADAPTER_LEAVES && leaf != VEL_LEAF_DIFF)
+    if (name && leaf < VEL_ADAPTER_LEAVES && leaf != VEL_LEAF_DIFF && !goes_without_alpha(w, m))
         w->tensors[w->n++] = (vel_save_tensor){.name = name, .type = VEL_FILE_F32, .data = alpha};
     return VEL_OK;
 }

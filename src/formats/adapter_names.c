@@ -122,6 +122,8 @@ static const struct {
 } written[] = {
     {"kohya", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
     {"comfyui", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
+    {"comfyui", NULL, VEL_LEAF_LORA_DOWN, ".lora_A.weight"},
+    {"comfyui", NULL, VEL_LEAF_LORA_UP, ".lora_B.weight"},
     {"lycoris", NULL, VEL_ADAPTER_ALPHA, ".alpha"},
     {"diffusers", "unet", VEL_LEAF_LORA_DOWN, ".lora.down.weight"},
     {"diffusers", "unet", VEL_LEAF_LORA_UP, ".lora.up.weight"},

@@ -5,6 +5,7 @@
 
 GOLDEN holds a folder for each family with a small model in it (tests/golden/families). For each family:
 
+  verify  an adapter of `velatura train` is the same in every dialect, by `velatura adapter verify --tolerance 0`
   there   an adapter of `velatura train`, and what `velatura adapter convert` makes of it, is loaded by
           diffusers (load_lora_weights)
   here    an adapter made with PEFT, saved by diffusers and as PEFT's folder, is loaded by `velatura generate`
@@ -137,6 +138,16 @@ def train(f, targets):
     return out / "a.safetensors"
 
 
+def verify(f, trained, table):
+    """`adapter verify` between the trained file and itself in every other dialect: zero, not nearly so."""
+    for dialect in ("kohya", "comfyui", "lycoris", "diffusers"):
+        other = f.folder / f"verify-{dialect}.safetensors"
+        run([f.program, "adapter", "convert", trained, other, "--format", dialect, "--model", f.model])
+        done = subprocess.run([f.program, "adapter", "verify", trained, other, "--model", f.model, "--tolerance", "0"],
+                              capture_output=True, text=True)
+        table.verified(dialect, done)
+
+
 def randomise(layer_b):
     torch.nn.init.normal_(layer_b, std=0.3)
 
@@ -230,6 +241,14 @@ def named_as_sd_scripts(f, table, base):
 
 
 class Table:
+    def verified(self, dialect, done):
+        good = done.returncode == 0
+        self.passed += good
+        self.failed += not good
+        last = (done.stdout if good else done.stderr).strip().splitlines()[-1]
+        print(f"{self.family:<13} {'verify':<9} {dialect + ': ' + last[-86:]:<95}  {'PASS' if good else 'FAIL'}",
+              flush=True)
+
     def __init__(self):
         self.failed = self.passed = 0
         print(f"{'family':<13} {'direction':<9} {'adapter':<72} {'effect':>6} {'max':>4} {'differ':>8}")
@@ -252,6 +271,7 @@ def check(program, golden, name, table):
         table.row("base", "none", f.here(), base, base)
         trained = train(f, "all")
         table.row("there", "trained here, as it is saved", f.here(trained), f.loaded(trained), base)
+        verify(f, trained, table)
         # diffusers' converters of other names leave out what stands before and behind the blocks
         trained = train(f, "attn") if f.dialects else None
         for dialect in f.dialects:
