@@ -91,7 +91,8 @@ static const struct family {
     {"lumina2",
      {QKV("transformer.layers.0.attn."), "transformer.context_refiner.0.attn.to_v",
       "transformer.layers.1.feed_forward.linear_3", "transformer.noise_refiner.0.norm1.linear",
-      "text_encoder.layers.0.mlp.gate_proj"},
+      "text_encoder.layers.0.mlp.gate_proj",
+      "text_encoder.layers.2.mlp.up_proj"}, /* which the model does not use */
      {{"kohya", "lora_unet_layers_0_attention_qkv"},
       {"kohya", "lora_unet_context_refiner_0_attention_qkv"},
       {"kohya", "lora_unet_layers_1_feed_forward_w3"},

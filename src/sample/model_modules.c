@@ -30,6 +30,32 @@ static vel_status describe(vel_model *m, const vel_checkpoint_names *names, cons
     return out->path ? VEL_OK : VEL_NO_MEMORY;
 }
 
+/* Text encoders whose last layers the model does not use have no graph for them, but other programs
+ * put adapters on these, too: they are known by the first layer's, and are in no plan. Only where
+ * layers are counted as "text_encoder.layers.N.", as in an LLM. */
+static int add_unused_layers(vel_model *m, vel_known_module *list, int n, int room)
+{
+    int first = n;
+    for (int k = 0; k < m->n_texts; k++) {
+        char start[64], path[256];
+        snprintf(start, sizeof start, "%s.layers.0.", m->texts[k].part);
+        for (int layer = 1; layer < m->texts[k].layers; layer++) {
+            bool there = false;
+            snprintf(path, sizeof path, "%s.layers.%d.", m->texts[k].part, layer);
+            for (int i = 0; i < first && !there; i++)
+                there = vel_has_prefix(list[i].path, path);
+            for (int i = 0; i < first && !there && n < room; i++)
+                if (vel_has_prefix(list[i].path, start)) {
+                    list[n] = list[i];
+                    list[n].path =
+                        vel_arena_strf(m->arena, "%s%s", path, list[i].path + strlen(start));
+                    n += list[n].path != NULL;
+                }
+        }
+    }
+    return n;
+}
+
 /* Modules of the graphs of denoiser and text encoder, as plain data in the model's arena. */
 static vel_status list_modules(vel_model *m)
 {
@@ -44,7 +70,7 @@ static vel_status list_modules(vel_model *m)
     for (int i = 0; i < n_graphs && !st; i++)
         room += vel_graph_modules(graphs[i], NULL, 0);
     vel_known_module *out =
-        st ? NULL : vel_arena_alloc(m->arena, sizeof *out * (size_t)VEL_MAX(room, 1));
+        st ? NULL : vel_arena_alloc(m->arena, sizeof *out * (size_t)VEL_MAX(2 * room, 1));
     vel_module *found = st ? NULL : vel_alloc(m->ctx, sizeof *found * (size_t)VEL_MAX(room, 1));
     if (!st && (!out || !found))
         st = VEL_NO_MEMORY;
@@ -60,7 +86,7 @@ static vel_status list_modules(vel_model *m)
         vel_graph_destroy(graphs[i]);
     if (!st) {
         m->modules = out;
-        m->n_modules = n;
+        m->n_modules = add_unused_layers(m, out, n, 2 * room);
     }
     return st;
 }

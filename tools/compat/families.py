@@ -52,10 +52,13 @@ FAMILIES = {
     "sd3": (JOINT, {}, ("text_encoder", "text_encoder_2"), ()),
     "sd35": (JOINT, {}, ("text_encoder", "text_encoder_2"), ()),
     "flux-dev": (JOINT, {}, ("text_encoder",), ("kohya",)),
-    "flux-schnell": (JOINT, {}, ("text_encoder",), ("kohya",)),
+    "flux-schnell": (JOINT, {"max_sequence_length": 256}, ("text_encoder",), ("kohya",)),
     "sana": (PLAIN, {"use_resolution_binning": False, "clean_caption": False}, (), ()),
     "lumina2": (PLAIN, {}, (), ("comfyui",)),
 }
+# diffusers' converters of other names leave out what stands before and behind the blocks, and Lumina's wants
+# all of a block's modules
+CONVERTED = {"lumina2": "*attn.to_q,*attn.to_k,*attn.to_v,*attn.to_out.0,*feed_forward.linear_?,*norm1.linear"}
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 # sd-scripts: the beginning of a part's names, the part in diffusers, and where its modules lie
@@ -78,17 +81,23 @@ def run(arguments):
         raise RuntimeError(f"{arguments[0]} {arguments[1]} ended with {done.returncode}: {done.stderr[-600:]}")
 
 
-def with_widths(model):
-    """diffusers' converter of sd-scripts' FLUX.1 names, in which the published model's widths are written,
-    with the small model's."""
+def with_widths(model, flux):
+    """diffusers' converters of sd-scripts' FLUX.1 names and of Lumina's original ones, in which the published
+    models' widths are written, with the small model's; nothing else of them is changed."""
     from diffusers.loaders import lora_conversion_utils as converters, lora_pipeline
 
-    name = "_convert_kohya_flux_lora_to_diffusers"
     c = single_files.config_of(model, "transformer")
-    width = c["num_attention_heads"] * c["attention_head_dim"]
-    source = inspect.getsource(getattr(converters, name))
-    scope = dict(vars(converters))
-    exec(source.replace("3072", str(width)).replace("12288", str(4 * width)), scope)
+    if flux:
+        name, width = "_convert_kohya_flux_lora_to_diffusers", c["num_attention_heads"] * c["attention_head_dim"]
+        sizes = {"3072": str(width), "12288": str(4 * width)}
+    else:
+        name, head = "_convert_non_diffusers_lumina2_lora_to_diffusers", c["hidden_size"] // c["num_attention_heads"]
+        sizes = {"2304": str(c["hidden_size"]), "768": str(head * c["num_kv_heads"])}
+    source, scope = inspect.getsource(getattr(converters, name)), dict(vars(converters))
+    for old, new in sizes.items():
+        assert old in source, old
+        source = source.replace(old, new)
+    exec(source, scope)
     setattr(lora_pipeline, name, scope[name])
 
 
@@ -99,8 +108,8 @@ class Family:
         self.targets, self.told, self.texts, self.dialects = FAMILIES[name]
         self.pipe = diffusers.DiffusionPipeline.from_pretrained(self.model, torch_dtype=torch.float32)
         self.denoiser = "unet" if name == "sdxl" else "transformer"
-        if name.startswith("flux"):
-            with_widths(self.model)
+        if name.startswith("flux") or name == "lumina2":
+            with_widths(self.model, name != "lumina2")
 
     def there(self, pipe=None):
         pipe = pipe or self.pipe
@@ -130,7 +139,7 @@ def train(f, targets):
     for i, colour in enumerate(((200, 30, 30), (30, 200, 30))):
         Image.new("RGB", (SIDE, SIDE), colour).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text("a cat")
-    out = f.folder / targets
+    out = f.folder / ("all" if targets == "all" else "blocks")
     run([f.program, "train", "--model", f.model, "--data", pictures, "--resolution", SIDE, "--rank", RANK, "--alpha",
          ALPHA, "--targets", targets, "--learning_rate", "0.05", "--steps", 6, "--mixed_precision", "no", "--device",
          "cpu", "--seed", 1, "--output_dir", out, "--output_name", "a", "--save_precision", "float", "--quiet"]
@@ -272,12 +281,11 @@ def check(program, golden, name, table):
         trained = train(f, "all")
         table.row("there", "trained here, as it is saved", f.here(trained), f.loaded(trained), base)
         verify(f, trained, table)
-        # diffusers' converters of other names leave out what stands before and behind the blocks
-        trained = train(f, "attn") if f.dialects else None
+        trained = train(f, CONVERTED.get(name, "attn")) if f.dialects else None
         for dialect in f.dialects:
             converted = f.folder / f"{dialect}.safetensors"
             run([program, "adapter", "convert", trained, converted, "--format", dialect, "--model", f.model])
-            table.row("there", f"trained here (attn), converted to {dialect}'s names", f.here(converted),
+            table.row("there", f"trained here (blocks), converted to {dialect}'s names", f.here(converted),
                       f.loaded(converted), base)
         here_from_peft(f, table, base)
         f.pipe = diffusers.DiffusionPipeline.from_pretrained(f.model, torch_dtype=torch.float32)
