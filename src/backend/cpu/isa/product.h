@@ -23,7 +23,7 @@ enum { ROW_GRAIN = 16, TILE_DEPTH = 32 };
 #if defined(__AVX512F__)
 enum { MICRO_ROWS = 8, MICRO_PANELS = 3 }; /* 24 of 32 registers accumulate */
 #else
-enum { MICRO_ROWS = 4, MICRO_PANELS = 2 }; /* 8 (and 3 spare, for the values) of 16 */
+enum { MICRO_ROWS = 4, MICRO_PANELS = 3 }; /* 12 of 16, or of 8 where panels are left over */
 #endif
 
 typedef struct vel_operands { /* strides in elements */
@@ -76,14 +76,14 @@ VEL_INLINE void micro_full(const vel_operands *o, int64_t row, int64_t panel, co
     for (int64_t panel = 0; panel < (o)->panels;) {                                                \
         int64_t left = (o)->panels - panel;                                                        \
         for (int64_t row = 0; row < (o)->rows; row += MICRO_ROWS) {                                \
-            if (MICRO_PANELS == 3 && left >= 3)                                                    \
+            if (MICRO_PANELS == 3 && left >= 3 && left != 4)                                                    \
                 micro(o, row, panel, MICRO_PANELS);                                                \
             else if (left >= 2)                                                                    \
                 micro(o, row, panel, 2);                                                           \
             else                                                                                   \
                 micro(o, row, panel, 1);                                                           \
         }                                                                                          \
-        panel += left < MICRO_PANELS ? left : MICRO_PANELS;                                        \
+        panel += left == 4 ? 2 : left < MICRO_PANELS ? left : MICRO_PANELS;                                        \
     }
 
 static __attribute__((noinline, unused)) void product_full(const vel_operands *o){
