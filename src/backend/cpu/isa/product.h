@@ -76,14 +76,14 @@ VEL_INLINE void micro_full(const vel_operands *o, int64_t row, int64_t panel, co
     for (int64_t panel = 0; panel < (o)->panels;) {                                                \
         int64_t left = (o)->panels - panel;                                                        \
         for (int64_t row = 0; row < (o)->rows; row += MICRO_ROWS) {                                \
-            if (MICRO_PANELS == 3 && left >= 3 && left != 4)                                                    \
+            if (MICRO_PANELS == 3 && left >= 3 && left != 4)                                       \
                 micro(o, row, panel, MICRO_PANELS);                                                \
             else if (left >= 2)                                                                    \
                 micro(o, row, panel, 2);                                                           \
             else                                                                                   \
                 micro(o, row, panel, 1);                                                           \
         }                                                                                          \
-        panel += left == 4 ? 2 : left < MICRO_PANELS ? left : MICRO_PANELS;                                        \
+        panel += left == 4 ? 2 : left < MICRO_PANELS ? left : MICRO_PANELS;                        \
     }
 
 static __attribute__((noinline, unused)) void product_full(const vel_operands *o){
