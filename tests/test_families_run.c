@@ -366,3 +366,19 @@ TEST(families_run_tell_adapters_by_other_names)
     }
     vel_free(t->ctx, path);
 }
+
+/* Under --fit the plans of steps and of samples are not there at once; the result is the same. */
+TEST(families_run_samples_change_nothing_under_fit)
+{
+    program_result r;
+    copy_pictures(t);
+    if (runs(t, "sd3", "train " FAMILY_MODEL QUICK "--steps 2 --output_dir \"$D/plain\"", &r) &&
+        runs(t, "sd3",
+             "train " FAMILY_MODEL QUICK "--steps 2 --fit 1GB --sample_prompts \"a cat\" "
+             "--sample_every 1 --sample_steps 1 --output_dir \"$D/fit\"",
+             &r)) {
+        CHECK_MSG(strstr(r.text, "before the steps, one after the other: text_encoder"), "%s",
+                  r.text);
+        CHECK(same_files(t, "plain/a.safetensors", "fit/a.safetensors"));
+    }
+}

@@ -55,6 +55,11 @@ void vel_model_drop_plans(vel_model *m)
         drop_plan(m, m->n_plans - 1);
 }
 
+void vel_model_forget_plans(vel_model *m)
+{
+    vel_model_drop_plans(m);
+}
+
 void vel_model_rest(vel_model *m, const char *part)
 {
     for (int i = m->n_plans - 1; i >= 0; i--) {

@@ -121,6 +121,8 @@ vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_
 /* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures
  * are encoded). */
 void vel_model_rest(vel_model *m, const char *part);
+/* Forgets all plans, with what a device recorded of them; weights stay. */
+void vel_model_forget_plans(vel_model *m);
 vel_plan *vel_model_last_plan(vel_model *m); /* that ran last, for profiles; NULL none */
 vel_ctx *vel_model_ctx(vel_model *m);
 vel_engine *vel_model_engine(vel_model *m);

@@ -152,6 +152,18 @@ static vel_status fill(const sheet *s, const vel_image *images, vel_image *out)
     return VEL_OK;
 }
 
+static vel_status lay_out(sheet s, const vel_image *images, vel_image *out)
+{
+    s.row_height = vel_alloc(s.ctx, sizeof *s.row_height * (size_t)s.rows);
+    vel_status st = s.row_height ? measure(&s, images) : VEL_NO_MEMORY;
+    if (!st)
+        st = vel_image_create(s.ctx, s.width, s.height, 3, out);
+    if (!st && (st = fill(&s, images, out)))
+        vel_image_finish(out);
+    vel_free(s.ctx, s.row_height);
+    return st;
+}
+
 vel_status vel_sheet(vel_ctx *ctx, const vel_image *images, int rows, int columns,
                      const char *const *row_labels, const char *const *column_labels, int cell,
                      const char *title, vel_image *out)
@@ -168,12 +180,12 @@ vel_status vel_sheet(vel_ctx *ctx, const vel_image *images, int rows, int column
                .row_labels = row_labels,
                .column_labels = column_labels,
                .title = title};
-    s.row_height = vel_alloc(ctx, sizeof *s.row_height * (size_t)rows);
-    vel_status st = s.row_height ? measure(&s, images) : VEL_NO_MEMORY;
-    if (!st)
-        st = vel_image_create(ctx, s.width, s.height, 3, out);
-    if (!st && (st = fill(&s, images, out)))
-        vel_image_finish(out);
-    vel_free(ctx, s.row_height);
+    vel_status st = lay_out(s, images, out);
+    if (st == VEL_UNSUPPORTED) { /* no fonts, or a libvips without text: the pictures still count */
+        vel_log(ctx, 2, "a sheet without its labels: %s", vel_ctx_error(ctx));
+        s.title = NULL;
+        s.row_labels = s.column_labels = NULL;
+        st = lay_out(s, images, out);
+    }
     return st;
 }

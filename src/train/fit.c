@@ -24,6 +24,13 @@ int64_t vel_fit_size(const char *text)
     return 0;
 }
 
+/* Of a device with a driver, 3 % are left to it: what it takes for itself is only nearly known. */
+int64_t vel_fit_limit(vel_engine *e, const char *text)
+{
+    int64_t size = vel_fit_size(text);
+    return vel_engine_in_use(e) > 0 ? size - size / 100 * 3 : size;
+}
+
 /* ---- what a run takes ---- */
 
 static int64_t trained_bytes(const vel_fit *f, bool adds_up)
@@ -142,11 +149,11 @@ static void say(const vel_fit *f, const char *text, int64_t limit)
 
 vel_status vel_fit_choose(vel_fit *f, const char *text)
 {
-    int64_t limit = vel_fit_size(text);
+    vel_engine *e = vel_model_engine(f->model);
+    int64_t limit = vel_fit_limit(e, text);
     if (!limit)
         return vel_fail(vel_model_ctx(f->model), VEL_BAD_VALUE,
                         "--fit: '%s' is not a size such as 8GB", text);
-    vel_engine *e = vel_model_engine(f->model);
     vel_fit least = {0};
     bool found = false;
     for (int parts = 1; parts <= (f->models > 1 ? 1 : f->batch) && !found; parts++)
@@ -199,7 +206,7 @@ vel_status vel_train_fit(train_session *s, vel_train_options *o)
     s->streamed = f.streamed;
     o->batch /= f.parts;
     o->accumulation *= f.parts;
-    VEL_TRY(vel_phases_plan(s, f.trained, vel_fit_size(o->fit)));
+    VEL_TRY(vel_phases_plan(s, f.trained, vel_fit_limit(vel_model_engine(s->model), o->fit)));
     vel_engine_stream(vel_model_engine(s->model), s->streamed);
     if (f.streamed) /* weights that are on the device already would stay there */
         vel_model_rest(s->model, vel_model_family(s->model)->denoiser);

@@ -618,8 +618,13 @@ static vel_status freeze_text(train_session *s)
 static vel_status draw_samples(train_session *s)
 {
     vel_engine *e = vel_model_engine(s->model);
+    bool tight = s->o->fit && s->n_prompts; /* a recording takes 50 KB a kernel: one at a time */
+    if (tight)
+        vel_trainer_forget_plans(s->trainer);
     VEL_TRY(vel_engine_evaluate(e, true));
     VEL_TRY(vel_look_draw(s));
+    if (tight)
+        vel_model_forget_plans(s->model);
     return vel_engine_evaluate(e, false);
 }
 

@@ -38,13 +38,20 @@ vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_tr
     return VEL_OK;
 }
 
+void vel_trainer_forget_plans(vel_trainer *t)
+{
+    for (int i = 0; i < t->n_plans; i++)
+        vel_plan_destroy(t->plans[i].plan);
+    t->n_plans = 0;
+    vel_plan_destroy(t->base);
+    t->base = NULL;
+}
+
 void vel_trainer_destroy(vel_trainer *t)
 {
     if (!t)
         return;
-    for (int i = 0; i < t->n_plans; i++)
-        vel_plan_destroy(t->plans[i].plan);
-    vel_plan_destroy(t->base);
+    vel_trainer_forget_plans(t);
     vel_free(t->ctx, t->noisy);
     vel_free(t->ctx, t->target);
     vel_free(t->ctx, t);

@@ -191,6 +191,8 @@ typedef struct vel_trainer_options {
     vel_trained trained;     /* what it points at is borrowed */
 } vel_trainer_options;
 
+/* Forgets its plans, with what a device recorded of them; the next batch makes its own anew. */
+void vel_trainer_forget_plans(vel_trainer *t);
 /* Keeps a plan for each bucket. Borrows the model. */
 vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_trainer **out);
 void vel_trainer_destroy(vel_trainer *t);
@@ -229,6 +231,7 @@ typedef struct vel_fit {
     int64_t trained;            /* values, gradient, optimizer */
     int64_t bytes;              /* in all */
 } vel_fit;
+int64_t vel_fit_limit(vel_engine *e, const char *text); /* what a run may be planned to take */
 int64_t vel_fit_size(const char *text); /* "8GB", "800M": bytes; 0: it is not a size */
 /* Of the run as it is. on_paper: see vel_trainer_size. */
 vel_status vel_fit_describe(vel_fit *f, bool on_paper);
