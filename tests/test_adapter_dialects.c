@@ -124,6 +124,20 @@ static void make_loha(vel_test *t, const struct place *p, vel_adapter_module *m)
     LEAF(HADA_W2_B, 2, 4, p->dim[1] * area(p), 1, 1, 0.3f);
 }
 
+static void make_loha_tucker(vel_test *t, const struct place *p, vel_adapter_module *m)
+{
+    if (p->rank != 4 || area(p) == 1) {
+        make_loha(t, p, m);
+        return;
+    }
+    LEAF(HADA_T1, 4, 4, 4, p->dim[2], p->dim[3], 0.5f);
+    LEAF(HADA_W1_A, 2, 4, p->dim[0], 1, 1, 0.3f);
+    LEAF(HADA_W1_B, 2, 4, p->dim[1], 1, 1, 0.3f);
+    LEAF(HADA_T2, 4, 4, 4, p->dim[2], p->dim[3], 0.5f);
+    LEAF(HADA_W2_A, 2, 4, p->dim[0], 1, 1, 0.3f);
+    LEAF(HADA_W2_B, 2, 4, p->dim[1], 1, 1, 0.3f);
+}
+
 static void make_lokr(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     int64_t a, b, c, d; /* as LyCORIS and PEFT cut them */
@@ -134,11 +148,48 @@ static void make_lokr(vel_test *t, const struct place *p, vel_adapter_module *m)
     LEAF(LOKR_W2_B, 2, 4, d * area(p), 1, 1, 0.3f);
 }
 
+/* No tensor shows a rank: LyCORIS takes the strength to be 1. */
+static void make_lokr_whole(vel_test *t, const struct place *p, vel_adapter_module *m)
+{
+    int64_t a, b, c, d;
+    vel_lokr_factors(p->dim[0], -1, &a, &b);
+    vel_lokr_factors(p->dim[1], -1, &c, &d);
+    LEAF(LOKR_W1, 2, a, c, 1, 1, 0.3f);
+    LEAF(LOKR_W2, p->rank, b, d, p->dim[2], p->dim[3], 0.3f);
+    m->rank = 1;
+    m->alpha = 1;
+}
+
+/* Both factors are products, the second one's convolutions with a core. */
+static void make_lokr_tucker(vel_test *t, const struct place *p, vel_adapter_module *m)
+{
+    int64_t a, b, c, d;
+    vel_lokr_factors(p->dim[0], -1, &a, &b);
+    vel_lokr_factors(p->dim[1], -1, &c, &d);
+    bool core = area(p) > 1;
+    LEAF(LOKR_W1_A, 2, a, 2, 1, 1, 0.5f);
+    LEAF(LOKR_W1_B, 2, 2, c, 1, 1, 0.5f);
+    if (core)
+        LEAF(LOKR_T2, 4, 2, 2, p->dim[2], p->dim[3], 0.5f);
+    LEAF(LOKR_W2_A, 2, core ? 2 : b, core ? b : 2, 1, 1, 0.5f);
+    LEAF(LOKR_W2_B, 2, 2, d, 1, 1, 0.5f);
+    m->rank = 2;
+    m->alpha = 1;
+}
+
 static void make_full(vel_test *t, const struct place *p, vel_adapter_module *m)
 {
     LEAF(DIFF, p->rank, p->dim[0], p->dim[1], p->dim[2], p->dim[3], 0.01f);
     m->rank = 1;
     m->alpha = 1;
+}
+
+/* With a change of the bias, where the layer has one. */
+static void make_full_bias(vel_test *t, const struct place *p, vel_adapter_module *m)
+{
+    make_full(t, p, m);
+    if (strcmp(p->path, places[TO_Q].path) != 0)
+        LEAF(DIFF_B, 1, p->dim[0], 1, 1, 1, 0.01f);
 }
 
 static void make_norm(vel_test *t, const struct place *p, vel_adapter_module *m)
@@ -149,10 +200,15 @@ static void make_norm(vel_test *t, const struct place *p, vel_adapter_module *m)
     m->alpha = 1;
 }
 
-static void add_dora(vel_test *t, const struct place *p, vel_adapter_module *m)
+/* over: 'r' rows, 'c' columns. */
+static void add_dora(vel_test *t, const struct place *p, char over, vel_adapter_module *m)
 {
-    LEAF(DORA_SCALE, p->rank, p->dim[0], 1, 1, 1, 0.0f);
-    for (int64_t i = 0; i < p->dim[0]; i++)
+    int64_t n = over == 'r' ? p->dim[0] : p->dim[1];
+    if (over == 'r')
+        LEAF(DORA_SCALE, p->rank, n, 1, 1, 1, 0.0f);
+    else
+        LEAF(DORA_SCALE, p->rank, 1, n, 1, 1, 0.0f);
+    for (int64_t i = 0; i < n; i++)
         m->leaf[VEL_LEAF_DORA_SCALE].v[i] = 0.5f + (float)i / 100;
 }
 
@@ -160,16 +216,24 @@ static void add_dora(vel_test *t, const struct place *p, vel_adapter_module *m)
 static const struct kind {
     const char *title, *name;
     make_fn *make;
-    bool dora, only_norms;
+    char dora; /* over rows or columns; 0: none */
+    bool only_norms;
     const char *refused_by; /* dialects */
 } kinds[] = {
     {"LoRA", "lora", make_lora},
     {"LoRA with a Tucker core", "lora", make_tucker, .refused_by = "diffusers,peft"},
     {"LoHa", "loha", make_loha},
     {"LoKr", "lokr", make_lokr},
-    {"DoRA over LoRA", "lora", make_lora, .dora = true},
-    {"DoRA over LoHa", "loha", make_loha, .dora = true, .refused_by = "diffusers,peft"},
-    {"DoRA over LoKr", "lokr", make_lokr, .dora = true, .refused_by = "diffusers,peft"},
+    {"DoRA over LoRA", "lora", make_lora, .dora = 'r'},
+    {"DoRA over LoHa", "loha", make_loha, .dora = 'r', .refused_by = "diffusers,peft"},
+    {"DoRA over LoKr", "lokr", make_lokr, .dora = 'r', .refused_by = "diffusers,peft"},
+    {"LoHa with Tucker cores", "loha", make_loha_tucker},
+    {"LoKr of whole factors", "lokr", make_lokr_whole},
+    {"LoKr of products with a core", "lokr", make_lokr_tucker},
+    {"DoRA over a Tucker core", "lora", make_tucker, .dora = 'r', .refused_by = "diffusers,peft"},
+    {"DoRA over columns", "lora", make_lora, .dora = 'c', .refused_by = "diffusers,peft"},
+    {"DoRA over LoKr's columns", "lokr", make_lokr, .dora = 'c', .refused_by = "diffusers,peft"},
+    {"whole changes with biases", "full", make_full_bias, .refused_by = "diffusers,peft"},
     {"whole changes", "full", make_full, .refused_by = "diffusers,peft"},
     {"norms", "norm", make_norm, .only_norms = true, .refused_by = "diffusers,peft"},
 };
@@ -189,7 +253,7 @@ static void make_module(vel_test *t, const struct kind *k, const struct place *p
         m->weight_dim[d] = 1;
     k->make(t, p, m);
     if (k->dora)
-        add_dora(t, p, m);
+        add_dora(t, p, k->dora, m);
 }
 
 static void make_adapter(vel_test *t, const struct kind *k, bool text, vel_adapter_file *f,
@@ -491,7 +555,7 @@ TEST(adapter_dialects_without_a_model)
         vel_text_free(text);
         REQUIRE_OK(run_without_model(t, "verify", a, b, &text));
         vel_text_free(text);
-        add_dora(t, &k, &m);
+        add_dora(t, &k, 'r', &m);
         REQUIRE_OK(vel_adapter_file_write(&f, a, "kohya", VEL_FILE_F32, NULL));
         CHECK(run_without_model(t, "verify", a, b, &text) == VEL_BAD_VALUE);
         CHECK(strstr(vel_ctx_error(t->ctx), "--model"));
