@@ -2,10 +2,14 @@
 
     python bench/compare_gpu.py --models FOLDER [--velatura build/release/velatura]
 
-Each model's cases run ours, PyTorch's, ours, PyTorch's ...; --compile adds torch.compile after that. Each
-turn of ours is a process of its own, PyTorch's cases share one a turn (it is slow to start). Medians,
+Each model's cases run ours, PyTorch's, ours, PyTorch's ... Each turn of ours is a process of its own, PyTorch's cases share one a turn (it is slow to start). Medians,
 ranges and ratios are printed and kept in bench/results/<gpu>-<date>.json with the driver, the versions and
 the commands. The folders with the shapes of SD 1.5 and SDXL are made in --models by tools/make_sd15.py.
+
+--compile adds torch.compile(unet) after that: the chosen cases compile side by side, each in a process of its
+own, as that is minutes of a processor's work, and are timed one by one when all have compiled or --compile_limit
+seconds have passed; what compiles by then is stopped before anything is timed, and named. --blocks does the
+same with diffusers' compile_repeated_blocks, which compiles one transformer block for all of a kind.
 
 "peak" is the most memory of the card in use, each program's context and libraries included: ours as
 nvidia-smi sees it while the process runs, less what was in use before; PyTorch's as it stands at the end of
@@ -17,11 +21,15 @@ import datetime
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+
+import peer_gate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 1 << 30
@@ -145,16 +153,17 @@ def summary(turns):
 
 
 HEADER = ("case", "ours ms", "min..max", "PyTorch ms", "min..max", "ratio", "goal", "compiled ms", "ratio",
-          "first s", "peer's", "peak GiB", "peer's", "allocated", "share")
+          "blocks ms", "first s", "peer's", "peak GiB", "peer's", "allocated", "share")
 
 
 def row(c, r):
-    a, b, m = r["velatura"], r.get("eager"), r.get("compile")
+    a, b, m, k = r["velatura"], r.get("eager"), r.get("compile"), r.get("blocks")
     out = [c["name"], f"{a['median'] * 1e3:.2f}", f"{a['min'] * 1e3:.2f}..{a['max'] * 1e3:.2f}"]
     out += [f"{b['median'] * 1e3:.2f}", f"{b['min'] * 1e3:.2f}..{b['max'] * 1e3:.2f}",
             f"{b['median'] / a['median']:.2f}x"] if b else ["", "", ""]
     out += [f"{c['goal']}x" if c["goal"] else ""]
     out += [f"{m['median'] * 1e3:.2f}", f"{m['median'] / a['median']:.2f}x"] if m else ["", ""]
+    out += [f"{k['median'] * 1e3:.2f}" if k else ""]
     out += [f"{a['first']:.1f}", f"{b['first']:.1f}" if b else "", f"{a['peak'] / GIB:.2f}"]
     if b:
         allocated = max(t["allocated"] for t in b["turns"])
@@ -189,15 +198,96 @@ def machine(args):
             "python": first_line(args.python, "-c", VERSIONS), "velatura": first_line(args.velatura, "--version")}
 
 
+class Compiling:
+    """A case of torch.compile in a process of its own, which waits for its turn at the gate."""
+
+    def __init__(self, args, gate, model, c, mode, threads):
+        self.c, self.mode = c, mode
+        self.name = peer_gate.name(c, mode)
+        self.gate = gate
+        spec = {"model": model, "cases": [c], "modes": [mode], "repeats": args.repeats, "gate": gate}
+        env = dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1",
+                   TRANSFORMERS_VERBOSITY="error", TORCHINDUCTOR_COMPILE_THREADS=str(threads))
+        self.output = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")
+        self.child = subprocess.Popen([args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), json.dumps(spec)],
+                                      env=env, stdout=self.output, stderr=self.errors, start_new_session=True)
+
+    def waits(self):
+        return peer_gate.is_ready(self.gate, self.name)
+
+    def ended(self):
+        return self.child.poll() is not None
+
+    def stop(self):
+        """With the compiler's own processes."""
+        try:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.child.wait()
+
+    def time(self):
+        """The turn, or None."""
+        peer_gate.let_go(self.gate, self.name)
+        try:
+            self.child.wait(120)
+        except subprocess.TimeoutExpired:
+            self.stop()
+        self.output.seek(0)
+        for line in self.output.read().splitlines():
+            turn = json.loads(line) if line.startswith("{") else {}
+            if "failed" in turn:
+                print(f"PyTorch, {self.c['name']}, {self.mode}: {turn['failed']}", flush=True)
+                return None
+            if "case" in turn:
+                return dict(turn, peak=turn["used"])
+        self.errors.seek(0)
+        print(f"PyTorch, {self.c['name']}, {self.mode}: nothing; {self.errors.read()[-600:]}", flush=True)
+        return None
+
+
+def picked(words, c):
+    """Whether a list of words with commas between them picks the case: one is in its name, or =NAME is it."""
+    return any(w == "=" + c["name"] if w.startswith("=") else w in c["name"] for w in words.split(","))
+
+
+def compile_cases(args, chosen, kept, save):
+    """torch.compile's times of the U-Net's cases, under their mode's name beside the other programs'."""
+    modes = [(mode, words) for mode, words in (("compile", args.compile), ("blocks", args.blocks))
+             if words is not None]
+    wanted = [(model, c, mode) for model in reversed(list(chosen)) for c in chosen[model]
+              for mode, words in modes if picked(words, c) and not c["kind"].startswith("vae")]
+    with tempfile.TemporaryDirectory() as gate:
+        threads = max(2, (os.cpu_count() or 2) // max(len(wanted), 1))
+        jobs = [Compiling(args, gate, *w, threads) for w in wanted]
+        end = time.monotonic() + args.compile_limit
+        while time.monotonic() < end and not all(j.waits() or j.ended() for j in jobs):
+            time.sleep(0.2)
+        for j in jobs:
+            if not j.waits() and not j.ended():
+                print(f"PyTorch, {j.c['name']}, {j.mode}: compiled for {args.compile_limit} s without an end",
+                      flush=True)
+                j.stop()
+        for j in jobs:
+            if not j.waits() and j.child.returncode == -signal.SIGKILL:
+                continue
+            turn = j.time()
+            j.stop()
+            if turn and j.c["name"] in kept["cases"]:
+                kept["cases"][j.c["name"]][j.mode] = summary([turn])
+            elif turn:
+                print(json.dumps(turn), flush=True)
+    save()
+
+
 def run_model(args, model, cases, kept, save):
     ours, peer = {c["name"]: [] for c in cases}, {c["name"]: [] for c in cases}
-    compiled = {}
 
     def keep():
         for c in cases:
             r = {"case": c, "commands": [ours_command(args, model, c)]}
-            for key, turns in (("velatura", ours[c["name"]]), ("eager", peer[c["name"]]),
-                               ("compile", compiled.get(c["name"], []))):
+            for key, turns in (("velatura", ours[c["name"]]), ("eager", peer[c["name"]])):
                 if turns:
                     r[key] = summary(turns)
             if "velatura" in r:
@@ -212,10 +302,6 @@ def run_model(args, model, cases, kept, save):
             for name, turn in run_peer(args, model, cases, "eager").items():
                 peer[name].append(turn)
         keep()
-    if args.compile:
-        for name, turn in run_peer(args, model, [c for c in cases if not c["checkpointing"]], "compile").items():
-            compiled[name] = [turn]
-        keep()
 
 
 def parse():
@@ -224,10 +310,13 @@ def parse():
     parser.add_argument("--velatura", default=os.path.join(ROOT, "build", "release", "velatura"))
     parser.add_argument("--models", default=os.path.join(ROOT, "build", "gpu-models"),
                         help="folder for the models; made when missing")
-    parser.add_argument("--cases", default="", help="words, separated by commas; a case whose name has one is run")
+    parser.add_argument("--cases", default="", help="words with commas between them; a case whose name has one is run; =NAME")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each turn")
     parser.add_argument("--rounds", type=int, default=2, help="2: A B A B")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, once, at the end")
+    parser.add_argument("--compile", nargs="?", const="", metavar="CASES", help="torch.compile too, once, at the "
+                        "end: all cases, or words of names, or =NAME")
+    parser.add_argument("--blocks", nargs="?", const="", metavar="CASES", help="and compile_repeated_blocks")
+    parser.add_argument("--compile_limit", type=int, default=900, help="seconds for all to compile")
     parser.add_argument("--no_peer", action="store_true", help="only this program")
     parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one process")
@@ -237,9 +326,7 @@ def parse():
 
 def main():
     args = parse()
-    words = [w for w in args.cases.split(",") if w]
-    chosen = {m: [c for c in cases if not words or any(w in c["name"] for w in words)]
-              for m, cases in CASES.items()}
+    chosen = {m: [c for c in cases if picked(args.cases, c)] for m, cases in CASES.items()}
     info = machine(args)
     name = "-".join(re.sub(r"[^a-z0-9 ]", "", info["gpu"].split(",")[0].lower()).split()) or "gpu"
     path = args.output or os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
@@ -261,6 +348,8 @@ def main():
             subprocess.run([args.python, os.path.join(ROOT, "tools", "make_sd15.py"), folder, "--family", model,
                             "--device", "cuda"], check=True)
         run_model(args, model, cases, kept, save)
+    if args.compile is not None or args.blocks is not None:
+        compile_cases(args, chosen, kept, save)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """peer_gpu.py: cases on PyTorch (diffusers, PEFT) on a GPU, in a process of its own; compare_gpu.py starts it.
 
 The argument is a JSON object: model (sd15, sdxl), cases (a list of name, kind, batch, size, rank,
-precision, checkpointing), modes (of eager, compile), repeats. Every case is run in every mode, eager
+precision, checkpointing), modes (of eager, compile, blocks), repeats. Every case is run in every mode, eager
 first, and one line of JSON is printed for each: the times of `repeats` runs after some to warm up, the
 seconds from BENCH_START (the parent's monotonic clock when it started this process) to the end of the
 case's first run, the most memory that PyTorch's allocator gave out, and the memory of the card in use
@@ -11,7 +11,11 @@ on the card).
 The models have the true shapes and random values, made on the GPU. fp16 and bf16 are done as the training
 scripts of diffusers do them: frozen weights in that type, the adapter in float32 under autocast, fp16 with
 a gradient scaler; evaluations are in that type throughout. compile is torch.compile of the U-Net (or of
-the autoencoder's part), with its default settings.
+the autoencoder's part), with its default settings; blocks is diffusers' compile_repeated_blocks, which
+compiles one transformer block for all of a kind.
+
+With a folder as gate the process waits after a case's first run until it has its turn (peer_gate.py): cases
+that take minutes to compile do so side by side and are timed one by one.
 """
 import contextlib
 import json
@@ -20,6 +24,8 @@ import sys
 import time
 
 import torch
+
+import peer_gate
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEP = ("to_k", "to_q", "to_v", "to_out.0")
@@ -60,6 +66,8 @@ class Run:
         self.call = self.pick()
         if mode == "compile":
             self.call = torch.compile(self.call)
+        if mode == "blocks":
+            self.model.compile_repeated_blocks()
 
     def adapt(self):
         from peft import LoraConfig
@@ -108,16 +116,19 @@ class Run:
         return time.monotonic() - start
 
 
-def measure(model, case, mode, repeats):
+def measure(model, case, mode, spec):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = time.monotonic()
     run = Run(model, case, mode)
     run.timed()
     first = time.monotonic()
+    if spec.get("gate"):
+        torch.cuda.empty_cache()
+        peer_gate.wait(spec["gate"], peer_gate.name(case, mode))
     for _ in range(3):
         run.timed()
-    times = [run.timed() for _ in range(repeats)]
+    times = [run.timed() for _ in range(spec["repeats"])]
     free, total = torch.cuda.mem_get_info()  # what the allocator holds stays held: this is the peak
     return {"case": case["name"], "mode": mode, "times": times, "first": first - before,
             "allocated": torch.cuda.max_memory_allocated(), "used": total - free}
@@ -131,10 +142,10 @@ def main():
     for mode in spec["modes"]:
         for case in spec["cases"]:
             try:
-                print(json.dumps(measure(spec["model"], case, mode, spec["repeats"])), flush=True)
+                print(json.dumps(measure(spec["model"], case, mode, spec)), flush=True)
             except Exception as error:  # the others are still of use
                 print(json.dumps({"case": case["name"], "mode": mode, "failed": repr(error)[:400]}), flush=True)
-            if mode == "compile":
+            if mode != "eager":
                 torch._dynamo.reset()
 
 

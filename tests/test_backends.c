@@ -54,7 +54,7 @@ static const uintptr_t far_away = (uintptr_t)1 << 62; /* no address of a program
 enum { MAX_NOTED = 4096 };
 static struct far_state {
     bool recording, far_reads;
-    int runs, adds, replays, recordings, forgotten, syncs, converts;
+    int runs, adds, replays, recordings, forgotten, syncs, converts, aheads, takes;
     int n; /* of the one recording */
     struct {
         const vel_launch *launch; /* NULL: an add, or a convert where type is not VEL_F32 */
@@ -96,6 +96,22 @@ static void far_write(vel_device *d, void *dst, const void *src, size_t bytes)
 static void far_read(vel_device *d, void *dst, const void *src, size_t bytes)
 {
     vel_backend_cpu.read(d, dst, near_of(src), bytes);
+}
+
+static vel_status far_write_ahead(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    far_.aheads++;
+    far_write(d, dst, src, bytes);
+    return VEL_OK;
+}
+
+static vel_status far_take(vel_device *d, const vel_copy *copies, int n)
+{
+    (void)d;
+    far_.takes++;
+    for (int i = 0; i < n; i++)
+        memcpy(near_of(copies[i].dst), near_of(copies[i].src), copies[i].bytes);
+    return VEL_OK;
 }
 
 static vel_status far_pack(vel_device *d, const vel_kernel *k, const vel_node *n,
@@ -224,6 +240,7 @@ static vel_backend far_backend(void)
     b.sync = far_sync, b.record = far_record, b.record_end = far_record_end;
     b.replay = far_replay, b.forget = far_forget, b.update = far_update;
     b.convert = far_convert;
+    b.write_ahead = NULL, b.take = NULL;
     return b;
 }
 
@@ -299,14 +316,23 @@ static void measure(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
     vel_plan_destroy(p);
 }
 
-/* Four steps of training; the arena is moved before the last. */
-static void train(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
+/* Each step has inputs of its own. */
+static void set_step(vel_test *t, vel_plan *p, int step)
 {
     float x[ROWS * IN], target[ROWS * OUT], weight[ROWS];
-    read_ramp(NULL, 3, VEL_COUNT(x), x);
-    read_ramp(NULL, 5, VEL_COUNT(target), target);
+    read_ramp(NULL, 3 * step, VEL_COUNT(x), x);
+    read_ramp(NULL, 2 + 3 * step, VEL_COUNT(target), target);
     for (int i = 0; i < ROWS; i++)
         weight[i] = 1;
+    REQUIRE_OK(vel_plan_set(p, "x", x, sizeof x));
+    REQUIRE_OK(vel_plan_set(p, "target", target, sizeof target));
+    REQUIRE_OK(vel_plan_set(p, "weight", weight, sizeof weight));
+}
+
+/* Four steps of training; the arena is moved before the last. Where the plan takes inputs ahead,
+ * those of the next step are set before anything of this one is read. */
+static void train(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
+{
     vel_graph *g = small_model(t);
     vel_plan *p = NULL;
     vel_plan_options options = {.compute = compute, .gradient = true};
@@ -320,10 +346,11 @@ static void train(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
         if (step == 3)
             REQUIRE_OK(vel_engine_reserve(e, e->arena_bytes + 4096));
         o->moved = e->arena != arena;
-        REQUIRE_OK(vel_plan_set(p, "x", x, sizeof x));
-        REQUIRE_OK(vel_plan_set(p, "target", target, sizeof target));
-        REQUIRE_OK(vel_plan_set(p, "weight", weight, sizeof weight));
+        if (step == 0 || !vel_plan_takes_ahead(p))
+            set_step(t, p, step);
         REQUIRE_OK(vel_plan_run(p));
+        if (vel_plan_takes_ahead(p))
+            set_step(t, p, step + 1);
         REQUIRE_OK(vel_plan_get(p, "loss", &o->loss[step], 1));
         o->norm[step] = vel_engine_gradient_norm(e);
         REQUIRE_OK(vel_engine_update(e, 1, rate, NULL));
@@ -332,7 +359,7 @@ static void train(vel_test *t, vel_engine *e, vel_dtype compute, outcome *o)
     vel_plan_destroy(p);
 }
 
-static void check_far_away(vel_test *t, vel_dtype compute)
+static void check_far_away(vel_test *t, vel_dtype compute, bool ahead)
 {
     vel_engine *e = NULL;
     outcome here = {{0}}, away = {{0}};
@@ -340,9 +367,11 @@ static void check_far_away(vel_test *t, vel_dtype compute)
     train(t, e, compute, &here);
     measure(t, e, compute, &here);
     vel_engine_destroy(e);
-    CHECK(here.loss[3] < here.loss[0] && here.norm[0] > 0);
+    CHECK(here.loss[0] > 0 && here.loss[1] != here.loss[0] && here.norm[0] > 0);
 
-    const vel_backend far_b = far_backend();
+    vel_backend far_b = far_backend();
+    if (ahead)
+        far_b.write_ahead = far_write_ahead, far_b.take = far_take;
     memset(&far_, 0, sizeof far_);
     REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
     e->backend = &far_b;
@@ -357,6 +386,7 @@ static void check_far_away(vel_test *t, vel_dtype compute)
               far_.forgotten);
 #endif
     CHECK(far_.runs > 0 && far_.syncs >= 4);
+    CHECK(far_.aheads == (ahead ? 3 * 5 : 0) && far_.takes == (ahead ? 4 : 0));
     CHECK_MSG(far_.converts == (compute == VEL_BF16 ? 4 : 0), /* once a run */
               "%d converts", far_.converts);
 
@@ -370,8 +400,14 @@ static void check_far_away(vel_test *t, vel_dtype compute)
 
 TEST(backends_exec_leaves_device_memory_alone)
 {
-    check_far_away(t, VEL_F32);
-    check_far_away(t, VEL_BF16);
+    check_far_away(t, VEL_F32, false);
+    check_far_away(t, VEL_BF16, false);
+}
+
+TEST(backends_take_the_next_inputs_ahead)
+{
+    check_far_away(t, VEL_F32, true);
+    check_far_away(t, VEL_BF16, true);
 }
 
 /* ---- weights that stay with the host ---- */

@@ -168,6 +168,184 @@ TEST(ops_golden)
     vel_safetensors_close(gd.file);
 }
 
+/* ---- 16-bit types: within twice PyTorch's own error ---- */
+
+typedef struct half_mode {
+    golden gd;
+    const char *device, *type; /* "bf16": PyTorch's errors in the file */
+    vel_dtype compute;
+    vel_engine *engine;
+} half_mode;
+
+/* What PyTorch computes without an error is held to this. */
+static const double exact_limit = 1e-6;
+
+static double in_type(vel_dtype type, double v)
+{
+    return type == VEL_BF16 ? vel_bf16_f32(vel_f32_bf16((float)v))
+                            : vel_f16_f32(vel_f32_f16((float)v));
+}
+
+static vel_status rounded_leaf(void *user, const vel_node *leaf, double *values, int64_t n)
+{
+    half_mode *m = user;
+    VEL_TRY(leaf_value(&m->gd, leaf, values, n));
+    for (int64_t i = 0; i < n && leaf->out[0].dtype != VEL_I32; i++)
+        values[i] = in_type(m->compute, values[i]);
+    return VEL_OK;
+}
+
+/* The letter of input i, or of the first output, among the op's types. */
+static char type_letter(vel_op op, int i)
+{
+    const char *c = vel_op_types(op);
+    for (; *c != '>' && i >= 0; c++)
+        if (*c != '?' && i-- == 0)
+            return *c;
+    return strchr(c, '>')[1];
+}
+
+/* A leaf, in the type where the op would otherwise take it as it comes. */
+static vel_ref half_leaf(half_mode *m, vel_graph *g, const char *name, char letter)
+{
+    vel_ref r = leaf_of(g, find(&m->gd, name, -1), name);
+    bool as_it_comes = letter && strchr("ta", letter);
+    return as_it_comes && r.id ? vel_cast(g, r, m->compute) : r;
+}
+
+static vel_graph *half_graph(vel_test *t, half_mode *m, const golden_row *row)
+{
+    vel_graph *g = vel_graph_create(t->ctx);
+    vel_ref in[VEL_MAX_IN] = {{0}}, wanted[VEL_MAX_IN], grads[VEL_MAX_IN];
+    int n_wanted = 0, n_in = vel_op_inputs(row->op);
+    char name[16];
+    if (!g)
+        return NULL;
+    for (int i = 0; i < n_in; i++) {
+        snprintf(name, sizeof name, "in%d", i);
+        in[i] = half_leaf(m, g, name, type_letter(row->op, i));
+        if (find(&m->gd, "grad", i))
+            wanted[n_wanted++] = in[i];
+    }
+    vel_ref out = vel_build(g, row->op, in, n_in, &row->a);
+    vel_output(g, "0", out);
+    vel_ref seed = half_leaf(m, g, "seed", type_letter(row->op, n_in));
+    if (n_wanted)
+        vel_vjp(g, &out, &seed, 1, wanted, grads, n_wanted);
+    for (int i = 0; i < n_wanted; i++) {
+        const char place[2] = {(char)('1' + i), 0};
+        vel_output(g, place, grads[i]);
+    }
+    return g;
+}
+
+static vel_status set_leaves(vel_test *t, half_mode *m, vel_plan *p)
+{
+    static const char *const names[] = {"in0", "in1", "in2", "in3", "in4", "seed"};
+    vel_status st = VEL_OK;
+    for (int i = 0; i < VEL_COUNT(names) && !st; i++) {
+        const vel_file_tensor *v = find(&m->gd, names[i], -1);
+        if (!v || !vel_plan_has_input(p, names[i]))
+            continue;
+        float *f = vel_alloc(t->ctx, (size_t)v->count * sizeof *f);
+        if (!f)
+            return VEL_NO_MEMORY;
+        if (v->type == VEL_FILE_I32)
+            memcpy(f, v->data, (size_t)v->count * sizeof *f);
+        for (int64_t k = 0; k < v->count && v->type != VEL_FILE_I32; k++)
+            f[k] = (float)in_type(m->compute, value_at(v, k));
+        st = vel_plan_set(p, names[i], f, (size_t)v->count * sizeof *f);
+        vel_free(t->ctx, f);
+    }
+    return st;
+}
+
+static void compare_half(vel_test *t, half_mode *m, vel_plan *p, int i, const vel_ref_tensor *truth)
+{
+    const char name[2] = {(char)('0' + i), 0};
+    int64_t n = vel_shape_count(truth->shape);
+    float *got = vel_alloc(t->ctx, (size_t)n * sizeof *got);
+    double error = 0, size = 0;
+    if (!got)
+        return;
+    CHECK_OK(vel_plan_get(p, name, got, n));
+    for (int64_t k = 0; k < n; k++) {
+        error += (got[k] - truth->v[k]) * (got[k] - truth->v[k]);
+        size += truth->v[k] * truth->v[k];
+    }
+    error = sqrt(error / VEL_MAX(size, 1e-300));
+    double theirs = value_at(find(&m->gd, m->type, -1), i);
+    CHECK_MSG(error <= VEL_MAX(2 * theirs, exact_limit),
+              "%s %s on %s: output %d is off by %.3g, PyTorch by %.3g", m->gd.row, m->type,
+              m->device, i, error, theirs);
+    vel_free(t->ctx, got);
+}
+
+static void check_half_row(vel_test *t, half_mode *m, const golden_row *row)
+{
+    m->gd.row = row->name;
+    if (!find(&m->gd, m->type, -1)) /* PyTorch has no such type for it: time_embed */
+        return;
+    vel_graph *g = half_graph(t, m, row), *planned = half_graph(t, m, row);
+    vel_ref_tensor truth[VEL_MAX_OUT + VEL_MAX_IN] = {{{0}}};
+    vel_plan *p = NULL;
+    vel_status st = g && planned ? vel_reference_run(g, rounded_leaf, m, truth) : VEL_NO_MEMORY;
+    if (st)
+        vel_graph_destroy(planned);
+    else
+        st = vel_plan_create(m->engine, planned, &(vel_plan_options){.compute = m->compute}, &p);
+    if (!st)
+        st = set_leaves(t, m, p);
+    if (!st)
+        st = vel_plan_run(p);
+    CHECK_MSG(st == VEL_OK, "%s: %s", row->name, vel_ctx_error(t->ctx));
+    for (int i = 0; !st && i < vel_graph_outputs(g); i++)
+        compare_half(t, m, p, i, &truth[i]);
+    vel_plan_destroy(p);
+    vel_reference_free(t->ctx, truth, VEL_COUNT(truth));
+    vel_graph_destroy(g);
+}
+
+static void check_half(vel_test *t, const char *device, const char *type, vel_dtype compute)
+{
+    half_mode m = {.device = device, .type = type, .compute = compute};
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/ops.safetensors", &m.gd.file));
+    vel_status st = vel_engine_create(t->ctx, device, &m.engine);
+    CHECK_OK(st);
+    for (int i = 0; !st && i < VEL_COUNT(rows); i++)
+        check_half_row(t, &m, &rows[i]);
+    vel_engine_destroy(m.engine);
+    vel_safetensors_close(m.gd.file);
+}
+
+TEST(ops_golden_bf16)
+{
+    check_half(t, "cpu", "bf16", VEL_BF16);
+}
+
+/* On the GPU that make test-gpu names, with the libraries' kernels and with the own ones. */
+static void check_half_gpu(vel_test *t, const char *type, vel_dtype compute)
+{
+    const char *device = getenv("VELATURA_TEST_DEVICE");
+    t->skipped = !device;
+    for (int own = 0; device && own < 2; own++) {
+        if (own)
+            setenv("VELATURA_CUDA_LIBRARIES", "0", 1);
+        check_half(t, device, type, compute);
+    }
+    unsetenv("VELATURA_CUDA_LIBRARIES");
+}
+
+TEST(gpu_golden_bf16)
+{
+    check_half_gpu(t, "bf16", VEL_BF16);
+}
+
+TEST(gpu_golden_f16)
+{
+    check_half_gpu(t, "f16", VEL_F16);
+}
+
 /* A case that nobody reads would be a gap that looks closed. */
 TEST(ops_golden_file_is_used)
 {

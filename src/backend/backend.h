@@ -123,6 +123,13 @@ static inline uint32_t vel_rounding_bits(uint64_t key, int64_t index)
  * float32, so that its last bits depend on the machine; here each value is rounded once. */
 void vel_dynamic_map(bool is_signed, float out[256]);
 
+typedef struct vel_copy { /* from the device's memory to the device's memory */
+    void *dst;
+    const void *src;
+    size_t bytes;
+    int32_t node; /* of exec's */
+} vel_copy;
+
 typedef struct vel_backend {
     const char *name; /* "cpu" */
     /* Runs independent nodes of a recording at the same time: the planner then keeps memory apart
@@ -147,6 +154,10 @@ typedef struct vel_backend {
     void (*free)(vel_device *d, void *p);
     void (*write)(vel_device *d, void *dst, const void *src, size_t bytes); /* from the host */
     void (*read)(vel_device *d, void *dst, const void *src, size_t bytes);  /* to the host */
+    /* A write that goes on beside what runs, once the last take has been carried out; and copies
+     * that come behind all such writes, as a run does. NULL: nothing goes on beside a run. */
+    vel_status (*write_ahead)(vel_device *d, void *dst, const void *src, size_t bytes);
+    vel_status (*take)(vel_device *d, const vel_copy *copies, int n);
     /* Chooses a kernel for node id of g and makes what it needs. VEL_UNSUPPORTED (no message kept)
      * when it has none. */
     vel_status (*prepare)(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);

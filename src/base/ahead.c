@@ -117,13 +117,18 @@ vel_status vel_ahead_start(vel_ctx *ctx, const vel_ahead_how *how, vel_ahead **o
     return st;
 }
 
+int vel_ahead_slot(const vel_ahead *a, int64_t i)
+{
+    return (int)((i - a->how.first) % a->how.slots);
+}
+
 vel_status vel_ahead_take(vel_ahead *a, int64_t i, int *slot)
 {
     if (i != a->taken || i >= a->how.end)
         return vel_fail(a->ctx, VEL_BUG,
                         "item %" PRId64 " was asked for where %" PRId64 " of %" PRId64 " is next",
                         i, a->taken, a->how.end);
-    *slot = (int)((i - a->how.first) % a->how.slots);
+    *slot = vel_ahead_slot(a, i);
     if (!a->how.threads) {
         a->taken++;
         return a->how.make(a->how.user, 0, i, *slot);
@@ -138,6 +143,17 @@ vel_status vel_ahead_take(vel_ahead *a, int64_t i, int *slot)
     pthread_cond_broadcast(&a->freed);
     pthread_mutex_unlock(&a->lock);
     return s->status ? vel_fail(a->ctx, s->status, "%s", s->error) : VEL_OK;
+}
+
+bool vel_ahead_has(vel_ahead *a, int64_t i)
+{
+    if (i != a->taken || i >= a->how.end || !a->how.threads)
+        return false;
+    pthread_mutex_lock(&a->lock);
+    ahead_slot *s = slot_of(a, i);
+    bool has = s->ready && !s->status;
+    pthread_mutex_unlock(&a->lock);
+    return has;
 }
 
 void vel_ahead_stop(vel_ahead *a)

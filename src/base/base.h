@@ -113,6 +113,9 @@ vel_status vel_ahead_start(vel_ctx *ctx, const vel_ahead_how *how, vel_ahead **o
 /* Waits for the next item, which must be the i-th; it stays in *slot until the next take. What
  * making it failed with is returned here, its message the context's. */
 vel_status vel_ahead_take(vel_ahead *a, int64_t i, int *slot);
+/* Whether a thread has made the i-th item, without failing, so that taking it waits for nothing. */
+bool vel_ahead_has(vel_ahead *a, int64_t i);
+int vel_ahead_slot(const vel_ahead *a, int64_t i);
 void vel_ahead_stop(vel_ahead *a); /* waits for items that are being made; NULL is fine */
 
 /* ---- arenas (arena.c): many small things with one lifetime --------------------------------- */

@@ -87,6 +87,18 @@ void vel_engine_end_loading(vel_engine *e); /* frees what loading needed */
 /* Whether a weight of so many bytes is streamed; the same for every plan. */
 bool vel_engine_streams(const vel_engine *e, const char *path, int64_t bytes);
 
+/* ---- waiting.c: inputs that come while a run goes on ---- */
+typedef struct vel_waiting {
+    int64_t *place; /* [node] of an input in the block */
+    vel_copy *copies;
+    int n;
+    int64_t bytes; /* of the block; 0: inputs are written where they are read */
+    char *at;      /* device */
+} vel_waiting;
+vel_status vel_waiting_find(const vel_graph *g, vel_arena *a, vel_waiting *out); /* in arena a */
+vel_status vel_waiting_open(vel_waiting *w, vel_engine *e);
+void vel_waiting_close(vel_waiting *w, vel_engine *e);
+
 /* ---- stream.c: streamed weights come to the working memory before they are read ---- */
 typedef struct vel_fetches {
     struct weight_fetch *each; /* in the order of their begin */

@@ -158,8 +158,10 @@ typedef struct vel_plan_options {
 vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *o, vel_plan **out);
 void vel_plan_destroy(vel_plan *p);
 /* Host memory of the declared type and shape. Inputs are set before each run: another plan's run
- * may use the same memory. */
+ * may use the same memory. Where the plan takes them ahead, those of the next run may be set as
+ * soon as run has returned: they are copied while the device is at it, and disturb nothing. */
 vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t bytes);
+bool vel_plan_takes_ahead(const vel_plan *p);
 /* A device may still be at it when run returns: wait, or get, ends with it. */
 vel_status vel_plan_run(vel_plan *p);
 vel_status vel_plan_wait(vel_plan *p);

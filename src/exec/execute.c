@@ -42,6 +42,7 @@ struct vel_plan {
     int64_t runs;
     vel_steady steady; /* without gradient */
     const char *steady_inputs;
+    vel_waiting waiting; /* of steps of training */
 };
 
 /* ---- the pipeline
@@ -577,9 +578,13 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
         VEL_TRY(vel_steady_find(p->g, o->steady, (const vel_trainable *const *)p->shadow_at,
                                 p->arena, &p->steady));
     VEL_TRY(lay_out(p));
+    if (o->gradient && p->backend->write_ahead)
+        VEL_TRY(vel_waiting_find(p->g, p->arena, &p->waiting));
     p->weight_bytes = weights_in_use(p) + p->steady.bytes;
     if (p->dry)
         return VEL_OK;
+    if (p->waiting.bytes)
+        VEL_TRY(vel_waiting_open(&p->waiting, p->engine));
     if (p->steady.bytes)
         VEL_TRY(p->backend->alloc(p->device, (size_t)p->steady.bytes, (void **)&p->steady.kept));
     VEL_TRY(make_launches(p));
@@ -619,6 +624,7 @@ void vel_plan_destroy(vel_plan *p)
         return;
     forget_recording(p);
     release_kernels(p);
+    vel_waiting_close(&p->waiting, p->engine);
     vel_steady_finish(&p->steady, p->engine, p->g ? vel_graph_size(p->g) : 0);
     vel_graph_destroy(p->g);
     vel_arena_destroy(p->arena);
@@ -655,8 +661,24 @@ vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t
                         bytes);
     if (p->steady.node && p->steady_inputs && vel_glob(p->steady_inputs, input))
         vel_steady_set(&p->steady, p->engine->ctx, id, data, bytes);
+    if (p->waiting.at)
+        return p->backend->write_ahead(p->device, p->waiting.at + p->waiting.place[id], data,
+                                       bytes);
     p->backend->write(p->device, address_of(p, (vel_ref){id, 0}), data, bytes);
     return VEL_OK;
+}
+
+bool vel_plan_takes_ahead(const vel_plan *p)
+{
+    return p->waiting.at;
+}
+
+static vel_status take_inputs(vel_plan *p)
+{
+    vel_waiting *w = &p->waiting;
+    for (int i = 0; i < w->n; i++)
+        w->copies[i].dst = address_of(p, (vel_ref){w->copies[i].node, 0});
+    return w->at ? p->backend->take(p->device, w->copies, w->n) : VEL_OK;
 }
 
 /* Gradients that no kernel could write in place. */
@@ -815,6 +837,7 @@ vel_status vel_plan_run(vel_plan *p)
     if (p->dry)
         return vel_fail(p->engine->ctx, VEL_BUG, "a dry plan cannot run");
     VEL_TRY(bind(p));
+    VEL_TRY(take_inputs(p));
     if (vel_steady_is_stale(&p->steady, p->engine))
         VEL_TRY(run_steady(p));
     bool recorded = may_record(p);
@@ -895,6 +918,7 @@ int64_t vel_plan_overhead(const vel_plan *p)
     int64_t n = 0, loading = p->fetches.n ? VEL_PACKING_ROOM : 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++)
         n += p->prepared[id];
+    loading += p->waiting.bytes;
     return p->backend->overhead ? p->backend->overhead(p->device, n, p->apart) + loading : 0;
 }
 
@@ -915,7 +939,7 @@ const vel_graph *vel_plan_graph(const vel_plan *p)
 
 const char *vel_plan_first_bad(vel_plan *p)
 {
-    if (bind(p) || make_shadows(p))
+    if (bind(p) || take_inputs(p) || make_shadows(p))
         return NULL;
     int32_t fetched = 0;
     p->steady.stale = true; /* all of it runs again here, on inputs that may be gone */

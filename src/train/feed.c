@@ -571,6 +571,18 @@ vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out)
     return VEL_OK;
 }
 
+bool vel_feed_ready(train_session *s, int64_t micro)
+{
+    if (!s->ahead || micro != s->next_batch || s->prior == PRIOR_BASE ||
+        !vel_ahead_has(s->ahead, micro))
+        return false;
+    const train_batch *t = &s->batches[vel_ahead_slot(s->ahead, micro)];
+    for (int k = 0; k < t->n_items; k++)
+        if (t->item[k].pixels || (t->item[k].text && s->contexts))
+            return false;
+    return true;
+}
+
 /* A held-out picture at n timesteps from the first-th on; losses: [n]. */
 static vel_status measure(train_session *s, int sample, int first, int n, float *losses)
 {

@@ -501,9 +501,16 @@ static double rate_of(void *user, int i)
     return peak * plus_ratio(o, t->path, text) * vel_lr_factor(&s->course, s->step);
 }
 
-static vel_status diverged(train_session *s, const vel_batch *b, const char *what, double value)
+/* In batch number micro, which is made once more: the next one may have its room by now. */
+static vel_status diverged(train_session *s, int64_t micro, const char *what, double value)
 {
-    const char *where = vel_trainer_first_bad(s->trainer, b);
+    vel_batch b;
+    const char *where = NULL;
+    s->has_next = false;
+    if (vel_feed_batch(s, micro, &b) == VEL_OK) {
+        b.scale = vel_scaler_factor(&s->scaler);
+        where = vel_trainer_first_bad(s->trainer, &b);
+    }
     return vel_fail(s->ctx, VEL_DIVERGED,
                     "step %" PRId64 ": the %s is %f%s%s; nothing was saved since the last "
                     "save. A lower --learning_rate or --max_grad_norm, or --precision no, may help",
@@ -512,13 +519,13 @@ static vel_status diverged(train_session *s, const vel_batch *b, const char *wha
 }
 
 /* What overflowed with a scaled loss says nothing against the training: the step is left out. */
-static vel_status skip_step(train_session *s, const vel_batch *b, const char *what, double value,
+static vel_status skip_step(train_session *s, int64_t micro, const char *what, double value,
                             double *loss, double *norm)
 {
     *loss = *norm = NAN;
     vel_scaler_step(&s->scaler, false);
     if (s->scaler.scale < 1)
-        return diverged(s, b, what, value);
+        return diverged(s, micro, what, value);
     vel_log(s->ctx, 2, "step %" PRId64 ": the %s is %f: the step is skipped, the loss scale now %g",
             s->step + 1, what, value, s->scaler.scale);
     return VEL_OK;
@@ -532,6 +539,35 @@ static vel_status limit_norms(train_session *s)
     return vel_norm_limit_apply(s->norm_limit);
 }
 
+static vel_status take_batch(train_session *s, int64_t micro, vel_batch *b)
+{
+    bool here = s->has_next && s->next_micro == micro;
+    s->has_next = false;
+    if (here) {
+        *b = s->next;
+        return VEL_OK;
+    }
+    vel_trainer_unstage(s->trainer);
+    double asked = vel_now();
+    VEL_TRY(vel_feed_batch(s, micro, b));
+    s->feed_wait += vel_now() - asked;
+    return VEL_OK;
+}
+
+/* While the device is at a step the inputs of the next one go there, if they are made and it has
+ * room for them. */
+static vel_status bring_next(train_session *s, int64_t micro, double scale)
+{
+    if (micro >= s->steps * s->o->accumulation || !vel_trainer_stages(s->trainer) ||
+        !vel_feed_ready(s, micro))
+        return VEL_OK;
+    VEL_TRY(vel_feed_batch(s, micro, &s->next));
+    s->next.scale = scale;
+    s->next_micro = micro;
+    s->has_next = true;
+    return vel_trainer_stage(s->trainer, &s->next);
+}
+
 /* One optimizer step; *loss is the mean over its batches. */
 static vel_status one_step(train_session *s, double *loss, double *norm)
 {
@@ -540,17 +576,19 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
     bool scaled = s->scaler.scale > 0;
     double factor = vel_scaler_factor(&s->scaler);
     vel_batch b;
+    int64_t micro = 0;
     *loss = 0;
     for (int k = 0; k < o->accumulation; k++) {
         double each;
-        double asked = vel_now();
-        VEL_TRY(vel_feed_batch(s, s->step * o->accumulation + k, &b));
-        s->feed_wait += vel_now() - asked;
+        micro = s->step * o->accumulation + k;
+        VEL_TRY(take_batch(s, micro, &b));
         b.scale = factor;
-        VEL_TRY(vel_trainer_run(s->trainer, &b, true, &each, NULL));
+        VEL_TRY(vel_trainer_start(s->trainer, &b, true));
+        VEL_TRY(bring_next(s, micro + 1, factor));
+        VEL_TRY(vel_trainer_end(s->trainer, &b, true, &each, NULL));
         if (!isfinite(each))
-            return scaled ? skip_step(s, &b, "loss", each, loss, norm)
-                          : diverged(s, &b, "loss", each);
+            return scaled ? skip_step(s, micro, "loss", each, loss, norm)
+                          : diverged(s, micro, "loss", each);
         *loss += each / o->accumulation;
         if (o->accumulation > 1)
             VEL_TRY(vel_engine_accumulate(e, k == 0));
@@ -559,8 +597,8 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
         VEL_TRY(vel_engine_take_accumulated(e, o->accumulation));
     *norm = vel_engine_gradient_norm(e) / factor;
     if (!isfinite(*norm))
-        return scaled ? skip_step(s, &b, "gradient", *norm, loss, norm)
-                      : diverged(s, &b, "gradient", *norm);
+        return scaled ? skip_step(s, micro, "gradient", *norm, loss, norm)
+                      : diverged(s, micro, "gradient", *norm);
     if (scaled)
         vel_scaler_step(&s->scaler, true);
     /* torch.nn.utils.clip_grad_norm_ */
@@ -598,6 +636,7 @@ static vel_status freeze_text(train_session *s)
     s->texts = 0;
     vel_trainer_destroy(s->trainer);
     s->trainer = NULL;
+    s->has_next = false;
     VEL_TRY(vel_feed_encode_text(s));
     vel_engine *e = vel_model_engine(s->model);
     for (int i = 0; i < vel_engine_trainables(e);

@@ -138,6 +138,9 @@ typedef struct train_session {
     bool encodes;     /* steps encode pictures */
     bool tokenizes;   /* captions that are made for a step need ids */
     double feed_wait; /* seconds that steps waited for batches, or made and encoded them */
+    vel_batch next;   /* where has_next: batch number next_micro, taken while a step ran */
+    int64_t next_micro;
+    bool has_next;
 
     /* keep */
     bool made_folder; /* the output folder is this run's: it goes if nothing is put there */
@@ -177,6 +180,8 @@ vel_status vel_feed_encode_text(train_session *s);
 void vel_feed_rest_text(train_session *s, int k); /* lets encoder k go unless steps need it */
 vel_status vel_feed_prepare(train_session *s);    /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
+/* Whether feed_batch would neither wait nor run a model. */
+bool vel_feed_ready(train_session *s, int64_t micro);
 vel_status vel_feed_validate(train_session *s, double *loss);
 void vel_feed_end(train_session *s); /* ends its threads */
 

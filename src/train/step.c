@@ -22,6 +22,8 @@ struct vel_trainer {
     int64_t room;
     vel_plan *base; /* the unchanged model's prediction; NULL until it is wanted */
     int base_n, base_h, base_w;
+    vel_plan *ready; /* has the inputs of the next batch, under ready_scale; NULL: none has */
+    double ready_scale;
 };
 
 vel_status vel_trainer_create(vel_model *m, const vel_trainer_options *o, vel_trainer **out)
@@ -114,16 +116,24 @@ vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w)
     return st;
 }
 
-static vel_status find_plan(vel_trainer *t, int n, int h, int w, bool gradient, vel_plan **out)
+static vel_plan *known_plan(const vel_trainer *t, int n, int h, int w, bool gradient)
 {
     for (int i = 0; i < t->n_plans; i++) {
         const bucket_plan *p = &t->plans[i];
-        if (p->n == n && p->h == h && p->w == w && p->gradient == gradient) {
-            *out = p->plan;
-            return VEL_OK;
-        }
+        if (p->n == n && p->h == h && p->w == w && p->gradient == gradient)
+            return p->plan;
     }
+    return NULL;
+}
+
+static vel_status find_plan(vel_trainer *t, int n, int h, int w, bool gradient, vel_plan **out)
+{
+    *out = known_plan(t, n, h, w, gradient);
+    if (*out)
+        return VEL_OK;
     if (t->n_plans == MAX_PLANS) { /* the oldest goes; buckets are rarely so many */
+        if (t->ready == t->plans[0].plan)
+            t->ready = NULL;
         vel_plan_destroy(t->plans[0].plan);
         memmove(t->plans, t->plans + 1, (MAX_PLANS - 1) * sizeof *t->plans);
         t->n_plans--;
@@ -259,6 +269,16 @@ static vel_status base_targets(vel_trainer *t, const vel_batch *b, const float *
     return vel_plan_get(t->base, "out", t->target + first * each, n * each);
 }
 
+enum { MOST_SAMPLES = 256 };
+
+static vel_status set_weight(vel_plan *p, const vel_batch *b)
+{
+    float weight[MOST_SAMPLES];
+    for (int i = 0; i < b->n; i++)
+        weight[i] = b->weight[i] * (float)(b->scale > 0 ? b->scale : 1);
+    return vel_plan_set(p, "weight", weight, (size_t)b->n * sizeof(float));
+}
+
 static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
 {
     int64_t count = (int64_t)b->n * b->h * b->w * t->channels;
@@ -273,7 +293,7 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
         t->room = count;
     }
     noise_batch(t, b);
-    float time[256];
+    float time[MOST_SAMPLES];
     if (b->n > VEL_COUNT(time))
         return vel_fail(t->ctx, VEL_BAD_VALUE, "--batch: %d is more than %d", b->n,
                         VEL_COUNT(time));
@@ -285,10 +305,7 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     VEL_TRY(vel_plan_set(p, "latent", t->noisy, bytes));
     VEL_TRY(vel_plan_set(p, "target", t->target, bytes));
     VEL_TRY(vel_plan_set(p, "time", time, per));
-    float weight[VEL_COUNT(time)];
-    for (int i = 0; i < b->n; i++)
-        weight[i] = b->weight[i] * (float)(b->scale > 0 ? b->scale : 1);
-    VEL_TRY(vel_plan_set(p, "weight", weight, per));
+    VEL_TRY(set_weight(p, b));
     if (t->o.masked)
         VEL_TRY(vel_plan_set(p, "mask", b->mask, bytes / (size_t)t->channels));
     if (vel_objective_has_huber(&t->o.objective)) {
@@ -305,22 +322,67 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
                                          : VEL_OK;
 }
 
-vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
-                           float *per_sample)
+vel_status vel_trainer_stage(vel_trainer *t, const vel_batch *b)
+{
+    vel_plan *p = known_plan(t, b->n, b->h, b->w, true); /* making one would move memory */
+    t->ready = NULL;
+    if (!p || !vel_plan_takes_ahead(p) || b->n_base)
+        return VEL_OK;
+    VEL_TRY(set_inputs(t, p, b));
+    t->ready = p;
+    t->ready_scale = b->scale;
+    return VEL_OK;
+}
+
+bool vel_trainer_stages(const vel_trainer *t)
+{
+    for (int i = 0; i < t->n_plans; i++)
+        if (t->plans[i].gradient)
+            return vel_plan_takes_ahead(t->plans[i].plan);
+    return false;
+}
+
+void vel_trainer_unstage(vel_trainer *t)
+{
+    t->ready = NULL;
+}
+
+vel_status vel_trainer_start(vel_trainer *t, const vel_batch *b, bool gradient)
 {
     vel_plan *p;
     VEL_TRY(find_plan(t, b->n, b->h, b->w, gradient, &p));
-    VEL_TRY(set_inputs(t, p, b));
-    VEL_TRY(vel_plan_run(p));
+    if (!t->ready || t->ready != p)
+        VEL_TRY(set_inputs(t, p, b));
+    else if (t->ready_scale != b->scale)
+        VEL_TRY(set_weight(p, b));
+    if (gradient)
+        t->ready = NULL;
+    return vel_plan_run(p);
+}
+
+vel_status vel_trainer_end(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
+                           float *per_sample)
+{
+    vel_plan *p = known_plan(t, b->n, b->h, b->w, gradient);
     float value;
+    if (!p)
+        return vel_fail(t->ctx, VEL_BUG, "a step ends that did not begin");
     VEL_TRY(vel_plan_get(p, "loss", &value, 1));
     *loss = value / (b->scale > 0 ? b->scale : 1);
     return per_sample ? vel_plan_get(p, "per_sample", per_sample, b->n) : VEL_OK;
 }
 
+vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
+                           float *per_sample)
+{
+    VEL_TRY(vel_trainer_start(t, b, gradient));
+    return vel_trainer_end(t, b, gradient, loss, per_sample);
+}
+
 const char *vel_trainer_first_bad(vel_trainer *t, const vel_batch *b)
 {
     vel_plan *p;
+    t->ready = NULL;
     if (find_plan(t, b->n, b->h, b->w, true, &p) || set_inputs(t, p, b))
         return NULL;
     return vel_plan_first_bad(p);

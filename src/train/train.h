@@ -200,6 +200,15 @@ void vel_trainer_destroy(vel_trainer *t);
  * be NULL: the unweighted losses. gradient false: only the losses (validation). */
 vel_status vel_trainer_run(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
                            float *per_sample);
+/* The same in two: start comes back while a device is at it, end waits for it. Between them stage
+ * brings the inputs of the next batch to the device (n_base: does nothing); the next start with
+ * gradient is then that batch's, or unstage is called first. stages: whether the device does so. */
+vel_status vel_trainer_start(vel_trainer *t, const vel_batch *b, bool gradient);
+vel_status vel_trainer_end(vel_trainer *t, const vel_batch *b, bool gradient, double *loss,
+                           float *per_sample);
+vel_status vel_trainer_stage(vel_trainer *t, const vel_batch *next);
+void vel_trainer_unstage(vel_trainer *t);
+bool vel_trainer_stages(const vel_trainer *t);
 /* What the step for a bucket needs; nothing is allocated. */
 typedef struct vel_step_size {
     int64_t arena, weights; /* bytes */

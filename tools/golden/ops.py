@@ -5,6 +5,10 @@ float32 values. Keys: CASE/in0 ... the inputs in the order of src/graph/ops.def,
 CASE/seed the weights of output 0 in the sum whose gradients are CASE/grad0 ... Images are NHWC here as
 in the graph. What a case's settings are stands here and in the test's table.
 
+CASE/bf16 and CASE/f16 are PyTorch's own errors in these types: inputs and seed are rounded to the type, the
+truth is computed from them in float64, and the same function runs in the type on the CPU; the relative
+root-mean-square error of output 0 comes first, then those of the gradients, in the order of their inputs.
+
 usage: ops.py [OUTPUT]
 """
 import math
@@ -38,11 +42,31 @@ def case(name, function, inputs, wanted, by_products=None):
     tensors[f"{name}/out0"] = out.detach()
     for i, x in enumerate(by_products(*inputs) if by_products else []):
         tensors[f"{name}/out{i + 1}"] = x
+    seed = values(*out.shape) if wanted else None
+    with torch.random.fork_rng():  # functions that make a module draw its weights
+        own_errors(name, function, inputs, wanted, seed)
     if wanted:
-        seed = values(*out.shape)
         tensors[f"{name}/seed"] = seed.float()
         grads = torch.autograd.grad((out * seed).sum(), [leaves[i] for i in wanted])
         tensors.update({f"{name}/grad{i}": grad for i, grad in zip(wanted, grads)})
+
+
+def results(function, inputs, wanted, seed):
+    """Output 0 and its gradients, as float64."""
+    leaves = [x.clone().requires_grad_(i in wanted) if x is not None else None for i, x in enumerate(inputs)]
+    out = function(*leaves)
+    grads = torch.autograd.grad((out * seed.to(out.dtype)).sum(), [leaves[i] for i in wanted]) if wanted else []
+    return [x.detach().double() for x in (out, *grads)]
+
+
+def own_errors(name, function, inputs, wanted, seed):
+    for key, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        rounded = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs]
+        exact = [x.double() if x is not None and x.is_floating_point() else x for x in rounded]
+        seed_rounded = seed.to(dtype) if seed is not None else None
+        truth = results(function, exact, wanted, seed_rounded.double() if wanted else None)
+        got = results(function, rounded, wanted, seed_rounded)
+        tensors[f"{name}/{key}"] = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, truth)])
 
 
 def nhwc(x):
@@ -95,7 +119,7 @@ def attention(heads, causal):
 
 
 def geglu(x):
-    module = GEGLU(x.shape[-1] // 2, x.shape[-1] // 2).double()
+    module = GEGLU(x.shape[-1] // 2, x.shape[-1] // 2).to(x.dtype)
     module.proj = torch.nn.Identity()
     return module(x)
 

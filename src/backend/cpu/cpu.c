@@ -250,6 +250,22 @@ static void cpu_add(vel_device *d, float *dst, const float *x, float by, float k
         dst[i] = x[i] * by + (keep == 0 ? 0 : dst[i] * keep);
 }
 
+#ifdef VEL_HOSTILE
+/* As a GPU has its inputs: they are set while the step before may still be looked at. */
+static vel_status cpu_write_ahead(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    cpu_copy(d, dst, src, bytes);
+    return VEL_OK;
+}
+
+static vel_status cpu_take(vel_device *d, const vel_copy *copies, int n)
+{
+    for (int i = 0; i < n; i++)
+        cpu_copy(d, copies[i].dst, copies[i].src, copies[i].bytes);
+    return VEL_OK;
+}
+#endif
+
 const vel_backend vel_backend_cpu = {
     .name = "cpu",
     .open = cpu_open,
@@ -262,6 +278,10 @@ const vel_backend vel_backend_cpu = {
     .free = cpu_free,
     .write = cpu_copy,
     .read = cpu_copy,
+#ifdef VEL_HOSTILE
+    .write_ahead = cpu_write_ahead,
+    .take = cpu_take,
+#endif
     .prepare = cpu_prepare,
     .release = cpu_release,
     .pack = cpu_pack,

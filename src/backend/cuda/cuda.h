@@ -4,7 +4,7 @@
  * (cuda_own.c: the glue from nodes to the launchers of kernels/, which cuda_kernels.h declares).
  *
  * All work of a device is put on one stream, in order, and nothing but read() and sync() waits for
- * it. A run may be captured into a graph, so a kernel's run() must only put work on the stream: no
+ * it; write_ahead() alone has another. A run may be captured into a graph, so a kernel's run() must only put work on the stream: no
  * waiting, no allocation, no copy from pageable memory. Sums are made in an order that does not
  * depend on timing: equal runs give equal bytes. */
 #ifndef VEL_CUDA_H
@@ -18,6 +18,7 @@
 
 typedef struct vel_cuda_recorder vel_cuda_recorder;
 typedef struct vel_cuda_slab vel_cuda_slab;
+typedef struct vel_cuda_ahead vel_cuda_ahead;
 
 struct vel_device {
     vel_ctx *ctx;
@@ -33,6 +34,7 @@ struct vel_device {
     cudnnHandle_t cudnn;  /* bound to the stream */
     vel_cuda_slab *slabs; /* of small blocks of memory */
     void *staging;        /* private to cuda_device.c */
+    vel_cuda_ahead *ahead; /* the same; NULL: not used yet */
     void *room;           /* device memory for the functions over flat vectors */
     size_t room_bytes;
     vel_cuda_recorder *recorder; /* while a run is recorded (cuda_record.c) */

@@ -4,8 +4,9 @@
  * there is a driver (backend/backends.c), and brings its own copy of the base and of the op table:
  * both sides work on the same structures, and vel_backend_build keeps them of one make.
  *
- * Small writes go through a ring of pinned memory and do not wait: the inputs of the next step are
- * on their way while this one runs. */
+ * Small writes go through a ring of pinned memory and do not wait. The inputs of the next step have
+ * a stream of their own beside the one that all work is on, and wait on the device until the next
+ * run takes them. */
 #include "backend/cuda/cuda.h"
 #include "backend/cuda/cuda_kernels.h"
 
@@ -21,12 +22,19 @@ enum {
 };
 
 typedef struct staging {
+    cudaStream_t stream; /* that the copies are on */
     char *bytes;         /* pinned, two parts */
     cudaEvent_t done[2]; /* the copies out of a part have ended */
     int part;
     size_t used;
     double *sum; /* pinned; where sum_squares arrives */
 } staging;
+
+struct vel_cuda_ahead { /* writes beside the work */
+    staging ring;
+    cudaEvent_t arrived, taken;
+    bool writing; /* since the last take */
+};
 
 /* ---- errors ---- */
 
@@ -108,19 +116,41 @@ static vel_status read_ordinal(vel_ctx *ctx, const char *device, int *ordinal)
     return VEL_OK;
 }
 
+static void close_ring(staging *s)
+{
+    for (int i = 0; i < 2; i++)
+        if (s->done[i])
+            cudaEventDestroy(s->done[i]);
+    cudaFreeHost(s->bytes);
+    cudaFreeHost(s->sum);
+}
+
+static void close_ahead(vel_device *d)
+{
+    vel_cuda_ahead *a = d->ahead;
+    if (!a)
+        return;
+    if (a->ring.stream)
+        cudaStreamSynchronize(a->ring.stream);
+    close_ring(&a->ring);
+    if (a->arrived)
+        cudaEventDestroy(a->arrived);
+    if (a->taken)
+        cudaEventDestroy(a->taken);
+    if (a->ring.stream)
+        cudaStreamDestroy(a->ring.stream);
+    vel_free(d->ctx, a);
+}
+
 static void cuda_close(vel_device *d)
 {
     if (!d)
         return;
-    staging *s = d->staging;
-    if (s) {
-        for (int i = 0; i < 2; i++)
-            if (s->done[i])
-                cudaEventDestroy(s->done[i]);
-        cudaFreeHost(s->bytes);
-        cudaFreeHost(s->sum);
-        vel_free(d->ctx, s);
+    if (d->staging) {
+        close_ring(d->staging);
+        vel_free(d->ctx, d->staging);
     }
+    close_ahead(d);
     vel_cublaslt_close(d);
     vel_cudnn_close(d);
     vel_cudnn_attention_close(d);
@@ -138,17 +168,38 @@ static void cuda_close(vel_device *d)
     vel_free(d->ctx, d);
 }
 
+static vel_status open_ring(vel_device *d, staging *s, cudaStream_t stream)
+{
+    s->stream = stream;
+    VEL_CUDA(d, cudaMallocHost((void **)&s->bytes, 2 * STAGING_PART));
+    VEL_CUDA(d, cudaMallocHost((void **)&s->sum, sizeof *s->sum));
+    for (int i = 0; i < 2; i++)
+        VEL_CUDA(d, cudaEventCreateWithFlags(&s->done[i], cudaEventDisableTiming));
+    return VEL_OK;
+}
+
 static vel_status open_staging(vel_device *d)
 {
     staging *s = vel_alloc(d->ctx, sizeof *s);
     if (!s)
         return VEL_NO_MEMORY;
     d->staging = s;
-    VEL_CUDA(d, cudaMallocHost((void **)&s->bytes, 2 * STAGING_PART));
-    VEL_CUDA(d, cudaMallocHost((void **)&s->sum, sizeof *s->sum));
-    for (int i = 0; i < 2; i++)
-        VEL_CUDA(d, cudaEventCreateWithFlags(&s->done[i], cudaEventDisableTiming));
-    return VEL_OK;
+    return open_ring(d, s, d->stream);
+}
+
+/* On first use. */
+static vel_status open_ahead(vel_device *d)
+{
+    if (d->ahead)
+        return VEL_OK;
+    vel_cuda_ahead *a = vel_alloc(d->ctx, sizeof *a);
+    if (!a)
+        return VEL_NO_MEMORY;
+    d->ahead = a;
+    VEL_CUDA(d, cudaStreamCreateWithFlags(&a->ring.stream, cudaStreamNonBlocking));
+    VEL_CUDA(d, cudaEventCreateWithFlags(&a->arrived, cudaEventDisableTiming));
+    VEL_CUDA(d, cudaEventCreateWithFlags(&a->taken, cudaEventDisableTiming));
+    return open_ring(d, &a->ring, a->ring.stream);
 }
 
 static bool is_on(const char *name)
@@ -348,19 +399,24 @@ static vel_status cuda_alloc(vel_device *d, size_t bytes, void **out)
 
 /* The bytes go through pinned memory: the caller's may be reused at once, and nobody waits but when
  * a part of the ring is needed again before its copies have ended. */
-static void write_staged(vel_device *d, void *dst, const void *src, size_t bytes)
+static vel_status write_staged(vel_device *d, staging *s, void *dst, const void *src, size_t bytes)
 {
-    staging *s = d->staging;
+    if (bytes > LARGEST_STAGED) {
+        VEL_CUDA(d, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, s->stream));
+        VEL_CUDA(d, cudaStreamSynchronize(s->stream));
+        return VEL_OK;
+    }
     if (s->used + bytes > STAGING_PART) {
-        cudaEventRecord(s->done[s->part], d->stream);
+        VEL_CUDA(d, cudaEventRecord(s->done[s->part], s->stream));
         s->part = !s->part;
         s->used = 0;
-        cudaEventSynchronize(s->done[s->part]);
+        VEL_CUDA(d, cudaEventSynchronize(s->done[s->part]));
     }
     char *at = s->bytes + (size_t)s->part * STAGING_PART + s->used;
     memcpy(at, src, bytes);
-    cudaMemcpyAsync(dst, at, bytes, cudaMemcpyHostToDevice, d->stream);
     s->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    VEL_CUDA(d, cudaMemcpyAsync(dst, at, bytes, cudaMemcpyHostToDevice, s->stream));
+    return VEL_OK;
 }
 
 vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t bytes)
@@ -372,9 +428,32 @@ vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t byt
 
 vel_status vel_cuda_write(vel_device *d, void *dst, const void *src, size_t bytes)
 {
-    if (bytes > LARGEST_STAGED)
-        return vel_cuda_upload(d, dst, src, bytes);
-    write_staged(d, dst, src, bytes);
+    return write_staged(d, d->staging, dst, src, bytes);
+}
+
+static vel_status cuda_write_ahead(vel_device *d, void *dst, const void *src, size_t bytes)
+{
+    VEL_TRY(open_ahead(d));
+    vel_cuda_ahead *a = d->ahead;
+    if (!a->writing)
+        VEL_CUDA(d, cudaStreamWaitEvent(a->ring.stream, a->taken, 0));
+    a->writing = true;
+    return write_staged(d, &a->ring, dst, src, bytes);
+}
+
+static vel_status cuda_take(vel_device *d, const vel_copy *copies, int n)
+{
+    VEL_TRY(open_ahead(d));
+    vel_cuda_ahead *a = d->ahead;
+    if (a->writing) {
+        VEL_CUDA(d, cudaEventRecord(a->arrived, a->ring.stream));
+        VEL_CUDA(d, cudaStreamWaitEvent(d->stream, a->arrived, 0));
+    }
+    a->writing = false;
+    for (int i = 0; i < n; i++)
+        VEL_CUDA(d, cudaMemcpyAsync(copies[i].dst, copies[i].src, copies[i].bytes,
+                                    cudaMemcpyDeviceToDevice, d->stream));
+    VEL_CUDA(d, cudaEventRecord(a->taken, d->stream));
     return VEL_OK;
 }
 
@@ -528,6 +607,8 @@ static const vel_backend vel_backend_cuda = {
     .free = cuda_free,
     .write = cuda_write,
     .read = cuda_read,
+    .write_ahead = cuda_write_ahead,
+    .take = cuda_take,
     .alloc_host = cuda_alloc_host,
     .free_host = cuda_free_host,
     .fetch = cuda_fetch,
