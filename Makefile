@@ -181,7 +181,8 @@ size:
 	tools/size.sh
 FORMAT ?= clang-format-14
 format:
-	$(FORMAT) --dry-run --Werror $(wildcard src/*.[ch] src/*/*.[ch] src/*/*/*.[ch] src/*/*/*/*.[ch] cli/*.[ch] \
+	$(FORMAT) --dry-run --Werror $(wildcard src/*.[ch] src/*/*.[ch] src/*/*/*.[ch] src/*/*/*/*.[ch] \
+	    src/backend/cuda/kernels/*.cu src/backend/cuda/kernels/*.cuh cli/*.[ch] \
 	    tests/*.[ch] tests/fuzz/*.[ch] include/*.h)
 # Ids of CLIP's tokenizer for lines of text; tools/golden/tokenizer.py compares them with the peer's.
 $(BUILD)/tokenizer-ids: tools/golden/tokenizer_ids.c $(BUILD)/libvelatura.a

@@ -4,14 +4,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 printf '%-26s %6s %8s\n' folder files lines
-for folder in include src src/* src/backend/*/ src/backend/cpu/isa cli serve tests tests/fuzz tools examples; do
+for folder in include src src/* src/backend/*/ src/backend/cpu/isa src/backend/cuda/kernels cli serve tests tests/fuzz tools examples; do
     folder=${folder%/}
     [ -d "$folder" ] || continue
-    mapfile -t files < <(find "$folder" -maxdepth 1 -name '*.[ch]' -o -maxdepth 1 -name '*.def' -o -maxdepth 1 -name '*.sh')
+    mapfile -t files < <(find "$folder" -maxdepth 1 -name '*.[ch]' -o -maxdepth 1 -name '*.cu' -o -maxdepth 1 -name '*.cuh' -o -maxdepth 1 -name '*.def' -o -maxdepth 1 -name '*.sh')
     [ ${#files[@]} = 0 ] && continue
     printf '%-26s %6d %8d\n' "$folder" ${#files[@]} "$(cat "${files[@]}" | wc -l)"
 done
-over=$(find include src cli tests -name '*.[ch]' -exec awk 'END { if (NR > 1000) print FILENAME ": " NR " lines" }' {} \;)
+over=$(find include src cli tests \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -exec awk 'END { if (NR > 1000) print FILENAME ": " NR " lines" }' {} \;)
 [ -z "$over" ] && exit 0
 echo "over 1,000 lines:"
 echo "$over"

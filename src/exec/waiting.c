@@ -17,8 +17,7 @@ vel_status vel_waiting_find(const vel_graph *g, vel_arena *a, vel_waiting *out)
         const vel_node *node = vel_node_at(g, id);
         if (node->op != VEL_OP_input)
             continue;
-        int64_t bytes =
-            vel_shape_count(node->out[0].shape) * vel_dtype_bytes(node->out[0].dtype);
+        int64_t bytes = vel_shape_count(node->out[0].shape) * vel_dtype_bytes(node->out[0].dtype);
         out->place[id] = out->bytes;
         out->copies[out->n++] = (vel_copy){.bytes = (size_t)bytes, .node = id};
         out->bytes += (bytes + WAITING_ALIGNMENT - 1) / WAITING_ALIGNMENT * WAITING_ALIGNMENT;

@@ -4,9 +4,9 @@
  * (cuda_own.c: the glue from nodes to the launchers of kernels/, which cuda_kernels.h declares).
  *
  * All work of a device is put on one stream, in order, and nothing but read() and sync() waits for
- * it; write_ahead() alone has another. A run may be captured into a graph, so a kernel's run() must only put work on the stream: no
- * waiting, no allocation, no copy from pageable memory. Sums are made in an order that does not
- * depend on timing: equal runs give equal bytes. */
+ * it; write_ahead() alone has another. A run may be captured into a graph, so a kernel's run() must
+ * only put work on the stream: no waiting, no allocation, no copy from pageable memory. Sums are
+ * made in an order that does not depend on timing: equal runs give equal bytes. */
 #ifndef VEL_CUDA_H
 #define VEL_CUDA_H
 
@@ -31,11 +31,11 @@ struct vel_device {
     bool tf32;      /* float32 products may round their inputs to tf32: VELATURA_TF32=1 */
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    cudnnHandle_t cudnn;  /* bound to the stream */
-    vel_cuda_slab *slabs; /* of small blocks of memory */
-    void *staging;        /* private to cuda_device.c */
+    cudnnHandle_t cudnn;   /* bound to the stream */
+    vel_cuda_slab *slabs;  /* of small blocks of memory */
+    void *staging;         /* private to cuda_device.c */
     vel_cuda_ahead *ahead; /* the same; NULL: not used yet */
-    void *room;           /* device memory for the functions over flat vectors */
+    void *room;            /* device memory for the functions over flat vectors */
     size_t room_bytes;
     vel_cuda_recorder *recorder; /* while a run is recorded (cuda_record.c) */
     cudaEvent_t *stamps;         /* [stamp_room]; NULL: not used yet */

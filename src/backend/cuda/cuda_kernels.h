@@ -210,7 +210,7 @@ void vel_cu_conv2d_grad_w(cudaStream_t s, vel_cu_conv c, const void *x, const vo
 
 enum { VEL_CU_STATE_BLOCK = 256, VEL_CU_CHUNK = 1024 };
 typedef struct vel_cu_segment { /* one trainable tensor; its chunks begin at first_chunk */
-    int64_t begin, count, first_chunk, state[2];
+    int64_t begin, count, first_chunk, rows, cols, state[4]; /* bytes; negative: absent */
     float rate;
     int eight_bit;
 } vel_cu_segment;
@@ -218,17 +218,32 @@ typedef struct vel_cu_codes { /* of 8-bit states; above upper[i] code i + 1 is n
     float value[256], upper[256];
 } vel_cu_codes;
 typedef struct vel_cu_update { /* as vel_update */
-    int rule, first, nesterov;
+    int rule, first, nesterov, safeguard, scale_parameter;
     float *value;
     const float *grad;
     void *state;
     float grad_scale, beta1, beta2, one_minus_beta1, one_minus_beta2;
     float eps, weight_decay, correction1, correction2, blend, dampening;
+    float beta3, eps2, coupled_decay, clip_threshold, d, next_d, d0;
     uint64_t rounding;
 } vel_cu_update;
 /* segments and codes (unsigned, signed) lie in device memory. */
 void vel_cu_update_run(cudaStream_t s, const vel_cu_update *u, const vel_cu_segment *segments,
                        int n, int64_t chunks, const vel_cu_codes *codes);
+/* Rules with sums over tensors (optimizer_sums.cu). sums: device memory of sums_bytes, in which
+ * Prodigy's first phase leaves two doubles for each segment. */
+size_t vel_cu_prodigy_sums_bytes(int n, int64_t chunks);
+void vel_cu_prodigy_sums(cudaStream_t s, const vel_cu_update *u, const vel_cu_segment *segments,
+                         int n, int64_t chunks, void *sums);
+void vel_cu_adafactor(cudaStream_t s, const vel_cu_update *u, const vel_cu_segment *segments,
+                      int n);
+
+/* ---- Kronecker products (kron.cu): a [m, k], b [p, q], y and dy [m p, k q] ---- */
+
+void vel_cu_kron(cudaStream_t s, const float *a, const float *b, float *y, int64_t m, int64_t k,
+                 int64_t p, int64_t q);
+void vel_cu_kron_grad(cudaStream_t s, const float *a, const float *b, const float *dy, float *da,
+                      float *db, int64_t m, int64_t k, int64_t p, int64_t q);
 
 #ifdef __cplusplus
 }

@@ -258,6 +258,19 @@ static void run_rope(const own_job *j)
                 j->n->a.rope.half, j->n->a.rope.back);
 }
 
+static void run_kron(const own_job *j)
+{
+    vel_shape a = in_shape(j, 0), b = in_shape(j, 1);
+    vel_cu_kron(j->s, IN(0), IN(1), OUT(0), a.dim[0], a.dim[1], b.dim[0], b.dim[1]);
+}
+
+static void run_kron_grad(const own_job *j)
+{
+    vel_shape a = in_shape(j, 0), b = in_shape(j, 1);
+    vel_cu_kron_grad(j->s, IN(0), IN(1), IN(2), OUT(0), OUT(1), a.dim[0], a.dim[1], b.dim[0],
+                     b.dim[1]);
+}
+
 static void run_dequant(const own_job *j)
 {
     vel_quant kind = (vel_quant)j->n->a.dequant.quant;
@@ -635,6 +648,8 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_conv2d_grad_x] = {run_conv2d_grad_x, .inplace = 3},
     [VEL_OP_conv2d_grad_w] = {run_conv2d_grad_w},
     [VEL_OP_row_norm] = {run_row_norm},
+    [VEL_OP_kron] = {run_kron},
+    [VEL_OP_kron_grad] = {run_kron_grad},
     [VEL_OP_channel_scale] = {run_channel_scale, .inplace = 1},
     [VEL_OP_channel_scale_grad_w] = {run_channel_sums, scratch_channel_sums},
     [VEL_OP_group_norm] = {run_group_norm, scratch_group_norm, .inplace = 1},

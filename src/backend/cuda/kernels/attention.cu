@@ -1,10 +1,10 @@
-/* attention.cu: attention and its gradient on tensor cores, for 16-bit types. Scores never leave the
- * chip (Dao, Fu, Ermon, Rudra, Ré 2022, FlashAttention; the split of work into warps of 16 rows
+/* attention.cu: attention and its gradient on tensor cores, for 16-bit types. Scores never leave
+ * the chip (Dao, Fu, Ermon, Rudra, Ré 2022, FlashAttention; the split of work into warps of 16 rows
  * follows Dao 2023, FlashAttention-2).
  *
- * Forward: a block has 16 rows of queries per warp and walks over tiles of keys, two of which are in
- * shared memory: one being used, one on its way. 4 T S d operations, and each block reads all keys
- * and values once, from L2: 4 S d bytes for 16 WARPS queries.
+ * Forward: a block has 16 rows of queries per warp and walks over tiles of keys, two of which are
+ * in shared memory: one being used, one on its way. 4 T S d operations, and each block reads all
+ * keys and values once, from L2: 4 S d bytes for 16 WARPS queries.
  *
  * Backward in two walks, so that no sum is shared between blocks and equal runs give equal bytes:
  * over queries for dk and dv, over keys for dq; scores are made again in both, 14 T S d operations
@@ -17,8 +17,8 @@ static const float log2e = 1.44269504f;
 
 /* Where things are, for one head of one batch item. */
 struct geometry {
-    int64_t row;                        /* elements from one query or key to the next */
-    int64_t batch_q, batch_k;           /* from one batch item to the next */
+    int64_t row;              /* elements from one query or key to the next */
+    int64_t batch_q, batch_k; /* from one batch item to the next */
     int heads, d, queries, keys, causal, vectors, bias_rows, batch;
     float scale; /* times log2(e): scores are exponents of 2 */
 };
@@ -213,8 +213,8 @@ __device__ __forceinline__ void store_floats(float *to, int64_t row, int real, i
         }
 }
 
-/* dk and dv: a block has MT * 16 keys per warp, as the rows of its results, and walks over queries of its
- * part. ds lacks the scale until the end. */
+/* dk and dv: a block has MT * 16 keys per warp, as the rows of its results, and walks over queries
+ * of its part. ds lacks the scale until the end. */
 template <typename T, int DP, int BQ, int WARPS, int MT>
 __global__ void __launch_bounds__(32 * WARPS)
     attention_grad_keys_kernel(const T *q, const T *k, const T *v, const float *bias,
@@ -503,7 +503,8 @@ static void backward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q,
     keys<<<grid_k, THREADS, over_k, s>>>(q, k, v, bias, lse, dout, delta, dk, dv, parts, g, splits,
                                          each, a.scale);
     if (splits > 1)
-        join_parts_kernel<T><<<blocks_for(2 * whole, 256), 256, 0, s>>>(parts, splits, whole, dk, dv);
+        join_parts_kernel<T>
+            <<<blocks_for(2 * whole, 256), 256, 0, s>>>(parts, splits, whole, dk, dv);
 #endif
 }
 

@@ -1,7 +1,7 @@
 /* attention_plain.cu: attention and its gradient in float32 arithmetic for every type and card, and
- * for heads too wide for attention.cu. A block of 256 threads has ROWS queries (or keys), 256 / ROWS
- * threads each, and walks over tiles of ROWS keys (or queries) in shared memory. Same passes and
- * the same order of sums as there. */
+ * for heads too wide for attention.cu. A block of 256 threads has ROWS queries (or keys), 256 /
+ * ROWS threads each, and walks over tiles of ROWS keys (or queries) in shared memory. Same passes
+ * and the same order of sums as there. */
 #include "common.cuh"
 
 enum { THREADS = 256 };
@@ -212,15 +212,9 @@ __global__ void __launch_bounds__(THREADS)
 static plain plain_of(vel_cu_attention a)
 {
     int64_t row = (int64_t)a.heads * a.width;
-    return {row,
-            a.queries * row,
-            a.keys * row,
-            a.heads,
-            a.width,
-            (int)a.queries,
-            (int)a.keys,
-            a.causal,
-            (int)(a.bias_rows ? a.bias_rows : 1),
+    return {row,         a.queries * row, a.keys * row,
+            a.heads,     a.width,         (int)a.queries,
+            (int)a.keys, a.causal,        (int)(a.bias_rows ? a.bias_rows : 1),
             a.scale};
 }
 
@@ -237,8 +231,7 @@ static void forward(cudaStream_t s, vel_cu_attention a, const T *q, const T *k, 
     size_t bytes = sizeof(float) * (size_t)(2 * ROWS * (a.width + 1) + ROWS * (ROWS + 1));
     dim3 grid(blocks_for(a.queries, ROWS), (unsigned)a.heads, (unsigned)a.batch);
     allow_shared(plain_kernel<T, ROWS, EACH>, bytes);
-    plain_kernel<T, ROWS, EACH>
-        <<<grid, THREADS, bytes, s>>>(q, k, v, bias, out, lse, plain_of(a));
+    plain_kernel<T, ROWS, EACH><<<grid, THREADS, bytes, s>>>(q, k, v, bias, out, lse, plain_of(a));
 }
 
 template <typename T, int ROWS, int EACH>
@@ -251,11 +244,11 @@ static void backward(cudaStream_t s, vel_cu_attention a, const T *q, const T *k,
     plain g = plain_of(a);
     dim3 over_q(blocks_for(a.queries, ROWS), (unsigned)a.heads, (unsigned)a.batch);
     dim3 over_k(blocks_for(a.keys, ROWS), (unsigned)a.heads, (unsigned)a.batch);
-    plain_delta_kernel<T><<<blocks_for(rows, THREADS / 32), THREADS, 0, s>>>(out, dout, delta, g,
-                                                                             rows);
+    plain_delta_kernel<T>
+        <<<blocks_for(rows, THREADS / 32), THREADS, 0, s>>>(out, dout, delta, g, rows);
     allow_shared(plain_grad_kernel<T, ROWS, EACH, false>, bytes);
-    plain_grad_kernel<T, ROWS, EACH, false><<<over_q, THREADS, bytes, s>>>(
-        q, k, v, bias, lse, dout, delta, dq, (T *)NULL, g);
+    plain_grad_kernel<T, ROWS, EACH, false>
+        <<<over_q, THREADS, bytes, s>>>(q, k, v, bias, lse, dout, delta, dq, (T *)NULL, g);
     allow_shared(plain_grad_kernel<T, ROWS, EACH, true>, bytes);
     plain_grad_kernel<T, ROWS, EACH, true>
         <<<over_k, THREADS, bytes, s>>>(q, k, v, bias, lse, dout, delta, dk, dv, g);
@@ -286,8 +279,7 @@ extern "C" void vel_cu_attention_plain_grad(cudaStream_t s, int type, vel_cu_att
                                             const void *dout, void *dq, void *dk, void *dv,
                                             void *scratch)
 {
-    VEL_CU_EACH_TYPE(type,
-                     EACH_SIZE(a.width, backward, s, a, (const T *)q, (const T *)k, (const T *)v,
-                               bias, (const T *)out, lse, (const T *)dout, (T *)dq, (T *)dk,
-                               (T *)dv, (float *)scratch));
+    VEL_CU_EACH_TYPE(type, EACH_SIZE(a.width, backward, s, a, (const T *)q, (const T *)k,
+                                     (const T *)v, bias, (const T *)out, lse, (const T *)dout,
+                                     (T *)dq, (T *)dk, (T *)dv, (float *)scratch));
 }

@@ -1,5 +1,5 @@
-/* attention_wide.cu: attention on tensor cores for heads of 161 to 512 values (autoencoders have one
- * head as wide as a pixel), forward only.
+/* attention_wide.cu: attention on tensor cores for heads of 161 to 512 values (autoencoders have
+ * one head as wide as a pixel), forward only.
  *
  * A block has 64 queries and eight warps: four rows of 16 queries, two warps each. For a tile of 64
  * keys each warp makes the scores of its half of the keys, the pair exchanges the largest score and
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int n = 0; n < 4; n++) {
                 float a = exp2f(s[0][n][2 * half] - from), b = exp2f(s[0][n][2 * half + 1] - from);
                 part += a + b;
-                *reinterpret_cast<uint32_t *>(
-                    sp + at[half] * P_STEP + side * 32 + n * 8 + (lane & 3) * 2) = pack_pair<T>(a, b);
+                *reinterpret_cast<uint32_t *>(sp + at[half] * P_STEP + side * 32 + n * 8 +
+                                              (lane & 3) * 2) = pack_pair<T>(a, b);
             }
             sum[half] = sum[half] * over[half] + part;
         }
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 static size_t wide_bytes(int dp, size_t element)
 {
-    return element * ((QUERIES + 2 * KEYS) * (dp + 8) + QUERIES * P_STEP) + sizeof(float) * 4 * QUERIES;
+    return element * ((QUERIES + 2 * KEYS) * (dp + 8) + QUERIES * P_STEP) +
+           sizeof(float) * 4 * QUERIES;
 }
 
 extern "C" size_t vel_cu_attention_wide_shared(int width)
@@ -186,10 +187,19 @@ extern "C" void vel_cu_attention_wide(cudaStream_t s, int type, vel_cu_attention
 {
     int64_t row = (int64_t)a.heads * a.width;
     bool vectors = a.width % 8 == 0 && aligned(q) && aligned(k) && aligned(v) && aligned(out);
-    wide g = {row,          a.queries * row, a.keys * row, a.heads, a.width, (int)a.queries,
-              (int)a.keys,  a.causal,        vectors,      (int)(a.bias_rows ? a.bias_rows : 1),
+    wide g = {row,
+              a.queries * row,
+              a.keys * row,
+              a.heads,
+              a.width,
+              (int)a.queries,
+              (int)a.keys,
+              a.causal,
+              vectors,
+              (int)(a.bias_rows ? a.bias_rows : 1),
               a.scale * 1.44269504f};
     bool narrow = a.width <= 256, half = type == VEL_CU_BF16;
-    (narrow ? half ? run<bf16, 256> : run<f16, 256> : half ? run<bf16, 512> : run<f16, 512>)(
-        s, a, g, q, k, v, bias, out, lse);
+    (narrow ? half ? run<bf16, 256> : run<f16, 256>
+     : half ? run<bf16, 512>
+            : run<f16, 512>)(s, a, g, q, k, v, bias, out, lse);
 }

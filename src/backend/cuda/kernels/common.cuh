@@ -13,19 +13,40 @@ typedef __half f16;
 
 /* ---- elements ---- */
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x)
+{
+    return x;
+}
+__device__ __forceinline__ float to_float(bf16 x)
+{
+    return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(f16 x)
+{
+    return __half2float(x);
+}
 template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
-template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ float from_float<float>(float x)
+{
+    return x;
+}
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x)
+{
+    return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ f16 from_float<f16>(float x)
+{
+    return __float2half_rn(x);
+}
 
 /* V elements that one instruction loads: 16 bytes when V is VECTOR(T). */
 template <typename T, int V> struct alignas(sizeof(T) * V) pack {
     T v[V];
 };
-template <typename T> constexpr int VECTOR() { return 16 / (int)sizeof(T); }
+template <typename T> constexpr int VECTOR()
+{
+    return 16 / (int)sizeof(T);
+}
 
 template <typename T, int V> __device__ __forceinline__ void load(const T *p, float (&out)[V])
 {
@@ -62,10 +83,25 @@ template <int V> __device__ __forceinline__ void load_floats(const float *p, flo
 
 /* ---- activations: vel_act_kind in order ---- */
 
-enum { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_QUICK_GELU, ACT_SIGMOID, ACT_TANH, ACT_RELU };
+enum {
+    ACT_NONE,
+    ACT_SILU,
+    ACT_GELU,
+    ACT_GELU_TANH,
+    ACT_QUICK_GELU,
+    ACT_SIGMOID,
+    ACT_TANH,
+    ACT_RELU
+};
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-__device__ __forceinline__ float normal_below(float x) { return 0.5f * (1.0f + erff(x * 0.70710678f)); }
+__device__ __forceinline__ float sigmoid(float x)
+{
+    return 1.0f / (1.0f + __expf(-x));
+}
+__device__ __forceinline__ float normal_below(float x)
+{
+    return 0.5f * (1.0f + erff(x * 0.70710678f));
+}
 /* d/dx of x * normal_below(x) */
 __device__ __forceinline__ float gelu_slope(float x)
 {
@@ -180,7 +216,10 @@ static inline unsigned blocks_for(int64_t work, int64_t each)
     return (unsigned)(n < 1 ? 1 : n);
 }
 
-static inline bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
+static inline bool aligned(const void *p)
+{
+    return ((uintptr_t)p & 15) == 0;
+}
 
 /* Runs the statement with T as the type of values. */
 #define VEL_CU_EACH_TYPE(type, ...)                                                                \

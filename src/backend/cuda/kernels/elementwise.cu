@@ -29,10 +29,11 @@ static void map(cudaStream_t s, const void *x, void *out, int64_t n, F f)
 {
     constexpr int V = VECTOR<A>() < VECTOR<B>() ? VECTOR<A>() : VECTOR<B>();
     if (aligned(x) && aligned(out))
-        map_kernel<A, B, V><<<blocks_for(n, (int64_t)THREADS * V), THREADS, 0, s>>>(
-            (const A *)x, (B *)out, n, f);
+        map_kernel<A, B, V>
+            <<<blocks_for(n, (int64_t)THREADS * V), THREADS, 0, s>>>((const A *)x, (B *)out, n, f);
     else
-        map_kernel<A, B, 1><<<blocks_for(n, THREADS), THREADS, 0, s>>>((const A *)x, (B *)out, n, f);
+        map_kernel<A, B, 1>
+            <<<blocks_for(n, THREADS), THREADS, 0, s>>>((const A *)x, (B *)out, n, f);
 }
 
 template <typename T, int V, typename F>
@@ -62,8 +63,8 @@ static void map2(cudaStream_t s, const void *x, const void *y, void *out, int64_
         map2_kernel<T, V><<<blocks_for(n, (int64_t)THREADS * V), THREADS, 0, s>>>(
             (const T *)x, (const T *)y, (T *)out, n, f);
     else
-        map2_kernel<T, 1><<<blocks_for(n, THREADS), THREADS, 0, s>>>((const T *)x, (const T *)y,
-                                                                      (T *)out, n, f);
+        map2_kernel<T, 1>
+            <<<blocks_for(n, THREADS), THREADS, 0, s>>>((const T *)x, (const T *)y, (T *)out, n, f);
 }
 
 /* ---- fill, cast, affine, unary, act ---- */
@@ -91,7 +92,10 @@ extern "C" void vel_cu_fill(cudaStream_t s, int type, void *out, int64_t n, doub
 }
 
 struct same {
-    __device__ float operator()(float x, int64_t) const { return x; }
+    __device__ float operator()(float x, int64_t) const
+    {
+        return x;
+    }
 };
 
 __global__ void __launch_bounds__(THREADS) from_integer(const int32_t *x, float *out, int64_t n)
@@ -118,14 +122,18 @@ extern "C" void vel_cu_cast(cudaStream_t s, int from, int to, const void *x, voi
         cudaMemcpyAsync(out, x, (size_t)n * (from == VEL_CU_F32 || from == VEL_CU_I32 ? 4 : 2),
                         cudaMemcpyDeviceToDevice, s);
     else if (from == VEL_CU_I32)
-        from_integer<<<blocks_for(n, THREADS), THREADS, 0, s>>>((const int32_t *)x, (float *)out, n);
+        from_integer<<<blocks_for(n, THREADS), THREADS, 0, s>>>((const int32_t *)x, (float *)out,
+                                                                n);
     else
         VEL_CU_EACH_TYPE(from, cast_from<T>(s, to, x, out, n));
 }
 
 struct affine_of {
     float by, plus;
-    __device__ float operator()(float x, int64_t) const { return fmaf(x, by, plus); }
+    __device__ float operator()(float x, int64_t) const
+    {
+        return fmaf(x, by, plus);
+    }
 };
 
 extern "C" void vel_cu_affine(cudaStream_t s, int type, const void *x, void *out, int64_t n,
@@ -167,7 +175,10 @@ extern "C" void vel_cu_unary(cudaStream_t s, int type, int kind, const void *x, 
 
 struct act_of {
     int kind;
-    __device__ float operator()(float x, int64_t) const { return act_value(kind, x); }
+    __device__ float operator()(float x, int64_t) const
+    {
+        return act_value(kind, x);
+    }
 };
 
 extern "C" void vel_cu_act(cudaStream_t s, int type, int kind, const void *x, void *out, int64_t n)
@@ -178,7 +189,10 @@ extern "C" void vel_cu_act(cudaStream_t s, int type, int kind, const void *x, vo
 
 struct act_grad_of {
     int kind;
-    __device__ float operator()(float x, float dy) const { return dy * act_slope(kind, x); }
+    __device__ float operator()(float x, float dy) const
+    {
+        return dy * act_slope(kind, x);
+    }
 };
 
 extern "C" void vel_cu_act_grad(cudaStream_t s, int type, int kind, const void *x, const void *dy,
@@ -215,8 +229,8 @@ __global__ void __launch_bounds__(THREADS)
         return;
     int64_t left = at, from_a = 0, from_b = 0;
     for (int i = how.rank - 1; i >= 0; i--) {
-        int64_t next = packs <= UINT32_MAX ? (int64_t)((uint32_t)left / how.dim[i])
-                                           : left / how.dim[i];
+        int64_t next =
+            packs <= UINT32_MAX ? (int64_t)((uint32_t)left / how.dim[i]) : left / how.dim[i];
         int64_t index = (left - next * how.dim[i]) * (i == how.rank - 1 ? V : 1);
         from_a += index * how.a[i];
         from_b += index * how.b[i];
@@ -289,7 +303,7 @@ static void binary(cudaStream_t s, binary_of f, const void *a, const void *b, vo
             (const T *)a, (const T *)b, (T *)out, n / V, how, f);
     } else {
         binary_kernel<T, 1><<<blocks_for(n, THREADS), THREADS, 0, s>>>((const T *)a, (const T *)b,
-                                                                        (T *)out, n, how, f);
+                                                                       (T *)out, n, how, f);
     }
 }
 
@@ -337,8 +351,8 @@ static void channel_scale(cudaStream_t s, const T *x, const float *gain, const f
         channel_scale_kernel<T, V><<<blocks_for(n / V, THREADS), THREADS, 0, s>>>(
             x, gain, bias, out, n / V, (uint32_t)(width / V));
     else
-        channel_scale_kernel<T, 1><<<blocks_for(n, THREADS), THREADS, 0, s>>>(x, gain, bias, out, n,
-                                                                              (uint32_t)width);
+        channel_scale_kernel<T, 1>
+            <<<blocks_for(n, THREADS), THREADS, 0, s>>>(x, gain, bias, out, n, (uint32_t)width);
 }
 
 extern "C" void vel_cu_channel_scale(cudaStream_t s, int type, const void *x, const float *gain,
@@ -356,7 +370,8 @@ __global__ void __launch_bounds__(THREADS)
     int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (at >= packs)
         return;
-    int64_t row = at / row_packs, column = (at - row * row_packs) * V, half = (int64_t)row_packs * V;
+    int64_t row = at / row_packs, column = (at - row * row_packs) * V,
+            half = (int64_t)row_packs * V;
     float a[V], b[V];
     load<T, V>(x + row * 2 * half + column, a);
     load<T, V>(x + row * 2 * half + half + column, b);
@@ -373,7 +388,8 @@ __global__ void __launch_bounds__(THREADS)
     int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (at >= packs)
         return;
-    int64_t row = at / row_packs, column = (at - row * row_packs) * V, half = (int64_t)row_packs * V;
+    int64_t row = at / row_packs, column = (at - row * row_packs) * V,
+            half = (int64_t)row_packs * V;
     int64_t first = row * 2 * half + column;
     float a[V], b[V], d[V];
     load<T, V>(x + first, a);

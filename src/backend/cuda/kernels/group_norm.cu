@@ -1,16 +1,22 @@
-/* group_norm.cu: group norm with an activation after it, and its gradients. x is [n, places, width],
- * a group is some neighbouring channels at all places of one n.
+/* group_norm.cu: group norm with an activation after it, and its gradients. x is [n, places,
+ * width], a group is some neighbouring channels at all places of one n.
  *
  * Two launches: blocks sum pieces of the places for all channels (16 bytes a thread, whole rows),
- * and leave one pair for each group; then blocks add up the pairs of all pieces, in order, and write
- * their piece. x is read twice, the second time mostly from the L2 cache: at least 2e bytes moved
- * per element of e bytes forward, 3e backward. */
+ * and leave one pair for each group; then blocks add up the pairs of all pieces, in order, and
+ * write their piece. x is read twice, the second time mostly from the L2 cache: at least 2e bytes
+ * moved per element of e bytes forward, 3e backward. */
 #include "common.cuh"
 
 /* A thread of 8 channels needs more registers than 1024 of them have. */
 #define BOUNDS(V) __launch_bounds__((V) == 8 ? 512 : 1024)
 
-enum { MAX_THREADS = 512, MAX_PIECES = 128, MAX_GROUPS = 256, WHOLE_THREADS = 512, MOST_LOADS = 5120 };
+enum {
+    MAX_THREADS = 512,
+    MAX_PIECES = 128,
+    MAX_GROUPS = 256,
+    WHOLE_THREADS = 512,
+    MOST_LOADS = 5120
+};
 
 /* A block's threads: `across` of them cover a row, `down` rows at once. */
 struct tiling {
@@ -164,15 +170,16 @@ __device__ __forceinline__ void load_pairs(const float *parts, const vel_cu_grou
                                            const tiling &t, int64_t image, int group,
                                            float2 (&out)[LANE_PIECES])
 {
-    const float2 *from = reinterpret_cast<const float2 *>(parts) +
-                         (image * g.groups + group) * t.pieces;
+    const float2 *from =
+        reinterpret_cast<const float2 *>(parts) + (image * g.groups + group) * t.pieces;
     int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < LANE_PIECES; i++)
         out[i] = lane + 32 * i < t.pieces ? from[lane + 32 * i] : make_float2(0, 0);
 }
 
-/* (mean, 1 / deviation) of every group of the image, in shared memory: a warp takes groups in turn. */
+/* (mean, 1 / deviation) of every group of the image, in shared memory: a warp takes groups in turn.
+ */
 __device__ static void join_moments(const float *parts, const vel_cu_group &g, const tiling &t,
                                     int64_t image, float *stats)
 {
@@ -201,8 +208,9 @@ __device__ static void join_moments(const float *parts, const vel_cu_group &g, c
 }
 
 template <typename T, int V>
-__global__ void BOUNDS(V) group_apply_kernel(const T *x, vel_cu_group g, tiling t, const float *parts,
-                                   const float *w, const float *b, T *out, float *stats)
+__global__ void BOUNDS(V)
+    group_apply_kernel(const T *x, vel_cu_group g, tiling t, const float *parts, const float *w,
+                       const float *b, T *out, float *stats)
 {
     __shared__ float group_stats[2 * MAX_GROUPS];
     spot s = spot_of<V>(g, t);
@@ -239,8 +247,9 @@ __global__ void BOUNDS(V) group_apply_kernel(const T *x, vel_cu_group g, tiling 
 /* parts [n, groups, pieces, 2]: sums of d and d n. CHANNELS: [n, pieces, 2, width] instead, of
  * dy act' n and dy act', for the gradients to w and b. */
 template <typename T, int V, bool CHANNELS>
-__global__ void BOUNDS(V) group_sums_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
-                                  const float *b, const float *stats, float *parts)
+__global__ void BOUNDS(V)
+    group_sums_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
+                      const float *b, const float *stats, float *parts)
 {
     extern __shared__ float shared[]; /* [2][down][width] */
     spot s = spot_of<V>(g, t);
@@ -309,8 +318,9 @@ __global__ void BOUNDS(V) group_sums_kernel(const T *x, const T *dy, vel_cu_grou
 }
 
 template <typename T, int V>
-__global__ void BOUNDS(V) group_grad_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
-                                  const float *b, const float *stats, const float *parts, T *out)
+__global__ void BOUNDS(V)
+    group_grad_kernel(const T *x, const T *dy, vel_cu_group g, tiling t, const float *w,
+                      const float *b, const float *stats, const float *parts, T *out)
 {
     __shared__ float means[2 * MAX_GROUPS];
     spot s = spot_of<V>(g, t);
@@ -376,7 +386,8 @@ __global__ void __launch_bounds__(256)
 
 /* ---- one launch: small groups, and those that the tiles do not fit ---- */
 
-/* A block does a whole group, V channels a thread at a time; x is read again from the first cache. */
+/* A block does a whole group, V channels a thread at a time; x is read again from the first cache.
+ */
 template <typename T, int V>
 __global__ void __launch_bounds__(WHOLE_THREADS)
     group_whole_kernel(const T *x, const T *dy, vel_cu_group g, const float *w, const float *b,
@@ -581,8 +592,8 @@ extern "C" void vel_cu_group_norm(cudaStream_t s, int type, vel_cu_group g, cons
                                   const float *w, const float *b, void *out, float *stats,
                                   void *scratch)
 {
-    VEL_CU_EACH_TYPE(type, group_norm<T>(s, g, (const T *)x, w, b, (T *)out, stats,
-                                         (float *)scratch));
+    VEL_CU_EACH_TYPE(type,
+                     group_norm<T>(s, g, (const T *)x, w, b, (T *)out, stats, (float *)scratch));
 }
 
 extern "C" void vel_cu_group_norm_grad(cudaStream_t s, int type, vel_cu_group g, const void *x,

@@ -5,7 +5,10 @@
 
 enum { THREADS = 256 };
 
-static int element_bytes(int type) { return type == VEL_CU_F32 || type == VEL_CU_I32 ? 4 : 2; }
+static int element_bytes(int type)
+{
+    return type == VEL_CU_F32 || type == VEL_CU_I32 ? 4 : 2;
+}
 
 static int64_t count_of(vel_cu_shape s)
 {
@@ -266,8 +269,8 @@ extern "C" void vel_cu_embed_grad(cudaStream_t s, int type, const int32_t *ids, 
                                   const void *dy, int64_t width, float *out, int64_t rows)
 {
     cudaMemsetAsync(out, 0, (size_t)(rows * width) * sizeof *out, s);
-    VEL_CU_EACH_TYPE(type, embed_grad_kernel<T><<<(unsigned)n, THREADS, 0, s>>>(
-                               ids, n, (const T *)dy, width, out, rows));
+    VEL_CU_EACH_TYPE(type, embed_grad_kernel<T>
+                     <<<(unsigned)n, THREADS, 0, s>>>(ids, n, (const T *)dy, width, out, rows));
 }
 
 /* In float64: angles reach the thousands. */

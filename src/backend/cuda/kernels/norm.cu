@@ -1,7 +1,7 @@
-/* norm.cu: layer norm and its gradients. A warp keeps a row in its registers, so x (and dy) are read
- * once and the result is written once: 2e bytes per element forward, 3e for the gradient to x, 2e
- * for those to w and b. Rows that do not fit (over 2048, or of an odd width) are read again, from
- * a cache. */
+/* norm.cu: layer norm and its gradients. A warp keeps a row in its registers, so x (and dy) are
+ * read once and the result is written once: 2e bytes per element forward, 3e for the gradient to x,
+ * 2e for those to w and b. Rows that do not fit (over 2048, or of an odd width) are read again,
+ * from a cache. */
 #include "common.cuh"
 
 enum { WARPS = 4, THREADS = 32 * WARPS };
@@ -98,7 +98,8 @@ static void layer_norm(cudaStream_t s, const T *x, const float *w, const float *
     int nv = vectors ? vectors_per_lane(width, V) : 0;
     unsigned blocks = blocks_for(rows, WARPS);
 #define RUN(NV)                                                                                    \
-    layer_norm_kernel<T, V, NV><<<blocks, THREADS, 0, s>>>(x, w, b, eps, out, stats, rows, (int)width)
+    layer_norm_kernel<T, V, NV>                                                                    \
+        <<<blocks, THREADS, 0, s>>>(x, w, b, eps, out, stats, rows, (int)width)
     if (nv == 2)
         RUN(2);
     else if (nv == 5)
@@ -112,11 +113,11 @@ static void layer_norm(cudaStream_t s, const T *x, const float *w, const float *
 }
 
 extern "C" void vel_cu_layer_norm(cudaStream_t s, int type, const void *x, const float *w,
-                                  const float *b, double eps, void *out, float *stats,
-                                  int64_t rows, int64_t width)
+                                  const float *b, double eps, void *out, float *stats, int64_t rows,
+                                  int64_t width)
 {
-    VEL_CU_EACH_TYPE(type, layer_norm<T>(s, (const T *)x, w, b, (float)eps, (T *)out, stats, rows,
-                                         width));
+    VEL_CU_EACH_TYPE(
+        type, layer_norm<T>(s, (const T *)x, w, b, (float)eps, (T *)out, stats, rows, width));
 }
 
 /* ---- gradient to x: scale (g - mean(g) - n mean(g n)), g = dy w, n = (x - mean) scale ---- */
@@ -210,15 +211,18 @@ extern "C" void vel_cu_layer_norm_grad(cudaStream_t s, int type, const void *x, 
                                        const float *stats, const void *dy, void *out, int64_t rows,
                                        int64_t width)
 {
-    VEL_CU_EACH_TYPE(type, layer_norm_grad<T>(s, (const T *)x, w, stats, (const T *)dy, (T *)out,
-                                              rows, width));
+    VEL_CU_EACH_TYPE(
+        type, layer_norm_grad<T>(s, (const T *)x, w, stats, (const T *)dy, (T *)out, rows, width));
 }
 
 /* ---- gradients to w and b: sums over rows, first in pieces ---- */
 
 enum { PIECES = 64 };
 
-static int64_t pieces_of(int64_t rows) { return rows < PIECES ? rows : PIECES; }
+static int64_t pieces_of(int64_t rows)
+{
+    return rows < PIECES ? rows : PIECES;
+}
 
 /* parts [pieces, 2, width]: a block makes 32 columns of one piece. */
 template <typename T>
@@ -273,9 +277,9 @@ extern "C" void vel_cu_layer_norm_grad_w(cudaStream_t s, int type, const void *x
 {
     int64_t pieces = pieces_of(rows), each = (rows + pieces - 1) / pieces;
     dim3 grid(blocks_for(width, 32), (unsigned)pieces), block(32, 8);
-    VEL_CU_EACH_TYPE(type, layer_norm_grad_w_kernel<T><<<grid, block, 0, s>>>(
-                               (const T *)x, stats, (const T *)dy, (float *)scratch, rows, width,
-                               each));
+    VEL_CU_EACH_TYPE(type, layer_norm_grad_w_kernel<T>
+                     <<<grid, block, 0, s>>>((const T *)x, stats, (const T *)dy, (float *)scratch,
+                                             rows, width, each));
     join_w_kernel<<<blocks_for(width, 256), 256, 0, s>>>((const float *)scratch, (int)pieces, dw,
                                                          db, width);
 }

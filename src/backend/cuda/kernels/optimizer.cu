@@ -2,10 +2,12 @@
  * in one launch. A block takes 1024 values of one tensor, four blocks of 8-bit states. Bytes moved
  * per value: AdamW 28 (four read, three written), with 8-bit states 16; Lion and SGD 20 (14). */
 #include "common.cuh"
+#include "optimizer.cuh"
 
 enum { THREADS = VEL_CU_STATE_BLOCK, CHUNK = VEL_CU_CHUNK };
 
-enum { RULE_ADAMW, RULE_LION, RULE_SGD, RULE_SCHEDULE_FREE }; /* vel_update_rule's */
+/* vel_update_rule's */
+enum { RULE_ADAMW, RULE_LION, RULE_SGD, RULE_SCHEDULE_FREE, RULE_PRODIGY };
 
 /* p, and the states a and b, from their old values and g. As the CPU's, term by term. */
 __device__ static float new_value(const vel_cu_update &u, float lr, float p, float grad, float &a,
@@ -30,23 +32,16 @@ __device__ static float new_value(const vel_cu_update &u, float lr, float p, flo
         a = u.first ? d : u.beta1 * a + (1.0f - u.dampening) * d;
         return p - lr * (u.nesterov ? d + u.beta1 * a : a);
     }
+    if (u.rule == RULE_PRODIGY) { /* phase 1: a and b are as phase 0 left them */
+        float step = u.d * lr * u.correction1;
+        float m = u.beta1 == 0 ? u.d * (g + u.coupled_decay * p) : a;
+        return p * (1.0f - u.weight_decay * step) - step * m / (sqrtf(b) + u.next_d * u.eps);
+    }
     b = u.beta2 * b + u.one_minus_beta2 * g * g;
     float n = g / (sqrtf(b) * (1.0f / sqrtf(u.correction2)) + u.eps) + u.weight_decay * p;
     float next = p + u.blend * (a - p) + lr * (u.beta1 * (1.0f - u.blend) - 1.0f) * n;
     a -= lr * n;
     return next;
-}
-
-/* vel_rounding_bits of backend.h */
-__device__ static float round_value(float p, uint64_t key, int64_t index)
-{
-    uint32_t bits = __float_as_uint(p);
-    if (!key || (bits & 0x7f800000) == 0x7f800000)
-        return p;
-    uint64_t x = key + (uint64_t)index * 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return __uint_as_float((bits + (uint32_t)(x >> 48)) & 0xffff0000u);
 }
 
 /* One 8-bit state of the thread's value; the block's threads have the whole block of it. */
@@ -79,15 +74,7 @@ __device__ static void encode(const vel_cu_codes &c, uint8_t *base, int64_t coun
 __global__ void __launch_bounds__(THREADS)
     update_kernel(vel_cu_update u, const vel_cu_segment *segments, int n, const vel_cu_codes *codes)
 {
-    int low = 0, high = n - 1; /* the last tensor whose chunks begin at or before this one */
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (segments[middle].first_chunk <= (int64_t)blockIdx.x)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    vel_cu_segment s = segments[low];
+    vel_cu_segment s = segments[vel_cu_segment_of(segments, n, blockIdx.x)];
     int64_t first = (blockIdx.x - s.first_chunk) * CHUNK;
     char *state = (char *)u.state;
     bool has_a = s.state[0] >= 0, has_b = s.state[1] >= 0;
@@ -105,7 +92,7 @@ __global__ void __launch_bounds__(THREADS)
         }
         if (real) {
             float p = new_value(u, s.rate, u.value[s.begin + i], u.grad[s.begin + i], a, b);
-            u.value[s.begin + i] = round_value(p, u.rounding, s.begin + i);
+            u.value[s.begin + i] = vel_cu_round_value(p, u.rounding, s.begin + i);
         }
         if (s.eight_bit) {
             if (has_a)

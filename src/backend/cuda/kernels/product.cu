@@ -1,13 +1,13 @@
 /* product.cu: products and convolutions as plain tiles in float32 arithmetic, for whatever the
- * libraries do not take and as the truth to check them against. One kernel: c [m, n] = sum over k of
- * a(i, k) b(k, j), where a and b say how to find an element; a block makes 64 x 64, a thread 4 x 4,
- * 16 of k at a time through shared memory. */
+ * libraries do not take and as the truth to check them against. One kernel: c [m, n] = sum over k
+ * of a(i, k) b(k, j), where a and b say how to find an element; a block makes 64 x 64, a thread 4 x
+ * 4, 16 of k at a time through shared memory. */
 #include "common.cuh"
 
 enum { THREADS = 256, SIDE = 64, DEPTH = 16 };
 
 struct epilogue {
-    const float *bias; /* [n] or NULL */
+    const float *bias;    /* [n] or NULL */
     const void *residual; /* of the inputs' type */
     int act;
 };
@@ -147,7 +147,10 @@ template <typename T> struct convolution_grad_w {
     const T *x, *dy;
     vel_cu_conv c;
     int a_along_k, b_along_k;
-    __device__ float a(int64_t, int64_t o, int64_t i) const { return to_float(dy[i * c.out + o]); }
+    __device__ float a(int64_t, int64_t o, int64_t i) const
+    {
+        return to_float(dy[i * c.out + o]);
+    }
     __device__ float b(int64_t, int64_t i, int64_t at) const
     {
         int taps = c.kernel_h * c.kernel_w, tap = (int)(at % taps);

@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(THREADS)
     const T *from = x + place(r, a.n_kept, a.kept, a.kept_stride);
     float sum = largest ? -INFINITY : 0;
     for (int64_t i = begin + threadIdx.x; i < end; i += THREADS)
-        sum = join(sum, to_float(from[place(i, a.n_reduced, a.reduced, a.reduced_stride)]), largest);
+        sum =
+            join(sum, to_float(from[place(i, a.n_reduced, a.reduced, a.reduced_stride)]), largest);
     sum = largest ? block_max(sum) : block_sum(sum);
     if (threadIdx.x == 0)
         out[r * gridDim.y + blockIdx.y] = sum;
@@ -142,12 +143,12 @@ extern "C" void vel_cu_reduce(cudaStream_t s, int type, const void *x, vel_cu_sh
     float *parts = splits == 1 ? out : (float *)scratch;
     if (columns(&a)) {
         dim3 grid(blocks_for(a.results, 32), (unsigned)splits), block(32, 8);
-        VEL_CU_EACH_TYPE(type, reduce_columns_kernel<T><<<grid, block, 0, s>>>(
-                                   (const T *)x, parts, a, largest, each));
+        VEL_CU_EACH_TYPE(type, reduce_columns_kernel<T>
+                         <<<grid, block, 0, s>>>((const T *)x, parts, a, largest, each));
     } else {
         dim3 grid((unsigned)a.results, (unsigned)splits);
-        VEL_CU_EACH_TYPE(type, reduce_kernel<T><<<grid, THREADS, 0, s>>>((const T *)x, parts, a,
-                                                                         largest, each));
+        VEL_CU_EACH_TYPE(type, reduce_kernel<T>
+                         <<<grid, THREADS, 0, s>>>((const T *)x, parts, a, largest, each));
     }
     if (splits > 1)
         join_parts_kernel<<<blocks_for(a.results, THREADS), THREADS, 0, s>>>(
@@ -176,11 +177,14 @@ extern "C" void vel_cu_row_norm(cudaStream_t s, int type, const void *w, const f
                                 vel_cu_shape shape, int columns, float *out)
 {
     axes_of a = split_axes(shape, ((1u << shape.rank) - 1) & ~(1u << (columns ? 1 : 0)));
-    VEL_CU_EACH_TYPE(type, row_norm_kernel<T><<<(unsigned)a.results, THREADS, 0, s>>>(
-                               (const T *)w, change, a, out));
+    VEL_CU_EACH_TYPE(type, row_norm_kernel<T>
+                     <<<(unsigned)a.results, THREADS, 0, s>>>((const T *)w, change, a, out));
 }
 
-static int64_t channel_splits(int64_t rows) { return rows < 64 ? rows : 64; }
+static int64_t channel_splits(int64_t rows)
+{
+    return rows < 64 ? rows : 64;
+}
 
 extern "C" size_t vel_cu_channel_sums_scratch(int64_t rows, int64_t width)
 {
@@ -252,7 +256,8 @@ __global__ void __launch_bounds__(THREADS)
         parts[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(THREADS) add_doubles_kernel(const double *parts, int n, double *out)
+__global__ void __launch_bounds__(THREADS)
+    add_doubles_kernel(const double *parts, int n, double *out)
 {
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += THREADS)
@@ -302,8 +307,8 @@ __global__ void __launch_bounds__(THREADS) softmax_kernel(const T *x, T *out, in
 extern "C" void vel_cu_softmax(cudaStream_t s, int type, const void *x, void *out, int64_t rows,
                                int64_t width)
 {
-    VEL_CU_EACH_TYPE(type, softmax_kernel<T><<<(unsigned)rows, THREADS, 0, s>>>((const T *)x,
-                                                                                (T *)out, width));
+    VEL_CU_EACH_TYPE(type, softmax_kernel<T>
+                     <<<(unsigned)rows, THREADS, 0, s>>>((const T *)x, (T *)out, width));
 }
 
 /* ---- the mean squared error ---- */
@@ -368,8 +373,8 @@ __global__ void __launch_bounds__(THREADS)
 {
     int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (at < total)
-        out[at] = from_float<T>((to_float(pred[at]) - target[at]) *
-                                (by * dloss[0] * weight[at / width]));
+        out[at] =
+            from_float<T>((to_float(pred[at]) - target[at]) * (by * dloss[0] * weight[at / width]));
 }
 
 extern "C" void vel_cu_mse_grad(cudaStream_t s, int type, const void *pred, const float *target,

@@ -68,7 +68,10 @@ __device__ __forceinline__ void copy_later(void *to, const void *from, bool real
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                  "l"(from), "r"(real ? 16 : 0));
 }
-__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void copies_end()
+{
+    asm volatile("cp.async.commit_group;");
+}
 template <int PENDING> __device__ __forceinline__ void copies_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
@@ -109,8 +112,8 @@ template <typename T, int STEP> __device__ __forceinline__ const T *right_place(
     return p + ((lane & 7) + (lane >> 4) * 8) * STEP + ((lane >> 3) & 1) * 8;
 }
 
-/* c [MT * 16, N] += a [MT * 16, DP] b [N, DP]^T, both tiles in shared memory; a begins at the warp's
- * rows. Each piece of b is read once for all MT. */
+/* c [MT * 16, N] += a [MT * 16, DP] b [N, DP]^T, both tiles in shared memory; a begins at the
+ * warp's rows. Each piece of b is read once for all MT. */
 template <typename T, int DP, int N, int MT>
 __device__ __forceinline__ void multiply_tiles(float (&c)[MT][N / 8][4], const T *a, const T *b)
 {

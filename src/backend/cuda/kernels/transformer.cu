@@ -277,9 +277,9 @@ extern "C" void vel_cu_depthwise(cudaStream_t s, int type, const void *x, const 
     dim3 grid((unsigned)(n * height * ((width + STRIP - 1) / STRIP)),
               blocks_for(channels / v, THREADS));
     if (v == 2)
-        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 2><<<grid, THREADS, 0, s>>>(
-                                   z, (const T *)x, w, bias, back, (T *)out));
+        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 2>
+                         <<<grid, THREADS, 0, s>>>(z, (const T *)x, w, bias, back, (T *)out));
     else
-        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 1><<<grid, THREADS, 0, s>>>(
-                                   z, (const T *)x, w, bias, back, (T *)out));
+        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 1>
+                         <<<grid, THREADS, 0, s>>>(z, (const T *)x, w, bias, back, (T *)out));
 }
