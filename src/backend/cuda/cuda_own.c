@@ -736,7 +736,8 @@ vel_status vel_cuda_own_prepare(vel_device *d, const vel_graph *g, int32_t id, v
 {
     const vel_node *n = vel_node_at(g, id);
     const own_row *row = &rows[n->op];
-    if (!row->run || (row->takes && !row->takes(d, g, n)) ||
+    bool trial = n->op == VEL_OP_kron || n->op == VEL_OP_kron_grad;
+    if (!row->run || (trial && !vel_cuda_trial()) || (row->takes && !row->takes(d, g, n)) ||
         (!moves_only(n->op) && !types_fit(g, n)))
         return VEL_UNSUPPORTED;
     vel_launch l = {.node = n};
