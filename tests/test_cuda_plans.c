@@ -159,21 +159,27 @@ static vel_graph *denoiser(vel_test *t, const planned *m, int n, int size, bool 
     REQUIRE(g);
     vel_latent_info latent;
     vel_text_info texts[VEL_MAX_TEXTS];
-    vel_text_states states;
+    vel_text_states states[VEL_MAX_TEXTS];
+    vel_condition each[VEL_MAX_TEXTS] = {{{0}}};
     int length[VEL_MAX_TEXTS] = {0};
     m->family->latent(m->config, &latent);
     int n_texts = m->family->texts(m->config, texts);
     for (int i = 0; i < n_texts; i++)
         length[i] = texts[i].length;
-    m->family->states(m->config, length, &states);
+    m->family->states(m->config, length, states);
+    for (int i = 0; i < n_texts; i++) {
+        const char name[2] = {(char)('0' + i), 0};
+        each[i].context =
+            vel_input(g, name, VEL_F32, VEL_SHAPE(n, states[i].length, states[i].width));
+        if (states[i].pooled)
+            each[i].pooled = vel_input(g, "pooled", VEL_F32, VEL_SHAPE(n, states[i].pooled));
+    }
+    vel_condition c =
+        m->family->join_texts ? m->family->join_texts(g, m->config, each, length) : each[0];
     int extra = vel_family_extra(m->family, m->config, NULL, NULL);
     vel_shape shape = VEL_SHAPE(n, size / latent.down, size / latent.down, latent.channels);
-    vel_condition c = {
-        .context = vel_input(g, "context", VEL_F32, VEL_SHAPE(n, states.length, states.width))};
     if (extra)
         c.extra = vel_input(g, "extra", VEL_F32, VEL_SHAPE(n, extra));
-    if (states.pooled)
-        c.pooled = vel_input(g, "pooled", VEL_F32, VEL_SHAPE(n, states.pooled));
     vel_ref x = vel_input(g, "latent", VEL_F32, shape);
     vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
     vel_ref y = m->family->denoise(g, m->config, x, time, &c);
