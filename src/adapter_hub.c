@@ -190,7 +190,8 @@ static json_t *kept_metadata(const vel_adapter_file *f, const json_t *given)
     if (f->n) {
         snprintf(text, sizeof text, "%d", f->modules[0].rank);
         json_object_set_new(all, "ss_network_dim", json_string(text));
-        snprintf(text, sizeof text, "%g", f->modules[0].alpha);
+        snprintf(text, sizeof text, "%g",
+                 f->common_alpha > 0 ? f->common_alpha : f->modules[0].alpha);
         json_object_set_new(all, "ss_network_alpha", json_string(text));
     }
     return all;

@@ -276,6 +276,19 @@ static vel_status do_all(work *w, const char *phase)
 
 /* ---- the result ---- */
 
+/* One alpha for all modules, whatever their ranks. The smallest: up matrices only grow by it, so
+ * that halves lose no small values. */
+static double common_alpha(const vel_adapter_file *f)
+{
+    double alpha = 0;
+    for (int i = 0; i < f->n; i++) {
+        const vel_adapter_module *m = &f->modules[i];
+        if (m->leaf[VEL_LEAF_LORA_UP].v && (alpha == 0 || m->alpha < alpha))
+            alpha = m->alpha;
+    }
+    return alpha;
+}
+
 static vel_status write_result(work *w, const char *path, const json_t *metadata)
 {
     vel_adapter_file *f = NULL;
@@ -293,8 +306,10 @@ static vel_status write_result(work *w, const char *path, const json_t *metadata
     }
     if (!st && !f->n)
         st = vel_fail(w->h->ctx, VEL_BAD_VALUE, "%s: nothing to write: no module is changed", path);
-    if (!st)
+    if (!st) {
+        f->common_alpha = common_alpha(f);
         st = vel_hub_write(w->h, f, path, metadata);
+    }
     if (!st)
         vel_text_addf(w->h->out, "largest error of a module: %.3g\n", worst);
     vel_adapter_file_destroy(f);

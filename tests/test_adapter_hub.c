@@ -271,6 +271,57 @@ TEST(adapter_hub_bakes_and_resizes)
     vel_free(t->ctx, out);
 }
 
+/* The alpha that all modules of a file have and its number of different ranks. */
+static double only_alpha(vel_test *t, const char *path, int *ranks)
+{
+    vel_safetensors *sf = NULL;
+    double alpha = 0;
+    int64_t rank[VEL_COUNT(places)] = {0};
+    *ranks = 0;
+    if (vel_safetensors_open(t->ctx, path, &sf))
+        return 0;
+    int found = 0;
+    for (int i = 0; i < vel_safetensors_count(sf); i++) {
+        const vel_file_tensor *x = vel_safetensors_at(sf, i);
+        float value = 0;
+        bool met = false;
+        if (vel_has_suffix(x->name, ".alpha")) {
+            vel_file_tensor_floats(x, 0, 1, &value);
+            CHECK_MSG(alpha == 0 || value == alpha, "%s: %g, not %g", x->name, value, alpha);
+            alpha = value;
+        }
+        if (!vel_has_suffix(x->name, ".lora_down.weight") || found == VEL_COUNT(rank))
+            continue;
+        for (int k = 0; k < found; k++)
+            met = met || rank[k] == x->dim[0];
+        rank[found++] = x->dim[0];
+        *ranks += !met;
+    }
+    vel_safetensors_close(sf);
+    return alpha;
+}
+
+/* Ranks that a share of the change decides differ from module to module; alpha may not. */
+TEST(adapter_hub_writes_one_alpha)
+{
+    static const char *const types[][2] = {{"float", "1e-6"}, {"fp16", "1e-3"}, {"bf16", "8e-3"}};
+    char *a = make_file(t, "a.safetensors", "loha", 2, false);
+    char *exact = vel_test_path(t, "exact.safetensors"), *out = vel_test_path(t, "out.safetensors");
+    int ranks = 0;
+    /* the same cut without it: diffusers' names have no alpha, and converting chooses none */
+    REQUIRE_OK(RUN("bake", a, out, NULL, "fro", "0.97", "format", "diffusers", NULL));
+    REQUIRE_OK(RUN("convert", out, exact, NULL, "format", "kohya", NULL));
+    for (int i = 0; i < VEL_COUNT(types); i++) {
+        REQUIRE_OK(RUN("bake", a, out, NULL, "fro", "0.97", "save_precision", types[i][0], NULL));
+        double alpha = only_alpha(t, out, &ranks);
+        CHECK_MSG(alpha > 0 && ranks > 1, "%s: alpha %g, %d ranks", types[i][0], alpha, ranks);
+        REQUIRE_OK(RUN("verify", exact, out, NULL, "tolerance", types[i][1], NULL));
+    }
+    vel_free(t->ctx, a);
+    vel_free(t->ctx, exact);
+    vel_free(t->ctx, out);
+}
+
 /* W + 0.5 a + 0.5 b, told from W again, is the two joined. */
 TEST(adapter_hub_merges_and_extracts)
 {

@@ -46,6 +46,9 @@ typedef struct vel_adapter_file {
      * known, and none of these names is written. */
     const vel_known_module *known;
     int n_known;
+    /* For the writer: the alpha of every LoRA in kohya's names, and the rest of each one's strength
+     * goes into its up matrix. 0: each has its own. */
+    double common_alpha;
     json_t *metadata; /* of the file; object */
     vel_word *words;  /* learned words that lie beside the modules */
     int n_words;

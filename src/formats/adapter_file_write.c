@@ -4,7 +4,9 @@
  * kohya's files carry alpha as tensors. diffusers' do not: new versions read it from metadata, old
  * ones and other programs take alpha to be the rank. So in that dialect the strength is folded into
  * one of the leaves and the metadata says alpha = rank: every reader gets the strength that was
- * trained. PEFT always reads its adapter_config.json, which says alpha.
+ * trained. PEFT always reads its adapter_config.json, which says alpha. Some readers of kohya's
+ * files (diffusers) take the commonest alpha for modules that they do not find again, so files
+ * whose ranks we chose have one for all.
  *
  * The hashes of kohya's files are over the tensors of a file whose metadata are its ss_ entries
  * only; that file is written first, under the final name, and then replaced by the one with all
@@ -124,13 +126,27 @@ static double unseen_strength(const writing *w, const vel_adapter_module *m,
     return told || !product ? 1 : m->alpha / m->rank;
 }
 
+/* The alpha that is written and the factor that it leaves for the scaled leaf, *by. */
+static double written_alpha(const writing *w, const vel_adapter_module *m,
+                            vel_adapter_leaf scaled_leaf, double *by)
+{
+    double alpha, common = w->file->common_alpha;
+    *by = unseen_strength(w, m, scaled_leaf);
+    alpha = *by == 1 ? m->alpha : m->rank;
+    if (common == 0 || !is_kohyas(w) || strcmp(m->kind, "lora") != 0 || goes_without_alpha(w, m))
+        return alpha;
+    *by *= alpha / common;
+    return common;
+}
+
 static vel_status add_module(writing *w, const vel_adapter_module *m, const char *stem)
 {
     bool has[VEL_ADAPTER_LEAVES];
+    double by;
     VEL_TRY(check_module(w, m));
     has_leaves(m, has);
     vel_adapter_leaf leaf = vel_adapter_scaled_leaf(m->kind, has);
-    double by = unseen_strength(w, m, leaf);
+    double stated = written_alpha(w, m, leaf, &by);
     for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
         if (has[i])
             VEL_TRY(
@@ -139,7 +155,7 @@ static vel_status add_module(writing *w, const vel_adapter_module *m, const char
     float *alpha = vel_arena_alloc(w->arena, sizeof *alpha);
     if (!alpha)
         return VEL_NO_MEMORY;
-    *alpha = (float)(by == 1 ? m->alpha : m->rank);
+    *alpha = (float)stated;
     if (name && leaf < VEL_ADAPTER_LEAVES && leaf != VEL_LEAF_DIFF && !goes_without_alpha(w, m))
         w->tensors[w->n++] = (vel_save_tensor){.name = name, .type = VEL_FILE_F32, .data = alpha};
     return VEL_OK;
