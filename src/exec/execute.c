@@ -371,7 +371,8 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
         return VEL_OK;
     if (o->level > 0)
         p->level = o->level;
-    if (!o->smallest && budget <= 0 && (o->level != VEL_LEVEL_AUTO || p->backend->roomy <= 0))
+    bool habit = p->backend->roomy > 0 && !(o->compute == VEL_F32 && p->backend->float32_whole);
+    if (!o->smallest && budget <= 0 && (o->level != VEL_LEVEL_AUTO || !habit))
         return VEL_OK;
     if (!o->smallest && budget <= 0)
         VEL_TRY(roomy_budget(p, &budget));
