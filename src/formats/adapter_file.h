@@ -32,6 +32,7 @@ typedef struct vel_known_module { /* what the model at hand has */
      * on, of so many; rows 0: all. */
     int64_t first_row, rows;
     bool halves; /* the original keeps the second half of its rows first */
+    bool unused; /* in the files, but in no graph: it is read and written, not trained */
 } vel_known_module;
 
 typedef struct vel_adapter_file {

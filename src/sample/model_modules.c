@@ -47,6 +47,7 @@ static int add_unused_layers(vel_model *m, vel_known_module *list, int n, int ro
             for (int i = 0; i < first && !there && n < room; i++)
                 if (vel_has_prefix(list[i].path, start)) {
                     list[n] = list[i];
+                    list[n].unused = true;
                     list[n].path =
                         vel_arena_strf(m->arena, "%s%s", path, list[i].path + strlen(start));
                     n += list[n].path != NULL;

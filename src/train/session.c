@@ -108,7 +108,7 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
     bool locon = strcmp(o->network, "locon") == 0; /* LoRA on convolutions as well */
     for (int i = 0; i < n; i++) {
         const vel_known_module *m = &modules[i];
-        if (m->weight_rank < 2 || strncmp(m->path, part, strlen(part)) != 0 ||
+        if (m->unused || m->weight_rank < 2 || strncmp(m->path, part, strlen(part)) != 0 ||
             m->path[strlen(part)] != '.' ||
             !(vel_glob(patterns, m->path) || (more && vel_glob(more, m->path))))
             continue;
