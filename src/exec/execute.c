@@ -352,8 +352,8 @@ static vel_status roomy_budget(const vel_plan *p, int64_t *budget)
 {
     int64_t everything;
     VEL_TRY(measure_level(p->engine, p->g, 0, &everything));
-    *budget = p->backend->roomy;
-    if (everything > p->backend->small)
+    *budget = p->engine->backend->roomy;
+    if (everything > p->engine->backend->small)
         *budget = VEL_MAX(*budget, everything / 20 * 11);
     return VEL_OK;
 }
@@ -371,7 +371,8 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
         return VEL_OK;
     if (o->level > 0)
         p->level = o->level;
-    bool habit = p->backend->roomy > 0 && !(o->compute == VEL_F32 && p->backend->float32_whole);
+    bool habit = p->engine->backend->roomy > 0 &&
+                 !(o->compute == VEL_F32 && p->engine->backend->float32_whole);
     if (!o->smallest && budget <= 0 && (o->level != VEL_LEVEL_AUTO || !habit))
         return VEL_OK;
     if (!o->smallest && budget <= 0)
