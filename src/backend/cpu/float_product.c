@@ -2,8 +2,8 @@
  * arithmetic, asked before oneDNN's. Here is what they take, how a product is cut into tasks, and
  * how a weight is packed; the arithmetic is in isa/cpu_float_product.c and isa/cpu_winograd.c. */
 #include "backend/cpu/float_product.h"
-#include "backend/cpu/cpu.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/own_product.h"
 
 enum {
     LEAST_SIDE = 16, /* of depth and columns: below, most of a panel would be padding */
@@ -21,23 +21,6 @@ enum {
 
 /* ---- cutting ----------------------------------------------------------------------------------
  */
-
-static int64_t pieces(int64_t n, int64_t size)
-{
-    return (n + size - 1) / size;
-}
-
-static int64_t rounded(int64_t n, int64_t grain)
-{
-    return pieces(n, grain) * grain;
-}
-
-/* Pieces of nearly equal size, multiples of grain, none above most. */
-static int64_t even_size(int64_t n, int64_t most, int64_t grain)
-{
-    most = VEL_MAX(most / grain * grain, grain);
-    return rounded(pieces(n, pieces(n, most)), grain);
-}
 
 static void cut_groups(vel_float_product *p, int64_t most)
 {
@@ -83,28 +66,13 @@ typedef struct float_state {
     char name[64];
 } float_state;
 
-static vel_type type_at(const vel_graph *g, const vel_node *n, int i)
-{
-    return i < n->n_in && n->in[i].id ? vel_type_of(g, n->in[i]) : (vel_type){0};
-}
-
 /* bfloat16 is multiplied in float32 where the processor has nothing faster for it. */
 static const char *refuse(vel_device *d, const vel_graph *g, const vel_node *n)
 {
     vel_dtype type = n->out[0].dtype;
-    bool forward = n->op == VEL_OP_linear || n->op == VEL_OP_conv2d;
     if (type != VEL_F32 && (type != VEL_BF16 || d->amx || d->dot))
         return "float32, or bfloat16 without instructions for it";
-    for (int i = 0; i < n->n_in; i++) {
-        vel_type in = type_at(g, n, i);
-        if (in.shape.rank && in.dtype != (forward && i == 2 ? VEL_F32 : type))
-            return "one type throughout, with a float32 bias";
-    }
-    if (vel_at(g, n->in[1])->op != VEL_OP_weight)
-        return "the weight is not frozen";
-    if (!vel_shape_count(n->out[0].shape) || !vel_shape_count(type_at(g, n, 0).shape))
-        return "nothing to multiply";
-    return NULL;
+    return refuse_product(g, n, type);
 }
 
 static const char *const form_names[] = {
@@ -144,11 +112,6 @@ static vel_status finish(vel_device *d, const vel_graph *g, const vel_node *n, v
     k->packed_bytes[1] = (size_t)(rounded(p->outputs, FLOAT_SIDE) * p->inputs * p->taps) *
                          (size_t)vel_dtype_bytes(p->element);
     return VEL_OK;
-}
-
-static int present(const vel_node *n, int i)
-{
-    return i < n->n_in && n->in[i].id ? i : -1;
 }
 
 static vel_float_product of_rows(vel_shape left, vel_shape out)
@@ -198,7 +161,7 @@ static vel_status prepare_linear_grad_x(vel_device *d, const vel_graph *g, const
  * unpadded tile can lie in. */
 static bool fits(vel_shape w, int stride, const int *pad, bool *pointwise)
 {
-    *pointwise = w.dim[2] == 1 && w.dim[3] == 1 && !(pad[0] | pad[1] | pad[2] | pad[3]);
+    *pointwise = is_pointwise(w, pad);
     return stride == 1 && (*pointwise || (w.dim[2] == 3 && w.dim[3] == 3));
 }
 
@@ -236,12 +199,6 @@ static vel_status prepare_conv2d_grad_x(vel_device *d, const vel_graph *g, const
     return finish(d, g, n, &p, k);
 }
 
-static void release(vel_device *d, vel_kernel *k)
-{
-    vel_free(d->ctx, k->state);
-    k->state = NULL;
-}
-
 static vel_status pack(vel_device *d, const vel_kernel *k, const vel_node *n,
                        const vel_type *in_type, int input, const void *plain, void *packed)
 {
@@ -272,7 +229,7 @@ static vel_status run(vel_device *d, const vel_launch *l)
 
 #define ROW(op_)                                                                                   \
     {                                                                                              \
-        VEL_OP_##op_, #op_ "_float", refuse, prepare_##op_, release, pack, run                     \
+        VEL_OP_##op_, #op_ "_float", refuse, prepare_##op_, release_state, pack, run               \
     }
 
 const vel_cpu_impl vel_cpu_float_impls[] = {

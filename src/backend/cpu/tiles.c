@@ -5,8 +5,8 @@
  * A task is a block of rows of the left operand, which stays in the second cache, against a group
  * of panels of 32 columns of the weight, which stream through it. */
 #include "backend/cpu/tiles.h"
-#include "backend/cpu/cpu.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/own_product.h"
 
 enum {
     BLOCK_BYTES = 1 << 20, /* of the left operand in the second cache (2 MB on these processors) */
@@ -23,23 +23,6 @@ enum {
 
 /* ---- cutting ----------------------------------------------------------------------------------
  */
-
-static int64_t pieces(int64_t n, int64_t size)
-{
-    return (n + size - 1) / size;
-}
-
-static int64_t rounded(int64_t n, int64_t grain)
-{
-    return pieces(n, grain) * grain;
-}
-
-/* Pieces of nearly equal size, multiples of grain, none above most. */
-static int64_t even_size(int64_t n, int64_t most, int64_t grain)
-{
-    most = VEL_MAX(most / grain * grain, grain);
-    return rounded(pieces(n, pieces(n, most)), grain);
-}
 
 /* Rows that are read where they lie: whole where enough of them fit, else a span of their depth. */
 static void cut_rows(vel_tiles *t)
@@ -133,33 +116,13 @@ typedef struct tiles_state {
     char name[64];
 } tiles_state;
 
-static vel_type type_at(const vel_graph *g, const vel_node *n, int i)
-{
-    return i < n->n_in && n->in[i].id ? vel_type_of(g, n->in[i]) : (vel_type){0};
-}
-
-static bool is_frozen(const vel_graph *g, const vel_node *n)
-{
-    return vel_at(g, n->in[1])->op == VEL_OP_weight;
-}
-
 static const char *refuse(vel_device *d, const vel_graph *g, const vel_node *n)
 {
     if (!d->amx)
         return "needs AMX";
-    bool forward = n->op == VEL_OP_linear || n->op == VEL_OP_conv2d || n->op == VEL_OP_linear_geglu;
     if (n->out[0].dtype != VEL_BF16)
         return "bfloat16 only";
-    for (int i = 0; i < n->n_in; i++) {
-        vel_type type = type_at(g, n, i);
-        if (type.shape.rank && type.dtype != (forward && i == 2 ? VEL_F32 : VEL_BF16))
-            return "bfloat16 only, with a float32 bias";
-    }
-    if (!is_frozen(g, n))
-        return "the weight is not frozen";
-    if (!vel_shape_count(n->out[0].shape) || !vel_shape_count(type_at(g, n, 0).shape))
-        return "nothing to multiply";
-    return NULL;
+    return refuse_product(g, n, VEL_BF16);
 }
 
 /* Where this is faster than oneDNN, by weight and image alone, so that forward, backward and other
@@ -196,11 +159,6 @@ static vel_status finish(vel_device *d, const vel_graph *g, const vel_node *n, v
     k->layout[1] = "squares of 32";
     k->packed_bytes[1] = (size_t)(squares * TILES_SQUARE * 2);
     return VEL_OK;
-}
-
-static int present(const vel_node *n, int i)
-{
-    return i < n->n_in && n->in[i].id ? i : -1;
 }
 
 static vel_tiles of_rows(int64_t rows, int64_t depth, int64_t columns)
@@ -249,11 +207,6 @@ static vel_status prepare_linear_grad_x(vel_device *d, const vel_graph *g, const
     t.turned = true;
     t.residual_in = present(n, 2);
     return finish(d, g, n, &t, k);
-}
-
-static bool is_pointwise(vel_shape w, const int *pad)
-{
-    return w.dim[2] == 1 && w.dim[3] == 1 && !pad[0] && !pad[1] && !pad[2] && !pad[3];
 }
 
 static vel_tiles of_images(vel_shape left, vel_shape w, vel_shape out, bool turned)
@@ -308,12 +261,6 @@ static vel_status prepare_conv2d_grad_x(vel_device *d, const vel_graph *g, const
     return finish(d, g, n, &t, k);
 }
 
-static void release(vel_device *d, vel_kernel *k)
-{
-    vel_free(d->ctx, k->state);
-    k->state = NULL;
-}
-
 /* w: rank 2 or 4, row-major. */
 static vel_status pack(vel_device *d, const vel_kernel *k, const vel_node *n,
                        const vel_type *in_type, int input, const void *plain, void *packed)
@@ -343,7 +290,7 @@ static vel_status run(vel_device *d, const vel_launch *l)
 
 #define ROW(op_)                                                                                   \
     {                                                                                              \
-        VEL_OP_##op_, #op_ "_tiles", refuse, prepare_##op_, release, pack, run                     \
+        VEL_OP_##op_, #op_ "_tiles", refuse, prepare_##op_, release_state, pack, run               \
     }
 
 const vel_cpu_impl vel_cpu_tiles_impls[] = {
