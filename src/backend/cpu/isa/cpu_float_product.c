@@ -6,15 +6,8 @@
  * over all rows of the block. Sums are made in one order, whatever thread takes the task. */
 #include "backend/cpu/isa/float_micro.h"
 
-typedef struct task {
-    const vel_float_product *p;
-    const vel_float_data *d;
-    int64_t row, rows, column, columns, panels;
-    float *left, *right, *sums; /* left: bfloat16 rows as float32 [rows][chunk] */
-} task;
-
 /* Lines of 32 outputs become rows of panels. */
-VEL_INLINE void make_forward(const task *t, int64_t k, int64_t depth, const vel_dtype element)
+VEL_INLINE void make_forward(const float_task *t, int64_t k, int64_t depth, const vel_dtype element)
 {
     for (int64_t c = 0; c < t->columns; c += FLOAT_SIDE) {
         int64_t at = element_at(t->p, t->column + c, k, 0);
@@ -26,7 +19,7 @@ VEL_INLINE void make_forward(const task *t, int64_t k, int64_t depth, const vel_
     }
 }
 
-VEL_INLINE void make_turned(const task *t, int64_t k, int64_t depth, const vel_dtype element)
+VEL_INLINE void make_turned(const float_task *t, int64_t k, int64_t depth, const vel_dtype element)
 {
     for (int64_t c = 0; c < t->columns; c += VL)
         for (int64_t i = 0; i < depth; i += VL) {
@@ -38,7 +31,7 @@ VEL_INLINE void make_turned(const task *t, int64_t k, int64_t depth, const vel_d
         }
 }
 
-VEL_INLINE void make_right(const task *t, int64_t k, int64_t depth, const vel_dtype element)
+VEL_INLINE void make_right(const float_task *t, int64_t k, int64_t depth, const vel_dtype element)
 {
     if (t->p->turned)
         make_turned(t, k, depth, element);
@@ -46,7 +39,7 @@ VEL_INLINE void make_right(const task *t, int64_t k, int64_t depth, const vel_dt
         make_forward(t, k, depth, element);
 }
 
-static void make_left(const task *t, int64_t k, int64_t depth)
+static void make_left(const float_task *t, int64_t k, int64_t depth)
 {
     const vel_float_product *p = t->p;
     for (int64_t r = 0; r < t->rows; r++)
@@ -57,7 +50,7 @@ static void make_left(const task *t, int64_t k, int64_t depth)
 
 static void write_rows(const void *user, int64_t row, int64_t rows, int64_t panel)
 {
-    const task *t = user;
+    const float_task *t = user;
     const vel_float_product *p = t->p;
     const vel_float_data *d = t->d;
     const float *sums = t->sums + (panel * t->rows + row) * PANEL;
@@ -76,7 +69,7 @@ static void write_rows(const void *user, int64_t row, int64_t rows, int64_t pane
     }
 }
 
-static void run_task(const task *t)
+static void run_task(const float_task *t)
 {
     const vel_float_product *p = t->p;
     for (int64_t k = 0; k < p->depth; k += p->chunk) {
@@ -109,22 +102,7 @@ static void run_task(const task *t)
 
 void VEL_ISA_NAME(float_product)(const vel_float_product *p, const vel_float_data *d)
 {
-    int64_t tasks = p->blocks * p->groups;
-    int team = vel_team(p->threads, p->rows * p->columns * VEL_MIN(p->depth, 64));
-#pragma omp parallel for schedule(dynamic) num_threads(team)
-    for (int64_t i = 0; i < tasks; i++) {
-        task t = {.p = p, .d = d};
-        char *space = (char *)d->scratch + (size_t)omp_get_thread_num() * p->scratch;
-        t.row = i / p->groups * p->block_rows;
-        t.rows = VEL_MIN(p->block_rows, p->rows - t.row);
-        t.column = i % p->groups * p->group;
-        t.columns = VEL_MIN(p->group, p->columns - t.column);
-        t.panels = (t.columns + PANEL - 1) / PANEL;
-        t.left = (float *)space;
-        t.right = t.left + p->left_plane;
-        t.sums = t.right + p->weight_plane;
-        run_task(&t);
-    }
+    each_float_task(p, d, run_task);
 }
 
 /* ---- packing -----------------------------------------------------------------------------------

@@ -14,15 +14,6 @@
 #define POINT_A 0.70710678118654752f
 #define POINT_B 1.41421356237309505f
 
-typedef struct task {
-    const vel_float_product *p;
-    const vel_float_data *d;
-    int64_t tile, tiles, column, columns, panels;
-    float *left, *right, *sums; /* 36 planes each: [tiles][chunk], [panel][chunk][PANEL], [panel]
-                                   [tiles][PANEL] */
-    float *work;                /* WINOGRAD_POINTS vectors */
-} task;
-
 /* ---- the three transforms, in one direction: the other is the same -----------------------------
  */
 
@@ -88,7 +79,7 @@ VEL_INLINE void spread_taps(const void *weight, int64_t at, int64_t tap_step, fl
     }
 }
 
-VEL_INLINE void make_forward(const task *t, int64_t k, int64_t depth, const vel_dtype element)
+VEL_INLINE void make_forward(const float_task *t, int64_t k, int64_t depth, const vel_dtype element)
 {
     const vel_float_product *p = t->p;
     for (int64_t c = 0; c < t->columns; c += FLOAT_SIDE)
@@ -99,7 +90,7 @@ VEL_INLINE void make_forward(const task *t, int64_t k, int64_t depth, const vel_
                             p->weight_plane, element);
 }
 
-VEL_INLINE void make_turned(const task *t, int64_t k, int64_t depth, const vel_dtype element)
+VEL_INLINE void make_turned(const float_task *t, int64_t k, int64_t depth, const vel_dtype element)
 {
     const vel_float_product *p = t->p;
     float *taps = t->work + WINOGRAD_POINTS * VL; /* [9][VL rows][VL] */
@@ -118,7 +109,7 @@ VEL_INLINE void make_turned(const task *t, int64_t k, int64_t depth, const vel_d
         }
 }
 
-VEL_INLINE void make_right(const task *t, int64_t k, int64_t depth, const vel_dtype element)
+VEL_INLINE void make_right(const float_task *t, int64_t k, int64_t depth, const vel_dtype element)
 {
     if (t->p->turned)
         make_turned(t, k, depth, element);
@@ -167,11 +158,11 @@ VEL_INLINE void spread_pixels(const vel_float_product *p, const void *left, int6
     }
 }
 
-VEL_INLINE void make_left(const task *t, int64_t k, int64_t depth, const bool half)
+VEL_INLINE void make_left(const float_task *t, int64_t k, int64_t depth, const bool half)
 {
     const vel_float_product *p = t->p;
-    for (int64_t i = 0; i < t->tiles; i++) {
-        place at = tile_at(p, t->tile + i);
+    for (int64_t i = 0; i < t->rows; i++) {
+        place at = tile_at(p, t->row + i);
         at.y -= p->pad_top;
         at.x -= p->pad_left;
         bool whole = at.y >= 0 && at.x >= 0 && at.y + WINOGRAD_TILE <= p->height &&
@@ -191,7 +182,7 @@ VEL_INLINE void make_left(const task *t, int64_t k, int64_t depth, const bool ha
 /* ---- results -----------------------------------------------------------------------------------
  */
 
-VEL_INLINE void write_result(const task *t, int64_t at, int64_t column, int64_t left, vf v,
+VEL_INLINE void write_result(const float_task *t, int64_t at, int64_t column, int64_t left, vf v,
                              const bool half)
 {
     const vel_float_data *d = t->d;
@@ -205,8 +196,8 @@ VEL_INLINE void write_result(const task *t, int64_t at, int64_t column, int64_t 
 }
 
 /* A vector of columns of a tile: sums from all planes to at most 4 x 4 results. */
-VEL_INLINE void gather_results(const task *t, const float *sums, const place *to, int64_t column,
-                               int64_t left, const bool half)
+VEL_INLINE void gather_results(const float_task *t, const float *sums, const place *to,
+                               int64_t column, int64_t left, const bool half)
 {
     const vel_float_product *p = t->p;
     int64_t down = VEL_MIN(WINOGRAD_STEP, p->out_height - to->y);
@@ -232,12 +223,12 @@ VEL_INLINE void gather_results(const task *t, const float *sums, const place *to
     }
 }
 
-VEL_INLINE void make_results(const task *t, const bool half)
+VEL_INLINE void make_results(const float_task *t, const bool half)
 {
-    for (int64_t i = 0; i < t->tiles; i++) {
-        place to = tile_at(t->p, t->tile + i);
+    for (int64_t i = 0; i < t->rows; i++) {
+        place to = tile_at(t->p, t->row + i);
         for (int64_t c = 0; c < t->columns; c += VL)
-            gather_results(t, t->sums + (c / PANEL * t->tiles + i) * PANEL + c % PANEL, &to,
+            gather_results(t, t->sums + (c / PANEL * t->rows + i) * PANEL + c % PANEL, &to,
                            t->column + c, t->columns - c, half);
     }
 }
@@ -245,7 +236,7 @@ VEL_INLINE void make_results(const task *t, const bool half)
 /* ---- tasks -------------------------------------------------------------------------------------
  */
 
-static __attribute__((noinline)) void make_weights(const task *t, int64_t k, int64_t depth)
+static __attribute__((noinline)) void make_weights(const float_task *t, int64_t k, int64_t depth)
 {
     if (t->p->element == VEL_F32)
         make_right(t, k, depth, VEL_F32);
@@ -255,7 +246,7 @@ static __attribute__((noinline)) void make_weights(const task *t, int64_t k, int
         make_right(t, k, depth, VEL_F16);
 }
 
-static __attribute__((noinline)) void make_tiles(const task *t, int64_t k, int64_t depth)
+static __attribute__((noinline)) void make_tiles(const float_task *t, int64_t k, int64_t depth)
 {
     if (t->p->half)
         make_left(t, k, depth, true);
@@ -263,7 +254,7 @@ static __attribute__((noinline)) void make_tiles(const task *t, int64_t k, int64
         make_left(t, k, depth, false);
 }
 
-static __attribute__((noinline)) void make_out(const task *t)
+static __attribute__((noinline)) void make_out(const float_task *t)
 {
     if (t->p->half)
         make_results(t, true);
@@ -271,7 +262,7 @@ static __attribute__((noinline)) void make_out(const task *t)
         make_results(t, false);
 }
 
-static void run_task(const task *t)
+static void run_task(const float_task *t)
 {
     const vel_float_product *p = t->p;
     for (int64_t k = 0; k < p->depth; k += p->chunk) {
@@ -285,7 +276,7 @@ static void run_task(const task *t)
                 .left_row = p->chunk,
                 .right = t->right + point * p->weight_plane,
                 .right_panel = p->chunk * PANEL,
-                .rows = t->tiles,
+                .rows = t->rows,
                 .panels = t->panels,
                 .depth = depth,
                 .add = k > 0,
@@ -296,21 +287,5 @@ static void run_task(const task *t)
 
 void VEL_ISA_NAME(winograd)(const vel_float_product *p, const vel_float_data *d)
 {
-    int64_t tasks = p->blocks * p->groups;
-    int team = vel_team(p->threads, p->rows * p->columns * VEL_MIN(p->depth, 64));
-#pragma omp parallel for schedule(dynamic) num_threads(team)
-    for (int64_t i = 0; i < tasks; i++) {
-        task t = {.p = p, .d = d};
-        char *space = (char *)d->scratch + (size_t)omp_get_thread_num() * p->scratch;
-        t.tile = i / p->groups * p->block_rows;
-        t.tiles = VEL_MIN(p->block_rows, p->rows - t.tile);
-        t.column = i % p->groups * p->group;
-        t.columns = VEL_MIN(p->group, p->columns - t.column);
-        t.panels = (t.columns + PANEL - 1) / PANEL;
-        t.left = (float *)space;
-        t.right = t.left + WINOGRAD_POINTS * p->left_plane;
-        t.sums = t.right + WINOGRAD_POINTS * p->weight_plane;
-        t.work = t.sums + WINOGRAD_POINTS * p->sums_plane;
-        run_task(&t);
-    }
+    each_float_task(p, d, run_task);
 }

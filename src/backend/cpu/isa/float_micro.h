@@ -116,6 +116,42 @@ VEL_INLINE void product_panels(const float_operands *o)
     }
 }
 
+/* ---- tasks -------------------------------------------------------------------------------------
+ */
+
+typedef struct float_task { /* a block of rows (of a convolution: tiles) by a group of columns */
+    const vel_float_product *p;
+    const vel_float_data *d;
+    int64_t row, rows, column, columns, panels;
+    float *left, *right, *sums; /* a plane each, of a convolution 36: [rows][chunk],
+                                   [panel][chunk][PANEL], [panel][rows][PANEL] */
+    float *work;                /* behind them: a convolution's transforms on their way */
+} float_task;
+
+/* Each task in any order, on the scratch memory of its thread. */
+static __attribute__((unused)) void each_float_task(const vel_float_product *p,
+                                                    const vel_float_data *d,
+                                                    void (*run)(const float_task *t))
+{
+    int64_t tasks = p->blocks * p->groups, planes = p->taps == 1 ? 1 : WINOGRAD_POINTS;
+    int team = vel_team(p->threads, p->rows * p->columns * VEL_MIN(p->depth, 64));
+#pragma omp parallel for schedule(dynamic) num_threads(team)
+    for (int64_t i = 0; i < tasks; i++) {
+        float_task t = {.p = p, .d = d};
+        char *space = (char *)d->scratch + (size_t)omp_get_thread_num() * p->scratch;
+        t.row = i / p->groups * p->block_rows;
+        t.rows = VEL_MIN(p->block_rows, p->rows - t.row);
+        t.column = i % p->groups * p->group;
+        t.columns = VEL_MIN(p->group, p->columns - t.column);
+        t.panels = (t.columns + PANEL - 1) / PANEL;
+        t.left = (float *)space;
+        t.right = t.left + planes * p->left_plane;
+        t.sums = t.right + planes * p->weight_plane;
+        t.work = t.sums + planes * p->sums_plane;
+        run(&t);
+    }
+}
+
 /* ---- the packed weight -------------------------------------------------------------------------
  */
 
