@@ -52,6 +52,19 @@ static void check_count(vel_test *t, const char *name, const char *text, int wan
     CHECK_MSG(n == wanted, "%s: %d tensors with %s, not %d", name, n, text, wanted);
 }
 
+/* Modules under kohya's names: of the blocks as the reference's list has them, q, k and v as one.
+ */
+typedef struct stem_row {
+    const char *piece;
+    int modules;
+} stem_row;
+
+static void check_stems(vel_test *t, const char *name, const stem_row *rows)
+{
+    for (; rows->piece; rows++)
+        check_count(t, name, rows->piece, 3 * rows->modules);
+}
+
 #define RESULT "out/a.safetensors"
 #define WEIGHTS "out/pytorch_lora_weights.safetensors"
 
@@ -100,12 +113,27 @@ TEST(scripts_sd3_train_network)
                                              "1e-3 5e-4 2e-4 --t5xxl_max_token_length 32 "
                                              "--weighting_scheme logit_normal --training_shift 3",
         (const char *const[]){"38 of the text encoders", NULL});
-    check_count(t, RESULT, "text_encoder_3.", 28);
+    check_stems(t, RESULT,
+                (const stem_row[]){{"lora_te3_", 14},
+                                   {"lora_te1_", 12},
+                                   {"lora_te2_", 12},
+                                   {"lora_unet_", 27},
+                                   {"lora_unet_joint_blocks_", 27},
+                                   {"_x_block_attn_qkv.", 3},
+                                   {"_x_block_adaLN_modulation_1.", 3},
+                                   {"_context_block_attn_qkv.", 3},
+                                   {"_context_block_attn_proj.", 2}, /* the last one has none */
+                                   {"_context_block_mlp_fc1.", 2},
+                                   {"_context_block_adaLN_modulation_1.", 3},
+                                   {"block_mlp_fc2.", 5},
+                                   {0}});
     run(t,
         KOHYA("sd3_train_network.py", "sd3") "--network_module networks.lora_sd3 --output_name b "
-                                             "--weighting_scheme mode --blocks_to_swap 1",
+                                             "--weighting_scheme mode --blocks_to_swap 1 "
+                                             "--network_args train_block_indices=0,2",
         (const char *const[]){"24 of the text encoders", "--blocks_to_swap changes nothing", NULL});
-    check_count(t, "out/b.safetensors", "text_encoder_3.", 0);
+    check_stems(t, "out/b.safetensors",
+                (const stem_row[]){{"lora_te3_", 0}, {"joint_blocks_", 17}, {"blocks_1_", 0}, {0}});
 }
 
 TEST(scripts_flux_train_network)
@@ -117,14 +145,30 @@ TEST(scripts_flux_train_network)
                           "--model_prediction_type raw --t5xxl_max_token_length 32 "
                           "--network_args train_t5xxl=True --text_encoder_lr 1e-3 1e-4",
         (const char *const[]){"26 of the text encoders", NULL});
-    check_count(t, RESULT, "text_encoder.", 24);
-    check_count(t, RESULT, "text_encoder_2.", 28);
+    check_stems(t, RESULT,
+                (const stem_row[]){{"lora_te1_", 12},
+                                   {"lora_te3_", 14}, /* T5, as in SD 3 */
+                                   {"lora_unet_", 26},
+                                   {"lora_unet_double_blocks_", 20},
+                                   {"_img_attn_qkv.", 2},
+                                   {"_txt_attn_proj.", 2},
+                                   {"_img_mlp_0.", 2},
+                                   {"_txt_mlp_2.", 2},
+                                   {"_img_mod_lin.", 2},
+                                   {"_txt_mod_lin.", 2},
+                                   {"lora_unet_single_blocks_", 6},
+                                   {"_linear1.", 2},
+                                   {"_modulation_lin.", 2},
+                                   {0}});
     run(t,
         KOHYA("flux_train_network.py",
               "flux-dev") "--network_module networks.lora_flux --network_train_unet_only "
                           "--timestep_sampling flux_shift --model_prediction_type raw "
-                          "--t5xxl_max_token_length 32 --output_name b --fp8_base",
+                          "--t5xxl_max_token_length 32 --output_name b --fp8_base "
+                          "--network_args train_blocks=double train_double_block_indices=1-1",
         (const char *const[]){"0 of the text encoder", NULL});
+    check_stems(t, "out/b.safetensors",
+                (const stem_row[]){{"lora_unet_", 10}, {"double_blocks_1_", 10}, {0}});
 }
 
 TEST(scripts_lumina_train_network)
@@ -136,6 +180,39 @@ TEST(scripts_lumina_train_network)
                          "--gemma2_max_token_length 48 --text_encoder_lr 1e-3 --system_prompt "
                          "\"You are an assistant.\"",
         (const char *const[]){"14 of the text encoder", NULL});
+    check_stems(t, RESULT,
+                (const stem_row[]){{"lora_te_layers_", 14},
+                                   {"lora_unet_", 25},
+                                   {"_attention_qkv.", 4},
+                                   {"_attention_out.", 4},
+                                   {"_feed_forward_w3.", 4},
+                                   {"context_refiner_0_adaLN", 0}, /* it has none */
+                                   {"_adaLN_modulation_1.", 4},
+                                   {"lora_unet_final_layer_linear.", 1},
+                                   {0}});
+}
+
+TEST(scripts_blocks_that_are_not_there)
+{
+    static const struct {
+        const char *arguments, *says;
+    } lines[] = {
+        {"train_blocks=middle", "there are no such blocks"},
+        {"train_block_indices=0", "is another model's"},
+        {"train_double_block_indices=3-1", "numbers of blocks such as"},
+        {"train_double_block_indices=none train_single_block_indices=none", "leave no block"},
+        {"img_mod_dim=4", "one rank and one rate go for all layers"},
+    };
+    place_pictures(t);
+    for (int i = 0; i < VEL_COUNT(lines); i++) {
+        char *line = vel_test_text(
+            t,
+            KOHYA("flux_train_network.py", "flux-dev") "--network_module networks.lora_flux "
+                                                       "--network_args %s",
+            lines[i].arguments);
+        program_expect(t, line, 2, (const char *const[]){lines[i].says, NULL});
+        vel_free(t->ctx, line);
+    }
 }
 
 TEST(scripts_train_dreambooth_lora_sdxl)

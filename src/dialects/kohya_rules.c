@@ -177,9 +177,6 @@ static const vel_pair lora_keys[] = {
     {"loraplus_lr_ratio", "loraplus_lr_ratio", NULL},
     {"loraplus_unet_lr_ratio", "loraplus_unet_lr_ratio", NULL},
     {"loraplus_text_encoder_lr_ratio", "loraplus_text_encoder_lr_ratio", NULL},
-    {"train_t5xxl", "", NULL}, /* text_rules */
-    {"split_qkv", NULL, "q, k and v are always apart"},
-    {"verbose", NULL, "modules are listed by velatura inspect"},
     {"block_dims", "x", BY_BLOCK},
     {"block_alphas", "x", BY_BLOCK},
     {"conv_block_dims", "x", BY_BLOCK},
@@ -189,6 +186,51 @@ static const vel_pair lora_keys[] = {
     {"up_lr_weight", "x", BY_BLOCK},
     {"block_lr_zero_threshold", "x", BY_BLOCK},
     {0}};
+
+#define BY_LAYER "one rank and one rate go for all layers"
+#define BLOCKS_ONLY "adapters go on layers of the blocks; --targets takes patterns"
+static const vel_pair flow_keys[] = {/* the networks of SD 3, FLUX.1 and Lumina */
+                                     {"conv_dim", NULL, "their blocks have no convolutions"},
+                                     {"conv_alpha", NULL, "their blocks have no convolutions"},
+                                     {"rank_dropout", "rank_dropout", NULL},
+                                     {"module_dropout", "module_dropout", NULL},
+                                     {"loraplus_lr_ratio", "loraplus_lr_ratio", NULL},
+                                     {"loraplus_unet_lr_ratio", "loraplus_unet_lr_ratio", NULL},
+                                     {"loraplus_text_encoder_lr_ratio",
+                                      "loraplus_text_encoder_lr_ratio", NULL},
+                                     {"train_t5xxl", "", NULL}, /* text_rules */
+                                     {"split_qkv", NULL, "q, k and v are always apart"},
+                                     {"verbose", NULL, "modules are listed by velatura inspect"},
+                                     {"train_blocks", "", NULL}, /* vel_kohya_blocks */
+                                     {"train_block_indices", "", NULL},
+                                     {"train_double_block_indices", "", NULL},
+                                     {"train_single_block_indices", "", NULL},
+                                     {"img_attn_dim", "x", BY_LAYER},
+                                     {"txt_attn_dim", "x", BY_LAYER},
+                                     {"img_mlp_dim", "x", BY_LAYER},
+                                     {"txt_mlp_dim", "x", BY_LAYER},
+                                     {"img_mod_dim", "x", BY_LAYER},
+                                     {"txt_mod_dim", "x", BY_LAYER},
+                                     {"single_dim", "x", BY_LAYER},
+                                     {"single_mod_dim", "x", BY_LAYER},
+                                     {"context_attn_dim", "x", BY_LAYER},
+                                     {"context_mlp_dim", "x", BY_LAYER},
+                                     {"context_mod_dim", "x", BY_LAYER},
+                                     {"x_attn_dim", "x", BY_LAYER},
+                                     {"x_mlp_dim", "x", BY_LAYER},
+                                     {"x_mod_dim", "x", BY_LAYER},
+                                     {"attn_dim", "x", BY_LAYER},
+                                     {"mlp_dim", "x", BY_LAYER},
+                                     {"mod_dim", "x", BY_LAYER},
+                                     {"refiner_dim", "x", BY_LAYER},
+                                     {"network_reg_dims", "x", BY_LAYER},
+                                     {"network_reg_lrs", "x", BY_LAYER},
+                                     {"in_dims", "x", BLOCKS_ONLY},
+                                     {"emb_dims", "x", BLOCKS_ONLY},
+                                     {"embedder_dims", "x", BLOCKS_ONLY},
+                                     {"ggpo_beta", "x", "no noise is put on the weights"},
+                                     {"ggpo_sigma", "x", "no noise is put on the weights"},
+                                     {0}};
 
 static const vel_pair lycoris_keys[] = {
     {"algo", "", NULL},
@@ -271,6 +313,10 @@ static vel_status network_rules(vel_line *l)
         lora |= (plain[i].scripts & l->script->bit) && strcmp(module, plain[i].module) == 0;
     if (lora) {
         bool convolutions = vel_rule_pair(l, "network_args", "conv_dim");
+        if (l->script->bit & FLOW_NETWORKS) {
+            VEL_TRY(vel_kohya_blocks(l));
+            return vel_rule_pairs(l, "network_args", flow_keys);
+        }
         VEL_TRY(vel_line_set(l, "network_module", "targets", convolutions ? "all" : "attn+mlp"));
         if (convolutions && !vel_rule_pair(l, "network_args", "conv_alpha"))
             VEL_TRY(vel_line_set(l, "network_args", "conv_alpha", "1"));
@@ -357,11 +403,7 @@ static vel_status adapter_rules(vel_line *l)
     if (!rank)
         vel_line_say(l, "no --network_dim: rank 4");
     VEL_TRY(vel_line_set(l, "network_dim", "rank", "%s", rank ? rank : "4"));
-    if (l->script->bit & FLOW_NETWORKS)
-        vel_line_say(l, "the file has diffusers' names, q, k and v apart: diffusers and ComfyUI "
-                        "load it");
-    else
-        VEL_TRY(vel_line_set(l, "save_model_as", "save_format", "kohya"));
+    VEL_TRY(vel_line_set(l, "save_model_as", "save_format", "kohya"));
     VEL_TRY(network_rules(l));
     VEL_TRY(vel_line_set_all(l, "base_weights", "base_weights", ','));
     VEL_TRY(vel_line_set_all(l, "base_weights_multiplier", "base_weights_multiplier", ','));

@@ -7,6 +7,9 @@
 vel_status vel_rule_seed(vel_line *l);
 vel_status vel_rule_schedule(vel_line *l); /* lr_scheduler, lr_warmup_steps */
 
+/* What networks of sd-scripts for larger families put adapters on, by network_args. */
+vel_status vel_kohya_blocks(vel_line *l);
+
 /* A key of a list of key=value words. setting: ours; "" where a rule reads it; NULL with a note: it
  * changes nothing; a setting and a note: refused. */
 typedef struct vel_pair {

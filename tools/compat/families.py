@@ -9,8 +9,10 @@ GOLDEN holds a folder for each family with a small model in it (tests/golden/fam
   there   an adapter of `velatura train`, and what `velatura adapter convert` makes of it, is loaded by
           diffusers (load_lora_weights)
   here    an adapter made with PEFT, saved by diffusers and as PEFT's folder, is loaded by `velatura generate`
+  there   the same by the command line of sd-scripts' own script for the family, in its names
   here    an adapter with sd-scripts' names (q, k and v as one; Sana's with LyCORIS' names): random values
-          under the names of the family's original file. Nobody is asked to load it there: the changes are
+          under the names of the family's original file. For these two nobody is asked to load them there
+          (but FLUX.1's and SDXL's, which diffusers reads): the changes are
           added to the original file's own tensors, and diffusers reads that file (from_single_file)
 
 Then both programs draw one prompt with one seed (the family's own sampler and guidance, float32, noise of
@@ -70,6 +72,15 @@ SCRIPTS = {
     "flux-schnell": [("lora_te1_", "text_encoder"), ("lora_te3_", "text_encoder_2")],
     "sana": [("lora_te_", "text_encoder"), ("lycoris_", "transformer")],
     "lumina2": [("lora_te_", "text_encoder")],
+}
+# its scripts, their networks, and what they are told besides
+SCRIPT_LINES = {
+    "sdxl": ("sdxl_train_network.py", "networks.lora", []),
+    "sd3": ("sd3_train_network.py", "networks.lora_sd3", []),
+    "sd35": ("sd3_train_network.py", "networks.lora_sd3", []),
+    "flux-dev": ("flux_train_network.py", "networks.lora_flux", ["--model_prediction_type", "raw"]),
+    "flux-schnell": ("flux_train_network.py", "networks.lora_flux", ["--model_prediction_type", "raw"]),
+    "lumina2": ("lumina_train_network.py", "networks.lora_lumina", ["--gemma2_max_token_length", 64]),
 }
 BLOCKS = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks",
           "layers", "noise_refiner", "context_refiner", "final_layer")
@@ -206,47 +217,96 @@ def here_from_peft(f, table, base):
 
 
 def change(tensors, stem, weight, rank):
-    """Random LoRA tensors of a module; the change of its weight that they mean."""
+    """Random LoRA tensors of a module."""
     shape = weight.shape
     down, up = torch.randn(rank, shape[1]) / shape[1] ** 0.5, torch.randn(shape[0], rank) * 0.15
     tensors |= {stem + ".lora_down.weight": down, stem + ".lora_up.weight": up, stem + ".alpha": torch.tensor(ALPHA)}
-    return (ALPHA / rank) * up @ down
 
 
-def named_as_sd_scripts(f, table, base):
-    torch.manual_seed(5)
-    tensors, pipe = {}, f.pipe
-    if f.name != "sana":
-        single = str(f.folder / "single.safetensors")
-        single_files.convert(f.program, f.model, single)
-        with safe_open(single, "pt") as file:
-            metadata = file.metadata()
-        weights, prefix = load_file(single), "model.diffusion_model."
-        for name, weight in weights.items():
-            module = name.removeprefix(prefix).removesuffix(".weight")
-            if name.startswith(prefix) and module.startswith(BLOCKS) and name.endswith(".weight") and weight.dim() == 2:
-                delta = change(tensors, "lora_unet_" + module.replace(".", "_"), weight, RANK)
-                weights[name] = weight.float() + delta
-        weights = {k: v.float() for k, v in weights.items()}
-        save_file(weights, single, metadata)
-        read = single_files.by_diffusers(f.name, f.model, single)
-        pipe = type(f.pipe)(**(f.pipe.components | {f.denoiser: getattr(read, f.denoiser)}))
-    kept = []
+def meant(tensors, stem):
+    """The change of a module's weight, as sd-scripts adds it up."""
+    down, up = tensors[stem + ".lora_down.weight"].float(), tensors[stem + ".lora_up.weight"].float()
+    return (tensors[stem + ".alpha"].item() / down.shape[0]) * up @ down
+
+
+def script_modules(f, weights):
+    """sd-scripts' names, and the weights they are of: by the original file's own names, and the encoders'."""
+    prefix = "model.diffusion_model."
+    for name in weights or ():
+        module = name.removeprefix(prefix).removesuffix(".weight")
+        if name.startswith(prefix) and module.startswith(BLOCKS) and name.endswith(".weight") and weights[name].dim() == 2:
+            yield "lora_unet_" + module.replace(".", "_"), weights, name
     for prefix, part in SCRIPTS[f.name]:
         for name, module in getattr(f.pipe, part).named_modules():
             if isinstance(module, torch.nn.Linear) and ("layers." in name or "block" in name):
                 full = name
                 if prefix in ("lora_te1_", "lora_te2_") and not name.startswith("text_model."):
                     full = "text_model." + name
-                delta = change(tensors, prefix + full.replace(".", "_"), module.weight, RANK)
-                kept.append((module, module.weight.data))
-                module.weight.data = module.weight.data + delta
+                yield prefix + full.replace(".", "_"), module, None
+
+
+def original_file(f):
+    """The tensors of the family's original file and its metadata; None, None: it has none."""
+    if f.name == "sana":
+        return None, None
+    single = str(f.folder / "single.safetensors")
+    single_files.convert(f.program, f.model, single)
+    with safe_open(single, "pt") as file:
+        metadata = file.metadata()
+    return load_file(single), metadata
+
+
+def drawn_as_meant(f, tensors, weights, metadata):
+    """The picture of diffusers with the changes added to the weights; every module must be found."""
+    found, kept, pipe = set(), [], f.pipe
+    for stem, owner, name in script_modules(f, weights):
+        if stem + ".alpha" not in tensors:
+            continue
+        found.add(stem)
+        if name:
+            owner[name] = owner[name].float() + meant(tensors, stem)
+        else:
+            kept.append((owner, owner.weight.data))
+            owner.weight.data = owner.weight.data + meant(tensors, stem)
+    lost = {t.split(".")[0] for t in tensors} - found
+    assert not lost, f"no such modules: {sorted(lost)[:5]}"
+    if weights:
+        single = str(f.folder / "single.safetensors")
+        save_file({k: v.float() for k, v in weights.items()}, single, metadata)
+        read = single_files.by_diffusers(f.name, f.model, single)
+        pipe = type(f.pipe)(**(f.pipe.components | {f.denoiser: getattr(read, f.denoiser)}))
     there = f.there(pipe)
     for module, weight in kept:
         module.weight.data = weight
+    return there
+
+
+def named_as_sd_scripts(f, table, base):
+    torch.manual_seed(5)
+    weights, metadata = original_file(f)
+    tensors = {}
+    for stem, owner, name in script_modules(f, weights):
+        change(tensors, stem, owner[name] if name else owner.weight, RANK)
     path = f.folder / "scripts.safetensors"
     save_file(tensors, path)
+    there = drawn_as_meant(f, tensors, weights, metadata)
     table.row("here", f"sd-scripts' names, {len(tensors) // 3} modules", f.here(path), there, base)
+
+
+def trained_by_scripts(f, table, base):
+    """sd-scripts' own command line: its names, with q, k and v as one, and what they mean by its sum."""
+    script, network, told = SCRIPT_LINES[f.name]
+    pictures, out = f.folder / "pictures", f.folder / "line"
+    run([f.program, script, "--pretrained_model_name_or_path", f.model, "--train_data_dir", pictures, "--resolution",
+         SIDE, "--network_module", network, "--network_dim", RANK, "--network_alpha", ALPHA, "--learning_rate", "0.05",
+         "--max_train_steps", 4, "--seed", 1, "--output_dir", out, "--output_name", "a", "--save_precision", "float"]
+        + told)
+    tensors = load_file(out / "a.safetensors")
+    there = drawn_as_meant(f, tensors, *original_file(f))
+    table.row("there", f"{script}, {len(tensors) // 3} modules", f.here(out / "a.safetensors"), there, base)
+    if "kohya" in f.dialects:
+        image = f.loaded(out / "a.safetensors")
+        table.row("there", f"{script}, loaded by diffusers", f.here(out / "a.safetensors"), image, base)
 
 
 class Table:
@@ -290,6 +350,8 @@ def check(program, golden, name, table):
         here_from_peft(f, table, base)
         f.pipe = diffusers.DiffusionPipeline.from_pretrained(f.model, torch_dtype=torch.float32)
         named_as_sd_scripts(f, table, base)
+        if name in SCRIPT_LINES:
+            trained_by_scripts(f, table, base)
 
 
 def main():
