@@ -4,12 +4,14 @@
 
 Each model's cases run ours, PyTorch's, ours, PyTorch's ... Each turn of ours is a process of its own, PyTorch's cases share one a turn (it is slow to start). Medians,
 ranges and ratios are printed and kept in bench/results/<gpu>-<date>.json with the driver, the versions and
-the commands. The folders with the shapes of SD 1.5 and SDXL are made in --models by tools/make_sd15.py.
+the commands. The folders with the models' true shapes and random values are made in --models, SD 1.5's and
+SDXL's by tools/make_sd15.py, the others' by tools/make_shapes.py; PyTorch's models need no file. The cases are
+those of gpu_families.py.
 
 --compile adds torch.compile(unet) after that: the chosen cases compile side by side, each in a process of its
 own, as that is minutes of a processor's work, and are timed one by one when all have compiled or --compile_limit
 seconds have passed; what compiles by then is stopped before anything is timed, and named. --blocks does the
-same with diffusers' compile_repeated_blocks, which compiles one transformer block for all of a kind.
+same for the transformer blocks alone, one for all of a kind.
 
 "peak" is the most memory of the card in use, each program's context and libraries included: ours as
 nvidia-smi sees it while the process runs, less what was in use before; PyTorch's as it stands at the end of
@@ -29,35 +31,11 @@ import tempfile
 import threading
 import time
 
+import gpu_families
 import peer_gate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 1 << 30
-
-
-def case(name, kind, batch, size, precision, rank=0, checkpointing=False, goal=0, peak_goal=0.6):
-    return {"name": name, "kind": kind, "batch": batch, "size": size, "precision": precision, "rank": rank,
-            "checkpointing": checkpointing, "goal": goal, "peak_goal": peak_goal}
-
-
-CASES = {
-    "sd15": [
-        case("sd15 step bf16", "step", 1, 512, "bf16", 32, goal=7),
-        case("sd15 step fp16", "step", 1, 512, "fp16", 32, goal=7),
-        case("sd15 step fp16 checkpointing", "step", 1, 512, "fp16", 32, True, goal=7),
-        case("sd15 step batch 4", "step", 4, 512, "bf16", 32, goal=3),
-        case("sd15 unet", "unet", 2, 512, "bf16", goal=5),
-        case("sd15 vae_decode", "vae_decode", 1, 512, "bf16"),
-        case("sd15 vae_encode", "vae_encode", 1, 512, "bf16"),
-    ],
-    "sdxl": [
-        case("sdxl step", "step", 1, 1024, "bf16", 32, goal=5),
-        case("sdxl step checkpointing", "step", 1, 1024, "bf16", 32, True, goal=5),
-        case("sdxl step batch 4 checkpointing", "step", 4, 1024, "bf16", 32, True),
-        case("sdxl unet", "unet", 2, 1024, "bf16"),
-        case("sdxl vae_decode", "vae_decode", 1, 1024, "bf16"),
-    ],
-}
 
 
 class Memory:
@@ -326,7 +304,7 @@ def parse():
 
 def main():
     args = parse()
-    chosen = {m: [c for c in cases if picked(args.cases, c)] for m, cases in CASES.items()}
+    chosen = {m: [c for c in cases if picked(args.cases, c)] for m, cases in gpu_families.CASES.items()}
     info = machine(args)
     name = "-".join(re.sub(r"[^a-z0-9 ]", "", info["gpu"].split(",")[0].lower()).split()) or "gpu"
     path = args.output or os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
@@ -345,8 +323,8 @@ def main():
             continue
         folder = os.path.join(args.models, model)
         if not os.path.exists(os.path.join(folder, "model_index.json")):
-            subprocess.run([args.python, os.path.join(ROOT, "tools", "make_sd15.py"), folder, "--family", model,
-                            "--device", "cuda"], check=True)
+            subprocess.run(gpu_families.folder_command(args.python, os.path.join(ROOT, "tools"), folder, model),
+                           check=True)
         run_model(args, model, cases, kept, save)
     if args.compile is not None or args.blocks is not None:
         compile_cases(args, chosen, kept, save)

@@ -1,6 +1,6 @@
 """peer_gpu.py: cases on PyTorch (diffusers, PEFT) on a GPU, in a process of its own; compare_gpu.py starts it.
 
-The argument is a JSON object: model (sd15, sdxl), cases (a list of name, kind, batch, size, rank,
+The argument is a JSON object: model (of gpu_families.py), cases (a list of name, kind, batch, size, rank,
 precision, checkpointing), modes (of eager, compile, blocks), repeats. Every case is run in every mode, eager
 first, and one line of JSON is printed for each: the times of `repeats` runs after some to warm up, the
 seconds from BENCH_START (the parent's monotonic clock when it started this process) to the end of the
@@ -11,8 +11,8 @@ on the card).
 The models have the true shapes and random values, made on the GPU. fp16 and bf16 are done as the training
 scripts of diffusers do them: frozen weights in that type, the adapter in float32 under autocast, fp16 with
 a gradient scaler; evaluations are in that type throughout. compile is torch.compile of the U-Net (or of
-the autoencoder's part), with its default settings; blocks is diffusers' compile_repeated_blocks, which
-compiles one transformer block for all of a kind.
+the autoencoder's part), with its default settings; blocks compiles the transformer blocks alone, one for all of
+a kind: diffusers' compile_repeated_blocks where the model names them.
 
 With a folder as gate the process waits after a case's first run until it has its turn (peer_gate.py): cases
 that take minutes to compile do so side by side and are timed one by one.
@@ -25,19 +25,21 @@ import time
 
 import torch
 
+import gpu_families
 import peer_gate
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STEP = ("to_k", "to_q", "to_v", "to_out.0")
 
 
-def make(model, kind, dtype):
-    sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
-    import make_sd15
-    torch.manual_seed(0)
-    part = make_sd15.make_vae if kind.startswith("vae") else make_sd15.FAMILIES[model]["unet"]
-    with torch.device("cuda"):
-        return part().to(dtype).requires_grad_(False)
+def compile_blocks(model):
+    """Each transformer block by itself, as diffusers does it where a model names its blocks."""
+    if model._repeated_blocks:
+        model.compile_repeated_blocks()
+        return
+    for part in model.modules():
+        if isinstance(part, torch.nn.ModuleList) and type(part[0]).__name__ in (model._no_split_modules or ()):
+            for block in part:
+                block.compile()
 
 
 class Run:
@@ -46,33 +48,30 @@ class Run:
     def __init__(self, model, case, mode):
         self.case, self.dtype = case, TYPES[case["precision"]]
         self.is_step, kind = case["kind"] == "step", case["kind"]
-        self.model = make(model, kind, self.dtype)
+        self.model = gpu_families.make(model, kind, self.dtype)
         if self.is_step:
             self.adapt()
-        n, side = case["batch"], case["size"] if kind == "vae_encode" else case["size"] // 8
         torch.manual_seed(7)
-        channels = 3 if kind == "vae_encode" else 4
-        self.picture = torch.randn(n, channels, side, side, device="cuda").to(self.dtype)
-        self.noise = torch.randn(n, channels, side, side, device="cuda")
-        self.time = torch.tensor([(100 + 200 * i) % 1000 for i in range(n)], device="cuda")
-        self.more = {}
-        if not kind.startswith("vae"):
-            width = self.model.config.cross_attention_dim
-            self.states = torch.randn(n, 77, width, device="cuda").to(self.dtype)
-        if model == "sdxl" and not kind.startswith("vae"):
-            ids = torch.tensor([[case["size"], case["size"], 0, 0, case["size"], case["size"]]] * n)
-            self.more = {"added_cond_kwargs": {"text_embeds": torch.randn(n, 1280, device="cuda").to(self.dtype),
-                                               "time_ids": ids.to("cuda", self.dtype)}}
+        if kind.startswith("vae"):
+            side, channels = (case["size"], 3) if kind == "vae_encode" else (case["size"] // 8, 4)
+            self.inputs = {"picture": self.random(case["batch"], channels, side, side)}
+        else:
+            self.inputs = gpu_families.INPUTS[model](self.model.config, case["batch"], case["size"], self.random)
+            self.noise = torch.randn_like(next(iter(self.inputs.values())), dtype=torch.float32)
+            self.inputs["return_dict"] = False
         self.call = self.pick()
         if mode == "compile":
             self.call = torch.compile(self.call)
         if mode == "blocks":
-            self.model.compile_repeated_blocks()
+            compile_blocks(self.model)
+
+    def random(self, *shape):
+        return torch.randn(*shape, device="cuda").to(self.dtype)
 
     def adapt(self):
         from peft import LoraConfig
         self.model.add_adapter(LoraConfig(r=self.case["rank"], lora_alpha=self.case["rank"],
-                                          init_lora_weights="gaussian", target_modules=list(STEP)))
+                                          init_lora_weights="gaussian", target_modules=list(gpu_families.ATTENTION)))
         if self.case["checkpointing"]:
             self.model.enable_gradient_checkpointing()
         self.model.train()
@@ -84,15 +83,15 @@ class Run:
 
     def pick(self):
         if self.case["kind"] == "vae_encode":
-            return lambda x: self.model.encode(x).latent_dist.mode()
+            return lambda picture: (self.model.encode(picture).latent_dist.mode(),)
         if self.case["kind"] == "vae_decode":
-            return lambda x: self.model.decode(x, return_dict=False)[0]
+            return lambda picture: self.model.decode(picture, return_dict=False)
         return self.model
 
     def step(self):
         autocast = torch.autocast("cuda", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
         with autocast:
-            out = self.call(self.picture, self.time, self.states, return_dict=False, **self.more)[0]
+            out = self.call(**self.inputs)[0]
         loss = torch.nn.functional.mse_loss(out.float(), self.noise)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -104,9 +103,7 @@ class Run:
 
     def evaluate(self):
         with torch.inference_mode():
-            if self.case["kind"].startswith("vae"):
-                return self.call(self.picture)
-            return self.call(self.picture, self.time, self.states, return_dict=False, **self.more)[0]
+            return self.call(**self.inputs)[0]
 
     def timed(self):
         torch.cuda.synchronize()

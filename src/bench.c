@@ -34,6 +34,19 @@ float *vel_bench_values(vel_ctx *ctx, uint64_t stream, int64_t n)
     return out;
 }
 
+/* Made-up text states of n texts, all of their words seen. */
+static void fill_states(const bench *b, float *out, int n)
+{
+    const vel_text_states *states = vel_model_states(b->model);
+    vel_random_normal(7, 3, 0, out, n * vel_model_text_values(b->model));
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < vel_model_texts(b->model); k++) {
+            out += vel_text_values(&states[k]);
+            for (int j = 1; states[k].masked && j <= states[k].length; j++)
+                out[-j] = 1;
+        }
+}
+
 static void latent_size(const bench *b, int *h, int *w)
 {
     const vel_latent_info *info = vel_model_latent(b->model);
@@ -263,7 +276,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
         return VEL_NO_MEMORY;
     vel_random_normal(7, 1, 0, latent, count);
     vel_random_normal(7, 2, 0, noise, count);
-    vel_random_normal(7, 3, 0, context, states);
+    fill_states(b, context, o->batch);
     for (int i = 0; i < o->batch; i++) {
         weight[i] = 1;
         time[i] = 100 + 200 * i % 800;
@@ -383,12 +396,14 @@ static vel_status bench_part(bench *b, run_fn run)
     int64_t pixels = (int64_t)p.n * p.h * p.w * down * down * 3,
             states = p.n * vel_model_text_values(b->model);
     p.in = vel_bench_values(b->ctx, 1, pixels);
-    p.context = vel_bench_values(b->ctx, 2, states);
+    p.context = vel_alloc(b->ctx, (size_t)states * sizeof *p.context);
     p.time = vel_alloc(b->ctx, (size_t)p.n * sizeof *p.time);
     p.out = vel_alloc(b->ctx, (size_t)VEL_MAX(pixels, states) * sizeof *p.out);
     vel_arena *arena = vel_arena_create(b->ctx);
     p.extra = arena ? bench_extra(b, arena) : NULL;
     vel_status st = p.in && p.context && p.time && p.out && p.extra ? VEL_OK : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        fill_states(b, p.context, p.n);
     for (int i = 0; st == VEL_OK && i < p.n; i++)
         p.time[i] = 500;
     if (st == VEL_OK)
