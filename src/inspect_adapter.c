@@ -27,14 +27,24 @@ static const struct {
     {"lora_unet_*,lora_te*", "kohya's names"},
     {"base_model.model.*", "PEFT's names"},
     {"*.processor.*", "diffusers' names of before PEFT"},
-    {"unet.*,text_encoder*", "diffusers' names"},
+    {"unet.*,transformer.*,text_encoder.*,text_encoder_?.*", "diffusers' names"},
+    {"diffusion_model.*,text_encoders.*", "ComfyUI's names"},
+    {"lycoris_*", "LyCORIS' names"},
 };
 
+/* The first whose pattern fits a module's name; kohya's say "unet" of any denoiser. */
 static const struct {
     const char *pattern, *part;
 } parts[] = {
-    {"lora_unet_*,unet.*,*down_blocks*,*up_blocks*,*mid_block*", "unet"},
+    {"lora_te3_*,text_encoder_3.*,text_encoders.t5xxl.*", "text encoder 3"},
+    {"lora_te2_*,text_encoder_2.*,text_encoders.clip_g.*", "text encoder 2"},
     {"lora_te*,text_encoder*,*self_attn*,*encoder_layers*,*encoder.layers*", "text encoder"},
+    {"transformer.*,*joint_blocks?*,*double_blocks?*,*single_blocks?*,*single_transformer_blocks?*,"
+     "lycoris_transformer_blocks_*,*base_model.model.transformer_blocks.*,*noise_refiner?*,"
+     "*context_refiner?*,lora_unet_layers_*,*diffusion_model.layers.*,*final_layer?*",
+     "transformer"},
+    {"lora_unet_*,unet.*,*down_blocks*,*up_blocks*,*mid_block*,*diffusion_model.*", "U-Net"},
+    {"*", "neither"},
 };
 
 typedef struct module {
@@ -82,7 +92,7 @@ static const char *part_of(const char *stem)
     for (int i = 0; i < VEL_COUNT(parts); i++)
         if (vel_glob(parts[i].pattern, stem))
             return parts[i].part;
-    return "other";
+    return "neither";
 }
 
 /* Joins the tensors of a module, which follow each other once sorted. */
@@ -367,7 +377,7 @@ static const char *dialect_of(const summary *s)
         for (int i = 0; i < s->n; i++)
             if (vel_glob(dialects[d].pattern, s->modules[i].stem))
                 return dialects[d].dialect;
-    return "names of the U-Net alone";
+    return "names of the denoiser alone";
 }
 
 static double rank_of(const module *m)
@@ -415,24 +425,36 @@ static void add_range(const summary *s, vel_text *out, const char *label,
     vel_text_add(out, "\n");
 }
 
+/* "12: 10 of the transformer, 2 of the text encoder". */
+static void add_parts(const summary *s, vel_text *out)
+{
+    static const char *const order[] = {"U-Net",          "transformer",    "text encoder",
+                                        "text encoder 2", "text encoder 3", "neither"};
+    const char *before = ":";
+    vel_text_addf(out, "modules     %d", s->n);
+    for (int k = 0; k < VEL_COUNT(order); k++) {
+        int n = 0;
+        for (int i = 0; i < s->n; i++)
+            n += strcmp(s->modules[i].part, order[k]) == 0;
+        if (!n)
+            continue;
+        vel_text_addf(out, "%s %d of %s%s", before, n, k < VEL_COUNT(order) - 1 ? "the " : "",
+                      order[k]);
+        before = ",";
+    }
+}
+
 static void add_head(summary *s, vel_text *out)
 {
     vel_text types;
     int64_t values, bytes;
     char a[32], b[32];
-    int unet = 0, text = 0;
-    for (int i = 0; i < s->n; i++) {
-        unet += strcmp(s->modules[i].part, "unet") == 0;
-        text += strcmp(s->modules[i].part, "text encoder") == 0;
-    }
     vel_text_init(&types, s->ctx);
     vel_inspect_sum(s->sf, &types, &values, &bytes);
     vel_text_addf(out, "%s: an adapter, ", vel_safetensors_path(s->sf));
     add_kinds(s, out);
     vel_text_addf(out, ", %s\n", dialect_of(s));
-    vel_text_addf(out, "modules     %d: %d of the U-Net, %d of the text encoder", s->n, unet, text);
-    if (s->n > unet + text)
-        vel_text_addf(out, ", %d of neither", s->n - unet - text);
+    add_parts(s, out);
     vel_text_addf(out, "\nvalues      %s in %s, %s\n", vel_inspect_number(values, a),
                   types.s ? types.s : "no type", vel_bytes_text(bytes, b));
     vel_text_finish(&types);
@@ -456,16 +478,22 @@ static void add_head(summary *s, vel_text *out)
 /* "down_blocks.0" of a stem in any dialect; "" when it names no block. */
 static void block_of(const module *m, char out[64])
 {
-    static const char *const blocks[] = {"down_blocks", "mid_block", "up_blocks", "layers"};
+    static const char *const blocks[] = {"down_blocks",        "mid_block",
+                                         "up_blocks",          "input_blocks",
+                                         "middle_block",       "output_blocks",
+                                         "joint_blocks",       "double_blocks",
+                                         "single_blocks",      "single_transformer_blocks",
+                                         "noise_refiner",      "context_refiner",
+                                         "transformer_blocks", "layers",
+                                         "encoder.block",      "encoder_block"};
     snprintf(out, 64, "%s", "other");
     for (int i = 0; i < VEL_COUNT(blocks); i++) {
         const char *at = strstr(m->stem, blocks[i]);
         if (!at)
             continue;
         const char *digits = at + strlen(blocks[i]) + 1;
-        int n = strcmp(blocks[i], "mid_block") == 0 || !digits[-1]
-                    ? 0
-                    : (int)strspn(digits, "0123456789");
+        int n =
+            vel_has_prefix(blocks[i], "mid") || !digits[-1] ? 0 : (int)strspn(digits, "0123456789");
         snprintf(out, 64, "%s %s%s%.*s", m->part, blocks[i], n ? "." : "", n, digits);
         return;
     }

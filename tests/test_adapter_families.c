@@ -363,3 +363,53 @@ TEST(adapter_families_sana_lumina2)
     check_family(t, 5);
     check_family(t, 6);
 }
+
+/* ---- known models ---- */
+
+/* Without a model at hand an adapter is for the first known one that it fits: one module of each,
+ * by the name that kohya's or LyCORIS' file has. */
+TEST(adapter_families_are_told_by_shapes)
+{
+    static const struct {
+        const char *stem;
+        int64_t out, in;
+        const char *title;
+    } rows[] = {
+        {"lora_unet_double_blocks_18_img_attn_qkv", 9216, 3072, "FLUX.1"},
+        {"lora_unet_single_blocks_37_linear1", 21504, 3072, "FLUX.1"},
+        {"lora_unet_joint_blocks_23_x_block_attn_qkv", 4608, 1536, "Stable Diffusion 3 medium"},
+        {"lora_unet_joint_blocks_12_x_block_attn2_qkv", 4608, 1536, "Stable Diffusion 3.5 medium"},
+        {"lora_unet_joint_blocks_37_x_block_attn_qkv", 7296, 2432, "Stable Diffusion 3.5 large"},
+        {"lora_unet_layers_25_attention_qkv", 3840, 2304, "Lumina-Image 2.0"},
+        {"lycoris_transformer_blocks_19_attn1_to_q", 2240, 2240, "Sana 1.6B"},
+        {"lycoris_transformer_blocks_27_attn1_to_q", 1152, 1152, "Sana 0.6B"},
+        {"lora_te2_text_model_encoder_layers_31_mlp_fc1", 5120, 1280, "Stable Diffusion XL"},
+    };
+    static const float values[21504 + 3072];
+    static const char *const settings[] = {"format", "diffusers", "overwrite", "yes"};
+    char *path = vel_test_path(t, "a.safetensors"), *other = vel_test_path(t, "b.safetensors");
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        char down[96], up[96], *text = NULL;
+        snprintf(down, sizeof down, "%s.lora_down.weight", rows[i].stem);
+        snprintf(up, sizeof up, "%s.lora_up.weight", rows[i].stem);
+        const vel_save_tensor tensors[] = {{down, VEL_FILE_F32, 2, {1, rows[i].in}, values},
+                                           {up, VEL_FILE_F32, 2, {rows[i].out, 1}, values}};
+        REQUIRE_OK(vel_safetensors_save(t->ctx, path, tensors, 2, NULL));
+        vel_params *p = vel_params_create(t->ctx, "adapter");
+        REQUIRE(p);
+        vel_status st = vel_params_set(p, "what", "convert");
+        st = st ? st : vel_params_set(p, "input", path);
+        st = st ? st : vel_params_set(p, "second", other);
+        for (int k = 0; k < VEL_COUNT(settings) && !st; k += 2)
+            st = vel_params_set(p, settings[k], settings[k + 1]);
+        st = st ? st : vel_adapter_command(t->ctx, p, &text);
+        char *wanted = vel_test_text(t, "for %s,", rows[i].title);
+        CHECK_OK(st);
+        CHECK_MSG(!text || strstr(text, wanted), "%s: %s", rows[i].stem, text);
+        vel_free(t->ctx, wanted);
+        vel_text_free(text);
+        vel_params_destroy(p);
+    }
+    vel_free(t->ctx, path);
+    vel_free(t->ctx, other);
+}

@@ -248,7 +248,7 @@ TEST(inspect_measures_an_adapter)
                                        "2: 1 of the U-Net, 1 of the text encoder",
                                        "30.0000",
                                        "0.5000",
-                                       "unet mid_block",
+                                       "U-Net mid_block",
                                        "text encoder layers.3",
                                        "ss_output_name"};
     for (int i = 0; text && i < VEL_COUNT(says); i++)

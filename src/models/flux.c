@@ -136,6 +136,7 @@ const vel_family vel_family_flux = {
     .part_flags = part_flags,
     .denoiser = "transformer",
     .dialect = "diffusers",
+    .network = "networks.lora_flux",
     .time_scale = 0.001,
     .even_sigmas = true,
     .adapter_marks = "*single_transformer_blocks*,*double_blocks*,*single_blocks*",

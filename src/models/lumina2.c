@@ -108,6 +108,7 @@ const vel_family vel_family_lumina2 = {
     .part_flags = part_flags,
     .denoiser = "transformer",
     .dialect = "diffusers",
+    .network = "networks.lora_lumina",
     .time_scale = -0.001,
     .time_offset = 1,
     .sign = -1,

@@ -9,7 +9,7 @@
 #include "formats/formats.h"
 #include "graph/graph.h"
 
-enum { VEL_MAX_TEXTS = 3, VEL_MAX_EXTRA = 8 };
+enum { VEL_MAX_PARTS = 8, VEL_MAX_TEXTS = 3, VEL_MAX_EXTRA = 8 };
 
 /* What a denoiser is conditioned on; a family uses what it knows, the others stay {0}. */
 typedef struct vel_condition {
@@ -144,6 +144,7 @@ typedef struct vel_family {
      * the families before it in families.def. */
     const char *adapter_marks;
     const char *dialect; /* of adapter files where nobody asks for one; NULL: kohya */
+    const char *network; /* ss_network_module of plain LoRA; NULL: networks.lora */
     bool even_sigmas;    /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     const char *const
         *pipelines; /* whose model_index.json it is, by "_class_name"; NULL-terminated */
@@ -219,7 +220,7 @@ int vel_graph_modules(const vel_graph *g, vel_module *out, int room);
  * last. */
 typedef struct vel_known_model {
     const char *title, *family;
-    const char *configs[4]; /* config.json of the family's parts, as texts */
+    const char *configs[VEL_MAX_PARTS]; /* config.json of the family's parts, as texts */
 } vel_known_model;
 const vel_known_model *vel_known_model_at(int i);
 

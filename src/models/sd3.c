@@ -166,6 +166,7 @@ const vel_family vel_family_sd3 = {
     .optional = optional,
     .denoiser = "transformer",
     .dialect = "diffusers",
+    .network = "networks.lora_sd3",
     .adapter_marks =
         "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
         "base_model.model.transformer_blocks.*.attn.*,lycoris_transformer_blocks_*_attn_*",

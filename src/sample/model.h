@@ -6,7 +6,7 @@
 #include "models/checkpoint.h"
 #include "sample/sample.h"
 
-enum { VEL_MAX_PARTS = 8, VEL_MAX_PLANS = 6 };
+enum { VEL_MAX_PLANS = 6 };
 
 typedef struct model_part {
     const char *name; /* "unet": the folder's name and the first word of its paths */

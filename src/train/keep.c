@@ -302,7 +302,7 @@ static void put_model(train_session *s, json_t *meta)
 }
 
 /* kohya's module for plain LoRA, LyCORIS' for the rest, with the arguments that make them. */
-static void put_network(const vel_train_options *o, json_t *meta)
+static void put_network(const vel_train_options *o, const vel_family *family, json_t *meta)
 {
     bool plain =
         strcmp(o->network, "lora") == 0 && !o->use_dora && !o->use_rslora && !o->use_tucker;
@@ -340,7 +340,10 @@ static void put_network(const vel_train_options *o, json_t *meta)
         if (flags[i].on)
             put(args, flags[i].name, "True");
     char *text = json_dumps(args, JSON_COMPACT | JSON_PRESERVE_ORDER);
-    put(meta, "ss_network_module", "%s", plain ? "networks.lora" : "lycoris.kohya");
+    put(meta, "ss_network_module", "%s",
+        !plain            ? "lycoris.kohya"
+        : family->network ? family->network
+                          : "networks.lora");
     if (json_object_size(args))
         put(meta, "ss_network_args", "%s", text ? text : "{}");
     if (o->scale_weight_norms > 0)
@@ -367,7 +370,7 @@ json_t *vel_keep_metadata(train_session *s)
     const vel_train_options *o = s->o;
     json_t *meta = json_object();
     put(meta, "ss_output_name", "%s", o->output_name);
-    put_network(o, meta);
+    put_network(o, vel_model_family(s->model), meta);
     put(meta, "ss_network_dim", "%d", o->rank);
     put(meta, "ss_network_alpha", "%g", o->alpha > 0 ? o->alpha : (double)o->rank);
     put(meta, "ss_network_dropout", "%g", o->dropout);
