@@ -45,7 +45,13 @@ const vel_option_row vel_train_rows[] = {
            "lanczos,nearest,bilinear,bicubic,box,area", "data",
            "how pictures are scaled; default: lanczos"),
     FLAG("random_crop", NULL, random_crop, "no", "data",
-         "another crop each epoch (latents are then not cached)"),
+         "another crop each time (latents are then not cached)"),
+    FLAG("color_aug", NULL, color_aug, "no", "data",
+         "hue or brightness of a third of the pictures a little off, another way each time "
+         "(latents are then not cached)"),
+    TEXT("face_crop_aug_range", NULL, face_crop_range, NULL, "data",
+         "MIN,MAX: cut around the face of pictures named NAME_x_y_width_height, its middle and "
+         "size in pixels; the frame's smaller side is from MIN to MAX times the face's larger"),
     FLAG("flip", "flip_aug,random_flip", flip, "no", "data", "mirror half of the pictures"),
     INT("repeats", "dataset_repeats", repeats, "1", 1, 100000, "data",
         "times a picture counts in an epoch (N_name folders carry their own)"),

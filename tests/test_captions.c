@@ -1,5 +1,8 @@
-/* test_captions.c: from the words beside a picture to the caption that is learned. */
+/* test_captions.c: from the words beside a picture to the caption that is learned, against kohya's
+ * sd-scripts (tests/golden/kohya_data.json, made by tools/golden/kohya_data.py), and what is added
+ * to that. */
 #include "data/data.h"
+#include "formats/formats.h"
 #include "test.h"
 
 static const char *use(vel_test *t, const vel_caption_rules *r, const char *caption,
@@ -125,4 +128,82 @@ TEST(caption_tags_warm_up)
     vel_caption_rules same = {.keep_separator = ",", .separator = ","}, two = {.trigger = "a, b"};
     CHECK(vel_caption_check(t->ctx, &same) == VEL_BAD_VALUE);
     CHECK(vel_caption_check(t->ctx, &two) == VEL_BAD_VALUE);
+}
+
+/* ---- kohya's ---- */
+
+static vel_caption_rules rules_of(const json_t *given)
+{
+    return (vel_caption_rules){
+        .prefix = vel_json_string(given, "caption_prefix", NULL),
+        .suffix = vel_json_string(given, "caption_suffix", NULL),
+        .separator = vel_json_string(given, "caption_separator", NULL),
+        .secondary_separator = vel_json_string(given, "secondary_separator", NULL),
+        .keep_separator = vel_json_string(given, "keep_tokens_separator", NULL),
+        .shuffle = json_is_true(json_object_get(given, "shuffle_caption")),
+        .wildcard = json_is_true(json_object_get(given, "enable_wildcard")),
+        .keep_tokens = (int)vel_json_number(given, "keep_tokens", 0),
+        .tag_dropout = vel_json_number(given, "caption_tag_dropout_rate", 0),
+        .warmup_min = (int)vel_json_number(given, "token_warmup_min", 1),
+        .warmup_step = vel_json_number(given, "token_warmup_step", 0)};
+}
+
+/* All outcomes that sd-scripts has, and no others; those that it reads of a caption file are of one
+ * line. */
+static void check_outcomes(vel_test *t, const json_t *row)
+{
+    enum { TIMES = 400, MOST = 24 };
+    const char *caption = vel_json_string(row, "caption", "");
+    const json_t *wanted = json_object_get(row, "outcomes");
+    vel_caption_rules r = rules_of(json_object_get(row, "rules"));
+    size_t n = json_array_size(wanted);
+    bool seen[MOST] = {false}, varies = vel_caption_varies(&r);
+    double steps = vel_json_number(row, "steps", 1), step = vel_json_number(row, "step", 0);
+    double until = r.warmup_step < 1 ? floor(r.warmup_step * steps) : r.warmup_step;
+    REQUIRE(n > 0 && n <= MOST);
+    for (uint64_t i = 0; i < (varies ? TIMES : 1); i++) {
+        const char *got = use(t, &r, caption, i, until > 0 ? step / until : 1);
+        size_t k = 0;
+        while (k < n && strcmp(json_string_value(json_array_get(wanted, k)), got) != 0)
+            k++;
+        if (k == n) {
+            vel_test_fail(t, __FILE__, __LINE__, "\"%s\" became \"%s\"", caption, got);
+            return;
+        }
+        seen[k] = true;
+    }
+    for (size_t k = 0; k < n; k++)
+        CHECK_MSG(seen[k], "\"%s\" never became \"%s\"", caption,
+                  json_string_value(json_array_get(wanted, k)));
+}
+
+TEST(caption_rules_are_kohyas)
+{
+    json_t *root = NULL, *row;
+    size_t i;
+    REQUIRE_OK(vel_json_load(t->ctx, "tests/golden/kohya_data.json", &root));
+    json_array_foreach (json_object_get(root, "captions"), i, row)
+        if (strchr(vel_json_string(row, "caption", ""), '\n') == NULL ||
+            json_object_get(json_object_get(row, "rules"), "enable_wildcard"))
+            check_outcomes(t, row);
+    CHECK(i > 30);
+    json_decref(root);
+}
+
+/* Where we differ from sd-scripts on purpose: no empty tags, and a separator that says what is kept
+ * never stays in the caption. */
+TEST(caption_rules_that_are_not_kohyas)
+{
+    vel_caption_rules shuffled = {.shuffle = true, .keep_tokens = 2},
+                      kept = {.keep_separator = "|"};
+    CHECK(strcmp(use(t, &shuffled, "a,,b,", 1, 1), "a, b") == 0);
+    CHECK(strcmp(use(t, &kept, "a | b", 1, 1), "a, b") == 0);
+    char many[4096] = "", *end = many; /* any number of tags */
+    for (int i = 0; i < 600; i++)
+        end += sprintf(end, "%st%d", i ? ", " : "", i);
+    char *out = NULL;
+    shuffled.keep_tokens = 600;
+    REQUIRE_OK(vel_caption_use(t->ctx, &shuffled, many, 7, 1, 1, &out));
+    CHECK(out && strcmp(out, many) == 0);
+    vel_free(t->ctx, out);
 }

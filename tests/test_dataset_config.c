@@ -278,7 +278,10 @@ TEST(dataset_config_refuses)
         {SUBSET "num_repeats = 'x'", "num_repeats"},
         {SUBSET "image_dir = 3", "line 4"},
         {SUBSET "class_tokens = 3", "class_tokens"},
-        {SUBSET "color_aug = true", "color_aug"},
+        {SUBSET "color_aug = 'yes'", "true or false"},
+        {SUBSET "face_crop_aug_range = [2.0, 1.0]", "face_crop_aug_range"},
+        {SUBSET "face_crop_aug_range = [1.0]", "face_crop_aug_range"},
+        {SUBSET "face_crop_aug_range = 'x'", "face_crop_aug_range"},
         {SUBSET "is_reg = true", "none has pictures"},
         {SUBSET "flip_aug = 'yes'", "true or false"},
         {SUBSET "keep_tokens = 1.5", "a whole number"},
@@ -310,8 +313,9 @@ TEST(in_json_lists_pictures)
     char text[4200];
     place(t, "a", 3);
     snprintf(text, sizeof text,
-             "{\"image_02\": {\"caption\": \"two\"}, \"%s/a/image_01.png\": {\"tags\": \"one, 1\"},"
-             " \"image_03.png\": {\"caption\": \"three\", \"tags\": \"3\"}, \"gone\": {}}",
+             "{\"image_02\": {\"caption\": \"two\\nlines\"}, \"%s/a/image_01.png\": {\"tags\": "
+             "\"one, 1\"},"
+             " \"image_03.png\": {\"caption\": \"three\\nor 3\", \"tags\": \"3\"}, \"gone\": {}}",
              t->folder);
     const char *list = write_config(t, "list.json", text);
     char folder[4200];
@@ -327,12 +331,18 @@ TEST(in_json_lists_pictures)
     vel_dataset *d = NULL;
     REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
     REQUIRE(d && d->n == 3 && d->n_skipped == 1);
-    if (d && d->n == 3) {
+    if (d && d->n == 3) { /* without wildcards only the first line counts, as in sd-scripts */
         CHECK(strcmp(d->samples[0].caption, "two") == 0 && d->samples[0].repeats == 4);
         CHECK(strcmp(d->samples[1].caption, "one, 1") == 0);
         CHECK(strcmp(d->samples[2].caption, "three, 3") == 0);
         CHECK(strcmp(d->skipped[0].why, "is named in the list of pictures but does not exist") ==
               0);
     }
+    vel_dataset_close(d);
+    s.how.captions.wildcard = true; /* with them each has the tags */
+    s.how.captions.separator = ";";
+    REQUIRE_OK(vel_dataset_open(t->ctx, &o, &d));
+    CHECK(strcmp(d->samples[0].caption, "two\nlines") == 0);
+    CHECK(strcmp(d->samples[2].caption, "three;3\nor 3;3") == 0);
     vel_dataset_close(d);
 }

@@ -126,6 +126,41 @@ TEST(trap_cached_latents)
               "%s", r.text);
 }
 
+/* A picture that is shown often in an epoch is mirrored at some of the times, not at all or none:
+ * without a learning rate a step's loss tells which. */
+TEST(trap_repeats_are_shown_anew)
+{
+    static program_result r;
+    if (!shell(t,
+               "one() { kohya --network_train_unet_only --seed 1 --learning_rate 0 "
+               "--max_train_steps 8 --train_data_dir=e --mixed_precision no --overwrite \"$@\" "
+               ">/dev/null 2>&1; cut -d, -f2 o/n.log.jsonl >$name; }; mkdir -p e/8_x; "
+               "cp $(ls d/10_sks_style/*.png | head -1) e/8_x/a.png; "
+               "name=a; one; name=b; one --flip_aug; "
+               "echo mirrored $(paste a b | awk '$2 != $4' | wc -l) of $(wc -l < a); cat a b",
+               &r))
+        return;
+    int mirrored = 0, all = 0;
+    const char *at = strstr(r.text, "mirrored ");
+    CHECK_MSG(at && sscanf(at, "mirrored %d of %d", &mirrored, &all) == 2 && all == 8 &&
+                  mirrored > 0 && mirrored < 8,
+              "%s", r.text);
+}
+
+/* What is encoded once cannot be shown in other colours each time. */
+TEST(trap_caches_and_augmentation)
+{
+    static program_result r;
+    if (!shell(t,
+               "kohya --cache_latents --color_aug --dry_run; kohya --cache_latents --random_crop "
+               "--strict_compat --dry_run || echo refused",
+               &r))
+        return;
+    CHECK_MSG(strstr(r.text, "--color_aug: pictures look another way each time") &&
+                  strstr(r.text, "--cache_latents cannot keep them") && strstr(r.text, "refused"),
+              "%s", r.text);
+}
+
 /* Settings of flows would change nothing for a model that predicts noise: it is said. */
 TEST(trap_flow_settings)
 {

@@ -3,7 +3,7 @@
  * order; what is random is a function of (seed, stream). */
 #include "data/parts.h"
 
-enum { MOST_TAGS = 512, USE_LINE = 1, USE_WILDCARD, USE_SHUFFLE, USE_DROP };
+enum { USE_LINE = 1, USE_WILDCARD, USE_SHUFFLE, USE_DROP };
 
 /* Words in a part above which a caption counts as sentences, not tags (style auto). */
 static const double most_words_of_a_tag = 4;
@@ -75,14 +75,29 @@ static void add_choice(caption_use *u, const char *text, size_t n)
     vel_text_addf(&u->b, "%.*s", (int)length, text + from);
 }
 
-/* {a|b|c} becomes one of them; {{ and }} stand for braces. */
-static void replace_wildcards(caption_use *u)
+/* Braces that are meant as such, while wildcards are replaced: bytes that no UTF-8 has. */
+#define OPEN_BRACE '\xfe'
+#define CLOSE_BRACE '\xff'
+
+/* {{ and }} stand for braces: from the left, before anything else. */
+static void mark_braces(caption_use *u)
 {
     for (const char *at = u->a.s ? u->a.s : ""; *at; at++) {
+        char marked = *at == '{' ? OPEN_BRACE : CLOSE_BRACE;
+        bool twice = (*at == '{' || *at == '}') && at[1] == *at;
+        vel_text_add_bytes(&u->b, twice ? &marked : at, 1);
+        at += twice;
+    }
+    take(u);
+}
+
+/* {a|b|c} becomes one of them, up to the first closing brace: there is no {a|{b|c}}. */
+static void replace_wildcards(caption_use *u)
+{
+    mark_braces(u);
+    for (const char *at = u->a.s ? u->a.s : ""; *at; at++) {
         const char *end = *at == '{' ? strchr(at, '}') : NULL;
-        if ((at[0] == '{' || at[0] == '}') && at[1] == at[0]) {
-            vel_text_add_bytes(&u->b, at++, 1);
-        } else if (end && end > at + 1) {
+        if (end && end > at + 1) {
             add_choice(u, at + 1, (size_t)(end - at - 1));
             at = end;
         } else {
@@ -90,6 +105,8 @@ static void replace_wildcards(caption_use *u)
         }
     }
     take(u);
+    for (char *at = u->a.s; at && *at; at++)
+        *at = *at == OPEN_BRACE ? '{' : *at == CLOSE_BRACE ? '}' : *at;
 }
 
 /* ---- tags ---- */
@@ -144,7 +161,8 @@ static int warm_tags(const caption_use *u, int n)
 {
     if (u->step >= 1)
         return n;
-    return VEL_MAX(0, VEL_MIN(n, (int)floor(u->step * (n - u->r->warmup_min)) + u->r->warmup_min));
+    double more = floor(u->step * (n - u->r->warmup_min) + 1e-9);
+    return VEL_MAX(0, VEL_MIN(n, (int)more + u->r->warmup_min));
 }
 
 static vel_status arrange_tags(caption_use *u)
@@ -156,28 +174,33 @@ static vel_status arrange_tags(caption_use *u)
     const char *flexible = keep ? strstr(text, keep) : NULL, *last = NULL;
     if (!flexible && !r->shuffle && r->tag_dropout <= 0 && u->step >= 1)
         return VEL_OK;
-    tag *tags = vel_alloc(u->ctx, (2 * MOST_TAGS) * sizeof *tags), *moved = tags + MOST_TAGS;
-    if (!tags)
+    int most = VEL_MAX(1, (int)strlen(text)); /* a tag has a letter */
+    tag *tags = vel_alloc(u->ctx, 2 * (size_t)most * sizeof *tags), *moved;
+    int32_t *order = vel_alloc(u->ctx, (size_t)most * sizeof *order);
+    if (!tags || !order) {
+        vel_free(u->ctx, tags);
+        vel_free(u->ctx, order);
         return VEL_NO_MEMORY;
+    }
+    moved = tags + most;
     int n = 0, fixed, end;
     if (flexible) { /* fixed ||| flexible ||| fixed */
-        fixed = split_tags(text, (size_t)(flexible - text), separator, tags, MOST_TAGS);
+        fixed = split_tags(text, (size_t)(flexible - text), separator, tags, most);
         flexible += strlen(keep);
         last = strstr(flexible, keep);
         size_t length = last ? (size_t)(last - flexible) : strlen(flexible);
-        end = fixed + split_tags(flexible, length, separator, tags + fixed, MOST_TAGS - fixed);
+        end = fixed + split_tags(flexible, length, separator, tags + fixed, most - fixed);
         n = end;
         if (last) {
             last += strlen(keep);
-            n += split_tags(last, strlen(last), separator, tags + n, MOST_TAGS - n);
+            n += split_tags(last, strlen(last), separator, tags + n, most - n);
         }
     } else {
-        n = end = split_tags(text, strlen(text), separator, tags, MOST_TAGS);
+        n = end = split_tags(text, strlen(text), separator, tags, most);
         fixed = VEL_MIN(n, r->keep_tokens);
     }
     if (flexible || are_tags(r, tags, n)) {
         int seen = warm_tags(u, end - fixed);
-        int32_t order[MOST_TAGS];
         for (int32_t i = 0; i < seen; i++)
             order[i] = i;
         if (r->shuffle)
@@ -191,6 +214,7 @@ static vel_status arrange_tags(caption_use *u)
         take(u);
     }
     vel_free(u->ctx, tags);
+    vel_free(u->ctx, order);
     return VEL_OK;
 }
 

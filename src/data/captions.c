@@ -1,4 +1,5 @@
-/* captions.c: the words beside a picture: PICTURE.caption, else PICTURE.txt.
+/* captions.c: the words beside a picture: PICTURE.caption, else PICTURE.txt; of a picture whose
+ * name ends with the place of a face, else those of the name without it.
  *
  * kohya's default is .caption alone, so the .txt files of most data sets are not read there and
  * nobody is told; here both are looked for unless an ending is given or strict_peer is set. As with
@@ -115,20 +116,23 @@ static vel_status read_caption(vel_ctx *ctx, const char *path, bool all_lines, v
 }
 
 vel_status vel_caption_find(vel_ctx *ctx, const vel_data_options *o, const char *picture,
-                            vel_arena *a, vel_caption *out)
+                            bool all_lines, vel_arena *a, vel_caption *out)
 {
+    vel_face face;
+    size_t stems[] = {vel_stem_length(picture), vel_face_in_name(picture, &face)};
     *out = (vel_caption){0};
     const char *ending;
-    for (int i = 0; !out->text && (ending = vel_caption_ending(o, i)); i++) {
-        char *path = vel_strf(ctx, "%.*s.%s", (int)vel_stem_length(picture), picture, ending);
-        if (!path)
-            return VEL_NO_MEMORY;
-        vel_status status =
-            vel_is_file(path) ? read_caption(ctx, path, o->how.captions.wildcard, a, out) : VEL_OK;
-        vel_free(ctx, path);
-        if (status)
-            return status;
-        out->extension = ending;
-    }
+    for (int k = 0; k < VEL_COUNT(stems) && stems[k]; k++)
+        for (int i = 0; !out->text && (ending = vel_caption_ending(o, i)); i++) {
+            char *path = vel_strf(ctx, "%.*s.%s", (int)stems[k], picture, ending);
+            if (!path)
+                return VEL_NO_MEMORY;
+            vel_status status =
+                vel_is_file(path) ? read_caption(ctx, path, all_lines, a, out) : VEL_OK;
+            vel_free(ctx, path);
+            if (status)
+                return status;
+            out->extension = ending;
+        }
     return VEL_OK;
 }

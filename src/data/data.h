@@ -36,11 +36,17 @@ typedef struct vel_data_how {
     vel_caption_rules captions;
     double caption_dropout;
     bool flip, random_crop; /* mirrored at random; else cut from the middle */
+    bool color_aug;         /* colours a little off */
+    double face_range[2];   /* cut around the face that the file's name tells of, the frame from so
+                               many to so many times as large; 0, 0: not */
     const char *filter;     /* of scaling; NULL: Lanczos */
     bool alpha_mask;        /* each place's loss is weighted by the pictures' alpha channel, or */
     const char *masks;      /* by the pictures in this folder */
     double weight;          /* of the loss; 0: 1 */
 } vel_data_how;
+
+/* "MIN,MAX" of face_crop_aug_range, 0 < MIN <= MAX; NULL or "": 0, 0. */
+vel_status vel_face_range_parse(vel_ctx *ctx, const char *text, double range[2]);
 
 /* One of several folders that are learned from together. Texts may be NULL. */
 typedef struct vel_data_subset {
@@ -151,22 +157,26 @@ void vel_epoch_destroy(vel_epoch *e);
 /* By what a sample is scaled: the filter (NULL: what is usual); under strict_peer without one
  * kohya's, which shrinks by area. For vel_picture_load. */
 const char *vel_sample_filter(const vel_sample *s, const char *filter, bool strict_peer);
-/* Pixels of a sample in its bucket as it is shown in one epoch (random crop and flip come from
- * (seed, epoch, index)); out: [height, width, 3] in -1..1. */
-vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+/* In what follows `showing` is any number: what is random of how a picture is shown (crop, flip,
+ * colours) comes from (seed, showing, index), so it tells one time from another. */
+
+/* Is a sample the same each time, but for being mirrored? */
+bool vel_sample_stays(const vel_dataset *d, int index);
+/* Pixels of a sample in its bucket; out: [height, width, 3] in -1..1. */
+vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
                              float *out);
 /* Where what is shown begins in the picture at the size to which it is scaled. */
-void vel_sample_crop(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, int *left,
+void vel_sample_crop(const vel_dataset *d, int index, uint64_t seed, int64_t showing, int *left,
                      int *top);
 /* The weight of each place of the sample as vel_sample_pixels shows it, 0..1, [height / down, width
  * / down], means over down x down pixels. folder: of masks, pictures with the sample's name (red
  * channel); NULL: the sample's own alpha channel, 1 where it has none. */
-vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
                            const char *folder, int down, float *out);
 /* Of the bytes of a file: a part of cache keys, and how duplicates are found. */
 vel_status vel_content_hash(vel_ctx *ctx, const char *path, uint64_t *out);
 /* 0, 1: which of the variants (flip) is shown; for caches that hold both. */
-int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t epoch);
+int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t showing);
 
 /* A cache on disk under content hashes: key is any bytes (file content hash, encoder hash, size,
  * crop, flip); values are float32. NULL folder: RAM only. */

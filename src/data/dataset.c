@@ -180,7 +180,8 @@ static vel_status caption_of(vel_dataset_inner *d, const source *from, const cha
     else if (row)
         found.text = row->caption;
     else
-        VEL_TRY(vel_caption_find(d->shown.ctx, o, path, d->arena, &found));
+        VEL_TRY(vel_caption_find(d->shown.ctx, o, path, d->hows[d->subset].captions.wildcard,
+                                 d->arena, &found));
     if (!o->instance_prompt)
         count_caption(d, &found);
     const char *text = found.text ? found.text : "";
@@ -226,6 +227,12 @@ static bool has_picture(const vel_data_options *o, char **names, int n, int at)
     for (int i = first; i < n && strncmp(names[i], names[at], stem) == 0; i++)
         if (!is_side_name(o, names[i]))
             return true;
+    for (int i = at; i < n; i++) { /* whose name ends with the place of a face */
+        vel_face face;
+        if (vel_face_in_name(names[i], &face) + 1 == stem &&
+            strncmp(names[i], names[at], stem - 1) == 0)
+            return true;
+    }
     return false;
 }
 
@@ -493,6 +500,29 @@ static vel_status find_listed(vel_ctx *ctx, const char *folder, const char *key,
     return VEL_OK;
 }
 
+/* As kohya joins the two: with wildcards the tags stand behind each line of the caption, else
+ * behind the first. NULL: without memory. Owned. */
+static char *join_tags(vel_ctx *ctx, const vel_caption_rules *r, const char *caption,
+                       const char *tags)
+{
+    const char *separator = r->separator && *r->separator ? r->separator : ",";
+    const char *blank = strcmp(separator, ",") == 0 ? " " : "";
+    vel_text t;
+    vel_text_init(&t, ctx);
+    for (const char *line = caption; *line && (t.n == 0 || r->wildcard);) {
+        size_t n = strcspn(line, "\n");
+        if (strspn(line, " \t\r") < n)
+            vel_text_addf(&t, "%s%.*s%s%s%s", t.n ? "\n" : "", (int)n, line, *tags ? separator : "",
+                          *tags ? blank : "", tags);
+        line += n + (line[n] == '\n');
+    }
+    if (t.n == 0)
+        vel_text_add(&t, tags);
+    char *out = t.failed ? NULL : vel_strdup(ctx, t.s ? t.s : "");
+    vel_text_finish(&t);
+    return out;
+}
+
 static vel_status add_entry(vel_dataset_inner *d, const source *from, const char *key,
                             const json_t *entry)
 {
@@ -505,9 +535,11 @@ static vel_status add_entry(vel_dataset_inner *d, const source *from, const char
     if (!path)
         return skip_joined(d, from->folder, key,
                            "is named in the list of pictures but does not exist");
-    if (caption && tags && *tags && (both = vel_strf(ctx, "%s, %s", caption, tags)))
-        row.caption = both;
-    vel_status status = add_picture(d, from, path, &row);
+    bool joined = caption && ((tags && *tags) || strchr(caption, '\n'));
+    if (joined)
+        row.caption = both =
+            join_tags(ctx, &d->hows[d->subset].captions, caption, tags ? tags : "");
+    vel_status status = joined && !both ? VEL_NO_MEMORY : add_picture(d, from, path, &row);
     vel_free(ctx, both);
     vel_free(ctx, path);
     return status;

@@ -13,7 +13,7 @@ enum { GENERAL = 1, DATASET = 2, SUBSET = 4, ANYWHERE = 7, MOST_SUBSETS = 256 };
 
 /* OWN: read by name. SHOWN: into a field of the subset, or a setting. */
 typedef enum key_fate { OWN, SHOWN, IDLE, REFUSED } key_fate;
-typedef enum key_type { BOOL, INT, FLOAT, TEXT } key_type;
+typedef enum key_type { BOOL, INT, FLOAT, TEXT, PAIR } key_type;
 
 typedef struct config_key {
     const char *key;
@@ -52,6 +52,8 @@ static const config_key keys[] = {
     HOW("resize_interpolation", "resize_filter", TEXT, filter, 0, 0),
     HOW("flip_aug", "flip", BOOL, flip, 0, 1),
     HOW("random_crop", "random_crop", BOOL, random_crop, 0, 1),
+    HOW("color_aug", "color_aug", BOOL, color_aug, 0, 1),
+    HOW("face_crop_aug_range", "face_crop_aug_range", PAIR, face_range, 0, 0),
     HOW("shuffle_caption", "shuffle_caption", BOOL, captions.shuffle, 0, 1),
     HOW("caption_separator", "caption_separator", TEXT, captions.separator, 0, 0),
     HOW("keep_tokens", "keep_tokens", INT, captions.keep_tokens, 0, 255),
@@ -72,8 +74,6 @@ static const config_key keys[] = {
     {"validation_seed", ANYWHERE, IDLE, "which pictures are held out goes by their names"},
     {"cache_info", ANYWHERE, IDLE, "looking at the pictures takes seconds"},
     {"custom_attributes", ANYWHERE, IDLE, "only code of one's own reads them"},
-    {"color_aug", ANYWHERE, REFUSED, "colours are left as they are"},
-    {"face_crop_aug_range", ANYWHERE, REFUSED, "faces are not looked for"},
     {"network_multiplier", GENERAL | DATASET, REFUSED, "one strength goes for all data sets"},
 };
 
@@ -139,6 +139,9 @@ static char *text_of(const reader *r, const json_t *value)
         return vel_arena_strf(r->arena, "%.17g", json_real_value(value));
     if (json_is_boolean(value))
         return vel_arena_strdup(r->arena, json_is_true(value) ? "yes" : "no");
+    if (json_array_size(value) == 2)
+        return vel_arena_strf(r->arena, "%.17g,%.17g", json_number_value(json_array_get(value, 0)),
+                              json_number_value(json_array_get(value, 1)));
     return NULL;
 }
 
@@ -169,6 +172,12 @@ static vel_status put_value(const reader *r, const config_key *k, const json_t *
 {
     static const char *const wanted[] = {"true or false", "a whole number", "a number", "a text"};
     void *field = (char *)s + k->offset;
+    if (k->type == PAIR) {
+        const char *text = text_of(r, value);
+        vel_status st =
+            text ? vel_face_range_parse(r->ctx, text, field) : wrong(r, k->key, "is no pair");
+        return st && text ? vel_fail_in(r->ctx, st, "%s", r->path) : st;
+    }
     double x = json_number_value(value);
     bool number = k->type == INT ? json_is_integer(value) : json_is_number(value);
     bool right = k->type == BOOL   ? json_is_boolean(value)

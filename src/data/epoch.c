@@ -1,6 +1,7 @@
 /* epoch.c: what is shown when: the batches of an epoch, and how each picture is cut and mirrored.
  *
- * All of it is a function of (seed, epoch, sample): no state, no clock, no threads. As with kohya
+ * All of it is a function of (seed, epoch, sample), or of the number of the showing: no state, no
+ * clock, no threads. As with kohya
  * the items of a bucket (each picture as often as it repeats) are shuffled and cut into batches of
  * one bucket, then the batches are shuffled. Held-out pictures are in no batch and are always shown
  * the same way, cut from the middle, so that their loss compares between epochs. */
@@ -9,7 +10,15 @@
 #include <stdlib.h>
 
 /* One stream of random numbers for each use. */
-enum { USE_ITEMS = 0x64617401, USE_BATCHES, USE_CROP_X, USE_CROP_Y, USE_FLIP };
+enum {
+    USE_ITEMS = 0x64617401,
+    USE_BATCHES,
+    USE_CROP_X,
+    USE_CROP_Y,
+    USE_FLIP,
+    USE_FACE, /* five */
+    USE_COLOR = USE_FACE + 5
+};
 
 static uint64_t stream_of(uint64_t use, int64_t epoch, vel_size bucket)
 {
@@ -218,22 +227,21 @@ void vel_epoch_destroy(vel_epoch *e)
 
 /* ---- how a picture is shown ---- */
 
-int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t epoch)
+static uint64_t showing_stream(uint64_t use, int64_t showing)
+{
+    return stream_of(use, showing, (vel_size){0});
+}
+
+static double showing_draw(uint64_t use, int index, uint64_t seed, int64_t showing)
+{
+    return vel_random_uniform(seed, showing_stream(use, showing), (uint64_t)index);
+}
+
+int vel_sample_flipped(const vel_dataset *d, int index, uint64_t seed, int64_t showing)
 {
     if (!vel_sample_how(d, index)->flip || d->samples[index].held_out)
         return 0;
-    return (int)(vel_random_u64(seed, stream_of(USE_FLIP, epoch, (vel_size){0}), (uint64_t)index) &
-                 1);
-}
-
-/* Where the bucket begins in what is left over of one side. */
-static int crop_at(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, uint64_t use,
-                   int left_over)
-{
-    if (!vel_sample_how(d, index)->random_crop || d->samples[index].held_out)
-        return left_over / 2;
-    uint64_t stream = stream_of(use, epoch, (vel_size){0});
-    return (int)(vel_random_uniform(seed, stream, (uint64_t)index) * (left_over + 1));
+    return (int)(vel_random_u64(seed, showing_stream(USE_FLIP, showing), (uint64_t)index) & 1);
 }
 
 /* As torchvision's ToTensor and Normalize(0.5, 0.5) round it. */
@@ -248,6 +256,35 @@ const char *vel_sample_filter(const vel_sample *s, const char *filter, bool stri
     return filter ? filter : strict_peer && shrinks ? "area" : NULL; /* OpenCV's INTER_AREA */
 }
 
+/* Is it cut around the face that its name tells of? kohya does so without buckets only. */
+static bool has_face(const vel_dataset *d, int index, vel_face *face)
+{
+    const vel_sample *s = &d->samples[index];
+    const vel_bucket_table *table = vel_sample_table(d, s);
+    bool ignored = d->options.strict_peer && (table->no_upscale || table->n > 1);
+    return vel_sample_how(d, index)->face_range[1] > 0 && !ignored && !s->held_out &&
+           vel_face_in_name(s->image, face);
+}
+
+bool vel_sample_stays(const vel_dataset *d, int index)
+{
+    const vel_sample *s = &d->samples[index];
+    const vel_data_how *how = vel_sample_how(d, index);
+    vel_face face;
+    bool fits = (int64_t)s->source_width * s->height == (int64_t)s->source_height * s->width;
+    return s->held_out ||
+           !(how->color_aug || has_face(d, index, &face) || (how->random_crop && !fits));
+}
+
+/* Where the bucket begins in what is left over of one side. */
+static int crop_at(const vel_dataset *d, int index, uint64_t seed, int64_t showing, uint64_t use,
+                   int left_over)
+{
+    if (!vel_sample_how(d, index)->random_crop || d->samples[index].held_out)
+        return left_over / 2;
+    return (int)(showing_draw(use, index, seed, showing) * (left_over + 1));
+}
+
 /* What is shown of a picture: a window of its bucket's size in the picture at the size to which it
  * is scaled. */
 typedef struct window {
@@ -256,13 +293,38 @@ typedef struct window {
     bool flip;
 } window;
 
+static void place_window(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
+                         vel_size *scaled, window *out)
+{
+    const vel_sample *s = &d->samples[index];
+    const vel_data_how *how = vel_sample_how(d, index);
+    vel_size bucket, source = {s->source_width, s->source_height};
+    vel_face face;
+    vel_bucket_choose(vel_sample_table(d, s), source, &bucket, scaled);
+    *out = (window){.width = bucket.width, .height = bucket.height};
+    if (!has_face(d, index, &face)) {
+        out->x0 = crop_at(d, index, seed, showing, USE_CROP_X, scaled->width - bucket.width);
+        out->y0 = crop_at(d, index, seed, showing, USE_CROP_Y, scaled->height - bucket.height);
+        return;
+    }
+    vel_face_crop crop = {.source = source,
+                          .bucket = bucket,
+                          .face = face,
+                          .range = {how->face_range[0], how->face_range[1]},
+                          .random_crop = how->random_crop};
+    double u[5];
+    for (uint64_t i = 0; i < VEL_COUNT(u); i++)
+        u[i] = showing_draw(USE_FACE + i, index, seed, showing);
+    vel_face_window(&crop, u, scaled, &out->x0, &out->y0);
+}
+
 /* path: the sample's picture, or its mask, which is laid in the same way. */
-static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
                               const char *path, bool alpha, window *out)
 {
     const vel_sample *s = &d->samples[index];
-    vel_size bucket, scaled, source = {s->source_width, s->source_height};
-    vel_bucket_choose(vel_sample_table(d, s), source, &bucket, &scaled);
+    vel_size scaled;
+    place_window(d, index, seed, showing, &scaled, out);
     /* The picture is read at the very size it is scaled to, so that cutting is ours, in pixels. */
     vel_picture_load how = {.width = scaled.width,
                             .height = scaled.height,
@@ -272,7 +334,6 @@ static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, in
                             .alpha = alpha,
                             .strict_peer = d->options.strict_peer};
     how.filter = vel_sample_filter(s, vel_sample_how(d, index)->filter, how.strict_peer);
-    *out = (window){.width = bucket.width, .height = bucket.height};
     VEL_TRY(vel_picture_read(d->ctx, path, &how, &out->image));
     if (out->image.width != scaled.width || out->image.height != scaled.height ||
         out->image.channels != 3) {
@@ -280,20 +341,30 @@ static vel_status open_window(const vel_dataset *d, int index, uint64_t seed, in
         return vel_fail(d->ctx, VEL_BUG, "%s: was not read as %dx%d", path, scaled.width,
                         scaled.height);
     }
-    out->x0 = crop_at(d, index, seed, epoch, USE_CROP_X, scaled.width - bucket.width);
-    out->y0 = crop_at(d, index, seed, epoch, USE_CROP_Y, scaled.height - bucket.height);
-    out->flip = vel_sample_flipped(d, index, seed, epoch);
+    out->flip = vel_sample_flipped(d, index, seed, showing);
     return VEL_OK;
 }
 
-void vel_sample_crop(const vel_dataset *d, int index, uint64_t seed, int64_t epoch, int *left,
+void vel_sample_crop(const vel_dataset *d, int index, uint64_t seed, int64_t showing, int *left,
                      int *top)
 {
-    const vel_sample *s = &d->samples[index];
-    vel_size bucket, scaled, source = {s->source_width, s->source_height};
-    vel_bucket_choose(vel_sample_table(d, s), source, &bucket, &scaled);
-    *left = crop_at(d, index, seed, epoch, USE_CROP_X, scaled.width - bucket.width);
-    *top = crop_at(d, index, seed, epoch, USE_CROP_Y, scaled.height - bucket.height);
+    vel_size scaled;
+    window w;
+    place_window(d, index, seed, showing, &scaled, &w);
+    *left = w.x0;
+    *top = w.y0;
+}
+
+/* Of the whole picture: what is cut away is not looked at. */
+static void shift_colors(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
+                         vel_image *image)
+{
+    double u[3];
+    if (!vel_sample_how(d, index)->color_aug || d->samples[index].held_out)
+        return;
+    for (uint64_t i = 0; i < VEL_COUNT(u); i++)
+        u[i] = showing_draw(USE_COLOR + i, index, seed, showing);
+    vel_colors_shift(image->pixels, (int64_t)image->width * image->height, u);
 }
 
 static const uint8_t *pixel_of(const window *w, int x, int y)
@@ -302,11 +373,12 @@ static const uint8_t *pixel_of(const window *w, int x, int y)
     return w->image.pixels + 3 * ((int64_t)(w->y0 + y) * w->image.width + column);
 }
 
-vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+vel_status vel_sample_pixels(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
                              float *out)
 {
     window w;
-    VEL_TRY(open_window(d, index, seed, epoch, d->samples[index].image, false, &w));
+    VEL_TRY(open_window(d, index, seed, showing, d->samples[index].image, false, &w));
+    shift_colors(d, index, seed, showing, &w.image);
     for (int y = 0; y < w.height; y++)
         for (int x = 0; x < w.width; x++)
             for (int c = 0; c < 3; c++)
@@ -350,7 +422,7 @@ static vel_status check_mask(const vel_dataset *d, const vel_sample *s, const ch
                     path, info.width, info.height, s->image, s->source_width, s->source_height);
 }
 
-vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64_t epoch,
+vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64_t showing,
                            const char *folder, int down, float *out)
 {
     window w;
@@ -360,7 +432,7 @@ vel_status vel_sample_mask(const vel_dataset *d, int index, uint64_t seed, int64
         VEL_TRY(find_mask(d, picture, folder, &mask));
     vel_status st = mask ? check_mask(d, &d->samples[index], mask) : VEL_OK;
     if (st == VEL_OK)
-        st = open_window(d, index, seed, epoch, mask ? mask : picture, !mask, &w);
+        st = open_window(d, index, seed, showing, mask ? mask : picture, !mask, &w);
     vel_free(d->ctx, mask);
     if (st)
         return st;

@@ -20,7 +20,7 @@ vel_status vel_caption_parse(vel_ctx *ctx, const char *path, const char *bytes, 
                              bool all_lines, vel_arena *a, vel_caption *out);
 /* Looks for the side-car of a picture; out->text stays NULL when there is none. */
 vel_status vel_caption_find(vel_ctx *ctx, const vel_data_options *o, const char *picture,
-                            vel_arena *a, vel_caption *out);
+                            bool all_lines, vel_arena *a, vel_caption *out);
 /* The i-th ending that is looked for, without its dot; NULL past the end. */
 const char *vel_caption_ending(const vel_data_options *o, int i);
 /* Fails, naming the offset, unless the bytes are UTF-8 without NUL. */
@@ -67,6 +67,31 @@ vel_status vel_bucket_table_make(vel_ctx *ctx, const vel_data_options *o, vel_ar
 void vel_bucket_choose(const vel_bucket_table *table, vel_size picture, vel_size *bucket,
                        vel_size *scaled);
 int vel_size_compare(vel_size a, vel_size b); /* by width, then height */
+
+/* ---- pictures shown in another way each time (augment.c) --------------------------------------
+ */
+
+/* Hues turned by so many steps of 2 degrees; values to the power of gamma; in place, [pixels, 3].
+ */
+void vel_colors_turn(uint8_t *rgb, int64_t pixels, double by);
+void vel_colors_gamma(uint8_t *rgb, int64_t pixels, double gamma);
+/* --color_aug: u in 0..1 say whether, which of the two, and by how much. */
+void vel_colors_shift(uint8_t *rgb, int64_t pixels, const double u[3]);
+
+typedef struct vel_face {
+    int x, y, width, height; /* of its middle, in the picture's pixels */
+} vel_face;
+/* NAME_x_y_width_height.ending: the length of the path up to the numbers; 0: there are none. */
+size_t vel_face_in_name(const char *path, vel_face *out);
+
+typedef struct vel_face_crop {
+    vel_size source, bucket;
+    vel_face face;
+    double range[2]; /* the bucket's smaller side is from range[0] to range[1] times the face */
+    bool random_crop;
+} vel_face_crop;
+/* To which size the picture is scaled, and where the bucket begins in it; u in 0..1. */
+void vel_face_window(const vel_face_crop *c, const double u[5], vel_size *scaled, int *x, int *y);
 
 /* ---- the inside of a dataset (dataset.c; read by dataset_describe.c and epoch.c)
  * ------------------- */

@@ -30,7 +30,20 @@ static vel_status picture_rules(vel_line *l)
     const char *filter = vel_line_value(l, "resize_interpolation");
     const char *length = vel_line_value(l, "max_token_length");
     bool cached = vel_line_on(l, "cache_latents") || vel_line_on(l, "cache_latents_to_disk");
-    if (cached && l->strict)
+    const char *anew = vel_line_on(l, "color_aug")     ? "color_aug"
+                       : vel_line_on(l, "random_crop") ? "random_crop"
+                                                       : NULL;
+    if (cached && anew && l->strict)
+        return vel_fail(l->ctx, VEL_BAD_VALUE,
+                        "%s: --%s: pictures look another way each time, so that --cache_latents "
+                        "cannot keep them",
+                        l->script->name, anew);
+    if (cached && anew)
+        vel_line_say(l,
+                     "--%s: pictures look another way each time, so they are encoded at each "
+                     "step and none is kept",
+                     anew);
+    else if (cached && l->strict)
         VEL_TRY(vel_line_set(l, "cache_latents", "freeze_latents", "yes"));
     else if (vel_line_on(l, "cache_latents"))
         vel_line_say(l, "--cache_latents changes nothing here: pictures are encoded once in any "

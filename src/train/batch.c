@@ -14,6 +14,7 @@ enum {
     STREAM_DROPOUT,
     STREAM_VALIDATION
 };
+enum { MOST_SAMPLES = 1024 }; /* of a batch: what tells the showings of a picture apart */
 
 static uint64_t stream_of(int kind, int64_t micro, int64_t item)
 {
@@ -84,12 +85,6 @@ void vel_maker_finish(batch_maker *m)
 
 /* ---- pictures ---- */
 
-/* Does the scaled picture fill its bucket, so that every crop is the same? */
-static bool fits(const vel_sample *p)
-{
-    return (int64_t)p->source_width * p->height == (int64_t)p->source_height * p->width;
-}
-
 const vel_data_how *vel_batch_how(const train_session *s, int sample)
 {
     bool of_class = sample >= s->data->n; /* at each size of a batch */
@@ -99,17 +94,11 @@ const vel_data_how *vel_batch_how(const train_session *s, int sample)
 
 bool vel_batch_keeps(const train_session *s, int sample)
 {
-    const vel_sample *p = &s->samples[sample];
-    return !vel_batch_how(s, sample)->random_crop || p->held_out || sample >= s->data->n || fits(p);
+    return sample >= s->data->n || vel_sample_stays(s->data, sample);
 }
 
-int vel_batch_flipped(const train_session *s, int sample, int64_t epoch)
-{
-    return sample < s->data->n ? vel_sample_flipped(s->data, sample, (uint64_t)s->o->seed, epoch)
-                               : 0;
-}
-
-vel_status vel_batch_pixels(train_session *s, int sample, int64_t epoch, float **out)
+vel_status vel_batch_pixels(train_session *s, int sample, bool flipped, int64_t showing,
+                            float **out)
 {
     const vel_sample *p = &s->samples[sample];
     float *pixels = vel_alloc(s->ctx, (size_t)p->width * (size_t)p->height * 3 * sizeof *pixels);
@@ -117,13 +106,13 @@ vel_status vel_batch_pixels(train_session *s, int sample, int64_t epoch, float *
         return VEL_NO_MEMORY;
     *out = pixels;
     if (!vel_batch_keeps(s, sample))
-        return vel_sample_pixels(s->data, sample, (uint64_t)s->o->seed, epoch, pixels);
+        return vel_sample_pixels(s->data, sample, (uint64_t)s->o->seed, showing, pixels);
     vel_picture_load how = {
         .width = p->width,
         .height = p->height,
         .crop_x = 0.5,
         .crop_y = 0.5,
-        .flip = vel_batch_flipped(s, sample, epoch),
+        .flip = flipped,
         .background = {255, 255, 255},
         .filter = vel_sample_filter(p, vel_batch_how(s, sample)->filter, s->o->strict_compat),
         .strict_peer = s->o->strict_compat};
@@ -174,17 +163,16 @@ static vel_status put_picture(batch_maker *m, train_batch *t, int k)
     int64_t each = (int64_t)t->b.h * t->b.w * s->channels;
     if (s->o->sample_latents) {
         bool once = s->o->freeze_latents;
-        int64_t flipped = once ? vel_batch_flipped(s, item->sample, item->epoch) : k;
-        uint64_t stream = stream_of(STREAM_LATENT, once ? -1 - item->sample : t->micro, flipped);
+        int64_t which = once ? item->flipped : k;
+        uint64_t stream = stream_of(STREAM_LATENT, once ? -1 - item->sample : t->micro, which);
         vel_random_normal(seed, stream, 0, t->disturbed + k * each, each);
     }
     vel_random_normal(seed, stream_of(STREAM_NOISE, t->micro, k), 0, t->noise + k * each, each);
-    const float *moments =
-        vel_batch_keeps(s, item->sample)
-            ? vel_known(&s->moments, item->sample, vel_batch_flipped(s, item->sample, item->epoch))
-            : NULL;
+    const float *moments = vel_batch_keeps(s, item->sample)
+                               ? vel_known(&s->moments, item->sample, item->flipped)
+                               : NULL;
     if (!moments)
-        return vel_batch_pixels(s, item->sample, item->epoch, &item->pixels);
+        return vel_batch_pixels(s, item->sample, item->flipped, item->showing, &item->pixels);
     vel_batch_settle(s, t, k, moments);
     return VEL_OK;
 }
@@ -205,9 +193,11 @@ const float *vel_make_known(known_values *known, int sample, int flipped, const 
                : there;
 }
 
-/* The mask of a sample as it is shown in this epoch, one weight for each place of the latent. */
-static vel_status put_mask(train_session *s, train_batch *t, int k, int sample, int64_t epoch)
+/* The mask of a sample as it is shown this time, one weight for each place of the latent. */
+static vel_status put_mask(train_session *s, train_batch *t, int k)
 {
+    const train_item *item = &t->item[k];
+    int sample = item->sample;
     int64_t places = (int64_t)t->b.h * t->b.w;
     float *out = t->mask + k * places;
     if (!s->masks)
@@ -220,22 +210,22 @@ static vel_status put_mask(train_session *s, train_batch *t, int k, int sample, 
         return VEL_OK;
     }
     uint64_t seed = (uint64_t)s->o->seed;
-    int flipped = vel_sample_flipped(s->data, sample, seed, epoch);
-    bool kept = !how->random_crop || s->samples[sample].held_out;
-    const float *known = kept ? vel_known(&s->known_masks, sample, flipped) : NULL;
+    bool kept = vel_batch_keeps(s, sample);
+    const float *known = kept ? vel_known(&s->known_masks, sample, item->flipped) : NULL;
     if (known) {
         memcpy(out, known, (size_t)places * sizeof *out);
         return VEL_OK;
     }
-    VEL_TRY(vel_sample_mask(s->data, sample, seed, epoch, how->alpha_mask ? NULL : how->masks,
-                            vel_model_latent(s->model)->down, out));
+    VEL_TRY(vel_sample_mask(s->data, sample, seed, item->showing,
+                            how->alpha_mask ? NULL : how->masks, vel_model_latent(s->model)->down,
+                            out));
     if (!kept)
         return VEL_OK;
     float *copy = vel_alloc(s->ctx, (size_t)places * sizeof *copy);
     if (!copy)
         return VEL_NO_MEMORY;
     memcpy(copy, out, (size_t)places * sizeof *out);
-    if (vel_make_known(&s->known_masks, sample, flipped, copy) != copy)
+    if (vel_make_known(&s->known_masks, sample, item->flipped, copy) != copy)
         vel_free(s->ctx, copy); /* another thread was first */
     return VEL_OK;
 }
@@ -270,8 +260,9 @@ static vel_status put_caption(train_session *s, train_batch *t, int k, uint64_t 
 /* ---- the batch ---- */
 
 /* What the family wants to know of the picture besides: its sizes, the guidance. */
-static void put_extra(const train_session *s, train_batch *t, int k, int sample, int64_t epoch)
+static void put_extra(const train_session *s, train_batch *t, int k)
 {
+    int sample = t->item[k].sample;
     const vel_sample *p = &s->samples[sample];
     vel_picture_facts facts = {.original_width = p->source_width,
                                .original_height = p->source_height,
@@ -281,7 +272,7 @@ static void put_extra(const train_session *s, train_batch *t, int k, int sample,
     if (!s->n_extra)
         return;
     if (sample < s->data->n)
-        vel_sample_crop(s->data, sample, (uint64_t)s->o->seed, epoch, &facts.crop_left,
+        vel_sample_crop(s->data, sample, (uint64_t)s->o->seed, t->item[k].showing, &facts.crop_left,
                         &facts.crop_top);
     vel_family_extra(vel_model_family(s->model), vel_model_config(s->model), &facts,
                      t->extra + k * s->n_extra);
@@ -304,11 +295,13 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
 {
     train_session *s = m->s;
     uint64_t seed = (uint64_t)s->o->seed;
+    int64_t showing = t->micro * MOST_SAMPLES + k;
     t->item[k].sample = sample;
-    t->item[k].epoch = epoch;
+    t->item[k].showing = showing;
+    t->item[k].flipped = sample < s->data->n && vel_sample_flipped(s->data, sample, seed, showing);
     VEL_TRY(put_picture(m, t, k));
-    VEL_TRY(put_mask(s, t, k, sample, epoch));
-    put_extra(s, t, k, sample, epoch);
+    VEL_TRY(put_mask(s, t, k));
+    put_extra(s, t, k);
     int low = s->o->min_timestep, high = s->o->max_timestep;
     double u = vel_random_uniform(seed, stream_of(STREAM_TIME, t->micro, k), 0);
     t->timestep[k] = low + (int32_t)(u * (high - low));
@@ -398,8 +391,8 @@ vel_status vel_batch_held_out(train_session *s, int sample, const float *moments
         t->timestep[k] = (2 * (first + k) + 1) * train_steps / (2 * times);
         t->weight[k] = 1;
         VEL_TRY(put_caption(s, t, k, 0, false));
-        VEL_TRY(put_mask(s, t, k, sample, 0));
-        put_extra(s, t, k, sample, 0);
+        VEL_TRY(put_mask(s, t, k));
+        put_extra(s, t, k);
     }
     return VEL_OK;
 }

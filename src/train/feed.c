@@ -275,7 +275,7 @@ static vel_status encode_captions(train_session *s)
 typedef struct reading { /* pictures that go through the autoencoder before the first step */
     train_session *s;
     int32_t *sample;
-    int8_t *epoch; /* 0 or 1: which of two variants, where pictures are mirrored */
+    bool *flipped; /* both, where pictures are mirrored */
     int n;
     float **pixels; /* [slots] */
 } reading;
@@ -286,7 +286,7 @@ static vel_status read_ahead(void *user, int thread, int64_t i, int slot)
     reading *r = user;
     vel_free(r->s->ctx, r->pixels[slot]);
     r->pixels[slot] = NULL;
-    return vel_batch_pixels(r->s, r->sample[i], r->epoch[i], &r->pixels[slot]);
+    return vel_batch_pixels(r->s, r->sample[i], r->flipped[i], 0, &r->pixels[slot]);
 }
 
 static void leave_pictures(void *user, int thread)
@@ -306,24 +306,21 @@ static int thread_count(const train_session *s)
     return (int)VEL_MIN(VEL_MAX(processors / 2, 1), 4);
 }
 
-/* Which pictures are neither known nor cached: both variants of a flip come up within a few epochs.
- */
+/* Which pictures are neither known nor cached. */
 static vel_status list_pictures(train_session *s, reading *r)
 {
-    for (int i = 0; i < s->n_samples; i++)
-        for (int epoch = 0; epoch < (vel_batch_how(s, i)->flip ? 2 : 1) && vel_batch_keeps(s, i);
-             epoch++) {
+    for (int i = 0; i < s->n_samples; i++) {
+        bool mirrored = vel_batch_how(s, i)->flip && i < s->data->n && !s->samples[i].held_out;
+        for (int flipped = 0; flipped <= mirrored && vel_batch_keeps(s, i); flipped++) {
             const float *known;
-            int flipped = vel_batch_flipped(s, i, epoch);
-            bool again = epoch && flipped == vel_batch_flipped(s, i, 0);
-            if (!again)
-                VEL_TRY(kept_moments(s, i, flipped, NULL, &known));
-            s->n_kept_pictures += !again;
-            if (again || known)
+            VEL_TRY(kept_moments(s, i, flipped, NULL, &known));
+            s->n_kept_pictures++;
+            if (known)
                 continue;
             r->sample[r->n] = i;
-            r->epoch[r->n++] = (int8_t)epoch;
+            r->flipped[r->n++] = flipped;
         }
+    }
     return VEL_OK;
 }
 
@@ -335,8 +332,7 @@ static vel_status encode_listed(train_session *s, reading *r, vel_ahead *a)
         int slot;
         const float *moments;
         VEL_TRY(vel_ahead_take(a, i, &slot));
-        VEL_TRY(kept_moments(s, r->sample[i], vel_batch_flipped(s, r->sample[i], r->epoch[i]),
-                             r->pixels[slot], &moments));
+        VEL_TRY(kept_moments(s, r->sample[i], r->flipped[i], r->pixels[slot], &moments));
         s->n_encoded++;
         vel_progress_at(&progress, i + 1, NAN);
         if (s->ctx->interrupted)
@@ -351,9 +347,9 @@ static vel_status encode_pictures(train_session *s)
     reading r = {.s = s};
     vel_ahead *a = NULL;
     r.sample = vel_alloc(s->ctx, (size_t)(2 * s->n_samples) * sizeof *r.sample);
-    r.epoch = vel_alloc(s->ctx, (size_t)(2 * s->n_samples) * sizeof *r.epoch);
+    r.flipped = vel_alloc(s->ctx, (size_t)(2 * s->n_samples) * sizeof *r.flipped);
     r.pixels = vel_alloc(s->ctx, (size_t)slots * sizeof *r.pixels);
-    vel_status st = r.sample && r.epoch && r.pixels ? list_pictures(s, &r) : VEL_NO_MEMORY;
+    vel_status st = r.sample && r.flipped && r.pixels ? list_pictures(s, &r) : VEL_NO_MEMORY;
     vel_ahead_how how = {.threads = threads,
                          .slots = slots,
                          .end = r.n,
@@ -368,7 +364,7 @@ static vel_status encode_pictures(train_session *s)
     for (int i = 0; r.pixels && i < slots; i++)
         vel_free(s->ctx, r.pixels[i]);
     vel_free(s->ctx, r.pixels);
-    vel_free(s->ctx, r.epoch);
+    vel_free(s->ctx, r.flipped);
     vel_free(s->ctx, r.sample);
     return st;
 }
@@ -510,8 +506,7 @@ static vel_status complete_item(train_session *s, train_batch *t, int k)
         float *made = NULL;
         vel_status st = VEL_OK;
         if (vel_batch_keeps(s, item->sample)) {
-            st = kept_moments(s, item->sample, vel_batch_flipped(s, item->sample, item->epoch),
-                              item->pixels, &moments);
+            st = kept_moments(s, item->sample, item->flipped, item->pixels, &moments);
         } else {
             made = vel_alloc(s->ctx, (size_t)moments_count(s, item->sample) * sizeof *made);
             st = made ? encode_pixels(s, item->sample, item->pixels, made) : VEL_NO_MEMORY;

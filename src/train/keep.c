@@ -279,6 +279,9 @@ static void put_dataset(train_session *s, json_t *meta)
     put(meta, "ss_caption_dropout_rate", "%g", s->o->caption_dropout);
     put(meta, "ss_flip_aug", "%s", s->o->flip ? "True" : "False");
     put(meta, "ss_random_crop", "%s", s->o->random_crop ? "True" : "False");
+    put(meta, "ss_color_aug", "%s", s->o->color_aug ? "True" : "False");
+    put(meta, "ss_face_crop_aug_range", "%s",
+        s->o->face_crop_range ? s->o->face_crop_range : "None");
 }
 
 static void put_model(train_session *s, json_t *meta)

@@ -32,12 +32,14 @@ static vel_status open_data(train_session *s, vel_train_options *own)
                                   .caption_dropout = o->caption_dropout,
                                   .flip = o->flip,
                                   .random_crop = o->random_crop,
+                                  .color_aug = o->color_aug,
                                   .filter = o->resize_filter,
                                   .alpha_mask = o->alpha_mask,
                                   .masks = o->conditioning_data_dir,
                                   .weight = o->loss_weight}};
     if (vel_words_in_sentences(o))
         d.instance_prompt = o->placeholder_token;
+    VEL_TRY(vel_face_range_parse(s->ctx, o->face_crop_range, d.how.face_range));
     VEL_TRY(vel_caption_check(s->ctx, &o->captions));
     int got = sscanf(o->resolution, "%d,%d", &d.width, &d.height);
     if (got == 1)

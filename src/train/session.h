@@ -21,7 +21,8 @@ enum { VALIDATION_BATCH = 4 }; /* timesteps of a held-out picture that are measu
 /* One sample of a batch. */
 typedef struct train_item {
     int sample;
-    int64_t epoch;
+    int64_t showing; /* of all that the run shows: see data.h */
+    bool flipped;
     float *pixels; /* [height, width, 3]: the step is to encode them; NULL: the latent is there */
     int caption;   /* among captions, unless there is */
     char *text;    /* one that is made for this step; owned, as are pixels */
@@ -198,12 +199,13 @@ vel_status vel_batch_held_out(train_session *s, int sample, const float *moments
                               train_batch *t);
 /* Makes latent and noise of item k from its mean and log-variance [h, w, 2C]. */
 void vel_batch_settle(train_session *s, train_batch *t, int k, const float *moments);
-/* Is the sample the same in each epoch, but for being mirrored? */
 const vel_data_how *vel_batch_how(const train_session *s, int sample);
+/* Is the sample the same each time, but for being mirrored? */
 bool vel_batch_keeps(const train_session *s, int sample);
-int vel_batch_flipped(const train_session *s, int sample, int64_t epoch);
-/* [height, width, 3] as shown in this epoch; owned, also after a failure. */
-vel_status vel_batch_pixels(train_session *s, int sample, int64_t epoch, float **out);
+/* [height, width, 3] as shown this time; owned, also after a failure. Of a sample that is kept
+ * `flipped` says all. */
+vel_status vel_batch_pixels(train_session *s, int sample, bool flipped, int64_t showing,
+                            float **out);
 const float *vel_known(const known_values *known, int sample, int flipped);
 /* Returns what is known from now on: values, or what another thread said before. */
 const float *vel_make_known(known_values *known, int sample, int flipped, const float *values);

@@ -25,7 +25,9 @@ typedef struct vel_train_options {
     int max_train_samples;
     int data_threads; /* that read pictures and make batches; 0 none, -1 as suits the device */
     const char *resize_filter; /* NULL: Lanczos */
-    const char *resolution;    /* "512" or "512,768": width, height */
+    bool color_aug;
+    const char *face_crop_range; /* "1.5,3"; NULL: faces are not looked for */
+    const char *resolution;      /* "512" or "512,768": width, height */
     bool enable_bucket, bucket_no_upscale, random_crop, flip, cache_to_disk, strict_compat;
     int min_bucket, max_bucket, bucket_step, repeats;
     double caption_dropout, validation_split;
