@@ -1,6 +1,6 @@
 # The whole build, out of tree: objects under build/<configuration>/.
 #   make            release program and library        make test        all tests
-#   make test PATTERN='cli_*,train_*'                   only those tests
+#   make test PATTERN='cli_*,train_*'                   only those tests; JOBS=1: one after the other
 #   make SAN=address,undefined test                     make HOSTILE=1 test
 #   make ONEDNN=build/onednn3 test                      with another oneDNN (tools/onednn3.sh gets one)
 #   make fault      tests with each allocation failing  make fuzz        parsers on hostile bytes
@@ -146,8 +146,9 @@ TEST_ENV := OMP_WAIT_POLICY=passive LSAN_OPTIONS=suppressions=$(CURDIR)/tests/ls
 TEST_ENV += UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
 PATTERN ?=
 SKIP ?=
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 test: $(BUILD)/run-tests $(BUILD)/velatura
-	$(TEST_ENV) $(BUILD)/run-tests --program $(BUILD)/velatura $(if $(SKIP),--skip '$(SKIP)') $(if $(PATTERN),'$(PATTERN)')
+	$(TEST_ENV) $(BUILD)/run-tests --jobs $(JOBS) --program $(BUILD)/velatura $(if $(SKIP),--skip '$(SKIP)') $(if $(PATTERN),'$(PATTERN)')
 # On a GPU: its kernels against the op table in three types, with the libraries and without, the
 # optimizer against the CPU's, then the goldens of the model and of training.
 # the snapshots of the families' graphs, to be looked at with git diff
@@ -165,7 +166,7 @@ test-gpu: $(BUILD)/run-tests $(BUILD)/velatura $(BUILD)/libvelatura-cuda.so
 MOST ?= 40
 FAULT_SKIP := cpu_*,null_plans_only
 fault: $(BUILD)/run-tests $(BUILD)/velatura
-	$(TEST_ENV) $(BUILD)/run-tests --fault --most $(MOST) --program $(BUILD)/velatura --skip '$(FAULT_SKIP)$(if $(SKIP),$(comma)$(SKIP))' '$(or $(PATTERN),*)'
+	$(TEST_ENV) $(BUILD)/run-tests --jobs $(JOBS) --fault --most $(MOST) --program $(BUILD)/velatura --skip '$(FAULT_SKIP)$(if $(SKIP),$(comma)$(SKIP))' '$(or $(PATTERN),*)'
 # With clang's libFuzzer where there is one, else the mutations of tests/fuzz/fuzz_main.c.
 FUZZ_SECONDS ?= 10
 fuzz:

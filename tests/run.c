@@ -1,23 +1,25 @@
 /* run.c: the harness of test.h: runs the registered tests, each with its own context and an empty
  * folder that is removed afterwards.
  *
- *     run-tests [--program PATH] [--fault] [--most N] [--fail N] [--list] [--skip PATTERN]
- * [PATTERN]
+ *     run-tests [--program PATH] [--jobs N] [--fault] [--most N] [--fail N] [--list]
+ *               [--skip PATTERN] [PATTERN]
  *
  * A pattern without '*' matches anywhere in a name; several are joined with ','. A test fails when
  * a CHECK fails or when memory of its context is left. With --fault each test runs once to count
  * its allocations and then once for each of them with that one failing, every time in a process of
  * its own: the test must come back, and not crash (CHECKs that fail then are expected and not
  * counted). With --most N it does so for N of a test's allocations at most, evenly spread; --fail N
- * runs a test once with its N-th failing, for a debugger. The last
- * line is "N passed, N failed", and ", N skipped" after it if any were; the status is 0 if none
- * failed. */
+ * runs a test once with its N-th failing, for a debugger. With --jobs N that many processes share
+ * the tests, each taking the next when it is done with one. The last line is "N passed, N failed",
+ * and ", N skipped" after it if any were; the status is 0 if none failed. */
 #define _GNU_SOURCE /* nftw */
 #include "test.h"
 
 #include <errno.h>
 #include <ftw.h>
+#include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -26,6 +28,7 @@ typedef struct options {
     bool fault, list;
     int64_t fail; /* this allocation of each test; 0: none */
     int64_t most; /* with fault: as many allocations of a test fail in turn; 0: each */
+    int jobs;
 } options;
 
 static vel_test *first_test;
@@ -219,6 +222,8 @@ static bool read_options(int n, char **args, options *o)
             o->most = atoll(args[++i]);
         else if (strcmp(args[i], "--fail") == 0 && i + 1 < n)
             o->fail = atoll(args[++i]);
+        else if (strcmp(args[i], "--jobs") == 0 && i + 1 < n)
+            o->jobs = atoi(args[++i]);
         else if (args[i][0] != '-' && !o->pattern)
             o->pattern = args[i];
         else
@@ -227,45 +232,101 @@ static bool read_options(int n, char **args, options *o)
     return true;
 }
 
+static bool is_wanted(const vel_test *t, const options *o)
+{
+    return (!o->pattern || matches(t, o->pattern)) && !(o->skip && matches(t, o->skip));
+}
+
+enum { MOST_JOBS = 64 };
+
+typedef struct counts { /* shared by all processes */
+    atomic_int next, passed, failed, skipped;
+    const vel_test *at[MOST_JOBS]; /* what each has begun last */
+} counts;
+
+static void run_test(vel_test *t, const options *o, counts *c)
+{
+    double start = vel_now();
+    if (o->fault)
+        run_with_faults(t, o);
+    else
+        run_once(t, o, o->fail);
+    double seconds = vel_now() - start;
+    if (seconds > (o->fault ? 20 : 2))
+        printf("%s took %.1f s\n", t->name, seconds);
+    fflush(stdout);
+    (*(t->failures ? &c->failed : t->skipped ? &c->skipped : &c->passed))++;
+}
+
+/* Runs each wanted test that no other process has taken. */
+static void run_share(const options *o, counts *c, int job)
+{
+    int mine = c->next++, i = 0;
+    for (vel_test *t = first_test; t; t = t->next)
+        if (is_wanted(t, o) && i++ == mine) {
+            c->at[job] = t;
+            run_test(t, o, c);
+            mine = c->next++;
+        }
+}
+
+/* A process that crashes takes the test that it was at with it, and no other. */
+static void run_jobs(const options *o, counts *c)
+{
+    pid_t job[MOST_JOBS];
+    int n = 0, status;
+    for (; n < VEL_MIN(o->jobs, MOST_JOBS); n++) {
+        job[n] = fork();
+        if (job[n] == 0) {
+            run_share(o, c, n);
+            exit(0); /* and not at once: leaks are looked for here */
+        }
+        if (job[n] < 0)
+            break;
+    }
+    for (int i = 0; i < n; i++) {
+        if (waitpid(job[i], &status, 0) == job[i] && status == 0)
+            continue;
+        printf("%s: its process ended with status %d\n", c->at[i] ? c->at[i]->name : "none",
+               status);
+        c->failed++;
+    }
+    run_share(o, c, 0); /* what is left if all have ended so, or none began */
+}
+
+static void list_tests(const options *o)
+{
+    for (vel_test *t = first_test; t; t = t->next)
+        if (is_wanted(t, o))
+            printf("%s\n", t->name);
+}
+
 int main(int n, char **args)
 {
     options o = {0};
     if (!read_options(n, args, &o)) {
-        fprintf(
-            stderr,
-            "usage: %s [--program PATH] [--fault] [--most N] [--fail N] [--list] [--skip PATTERN] "
-            "[PATTERN]\n",
-            args[0]);
+        fprintf(stderr,
+                "usage: %s [--program PATH] [--jobs N] [--fault] [--most N] [--fail N] [--list] "
+                "[--skip PATTERN] [PATTERN]\n",
+                args[0]);
         return 2;
     }
-    int passed = 0, failed = 0, skipped = 0;
-    for (vel_test *t = first_test; t; t = t->next) {
-        if ((o.pattern && !matches(t, o.pattern)) || (o.skip && matches(t, o.skip)))
-            continue;
-        if (o.list) {
-            printf("%s\n", t->name);
-            continue;
-        }
-        double start = vel_now();
-        if (o.fault)
-            run_with_faults(t, &o);
-        else
-            run_once(t, &o, o.fail);
-        double seconds = vel_now() - start;
-        if (seconds > (o.fault ? 20 : 2))
-            printf("%s took %.1f s\n", t->name, seconds);
-        if (t->failures)
-            failed++;
-        else if (t->skipped)
-            skipped++;
-        else
-            passed++;
-    }
-    if (o.list)
+    if (o.list) {
+        list_tests(&o);
         return 0;
-    printf("%d passed, %d failed", passed, failed);
-    if (skipped)
-        printf(", %d skipped", skipped);
+    }
+    counts *c = mmap(NULL, sizeof *c, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (c == MAP_FAILED) {
+        perror("run-tests");
+        return 2;
+    }
+    if (o.jobs > 1)
+        run_jobs(&o, c);
+    else
+        run_share(&o, c, 0);
+    printf("%d passed, %d failed", c->passed, c->failed);
+    if (c->skipped)
+        printf(", %d skipped", c->skipped);
     printf("\n");
-    return failed > 0;
+    return c->failed > 0;
 }
