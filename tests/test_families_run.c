@@ -2,6 +2,7 @@
  * adapter is trained, drawn with, and trained on after a stop. Values: test_families.c. */
 #include "formats/formats.h"
 #include "program.h"
+#include "train/train.h"
 
 #define FAMILY_MODEL "--model tests/golden/families/%s/model "
 #define QUICK                                                                                      \
@@ -381,4 +382,34 @@ TEST(families_run_samples_change_nothing_under_fit)
                   r.text);
         CHECK(same_files(t, "plain/a.safetensors", "fit/a.safetensors"));
     }
+}
+
+/* Clip skip leaves the last layers of SDXL's first encoder without a use; of the second, too, its
+ * states are taken earlier, but what stands for the whole text goes through all 32. */
+TEST(families_run_clip_skip_of_two_encoders)
+{
+    vel_model *m = NULL;
+    vel_arena *arena = vel_arena_create(t->ctx);
+    int known = 0, n = 0, found[2] = {0};
+    while (vel_known_model_at(known) && strcmp(vel_known_model_at(known)->family, "sdxl") != 0)
+        known++;
+    REQUIRE(arena);
+    REQUIRE_OK(vel_model_open_known(t->ctx, known, &m));
+    vel_adapter_site *sites = NULL;
+    const vel_train_options o = {.network = "lora",
+                                 .targets = "attn",
+                                 .text_targets = "*.q_proj",
+                                 .rank = 1,
+                                 .alpha = 1,
+                                 .train_text_encoder = true,
+                                 .text_encoders = "1,2",
+                                 .clip_skip = 2};
+    REQUIRE_OK(vel_train_sites(t->ctx, arena, m, &o, &sites, &n));
+    for (int i = 0; i < n; i++) {
+        found[0] += vel_has_prefix(sites[i].path, "text_encoder.");
+        found[1] += vel_has_prefix(sites[i].path, "text_encoder_2.");
+    }
+    CHECK_MSG(found[0] == 11 && found[1] == 32, "%d and %d layers", found[0], found[1]);
+    vel_model_close(m);
+    vel_arena_destroy(arena);
 }

@@ -22,7 +22,10 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "pretrained_model_name_or_path", KIND_TEXT, NULL, "model"),
     IDLE(KOHYA, "tokenizer_cache_dir", KIND_TEXT, NULL, "the model folder's tokenizer is read"),
     SET(KOHYA, "vae", KIND_TEXT, NULL, "vae"),
-    SET(KOHYA, "clip_skip", KIND_INT, NULL, "clip_skip"),
+    SET(KOHYA & ~(SDXL_NETWORK | SDXL_TRAIN | FLOW_NETWORKS), "clip_skip", KIND_INT, NULL,
+        "clip_skip"),
+    IDLE(SDXL_NETWORK | SDXL_TRAIN | FLOW_NETWORKS, "clip_skip", KIND_INT, NULL,
+         "the model's own layer is taken, as the script does"),
     RULE(KOHYA, "max_token_length", KIND_INT, NULL, "75, which is the model's own length",
          "75,150,225"),
     /* metadata */

@@ -542,6 +542,30 @@ vel_dtype vel_model_compute(const vel_model *m)
 {
     return m->compute;
 }
+
+static bool is_wide(const vel_model *m, int k)
+{
+    return m->texts[k].large || m->texts[k].llm;
+}
+
+vel_dtype vel_model_computes_in(const vel_model *m, plan_kind kind, int k)
+{
+    bool fits = kind == PLAN_DENOISE || (kind == PLAN_TEXT && !is_wide(m, k));
+    if (m->compute != VEL_F16 || fits)
+        return m->compute;
+    return vel_engine_computes(m->engine, VEL_BF16) ? VEL_BF16 : VEL_F32;
+}
+
+void vel_model_widen(vel_model *m, unsigned texts)
+{
+    for (int k = 0; k < m->n_texts; k++) {
+        if (!(texts >> k & 1) || m->compute != VEL_F16 || !is_wide(m, k))
+            continue;
+        m->compute = vel_model_computes_in(m, PLAN_TEXT, k);
+        vel_log(m->ctx, 2, "%s has values that float16 has no room for: trained in %s",
+                m->texts[k].part, vel_dtype_name(m->compute));
+    }
+}
 const char *vel_model_folder(const vel_model *m)
 {
     return m->folder;

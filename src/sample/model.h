@@ -91,6 +91,12 @@ struct vel_model {
     uint64_t clock;
 };
 
+/* What a graph of a kind computes in (k: which text encoder). Autoencoders, T5 and language models
+ * have values beyond float16's 65504 (of SDXL's autoencoder all pictures turn black, of T5 the
+ * states NaN): where float16 is asked for they run in bfloat16, or float32 on a device without it.
+ */
+vel_dtype vel_model_computes_in(const vel_model *m, plan_kind kind, int k);
+
 /* An existing folder or single file for a name that a user gave: itself, or where the hub's name is
  * kept on this machine. *out is owned. */
 vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out);

@@ -115,7 +115,8 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
             return st;
         }
     }
-    const vel_plan_options options = {.compute = m->compute, .steady = "context*,adapter.*"};
+    const vel_plan_options options = {.compute = vel_model_computes_in(m, kind, h),
+                                      .steady = "context*,adapter.*"};
     VEL_TRY(vel_plan_create(m->engine, g, &options, out));
     m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, m->clock, *out};
     return VEL_OK;
@@ -129,10 +130,11 @@ vel_plan *vel_model_last_plan(vel_model *m)
     return NULL;
 }
 
-static vel_status size_of(vel_model *m, vel_graph *g, bool on_paper, vel_run_size *out)
+static vel_status size_of(vel_model *m, vel_graph *g, vel_dtype compute, bool on_paper,
+                          vel_run_size *out)
 {
     vel_plan *p;
-    const vel_plan_options options = {.compute = m->compute, .dry = on_paper, .measure = !on_paper};
+    const vel_plan_options options = {.compute = compute, .dry = on_paper, .measure = !on_paper};
     VEL_TRY(vel_plan_create(m->engine, g, &options, &p));
     *out = (vel_run_size){.arena = vel_plan_arena_bytes(p),
                           .weights = vel_plan_weight_bytes(p),
@@ -144,13 +146,15 @@ static vel_status size_of(vel_model *m, vel_graph *g, bool on_paper, vel_run_siz
 vel_status vel_model_text_size(vel_model *m, int k, int n, bool on_paper, vel_run_size *out)
 {
     vel_graph *g = vel_model_build(m, PLAN_TEXT, n, k, 0, m->clip_skip);
-    return g ? size_of(m, g, on_paper, out) : VEL_BAD_GRAPH;
+    vel_dtype compute = vel_model_computes_in(m, PLAN_TEXT, k);
+    return g ? size_of(m, g, compute, on_paper, out) : VEL_BAD_GRAPH;
 }
 
 vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_run_size *out)
 {
     vel_graph *g = vel_model_build(m, PLAN_ENCODE, 1, h, w, m->clip_skip);
-    return g ? size_of(m, g, on_paper, out) : VEL_BAD_GRAPH;
+    vel_dtype compute = vel_model_computes_in(m, PLAN_ENCODE, 0);
+    return g ? size_of(m, g, compute, on_paper, out) : VEL_BAD_GRAPH;
 }
 
 /* ---- runs ---- */

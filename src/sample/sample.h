@@ -134,6 +134,9 @@ vel_tokenizer *vel_model_tokenizer(vel_model *m); /* of the first text encoder *
 vel_tokenizer *vel_model_tokenizer_at(vel_model *m, int encoder);
 const vel_guidance_info *vel_model_guidance(const vel_model *m);
 vel_dtype vel_model_compute(const vel_model *m);
+/* A model that computes in float16 and has a text encoder among texts (a bit each) whose values
+ * pass float16's largest: computes in a wider type from here on, and says so. */
+void vel_model_widen(vel_model *m, unsigned texts);
 const char *vel_model_folder(const vel_model *m);
 int vel_model_clip_skip(const vel_model *m);
 /* Total values of a part's file, for "all params". */

@@ -104,7 +104,7 @@ static bool is_skipped(const vel_known_module *modules, int n, const char *path,
 /* Sites of modules under a part that match the patterns, or more of them (NULL: none). */
 static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
                        const vel_train_options *o, const char *part, const char *patterns,
-                       const char *more, vel_adapter_site *out)
+                       const char *more, int clip_skip, vel_adapter_site *out)
 {
     int found = 0;
     bool locon = strcmp(o->network, "locon") == 0; /* LoRA on convolutions as well */
@@ -114,7 +114,7 @@ static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
             m->path[strlen(part)] != '.' ||
             !(vel_glob(patterns, m->path) || (more && vel_glob(more, m->path))))
             continue;
-        if (vel_has_prefix(part, "text_encoder") && is_skipped(modules, n, m->path, o->clip_skip))
+        if (clip_skip > 1 && is_skipped(modules, n, m->path, clip_skip))
             continue;
         bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
         int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
@@ -162,7 +162,7 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
     if (o->train_unet)
         *n += match_sites(a, modules, n_modules, o, vel_model_family(m)->denoiser,
                           unet ? unet : o->targets,
-                          locon ? vel_adapter_preset("conv", false) : NULL, *sites);
+                          locon ? vel_adapter_preset("conv", false) : NULL, 0, *sites);
     if (*n == 0 && o->train_unet)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "--targets: '%s' matches no module of the model; a preset (attn, "
@@ -170,8 +170,10 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
                         o->targets);
     for (int k = 0; k < vel_model_texts(m); k++)
         if (texts >> k & 1)
+            /* what stands for the whole text goes through all layers */
             *n += match_sites(a, modules, n_modules, o, vel_model_text(m, k)->part,
-                              text ? text : o->text_targets, NULL, *sites + *n);
+                              text ? text : o->text_targets, NULL,
+                              vel_model_text(m, k)->pools ? 0 : o->clip_skip, *sites + *n);
     if (*n == 0)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "nothing is trained: neither the denoiser nor the text encoder");
@@ -248,6 +250,7 @@ static vel_status open_model(train_session *s)
 static vel_status make_trainer(train_session *s)
 {
     const vel_train_options *o = s->o;
+    vel_model_widen(s->model, s->texts);
     vel_trainer_options t = {.compute = vel_model_compute(s->model),
                              .smallest = o->gradient_checkpointing,
                              .level = VEL_LEVEL_AUTO,
