@@ -42,12 +42,15 @@ PKG_LIBS := $(shell pkg-config --libs $(PKG))
 WARN := -Wall -Wextra -Wshadow -Wvla -Wundef -Wstrict-prototypes -Wmissing-prototypes \
         -Wno-missing-field-initializers -Wno-sign-compare
 OPT := -O2 -DNDEBUG
+ISA_OPT := -O3
 ifneq ($(DEBUG)$(HOSTILE)$(SAN),)
 OPT := -O1
 endif
 SANFLAGS :=
 ifneq ($(SAN),)
-SANFLAGS := -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all
+# checks of unrolled loops take the compiler five times as long; for a report's lines -g1 is enough
+ISA_OPT := -O1
+SANFLAGS := -g1 -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all
 endif
 ifneq ($(HOSTILE),)
 OPT += -DVEL_HOSTILE=1
@@ -104,7 +107,7 @@ $(foreach folder,$(sort $(OBJ) $(BUILD)),$(eval $(call object_rule,$(folder))))
 define isa_rule
 $(OBJ)/isa-$(1)/%.o: src/backend/cpu/isa/%.c
 	@mkdir -p $$(@D)
-	$(CC) $(ALL_CFLAGS) -O3 -ffp-contract=fast -fno-math-errno $(ISA_FLAGS_$(1)) -c -o $$@ $$<
+	$(CC) $(ALL_CFLAGS) $(ISA_OPT) -ffp-contract=fast -fno-math-errno $(ISA_FLAGS_$(1)) -c -o $$@ $$<
 endef
 $(foreach i,$(ISAS),$(eval $(call isa_rule,$(i))))
 

@@ -20,6 +20,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -244,16 +245,30 @@ typedef struct counts { /* shared by all processes */
     const vel_test *at[MOST_JOBS]; /* what each has begun last */
 } counts;
 
+/* Of all processors, of this process and those that it has waited for. */
+static double processor_seconds(void)
+{
+    struct rusage self, children;
+    getrusage(RUSAGE_SELF, &self);
+    getrusage(RUSAGE_CHILDREN, &children);
+    double micro = (double)(self.ru_utime.tv_usec + self.ru_stime.tv_usec +
+                            children.ru_utime.tv_usec + children.ru_stime.tv_usec);
+    return (double)(self.ru_utime.tv_sec + self.ru_stime.tv_sec + children.ru_utime.tv_sec +
+                    children.ru_stime.tv_sec) +
+           micro * 1e-6;
+}
+
 static void run_test(vel_test *t, const options *o, counts *c)
 {
-    double start = vel_now();
+    double start = vel_now(), work = processor_seconds();
     if (o->fault)
         run_with_faults(t, o);
     else
         run_once(t, o, o->fail);
     double seconds = vel_now() - start;
     if (seconds > (o->fault ? 20 : 2))
-        printf("%s took %.1f s\n", t->name, seconds);
+        printf("%s took %.1f s, %.1f s of a processor\n", t->name, seconds,
+               processor_seconds() - work);
     fflush(stdout);
     (*(t->failures ? &c->failed : t->skipped ? &c->skipped : &c->passed))++;
 }
