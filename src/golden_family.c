@@ -446,47 +446,9 @@ static vel_status check_pipeline(golden *k)
     return st;
 }
 
-/* ---- LoRA ---- */
+/* ---- LoRA: on the denoiser, or, while k->texts is open, on the text encoders ---- */
 
 enum { MOST_STEPS = 16 };
-
-static double lora_rate(void *user, int i)
-{
-    (void)i;
-    return *(const double *)user;
-}
-
-static vel_status lora_sites(golden *k, const json_t *how, vel_adapter_site *sites, int *n)
-{
-    int n_modules;
-    const vel_known_module *modules = vel_model_modules(k->model, &n_modules);
-    const json_t *targets = json_object_get(how, "targets");
-    *n = 0;
-    for (int i = 0; i < n_modules; i++) {
-        const vel_known_module *m = &modules[i];
-        char key[512];
-        if (!vel_has_prefix(m->path, vel_model_family(k->model)->denoiser) ||
-            !vel_golden_is_target(targets, m->path))
-            continue;
-        snprintf(key, sizeof key, "lora.init.%s.lora_A.default.weight", strchr(m->path, '.') + 1);
-        if (!vel_safetensors_find(k->file, key))
-            return vel_fail(k->ctx, VEL_BAD_FILE, "%s: has no tensor %s, a target of its LoRA",
-                            vel_safetensors_path(k->file), key);
-        vel_adapter_site *s = &sites[(*n)++];
-        *s = (vel_adapter_site){.path = m->path,
-                                .kind = vel_adapter_find("lora"),
-                                .weight = vel_shape_of(m->weight_rank, m->weight_dim)};
-        vel_adapter_how make = {.rank = (int)vel_json_int(how, "r", 4),
-                                .alpha = vel_json_number(how, "lora_alpha", 4)};
-        vel_adapter_site_make(s, &make);
-    }
-    int expected = 0;
-    for (int i = 0; i < vel_safetensors_count(k->file); i++)
-        expected += vel_has_prefix(vel_safetensors_at(k->file, i)->name, "lora.init.");
-    return 2 * *n == expected ? VEL_OK
-                              : vel_fail(k->ctx, VEL_BAD_FILE, "%s: trains %d modules, ours are %d",
-                                         vel_safetensors_path(k->file), expected / 2, *n);
-}
 
 static const char text_model[] = ".text_model.";
 
@@ -513,6 +475,52 @@ static void lora_key(const golden *k, const char *prefix, const char *path, char
     }
     snprintf(out, room, "lora.%s.%s.lora_%c.default.weight", prefix,
              s ? strchr(s->path, '.') + 1 : path, leaf == VEL_LEAF_LORA_DOWN ? 'A' : 'B');
+}
+
+/* Whether the file trains a module; of text encoders' those that it has a gradient of: a layer
+ * whose states nobody takes has none. */
+static vel_status is_trained(golden *k, const json_t *targets, const vel_known_module *m, bool *yes)
+{
+    char key[512];
+    if (k->texts) {
+        *yes = text_key(k, "grad0", m->path, true, key, sizeof key);
+        return VEL_OK;
+    }
+    *yes = vel_has_prefix(m->path, vel_model_family(k->model)->denoiser) &&
+           vel_golden_is_target(targets, m->path);
+    snprintf(key, sizeof key, "lora.init.%s.lora_A.default.weight", strchr(m->path, '.') + 1);
+    if (*yes && !vel_safetensors_find(k->file, key))
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: has no tensor %s, a target of its LoRA",
+                        vel_safetensors_path(k->file), key);
+    return VEL_OK;
+}
+
+static vel_status lora_sites(golden *k, const json_t *how, vel_adapter_site *sites, int *n)
+{
+    int n_modules, expected = 0;
+    const vel_known_module *modules = vel_model_modules(k->model, &n_modules);
+    const vel_safetensors *values = k->texts ? k->texts : k->file;
+    vel_adapter_how make = {.rank = (int)vel_json_int(how, "r", 4),
+                            .alpha = vel_json_number(how, "lora_alpha", 4)};
+    *n = 0;
+    for (int i = 0; i < n_modules; i++) {
+        const vel_known_module *m = &modules[i];
+        bool trained;
+        VEL_TRY(is_trained(k, json_object_get(how, "targets"), m, &trained));
+        if (!trained)
+            continue;
+        vel_adapter_site *s = &sites[(*n)++];
+        *s = (vel_adapter_site){.path = m->path,
+                                .kind = vel_adapter_find("lora"),
+                                .weight = vel_shape_of(m->weight_rank, m->weight_dim)};
+        vel_adapter_site_make(s, &make);
+    }
+    for (int i = 0; i < vel_safetensors_count(values); i++)
+        expected += vel_has_prefix(vel_safetensors_at(values, i)->name,
+                                   k->texts ? "text.grad0." : "lora.init.");
+    return 2 * *n == expected ? VEL_OK
+                              : vel_fail(k->ctx, VEL_BAD_FILE, "%s: trains %d modules, ours are %d",
+                                         vel_safetensors_path(values), expected / 2, *n);
 }
 
 /* Writes the file's first values, or compares what is there. */
@@ -553,105 +561,21 @@ static vel_status lora_plan(golden *k, denoiser *m, vel_plan **p)
     return vel_golden_plan(k, g, true, p);
 }
 
-static vel_status lora_steps(golden *k, const json_t *how, denoiser *m, vel_plan *p)
-{
-    vel_engine *e = vel_model_engine(k->model);
-    float losses[MOST_STEPS];
-    int steps = (int)vel_json_int(how, "steps", 4);
-    double rate = vel_json_number(how, "lr", 1e-3);
-    if (steps < 1 || steps > MOST_STEPS)
-        return vel_fail(k->ctx, VEL_BAD_FILE, "lora: %d steps", steps);
-    VEL_TRY(lora_values(k, "init", 'v', 0));
-    for (int i = 0; i < steps; i++) {
-        VEL_TRY(set_denoiser(m, p));
-        VEL_TRY(vel_plan_set(p, "target", m->probe, (size_t)m->count[LATENT] * sizeof(float)));
-        VEL_TRY(vel_plan_run(p));
-        VEL_TRY(vel_plan_get(p, "loss", &losses[i], 1));
-        if (i == 0)
-            VEL_TRY(lora_values(k, "grad0", 'g', VEL_GOLDEN_TOLERANCE));
-        VEL_TRY(vel_engine_update(e, 1, lora_rate, &rate));
-    }
-    vel_golden_check(k, "lora.losses", losses, steps, VEL_GOLDEN_TOLERANCE);
-    return lora_values(k, "final", 'v', VEL_GOLDEN_TOLERANCE_END);
-}
-
-static vel_status check_lora(golden *k)
-{
-    int n_modules;
-    vel_plan *p = NULL;
-    denoiser m = {0};
-    const char *text = vel_safetensors_meta(k->file, "lora");
-    json_t *how = text ? json_loads(text, 0, NULL) : NULL;
-    if (!how)
-        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: no 'lora' in the metadata",
-                        vel_safetensors_path(k->file));
-    vel_optimizer adamw = {.rule = "adamw",
-                           .beta1 = 0.9,
-                           .beta2 = 0.999,
-                           .eps = 1e-8,
-                           .weight_decay = vel_json_number(how, "weight_decay", 0.01)};
-    vel_model_modules(k->model, &n_modules);
-    vel_adapter_site *sites = vel_alloc(k->ctx, (size_t)VEL_MAX(1, n_modules) * sizeof *sites);
-    k->sites = sites;
-    vel_status st = sites ? lora_sites(k, how, sites, &k->n_sites) : VEL_NO_MEMORY;
-    if (!st)
-        st = vel_engine_set_optimizer(vel_model_engine(k->model), &adamw);
-    if (!st)
-        st = load_denoiser(k, &m);
-    if (!st)
-        st = lora_plan(k, &m, &p);
-    if (!st)
-        st = lora_steps(k, how, &m, p);
-    vel_plan_destroy(p);
-    finish_denoiser(k, &m);
-    vel_free(k->ctx, sites);
-    k->sites = NULL;
-    k->n_sites = 0;
-    json_decref(how);
-    return st;
-}
-
-/* ---- adapters on text encoders ---- */
-
-/* Modules that the file has a gradient of: a layer whose states nobody takes has none. */
-static vel_status text_sites(golden *k, const json_t *how, vel_adapter_site *sites, int *n)
-{
-    int n_modules, expected = 0;
-    const vel_known_module *modules = vel_model_modules(k->model, &n_modules);
-    *n = 0;
-    for (int i = 0; i < n_modules; i++) {
-        const vel_known_module *m = &modules[i];
-        char key[512];
-        if (!text_key(k, "grad0", m->path, true, key, sizeof key))
-            continue;
-        vel_adapter_site *s = &sites[(*n)++];
-        *s = (vel_adapter_site){.path = m->path,
-                                .kind = vel_adapter_find("lora"),
-                                .weight = vel_shape_of(m->weight_rank, m->weight_dim)};
-        vel_adapter_how make = {.rank = (int)vel_json_int(how, "r", 4),
-                                .alpha = vel_json_number(how, "lora_alpha", 4)};
-        vel_adapter_site_make(s, &make);
-    }
-    for (int i = 0; i < vel_safetensors_count(k->texts); i++)
-        expected += vel_has_prefix(vel_safetensors_at(k->texts, i)->name, "text.grad0.");
-    return 2 * *n == expected ? VEL_OK
-                              : vel_fail(k->ctx, VEL_BAD_FILE, "%s: trains %d modules, ours are %d",
-                                         vel_safetensors_path(k->texts), expected / 2, *n);
-}
-
-typedef struct text_rates {
+typedef struct lora_rates {
     golden *k;
-    const json_t *rates; /* of each encoder */
-} text_rates;
+    const json_t *how; /* its "lr": of all, or a list: of each text encoder */
+} lora_rates;
 
-static double text_rate(void *user, int i)
+static double lora_rate(void *user, int i)
 {
-    const text_rates *r = user;
+    const lora_rates *r = user;
+    const json_t *each = json_object_get(r->how, "lr");
     const char *path = vel_engine_trainable_at(vel_model_engine(r->k->model), i)->path;
-    int encoder = vel_has_prefix(path, "text_encoder_2.")   ? 1
-                  : vel_has_prefix(path, "text_encoder_3.") ? 2
-                                                            : 0;
-    return json_number_value(json_array_get(r->rates, (size_t)encoder));
+    size_t encoder = vel_has_prefix(path, "text_encoder_2.")   ? 1
+                     : vel_has_prefix(path, "text_encoder_3.") ? 2
+                                                               : 0;
+    return json_is_array(each) ? json_number_value(json_array_get(each, encoder))
+                               : vel_json_number(r->how, "lr", 1e-3);
 }
 
 static vel_status set_prompts(golden *k, vel_plan *p, int n)
@@ -673,32 +597,35 @@ static vel_status set_prompts(golden *k, vel_plan *p, int n)
     return st;
 }
 
-/* The same lessons as lora_steps, with a rate for each encoder. */
-static vel_status text_steps(golden *k, const json_t *how, denoiser *m, vel_plan *p)
+static vel_status lora_steps(golden *k, const json_t *how, denoiser *m, vel_plan *p)
 {
     vel_engine *e = vel_model_engine(k->model);
     float losses[MOST_STEPS];
-    int steps = (int)vel_json_int(how, "steps", 3);
-    text_rates rates = {k, json_object_get(how, "lr")};
+    int steps = (int)vel_json_int(how, "steps", k->texts ? 3 : 4);
+    lora_rates rates = {k, how};
     if (steps < 1 || steps > MOST_STEPS)
-        return vel_fail(k->ctx, VEL_BAD_FILE, "text_lora: %d steps", steps);
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: its LoRA has %d steps",
+                        vel_safetensors_path(k->file), steps);
     VEL_TRY(lora_values(k, "init", 'v', 0));
     for (int i = 0; i < steps; i++) {
         VEL_TRY(set_denoiser(m, p));
-        VEL_TRY(set_prompts(k, p, (int)m->d[0]));
+        if (k->texts)
+            VEL_TRY(set_prompts(k, p, (int)m->d[0]));
         VEL_TRY(vel_plan_set(p, "target", m->probe, (size_t)m->count[LATENT] * sizeof(float)));
         VEL_TRY(vel_plan_run(p));
         VEL_TRY(vel_plan_get(p, "loss", &losses[i], 1));
         if (i == 0)
             VEL_TRY(lora_values(k, "grad0", 'g', VEL_GOLDEN_TOLERANCE));
-        VEL_TRY(vel_engine_update(e, 1, text_rate, &rates));
+        VEL_TRY(vel_engine_update(e, 1, lora_rate, &rates));
     }
-    vel_golden_check(k, "text.losses", losses, steps, VEL_GOLDEN_TOLERANCE);
+    vel_golden_check(k, k->texts ? "text.losses" : "lora.losses", losses, steps,
+                     VEL_GOLDEN_TOLERANCE);
     return lora_values(k, "final", 'v', VEL_GOLDEN_TOLERANCE_END);
 }
 
-/* Trainables stay with an engine, so the lessons are given to a model of their own. */
-static vel_status learn_texts(golden *k, const json_t *how)
+/* how: rank, targets, steps and rates, as the file's metadata has them. The denoiser's arguments
+ * are k->file's, the values and prompts of a LoRA on text encoders k->texts'. */
+static vel_status learn(golden *k, const json_t *how)
 {
     int n_modules;
     vel_plan *p = NULL;
@@ -708,21 +635,21 @@ static vel_status learn_texts(golden *k, const json_t *how)
                            .beta2 = 0.999,
                            .eps = 1e-8,
                            .weight_decay = vel_json_number(how, "weight_decay", 0.01)};
-    vel_safetensors *values = k->texts, *given = k->file;
+    vel_safetensors *given = k->file;
     vel_model_modules(k->model, &n_modules);
     vel_adapter_site *sites = vel_alloc(k->ctx, (size_t)VEL_MAX(1, n_modules) * sizeof *sites);
     k->sites = sites;
-    vel_status st = sites ? text_sites(k, how, sites, &k->n_sites) : VEL_NO_MEMORY;
+    vel_status st = sites ? lora_sites(k, how, sites, &k->n_sites) : VEL_NO_MEMORY;
     if (!st)
         st = vel_engine_set_optimizer(vel_model_engine(k->model), &adamw);
     if (!st)
         st = load_denoiser(k, &m);
-    m.encodes = true;
+    m.encodes = k->texts != NULL;
     if (!st)
         st = lora_plan(k, &m, &p);
-    k->file = values;
+    k->file = k->texts ? k->texts : given;
     if (!st)
-        st = text_steps(k, how, &m, p);
+        st = lora_steps(k, how, &m, p);
     k->file = given;
     vel_plan_destroy(p);
     finish_denoiser(k, &m);
@@ -732,6 +659,18 @@ static vel_status learn_texts(golden *k, const json_t *how)
     return st;
 }
 
+static vel_status check_lora(golden *k)
+{
+    const char *text = vel_safetensors_meta(k->file, "lora");
+    json_t *how = text ? json_loads(text, 0, NULL) : NULL;
+    vel_status st = how ? learn(k, how)
+                        : vel_fail(k->ctx, VEL_BAD_FILE, "%s: no 'lora' in the metadata",
+                                   vel_safetensors_path(k->file));
+    json_decref(how);
+    return st;
+}
+
+/* Trainables stay with an engine, so the lessons are given to a model of their own. */
 static vel_status check_text_adapters(golden *k)
 {
     char *path = vel_path_join(k->ctx, k->folder, "text_adapters.safetensors");
@@ -752,7 +691,7 @@ static vel_status check_text_adapters(golden *k)
         st = how ? vel_golden_open_model(k, vel_model_folder(model)) : VEL_BAD_FILE;
     }
     if (!st)
-        st = learn_texts(k, how);
+        st = learn(k, how);
     json_decref(how);
     vel_model_close(k->model);
     k->model = model;
