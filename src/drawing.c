@@ -296,7 +296,10 @@ vel_status vel_drawing_load(vel_drawing *d)
                            o->clip_skip,
                            .tokenizer = o->tokenizer,
                            .vae_tile = o->vae_tile,
-                           .base_quant = o->base_quant};
+                           .base_quant = o->base_quant,
+                           .text_length = o->max_sequence_length,
+                           .max_tokens = o->max_token_length,
+                           .weighted = o->weighted_prompts};
     memcpy(m.part_files, o->part_files, sizeof m.part_files);
     VEL_TRY(vel_model_open(d->ctx, o->model, &m, &d->model));
     const vel_guidance_info *usual = vel_model_guidance(d->model);
@@ -327,6 +330,10 @@ vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t see
     const vel_generate_options *o = d->o;
     return (vel_draw){.prompt = prompt,
                       .negative = o->negative,
+                      .prompt_2 = o->prompt_2,
+                      .prompt_3 = o->prompt_3,
+                      .negative_2 = o->negative_2,
+                      .negative_3 = o->negative_3,
                       .guidance = d->guidance,
                       .width = o->width,
                       .height = o->height,

@@ -75,8 +75,9 @@ static vel_status encode_joined(golden *k, vel_plan *p, const vel_text_states *s
     int64_t context = (int64_t)s->length * s->width;
     float extra[VEL_MAX_EXTRA] = {0};
     float *each = vel_alloc(k->ctx, (size_t)vel_model_text_values(k->model) * sizeof *each);
+    vel_prompt told = vel_prompt_of(prompt);
     vel_status st =
-        each ? vel_model_encode_texts(k->model, &prompt, 1, negative, each) : VEL_NO_MEMORY;
+        each ? vel_model_encode_texts(k->model, &told, 1, negative, each) : VEL_NO_MEMORY;
     if (!st)
         st = vel_model_set_condition(k->model, p, each, extra, 1);
     if (!st)
@@ -589,9 +590,9 @@ static vel_status set_prompts(golden *k, vel_plan *p, int n)
                                                          : VEL_BAD_FILE;
     for (int i = 0; i < n && !st; i++)
         st = vel_model_tokenize(k->model, json_string_value(json_array_get(prompts, (size_t)i)),
-                                ids + i * each);
+                                ids + i * each, NULL);
     if (!st)
-        st = vel_model_set_ids(k->model, p, ids, n);
+        st = vel_model_set_ids(k->model, p, ids, NULL, n);
     vel_free(k->ctx, ids);
     json_decref(prompts);
     return st;

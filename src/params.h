@@ -10,7 +10,10 @@ typedef struct vel_generate_options {
     const char *part_files[VEL_PART_FILES];
     int clip_skip, vae_tile;
     const char *prompt, *prompt_file, *negative;
-    double guidance;                        /* < 0: the family's usual one */
+    const char *prompt_2, *prompt_3, *negative_2, *negative_3; /* of further text encoders */
+    int max_token_length, max_sequence_length;                 /* tokens of a prompt; 0: as usual */
+    bool weighted_prompts;                                     /* (word:1.2) is a weight */
+    double guidance;                                           /* < 0: the family's usual one */
     int width, height, steps, count, batch; /* 0: the model's and the family's own */
     int64_t seed; /* -1: a random one, which is then printed and written into the file */
     const char *sampler;

@@ -26,6 +26,20 @@
              "what to draw; <lora:file:0.8> adds an adapter"),                                     \
         TEXT("prompt_file", "from_file", at prompt_file, NULL, "picture", "a prompt a line"),      \
         TEXT("negative", "negative_prompt", at negative, NULL, "picture", "what to avoid"),        \
+        TEXT("prompt_2", NULL, at prompt_2, NULL, "picture",                                       \
+             "for the second text encoder; without it: the prompt"),                               \
+        TEXT("prompt_3", NULL, at prompt_3, NULL, "picture", "for the third text encoder"),        \
+        TEXT("negative_2", "negative_prompt_2", at negative_2, NULL, "picture",                    \
+             "what to avoid, for the second text encoder; without it: as the first"),              \
+        TEXT("negative_3", "negative_prompt_3", at negative_3, NULL, "picture",                    \
+             "what to avoid, for the third text encoder"),                                         \
+        INT("max_token_length", NULL, at max_token_length, "0", 0, 750, "picture",                 \
+            "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of "  \
+            "75 as it needs: 150, 225; 0: one, and the rest is left out"),                         \
+        INT("max_sequence_length", NULL, at max_sequence_length, "0", 0, 4096, "picture",          \
+            "tokens of a prompt, for text encoders without a length of their own (T5, Gemma-2)"),  \
+        FLAG("weighted_prompts", NULL, at weighted_prompts, "no", "picture",                       \
+             "(word:1.2), (word) and [word] are weights, as other programs read them"),            \
         FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, -1, 100, "picture", \
               "classifier-free guidance; 1: off, -1: as the model's family is used"),              \
         INT("width", NULL, at width, "0", 0, 8192, "picture", "pixels; 0: the model's own"),       \

@@ -321,6 +321,11 @@ const vel_option_row vel_train_rows[] = {
           "shift of the times; 0: the model's own"),
     FLAG("precondition_outputs", NULL, flow.precondition_outputs, "no", "flow",
          "measure the picture that the prediction means, not the velocity"),
+    INT("max_token_length", NULL, max_token_length, "0", 0, 750, "captions",
+        "tokens of a caption for Stable Diffusion 1.x, 2.x and XL, read in pieces of 75: 150, 225; "
+        "0: one piece"),
+    FLAG("weighted_captions", NULL, weighted_captions, "no", "captions",
+         "(word:1.2), (word) and [word] in captions are weights, as sd-scripts reads them"),
     INT("max_sequence_length", NULL, max_sequence_length, "0", 0, 4096, "flow",
         "tokens of a caption, for text encoders without a length of their own; 0: the model's"),
     TEXT("system_prompt", "complex_human_instruction", system_prompt, NULL, "flow",

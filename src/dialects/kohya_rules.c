@@ -28,7 +28,6 @@ static vel_status data_rules(vel_line *l)
 static vel_status picture_rules(vel_line *l)
 {
     const char *filter = vel_line_value(l, "resize_interpolation");
-    const char *length = vel_line_value(l, "max_token_length");
     bool cached = vel_line_on(l, "cache_latents") || vel_line_on(l, "cache_latents_to_disk");
     const char *anew = vel_line_on(l, "color_aug")     ? "color_aug"
                        : vel_line_on(l, "random_crop") ? "random_crop"
@@ -48,8 +47,6 @@ static vel_status picture_rules(vel_line *l)
     else if (vel_line_on(l, "cache_latents"))
         vel_line_say(l, "--cache_latents changes nothing here: pictures are encoded once in any "
                         "case; each step draws anew (--strict_compat: once)");
-    if (length && strcmp(length, "75") != 0)
-        return vel_line_refuse(l, "max_token_length", "captions are cut at the model's 75 tokens");
     if (!filter)
         return VEL_OK;
     if (strcmp(filter, "linear") == 0)

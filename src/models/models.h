@@ -81,6 +81,8 @@ typedef struct vel_text_info { /* one text encoder */
     int layers;
     int vocabulary;
     bool fixed;         /* the length is the encoder's own; else --max_sequence_length changes it */
+    bool long_texts;    /* longer texts may be read in pieces, and tokens have weights: CLIP where
+                           programs do so; fixed */
     bool masked;        /* it wants to know which tokens are padding */
     bool pools;         /* it wants to know where a text ends */
     bool absent;        /* the model has none: it is given nothing */

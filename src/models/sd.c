@@ -61,6 +61,7 @@ static int texts(const vel_config *c, vel_text_info *out)
         .layers = c->clip[0].layers,
         .vocabulary = c->clip[0].vocabulary,
         .fixed = true,
+        .long_texts = true,
     };
     return 1;
 }

@@ -76,6 +76,7 @@ static int texts(const vel_config *c, vel_text_info *out)
                                  .layers = c->clip[i].layers,
                                  .vocabulary = c->clip[i].vocabulary,
                                  .fixed = true,
+                                 .long_texts = true,
                                  .pools = i == 1};
     return 2;
 }

@@ -37,6 +37,7 @@ typedef enum plan_kind { PLAN_TEXT, PLAN_DENOISE, PLAN_DECODE, PLAN_ENCODE } pla
 typedef struct cached_plan {
     plan_kind kind;
     int n, h, w;   /* batch, and the latent's size */
+    unsigned how;  /* of texts and what takes their states: vel_model_reading_key */
     uint64_t used; /* when: the least is evicted first */
     vel_plan *plan;
 } cached_plan;
@@ -45,6 +46,7 @@ typedef struct kept_text { /* what one encoder made of a text */
     char *text;
     int encoder;
     bool negative;
+    unsigned how; /* vel_model_reading_key */
     float *values;
 } kept_text;
 
@@ -64,6 +66,9 @@ struct vel_model {
     int n_texts;
     int prefix_tokens[VEL_MAX_TEXTS]; /* that come on top of the length */
     vel_text_states states[VEL_MAX_TEXTS];
+    vel_reading opened, reading; /* as the model was opened; now, while pictures are drawn */
+    int most_pieces;             /* of a text that is drawn */
+    vel_weighting drawn_weights;
     vel_guidance_info guidance;
     vel_tokenizer *tokenizers[VEL_MAX_TEXTS]; /* NULL: opened for its weights only */
     vel_engine *engine;
@@ -107,9 +112,27 @@ vel_status vel_model_find_tokenizer(vel_model *m, int k, const char *named, char
 
 /* The tokenizers and the sizes of texts; after the config is read. */
 vel_status vel_model_open_text(vel_model *m, const vel_model_options *o);
+/* model_tokens.c: the pieces in which encoder k reads a text, and all of its tokens with ends and
+ * padding (0 where there is no encoder). */
+int vel_model_pieces(const vel_model *m, int k, const vel_reading *r);
+int vel_model_length(const vel_model *m, int k, const vel_reading *r, bool negative);
+/* What encoder k is given: ids and, unless it is NULL, weights [vel_model_length]. Cuts silently.
+ */
+vel_status vel_model_tokenize_for(vel_model *m, int k, const vel_reading *r, const char *text,
+                                  bool negative, int32_t *ids, float *weights);
+/* Says what encoder k cannot read of a text, if anything. */
+vel_status vel_model_tell_cut(vel_model *m, int k, const char *text, bool negative);
+/* Raises *pieces to those that the prompt needs, `most` at most. */
+vel_status vel_model_count_pieces(vel_model *m, const vel_prompt *p, int most, int *pieces);
+/* Another reading, for drawing; the states' sizes are those of it from then on. */
+void vel_model_read_as(vel_model *m, const vel_reading *r);
+/* Differs where graphs and states differ. */
+unsigned vel_model_reading_key(const vel_model *m);
 /* Text encoder k's graph: outputs are what it makes of a text, the first is "out". */
 vel_graph *vel_model_text_graph(vel_model *m, int n, int k, bool negative, int clip_skip);
-/* text_memory.c: are the states of encoder k others after each step? */
+/* text_memory.c: makes sure that encoder k's states of its text are kept, as texts are read now. */
+vel_status vel_model_keep_text(vel_model *m, int k, const vel_prompt *prompt, bool negative);
+/* Are the states of encoder k others after each step? */
 bool vel_model_trains_text(const vel_model *m, int k);
 /* After anything that changes what an encoder makes of a text. */
 void vel_model_forget_texts(vel_model *m);
@@ -145,6 +168,17 @@ void vel_model_drop_plans(vel_model *m);
 
 /* Where the tokenizer of encoder k lies; *out is owned. */
 vel_status vel_model_words_folder(vel_model *m, int k, const char *named, char **out);
+
+/* draw_texts.c: the texts of n draws with their states. Leaves the model reading as one of them. */
+typedef struct vel_draw_texts vel_draw_texts;
+vel_status vel_draw_texts_create(vel_model *m, const vel_draw *draws, int n, vel_draw_texts **out);
+void vel_draw_texts_destroy(vel_draw_texts *t); /* also after a failure; NULL is fine */
+/* In how many pieces draw i's texts are read, and its states then [vel_model_text_values]; NULL:
+ * zeros. */
+int vel_draw_texts_pieces(const vel_draw_texts *t, int i);
+const float *vel_draw_texts_states(const vel_draw_texts *t, int i, bool negative);
+void vel_model_read_drawn(vel_model *m, int pieces); /* as pictures are drawn */
+bool vel_draw_is_guided(const vel_model *m, const vel_draw *d);
 
 /* decode_tiles.c: vel_model_decode in pieces of m->tile latents. */
 vel_status vel_model_decode_tiles(vel_model *m, const float *z, int n, int h, int w, float *image);

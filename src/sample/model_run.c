@@ -95,10 +95,12 @@ static void make_room(vel_model *m)
 
 vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w, vel_plan **out)
 {
+    bool reads = kind == PLAN_TEXT || kind == PLAN_DENOISE;
+    unsigned how = reads ? vel_model_reading_key(m) : 0;
     m->clock++;
     for (int i = 0; i < m->n_plans; i++) {
         cached_plan *c = &m->plans[i];
-        if (c->kind == kind && c->n == n && c->h == h && c->w == w) {
+        if (c->kind == kind && c->n == n && c->h == h && c->w == w && c->how == how) {
             c->used = m->clock;
             *out = c->plan;
             return VEL_OK;
@@ -108,7 +110,7 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
     vel_graph *g = vel_model_build(m, kind, n, h, w, m->clip_skip);
     if (!g)
         return VEL_BAD_GRAPH;
-    if (kind == PLAN_TEXT || kind == PLAN_DENOISE) {
+    if (reads) {
         vel_status st = vel_model_adapt_graph(m, &g);
         if (st) {
             vel_graph_destroy(g);
@@ -118,7 +120,7 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
     const vel_plan_options options = {.compute = vel_model_computes_in(m, kind, h),
                                       .steady = "context*,adapter.*"};
     VEL_TRY(vel_plan_create(m->engine, g, &options, out));
-    m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, m->clock, *out};
+    m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, how, m->clock, *out};
     return VEL_OK;
 }
 

@@ -1,5 +1,5 @@
-/* model_text.c: the text side of a loaded model: its tokenizers, token ids for all of its encoders,
- * and a denoiser's condition as inputs of a graph.
+/* model_text.c: the text side of a loaded model: its tokenizers, how it reads texts, and a
+ * denoiser's condition as inputs of a graph. What an encoder is given is made in model_tokens.c.
  *
  * Token ids of a text lie behind each other, encoder by encoder; so do its states (context, pooled,
  * mask; vel_text_states). A negative text goes without the prefix, so it may have fewer ids. */
@@ -38,15 +38,22 @@ int vel_model_extra_count(const vel_model *m)
 /* Tokens that encoder k is given. */
 static int length_of(const vel_model *m, int k, bool negative)
 {
-    const vel_text_info *t = &m->texts[k];
-    return t->absent ? 0 : t->length + (t->prefix_apart && !negative ? m->prefix_tokens[k] : 0);
+    return vel_model_length(m, k, &m->reading, negative);
+}
+
+/* Tokens of a text whose states are kept. */
+static int kept_of(const vel_model *m, int k)
+{
+    const vel_reading *r = &m->reading;
+    int length = m->texts[k].length, pieces = vel_model_pieces(m, k, r);
+    return r->stitched ? (length - 2) * pieces + 2 : length * pieces;
 }
 
 int vel_model_ids(const vel_model *m)
 {
     int n = 0;
     for (int k = 0; k < m->n_texts; k++)
-        n += length_of(m, k, false);
+        n += vel_model_length(m, k, &m->opened, false);
     return n;
 }
 
@@ -115,14 +122,57 @@ static vel_status take_wishes(vel_model *m, const vel_model_options *o)
     return VEL_OK;
 }
 
-vel_status vel_model_open_text(vel_model *m, const vel_model_options *o)
+void vel_model_read_as(vel_model *m, const vel_reading *r)
 {
     int length[VEL_MAX_TEXTS] = {0};
+    m->reading = *r;
+    for (int k = 0; k < m->n_texts; k++)
+        length[k] = kept_of(m, k);
+    m->family->states(m->config, length, m->states);
+}
+
+/* How long texts and brackets are read. */
+static vel_status take_reading(vel_model *m, const vel_model_options *o)
+{
+    int inner = 0, pieces = 1;
+    for (int k = 0; k < m->n_texts; k++)
+        if (m->texts[k].long_texts)
+            inner = m->texts[k].length - 2;
+    if (o->weighted && !inner)
+        return vel_fail(m->ctx, VEL_UNSUPPORTED,
+                        "(word:1.2): %s takes no weights: no program that trains or draws with it "
+                        "does; they are for Stable Diffusion 1.x, 2.x and XL",
+                        m->family->title);
+    if (o->max_tokens && inner && o->max_tokens % inner)
+        return vel_fail(m->ctx, VEL_BAD_VALUE,
+                        "--max_token_length: %d is no multiple of the %d tokens that the text "
+                        "encoder reads at once",
+                        o->max_tokens, inner);
+    if (o->max_tokens && inner)
+        pieces = o->max_tokens / inner;
+    else if (o->max_tokens > 75)
+        vel_log(m->ctx, 2,
+                "--max_token_length changes nothing: no text encoder of %s reads in pieces; "
+                "--max_sequence_length is for those that leave the length open",
+                m->family->title);
+    m->opened = (vel_reading){
+        .pieces = o->stitched ? pieces : 1,
+        .stitched = o->stitched && pieces > 1,
+        .weights = !o->weighted  ? VEL_WEIGHTS_NONE
+                   : o->stitched ? VEL_WEIGHTS_PLAIN
+                                 : VEL_WEIGHTS_MEAN,
+    };
+    m->most_pieces = pieces;
+    m->drawn_weights = o->weighted ? VEL_WEIGHTS_MEAN : VEL_WEIGHTS_NONE;
+    vel_model_read_as(m, &m->opened);
+    return VEL_OK;
+}
+
+vel_status vel_model_open_text(vel_model *m, const vel_model_options *o)
+{
     m->n_texts = m->family->texts(m->config, m->texts);
     VEL_TRY(take_wishes(m, o));
-    for (int k = 0; k < m->n_texts; k++)
-        length[k] = m->texts[k].length;
-    m->family->states(m->config, length, m->states);
+    VEL_TRY(take_reading(m, o));
     if (o->no_text || o->weights_only)
         return VEL_OK;
     for (int k = 0; k < m->n_texts; k++) {
@@ -130,55 +180,6 @@ vel_status vel_model_open_text(vel_model *m, const vel_model_options *o)
             continue;
         VEL_TRY(open_tokenizer(m, k, o->tokenizer));
         VEL_TRY(count_prefix(m, k));
-    }
-    return VEL_OK;
-}
-
-/* ---- ids ---- */
-
-static void warn_cut(vel_model *m, int k, const char *text, const char *whole, int n_cut,
-                     size_t cut_at)
-{
-    size_t before = strlen(whole) - strlen(text); /* of the prefix */
-    if (cut_at < before)
-        cut_at = before;
-    vel_log(m->ctx, 2,
-            "prompt: %d tokens do not fit into the text encoder's %d, and this part is left out: "
-            "\"%s\"",
-            n_cut, m->texts[k].length, whole + cut_at);
-}
-
-static vel_status tokenize_for(vel_model *m, int k, const char *text, bool negative, bool quiet,
-                               int32_t *ids)
-{
-    const vel_text_info *info = &m->texts[k];
-    int n_cut = 0;
-    size_t cut_at = 0;
-    char *joined = NULL, *lower = NULL;
-    if (info->lower)
-        VEL_TRY(vel_text_lower(m->ctx, text, &lower));
-    text = lower ? lower : text;
-    if (info->prefix && !negative && !(joined = vel_strf(m->ctx, "%s%s", info->prefix, text)))
-        return VEL_NO_MEMORY;
-    const char *whole = joined ? joined : text;
-    vel_status st = vel_tokenizer_encode(m->tokenizers[k], whole, length_of(m, k, negative), ids,
-                                         &n_cut, &cut_at);
-    if (st)
-        vel_fail_in(m->ctx, st, "prompt");
-    else if (n_cut && !quiet)
-        warn_cut(m, k, text, whole, n_cut, cut_at);
-    vel_free(m->ctx, joined);
-    vel_free(m->ctx, lower);
-    return st;
-}
-
-vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids)
-{
-    for (int k = 0; k < m->n_texts; k++) {
-        if (m->texts[k].absent)
-            continue;
-        VEL_TRY(tokenize_for(m, k, text, false, true, ids));
-        ids += length_of(m, k, false);
     }
     return VEL_OK;
 }
@@ -195,21 +196,55 @@ static const char *name_of(const char *stem, int k, char out[32])
     return out;
 }
 
-/* Token ids of encoder k and what belongs to them, through the encoder. */
+/* states [n, S, D] times each token's weight; so that their mean stays where it is asked for, as
+ * the pipelines do that draw with weights. */
+static vel_ref weighted(vel_model *m, vel_graph *g, int64_t n, int k, vel_ref states)
+{
+    enum { ALL_OF_A_TEXT = 1 << 1 | 1 << 2 };
+    char name[32];
+    int64_t length = vel_shape_at(g, states).dim[1];
+    vel_ref weight = vel_input(g, name_of("ids_weight", k, name), VEL_F32, VEL_SHAPE(n, length, 1));
+    vel_ref out = vel_mul(g, states, weight);
+    if (m->reading.weights != VEL_WEIGHTS_MEAN)
+        return out;
+    vel_ref before = vel_mean(g, states, ALL_OF_A_TEXT), after = vel_mean(g, out, ALL_OF_A_TEXT);
+    return vel_mul(g, out, vel_div(g, before, after));
+}
+
+/* The states of all pieces [n, pieces * S, D] without what ends one and begins the next. */
+static vel_ref stitched(vel_graph *g, vel_ref states, int pieces)
+{
+    int64_t total = vel_shape_at(g, states).dim[1], length = total / pieces;
+    vel_ref out = vel_slice(g, states, 1, 0, 1);
+    for (int64_t at = 0; at < total; at += length)
+        out = vel_concat(g, out, vel_slice(g, states, 1, at + 1, at + length - 1), 1);
+    return vel_concat(g, out, vel_slice(g, states, 1, total - 1, total), 1);
+}
+
+/* Token ids of encoder k and what belongs to them, through the encoder. A text's pieces are texts
+ * to it; what it pools is the first one's, where the first end stands. */
 static vel_condition encoded(vel_model *m, vel_graph *g, int64_t n, int k, int clip_skip,
                              bool negative)
 {
     const vel_text_info *t = &m->texts[k];
-    int length = length_of(m, k, negative);
+    int length = length_of(m, k, negative), pieces = vel_model_pieces(m, k, &m->reading);
+    vel_shape each = VEL_SHAPE(n * pieces, length / pieces);
     char name[32];
-    vel_text_input in = {.ids =
-                             vel_input(g, name_of("ids", k, name), VEL_I32, VEL_SHAPE(n, length)),
-                         .keep = length > t->length ? t->length : 0};
+    vel_text_input in = {.ids = vel_input(g, name_of("ids", k, name), VEL_I32, each),
+                         .keep = pieces == 1 && length > t->length ? t->length : 0};
     if (t->masked)
-        in.mask = vel_input(g, name_of("ids_mask", k, name), VEL_F32, VEL_SHAPE(n, length));
+        in.mask = vel_input(g, name_of("ids_mask", k, name), VEL_F32, each);
     if (t->pools)
         in.end = vel_input(g, name_of("ids_end", k, name), VEL_I32, VEL_SHAPE(n));
-    return m->family->encode_text(g, m->config, k, &in, clip_skip);
+    vel_condition c = m->family->encode_text(g, m->config, k, &in, clip_skip);
+    if (c.context.id && pieces > 1)
+        c.context = vel_reshape(g, c.context,
+                                VEL_SHAPE(n, length, vel_shape_last(vel_shape_at(g, c.context))));
+    if (c.context.id && t->long_texts && m->reading.weights != VEL_WEIGHTS_NONE)
+        c.context = weighted(m, g, n, k, c.context);
+    if (c.context.id && pieces > 1 && m->reading.stitched)
+        c.context = stitched(g, c.context, pieces);
+    return c;
 }
 
 /* What encoder k made, as inputs. */
@@ -234,7 +269,7 @@ vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n, 
     vel_condition each[VEL_MAX_TEXTS] = {{{0}}}, c;
     int length[VEL_MAX_TEXTS] = {0}, extra = vel_model_extra_count(m);
     for (int k = 0; k < m->n_texts; k++) {
-        length[k] = m->texts[k].length;
+        length[k] = kept_of(m, k);
         if (!m->texts[k].absent)
             each[k] = run >> k & 1 ? encoded(m, g, n, k, clip_skip, false) : known(m, g, n, k);
     }
@@ -324,7 +359,8 @@ static vel_status set_marks(vel_model *m, vel_plan *p, int k, const int32_t *ids
     for (int i = 0; i < n && !st; i++) {
         const int32_t *row = ids + (int64_t)i * length;
         fill_mask(row, length, vel_tokenizer_pad(m->tokenizers[k]), mask + (int64_t)i * length);
-        end[i] = i * length + end_of(row, length, vel_tokenizer_eos(m->tokenizers[k]));
+        end[i] = i * length + end_of(row, length / vel_model_pieces(m, k, &m->reading),
+                                     vel_tokenizer_eos(m->tokenizers[k]));
     }
     if (!st && masked)
         st = vel_plan_set(p, mask_name, mask, (size_t)n * (size_t)length * sizeof *mask);
@@ -335,30 +371,48 @@ static vel_status set_marks(vel_model *m, vel_plan *p, int k, const int32_t *ids
     return st;
 }
 
-/* ids [n, length], of encoder k. */
-static vel_status set_ids(vel_model *m, vel_plan *p, int k, const int32_t *ids, int length, int n)
+/* ids and weights [n, length], of encoder k. */
+static vel_status set_ids(vel_model *m, vel_plan *p, int k, const int32_t *ids,
+                          const float *weights, int length, int n)
 {
     char name[32];
     if (!length || !vel_plan_has_input(p, name_of("ids", k, name)))
         return VEL_OK;
     VEL_TRY(vel_model_set_worded_ids(m, p, k, name, ids, n * length));
+    if (vel_plan_has_input(p, name_of("ids_weight", k, name)))
+        VEL_TRY(vel_plan_set(p, name, weights, (size_t)(n * length) * sizeof *weights));
     return set_marks(m, p, k, ids, length, n);
 }
 
-vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n)
+/* Columns first .. first + count - 1 of n rows of 4 bytes each. */
+static void take_columns(const void *rows, int width, int first, int count, int n, void *out)
+{
+    for (int i = 0; i < n; i++)
+        memcpy((char *)out + (size_t)i * (size_t)count * 4,
+               (const char *)rows + ((size_t)i * (size_t)width + (size_t)first) * 4,
+               (size_t)count * 4);
+}
+
+vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, const float *weights,
+                             int n)
 {
     int all = vel_model_ids(m), first = 0;
-    int32_t *own = vel_alloc(m->ctx, (size_t)VEL_MAX(1, n * all) * sizeof *own);
-    vel_status st = own ? VEL_OK : VEL_NO_MEMORY;
+    size_t room = (size_t)VEL_MAX(1, n * all);
+    int32_t *own = vel_alloc(m->ctx, room * sizeof *own);
+    float *heavy = vel_alloc(m->ctx, room * sizeof *heavy);
+    vel_status st = own && heavy ? VEL_OK : VEL_NO_MEMORY;
     for (int k = 0; k < m->n_texts && !st; k++) {
         int length = length_of(m, k, false);
-        for (int i = 0; i < n && length; i++)
-            memcpy(own + (int64_t)i * length, ids + (int64_t)i * all + first,
-                   (size_t)length * sizeof *own);
-        st = set_ids(m, p, k, own, length, n);
+        take_columns(ids, all, first, length, n, own);
+        if (weights)
+            take_columns(weights, all, first, length, n, heavy);
+        for (int i = 0; !weights && i < n * length; i++)
+            heavy[i] = 1;
+        st = set_ids(m, p, k, own, heavy, length, n);
         first += length;
     }
     vel_free(m->ctx, own);
+    vel_free(m->ctx, heavy);
     return st;
 }
 
@@ -416,10 +470,13 @@ vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, 
     int batch = VEL_MIN(n, TEXT_BATCH), length = length_of(m, k, negative);
     if (!n || !own)
         return VEL_OK;
-    int32_t *ids = vel_alloc(m->ctx, sizeof *ids * (size_t)n * (size_t)length);
-    vel_status st = ids ? VEL_OK : VEL_NO_MEMORY;
+    int64_t count = (int64_t)n * length;
+    int32_t *ids = vel_alloc(m->ctx, (size_t)count * sizeof *ids);
+    float *weights = vel_alloc(m->ctx, (size_t)count * sizeof *weights);
+    vel_status st = ids && weights ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++)
-        st = tokenize_for(m, k, prompts[i], negative, false, ids + (int64_t)i * length);
+        st = vel_model_tokenize_for(m, k, &m->reading, prompts[i], negative,
+                                    ids + (int64_t)i * length, weights + (int64_t)i * length);
     for (int i = 0; i < n && !st; i += batch) {
         vel_plan *p;
         int first = VEL_MIN(i, n - batch); /* the last batch overlaps: one plan serves all */
@@ -427,10 +484,12 @@ vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, 
         if (!st)
             st = vel_model_set_strengths(m, p);
         if (!st)
-            st = set_ids(m, p, k, ids + (int64_t)first * length, length, batch);
+            st = set_ids(m, p, k, ids + (int64_t)first * length, weights + (int64_t)first * length,
+                         length, batch);
         if (!st)
             st = take_states(m, p, k, batch, out + first * own);
     }
     vel_free(m->ctx, ids);
+    vel_free(m->ctx, weights);
     return st;
 }

@@ -15,7 +15,7 @@ typedef struct shape { /* of one latent */
 typedef struct batch { /* pictures that are drawn together */
     vel_model *m;
     const vel_draw *draws;
-    int n;
+    int n, first; /* first: the place of draws[0] among all */
     shape s;
     bool guided;
     int evaluations;
@@ -28,14 +28,6 @@ typedef struct batch { /* pictures that are drawn together */
     float *states;          /* [n or 2n, values of a text] */
     float *extra;           /* [n or 2n, E] */
 } batch;
-
-/* The texts of all draws, each once, with their states; negative ones apart from the others where
- * the model makes other states of them. */
-typedef struct texts {
-    const char **text;
-    int n, n_plain; /* the first n_plain are prompts, or stand for both */
-    float *states;
-} texts;
 
 /* ---- layouts ---- */
 
@@ -84,11 +76,6 @@ static vel_status check_side(vel_ctx *ctx, const char *name, int side, int down)
 static int side_unit(const vel_model *m)
 {
     return m->latent.down * VEL_MAX(1, m->latent.multiple);
-}
-
-static bool is_guided(const vel_model *m, const vel_draw *d)
-{
-    return d->guidance > 1 && !m->guidance.distilled && !m->guidance.none;
 }
 
 /* The schedule as the draw wants it spaced; *own is owned when it differs from the model's. */
@@ -152,83 +139,6 @@ static vel_status check_draws(vel_model *m, const vel_draw *draws, int n, int *e
     return VEL_OK;
 }
 
-/* ---- text ---- */
-
-static const char *prompt_of(const vel_draw *d)
-{
-    return d->prompt ? d->prompt : "";
-}
-
-static const char *negative_of(const vel_draw *d)
-{
-    return d->negative ? d->negative : "";
-}
-
-static int text_index(const texts *t, const char *text, int first)
-{
-    for (int i = first; i < t->n; i++)
-        if (t->text[i] == text || strcmp(t->text[i], text) == 0)
-            return i;
-    return -1;
-}
-
-static void add_text(texts *t, const char *text, int first)
-{
-    if (text_index(t, text, first) < 0)
-        t->text[t->n++] = text;
-}
-
-/* Where the negative texts of a model begin. */
-static int negatives_of(const vel_model *m, const texts *t)
-{
-    return vel_model_negatives_differ(m) ? t->n_plain : 0;
-}
-
-static int64_t state_values(const vel_model *m)
-{
-    return vel_model_text_values(m);
-}
-
-/* Is the draw's negative text zeros, whatever the text encoder would say? */
-static bool is_zero(const vel_model *m, const vel_draw *d)
-{
-    return m->guidance.zero_negative && !negative_of(d)[0];
-}
-
-static vel_status encode_texts(vel_model *m, const vel_draw *draws, int n, texts *t)
-{
-    t->text = vel_alloc(m->ctx, sizeof *t->text * 2 * (size_t)n);
-    if (!t->text)
-        return VEL_NO_MEMORY;
-    bool apart = vel_model_negatives_differ(m);
-    for (int pass = 0; pass < (apart ? 2 : 1); pass++) {
-        t->n_plain = t->n;
-        for (int i = 0; i < n; i++) {
-            if (pass == 0)
-                add_text(t, prompt_of(&draws[i]), 0);
-            if ((pass == 1 || !apart) && is_guided(m, &draws[i]) && !is_zero(m, &draws[i]))
-                add_text(t, negative_of(&draws[i]), negatives_of(m, t));
-        }
-    }
-    if (!apart)
-        t->n_plain = t->n;
-    int64_t each = state_values(m);
-    t->states = vel_alloc(m->ctx, sizeof *t->states * (size_t)t->n * (size_t)each);
-    if (!t->states)
-        return VEL_NO_MEMORY;
-    VEL_TRY(vel_model_encode_texts(m, t->text, t->n_plain, false, t->states));
-    int left = t->n - t->n_plain;
-    return left ? vel_model_encode_texts(m, t->text + t->n_plain, left, true,
-                                         t->states + t->n_plain * each)
-                : VEL_OK;
-}
-
-static void finish_texts(vel_ctx *ctx, texts *t)
-{
-    vel_free(ctx, t->text);
-    vel_free(ctx, t->states);
-}
-
 /* ---- one batch ---- */
 
 static int rows_of(const batch *b)
@@ -238,11 +148,11 @@ static int rows_of(const batch *b)
 
 /* States and extra inputs of picture i, under its prompt and, where it is guided, its negative one.
  */
-static void put_condition(batch *b, const texts *t, int i)
+static void put_condition(batch *b, const vel_draw_texts *t, int i)
 {
     const vel_model *m = b->m;
     const vel_draw *d = &b->draws[i];
-    int64_t state = state_values(m);
+    int64_t state = vel_model_text_values(m);
     int extra = vel_model_extra_count(m), row = i;
     vel_picture_facts facts = {.width = b->s.w * m->latent.down,
                                .height = b->s.h * m->latent.down,
@@ -252,23 +162,22 @@ static void put_condition(batch *b, const texts *t, int i)
     float values[VEL_MAX_EXTRA];
     vel_family_extra(m->family, m->config, &facts, values);
     for (int side = b->guided ? 0 : 1; side < 2; side++) {
-        const char *text = side ? prompt_of(d) : negative_of(d);
-        int known = text_index(t, text, side ? 0 : negatives_of(m, t));
+        const float *known = vel_draw_texts_states(t, b->first + i, side == 0);
         float *out = b->states + row * state;
-        if (side == 0 && is_zero(m, d))
-            memset(out, 0, sizeof *out * (size_t)state);
+        if (known)
+            memcpy(out, known, sizeof *out * (size_t)state);
         else
-            memcpy(out, t->states + known * state, sizeof *out * (size_t)state);
+            memset(out, 0, sizeof *out * (size_t)state);
         memcpy(b->extra + row * extra, values, sizeof *values * (size_t)extra);
         row += b->n;
     }
 }
 
-static vel_status begin_batch(batch *b, const texts *t)
+static vel_status begin_batch(batch *b, const vel_draw_texts *t)
 {
     vel_ctx *ctx = b->m->ctx;
     size_t n = (size_t)b->n, rows = (size_t)rows_of(b), values = (size_t)b->s.values;
-    size_t state = (size_t)state_values(b->m);
+    size_t state = (size_t)vel_model_text_values(b->m);
     b->samplers = vel_alloc(ctx, sizeof *b->samplers * n);
     b->rngs = vel_alloc(ctx, sizeof *b->rngs * n);
     b->x = vel_alloc(ctx, sizeof(float) * n * values);
@@ -389,8 +298,8 @@ static vel_status decode_batch(batch *b, vel_image *images)
 }
 
 /* progress: NULL when quiet; *done counts evaluations of pictures. */
-static vel_status run_batch(batch *b, const texts *t, vel_progress *progress, int64_t *done,
-                            vel_image *images, float *latents)
+static vel_status run_batch(batch *b, const vel_draw_texts *t, vel_progress *progress,
+                            int64_t *done, vel_image *images, float *latents)
 {
     VEL_TRY(begin_batch(b, t));
     for (int e = 0; e < b->evaluations; e++) {
@@ -411,16 +320,18 @@ static vel_status run_batch(batch *b, const texts *t, vel_progress *progress, in
 
 /* ---- all ---- */
 
-/* How many draws from the first on go together. */
-static int group_size(const vel_model *m, const vel_draw *draws, const int *evaluations, int n,
-                      int most)
+/* How many of the n draws from number `begin` on go together. */
+static int group_size(const vel_model *m, const vel_draw *all, const vel_draw_texts *t, int begin,
+                      const int *evaluations, int n, int most)
 {
+    const vel_draw *draws = all + begin;
     shape first = latent_shape(m, &draws[0]);
     int k = 1;
     for (; k < n && k < most; k++) {
         shape s = latent_shape(m, &draws[k]);
-        if (s.h != first.h || s.w != first.w || evaluations[k] != evaluations[0] ||
-            is_guided(m, &draws[k]) != is_guided(m, &draws[0]))
+        if (s.h != first.h || s.w != first.w || evaluations[begin + k] != evaluations[begin] ||
+            vel_draw_texts_pieces(t, begin + k) != vel_draw_texts_pieces(t, begin) ||
+            vel_draw_is_guided(m, &draws[k]) != vel_draw_is_guided(m, &draws[0]))
             break;
     }
     return k;
@@ -434,7 +345,7 @@ typedef struct target {
     void *user;
 } target;
 
-static vel_status draw_group(batch *b, int first, const texts *t, vel_progress *progress,
+static vel_status draw_group(batch *b, int first, const vel_draw_texts *t, vel_progress *progress,
                              int64_t *done, const target *to)
 {
     vel_image *images = to->out ? to->out + first : NULL;
@@ -457,28 +368,32 @@ static vel_status draw_all(vel_model *m, const vel_draw *draws, int n, int batch
 {
     if (n < 1)
         return VEL_OK;
-    texts t = {0};
+    vel_draw_texts *t = NULL;
+    vel_reading before = m->reading;
     vel_progress progress;
     int64_t total = 0, done = 0;
     int *evaluations = vel_alloc(m->ctx, sizeof *evaluations * (size_t)n);
     vel_status st = evaluations ? check_draws(m, draws, n, evaluations, &total) : VEL_NO_MEMORY;
     if (!st)
-        st = encode_texts(m, draws, n, &t);
+        st = vel_draw_texts_create(m, draws, n, &t);
     if (phase)
         vel_progress_begin(&progress, m->ctx, phase, total);
     for (int i = 0; i < n && !st;) {
-        int k = group_size(m, draws + i, evaluations + i, n - i, VEL_MAX(1, batch_size));
+        int k = group_size(m, draws, t, i, evaluations, n - i, VEL_MAX(1, batch_size));
         batch b = {.m = m,
                    .draws = draws + i,
                    .n = k,
+                   .first = i,
                    .s = latent_shape(m, &draws[i]),
-                   .guided = is_guided(m, &draws[i]),
+                   .guided = vel_draw_is_guided(m, &draws[i]),
                    .evaluations = evaluations[i]};
-        st = draw_group(&b, i, &t, phase ? &progress : NULL, &done, to);
+        vel_model_read_drawn(m, vel_draw_texts_pieces(t, i));
+        st = draw_group(&b, i, t, phase ? &progress : NULL, &done, to);
         finish_batch(&b);
         i += k;
     }
-    finish_texts(m->ctx, &t);
+    vel_draw_texts_destroy(t);
+    vel_model_read_as(m, &before);
     vel_free(m->ctx, evaluations);
     return st;
 }

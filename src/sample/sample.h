@@ -75,6 +75,9 @@ typedef struct vel_model_options {
     int vae_tile; /* larger pictures are decoded in pieces of this many pixels; 0: whole */
     const char *base_quant; /* "nf4", "int8", "fp8": how frozen linear layers are kept */
     const char *part_files[VEL_PART_FILES]; /* files of single parts; NULL: the model's own */
+    int max_tokens; /* of a text, in pieces of what a CLIP encoder reads at once; 0: one piece */
+    bool stitched;  /* all texts are read as the longest may be, as trainers do: vel_reading */
+    bool weighted;  /* (word:1.2) is a weight */
 } vel_model_options;
 /* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */
@@ -179,8 +182,10 @@ vel_status vel_model_embedding(vel_model *m, int32_t id, float *out);
 /* How graphs get the words; NULL: there are none. */
 struct vel_words;
 const struct vel_words *vel_model_words(const vel_model *m);
-/* Sets a plan's token ids [n, vel_model_ids], where they may be those of words. */
-vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, int n);
+/* Sets a plan's token ids [n, vel_model_ids], where they may be those of words, and their weights
+ * (NULL: 1). */
+vel_status vel_model_set_ids(vel_model *m, vel_plan *p, const int32_t *ids, const float *weights,
+                             int n);
 
 /* Previews in training: the graph is rewritten to read what is being trained (what it points at is
  * borrowed); NULL off. */
@@ -215,7 +220,29 @@ void vel_adapter_strip_destroy(vel_adapter_strip *r);
 /* A weight of the model's files ("unet.conv_in.weight") as float32; *out is owned. */
 vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count);
 
-/* ---- text (model_text.c) ---- */
+/* ---- text (model_text.c, model_tokens.c) ---- */
+
+/* What becomes of the weights of tokens, (word:1.2). */
+typedef enum vel_weighting {
+    VEL_WEIGHTS_NONE,  /* brackets are text */
+    VEL_WEIGHTS_PLAIN, /* states are multiplied: sd-scripts' trainers */
+    VEL_WEIGHTS_MEAN   /* and scaled so that the mean of a text's states stays: its gen_img.py */
+} vel_weighting;
+/* How CLIP encoders read a text that they need not read in one go (vel_text_info.long_texts):
+ * pieces of 75 tokens, each with a begin and an end. Of their states, 77 each, all are kept, as
+ * programs that draw do (gen_img.py, the "long prompt weighting" pipelines); or, stitched, the
+ * first begin and the last end alone, 75 pieces + 2, as sd-scripts' trainers do. What is pooled is
+ * the first piece's. */
+typedef struct vel_reading {
+    int pieces;
+    bool stitched;
+    vel_weighting weights;
+} vel_reading;
+/* What each encoder is told. */
+typedef struct vel_prompt {
+    const char *text[VEL_MAX_TEXTS];
+} vel_prompt;
+vel_prompt vel_prompt_of(const char *text); /* the same for all */
 
 /* The text encoders, and the sizes of what each makes of a text; all of them together. */
 int vel_model_texts(const vel_model *m);
@@ -226,19 +253,20 @@ int vel_model_ids(const vel_model *m);         /* token ids of a text, for all e
 int vel_model_extra_count(const vel_model *m); /* E of vel_condition */
 /* Does a negative text give other states than the same text as a prompt (a prefix)? */
 bool vel_model_negatives_differ(const vel_model *m);
-/* ids [vel_model_ids]; says nothing of what is cut. */
-vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids);
+/* ids and weights (may be NULL) [vel_model_ids]; says nothing of what is cut. Threads may call it
+ * while pictures are drawn. */
+vel_status vel_model_tokenize(vel_model *m, const char *text, int32_t *ids, float *weights);
+/* How many tokens of a text encoder k does not read, and (owned; NULL: none) which part that is. */
+vel_status vel_model_text_cut(vel_model *m, int k, const char *text, bool negative, int *n_cut,
+                              char **cut);
 /* Text states of prompts: out [n, values] (through adapters on the text encoders). Warns with the
  * cut part of prompts over length. The encoders are loaded one after the other, and let go; states
  * are kept, so that a text that comes again needs none. */
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out);
-vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
+vel_status vel_model_encode_texts(vel_model *m, const vel_prompt *prompts, int n, bool negative,
                                   float *out);
-/* Makes sure that encoder k's states of the texts are kept. */
-vel_status vel_model_keep_texts(vel_model *m, int k, const char *const *texts, int n,
-                                bool negative);
 /* The same by encoder k alone, each time anew, and it stays loaded: out [n, vel_text_values of its
- * states]. */
+ * states]. Says nothing of what is cut. */
 vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, int n,
                                bool negative, float *out);
 /* Inputs of a graph of n samples: token ids through the encoders k where bit k of run is set, the
@@ -263,10 +291,12 @@ vel_status vel_model_denoise(vel_model *m, const float *latent, const float *tim
  * ------------------------------------------------------------------------- */
 
 typedef struct vel_draw {
-    const char *prompt, *negative; /* negative NULL: "" */
-    double guidance;               /* 7.5; <= 1: without */
-    int width, height;             /* 0: native */
-    int steps;                     /* 50 */
+    const char *prompt, *negative;   /* negative NULL: "" */
+    const char *prompt_2, *prompt_3; /* for further text encoders; NULL, "": as the prompt */
+    const char *negative_2, *negative_3;
+    double guidance;   /* 7.5; <= 1: without */
+    int width, height; /* 0: native */
+    int steps;         /* 50 */
     uint64_t seed;
     const char *sampler; /* NULL: the model's own */
     const char
@@ -275,6 +305,8 @@ typedef struct vel_draw {
     double eta;   /* ddim */
     const float *noise; /* given start noise, NCHW [C, h, w], N(0, 1); NULL: from seed */
 } vel_draw;
+/* Makes sure that encoder k's states of a draw's texts are kept. */
+vel_status vel_model_keep_texts(vel_model *m, int k, const vel_draw *draw);
 /* n pictures in batches; out: n images (vel_image_finish each). phase: text of the progress line,
  * NULL quiet. latents (may be NULL): final latents, NCHW [n, C, h, w]. */
 vel_status vel_model_draw(vel_model *m, const vel_draw *draws, int n, int batch, const char *phase,

@@ -38,7 +38,8 @@ static const float *find(const vel_model *m, int k, const char *text, bool negat
 {
     for (int i = 0; i < m->n_kept; i++) {
         const kept_text *t = &m->kept[i];
-        if (t->encoder == k && t->negative == negative && strcmp(t->text, text) == 0)
+        if (t->encoder == k && t->negative == negative && t->how == vel_model_reading_key(m) &&
+            strcmp(t->text, text) == 0)
             return t->values;
     }
     return NULL;
@@ -55,6 +56,7 @@ static vel_status keep(vel_model *m, int k, const char *text, bool negative, con
     m->kept = grown;
     kept_text made = {.encoder = k,
                       .negative = negative,
+                      .how = vel_model_reading_key(m),
                       .text = vel_strdup(m->ctx, text),
                       .values = vel_alloc(m->ctx, bytes)};
     if (!made.text || !made.values) {
@@ -68,8 +70,9 @@ static vel_status keep(vel_model *m, int k, const char *text, bool negative, con
     return VEL_OK;
 }
 
-/* What encoder k makes of the texts, to rows that are `width` values apart; *ran: it was asked. */
-static vel_status encode(vel_model *m, int k, const char *const *texts, int n, bool negative,
+/* What encoder k makes of the prompts, to rows that are `width` values apart; *ran: it was asked.
+ */
+static vel_status encode(vel_model *m, int k, const vel_prompt *prompts, int n, bool negative,
                          int64_t width, float *out, bool *ran)
 {
     int64_t own = vel_text_values(&m->states[k]);
@@ -81,12 +84,14 @@ static vel_status encode(vel_model *m, int k, const char *const *texts, int n, b
     float *made = NULL;
     vel_status st = asked && row ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++) {
-        const float *known = changes ? NULL : find(m, k, texts[i], negative);
+        const char *text = prompts[i].text[k];
+        const float *known = changes ? NULL : find(m, k, text, negative);
         if (known) {
             memcpy(out + i * width, known, bytes);
         } else {
-            asked[n_new] = texts[i];
+            asked[n_new] = text;
             row[n_new++] = i;
+            st = vel_model_tell_cut(m, k, text, negative);
         }
     }
     if (!st && n_new && !(made = vel_alloc(m->ctx, (size_t)n_new * bytes)))
@@ -105,20 +110,20 @@ static vel_status encode(vel_model *m, int k, const char *const *texts, int n, b
     return st;
 }
 
-vel_status vel_model_keep_texts(vel_model *m, int k, const char *const *texts, int n, bool negative)
+vel_status vel_model_keep_text(vel_model *m, int k, const vel_prompt *prompt, bool negative)
 {
     int64_t own = vel_text_values(&m->states[k]);
     bool ran;
     negative = negative && vel_model_negatives_differ(m);
-    if (!own || !n || vel_model_trains_text(m, k))
+    if (!own || vel_model_trains_text(m, k))
         return VEL_OK;
-    float *out = vel_alloc(m->ctx, (size_t)(n * own) * sizeof *out);
-    vel_status st = out ? encode(m, k, texts, n, negative, own, out, &ran) : VEL_NO_MEMORY;
+    float *out = vel_alloc(m->ctx, (size_t)own * sizeof *out);
+    vel_status st = out ? encode(m, k, prompt, 1, negative, own, out, &ran) : VEL_NO_MEMORY;
     vel_free(m->ctx, out);
     return st;
 }
 
-vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int n, bool negative,
+vel_status vel_model_encode_texts(vel_model *m, const vel_prompt *prompts, int n, bool negative,
                                   float *out)
 {
     int64_t width = vel_model_text_values(m), first = 0;
@@ -133,11 +138,18 @@ vel_status vel_model_encode_texts(vel_model *m, const char *const *prompts, int 
             vel_model_rest(m, m->texts[k].part);
     }
     for (int i = 0; i < n; i++)
-        vel_model_warn_unknown_words(m, prompts[i]);
+        vel_model_warn_unknown_words(m, prompts[i].text[0]);
     return VEL_OK;
 }
 
 vel_status vel_model_encode_text(vel_model *m, const char *const *prompts, int n, float *out)
 {
-    return vel_model_encode_texts(m, prompts, n, false, out);
+    vel_prompt *each = vel_alloc(m->ctx, (size_t)VEL_MAX(n, 1) * sizeof *each);
+    if (!each)
+        return VEL_NO_MEMORY;
+    for (int i = 0; i < n; i++)
+        each[i] = vel_prompt_of(prompts[i]);
+    vel_status st = vel_model_encode_texts(m, each, n, false, out);
+    vel_free(m->ctx, each);
+    return st;
 }

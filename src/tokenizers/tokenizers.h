@@ -34,6 +34,15 @@ vel_status vel_tokenizer_encode(vel_tokenizer *t, const char *text, int length, 
 /* Without blanks around it and in lower case, as Python's strip and lower; *out is owned.
  * VEL_BAD_VALUE: not valid UTF-8. */
 vel_status vel_text_lower(vel_ctx *ctx, const char *text, char **out);
+/* A stretch of a text that has one weight, without the brackets that gave it (weights.c). */
+typedef struct vel_weighted_text {
+    char *text;
+    double weight;
+} vel_weighted_text;
+/* The stretches of text in their order, at least one; as sd-scripts reads weighted captions.
+ * VEL_BAD_VALUE: a megabyte and more, or hundreds of open brackets. */
+vel_status vel_text_weights(vel_ctx *ctx, const char *text, vel_weighted_text **out, int *n);
+void vel_weighted_texts_free(vel_ctx *ctx, vel_weighted_text *list, int n); /* NULL is fine */
 /* The text of one id, for reports; borrowed; NULL when out of range. */
 const char *vel_tokenizer_piece(const vel_tokenizer *t, int32_t id);
 /* Adds a new word as one or several new ids (textual inversion): returns the first id, or -1. */

@@ -40,8 +40,9 @@ vel_status vel_batch_room(train_session *s, int n, int64_t most, train_batch *t)
     t->weight = vel_alloc(ctx, (size_t)n * sizeof(float));
     t->timestep = vel_alloc(ctx, (size_t)n * sizeof(int32_t));
     t->ids = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(int32_t));
+    t->token_weights = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(float));
     return t->item && t->latent && t->noise && t->disturbed && t->room && t->mask && t->context &&
-                   t->extra && t->weight && t->timestep && t->ids
+                   t->extra && t->weight && t->timestep && t->ids && t->token_weights
                ? VEL_OK
                : VEL_NO_MEMORY;
 }
@@ -59,8 +60,8 @@ void vel_batch_clear(train_session *s, train_batch *t)
 void vel_batch_finish(train_session *s, train_batch *t)
 {
     vel_batch_clear(s, t);
-    void *rooms[] = {t->item,    t->latent, t->noise,    t->disturbed, t->room, t->mask,
-                     t->context, t->weight, t->timestep, t->ids,       t->extra};
+    void *rooms[] = {t->item,    t->latent, t->noise,    t->disturbed, t->room,  t->mask,
+                     t->context, t->weight, t->timestep, t->ids,       t->extra, t->token_weights};
     for (int i = 0; i < VEL_COUNT(rooms); i++)
         vel_free(s->ctx, rooms[i]);
     *t = (train_batch){0};
@@ -254,7 +255,9 @@ static vel_status put_caption(train_session *s, train_batch *t, int k, uint64_t 
     int64_t step = t->micro / s->o->accumulation;
     VEL_TRY(vel_caption_use(s->ctx, r, s->samples[item->sample].caption, (uint64_t)s->o->seed,
                             stream, until > 0 ? (double)step / until : 1, &item->text));
-    return s->tokenizes ? vel_model_tokenize(s->model, item->text, t->ids + k * s->n_ids) : VEL_OK;
+    return s->tokenizes ? vel_model_tokenize(s->model, item->text, t->ids + k * s->n_ids,
+                                             t->token_weights + k * s->n_ids)
+                        : VEL_OK;
 }
 
 /* ---- the batch ---- */
@@ -350,6 +353,7 @@ static void describe(train_session *s, train_batch *t, int n, const vel_sample *
                        .timestep = t->timestep,
                        .context = t->context,
                        .ids = t->ids,
+                       .token_weights = t->token_weights,
                        .extra = t->extra,
                        .weight = t->weight,
                        .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};

@@ -157,9 +157,12 @@ static char *text_key(train_session *s, int k, const char *caption)
 {
     const vel_text_info *text = vel_model_text(s->model, k);
     const char *hash = vel_model_hash(s->model, text->part);
-    char length[32] = "";
+    char length[64] = "";
     if (!text->fixed)
         snprintf(length, sizeof length, " of %d", text->length);
+    if (text->long_texts && (s->o->max_token_length > 75 || s->o->weighted_captions))
+        snprintf(length, sizeof length, " of %d%s", s->o->max_token_length,
+                 s->o->weighted_captions ? " weighted" : "");
     return vel_strf(s->ctx, "text %s skip %d type %d %s%s %s%s", hash ? hash : "", s->o->clip_skip,
                     (int)vel_model_compute(s->model), s->o->base_quant ? s->o->base_quant : "",
                     length, text->prefix ? text->prefix : "", caption);
@@ -207,12 +210,8 @@ static vel_status encode_by(train_session *s, int k, int64_t first, vel_progress
 /* Those of the samples as well, so that drawing them needs no text encoder. */
 static vel_status keep_prompts(train_session *s, int k)
 {
-    for (int i = 0; i < s->n_prompts; i++) {
-        const vel_draw *d = &s->draws[i];
-        const char *negative = d->negative ? d->negative : "";
-        VEL_TRY(vel_model_keep_texts(s->model, k, &d->prompt, 1, false));
-        VEL_TRY(vel_model_keep_texts(s->model, k, &negative, 1, true));
-    }
+    for (int i = 0; i < s->n_prompts; i++)
+        VEL_TRY(vel_model_keep_texts(s->model, k, &s->draws[i]));
     return VEL_OK;
 }
 
@@ -253,19 +252,94 @@ void vel_feed_rest_text(train_session *s, int k)
         vel_model_rest(s->model, vel_model_text(s->model, k)->part);
 }
 
+typedef struct lost { /* of captions that are too long for an encoder */
+    int n, tokens;    /* captions; of the longest */
+    int sample;       /* whose it is */
+    char *words;      /* that it loses; owned */
+} lost;
+
+static vel_status add_loss(train_session *s, int k, int sample, lost *l)
+{
+    char *text, *cut;
+    int n;
+    VEL_TRY(vel_caption_use(s->ctx, &vel_batch_how(s, sample)->captions, s->samples[sample].caption,
+                            (uint64_t)s->o->seed, 0, 1, &text));
+    vel_status st = vel_model_text_cut(s->model, k, text, false, &n, &cut);
+    vel_free(s->ctx, text);
+    if (st)
+        return vel_fail_in(s->ctx, st, "%s", s->samples[sample].image);
+    l->n += n > 0;
+    if (n > l->tokens) {
+        vel_free(s->ctx, l->words);
+        l->words = cut;
+        l->tokens = n;
+        l->sample = sample;
+        cut = NULL;
+    }
+    vel_free(s->ctx, cut);
+    return VEL_OK;
+}
+
+static void say_losses(train_session *s, int k, const lost *l)
+{
+    const vel_text_info *t = vel_model_text(s->model, k);
+    int inner = t->length - 2, pieces = VEL_MAX(s->o->max_token_length / inner, 1);
+    const char *words = l->words ? l->words : "";
+    size_t n = strlen(words), shown = VEL_MIN(n, 60);
+    while (shown < n && ((unsigned char)words[shown] & 0xc0) == 0x80) /* whole letters */
+        shown++;
+    vel_text line;
+    vel_text_init(&line, s->ctx);
+    vel_text_addf(&line,
+                  "captions: %d of %d are too long for the %d tokens that %s reads; that of %s "
+                  "loses %d tokens, the most: \"%.*s%s\"",
+                  l->n, s->data->n, t->long_texts ? inner * pieces : t->length, t->part,
+                  s->samples[l->sample].image, l->tokens, (int)shown, words,
+                  shown < n ? "..." : "");
+    if (t->long_texts)
+        vel_text_addf(&line, "; --max_token_length %d reads all of it",
+                      (inner * pieces + l->tokens + inner - 1) / inner * inner);
+    else if (!t->fixed)
+        vel_text_addf(&line, "; --max_sequence_length %d reads all of it", t->length + l->tokens);
+    vel_log(s->ctx, 2, "%s", line.s ? line.s : "");
+    vel_text_finish(&line);
+}
+
+/* One line for each encoder that does not read all of some captions; encoders that lose the same
+ * are told of once. */
+static vel_status say_what_is_cut(train_session *s)
+{
+    lost before = {0};
+    for (int k = 0; k < vel_model_texts(s->model) && !s->n_sentences; k++) {
+        lost l = {0};
+        vel_status st = VEL_OK;
+        for (int i = 0; i < s->data->n && !st; i++)
+            st = add_loss(s, k, i, &l);
+        if (!st && l.n && !(l.n == before.n && l.tokens == before.tokens))
+            say_losses(s, k, &l);
+        vel_free(s->ctx, l.words);
+        VEL_TRY(st);
+        before = l;
+    }
+    return VEL_OK;
+}
+
 static vel_status encode_captions(train_session *s)
 {
     for (int i = 0; i < s->data->n && !s->captions_vary; i++)
         s->captions_vary = vel_caption_varies(&vel_batch_how(s, i)->captions);
     s->learned_texts = s->texts;
     VEL_TRY(collect_captions(s));
+    VEL_TRY(say_what_is_cut(s));
     if (s->texts) {
-        s->ids =
-            vel_arena_alloc(s->arena, (size_t)s->n_captions * (size_t)s->n_ids * sizeof *s->ids);
-        if (!s->ids)
+        size_t n = (size_t)s->n_captions * (size_t)s->n_ids;
+        s->ids = vel_arena_alloc(s->arena, n * sizeof *s->ids);
+        s->token_weights = vel_arena_alloc(s->arena, n * sizeof *s->token_weights);
+        if (!s->ids || !s->token_weights)
             return VEL_NO_MEMORY;
         for (int i = 0; i < s->n_captions; i++)
-            VEL_TRY(vel_model_tokenize(s->model, s->captions[i], s->ids + (int64_t)i * s->n_ids));
+            VEL_TRY(vel_model_tokenize(s->model, s->captions[i], s->ids + (int64_t)i * s->n_ids,
+                                       s->token_weights + (int64_t)i * s->n_ids));
     }
     return vel_feed_encode_text(s);
 }
@@ -437,9 +511,12 @@ static void put_caption(train_session *s, train_batch *t, int slot, int caption)
     if (s->contexts)
         memcpy(t->context + slot * each, s->contexts + caption * each,
                (size_t)each * sizeof(float));
-    if (s->texts)
-        memcpy(t->ids + slot * s->n_ids, s->ids + (int64_t)caption * s->n_ids,
-               (size_t)s->n_ids * sizeof(int32_t));
+    if (!s->texts)
+        return;
+    size_t n = (size_t)s->n_ids;
+    memcpy(t->ids + slot * s->n_ids, s->ids + (int64_t)caption * s->n_ids, n * sizeof(int32_t));
+    memcpy(t->token_weights + slot * s->n_ids, s->token_weights + (int64_t)caption * s->n_ids,
+           n * sizeof(float));
 }
 
 /* A text that was not encoded before the first step. */

@@ -294,6 +294,8 @@ static void put_model(train_session *s, json_t *meta)
     put(meta, "ss_v2", "%s", n.v2 ? "True" : "False");
     put(meta, "ss_base_model_version", "%s", n.version);
     put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
+    if (s->o->max_token_length > 75)
+        put(meta, "ss_max_token_length", "%d", s->o->max_token_length);
     put(meta, "modelspec.sai_model_spec", "1.0.1");
     put(meta, "modelspec.architecture", "%s/lora", n.architecture);
     put(meta, "modelspec.implementation", "%s", n.implementation ? n.implementation : "diffusers");

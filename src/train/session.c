@@ -214,6 +214,9 @@ static vel_status open_model(train_session *s)
                            .tokenizer = o->tokenizer,
                            .clip_skip = o->clip_skip,
                            .text_length = o->max_sequence_length,
+                           .max_tokens = o->max_token_length,
+                           .stitched = true,
+                           .weighted = o->weighted_captions,
                            .vae_tile = o->fit ? 512 : 0, /* of samples */
                            .instruction = o->system_prompt,
                            .prediction =

@@ -34,7 +34,7 @@ typedef struct train_batch {
     int64_t micro;
     train_item *item; /* [room_items] */
     int n_items, room_items;
-    float *latent, *noise, *context, *weight, *disturbed, *mask, *extra, *room;
+    float *latent, *noise, *context, *weight, *disturbed, *mask, *extra, *room, *token_weights;
     int32_t *timestep, *ids;
 } train_batch;
 
@@ -123,7 +123,8 @@ typedef struct train_session {
     int n_captions;
     float
         *contexts; /* [n_captions, state] of encoders that do not run in the steps; NULL: all do */
-    int32_t *ids;  /* [n_captions, n_ids] */
+    int32_t *ids;  /* [n_captions, n_ids], as are token_weights */
+    float *token_weights;
     int64_t state; /* values of a text's states */
     int n_ids;     /* token ids of a text */
     int n_extra;   /* E of vel_condition */

@@ -316,7 +316,7 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
         VEL_TRY(vel_plan_set(p, "huber", huber, per));
     }
     if (t->o.texts)
-        VEL_TRY(vel_model_set_ids(t->model, p, b->ids, b->n));
+        VEL_TRY(vel_model_set_ids(t->model, p, b->ids, b->token_weights, b->n));
     VEL_TRY(vel_model_set_condition(t->model, p, b->context, b->extra, b->n));
     return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed)
                                          : VEL_OK;

@@ -70,6 +70,8 @@ typedef struct vel_train_options {
     double text_2_lr, text_3_lr; /* of further text encoders; 0: text_lr */
     vel_flow_options flow;
     int max_sequence_length; /* tokens of a text; 0: the model's own */
+    int max_token_length;    /* of a caption, in pieces of 75; 0: one */
+    bool weighted_captions;  /* (word:1.2) in them is a weight */
     const char
         *system_prompt; /* before each caption, for text encoders that take one; NULL: none */
     const char *optimizer, *optimizer_args;
@@ -162,19 +164,20 @@ extern const char vel_lr_names[]; /* comma separated */
 
 typedef struct vel_trainer vel_trainer;
 
-typedef struct vel_batch {   /* what a step learns from, host memory */
-    int n, h, w;             /* samples, latent height and width */
-    const float *latent;     /* [n, h, w, C], scaled, clean */
-    const float *noise;      /* the same shape */
-    const float *disturbed;  /* the noise of the input where it is another; NULL: noise */
-    const float *mask;       /* [n, h, w] weight of each place, where the trainer is masked */
-    const int32_t *timestep; /* [n] */
-    const float *context;    /* [n, values of a text], of encoders that do not run in the step */
-    const int32_t *ids;      /* [n, ids of a text], of those that do */
-    const float *extra;      /* [n, E] of vel_condition; unused where E is 0 */
-    const float *weight;     /* [n] weight of each sample's loss */
-    double scale;            /* of the gradient: loss scaling; 0: 1 */
-    int32_t seed[2];         /* of dropout */
+typedef struct vel_batch {      /* what a step learns from, host memory */
+    int n, h, w;                /* samples, latent height and width */
+    const float *latent;        /* [n, h, w, C], scaled, clean */
+    const float *noise;         /* the same shape */
+    const float *disturbed;     /* the noise of the input where it is another; NULL: noise */
+    const float *mask;          /* [n, h, w] weight of each place, where the trainer is masked */
+    const int32_t *timestep;    /* [n] */
+    const float *context;       /* [n, values of a text], of encoders that do not run in the step */
+    const int32_t *ids;         /* [n, ids of a text], of those that do */
+    const float *token_weights; /* the same shape; NULL: 1 */
+    const float *extra;         /* [n, E] of vel_condition; unused where E is 0 */
+    const float *weight;        /* [n] weight of each sample's loss */
+    double scale;               /* of the gradient: loss scaling; 0: 1 */
+    int32_t seed[2];            /* of dropout */
     /* The last n_base samples are to get what the unchanged model predicts for their noisy latent
      * under base_context [n_base, values of a text]. */
     int n_base;
