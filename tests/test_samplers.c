@@ -1,6 +1,7 @@
 /* test_samplers.c: noise schedules and samplers against diffusers
  * (tests/golden/sampler_steps.safetensors, made by tools/golden/samplers.py), on a small latent
- * with a made-up model. */
+ * with a made-up model. Those of flow matching: flow_steps.safetensors, by flow_samplers.py. */
+#include "formats/formats.h"
 #include "sample/sample.h"
 #include "test.h"
 
@@ -123,6 +124,78 @@ TEST(sampler_steps_are_those_of_diffusers)
                   worst / largest);
     }
     CHECK_MSG(n_cases > 200, "%d cases", n_cases);
+    vel_safetensors_close(sf);
+}
+
+/* ---- flow matching ---- */
+
+/* A case's schedule and number of steps, from the metadata beside its tensor. */
+static void flow_case(vel_test *t, const vel_safetensors *sf, const char *name, vel_schedule *out,
+                      int *steps)
+{
+    json_t *told = json_loads(vel_safetensors_meta(sf, name), 0, NULL);
+    vel_noise_config config = {0};
+    REQUIRE(told);
+    vel_status st = vel_flow_config_read(t->ctx, json_object_get(told, "config"), name, &config);
+    *steps = (int)vel_json_number(told, "steps", 0);
+    config.flow.tokens = (int64_t)vel_json_number(told, "tokens", 0);
+    config.flow.even = vel_json_bool(told, "even", false);
+    json_decref(told);
+    REQUIRE_OK(st);
+    REQUIRE_OK(vel_schedule_init(t->ctx, out, &config));
+}
+
+static void check_flow_case(vel_test *t, const vel_safetensors *sf, const vel_file_tensor *tensor,
+                            const float *noise, const float *bias)
+{
+    static vel_schedule schedule;
+    vel_torch_rng rng;
+    vel_sampler *s = NULL;
+    float wanted[128], x[VALUES], p[VALUES];
+    int steps, n = (int)tensor->count - VALUES;
+    double worst = 0, largest = 0;
+    flow_case(t, sf, tensor->name, &schedule, &steps);
+    vel_torch_seed(&rng, 7);
+    REQUIRE(tensor->count <= VEL_COUNT(wanted));
+    vel_file_tensor_floats(tensor, 0, tensor->count, wanted);
+    REQUIRE_OK(vel_sampler_create(t->ctx, schedule.config.sampler, &schedule, steps, 0, &rng, &s));
+    CHECK_MSG(vel_sampler_evaluations(s) == n, "%s: %d evaluations, not %d", tensor->name,
+              vel_sampler_evaluations(s), n);
+    memcpy(x, noise, sizeof x);
+    for (int i = 0; i < n && i < vel_sampler_evaluations(s); i++) {
+        float time = (float)vel_sampler_timestep(s, i);
+        CHECK_MSG(fabs((double)time - (double)wanted[i]) <= 2e-4,
+                  "%s: timestep %d is %.9g, not %.9g", tensor->name, i, (double)time,
+                  (double)wanted[i]);
+        vel_sampler_scale(s, i, x, p, VALUES);
+        for (int k = 0; k < VALUES; k++)
+            p[k] = p[k] * (0.3f + time / 2000) + bias[k] * (1 - time / 1000);
+        CHECK_OK(vel_sampler_step(s, i, p, x, VALUES));
+    }
+    for (int k = 0; k < VALUES; k++) {
+        double error = fabs((double)wanted[n + k] - (double)x[k]);
+        largest = VEL_MAX(largest, fabs((double)wanted[n + k]));
+        worst = error <= worst ? worst : error; /* NaN stays */
+    }
+    CHECK_MSG(worst <= 2e-6 * largest, "%s: relative error %.2g", tensor->name, worst / largest);
+    vel_sampler_destroy(s);
+}
+
+/* Euler, Heun and the multistep solver, with static, dynamic and stretched shifts. */
+TEST(sampler_flow_steps_are_those_of_diffusers)
+{
+    vel_safetensors *sf;
+    float noise[VALUES], bias[VALUES];
+    int n_cases = 0;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/flow_steps.safetensors", &sf));
+    vel_file_tensor_floats(vel_safetensors_find(sf, "noise"), 0, VALUES, noise);
+    vel_file_tensor_floats(vel_safetensors_find(sf, "bias"), 0, VALUES, bias);
+    for (int i = 0; i < vel_safetensors_count(sf); i++)
+        if (strchr(vel_safetensors_at(sf, i)->name, '/')) {
+            check_flow_case(t, sf, vel_safetensors_at(sf, i), noise, bias);
+            n_cases++;
+        }
+    CHECK_MSG(n_cases == 75, "%d cases", n_cases);
     vel_safetensors_close(sf);
 }
 
