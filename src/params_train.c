@@ -326,6 +326,10 @@ const vel_option_row vel_train_rows[] = {
         "0: one piece"),
     FLAG("weighted_captions", NULL, weighted_captions, "no", "captions",
          "(word:1.2), (word) and [word] in captions are weights, as sd-scripts reads them"),
+    CHOICE("model_prediction_type", NULL, flow.model_prediction_type, "raw",
+           "raw,additive,sigma_scaled", "flow",
+           "what the loss compares with the velocity: the prediction, or what sd-scripts makes of "
+           "it"),
     INT("max_sequence_length", NULL, max_sequence_length, "0", 0, 4096, "flow",
         "tokens of a caption, for text encoders without a length of their own; 0: the model's"),
     TEXT("system_prompt", "complex_human_instruction", system_prompt, NULL, "flow",

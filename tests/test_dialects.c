@@ -184,7 +184,8 @@ TEST(dialects_families)
         "method=full train_text_encoder=yes text_encoder_lr=1e-6 text_encoder_2_lr=2e-6 "
         "cache_to_disk=yes");
     comes_to(t, FAMILY("sd3_train_network.py") "--network_module networks.lora_sd3",
-             "weighting_scheme=uniform max_sequence_length=256 discrete_flow_shift=1.0");
+             "weighting_scheme=uniform max_sequence_length=256 discrete_flow_shift=1.0 "
+             "precondition_outputs=yes targets=*.transformer_blocks.*");
     comes_to(t,
              FAMILY("flux_train_network.py") "--network_module networks.lora_flux "
                                              "--timestep_sampling shift --blocks_to_swap 8",
@@ -197,8 +198,15 @@ TEST(dialects_families)
         "timestep_sampling=shift discrete_flow_shift=6.0 system_prompt=x");
     is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora_sd3",
                "networks.lora_sd3");
-    is_refused(t, FAMILY("flux_train_network.py") "--network_module networks.lora --strict_compat",
-               "--model_prediction_type");
+    comes_to(t,
+             FAMILY("flux_train_network.py") "--network_module networks.lora_flux --strict_compat",
+             "model_prediction_type=sigma_scaled weighting_scheme=uniform");
+    comes_to(t,
+             FAMILY("flux_train_network.py") "--network_module networks.lora_flux "
+                                             "--model_prediction_type additive "
+                                             "--weighting_scheme sigma_sqrt",
+             "model_prediction_type=additive weighting_scheme=uniform");
+    CHECK(strstr(said, "weighs nothing without"));
     comes_to(t,
              LARGE("train_dreambooth_lora_sdxl.py") "--use_dora --train_text_encoder --snr_gamma 5",
              "resolution=1024 learning_rate=1e-4 adam_weight_decay=1e-4 text_encoder_lr=5e-6 "

@@ -373,3 +373,47 @@ TEST(objective_flow_times_are_diffusers_and_kohyas)
         flow_weights(t, file, weights[i].name, &weights[i].o);
     vel_safetensors_close(file);
 }
+
+/* sd-scripts' model_prediction_type: with the target that stands for it, and the weight, the
+ * squared error of the velocity is the script's loss. */
+TEST(objective_flow_targets_are_kohyas)
+{
+    enum { N = 64, EACH = 8 };
+    static const struct {
+        const char *family, *kind;
+        double sign;
+    } rows[] = {{"flux", "raw", 1},    {"flux", "additive", 1},    {"flux", "sigma_scaled", 1},
+                {"lumina", "raw", -1}, {"lumina", "additive", -1}, {"lumina", "sigma_scaled", -1}};
+    vel_safetensors *file = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/flow_times.safetensors", &file));
+    float *levels = flow_values(t, file, "levels", N);
+    float *noise = flow_values(t, file, "loss.noise", N * EACH);
+    float *clean = flow_values(t, file, "loss.clean", N * EACH);
+    float *noisy = flow_values(t, file, "loss.noisy", N * EACH);
+    float *velocity = flow_values(t, file, "loss.velocity", N * EACH);
+    for (int r = 0; r < VEL_COUNT(rows); r++) {
+        char name[64];
+        const vel_flow_options o = {.model_prediction_type = rows[r].kind};
+        snprintf(name, sizeof name, "loss.%s.%s", rows[r].family, rows[r].kind);
+        float *want = flow_values(t, file, name, N);
+        for (int i = 0; i < N; i++) {
+            float target[EACH];
+            double sum = 0, sigma = (double)levels[i];
+            for (int k = 0; k < EACH; k++)
+                target[k] = noise[i * EACH + k] - clean[i * EACH + k];
+            vel_flow_target(&o, sigma, rows[r].sign, noisy + i * EACH, target, EACH);
+            for (int k = 0; k < EACH; k++)
+                sum += pow((double)velocity[i * EACH + k] - (double)target[k], 2) / EACH;
+            sum *= vel_flow_weight(&o, sigma);
+            CHECK_MSG(fabs(sum / (double)want[i] - 1) < 1e-5, "%s: %d is %g, not %g", name, i, sum,
+                      (double)want[i]);
+        }
+        vel_free(t->ctx, want);
+    }
+    vel_free(t->ctx, levels);
+    vel_free(t->ctx, noise);
+    vel_free(t->ctx, clean);
+    vel_free(t->ctx, noisy);
+    vel_free(t->ctx, velocity);
+    vel_safetensors_close(file);
+}

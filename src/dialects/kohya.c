@@ -323,10 +323,10 @@ const vel_dialect_row vel_kohya_rows[] = {
         "sigma,uniform,sigmoid,shift,nextdit_shift"),
     SET(FLUX_NETWORK | LUMINA_NETWORK, "sigmoid_scale", KIND_FLOAT, "1.0", "sigmoid_scale"),
     RULE(FLUX_NETWORK, "model_prediction_type", KIND_TEXT, "sigma_scaled",
-         "raw; sigma_scaled, which is compared with a velocity all the same, is not available",
+         "model_prediction_type; without it raw, --strict_compat: sigma_scaled, which compares a "
+         "picture with a velocity",
          "raw,additive,sigma_scaled"),
-    RULE(LUMINA_NETWORK, "model_prediction_type", KIND_TEXT, "raw",
-         "raw; sigma_scaled, which is compared with a velocity all the same, is not available",
+    RULE(LUMINA_NETWORK, "model_prediction_type", KIND_TEXT, "raw", "model_prediction_type",
          "raw,additive,sigma_scaled"),
     SET(FLUX_NETWORK, "discrete_flow_shift", KIND_FLOAT, "3.0", "discrete_flow_shift"),
     SET(LUMINA_NETWORK, "discrete_flow_shift", KIND_FLOAT, "6.0", "discrete_flow_shift"),

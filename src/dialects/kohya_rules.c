@@ -452,6 +452,21 @@ static vel_status word_rules(vel_line *l)
     return vel_line_set(l, "token_string", "learnable_property", "captions");
 }
 
+/* FLUX.1's and Lumina's scripts weigh the loss where its prediction is scaled by sigma, and there
+ * alone. */
+static vel_status flow_loss_rules(vel_line *l, const char *prediction)
+{
+    const char *scheme = vel_line_value(l, "weighting_scheme");
+    VEL_TRY(vel_line_set(l, "model_prediction_type", "model_prediction_type", "%s", prediction));
+    if (strcmp(prediction, "sigma_scaled") == 0 || !vel_glob("sigma_sqrt,cosmap", scheme))
+        return VEL_OK;
+    vel_line_say(l,
+                 "--weighting_scheme %s weighs nothing without --model_prediction_type "
+                 "sigma_scaled, as in the script",
+                 scheme);
+    return vel_line_set(l, "weighting_scheme", "weighting_scheme", "uniform");
+}
+
 /* What the scripts of larger families have. */
 static vel_status family_rules(vel_line *l)
 {
@@ -459,12 +474,16 @@ static vel_status family_rules(vel_line *l)
     const char *prediction = vel_line_value(l, "model_prediction_type");
     if (type && strcmp(type, "flux") != 0)
         return vel_line_refuse(l, "model_type", "%s; flux is", type);
-    if (prediction && strcmp(prediction, "raw") != 0) {
-        if (l->strict || vel_line_given(l, "model_prediction_type"))
-            return vel_line_refuse(l, "model_prediction_type", "%s; raw is", prediction);
+    if (prediction && strcmp(prediction, "raw") != 0 && !l->strict &&
+        !vel_line_given(l, "model_prediction_type")) {
         vel_line_say(l, "no --model_prediction_type: raw is taken; the script's sigma_scaled "
-                        "compares a picture with a velocity");
+                        "compares a picture with a velocity (--strict_compat: sigma_scaled)");
+        prediction = "raw";
     }
+    if (prediction)
+        VEL_TRY(flow_loss_rules(l, prediction));
+    if (l->script->bit & SD3_NETWORK)
+        VEL_TRY(vel_line_set(l, "weighting_scheme", "precondition_outputs", "yes"));
     if (vel_line_on(l, "fp8_base") || vel_line_on(l, "fp8_base_unet"))
         VEL_TRY(vel_line_set(l, "fp8_base", "base_quant", "fp8"));
     if (vel_line_on(l, "cache_text_encoder_outputs_to_disk"))

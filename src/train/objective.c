@@ -165,6 +165,12 @@ vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const char *l
                         "--precondition_outputs: is a weight of the squared error; --loss_type %s "
                         "is another",
                         loss_type);
+    if (is_named(o->model_prediction_type, "sigma_scaled") && loss_type &&
+        strcmp(loss_type, "l2") != 0)
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--model_prediction_type sigma_scaled: is of the squared error; "
+                        "--loss_type %s is another",
+                        loss_type);
     return VEL_OK;
 }
 
@@ -204,12 +210,24 @@ double vel_flow_sigma(const vel_flow_options *o, const vel_flow_config *f, doubl
 double vel_flow_weight(const vel_flow_options *o, double sigma)
 {
     static const double pi = 3.14159265358979323846;
-    double weight = o->precondition_outputs ? sigma * sigma : 1;
+    bool squared = o->precondition_outputs || is_named(o->model_prediction_type, "sigma_scaled");
+    double weight = squared ? sigma * sigma : 1;
     if (is_named(o->weighting_scheme, "sigma_sqrt"))
         return weight / (sigma * sigma);
     if (is_named(o->weighting_scheme, "cosmap"))
         return weight * 2 / (pi * (1 - 2 * sigma + 2 * sigma * sigma));
     return weight;
+}
+
+void vel_flow_target(const vel_flow_options *o, double sigma, double sign, const float *noisy,
+                     float *target, int64_t n)
+{
+    bool scaled = is_named(o->model_prediction_type, "sigma_scaled");
+    double by = scaled ? -1 / VEL_MAX(sigma, 1e-6) : 1;
+    if (!scaled && !is_named(o->model_prediction_type, "additive"))
+        return;
+    for (int64_t k = 0; k < n; k++)
+        target[k] = (float)(((double)target[k] - sign * (double)noisy[k]) * by);
 }
 
 /* ---- weights ---- */

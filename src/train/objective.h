@@ -32,6 +32,9 @@ typedef struct vel_flow_options {
     double shift; /* 0: the model's own */
     /* The loss is that of the picture, not of the velocity: x' - x = sigma (v - v'). */
     bool precondition_outputs;
+    /* What sd-scripts makes of the model's output before it is compared: "raw", "additive", plus
+     * the noisy latent, or "sigma_scaled", that minus sigma times the output. */
+    const char *model_prediction_type;
 } vel_flow_options;
 /* What cannot be had of them, or does not suit what the model predicts. */
 vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const char *loss_type,
@@ -41,8 +44,13 @@ vel_status vel_flow_check(vel_ctx *ctx, const vel_flow_options *o, const char *l
  * scheduler's shift; or by timestep_sampling as sd-scripts does. */
 double vel_flow_sigma(const vel_flow_options *o, const vel_flow_config *f, double u, double normal,
                       int64_t tokens);
-/* Weight of the loss at a noise level: sigma_sqrt, cosmap, precondition_outputs. */
+/* Weight of the loss at a noise level: sigma_sqrt, cosmap, precondition_outputs, sigma_scaled. */
 double vel_flow_weight(const vel_flow_options *o, double sigma);
+/* target [n], noise - clean: becomes what the prediction is to be so that the loss, with
+ * vel_flow_weight, is the one of model_prediction_type: with the model's own output s v, s its
+ * sign, and A = 1 or -sigma, (A s v + noisy - s target)^2 = A^2 (v - (target - s noisy) / A)^2. */
+void vel_flow_target(const vel_flow_options *o, double sigma, double sign, const float *noisy,
+                     float *target, int64_t n);
 
 /* Settings that exclude each other. */
 vel_status vel_objective_check(vel_ctx *ctx, const vel_objective *o, const vel_schedule *s);

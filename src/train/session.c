@@ -192,6 +192,7 @@ static vel_status check_flow(train_session *s)
                         : strcmp(f->timestep_sampling, "auto") != 0 ? "timestep_sampling"
                         : f->shift > 0                              ? "discrete_flow_shift"
                         : f->precondition_outputs                   ? "precondition_outputs"
+                        : strcmp(f->model_prediction_type, "raw")   ? "model_prediction_type"
                         : o->max_sequence_length                    ? "max_sequence_length"
                         : o->system_prompt && *o->system_prompt     ? "system_prompt"
                                                                     : NULL;
@@ -260,6 +261,7 @@ static vel_status make_trainer(train_session *s)
                              .texts = s->texts,
                              .clip_skip = o->clip_skip,
                              .objective = o->objective,
+                             .flow = o->flow,
                              .masked = s->masks,
                              .trained = s->stepped};
     if (o->memory) {

@@ -228,6 +228,9 @@ static void noise_batch(vel_trainer *t, const vel_batch *b)
                         : s->config.prediction == VEL_PREDICTS_SAMPLE ? x[k]
                                                                       : e[k];
         }
+        if (flow)
+            vel_flow_target(&t->o.flow, (double)noise,
+                            vel_model_family(t->model)->sign < 0 ? -1 : 1, noisy, target, each);
     }
 }
 

@@ -192,6 +192,7 @@ typedef struct vel_trainer_options {
     unsigned texts; /* bit k: text encoder k runs in each step */
     int clip_skip;
     vel_objective objective; /* zeros: the squared error */
+    vel_flow_options flow;   /* zeros: of the velocity */
     bool masked;             /* batches have a mask */
     vel_trained trained;     /* what it points at is borrowed */
 } vel_trainer_options;

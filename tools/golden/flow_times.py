@@ -43,6 +43,17 @@ out["kohya.shift"] = 3.1582 * bell / (1 + 2.1582 * bell)
 out["kohya.flux_shift"] = shifted(bell)
 out["kohya.nextdit_shift"] = shifted(out["u"].double())
 
+# sd-scripts' losses of FLUX.1 and Lumina by model_prediction_type, a sample each: the model's own output,
+# noise - clean for FLUX.1 and clean - noise for Lumina, and what it is compared with
+noise, clean, said = (torch.randn(N, 8, dtype=torch.float64) for _ in range(3))
+at = levels.double()[:, None]
+noisy = (1 - at) * clean + at * noise
+out |= {"loss.noise": noise, "loss.clean": clean, "loss.velocity": said, "loss.noisy": noisy}
+for family, sign in (("flux", 1.0), ("lumina", -1.0)):
+    own, wanted = sign * said, sign * (noise - clean)
+    for kind, made in (("raw", own), ("additive", own + noisy), ("sigma_scaled", own * -at + noisy)):
+        out[f"loss.{family}.{kind}"] = ((made - wanted) ** 2).mean(1)
+
 path = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(__file__), "../../tests/golden/flow_times.safetensors")
 save_file({k: v.float().clone().contiguous() for k, v in out.items()}, path, {"diffusers": diffusers.__version__})
 print(path, os.path.getsize(path), "bytes")
