@@ -58,6 +58,8 @@ static vel_status hand_out(vel_text *t, vel_status st, char **text)
 {
     *text = NULL;
     vel_text_add(t, ""); /* an empty text is a text */
+    if (t->s)
+        vel_make_printable(t->s);
     if (st == VEL_OK && t->failed)
         st = VEL_NO_MEMORY;
     if (st == VEL_OK) {

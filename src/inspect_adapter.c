@@ -54,6 +54,7 @@ typedef struct module {
     int64_t rank;          /* 0: the tensors show none */
     int64_t first, second; /* LoKr: rows of its two factors */
     double strength, norm; /* alpha / rank; norm of dW, NaN where it is not computed */
+    bool infinite;         /* a value of its tensors is not finite, or dW */
 } module;
 
 typedef struct summary {
@@ -200,7 +201,7 @@ static double product_norm(vel_ctx *ctx, const float *u, const float *d, int64_t
     }
     vel_free(ctx, dd);
     vel_free(ctx, uu);
-    return sqrt(VEL_MAX(sum, 0.0));
+    return isfinite(sum) ? sqrt(VEL_MAX(sum, 0.0)) : NAN;
 }
 
 /* The weight's axes that the tensors imply; 0 axes: they do not fit together. */
@@ -334,6 +335,7 @@ static vel_status measure_module(summary *s, module *m)
         }
         st = change_norm(s, &v, &m->norm);
         m->norm *= fabs(m->strength);
+        m->infinite = !isfinite(m->norm);
     }
     for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
         vel_free(s->ctx, v.leaf[i].v);
@@ -560,7 +562,8 @@ static void add_modules(summary *s, vel_text *out)
             vel_text_addf(out, "  %10.4f  rank %-4" PRId64 " %s\n", m->norm, m->rank, m->stem);
         else
             vel_text_addf(out, "           -  %s%s\n", m->stem,
-                          m->tensor[VEL_LEAF_LORA_DOWN] && !m->tensor[VEL_LEAF_LORA_UP]
+                          m->infinite ? " (not finite: the training diverged)"
+                          : m->tensor[VEL_LEAF_LORA_DOWN] && !m->tensor[VEL_LEAF_LORA_UP]
                               ? " (without its up)"
                           : m->tensor[VEL_LEAF_LORA_UP] && !m->tensor[VEL_LEAF_LORA_DOWN]
                               ? " (without its down)"

@@ -4,6 +4,7 @@
 
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -328,6 +329,10 @@ TEST(files_are_mapped)
     vel_map_close(&map);
     CHECK(vel_map_open(t->ctx, &map, in_folder(t, "none")) == VEL_NOT_FOUND);
     CHECK(vel_map_open(t->ctx, &map, t->folder) == VEL_BAD_FILE);
+    CHECK(mkfifo(in_folder(t, "pipe"), 0600) == 0); /* opening it would wait for a writer */
+    CHECK(vel_map_open(t->ctx, &map, in_folder(t, "pipe")) == VEL_BAD_FILE);
+    CHECK(vel_map_open(t->ctx, &map, "") == VEL_NOT_FOUND);
+    CHECK(strstr(vel_ctx_error(t->ctx), "the path is empty"));
     vel_map_close(&map);
 }
 

@@ -287,6 +287,31 @@ TEST(inspect_measures_other_kinds)
     vel_text_free(text);
 }
 
+/* A NaN in one of its matrices is no change of 0, and what a file names its tensors does not steer
+ * the terminal. */
+TEST(inspect_names_what_is_not_finite)
+{
+    static const float nan[] = {NAN, 1}, one[] = {1, 1};
+    const vel_save_tensor tensors[] = {
+        {"lora_unet_mid_block_a.lora_down.weight", VEL_FILE_F32, 2, {1, 2}, nan},
+        {"lora_unet_mid_block_a.lora_up.weight", VEL_FILE_F32, 2, {2, 1}, one},
+        {"x\033[31m\xc2\x9b", VEL_FILE_F32, 1, {2}, one},
+    };
+    char *path = vel_test_path(t, "nan.safetensors"), *text = NULL;
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, tensors, 2, NULL));
+    REQUIRE_OK(vel_inspect(t->ctx, path, &text));
+    CHECK_MSG(strstr(text, "lora_unet_mid_block_a (not finite"), "%s", text);
+    CHECK(!strstr(text, "0.0000"));
+    vel_text_free(text);
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, tensors + 2, 1, NULL));
+    REQUIRE_OK(vel_inspect(t->ctx, path, &text));
+    CHECK_MSG(!strchr(text, '\033') && !strstr(text, "\xc2\x9b"), "%s", text);
+    vel_text_free(text);
+    vel_fail(t->ctx, VEL_BAD_FILE, "%s", tensors[2].name);
+    CHECK(strcmp(vel_ctx_error(t->ctx), "x?[31m??") == 0);
+    vel_free(t->ctx, path);
+}
+
 TEST(inspect_lists_other_tensors)
 {
     static const float x[6] = {0};

@@ -166,6 +166,9 @@ typedef struct vel_nearest_words {
 vel_nearest_words vel_nearest_text(const vel_nearest *nearest, const char *prefix);
 
 bool vel_utf8_valid(const char *s, size_t n);
+/* Control characters of s but line ends and tabs become '?': what stands in a file from outside
+ * must not steer the terminal that a message is read on. */
+void vel_make_printable(char *s);
 const char *vel_bytes_text(int64_t bytes, char out[32]); /* "3.2 GiB" */
 
 /* ---- files (file.c) -------------------------------------------------------------------------- */

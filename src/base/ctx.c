@@ -216,6 +216,17 @@ char *vel_strf(vel_ctx *ctx, const char *format, ...)
     return s;
 }
 
+void vel_make_printable(char *s)
+{
+    for (uint8_t *at = (uint8_t *)s; *at; at++) {
+        bool c1 = at[0] == 0xc2 && at[1] >= 0x80 && at[1] < 0xa0; /* U+0080 to U+009F */
+        if (c1)
+            at[1] = '?';
+        if (c1 || (*at < ' ' && *at != '\n' && *at != '\t') || *at == 0x7f)
+            *at = '?';
+    }
+}
+
 /* ---- errors ---- */
 
 /* Through a copy, because the arguments may point into the stored message. */
@@ -235,6 +246,7 @@ static void store_error(vel_ctx *ctx, const char *format, va_list args)
 {
     char text[VEL_LONGEST_ERROR];
     vsnprintf(text, sizeof text, format, args);
+    vel_make_printable(text);
     memcpy(error_of(ctx), text, sizeof text);
 }
 
@@ -277,6 +289,7 @@ void vel_log(vel_ctx *ctx, int level, const char *format, ...)
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    vel_make_printable(text);
     vel_emit(ctx, &(vel_event){.kind = VEL_EVENT_LOG, .level = level, .text = text});
 }
 

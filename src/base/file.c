@@ -40,6 +40,9 @@ static vel_status fail_errno(vel_ctx *ctx, const char *path, const char *doing, 
     };
     vel_status status = VEL_IO;
     const char *remedy = "";
+    if (!*path)
+        return vel_fail(ctx, error == ENOENT ? VEL_NOT_FOUND : VEL_IO,
+                        "cannot %s a file without a name: the path is empty", doing);
     for (int i = 0; i < VEL_COUNT(known); i++) {
         if (known[i].error == error) {
             status = known[i].status;
@@ -58,9 +61,10 @@ static vel_status fail_write(vel_ctx *ctx, const char *path, int error)
 
 /* ---- reading ---- */
 
-static vel_status open_to_read(vel_ctx *ctx, const char *path, int *fd, struct stat *st)
+/* flags: O_NONBLOCK, where a pipe that nobody writes to is not to be waited for. */
+static vel_status open_to_read(vel_ctx *ctx, const char *path, int flags, int *fd, struct stat *st)
 {
-    *fd = open(path, O_RDONLY | O_CLOEXEC);
+    *fd = open(path, O_RDONLY | O_CLOEXEC | flags);
     if (*fd < 0)
         return fail_errno(ctx, path, "open", errno);
     if (fstat(*fd, st)) {
@@ -80,7 +84,7 @@ vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path)
     *map = (vel_map){0};
     int fd;
     struct stat st;
-    VEL_TRY(open_to_read(ctx, path, &fd, &st));
+    VEL_TRY(open_to_read(ctx, path, O_NONBLOCK, &fd, &st));
     if (!S_ISREG(st.st_mode)) {
         close(fd);
         return vel_fail(ctx, VEL_BAD_FILE, "%s: is no ordinary file", path);
@@ -121,7 +125,7 @@ vel_status vel_read_file(vel_ctx *ctx, const char *path, size_t limit, char **ou
     *out = NULL;
     int fd;
     struct stat st;
-    VEL_TRY(open_to_read(ctx, path, &fd, &st));
+    VEL_TRY(open_to_read(ctx, path, 0, &fd, &st));
     vel_status status = VEL_OK;
     size_t used = 0;
     size_t room = st.st_size > 0 ? VEL_MIN((size_t)st.st_size, limit) + 2 : 4096;
