@@ -197,11 +197,21 @@ static json_t *kept_metadata(const vel_adapter_file *f, const json_t *given)
     return all;
 }
 
+/* What is written is safetensors, and readers go by the name's end. */
+static vel_status check_output(vel_hub *h, const char *path)
+{
+    if (vel_glob("*.pt,*.pth,*.bin,*.ckpt", path))
+        return vel_fail(h->ctx, VEL_UNSUPPORTED,
+                        "%s: pickles are read, not written; name a .safetensors file", path);
+    if (!h->o->overwrite && (vel_is_file(path) || vel_is_folder(path)))
+        return vel_fail(h->ctx, VEL_BAD_VALUE, "%s: exists; --overwrite replaces it", path);
+    return VEL_OK;
+}
+
 vel_status vel_hub_write(vel_hub *h, const vel_adapter_file *f, const char *path,
                          const json_t *metadata)
 {
-    if (!h->o->overwrite && (vel_is_file(path) || vel_is_folder(path)))
-        return vel_fail(h->ctx, VEL_BAD_VALUE, "%s: exists; --overwrite replaces it", path);
+    VEL_TRY(check_output(h, path));
     json_t *all = kept_metadata(f, metadata);
     vel_status st =
         all ? vel_adapter_file_write(f, path, h->o->format, save_type(h), all) : VEL_NO_MEMORY;
@@ -213,11 +223,33 @@ vel_status vel_hub_write(vel_hub *h, const vel_adapter_file *f, const char *path
 
 /* ---- convert ---- */
 
+/* Alphas are kept where the names have room for them, but not every reader finds them again. */
+static void say_mixed_alphas(vel_hub *h, const vel_adapter_file *f)
+{
+    const vel_adapter_module *first = NULL;
+    for (int i = 0; i < f->n; i++) {
+        const vel_adapter_module *m = &f->modules[i];
+        if (strcmp(m->kind, "lora") != 0)
+            continue;
+        first = first ? first : m;
+        if (m->alpha == first->alpha)
+            continue;
+        vel_text_addf(
+            h->out,
+            "%s: its modules have different alphas (%g, %g), which diffusers does not "
+            "read right under %s's names: --format diffusers folds them into the values\n",
+            f->path, first->alpha, m->alpha, h->o->format);
+        return;
+    }
+}
+
 vel_status vel_hub_convert(vel_hub *h)
 {
     vel_adapter_file *f;
     VEL_TRY(vel_adapter_file_read(h->ctx, h->o->input, h->known, h->n_known, &f));
     vel_text_addf(h->out, "%s: %s, %s's names\n", f->path, f->kind, f->dialect);
+    if (vel_glob("kohya,lycoris", h->o->format))
+        say_mixed_alphas(h, f);
     vel_status st = vel_hub_write(h, f, h->o->second, NULL);
     vel_adapter_file_destroy(f);
     return st;
@@ -230,8 +262,12 @@ vel_status vel_hub_embedding(vel_hub *h)
 {
     vel_word *words = NULL;
     int n = 0;
-    if (!h->o->overwrite && vel_is_file(h->o->second))
-        return vel_fail(h->ctx, VEL_BAD_VALUE, "%s: exists; --overwrite replaces it", h->o->second);
+    if (!vel_glob("kohya,diffusers", h->o->format))
+        return vel_fail(h->ctx, VEL_BAD_VALUE,
+                        "adapter embedding: --format %s has no form for learned words: use kohya "
+                        "(which A1111 reads too) or diffusers",
+                        h->o->format);
+    VEL_TRY(check_output(h, h->o->second));
     VEL_TRY(vel_words_read(h->ctx, h->o->input, false, &words, &n));
     vel_status st =
         vel_words_write(h->ctx, h->o->second, words, n, h->o->format, save_type(h), NULL);
@@ -269,7 +305,7 @@ static void compare_values(const float *a, const float *b, int64_t n, difference
     }
     double norm = sqrt(VEL_MAX(aa, bb));
     out->relative = norm > 0 ? sqrt(dd) / norm : 0;
-    if (isnan(dd)) /* a comparison with NaN must not pass */
+    if (!isfinite(out->relative) || !isfinite(dd)) /* such a comparison must not pass */
         out->relative = out->largest = INFINITY;
 }
 

@@ -26,7 +26,7 @@ typedef struct work {
     vel_model *tuned;  /* of extract */
     job *jobs;
     int n;
-    double share; /* --fro, or what stands for it */
+    vel_svd_limits limits; /* rank: of linear layers */
 } work;
 
 /* ---- modules ---- */
@@ -201,11 +201,17 @@ static vel_status cut(work *w, job *j)
 {
     vel_ctx *ctx = w->h->ctx;
     vel_svd svd;
-    int most = rank_limit(w->h, j);
-    VEL_TRY(j->full ? vel_svd_of(ctx, j->full, j->m, j->n, most, &svd)
-                    : vel_svd_of_product(ctx, j->up, j->down, j->m, j->n, j->r, most, &svd));
-    int r = vel_svd_rank(&svd, most, w->h->o->ratio, w->share);
-    vel_status st = make_lora(ctx, j, r, &j->out);
+    vel_svd_limits limits = w->limits;
+    limits.rank = rank_limit(w->h, j);
+    int most = limits.cumulative > 0 ? 0 : limits.rank;
+    vel_status st = j->full ? vel_svd_of(ctx, j->full, j->m, j->n, most, &svd)
+                            : vel_svd_of_product(ctx, j->up, j->down, j->m, j->n, j->r, most, &svd);
+    if (st == VEL_DIVERGED)
+        return vel_fail(ctx, st, "%s: the change of %s is not finite: values or strength too large",
+                        w->h->o->input, j->known->path);
+    VEL_TRY(st);
+    int r = vel_svd_rank(&svd, &limits);
+    st = make_lora(ctx, j, r, &j->out);
     double kept = 0;
     for (int i = 0; i < r; i++)
         kept += svd.sigma[i] * svd.sigma[i];
@@ -240,7 +246,8 @@ static vel_status move_rest(work *w, job *j)
 
 static vel_status do_job(work *w, job *j)
 {
-    bool limited = w->h->o->rank || w->h->o->ratio > 0 || w->share > 0;
+    const vel_svd_limits *l = &w->limits;
+    bool limited = l->rank || l->ratio > 0 || l->fro > 0 || l->cumulative > 0;
     VEL_TRY(w->tuned ? collect_from_models(w, j) : collect_from_files(w, j));
     if (j->up && !limited)
         VEL_TRY(keep_product(w, j));
@@ -356,9 +363,37 @@ static void finish_work(work *w)
     vel_model_close(w->tuned);
 }
 
-static vel_status reduce(vel_hub *h, const char *phase, double share)
+static bool is_limited(const vel_hub *h)
 {
-    work w = {.h = h, .share = share};
+    return h->o->rank || h->o->ratio > 0 || h->o->fro > 0 || h->o->cumulative > 0;
+}
+
+static vel_status want_limit(const vel_hub *h)
+{
+    return is_limited(h) ? VEL_OK
+                         : vel_fail(h->ctx, VEL_BAD_VALUE,
+                                    "adapter %s: say --rank, --ratio, --fro or --cumulative: how "
+                                    "much is to be kept",
+                                    h->o->what);
+}
+
+/* Under 1 it would ask for values over the largest. */
+static vel_status check_ratio(const vel_hub *h)
+{
+    if (h->o->ratio > 0 && h->o->ratio < 1)
+        return vel_fail(h->ctx, VEL_BAD_VALUE, "--ratio: '%g' is under 1", h->o->ratio);
+    return VEL_OK;
+}
+
+static vel_svd_limits stated_limits(const vel_hub *h)
+{
+    return (vel_svd_limits){h->o->rank, h->o->ratio, h->o->fro, h->o->cumulative};
+}
+
+static vel_status reduce(vel_hub *h, const char *phase, vel_svd_limits limits)
+{
+    work w = {.h = h, .limits = limits};
+    VEL_TRY(check_ratio(h));
     vel_status st = vel_hub_list_read(h, h->o->input, &w.list);
     if (!st)
         st = make_jobs(&w, false);
@@ -370,40 +405,37 @@ static vel_status reduce(vel_hub *h, const char *phase, double share)
     return st;
 }
 
-static bool is_limited(const vel_hub *h)
-{
-    return h->o->rank || h->o->ratio > 0 || h->o->fro > 0;
-}
-
 vel_status vel_hub_join(vel_hub *h)
 {
-    return reduce(h, "joining", h->o->fro);
+    return reduce(h, "joining", stated_limits(h));
 }
 
 vel_status vel_hub_resize(vel_hub *h)
 {
-    if (!is_limited(h))
-        return vel_fail(h->ctx, VEL_BAD_VALUE,
-                        "adapter resize: say --rank, --ratio or --fro: how much is to be kept");
-    return reduce(h, "resizing", h->o->fro);
+    VEL_TRY(want_limit(h));
+    return reduce(h, "resizing", stated_limits(h));
 }
 
 vel_status vel_hub_bake(vel_hub *h)
 {
-    static const double usual_share = 0.999;
-    return reduce(h, "baking", is_limited(h) ? h->o->fro : usual_share);
+    static const vel_svd_limits usual = {.fro = 0.999};
+    return reduce(h, "baking", is_limited(h) ? stated_limits(h) : usual);
 }
 
 vel_status vel_hub_extract(vel_hub *h)
 {
-    work w = {.h = h, .share = h->o->fro};
+    work w = {.h = h, .limits = stated_limits(h)};
     vel_model_options open = {.variant = h->o->variant, .clip_skip = 1, .weights_only = true};
-    if (!is_limited(h))
-        return vel_fail(h->ctx, VEL_BAD_VALUE,
-                        "adapter extract: say --rank, --ratio or --fro: how much is to be kept");
+    VEL_TRY(want_limit(h));
+    VEL_TRY(check_ratio(h));
     vel_status st = vel_model_open(h->ctx, h->o->second, &open, &w.tuned);
     if (!st)
         st = make_jobs(&w, true);
+    if (!st && !w.n)
+        st = vel_fail(h->ctx, VEL_BAD_VALUE,
+                      "--targets: '%s' names no module of the model: attn, attn+mlp, all, or "
+                      "patterns such as unet.*attn2.to_k",
+                      h->o->targets);
     if (!st)
         st = do_all(&w, "extracting");
     if (!st)

@@ -153,8 +153,11 @@ static vel_status svd_of_wide(vel_ctx *ctx, const float *a, int64_t m, int64_t n
         *square = 0;
         for (int64_t i = 0; i < m; i++)
             *square += g[i * m + i];
-        st = eigen(ctx, g, (int)m, k, values, vectors);
+        if (!isfinite(*square))
+            st = vel_fail(ctx, VEL_DIVERGED, "a matrix to be cut holds NaN or infinity");
     }
+    if (!st)
+        st = eigen(ctx, g, (int)m, k, values, vectors);
     for (int i = 0; i < k && !st; i++) { /* LAPACK's order is rising */
         const double *vector = vectors + (int64_t)(k - 1 - i) * m;
         memcpy(u + (int64_t)i * m, vector, sizeof *u * (size_t)m);
@@ -270,18 +273,31 @@ vel_status vel_svd_of_product(vel_ctx *ctx, const float *up, const float *down, 
     return st;
 }
 
-int vel_svd_rank(const vel_svd *s, int rank, double ratio, double share)
+/* How many of the first n reach share of the whole, each as its root or its square. */
+static int reaching(const double *sigma, int n, bool squares, double share, double whole)
 {
-    int most = rank > 0 ? VEL_MIN(rank, s->k) : s->k, n = most;
     double kept = 0;
-    if (ratio > 0)
-        for (n = 1; n < most && s->sigma[n] * ratio >= s->sigma[0];)
-            n++;
-    for (int i = 0; share > 0 && i < n; i++) {
-        kept += s->sigma[i] * s->sigma[i];
-        if (sqrt(kept) >= share * sqrt(s->square))
-            n = i + 1;
+    for (int i = 0; i < n; i++) {
+        kept += squares ? sigma[i] * sigma[i] : sigma[i];
+        if (kept >= share * whole)
+            return i + 1;
     }
+    return n;
+}
+
+int vel_svd_rank(const vel_svd *s, const vel_svd_limits *l)
+{
+    int most = l->rank > 0 ? VEL_MIN(l->rank, s->k) : s->k, n = most;
+    double sum = 0;
+    for (int i = 0; i < s->k; i++)
+        sum += s->sigma[i];
+    if (l->ratio > 0)
+        for (n = 1; n < most && s->sigma[n] * l->ratio >= s->sigma[0];)
+            n++;
+    if (l->fro > 0)
+        n = reaching(s->sigma, n, true, l->fro * l->fro, s->square);
+    if (l->cumulative > 0)
+        n = reaching(s->sigma, n, false, l->cumulative, sum);
     return VEL_MAX(n, 1);
 }
 

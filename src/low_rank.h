@@ -15,16 +15,23 @@ typedef struct vel_svd {
     double square; /* |a|^2 (Frobenius), of all singular values */
 } vel_svd;
 /* Of a full matrix, row-major; the `most` largest triples. Values under 1e-8 of the largest are not
- * resolved. */
+ * resolved. VEL_DIVERGED: a value is not finite, or the sum of their squares. */
 vel_status vel_svd_of(vel_ctx *ctx, const float *a, int64_t m, int64_t n, int most, vel_svd *out);
 /* Of up [m, r] times down [r, n], without forming the product. */
 vel_status vel_svd_of_product(vel_ctx *ctx, const float *up, const float *down, int64_t m,
                               int64_t n, int r, int most, vel_svd *out);
 void vel_svd_finish(vel_ctx *ctx, vel_svd *s);
 
-/* How many triples to keep: at most `rank` (0: all that are there); with ratio > 0 those over the
- * largest / ratio; with share > 0 so many that |up down| / |a| reaches share. At least 1. */
-int vel_svd_rank(const vel_svd *s, int rank, double ratio, double share);
+/* How many triples to keep: at most `rank`, and what each other limit that is over 0 allows. At
+ * least 1. Names of the limits are sd-scripts' (networks/resize_lora.py, --dynamic_method). */
+typedef struct vel_svd_limits {
+    int rank;          /* 0: all that are there */
+    double ratio;      /* sv_ratio: those over the largest / ratio */
+    double fro;        /* sv_fro: so many that |up down| / |a| reaches it */
+    double cumulative; /* sv_cumulative: so many that the sum of theirs / the sum of all does; wants
+                        * all triples */
+} vel_svd_limits;
+int vel_svd_rank(const vel_svd *s, const vel_svd_limits *limits);
 /* up [m, r] and down [r, n] of the r first triples, the root of each singular value in both. */
 void vel_svd_factors(const vel_svd *s, int r, float *up, float *down);
 

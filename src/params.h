@@ -58,7 +58,7 @@ typedef struct vel_adapter_options {
     const char *model, *variant, *tokenizer;
     const char *format, *save_precision, *targets;
     int rank, conv_rank;
-    double ratio, fro, tolerance;
+    double ratio, fro, cumulative, tolerance;
     bool overwrite;
 } vel_adapter_options;
 

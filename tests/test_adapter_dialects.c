@@ -247,7 +247,7 @@ static void make_module(vel_test *t, const struct kind *k, const struct place *p
                               .kind = k->name,
                               .weight_rank = p->rank,
                               .rank = 4,
-                              .alpha = 2}; /* half: folding it rounds nothing */
+                              .alpha = 2};
     memcpy(m->weight_dim, p->dim, sizeof m->weight_dim);
     for (int d = m->weight_rank; d < 4; d++)
         m->weight_dim[d] = 1;
@@ -263,6 +263,9 @@ static void make_adapter(vel_test *t, const struct kind *k, bool text, vel_adapt
     for (int i = 0; i < N_PLACES; i++)
         if (k->only_norms == (i == NORM) && (i != TEXT || text))
             make_module(t, k, &places[i], &modules[f->n++]);
+    for (int i = 0; i < f->n; i++)
+        if (modules[i].rank == 4)
+            modules[i].alpha = (double)(1 << i % 4); /* powers of two: folding rounds nothing */
 }
 
 /* One module of each kind, from kinds[first] on. */
@@ -484,7 +487,7 @@ TEST(adapter_dialects_of_other_programs)
     vel_free(t->ctx, theirs);
 }
 
-/* Every kind through every dialect that is written. */
+/* Every kind through every dialect that is written, with another alpha in each module. */
 static void there_and_back(vel_test *t, const struct kind *k, const char *dialect,
                            const char *first)
 {
@@ -510,17 +513,20 @@ static void there_and_back(vel_test *t, const struct kind *k, const char *dialec
 
 TEST(adapter_dialects_there_and_back)
 {
-    static const char *const dialects[] = {"kohya", "diffusers", "peft"};
+    static const char *const dialects[] = {"kohya", "diffusers", "lycoris", "comfyui", "peft"};
     char *first = vel_test_path(t, "first.safetensors");
-    for (int k = 0; k < VEL_COUNT(kinds); k++) {
-        vel_adapter_module modules[N_PLACES];
-        vel_adapter_file f;
-        make_adapter(t, &kinds[k], false, &f, modules); /* PEFT keeps one part of a model */
-        REQUIRE_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
-        for (int d = 0; d < VEL_COUNT(dialects); d++)
+    for (int k = 0; k < VEL_COUNT(kinds); k++)
+        for (int d = 0; d < VEL_COUNT(dialects); d++) {
+            bool peft = strcmp(dialects[d], "peft") == 0; /* keeps one part of a model */
+            vel_adapter_module modules[N_PLACES];
+            vel_adapter_file f;
+            if (d == 0 || peft) {
+                make_adapter(t, &kinds[k], !peft, &f, modules);
+                REQUIRE_OK(vel_adapter_file_write(&f, first, "kohya", VEL_FILE_F32, NULL));
+                finish_adapter(&f);
+            }
             there_and_back(t, &kinds[k], dialects[d], first);
-        finish_adapter(&f);
-    }
+        }
     vel_free(t->ctx, first);
 }
 

@@ -604,6 +604,12 @@ TEST(adapter_file_peft_folder)
     static const char *const contradicted[][2] = {
         {"{\"peft_type\": \"LOHA\"}", "LOHA"},
         {"{\"peft_type\": \"LORA\", \"use_dora\": true}", "lora_magnitude_vector"},
+        {"[]", "no JSON object"},
+        {"{\"r\": 2, \"lora_alpha\": \"8\"}", "\"lora_alpha\" of its config is not a number"},
+        {"{\"alpha_pattern\": {\"to_q\": \"8\"}}", "\"alpha_pattern\" of its config"},
+        {"{\"rank_pattern\": [8]}", "\"rank_pattern\" of its config"},
+        {"{\"use_rslora\": 1}", "\"use_rslora\" of its config"},
+        {"{\"lora_alpha\": 1e300}", "alpha"},
     };
     for (int i = 0; path && config && i < VEL_COUNT(contradicted); i++) {
         vel_adapter_file *f = NULL;

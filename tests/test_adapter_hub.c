@@ -39,6 +39,11 @@ static void check_svd(vel_test *t, const float *a, int64_t m, int64_t n, const v
     vel_free(t->ctx, down);
 }
 
+static int rank_of(const vel_svd *s, int rank, double ratio, double fro)
+{
+    return vel_svd_rank(s, &(vel_svd_limits){.rank = rank, .ratio = ratio, .fro = fro});
+}
+
 TEST(low_rank_of_full_matrices)
 {
     static const int sizes[][2] = {{5, 9}, {40, 7}, {33, 33}, {64, 600}};
@@ -56,8 +61,8 @@ TEST(low_rank_of_full_matrices)
             if (k == 0 || k == s.k / 2 || k == s.k - 1) /* Eckart and Young */
                 check_svd(t, a, m, n, &s, k + 1, sqrt(VEL_MAX(0, s.square - kept) / s.square));
         }
-        CHECK(vel_svd_rank(&s, 3, 0, 0) == 3 && vel_svd_rank(&s, 0, 0, 0) == side);
-        CHECK(vel_svd_rank(&s, 0, 1, 0) == 1 && vel_svd_rank(&s, 0, 0, 1) == side);
+        CHECK(rank_of(&s, 3, 0, 0) == 3 && rank_of(&s, 0, 0, 0) == side);
+        CHECK(rank_of(&s, 0, 1, 0) == 1 && rank_of(&s, 0, 0, 1) == side);
         vel_svd_finish(t->ctx, &s);
         vel_free(t->ctx, a);
     }
@@ -86,7 +91,7 @@ TEST(low_rank_of_products)
                   s.sigma[k], full.sigma[k]);
     CHECK(s.sigma[5] < 1e-5 * s.sigma[0]);
     check_svd(t, a, M, N, &s, 5, 0);
-    CHECK(vel_svd_rank(&s, 0, 0, 0.9999999) == 5);
+    CHECK(rank_of(&s, 0, 0, 0.9999999) == 5);
     vel_svd_finish(t->ctx, &s);
     vel_svd_finish(t->ctx, &full);
 }
@@ -271,6 +276,206 @@ TEST(adapter_hub_bakes_and_resizes)
     vel_free(t->ctx, out);
 }
 
+/* ---- ranks by singular values, as sd-scripts' resize_lora.py --dynamic_method ---- */
+
+/* A file over places[0] whose change has the singular values 8, 4, 2 and 1 times 10: unit vectors,
+ * turned by an orthogonal matrix, so that no factor shows them. */
+static char *make_spectrum(vel_test *t, const char *name, double alpha)
+{
+    static const float turned[4][4] = {{.5f, .5f, .5f, .5f},
+                                       {.5f, -.5f, .5f, -.5f},
+                                       {.5f, .5f, -.5f, -.5f},
+                                       {.5f, -.5f, -.5f, .5f}};
+    vel_adapter_module m = {.path = vel_test_text(t, "%s", places[0].path),
+                            .kind = "lora",
+                            .weight_rank = 2,
+                            .weight_dim = {96, 96, 1, 1},
+                            .rank = 4,
+                            .alpha = alpha};
+    vel_adapter_file f = {.ctx = t->ctx, .modules = &m, .n = 1};
+    vel_adapter_tensor *down = &m.leaf[VEL_LEAF_LORA_DOWN], *up = &m.leaf[VEL_LEAF_LORA_UP];
+    *down = leaf_of(t, 2, 4, 96, 1, 1, 0, 0);
+    *up = leaf_of(t, 2, 96, 4, 1, 1, 0, 0);
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 4; k++) {
+            up->v[(7 + 3 * i) * 4 + k] = (float)(80 >> i) * turned[i][k];
+            down->v[k * 96 + 90 - 11 * i] = turned[i][k];
+        }
+    char *path = vel_test_path(t, name);
+    REQUIRE_OK(vel_adapter_file_write(&f, path, "kohya", VEL_FILE_F32, NULL));
+    vel_adapter_module_finish(t->ctx, &m);
+    return path;
+}
+
+/* Worked out by hand: squares are 64, 16, 4, 1 of 85; sums 8, 12, 14, 15 of 15. */
+TEST(adapter_hub_cuts_as_sd_scripts)
+{
+    static const struct cut {
+        const char *name, *value, *rank;
+        int kept;
+        double error;
+    } cuts[] = {
+        {"ratio", "2.5", "0", 2, 0.242536},      {"sv_ratio", "5", "0", 3, 0.108465},
+        {"ratio", "1", "0", 1, 0.497050},        {"ratio", "9", "0", 4, 0},
+        {"fro", "0.9", "0", 2, 0.242536},        {"sv_fro", "0.98", "0", 3, 0.108465},
+        {"fro", "0.85", "0", 1, 0.497050},       {"fro", "0.999", "0", 4, 0},
+        {"cumulative", "0.5", "0", 1, 0.497050}, {"sv_cumulative", "0.75", "0", 2, 0.242536},
+        {"cumulative", "0.9", "0", 3, 0.108465}, {"cumulative", "0.95", "0", 4, 0},
+        {"cumulative", "0.9", "2", 2, 0.242536}, {"cumulative", "0.5", "3", 1, 0.497050},
+        {"fro", "0.98", "1", 1, 0.497050},
+    };
+    char *a = make_spectrum(t, "a.safetensors", 4), *out = vel_test_path(t, "out.safetensors");
+    for (int i = 0; i < VEL_COUNT(cuts); i++) {
+        const struct cut *c = &cuts[i];
+        char least[32], most[32];
+        vel_safetensors *sf = NULL;
+        snprintf(least, sizeof least, "%g", VEL_MAX(c->error - 2e-6, 0));
+        snprintf(most, sizeof most, "%g", c->error + 2e-6);
+        REQUIRE_OK(RUN("resize", a, out, NULL, c->name, c->value, "rank", c->rank, NULL));
+        REQUIRE_OK(vel_safetensors_open(t->ctx, out, &sf));
+        for (int k = 0; k < vel_safetensors_count(sf); k++)
+            if (vel_has_suffix(vel_safetensors_at(sf, k)->name, ".lora_down.weight"))
+                CHECK_MSG(vel_safetensors_at(sf, k)->dim[0] == c->kept, "%s %s: rank %d, not %d",
+                          c->name, c->value, (int)vel_safetensors_at(sf, k)->dim[0], c->kept);
+        vel_safetensors_close(sf);
+        REQUIRE_OK(RUN("verify", a, out, NULL, "tolerance", most, NULL));
+        if (c->error > 0)
+            CHECK(RUN("verify", a, out, NULL, "tolerance", least, NULL) == VEL_BAD_VALUE);
+    }
+    vel_free(t->ctx, a);
+    vel_free(t->ctx, out);
+}
+
+/* ---- what is not finite, not asked for, or cannot be written ---- */
+
+static void check_refusal(vel_test *t, vel_status st, const char *out, const char *file,
+                          const char *says)
+{
+    const char *error = vel_ctx_error(t->ctx);
+    CHECK_MSG(st != VEL_OK, "'%s' was accepted", says);
+    CHECK_MSG(strstr(error, says) && strstr(error, file), "not '%s' of %s: %s", says, file, error);
+    CHECK_MSG(!vel_is_file(out) && !vel_is_folder(out), "%s: left behind", out);
+}
+
+TEST(adapter_hub_refuses)
+{
+    char *huge = make_spectrum(t, "huge.safetensors", 1e38),
+         *good = make_spectrum(t, "good.safetensors", 4), *loud = vel_test_text(t, "%s:1e38", good),
+         *out = vel_test_path(t, "out.safetensors"), *pickle = vel_test_path(t, "out.pt"),
+         *folder = vel_test_path(t, "folder");
+#define REFUSED(into, file, says, ...) check_refusal(t, RUN(__VA_ARGS__, NULL), into, file, says)
+    REFUSED(out, "huge.safetensors", "is not finite", "bake", huge, out, NULL);
+    REFUSED(out, "huge.safetensors", "is not finite", "resize", huge, out, NULL, "rank", "2");
+    REFUSED(out, "out.safetensors", "would not be finite", "convert", huge, out, NULL, "format",
+            "diffusers");
+    REFUSED(out, "out.safetensors", "would not be finite", "join", loud, out, NULL);
+    REFUSED(out, "out.safetensors", "is not finite", "merge", huge, out, NULL);
+    /* the differences are not finite either, which a comparison must not take for none */
+    REFUSED(out, "huge.safetensors", "differ in 1 of 1", "verify", huge, huge, NULL);
+    REFUSED(pickle, "out.pt", "pickles are read, not written", "convert", good, pickle, NULL);
+    REFUSED(out, "--ratio", "under 1", "resize", good, out, NULL, "ratio", "0.5");
+    REFUSED(out, "--targets", "'zzz' names no module", "extract", MODEL, MODEL, out, "rank", "2",
+            "targets", "zzz");
+    char *large = make_spectrum(t, "large.safetensors", 1e10);
+    REFUSED(folder, "folder", "bf16", "resize", large, folder, NULL, "format", "peft",
+            "save_precision", "fp16", "rank", "4");
+    vel_free(t->ctx, huge);
+    vel_free(t->ctx, good);
+    vel_free(t->ctx, large);
+    vel_free(t->ctx, loud);
+    vel_free(t->ctx, out);
+    vel_free(t->ctx, pickle);
+    vel_free(t->ctx, folder);
+}
+
+/* Codes of some program in the place of values; and a first adapter that cannot be read leaves
+ * nothing behind in the model. */
+TEST(adapter_hub_reads_no_integers)
+{
+    static const int32_t codes[4 * 96] = {1};
+    static const float values[96 * 4] = {1};
+    const vel_save_tensor tensors[] = {
+        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+         VEL_FILE_I32,
+         2,
+         {4, 96},
+         codes},
+        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight",
+         VEL_FILE_F32,
+         2,
+         {96, 4},
+         values},
+    };
+    const vel_model_options open = {.clip_skip = 1, .weights_only = true};
+    char *path = vel_test_path(t, "codes.safetensors");
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, tensors, VEL_COUNT(tensors), NULL));
+    REQUIRE_OK(vel_model_open(t->ctx, MODEL, &open, &m));
+    CHECK(vel_model_add_adapter(m, "codes", path, 1) == VEL_UNSUPPORTED);
+    CHECK(strstr(vel_ctx_error(t->ctx), "holds integers (I32)"));
+    vel_model_close(m);
+    vel_free(t->ctx, path);
+}
+
+static int heard;
+
+static void hear_zero(void *user, const vel_event *e)
+{
+    (void)user;
+    heard += e->kind == VEL_EVENT_LOG && strstr(e->text, "alpha is 0 in 1 of its 1 modules");
+}
+
+/* Another alpha for the second module. */
+static void mix_alphas(vel_test *t, const char *path)
+{
+    const vel_model_options open = {.clip_skip = 1, .weights_only = true};
+    vel_model *m = NULL;
+    vel_adapter_file *f = NULL;
+    REQUIRE_OK(vel_model_open(t->ctx, MODEL, &open, &m));
+    REQUIRE_OK(vel_model_read_adapter(m, path, &f));
+    f->modules[1].alpha = 3;
+    REQUIRE_OK(vel_adapter_file_write(f, path, "kohya", VEL_FILE_F32, NULL));
+    vel_adapter_file_destroy(f);
+    vel_model_close(m);
+}
+
+static bool says_alphas_differ(vel_test *t, const char *path, const char *out, const char *format)
+{
+    const char *const words[][2] = {{"what", "convert"}, {"model", MODEL}, {"overwrite", "yes"},
+                                    {"input", path},     {"second", out},  {"format", format}};
+    vel_params *p = vel_params_create(t->ctx, "adapter");
+    char *text = NULL;
+    REQUIRE(p);
+    for (int i = 0; i < VEL_COUNT(words); i++)
+        REQUIRE_OK(vel_params_set(p, words[i][0], words[i][1]));
+    REQUIRE_OK(vel_adapter_command(t->ctx, p, &text));
+    bool says = strstr(text, "different alphas") != NULL;
+    vel_text_free(text);
+    vel_params_destroy(p);
+    return says;
+}
+
+/* Alphas go as they are where names have room for them, and what readers make of that is said. */
+TEST(adapter_hub_says_what_alphas_mean)
+{
+    char *zero = make_spectrum(t, "zero.safetensors", 0), *out = vel_test_path(t, "o.safetensors"),
+         *lora = make_file(t, "lora.safetensors", "lora", 2, false);
+    heard = 0;
+    vel_ctx_on_event(t->ctx, hear_zero, NULL);
+    REQUIRE_OK(RUN("convert", zero, out, NULL, NULL));
+    vel_ctx_on_event(t->ctx, NULL, NULL);
+    CHECK(heard == 1);
+    CHECK(!says_alphas_differ(t, lora, out, "kohya"));
+    mix_alphas(t, lora);
+    CHECK(says_alphas_differ(t, lora, out, "kohya"));
+    REQUIRE_OK(RUN("verify", lora, out, NULL, "tolerance", "0", NULL));
+    CHECK(!says_alphas_differ(t, lora, out, "diffusers"));
+    REQUIRE_OK(RUN("verify", lora, out, NULL, "tolerance", "1e-6", NULL));
+    vel_free(t->ctx, zero);
+    vel_free(t->ctx, lora);
+    vel_free(t->ctx, out);
+}
+
 /* The alpha that all modules of a file have and its number of different ranks. */
 static double only_alpha(vel_test *t, const char *path, int *ranks)
 {
@@ -371,6 +576,12 @@ TEST(adapter_hub_converts_words)
     REQUIRE(kept && kept->count == VEL_COUNT(rows) && memcmp(kept->data, rows, sizeof rows) == 0);
     vel_safetensors_close(sf);
     CHECK(run(t, "embedding", a, b, NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
+    CHECK(RUN("embedding", a, b, NULL, "format", "peft", NULL) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "no form for learned words"));
+    const vel_save_tensor nameless = {
+        .name = "", .type = VEL_FILE_F32, .rank = 2, .dim = {2, 8}, .data = rows};
+    REQUIRE_OK(vel_safetensors_save(t->ctx, a, &nameless, 1, NULL));
+    CHECK(RUN("embedding", a, b, NULL, NULL) == VEL_BAD_FILE);
     vel_free(t->ctx, a);
     vel_free(t->ctx, b);
 }

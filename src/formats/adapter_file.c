@@ -47,6 +47,20 @@ static const struct {
 /* Initialisations that also change the base model. */
 static const char *const changed_base[] = {"pissa*", "olora", "loftq", "corda", "lora_ga"};
 
+/* Settings of PEFT that we read, by type; another type is no reason to take the default. */
+static const struct {
+    const char *key;
+    enum { A_NUMBER, A_FLAG, NUMBERS } type;
+} peft_read[] = {
+    {"r", A_NUMBER},
+    {"lora_alpha", A_NUMBER},
+    {"alpha", A_NUMBER},
+    {"use_rslora", A_FLAG},
+    {"use_dora", A_FLAG},
+    {"rank_pattern", NUMBERS},
+    {"alpha_pattern", NUMBERS},
+};
+
 typedef struct part { /* a known module, as the file has it */
     const vel_file_tensor *tensor[VEL_ADAPTER_ROLES];
     vel_leaf_dims dims[VEL_ADAPTER_LEAVES];
@@ -113,6 +127,8 @@ static vel_status read_neighbour(reading *r)
     if (!path)
         return VEL_NO_MEMORY;
     vel_status st = vel_is_file(path) ? vel_json_load(r->ctx, path, &r->config) : VEL_OK;
+    if (!st && r->config && !json_is_object(r->config))
+        st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: is no JSON object", path);
     if (!st && !r->config)
         vel_log(r->ctx, 2, "%s: no adapter_config.json beside it: alpha is taken to be the rank",
                 r->file);
@@ -175,8 +191,35 @@ static vel_status check_peft_kind(const reading *r, const char *path, const char
     return VEL_OK;
 }
 
+static bool are_numbers(json_t *object)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach (object, key, value)
+        if (!json_is_number(value))
+            return false;
+    return json_is_object(object);
+}
+
+static vel_status check_types(const reading *r, const char *path)
+{
+    static const char *const wanted[] = {"a number", "true or false", "numbers by name"};
+    for (int i = 0; i < VEL_COUNT(peft_read); i++) {
+        json_t *value = (json_t *)config_at(r, path, peft_read[i].key);
+        int type = peft_read[i].type;
+        bool good = type == A_NUMBER ? json_is_number(value)
+                    : type == A_FLAG ? json_is_boolean(value)
+                                     : are_numbers(value);
+        if (value && !json_is_null(value) && !good)
+            return vel_fail(r->ctx, VEL_BAD_FILE, "%s: the \"%s\" of its config is not %s", r->file,
+                            peft_read[i].key, wanted[type]);
+    }
+    return VEL_OK;
+}
+
 static vel_status check_config(const reading *r, const char *path)
 {
+    VEL_TRY(check_types(r, path));
     for (int i = 0; i < VEL_COUNT(peft_expected); i++) {
         const json_t *value = config_at(r, path, peft_expected[i].key);
         const char *text = json_is_string(value) ? json_string_value(value)
@@ -418,6 +461,11 @@ static vel_status check_modules(const reading *r, int *n_used)
 
 static vel_status read_values(const reading *r, const vel_file_tensor *t, vel_adapter_tensor *out)
 {
+    if (t->type >= VEL_FILE_I64 && t->type <= VEL_FILE_BOOL)
+        return vel_fail(r->ctx, VEL_UNSUPPORTED,
+                        "%s: %s holds integers (%s), codes of a kind that is not known; save it as "
+                        "real numbers",
+                        r->file, t->name, vel_file_type_name(t->type));
     out->v = vel_alloc(r->ctx, (size_t)t->count * sizeof *out->v);
     if (!out->v)
         return VEL_NO_MEMORY;
@@ -444,9 +492,10 @@ static vel_status read_strength(const reading *r, const part *p, vel_adapter_mod
             vel_file_tensor_floats(alpha, 0, 1, &value);
         out->alpha = value;
     }
-    return isfinite(out->alpha) ? VEL_OK
-                                : vel_fail(r->ctx, VEL_BAD_FILE, "%s: the alpha of %s is no number",
-                                           r->file, out->path);
+    if (!isfinite((float)out->alpha))
+        return vel_fail(r->ctx, VEL_BAD_FILE, "%s: the alpha of %s is no finite number", r->file,
+                        out->path);
+    return VEL_OK;
 }
 
 static vel_status read_module(const reading *r, int index, vel_adapter_module *out)
@@ -470,6 +519,22 @@ static vel_status read_module(const reading *r, int index, vel_adapter_module *o
     return check_peft_kind(r, m->path, out->kind, vel_adapter_module_has_dora(out));
 }
 
+/* Such a file is a mistake, and its programs do not agree on what it means. */
+static void say_alpha_of_zero(const reading *r, const vel_adapter_file *f)
+{
+    int n = 0;
+    const char *first = NULL;
+    for (int i = 0; i < f->n; i++)
+        if (f->modules[i].alpha == 0) {
+            first = n++ ? first : f->modules[i].path;
+        }
+    if (n)
+        vel_log(r->ctx, 2,
+                "%s: alpha is 0 in %d of its %d modules (%s), which change nothing then, as in "
+                "diffusers and ComfyUI; sd-scripts and LyCORIS read 0 as the rank",
+                r->file, n, f->n, first);
+}
+
 static vel_status read_modules(const reading *r, int n_used, vel_adapter_file *f)
 {
     f->modules = vel_alloc(r->ctx, (size_t)n_used * sizeof *f->modules);
@@ -482,6 +547,7 @@ static vel_status read_modules(const reading *r, int n_used, vel_adapter_file *f
         VEL_TRY(check_config(r, r->known[m].path));
         VEL_TRY(read_module(r, m, &f->modules[f->n - 1]));
     }
+    say_alpha_of_zero(r, f);
     return VEL_OK;
 }
 

@@ -16,6 +16,7 @@
 #include "formats/adapter_names.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { LEGACY_AT = 0x100000, LEGACY_BYTES = 0x10000, LEGACY_DIGITS = 8 };
 
@@ -110,6 +111,12 @@ static vel_status add_leaf(writing *w, const vel_adapter_module *m, const char *
     memcpy(out->dim, t->dims.dim, sizeof t->dims.dim);
     if (!out->data)
         return VEL_NO_MEMORY;
+    if (!vel_all_finite(out->data, vel_adapter_tensor_count(t)))
+        return vel_fail(
+            w->ctx, VEL_DIVERGED,
+            "%s: not written: %s of %s would not be finite: a lower learning rate, or a "
+            "lower strength, may help",
+            w->path, vel_adapter_leaf_name(leaf), m->path);
     return leaf == VEL_LEAF_DORA_SCALE && !is_kohyas(w) ? peft_magnitude(w, m, out) : VEL_OK;
 }
 
@@ -326,6 +333,8 @@ static vel_status write_folder(writing *w, json_t *metadata)
         st = vel_safetensors_save(w->ctx, tensors, w->tensors, w->n, metadata);
     if (!st)
         st = vel_json_save(w->ctx, beside, config);
+    if (st)
+        rmdir(w->path); /* if it is empty, nothing is left */
     json_decref(config);
     vel_free(w->ctx, tensors);
     vel_free(w->ctx, beside);

@@ -140,12 +140,12 @@ static vel_status check_values(vel_ctx *ctx, const char *path, const vel_save_te
         vel_bf16 bf16 = vel_f32_bf16(v[i]);
         if (!isfinite(v[i]) || (t->type == VEL_FILE_F16 && !vel_f16_all_finite(&f16, 1)) ||
             (t->type == VEL_FILE_BF16 && !vel_bf16_all_finite(&bf16, 1)))
-            return vel_fail(ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", path,
-                            t->name, (double)v[i],
-                            !isfinite(v[i]) ? "is not finite; a lower --learning_rate may help"
-                            : t->type == VEL_FILE_F16
-                                ? "float16 cannot: use --save_precision bf16"
-                                : "bfloat16 cannot: use --save_precision float");
+            return vel_fail(
+                ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", path, t->name,
+                (double)v[i],
+                !isfinite(v[i]) ? "is not finite: a lower learning rate or strength may help"
+                : t->type == VEL_FILE_F16 ? "float16 cannot: use --save_precision bf16"
+                                          : "bfloat16 cannot: use --save_precision float");
     }
     return VEL_OK;
 }

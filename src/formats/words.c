@@ -81,6 +81,8 @@ static vel_status read_word(vel_ctx *ctx, const vel_safetensors *sf, const vel_f
     out->values = vel_alloc(ctx, (size_t)t->count * sizeof *out->values);
     if (!out->name || !out->values)
         return VEL_NO_MEMORY;
+    if (!out->name[0] || vel_has_prefix(out->name, bundle))
+        return vel_fail(ctx, VEL_BAD_FILE, "%s: '%s' does not say which word it is", path, t->name);
     vel_file_tensor_floats(t, 0, t->count, out->values);
     if (!vel_all_finite(out->values, t->count))
         return vel_fail(ctx, VEL_BAD_FILE, "%s: '%s' holds values that are not finite", path,

@@ -119,11 +119,11 @@ vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight)
 
 void vel_model_remove_adapters(vel_model *m)
 {
-    if (!m->n_adapters)
-        return;
-    vel_model_drop_adapted_plans(m);
-    if (m->engine)
-        vel_engine_drop_weights(m->engine, "adapter.");
+    if (m->n_adapters) {
+        vel_model_drop_adapted_plans(m);
+        if (m->engine)
+            vel_engine_drop_weights(m->engine, "adapter.");
+    }
     for (int i = 0; i < m->n_adapters; i++)
         finish_adapter(m->ctx, &m->adapters[i]);
     vel_free(m->ctx, m->adapters);

@@ -161,6 +161,15 @@ vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_
 
 /* ---- runs ---- */
 
+/* What to look at when values are not finite. */
+static const char *cause(const vel_model *m)
+{
+    if (m->compute != VEL_F32)
+        return "try --mixed_precision no";
+    return m->n_adapters ? "an adapter's values or strength are too large, or weights are damaged"
+                         : "the weights are damaged";
+}
+
 vel_status vel_model_run_plan(vel_model *m, vel_plan *p, const char *what, float *out,
                               int64_t count)
 {
@@ -171,9 +180,7 @@ vel_status vel_model_run_plan(vel_model *m, vel_plan *p, const char *what, float
             continue;
         const char *where = vel_plan_first_bad(p);
         return vel_fail(m->ctx, VEL_DIVERGED, "%s: the %s gives NaN or infinity, first at %s; %s",
-                        m->folder, what, where ? where : "its input",
-                        m->compute == VEL_F32 ? "the weights are damaged"
-                                              : "try --mixed_precision no");
+                        m->folder, what, where ? where : "its input", cause(m));
     }
     return VEL_OK;
 }
