@@ -114,7 +114,7 @@ static vel_status add_leaf(writing *w, const vel_adapter_module *m, const char *
     if (!vel_all_finite(out->data, vel_adapter_tensor_count(t)))
         return vel_fail(
             w->ctx, VEL_DIVERGED,
-            "%s: not written: %s of %s would not be finite: a lower learning rate, or a "
+            "%s: not written: %s of %s would not be finite: a lower --learning_rate, or a "
             "lower strength, may help",
             w->path, vel_adapter_leaf_name(leaf), m->path);
     return leaf == VEL_LEAF_DORA_SCALE && !is_kohyas(w) ? peft_magnitude(w, m, out) : VEL_OK;

@@ -143,7 +143,8 @@ static vel_status check_values(vel_ctx *ctx, const char *path, const vel_save_te
             return vel_fail(
                 ctx, VEL_DIVERGED, "%s: not written: '%s' holds %g, which %s", path, t->name,
                 (double)v[i],
-                !isfinite(v[i]) ? "is not finite: a lower learning rate or strength may help"
+                !isfinite(v[i])
+                    ? "is not finite: a lower --learning_rate, or a lower strength, may help"
                 : t->type == VEL_FILE_F16 ? "float16 cannot: use --save_precision bf16"
                                           : "bfloat16 cannot: use --save_precision float");
     }
