@@ -161,6 +161,10 @@ const vel_option_row vel_train_rows[] = {
         "rank of 3x3 convolutions; 0: rank"),
     FLOAT("conv_alpha", NULL, conv_alpha, "0", 0, 65536, "adapter",
           "alpha of 3x3 convolutions; 0: alpha"),
+    TEXT("module_rank", NULL, module_rank, NULL, "adapter",
+         "rank, or rank:alpha, of modules by pattern: '*.attn2.*=8:4,*mid_block.*=0'; the first "
+         "that fits counts, 0 leaves a module alone; '|' joins patterns, /REGEX/ is found in "
+         "sd-scripts' name of the module"),
     FLOAT("dropout", "network_dropout,lora_dropout", dropout, "0", 0, 0.95, "adapter",
           "dropout of the adapter's input"),
     FLOAT("rank_dropout", NULL, rank_dropout, "0", 0, 0.95, "adapter",
@@ -210,6 +214,9 @@ const vel_option_row vel_train_rows[] = {
           "of the second text encoder; 0: text_encoder_lr"),
     FLOAT("text_encoder_3_lr", NULL, text_3_lr, "0", 0, 10, "optimizer",
           "of the third text encoder; 0: text_encoder_lr"),
+    TEXT("module_lr", NULL, module_lr, NULL, "optimizer",
+         "rate of modules or weights by pattern, or a factor on it: "
+         "'*.attn2.*=2e-5,*up_blocks.*=x0.5'; patterns as of module_rank"),
     FLOAT("loraplus_lr_ratio", NULL, loraplus_lr_ratio, "0", 0, 1e6, "optimizer",
           "LoRA+: rate of up over that of down; 0: the same"),
     FLOAT("loraplus_unet_lr_ratio", NULL, loraplus_unet_lr_ratio, "0", 0, 1e6, "optimizer",

@@ -214,6 +214,12 @@ TEST(dialects_families)
     comes_to(t, LARGE("train_dreambooth_lora_sd3.py"),
              "weighting_scheme=logit_normal precondition_outputs=yes max_sequence_length=77 "
              "output_dir=sd3-dreambooth");
+    comes_to(t, LARGE("train_dreambooth_lora_sd3.py") "--lora_blocks 3,12 --lora_layers attn.to_k",
+             "targets=*.transformer_blocks.3.attn.to_k,*.transformer_blocks.12.attn.to_k");
+    comes_to(t, LARGE("train_dreambooth_lora_sd3.py") "--lora_blocks 7",
+             "targets=*.transformer_blocks.7.attn.to_?,*.transformer_blocks.7.attn.to_out.0,"
+             "*.transformer_blocks.7.attn.add_?_proj,*.transformer_blocks.7.attn.to_add_out");
+    is_refused(t, LARGE("train_dreambooth_lora_sd3.py") "--lora_blocks x", "12,30");
     comes_to(t, LARGE("train_dreambooth_lora_flux.py") "--lora_layers attn.to_k,attn.to_q",
              "weighting_scheme=none alpha=4 targets=*.attn.to_k,*.attn.to_q");
     comes_to(t,
@@ -342,7 +348,10 @@ TEST(dialects_refuse)
     is_refused(t, NETWORK "--mixed_precision fp8", "fp16");
     is_refused(t, NETWORK "--network_args conv_dim", "no '='");
     is_refused(t, NETWORK "--network_args convdim=3", "conv_dim");
-    is_refused(t, NETWORK "--network_args block_dims=3,3", "one rank");
+    is_refused(t, NETWORK "--network_args block_dims=3,3", "25 whole numbers");
+    is_refused(t, NETWORK "--network_args up_lr_weight=1", "cosine");
+    is_refused(t, NETWORK "--network_args mid_lr_weight=x", "numbers between commas");
+    is_refused(t, NETWORK "--network_args img_attn_dim=3", "img_attn_dim");
     is_refused(t, NETWORK "--network_module networks.oft", "networks.oft");
     is_refused(t, NETWORK "--deepspeed", "one process");
     is_refused(t, NETWORK "--huggingface_token secret", "network");

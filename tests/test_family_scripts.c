@@ -65,6 +65,19 @@ static void check_stems(vel_test *t, const char *name, const stem_row *rows)
         check_count(t, name, rows->piece, 3 * rows->modules);
 }
 
+static void check_rank(vel_test *t, const char *name, const char *module, int64_t rank)
+{
+    vel_safetensors *file = NULL;
+    char *path = vel_test_text(t, "%s/%s", t->folder, name);
+    char *tensor = vel_test_text(t, "lora_unet_double_blocks_1_%s.lora_down.weight", module);
+    REQUIRE_OK(vel_safetensors_open(t->ctx, path, &file));
+    const vel_file_tensor *f = vel_safetensors_find(file, tensor);
+    CHECK_MSG(f && f->dim[0] == rank, "%s has rank %d", module, f ? (int)f->dim[0] : 0);
+    vel_safetensors_close(file);
+    vel_free(t->ctx, tensor);
+    vel_free(t->ctx, path);
+}
+
 #define RESULT "out/a.safetensors"
 #define WEIGHTS "out/pytorch_lora_weights.safetensors"
 
@@ -169,6 +182,22 @@ TEST(scripts_flux_train_network)
         (const char *const[]){"0 of the text encoder", NULL});
     check_stems(t, "out/b.safetensors",
                 (const stem_row[]){{"lora_unet_", 10}, {"double_blocks_1_", 10}, {0}});
+    run(t,
+        KOHYA("flux_train_network.py",
+              "flux-dev") "--network_module networks.lora_flux --network_train_unet_only "
+                          "--timestep_sampling flux_shift --model_prediction_type raw "
+                          "--t5xxl_max_token_length 32 --output_name c --network_dim 4 "
+                          "--network_args train_blocks=double train_double_block_indices=1 "
+                          "img_mod_dim=2 img_mlp_dim=3 network_reg_dims=img_mlp_0=5,txt_mlp=0 "
+                          "network_reg_lrs=mlp=1e-3",
+        (const char *const[]){"--module_lr /mlp/=1e-3", NULL});
+    check_stems(t, "out/c.safetensors", (const stem_row[]){{"lora_unet_", 8}, {"txt_mlp", 0}, {0}});
+    static const struct {
+        const char *module;
+        int64_t rank;
+    } ranks[] = {{"img_mod_lin", 2}, {"img_mlp_0", 5}, {"img_mlp_2", 3}, {"txt_mod_lin", 4}};
+    for (int i = 0; i < VEL_COUNT(ranks); i++)
+        check_rank(t, "out/c.safetensors", ranks[i].module, ranks[i].rank);
 }
 
 TEST(scripts_lumina_train_network)
@@ -201,7 +230,8 @@ TEST(scripts_blocks_that_are_not_there)
         {"train_block_indices=0", "is another model's"},
         {"train_double_block_indices=3-1", "numbers of blocks such as"},
         {"train_double_block_indices=none train_single_block_indices=none", "leave no block"},
-        {"img_mod_dim=4", "one rank and one rate go for all layers"},
+        {"x_attn_dim=4", "another family's network"},
+        {"network_reg_dims=attn", "REGEX=VALUE"},
     };
     place_pictures(t);
     for (int i = 0; i < VEL_COUNT(lines); i++) {

@@ -111,9 +111,49 @@ static vel_status prodigy_rules(vel_line *l)
     return vel_line_set(l, "optimizer", "optimizer_args", "%s", all);
 }
 
+#define SD3_LAYERS "attn.to_?,attn.to_out.0,attn.add_?_proj,attn.to_add_out"
+
+/* Names of modules to patterns, of the blocks in lora_blocks where it is given. */
+static vel_status layer_rules(vel_line *l)
+{
+    const char *layers = vel_line_value(l, "lora_layers"), *given = layers;
+    const char *blocks = vel_line_value(l, "lora_blocks");
+    if (!layers && !blocks)
+        return VEL_OK;
+    layers = layers ? layers : SD3_LAYERS;
+    vel_text t;
+    vel_text_init(&t, l->ctx);
+    const char *block = blocks ? blocks : "";
+    do {
+        size_t digits = 0;
+        block += strspn(block, ", ");
+        digits = strspn(block, "0123456789");
+        if (blocks && (digits == 0 || !strchr(", ", block[digits]))) {
+            vel_text_finish(&t);
+            return vel_line_refuse(l, "lora_blocks", "'%s'; numbers of blocks such as 12,30 are",
+                                   blocks);
+        }
+        for (const char *at = layers; *at;) {
+            at += strspn(at, ", ");
+            size_t n = strcspn(at, ",");
+            vel_text_addf(&t, "%s*.%s%.*s%s%.*s", t.n ? "," : "",
+                          blocks ? "transformer_blocks." : "", (int)digits, block,
+                          blocks ? "." : "", (int)n, at);
+            at += n;
+        }
+        block += digits;
+        block += strspn(block, ", ");
+    } while (*block);
+    vel_status st =
+        t.failed ? VEL_NO_MEMORY
+                 : vel_line_set(l, given ? "lora_layers" : "lora_blocks", "targets", "%s", t.s);
+    vel_text_finish(&t);
+    return st;
+}
+
 static vel_status family_rules(vel_line *l)
 {
-    const char *optimizer = vel_line_value(l, "optimizer"), *layers;
+    const char *optimizer = vel_line_value(l, "optimizer");
     if (!(l->script->bit & DREAMBOOTH_LARGE))
         return VEL_OK;
     if (optimizer && (strcmp(optimizer, "prodigy") == 0 || strcmp(optimizer, "Prodigy") == 0))
@@ -123,20 +163,7 @@ static vel_status family_rules(vel_line *l)
     if (vel_line_given(l, "adam_weight_decay_text_encoder"))
         return vel_line_refuse(l, "adam_weight_decay_text_encoder",
                                "one decay goes for all: --adam_weight_decay");
-    layers = vel_line_value(l, "lora_layers");
-    vel_text t;
-    vel_text_init(&t, l->ctx);
-    for (const char *at = layers; at && *at;) { /* names of modules to patterns */
-        at += strspn(at, ", ");
-        size_t n = strcspn(at, ",");
-        vel_text_addf(&t, "%s*.%.*s", t.n ? "," : "", (int)n, at);
-        at += n;
-    }
-    vel_status st = t.failed ? VEL_NO_MEMORY : VEL_OK;
-    if (st == VEL_OK && t.n)
-        st = vel_line_set(l, "lora_layers", "targets", "%s", t.s);
-    vel_text_finish(&t);
-    return st;
+    return layer_rules(l);
 }
 
 /* ---- output ---- */

@@ -178,7 +178,6 @@ static vel_status optimizer_rules(vel_line *l)
 
 /* ---- adapters ---- */
 
-#define BY_BLOCK "one rank and one rate go for all blocks"
 static const vel_pair lora_keys[] = {
     {"conv_dim", "conv_rank", NULL},
     {"conv_alpha", "conv_alpha", NULL},
@@ -187,17 +186,18 @@ static const vel_pair lora_keys[] = {
     {"loraplus_lr_ratio", "loraplus_lr_ratio", NULL},
     {"loraplus_unet_lr_ratio", "loraplus_unet_lr_ratio", NULL},
     {"loraplus_text_encoder_lr_ratio", "loraplus_text_encoder_lr_ratio", NULL},
-    {"block_dims", "x", BY_BLOCK},
-    {"block_alphas", "x", BY_BLOCK},
-    {"conv_block_dims", "x", BY_BLOCK},
-    {"conv_block_alphas", "x", BY_BLOCK},
-    {"down_lr_weight", "x", BY_BLOCK},
-    {"mid_lr_weight", "x", BY_BLOCK},
-    {"up_lr_weight", "x", BY_BLOCK},
-    {"block_lr_zero_threshold", "x", BY_BLOCK},
+    {"block_dims", "", NULL}, /* kohya_ranks.c */
+    {"block_alphas", "", NULL},
+    {"conv_block_dims", "", NULL},
+    {"conv_block_alphas", "", NULL},
+    {"down_lr_weight", "", NULL},
+    {"mid_lr_weight", "", NULL},
+    {"up_lr_weight", "", NULL},
+    {"block_lr_zero_threshold", "", NULL},
+    {"network_reg_dims", "", NULL},
+    {"network_reg_lrs", "", NULL},
     {0}};
 
-#define BY_LAYER "one rank and one rate go for all layers"
 #define BLOCKS_ONLY "adapters go on layers of the blocks; --targets takes patterns"
 static const vel_pair flow_keys[] = {/* the networks of SD 3, FLUX.1 and Lumina */
                                      {"conv_dim", NULL, "their blocks have no convolutions"},
@@ -215,26 +215,26 @@ static const vel_pair flow_keys[] = {/* the networks of SD 3, FLUX.1 and Lumina 
                                      {"train_block_indices", "", NULL},
                                      {"train_double_block_indices", "", NULL},
                                      {"train_single_block_indices", "", NULL},
-                                     {"img_attn_dim", "x", BY_LAYER},
-                                     {"txt_attn_dim", "x", BY_LAYER},
-                                     {"img_mlp_dim", "x", BY_LAYER},
-                                     {"txt_mlp_dim", "x", BY_LAYER},
-                                     {"img_mod_dim", "x", BY_LAYER},
-                                     {"txt_mod_dim", "x", BY_LAYER},
-                                     {"single_dim", "x", BY_LAYER},
-                                     {"single_mod_dim", "x", BY_LAYER},
-                                     {"context_attn_dim", "x", BY_LAYER},
-                                     {"context_mlp_dim", "x", BY_LAYER},
-                                     {"context_mod_dim", "x", BY_LAYER},
-                                     {"x_attn_dim", "x", BY_LAYER},
-                                     {"x_mlp_dim", "x", BY_LAYER},
-                                     {"x_mod_dim", "x", BY_LAYER},
-                                     {"attn_dim", "x", BY_LAYER},
-                                     {"mlp_dim", "x", BY_LAYER},
-                                     {"mod_dim", "x", BY_LAYER},
-                                     {"refiner_dim", "x", BY_LAYER},
-                                     {"network_reg_dims", "x", BY_LAYER},
-                                     {"network_reg_lrs", "x", BY_LAYER},
+                                     {"img_attn_dim", "", NULL}, /* kohya_ranks.c */
+                                     {"txt_attn_dim", "", NULL},
+                                     {"img_mlp_dim", "", NULL},
+                                     {"txt_mlp_dim", "", NULL},
+                                     {"img_mod_dim", "", NULL},
+                                     {"txt_mod_dim", "", NULL},
+                                     {"single_dim", "", NULL},
+                                     {"single_mod_dim", "", NULL},
+                                     {"context_attn_dim", "", NULL},
+                                     {"context_mlp_dim", "", NULL},
+                                     {"context_mod_dim", "", NULL},
+                                     {"x_attn_dim", "", NULL},
+                                     {"x_mlp_dim", "", NULL},
+                                     {"x_mod_dim", "", NULL},
+                                     {"attn_dim", "", NULL},
+                                     {"mlp_dim", "", NULL},
+                                     {"mod_dim", "", NULL},
+                                     {"refiner_dim", "", NULL},
+                                     {"network_reg_dims", "", NULL},
+                                     {"network_reg_lrs", "", NULL},
                                      {"in_dims", "x", BLOCKS_ONLY},
                                      {"emb_dims", "x", BLOCKS_ONLY},
                                      {"embedder_dims", "x", BLOCKS_ONLY},
@@ -322,15 +322,18 @@ static vel_status network_rules(vel_line *l)
     for (int i = 0; i < VEL_COUNT(plain); i++)
         lora |= (plain[i].scripts & l->script->bit) && strcmp(module, plain[i].module) == 0;
     if (lora) {
-        bool convolutions = vel_rule_pair(l, "network_args", "conv_dim");
+        bool convolutions = vel_rule_pair(l, "network_args", "conv_dim") ||
+                            vel_rule_pair(l, "network_args", "conv_block_dims");
         if (l->script->bit & FLOW_NETWORKS) {
             VEL_TRY(vel_kohya_blocks(l));
-            return vel_rule_pairs(l, "network_args", flow_keys);
+            VEL_TRY(vel_rule_pairs(l, "network_args", flow_keys));
+            return vel_kohya_ranks(l);
         }
         VEL_TRY(vel_line_set(l, "network_module", "targets", convolutions ? "all" : "attn+mlp"));
         if (convolutions && !vel_rule_pair(l, "network_args", "conv_alpha"))
             VEL_TRY(vel_line_set(l, "network_args", "conv_alpha", "1"));
-        return vel_rule_pairs(l, "network_args", lora_keys);
+        VEL_TRY(vel_rule_pairs(l, "network_args", lora_keys));
+        return vel_kohya_ranks(l);
     }
     if (strcmp(module, "lycoris.kohya") != 0)
         return vel_line_refuse(l, "network_module", "'%s'; networks.lora and lycoris.kohya are",
@@ -424,6 +427,7 @@ static vel_status adapter_rules(vel_line *l)
 
 static vel_status weight_rules(vel_line *l)
 {
+    VEL_TRY(vel_kohya_block_lr(l));
     bool text = strcmp(l->script->name, "train_db.py") == 0 || vel_line_on(l, "train_text_encoder");
     if (text)
         vel_line_say(l, "the text encoder is trained as well");

@@ -20,4 +20,8 @@ vel_status vel_rule_pairs(vel_line *l, const char *flag, const vel_pair *pairs);
 /* The value of a key; NULL when it is not there. */
 const char *vel_rule_pair(const vel_line *l, const char *flag, const char *key);
 
+/* Ranks and rates that network_args state by block or kind of module (kohya_ranks.c). */
+vel_status vel_kohya_ranks(vel_line *l);
+vel_status vel_kohya_block_lr(vel_line *l); /* --block_lr of sdxl_train.py */
+
 #endif

@@ -55,6 +55,8 @@ typedef struct vel_adapter_file {
     int n_words;
 } vel_adapter_file;
 
+/* What sd-scripts calls a module, "lora_unet_..."; NULL: it has no name for it. In the arena. */
+const char *vel_adapter_kohya_name(vel_arena *a, const vel_known_module *known, bool several_texts);
 /* path: a file, or a folder with pytorch_lora_weights.safetensors, adapter_model.safetensors
  * (+ adapter_config.json) or one .safetensors. An adapter for another model is refused with the
  * modules or shapes that do not fit; unknown tensors are listed (the first ten). */

@@ -322,6 +322,12 @@ const char *vel_adapter_write_stem(vel_arena *a, const char *dialect, const vel_
     return NULL;
 }
 
+const char *vel_adapter_kohya_name(vel_arena *a, const vel_known_module *known, bool several_texts)
+{
+    bool original;
+    return vel_adapter_write_stem(a, "kohya", known, several_texts, true, &original);
+}
+
 const char *vel_adapter_name(vel_arena *a, const char *dialect, const char *stem, const char *path,
                              vel_adapter_role role)
 {

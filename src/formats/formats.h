@@ -210,4 +210,13 @@ vel_status vel_image_text(vel_ctx *ctx, vel_image *dst, int x, int y, int width,
                           const char *text);
 vel_status vel_image_text_height(vel_ctx *ctx, int width, int size, const char *text, int *height);
 
+/* ---- regular expressions (pattern.c) -------------------------------------------------------- */
+
+typedef struct vel_pattern vel_pattern;
+/* VEL_BAD_VALUE with the place where the text is no regular expression (PCRE2's). */
+vel_status vel_pattern_create(vel_ctx *ctx, const char *text, vel_pattern **out);
+void vel_pattern_destroy(vel_pattern *p);
+/* Is it found anywhere in the subject? Within bounded effort: what takes more is not. */
+bool vel_pattern_finds(const vel_pattern *p, const char *subject);
+
 #endif

@@ -319,6 +319,10 @@ static void put_network(const vel_train_options *o, const vel_family *family, js
         put(args, "conv_dim", "%d", o->conv_rank);
     if (o->conv_alpha > 0)
         put(args, "conv_alpha", "%g", o->conv_alpha);
+    if (o->module_rank)
+        put(args, "module_rank", "%s", o->module_rank);
+    if (o->module_lr)
+        put(args, "module_lr", "%s", o->module_lr);
     if (lokr)
         put(args, "factor", "%d", o->lokr_factor);
     const struct {

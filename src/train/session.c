@@ -85,101 +85,6 @@ static vel_status open_data(train_session *s, vel_train_options *own)
     return VEL_OK;
 }
 
-/* Is it in a layer of a text encoder that clip skip leaves out of the graph? */
-static bool is_skipped(const vel_known_module *modules, int n, const char *path, int clip_skip)
-{
-    static const char mark[] = ".layers.";
-    const char *at = strstr(path, mark);
-    int layer, last = 0, other;
-    if (!at || sscanf(at, ".layers.%d", &layer) != 1)
-        return false;
-    size_t stem = (size_t)(at - path) + sizeof mark - 1;
-    for (int i = 0; i < n; i++)
-        if (strncmp(modules[i].path, path, stem) == 0 &&
-            sscanf(modules[i].path + stem, "%d", &other) == 1)
-            last = VEL_MAX(last, other);
-    return layer > last + 1 - clip_skip;
-}
-
-/* Sites of modules under a part that match the patterns, or more of them (NULL: none). */
-static int match_sites(vel_arena *a, const vel_known_module *modules, int n,
-                       const vel_train_options *o, const char *part, const char *patterns,
-                       const char *more, int clip_skip, vel_adapter_site *out)
-{
-    int found = 0;
-    bool locon = strcmp(o->network, "locon") == 0; /* LoRA on convolutions as well */
-    for (int i = 0; i < n; i++) {
-        const vel_known_module *m = &modules[i];
-        if (m->unused || m->weight_rank < 2 || strncmp(m->path, part, strlen(part)) != 0 ||
-            m->path[strlen(part)] != '.' ||
-            !(vel_glob(patterns, m->path) || (more && vel_glob(more, m->path))))
-            continue;
-        if (clip_skip > 1 && is_skipped(modules, n, m->path, clip_skip))
-            continue;
-        bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
-        int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
-        double alpha = conv && o->conv_alpha > 0 ? o->conv_alpha : o->alpha;
-        vel_adapter_site *site = &out[found++];
-        *site = (vel_adapter_site){.path = vel_arena_strdup(a, m->path),
-                                   .kind = vel_adapter_find(locon ? "lora" : o->network),
-                                   .weight = vel_shape_of(m->weight_rank, m->weight_dim),
-                                   .dropout = o->dropout,
-                                   .rank_dropout = o->rank_dropout,
-                                   .rank_rescale = o->rank_dropout_scale,
-                                   .module_dropout = o->module_dropout,
-                                   .norm_gradient = o->dora_norm_gradient,
-                                   .gaussian = o->init && strcmp(o->init, "gaussian") == 0,
-                                   .stream = (uint32_t)i + 1};
-        vel_adapter_how how = {.rank = rank,
-                               .alpha = alpha,
-                               .root_scale = o->use_rslora,
-                               .factor = o->lokr_factor,
-                               .decompose_both = o->decompose_both,
-                               .full_matrix = o->full_matrix,
-                               .unbalanced = o->unbalanced_factorization,
-                               .tucker = o->use_tucker,
-                               .dora = o->use_dora,
-                               .dora_columns = !o->wd_on_output};
-        vel_adapter_site_make(site, &how);
-    }
-    return found;
-}
-
-vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_train_options *o,
-                           vel_adapter_site **sites, int *n)
-{
-    int n_modules;
-    const vel_known_module *modules = vel_model_modules(m, &n_modules);
-    unsigned texts;
-    *n = 0;
-    VEL_TRY(vel_train_texts(m, o, &texts));
-    *sites = vel_arena_alloc(a, (size_t)n_modules * sizeof **sites);
-    if (!modules || !*sites)
-        return VEL_NO_MEMORY;
-    bool locon = strcmp(o->network, "locon") == 0;
-    const char *unet = vel_adapter_preset(o->targets, false),
-               *text = vel_adapter_preset(o->text_targets, true);
-    if (o->train_unet)
-        *n += match_sites(a, modules, n_modules, o, vel_model_family(m)->denoiser,
-                          unet ? unet : o->targets,
-                          locon ? vel_adapter_preset("conv", false) : NULL, 0, *sites);
-    if (*n == 0 && o->train_unet)
-        return vel_fail(ctx, VEL_BAD_VALUE,
-                        "--targets: '%s' matches no module of the model; a preset (attn, "
-                        "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'",
-                        o->targets);
-    for (int k = 0; k < vel_model_texts(m); k++)
-        if (texts >> k & 1)
-            /* what stands for the whole text goes through all layers */
-            *n += match_sites(a, modules, n_modules, o, vel_model_text(m, k)->part,
-                              text ? text : o->text_targets, NULL,
-                              vel_model_text(m, k)->pools ? 0 : o->clip_skip, *sites + *n);
-    if (*n == 0)
-        return vel_fail(ctx, VEL_BAD_VALUE,
-                        "nothing is trained: neither the denoiser nor the text encoder");
-    return VEL_OK;
-}
-
 /* Settings of flows, for a model that predicts noise: they would change nothing. */
 static vel_status check_flow(train_session *s)
 {
@@ -341,7 +246,7 @@ static vel_status register_trainables(train_session *s)
     if (vel_engine_trainables(vel_model_engine(s->model)) == 0)
         return vel_fail(s->ctx, VEL_BAD_VALUE, "--trained_weights: '%s' matches no weight",
                         s->o->weights ? s->o->weights : "");
-    return VEL_OK;
+    return vel_site_rates_prepare(s);
 }
 
 /* ---- the plan, in words
@@ -508,6 +413,7 @@ static double rate_of(void *user, int i)
         peak = o->text_3_lr;
     if (word && (o->embedding_lr > 0 || vel_method_is_words(o)))
         peak = o->embedding_lr > 0 ? o->embedding_lr : o->lr;
+    peak = vel_site_rate(s, i, peak);
     return peak * plus_ratio(o, t->path, text) * vel_lr_factor(&s->course, s->step);
 }
 

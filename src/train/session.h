@@ -2,6 +2,7 @@
  *
  *   session.c  the order of things, from settings to report
  *   method.c   what is trained, where its values start, how it is saved as a model
+ *   sites.c    which modules an adapter is on, and what differs from module to module
  *   prior.c    what keeps the class as it was: its pictures, drawn if need be
  *   feed.c     pictures and captions to batches: encoding, caching, threads ahead of the steps
  *   batch.c    what is in a batch: samples, noise, timesteps, masks, captions
@@ -92,6 +93,7 @@ typedef struct train_session {
     vel_trainer *trainer;
     vel_norm_limit *norm_limit; /* of scale_weight_norms, from the first step on */
     vel_optimizer_choice optimizer;
+    struct vel_site_value *own_rates; /* [trainables] of module_lr; NULL: none */
     vel_lr_course course;
     run_phase phases[VEL_MAX_TEXTS + 1];
     int n_phases;
@@ -167,6 +169,24 @@ bool vel_method_is_words(const vel_train_options *o);
 vel_status vel_method_prepare(train_session *s); /* fills s->trained */
 vel_status vel_method_first_values(train_session *s);
 void vel_method_without_text(train_session *s); /* takes the text encoder out of s->stepped */
+
+/* sites.c */
+typedef struct vel_site_value {
+    double value; /* a rank, or a rate */
+    double alpha; /* of a rank; 0: not stated */
+    bool times;   /* of a rate: value times what it would be */
+} vel_site_value;
+typedef struct vel_site_rules vel_site_rules;
+/* The rules of a setting; *out NULL where text has none. Texts live in a. */
+vel_status vel_site_rules_read(vel_ctx *ctx, vel_arena *a, const char *name, bool rank,
+                               const char *text, vel_site_rules **out);
+void vel_site_rules_destroy(vel_site_rules *r);
+/* What the first rule says that fits a module; NULL: none does. kohya: its name there, or NULL. */
+const vel_site_value *vel_site_rules_find(vel_site_rules *r, const char *path, const char *kohya);
+/* Fails where no rule was found for anything, and tells of those that were not. */
+vel_status vel_site_rules_check(vel_ctx *ctx, const vel_site_rules *r, const char *name);
+vel_status vel_site_rates_prepare(train_session *s); /* once all trainables are registered */
+double vel_site_rate(const train_session *s, int i, double peak); /* of trainable i */
 
 /* new_words.c */
 bool vel_words_wanted(const vel_train_options *o);

@@ -53,7 +53,8 @@ typedef struct vel_train_options {
     const char *targets; /* preset or glob patterns */
     const char *text_targets;
     int rank, conv_rank;
-    double alpha, conv_alpha, dropout; /* alpha 0: the rank */
+    double alpha, conv_alpha, dropout;   /* alpha 0: the rank */
+    const char *module_rank, *module_lr; /* rules by module (sites.c); NULL: none */
     double rank_dropout, module_dropout;
     bool rank_dropout_scale, use_rslora, use_dora, wd_on_output, dora_norm_gradient;
     int lokr_factor;
