@@ -35,6 +35,17 @@ vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel
     return s.status;
 }
 
+vel_text_info vel_clip_text(const vel_clip_config *c, const char *part)
+{
+    return (vel_text_info){.part = part,
+                           .tokenizer = vel_text_tokenizer(part),
+                           .length = c->positions,
+                           .width = c->width,
+                           .layers = c->layers,
+                           .vocabulary = c->vocabulary,
+                           .fixed = true};
+}
+
 /* ids [N, S] -> [N, S, D]. */
 static vel_ref embeddings(vel_graph *g, const vel_clip_config *c, vel_ref ids)
 {

@@ -44,21 +44,9 @@ static void latent(const vel_config *c, vel_latent_info *out)
 static int texts(const vel_config *c, vel_text_info *out)
 {
     const flux_config *own = c->own;
-    out[0] = (vel_text_info){.part = parts[TEXT],
-                             .tokenizer = "tokenizer",
-                             .length = c->clip[0].positions,
-                             .width = c->clip[0].width,
-                             .layers = c->clip[0].layers,
-                             .vocabulary = c->clip[0].vocabulary,
-                             .fixed = true,
-                             .pools = true};
-    out[1] = (vel_text_info){.part = parts[TEXT_2],
-                             .tokenizer = "tokenizer_2",
-                             .length = own->transformer.guidance ? 512 : 256,
-                             .width = own->t5.width,
-                             .layers = own->t5.layers,
-                             .vocabulary = own->t5.vocabulary,
-                             .large = true};
+    out[0] = vel_clip_text(&c->clip[0], parts[TEXT]);
+    out[0].pools = true;
+    out[1] = vel_t5_text(&own->t5, parts[TEXT_2], own->transformer.guidance ? 512 : 256);
     return 2;
 }
 

@@ -90,6 +90,20 @@ vel_status vel_gemma_read(vel_ctx *ctx, const json_t *json, const char *file, ve
     return s.status;
 }
 
+vel_text_info vel_gemma_text(const vel_gemma_config *c, const char *part, int length,
+                             const char *prefix)
+{
+    return (vel_text_info){.part = part,
+                           .tokenizer = vel_text_tokenizer(part),
+                           .length = length,
+                           .width = c->width,
+                           .layers = c->layers,
+                           .vocabulary = c->vocabulary,
+                           .masked = true,
+                           .llm = true,
+                           .prefix = prefix};
+}
+
 /* 1 where query t may look at key s: 0 <= t - s < window, and s is no padding: [1 or N, 1, S, S].
  */
 static vel_ref shown(vel_graph *g, int64_t length, int64_t window, vel_ref mask)

@@ -27,12 +27,8 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
     VEL_TRY(vel_gemma_read(ctx, configs[TEXT], files[TEXT], &own->gemma));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
     *out = c;
-    if (own->transformer.context != own->gemma.width)
-        return vel_fail(ctx, VEL_BAD_GRAPH,
-                        "%s: \"cap_feat_dim\" is %d, but %s has a \"hidden_size\" of %d: these "
-                        "parts are of different models",
-                        files[TRANSFORMER], own->transformer.context, files[TEXT],
-                        own->gemma.width);
+    VEL_TRY(vel_check_states(ctx, "cap_feat_dim", own->transformer.context, files[TRANSFORMER],
+                             own->gemma.width, files[TEXT]));
     return vel_transformer_check_latent(ctx, c, own->transformer.channels, files[TRANSFORMER],
                                         files[VAE]);
 }
@@ -46,16 +42,8 @@ static void latent(const vel_config *c, vel_latent_info *out)
 
 static int texts(const vel_config *c, vel_text_info *out)
 {
-    const lumina2_config *own = c->own;
-    out[0] = (vel_text_info){.part = parts[TEXT],
-                             .tokenizer = "tokenizer",
-                             .length = 256,
-                             .width = own->gemma.width,
-                             .layers = own->gemma.layers,
-                             .vocabulary = own->gemma.vocabulary,
-                             .masked = true,
-                             .llm = true,
-                             .prefix = system_prompt};
+    out[0] =
+        vel_gemma_text(&((const lumina2_config *)c->own)->gemma, parts[TEXT], 256, system_prompt);
     return 1;
 }
 

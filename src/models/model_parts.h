@@ -81,6 +81,8 @@ typedef struct vel_clip_config {
     vel_act_kind act;
 } vel_clip_config;
 vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel_clip_config *out);
+/* How a family describes it; part: "text_encoder_2". */
+vel_text_info vel_clip_text(const vel_clip_config *c, const char *part);
 /* Inside the part's scope: the states after `layers` layers, through the final norm where asked. */
 vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
                        bool final_norm);
@@ -101,6 +103,8 @@ typedef struct vel_t5_config {
     vel_act_kind act;
 } vel_t5_config;
 vel_status vel_t5_read(vel_ctx *ctx, const json_t *json, const char *file, vel_t5_config *out);
+/* As vel_clip_text; length: of a text, in tokens. */
+vel_text_info vel_t5_text(const vel_t5_config *c, const char *part, int length);
 /* Inside the part's scope: ids [N, S], mask [N, S] (1 for a token, 0 for padding) or {0} for all
  * tokens -> states [N, S, width]. */
 vel_ref vel_t5_build(vel_graph *g, const vel_t5_config *c, vel_ref ids, vel_ref mask);
@@ -118,13 +122,22 @@ typedef struct vel_gemma_config {
 } vel_gemma_config;
 vel_status vel_gemma_read(vel_ctx *ctx, const json_t *json, const char *file,
                           vel_gemma_config *out);
+/* As vel_t5_text; prefix: put before every text but negative ones. */
+vel_text_info vel_gemma_text(const vel_gemma_config *c, const char *part, int length,
+                             const char *prefix);
 /* Inside the part's scope: ids [N, S], mask as above -> the states after `layers` layers [N, S,
  * width], through the final norm where asked. transformers' last_hidden_state: all layers and the
  * norm; its hidden_states[-2]: one layer less and no norm. */
 vel_ref vel_gemma_build(vel_graph *g, const vel_gemma_config *c, vel_ref ids, vel_ref mask,
                         int layers, bool final_norm);
 
-/* ---- what these two share (text_parts.c) ---- */
+/* ---- what text encoders share (text_parts.c) ---- */
+
+/* The folder of the tokenizer of a part: "tokenizer_2" for "text_encoder_2". */
+const char *vel_text_tokenizer(const char *part);
+/* Fails unless the image part's setting key in file is the text encoder's width. */
+vel_status vel_check_states(vel_ctx *ctx, const char *key, int width, const char *file,
+                            int text_width, const char *text_file);
 
 typedef struct vel_text_attention_how {
     int heads, groups; /* of queries; of keys and values, which divides the former */

@@ -42,12 +42,8 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
     VEL_TRY(vel_gemma_read(ctx, configs[TEXT], files[TEXT], &own->gemma));
     VEL_TRY(vel_dc_read(ctx, configs[VAE], files[VAE], &own->vae));
     *out = c;
-    if (own->transformer.context != own->gemma.width)
-        return vel_fail(ctx, VEL_BAD_GRAPH,
-                        "%s: \"caption_channels\" is %d, but %s has a \"hidden_size\" of %d: these "
-                        "parts are of different models",
-                        files[TRANSFORMER], own->transformer.context, files[TEXT],
-                        own->gemma.width);
+    VEL_TRY(vel_check_states(ctx, "caption_channels", own->transformer.context, files[TRANSFORMER],
+                             own->gemma.width, files[TEXT]));
     if (own->transformer.channels != own->vae.latent_channels)
         return vel_fail(
             ctx, VEL_BAD_GRAPH, "%s: \"in_channels\" is %d, but latents have %d channels (%s)",
@@ -69,18 +65,9 @@ static void latent(const vel_config *c, vel_latent_info *out)
 
 static int texts(const vel_config *c, vel_text_info *out)
 {
-    const sana_config *own = c->own;
-    out[0] = (vel_text_info){.part = parts[TEXT],
-                             .tokenizer = "tokenizer",
-                             .length = 300,
-                             .width = own->gemma.width,
-                             .layers = own->gemma.layers,
-                             .vocabulary = own->gemma.vocabulary,
-                             .masked = true,
-                             .llm = true,
-                             .lower = true,
-                             .prefix = instruction,
-                             .prefix_apart = true};
+    out[0] = vel_gemma_text(&((const sana_config *)c->own)->gemma, parts[TEXT], 300, instruction);
+    out[0].lower = true;
+    out[0].prefix_apart = true;
     return 1;
 }
 

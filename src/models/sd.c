@@ -18,11 +18,8 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
     VEL_TRY(vel_unet_read(ctx, configs[UNET], files[UNET], &c->unet));
     VEL_TRY(vel_clip_read(ctx, configs[TEXT], files[TEXT], &c->clip[0]));
     VEL_TRY(vel_vae_read(ctx, configs[VAE], files[VAE], &c->vae));
-    if (c->unet.context[0] != c->clip[0].width)
-        return vel_fail(ctx, VEL_BAD_GRAPH,
-                        "%s: \"cross_attention_dim\" is %d, but %s has a \"hidden_size\" of "
-                        "%d: these parts are of different models",
-                        files[UNET], c->unet.context[0], files[TEXT], c->clip[0].width);
+    VEL_TRY(vel_check_states(ctx, "cross_attention_dim", c->unet.context[0], files[UNET],
+                             c->clip[0].width, files[TEXT]));
     if (c->unet.pooled_width)
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: \"addition_embed_type\" is text_time, which is SDXL's: the model has "
@@ -53,16 +50,8 @@ void vel_sd_latent(const vel_config *c, vel_latent_info *out)
 
 static int texts(const vel_config *c, vel_text_info *out)
 {
-    out[0] = (vel_text_info){
-        .part = parts[TEXT],
-        .tokenizer = "tokenizer",
-        .length = c->clip[0].positions,
-        .width = c->clip[0].width,
-        .layers = c->clip[0].layers,
-        .vocabulary = c->clip[0].vocabulary,
-        .fixed = true,
-        .long_texts = true,
-    };
+    out[0] = vel_clip_text(&c->clip[0], parts[TEXT]);
+    out[0].long_texts = true;
     return 1;
 }
 

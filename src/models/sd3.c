@@ -62,25 +62,13 @@ static void latent(const vel_config *c, vel_latent_info *out)
 
 static int texts(const vel_config *c, vel_text_info *out)
 {
-    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2", "tokenizer_3"};
     const sd3_config *own = c->own;
-    for (int i = 0; i < 2; i++)
-        out[i] = (vel_text_info){.part = parts[TEXT + i],
-                                 .tokenizer = tokenizers[i],
-                                 .length = c->clip[i].positions,
-                                 .width = c->clip[i].width,
-                                 .layers = c->clip[i].layers,
-                                 .vocabulary = c->clip[i].vocabulary,
-                                 .fixed = true,
-                                 .pools = true};
-    out[2] = (vel_text_info){.part = parts[TEXT_3],
-                             .tokenizer = tokenizers[2],
-                             .length = 256,
-                             .width = own->t5.width,
-                             .layers = own->t5.layers,
-                             .vocabulary = own->t5.vocabulary,
-                             .absent = !own->has_t5,
-                             .large = true};
+    for (int i = 0; i < 2; i++) {
+        out[i] = vel_clip_text(&c->clip[i], parts[TEXT + i]);
+        out[i].pools = true;
+    }
+    out[2] = vel_t5_text(&own->t5, parts[TEXT_3], 256);
+    out[2].absent = !own->has_t5;
     return 3;
 }
 

@@ -67,17 +67,11 @@ static vel_status read_configs(vel_ctx *ctx, vel_arena *a, const json_t *const *
 
 static int texts(const vel_config *c, vel_text_info *out)
 {
-    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2"};
-    for (int i = 0; i < 2; i++)
-        out[i] = (vel_text_info){.part = parts[TEXT + i],
-                                 .tokenizer = tokenizers[i],
-                                 .length = c->clip[i].positions,
-                                 .width = c->clip[i].width,
-                                 .layers = c->clip[i].layers,
-                                 .vocabulary = c->clip[i].vocabulary,
-                                 .fixed = true,
-                                 .long_texts = true,
-                                 .pools = i == 1};
+    for (int i = 0; i < 2; i++) {
+        out[i] = vel_clip_text(&c->clip[i], parts[TEXT + i]);
+        out[i].long_texts = true;
+    }
+    out[1].pools = true;
     return 2;
 }
 

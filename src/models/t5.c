@@ -39,6 +39,17 @@ vel_status vel_t5_read(vel_ctx *ctx, const json_t *json, const char *file, vel_t
     return s.status;
 }
 
+vel_text_info vel_t5_text(const vel_t5_config *c, const char *part, int length)
+{
+    return (vel_text_info){.part = part,
+                           .tokenizer = vel_text_tokenizer(part),
+                           .length = length,
+                           .width = c->width,
+                           .layers = c->layers,
+                           .vocabulary = c->vocabulary,
+                           .large = true};
+}
+
 /* Row of the table for the distance from a query to a key, as T5Attention's
  * _relative_position_bucket with float32 logarithms: half of the rows are for keys that come later;
  * of each half, the first half is for single distances, the rest for ranges that grow. */

@@ -1,11 +1,30 @@
-/* text_parts.c: what text encoders share that do their attention step by step, because each score
- * gets a bias of its own (T5) or a cap (Gemma-2) before the softmax: that attention, and biases
- * that depend on the distance of two places only.
+/* text_parts.c: what text encoders share: the names of their tokenizers, and, for those that do
+ * their attention step by step because each score gets a bias of its own (T5) or a cap (Gemma-2)
+ * before the softmax, that attention, and biases that depend on the distance of two places only.
  *
  * A bias by distance starts as a row of one value for each distance s - t, the negative ones from
  * the end (distance_row). The row is repeated for each query and cut one value shorter each time,
  * so that query t's part begins t places further to the left: T x L values become a table. */
 #include "models/model_parts.h"
+
+const char *vel_text_tokenizer(const char *part)
+{
+    static const char *const names[] = {"tokenizer", "tokenizer_2", "tokenizer_3"};
+    return names[strcmp(part, "text_encoder_2") == 0   ? 1
+                 : strcmp(part, "text_encoder_3") == 0 ? 2
+                                                       : 0];
+}
+
+vel_status vel_check_states(vel_ctx *ctx, const char *key, int width, const char *file,
+                            int text_width, const char *text_file)
+{
+    if (width == text_width)
+        return VEL_OK;
+    return vel_fail(ctx, VEL_BAD_GRAPH,
+                    "%s: \"%s\" is %d, but %s has a \"hidden_size\" of %d: these parts are of "
+                    "different models",
+                    file, key, width, text_file, text_width);
+}
 
 static vel_ref placed(vel_graph *g, vel_ref x, int axis, int64_t begin, int64_t total)
 {
