@@ -131,7 +131,11 @@ CUDA_OBJ := $(OBJ)/cuda-$(CUDA_ARCHS)
 CUDA_OBJECTS := $(patsubst src/backend/cuda/%.c,$(CUDA_OBJ)/%.o,$(wildcard src/backend/cuda/*.c)) \
     $(patsubst src/backend/cuda/kernels/%.cu,$(CUDA_OBJ)/kernels/%.o,$(wildcard src/backend/cuda/kernels/*.cu))
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcublasLt -lcudnn -lcudart_static -lrt -lstdc++
-cuda: $(BUILD)/libvelatura-cuda.so
+cuda: $(BUILD)/libvelatura-cuda.so $(BUILD)/old-driver/libcuda.so.1
+# a driver that is too old, for a test
+$(BUILD)/old-driver/libcuda.so.1: tests/driver/old.c
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) -fvisibility=default -shared -o $@ $<
 $(CUDA_OBJ)/%.o: src/backend/cuda/%.c
 	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) -Wno-undef -isystem $(CUDA_HOME)/include -c -o $@ $<
@@ -187,7 +191,7 @@ FORMAT ?= clang-format-14
 format:
 	$(FORMAT) --dry-run --Werror $(wildcard src/*.[ch] src/*/*.[ch] src/*/*/*.[ch] src/*/*/*/*.[ch] \
 	    src/backend/cuda/kernels/*.cu src/backend/cuda/kernels/*.cuh cli/*.[ch] \
-	    tests/*.[ch] tests/fuzz/*.[ch] include/*.h)
+	    tests/*.[ch] tests/driver/*.c tests/fuzz/*.[ch] include/*.h)
 # Ids of CLIP's tokenizer for lines of text; tools/golden/tokenizer.py compares them with the peer's.
 $(BUILD)/tokenizer-ids: tools/golden/tokenizer_ids.c $(BUILD)/libvelatura.a
 	$(CC) $(ALL_CFLAGS) -o $@ $^ $(LIBS)

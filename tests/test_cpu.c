@@ -216,8 +216,8 @@ static void each_isa(vel_test *t, void (*fn)(bench *b))
     unsetenv("VELATURA_AMX");
 }
 
-/* Calls fn on the GPU that make test-gpu names, in all three types. */
-static void on_gpu(vel_test *t, void (*fn)(bench *b))
+/* Calls fn on the GPU that make test-gpu names, in the types from first to last. */
+static void on_gpu_in(vel_test *t, void (*fn)(bench *b), vel_dtype first, vel_dtype last)
 {
     const char *device = getenv("VELATURA_TEST_DEVICE");
     bench b = {.t = t};
@@ -227,13 +227,18 @@ static void on_gpu(vel_test *t, void (*fn)(bench *b))
     }
     setenv("VELATURA_CUDA_LIBRARIES", "0", 1);
     CHECK_OK(vel_backend_find(t->ctx, device, &b.on, &b.d));
-    for (vel_dtype type = VEL_F32; b.d && type <= VEL_F16; type++) {
+    for (vel_dtype type = first; b.d && type <= last; type++) {
         b.type = type;
         fn(&b);
     }
     if (b.d)
         b.on->close(b.d);
     unsetenv("VELATURA_CUDA_LIBRARIES");
+}
+
+static void on_gpu(vel_test *t, void (*fn)(bench *b))
+{
+    on_gpu_in(t, fn, VEL_F32, VEL_F16);
 }
 
 static double *room(bench *b, int64_t n)
@@ -351,9 +356,19 @@ TEST(cpu_attention)
     each_isa(t, check_attention);
 }
 
-TEST(gpu_attention)
+TEST(gpu_attention_f32)
 {
-    on_gpu(t, check_attention);
+    on_gpu_in(t, check_attention, VEL_F32, VEL_F32);
+}
+
+TEST(gpu_attention_bf16)
+{
+    on_gpu_in(t, check_attention, VEL_BF16, VEL_BF16);
+}
+
+TEST(gpu_attention_f16)
+{
+    on_gpu_in(t, check_attention, VEL_F16, VEL_F16);
 }
 
 /* dq, dk, dv of one head, from the definition. */
@@ -418,9 +433,19 @@ TEST(cpu_attention_grad)
     each_isa(t, check_attention_grad);
 }
 
-TEST(gpu_attention_grad)
+TEST(gpu_attention_grad_f32)
 {
-    on_gpu(t, check_attention_grad);
+    on_gpu_in(t, check_attention_grad, VEL_F32, VEL_F32);
+}
+
+TEST(gpu_attention_grad_bf16)
+{
+    on_gpu_in(t, check_attention_grad, VEL_BF16, VEL_BF16);
+}
+
+TEST(gpu_attention_grad_f16)
+{
+    on_gpu_in(t, check_attention_grad, VEL_F16, VEL_F16);
 }
 
 /* ---- group norm

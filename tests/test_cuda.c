@@ -2,6 +2,7 @@
  * that make test-gpu names (tests of its kernels are with the CPU's: gpu_* in test_ops.c,
  * test_cpu.c). */
 #include "backend/backend.h"
+#include "program.h"
 #include "test.h"
 
 #include <stdlib.h>
@@ -295,4 +296,31 @@ end:
     close_pair(&p);
     vel_free(t->ctx, x);
     vel_free(t->ctx, got);
+}
+
+/* ---- drivers ---- */
+
+/* With a library in the driver's place that says it is of CUDA 11.4; made by `make cuda`. */
+TEST(cuda_says_that_a_driver_is_too_old)
+{
+    static const char command[] =
+        "stub=$(dirname \"$V\")/old-driver; test -f $stub/libcuda.so.1 || "
+        "exit 77; export LD_LIBRARY_PATH=$stub:$LD_LIBRARY_PATH; "
+        "\"$V\" bench text --model $M --repeats 1 --device ";
+    program_result r;
+    char text[512];
+    snprintf(text, sizeof text, "%scuda", command);
+    if (!program_shell(t, text, &r))
+        return;
+    t->skipped = r.status == 77;
+    if (t->skipped)
+        return;
+    CHECK_MSG(r.status == 1 &&
+                  strstr(r.text, "the NVIDIA driver is too old: it knows CUDA 11.4 and"),
+              "status %d: %s", r.status, r.text);
+    CHECK_MSG(strchr(r.text, '\n') == strrchr(r.text, '\n'), "more than a line: %s", r.text);
+    snprintf(text, sizeof text, "%sauto", command);
+    REQUIRE(program_shell(t, text, &r));
+    CHECK_MSG(r.status == 0 && strstr(r.text, "update the driver; the CPU is used"),
+              "status %d: %s", r.status, r.text);
 }
