@@ -17,7 +17,6 @@ static bool open_pair(pair *p, vel_test *t)
 {
     const char *device = getenv("VELATURA_TEST_DEVICE");
     *p = (pair){.t = t, .on = {&vel_backend_cpu}};
-    setenv("VELATURA_CUDA_TRIAL", "1", 1);
     t->skipped = !device;
     if (!device)
         return false;
@@ -28,7 +27,6 @@ static bool open_pair(pair *p, vel_test *t)
 
 static void close_pair(pair *p)
 {
-    unsetenv("VELATURA_CUDA_TRIAL");
     for (int i = 0; i < 2; i++)
         if (p->d[i])
             p->on[i]->close(p->d[i]);

@@ -16,7 +16,6 @@ static const struct {
     const char *why;
 } without[] = {
     {VEL_OP_linear_geglu, "cuBLASLt's product and geglu: a product can not be made twice as wide"},
-    {VEL_OP_rms_norm_grad_w, "only where norms are trained: sums over rows"},
     {VEL_OP_depthwise_grad_w, "only where they are trained: a product for each place"},
     {VEL_OP_reshape, "no work"},
 };

@@ -35,6 +35,7 @@ static const golden_row rows[] = {
     {"attention_masked", VEL_OP_attention, {.attention = {3, false, 0.5}}},
     {"attention_causal_masked", VEL_OP_attention, {.attention = {1, true, 0.5}}},
     {"geglu", VEL_OP_geglu, {.geglu = {}}},
+    {"linear_geglu", VEL_OP_linear_geglu, {.linear_geglu = {}}},
     {"linear", VEL_OP_linear, {.linear = {VEL_ACT_NONE}}},
     {"linear_gelu_residual", VEL_OP_linear, {.linear = {VEL_ACT_GELU}}},
     {"conv2d", VEL_OP_conv2d, {.conv2d = {1, {1, 1, 1, 1}}}},

@@ -181,11 +181,11 @@ static void read_old_points(train_session *s)
     vel_free(s->ctx, text);
 }
 
-/* JSON knows no NaN: the loss of a step that was skipped is null. */
-static void write_number(FILE *f, const char *name, double value)
+/* JSON knows no NaN: loss and rate of a step that was skipped are null. */
+static void write_number(FILE *f, const char *name, int digits, double value)
 {
     if (isfinite(value))
-        fprintf(f, ", \"%s\": %.9g", name, value);
+        fprintf(f, ", \"%s\": %.*g", name, digits, value);
     else
         fprintf(f, ", \"%s\": null", name);
 }
@@ -193,11 +193,11 @@ static void write_number(FILE *f, const char *name, double value)
 static void write_point(FILE *f, const vel_curve_point *p)
 {
     fprintf(f, "{\"step\": %" PRId64, p->step);
-    write_number(f, "loss", p->loss);
-    fprintf(f, ", \"lr\": %.6g", p->lr);
+    write_number(f, "loss", 9, p->loss);
+    write_number(f, "lr", 6, p->lr);
     if (isfinite(p->text_lr))
         fprintf(f, ", \"text_encoder_lr\": %.6g", p->text_lr);
-    write_number(f, "grad_norm", p->grad_norm);
+    write_number(f, "grad_norm", 9, p->grad_norm);
     fprintf(f, ", \"seconds\": %.4f, \"feed_wait\": %.4f", p->seconds, p->feed_wait);
     if (isfinite(p->validation))
         fprintf(f, ", \"validation_loss\": %.9g", p->validation);

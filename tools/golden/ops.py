@@ -222,6 +222,7 @@ def main():
         return nhwc(F.conv2d(nchw(x), w, b, padding=pad, groups=x.shape[-1]))
     case("depthwise", depthwise, [values(2, 4, 5, 3), values(3, 1, 3, 3), values(3)], [0, 1, 2])
     case("depthwise_wide", depthwise, [values(1, 3, 6, 4), values(4, 1, 5, 3)], [0, 1])
+    case("linear_geglu", lambda x, w, b: geglu(F.linear(x, w, b)), [values(3, 7, 24), values(32, 24), values(32)], [])
     path = sys.argv[1] if len(sys.argv) > 1 else "tests/golden/ops.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path,
               {"made_by": "tools/golden/ops.py", "torch": torch.__version__})

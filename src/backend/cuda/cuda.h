@@ -75,10 +75,6 @@ void vel_cudnn_close(vel_device *d);
 void vel_cudnn_attention_close(vel_device *d);
 /* Copies host memory to the device and waits. */
 vel_status vel_cuda_upload(vel_device *d, void *dst, const void *src, size_t bytes);
-
-/* VELATURA_CUDA_TRIAL=1: also what was built but has not run on a card yet: inputs copied beside
- * the work, Prodigy and Adafactor, Kronecker products. */
-bool vel_cuda_trial(void);
 /* The same by way of pinned memory, without waiting, when they are not many; src may be reused. */
 vel_status vel_cuda_write(vel_device *d, void *dst, const void *src, size_t bytes);
 /* Device memory of at least so many bytes, shared by the functions over flat vectors, one call

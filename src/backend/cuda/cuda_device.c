@@ -208,11 +208,6 @@ static bool is_on(const char *name)
     return value && *value && strcmp(value, "0") != 0;
 }
 
-bool vel_cuda_trial(void)
-{
-    return is_on("VELATURA_CUDA_TRIAL");
-}
-
 static int64_t cuda_in_use(vel_device *d);
 
 /* Bytes of the card in use, whoever uses them: before there is a context only NVML can tell. */
@@ -637,14 +632,6 @@ static const vel_backend vel_backend_cuda = {
 VEL_API const vel_backend *vel_backend_entry_0(const vel_backend_build *program);
 const vel_backend *vel_backend_entry_0(const vel_backend_build *program)
 {
-    static vel_backend tried;
     const vel_backend_build mine = VEL_BACKEND_BUILD;
-    if (memcmp(program, &mine, sizeof mine) != 0)
-        return NULL;
-    if (vel_cuda_trial())
-        return &vel_backend_cuda;
-    tried = vel_backend_cuda;
-    tried.write_ahead = NULL;
-    tried.take = NULL;
-    return &tried;
+    return memcmp(program, &mine, sizeof mine) == 0 ? &vel_backend_cuda : NULL;
 }

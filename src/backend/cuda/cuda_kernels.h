@@ -137,6 +137,9 @@ size_t vel_cu_layer_norm_grad_w_scratch(int64_t rows, int64_t width);
 void vel_cu_layer_norm_grad_w(cudaStream_t s, int type, const void *x, const float *stats,
                               const void *dy, float *dw, float *db, int64_t rows, int64_t width,
                               void *scratch);
+/* stats [rows]; scratch as layer_norm_grad_w's. */
+void vel_cu_rms_norm_grad_w(cudaStream_t s, int type, const void *x, const float *stats,
+                            const void *dy, float *dw, int64_t rows, int64_t width, void *scratch);
 
 typedef struct vel_cu_group {
     int64_t n, places, width; /* x [n, places, width] */

@@ -408,6 +408,13 @@ static void run_layer_norm_grad_w(const own_job *j)
                              vel_shape_rows(s), vel_shape_last(s), j->l->scratch);
 }
 
+static void run_rms_norm_grad_w(const own_job *j)
+{
+    vel_shape s = in_shape(j, 0);
+    vel_cu_rms_norm_grad_w(j->s, in_type(j, 0), IN(0), IN(1), IN(2), OUT(0), vel_shape_rows(s),
+                           vel_shape_last(s), j->l->scratch);
+}
+
 static vel_cu_group group_of(const own_job *j)
 {
     vel_shape s = in_shape(j, 0);
@@ -671,6 +678,7 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_rope] = {run_rope, .inplace = 1},
     [VEL_OP_rms_norm] = {run_rms_norm, .inplace = 1},
     [VEL_OP_rms_norm_grad] = {run_rms_norm_grad, .inplace = 4},
+    [VEL_OP_rms_norm_grad_w] = {run_rms_norm_grad_w, scratch_layer_norm_grad_w},
     [VEL_OP_depthwise] = {run_depthwise},
     [VEL_OP_depthwise_grad_x] = {run_depthwise},
     [VEL_OP_mse] = {run_mse, scratch_mse},
@@ -736,8 +744,7 @@ vel_status vel_cuda_own_prepare(vel_device *d, const vel_graph *g, int32_t id, v
 {
     const vel_node *n = vel_node_at(g, id);
     const own_row *row = &rows[n->op];
-    bool trial = n->op == VEL_OP_kron || n->op == VEL_OP_kron_grad;
-    if (!row->run || (trial && !vel_cuda_trial()) || (row->takes && !row->takes(d, g, n)) ||
+    if (!row->run || (row->takes && !row->takes(d, g, n)) ||
         (!moves_only(n->op) && !types_fit(g, n)))
         return VEL_UNSUPPORTED;
     vel_launch l = {.node = n};

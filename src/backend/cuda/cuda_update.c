@@ -86,8 +86,6 @@ vel_status vel_cuda_update(vel_device *d, const vel_update *u)
 {
     size_t table = (size_t)u->n * sizeof(vel_cu_segment), codes = 2 * sizeof(vel_cu_codes);
     size_t in_room = (codes + table + 15) / 16 * 16;
-    if (u->rule > VEL_UPDATE_SCHEDULE_FREE && !vel_cuda_trial())
-        return VEL_UNSUPPORTED;
     char *host = vel_alloc(d->ctx, codes + table);
     if (!host)
         return VEL_NO_MEMORY;

@@ -1,7 +1,7 @@
-/* norm.cu: layer norm and its gradients. A warp keeps a row in its registers, so x (and dy) are
- * read once and the result is written once: 2e bytes per element forward, 3e for the gradient to x,
- * 2e for those to w and b. Rows that do not fit (over 2048, or of an odd width) are read again,
- * from a cache. */
+/* norm.cu: layer norm and its gradients, and the sums over rows of RMS norm's. A warp keeps a row
+ * in its registers, so x (and dy) are read once and the result is written once: 2e bytes per
+ * element forward, 3e for the gradient to x, 2e for those to w and b. Rows that do not fit (over
+ * 2048, or of an odd width) are read again, from a cache. */
 #include "common.cuh"
 
 enum { WARPS = 4, THREADS = 32 * WARPS };
@@ -224,11 +224,12 @@ static int64_t pieces_of(int64_t rows)
     return rows < PIECES ? rows : PIECES;
 }
 
-/* parts [pieces, 2, width]: a block makes 32 columns of one piece. */
-template <typename T>
+/* parts [pieces, 2, width]: a block makes 32 columns of one piece. stats [rows, 2], mean and scale,
+ * or of rows that are not CENTRED [rows], scale. */
+template <typename T, bool CENTRED>
 __global__ void __launch_bounds__(256)
-    layer_norm_grad_w_kernel(const T *x, const float *stats, const T *dy, float *parts,
-                             int64_t rows, int64_t width, int64_t each)
+    grad_w_kernel(const T *x, const float *stats, const T *dy, float *parts, int64_t rows,
+                  int64_t width, int64_t each)
 {
     __shared__ float part[2][8][32];
     int64_t c = (int64_t)blockIdx.x * 32 + threadIdx.x, begin = blockIdx.y * each;
@@ -237,7 +238,8 @@ __global__ void __launch_bounds__(256)
     if (c < width)
         for (int64_t r = begin + threadIdx.y; r < end; r += 8) {
             float d = to_float(dy[r * width + c]);
-            dw += d * (to_float(x[r * width + c]) - stats[2 * r]) * stats[2 * r + 1];
+            float mean = CENTRED ? stats[2 * r] : 0, scale = stats[CENTRED ? 2 * r + 1 : r];
+            dw += d * (to_float(x[r * width + c]) - mean) * scale;
             db += d;
         }
     part[0][threadIdx.y][threadIdx.x] = dw;
@@ -263,7 +265,8 @@ __global__ void __launch_bounds__(256)
         b += parts[(2 * i + 1) * width + c];
     }
     dw[c] = a;
-    db[c] = b;
+    if (db)
+        db[c] = b;
 }
 
 extern "C" size_t vel_cu_layer_norm_grad_w_scratch(int64_t rows, int64_t width)
@@ -271,15 +274,29 @@ extern "C" size_t vel_cu_layer_norm_grad_w_scratch(int64_t rows, int64_t width)
     return sizeof(float) * (size_t)(pieces_of(rows) * 2 * width);
 }
 
+/* db may be NULL. */
+template <typename T, bool CENTRED>
+static void grad_w(cudaStream_t s, const T *x, const float *stats, const T *dy, float *dw,
+                   float *db, int64_t rows, int64_t width, float *parts)
+{
+    int64_t pieces = pieces_of(rows), each = (rows + pieces - 1) / pieces;
+    dim3 grid(blocks_for(width, 32), (unsigned)pieces), block(32, 8);
+    grad_w_kernel<T, CENTRED><<<grid, block, 0, s>>>(x, stats, dy, parts, rows, width, each);
+    join_w_kernel<<<blocks_for(width, 256), 256, 0, s>>>(parts, (int)pieces, dw, db, width);
+}
+
 extern "C" void vel_cu_layer_norm_grad_w(cudaStream_t s, int type, const void *x,
                                          const float *stats, const void *dy, float *dw, float *db,
                                          int64_t rows, int64_t width, void *scratch)
 {
-    int64_t pieces = pieces_of(rows), each = (rows + pieces - 1) / pieces;
-    dim3 grid(blocks_for(width, 32), (unsigned)pieces), block(32, 8);
-    VEL_CU_EACH_TYPE(type, layer_norm_grad_w_kernel<T>
-                     <<<grid, block, 0, s>>>((const T *)x, stats, (const T *)dy, (float *)scratch,
-                                             rows, width, each));
-    join_w_kernel<<<blocks_for(width, 256), 256, 0, s>>>((const float *)scratch, (int)pieces, dw,
-                                                         db, width);
+    VEL_CU_EACH_TYPE(type, grad_w<T, true>(s, (const T *)x, stats, (const T *)dy, dw, db, rows,
+                                           width, (float *)scratch));
+}
+
+extern "C" void vel_cu_rms_norm_grad_w(cudaStream_t s, int type, const void *x, const float *stats,
+                                       const void *dy, float *dw, int64_t rows, int64_t width,
+                                       void *scratch)
+{
+    VEL_CU_EACH_TYPE(type, grad_w<T, false>(s, (const T *)x, stats, (const T *)dy, dw, nullptr,
+                                            rows, width, (float *)scratch));
 }
