@@ -192,8 +192,10 @@ static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
     return VEL_OK;
 }
 
-vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written)
+/* file: written is a line of it, which may carry options; NULL: all of it is the prompt. */
+static vel_status add_prompt(vel_drawing *d, const char *written, const char *file)
 {
+    const vel_generate_options *o = d->o;
     if (!vel_utf8_valid(written, strlen(written)))
         return vel_fail(d->ctx, VEL_BAD_VALUE, "prompt %d: not valid UTF-8", d->n_prompts + 1);
     vel_drawing_prompt *grown =
@@ -206,12 +208,30 @@ vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written)
     bool given[VEL_MOST_ADAPTERS] = {false};
     if (!p.written || !text)
         return VEL_NO_MEMORY;
+    p.draw = (vel_draw){.negative = o->negative,
+                        .prompt_2 = o->prompt_2,
+                        .prompt_3 = o->prompt_3,
+                        .negative_2 = o->negative_2,
+                        .negative_3 = o->negative_3,
+                        .guidance = o->guidance,
+                        .width = o->width,
+                        .height = o->height,
+                        .steps = o->steps,
+                        .sampler = o->sampler,
+                        .eta = o->eta};
+    if (file)
+        VEL_TRY(vel_draw_line(d->ctx, file, text, &p.draw, &p.seeded));
     VEL_TRY(take_tags(d, text, p.weights, given));
     for (int i = 0; i < d->n_adapters; i++)
-        p.weights[i] = (given[i] ? p.weights[i] : d->adapters[i].weight) * d->o->lora_scale;
-    p.text = text;
+        p.weights[i] = (given[i] ? p.weights[i] : d->adapters[i].weight) * o->lora_scale;
+    p.text = p.draw.prompt = text;
     d->prompts[d->n_prompts++] = p;
     return VEL_OK;
+}
+
+vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written)
+{
+    return add_prompt(d, written, NULL);
 }
 
 static vel_status read_prompt_file(vel_drawing *d, const char *path)
@@ -227,7 +247,7 @@ static vel_status read_prompt_file(vel_drawing *d, const char *path)
         char *next = line + length + (line[length] != 0);
         line[length] = 0;
         if (line[strspn(line, " \t")] && line[0] != '#')
-            st = vel_drawing_add_prompt(d, line);
+            st = add_prompt(d, line, path);
         line = next;
     }
     vel_free(d->ctx, text);
@@ -325,22 +345,13 @@ vel_status vel_drawing_set_weights(vel_drawing *d, const double *weights)
     return VEL_OK;
 }
 
-vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t seed)
+vel_draw vel_drawing_draw(const vel_drawing *d, const vel_drawing_prompt *p, uint64_t seed)
 {
-    const vel_generate_options *o = d->o;
-    return (vel_draw){.prompt = prompt,
-                      .negative = o->negative,
-                      .prompt_2 = o->prompt_2,
-                      .prompt_3 = o->prompt_3,
-                      .negative_2 = o->negative_2,
-                      .negative_3 = o->negative_3,
-                      .guidance = d->guidance,
-                      .width = o->width,
-                      .height = o->height,
-                      .steps = d->steps,
-                      .seed = seed,
-                      .sampler = o->sampler,
-                      .eta = o->eta};
+    vel_draw draw = p->draw;
+    draw.seed = seed;
+    draw.guidance = draw.guidance >= 0 ? draw.guidance : d->guidance;
+    draw.steps = draw.steps > 0 ? draw.steps : d->steps;
+    return draw;
 }
 
 int vel_drawing_batch(const vel_drawing *d)
@@ -365,9 +376,34 @@ static const struct {
     {"unipc", "UniPC"},     {"dpmpp_2m", "DPM++ 2M"}, {"dpmpp_2m_sde", "DPM++ 2M SDE"},
 };
 
-static const char *sampler_of(const vel_drawing *d)
+static const char *sampler_of(const vel_drawing *d, const vel_draw *draw)
 {
-    return d->o->sampler ? d->o->sampler : vel_model_schedule(d->model)->config.sampler;
+    return draw->sampler ? draw->sampler : vel_model_schedule(d->model)->config.sampler;
+}
+
+/* What models that take the guidance as an input are given, too. */
+static double guidance_of(const vel_drawing *d, const vel_draw *draw)
+{
+    bool distilled = vel_model_guidance(d->model)->distilled && draw->distilled_guidance > 0;
+    return distilled ? draw->distilled_guidance : draw->guidance;
+}
+
+/* Settings that are told where they are given: prompts of their own for text encoders, and how
+ * prompts are read. title: as add_parameters writes it. */
+static const struct {
+    const char *title, *key;
+    size_t field; /* of vel_draw */
+} further_texts[] = {
+    {"Prompt 2", "prompt_2", offsetof(vel_draw, prompt_2)},
+    {"Prompt 3", "prompt_3", offsetof(vel_draw, prompt_3)},
+    {"Negative prompt 2", "negative_prompt_2", offsetof(vel_draw, negative_2)},
+    {"Negative prompt 3", "negative_prompt_3", offsetof(vel_draw, negative_3)},
+};
+
+static const char *further_text(const vel_draw *draw, int i)
+{
+    const char *text = *(const char *const *)((const char *)draw + further_texts[i].field);
+    return text && text[0] ? text : NULL;
 }
 
 static void add_sampler_title(vel_text *t, const char *sampler)
@@ -396,16 +432,20 @@ static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image,
                            const vel_drawing_prompt *p, uint64_t seed)
 {
     const vel_generate_options *o = d->o;
+    vel_draw draw = vel_drawing_draw(d, p, seed);
     vel_text_add(t, p->text);
     for (int i = 0; i < d->n_adapters; i++)
         if (p->weights[i] != 0)
             vel_text_addf(t, " <lora:%s:%g>", d->adapters[i].name, p->weights[i]);
-    if (o->negative && o->negative[0])
-        vel_text_addf(t, "\nNegative prompt: %s", o->negative);
-    vel_text_addf(t, "\nSteps: %d, Sampler: ", d->steps);
-    add_sampler_title(t, sampler_of(d));
-    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s", d->guidance,
-                  seed, image->width, image->height, model_name(d));
+    if (draw.negative && draw.negative[0])
+        vel_text_addf(t, "\nNegative prompt: %s", draw.negative);
+    vel_text_addf(t, "\nSteps: %d, Sampler: ", draw.steps);
+    add_sampler_title(t, sampler_of(d, &draw));
+    vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s",
+                  guidance_of(d, &draw), seed, image->width, image->height, model_name(d));
+    for (int i = 0; i < VEL_COUNT(further_texts); i++)
+        if (further_text(&draw, i))
+            vel_text_addf(t, ", %s: \"%s\"", further_texts[i].title, further_text(&draw, i));
     if (o->clip_skip > 1)
         vel_text_addf(t, ", Clip skip: %d", o->clip_skip);
     if (o->eta > 0)
@@ -428,13 +468,24 @@ static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_d
                              uint64_t seed)
 {
     const vel_generate_options *o = d->o;
-    return json_pack(
+    vel_draw draw = vel_drawing_draw(d, p, seed);
+    json_t *out = json_pack(
         "{s:s, s:s, s:s, s:s, s:f, s:i, s:i, s:i, s:I, s:s, s:f, s:i, s:s, s:o}", "velatura",
         vel_version(), "model", model_name(d), "prompt", p->text, "negative",
-        o->negative ? o->negative : "", "guidance", d->guidance, "width", image->width, "height",
-        image->height, "steps", d->steps, "seed", (json_int_t)seed, "sampler", sampler_of(d), "eta",
-        o->eta, "clip_skip", o->clip_skip, "precision",
+        draw.negative ? draw.negative : "", "guidance", guidance_of(d, &draw), "width",
+        image->width, "height", image->height, "steps", draw.steps, "seed", (json_int_t)seed,
+        "sampler", sampler_of(d, &draw), "eta", o->eta, "clip_skip", o->clip_skip, "precision",
         vel_model_compute(d->model) == VEL_F32 ? "no" : "bf16", "adapters", adapters_json(d, p));
+    for (int i = 0; out && i < VEL_COUNT(further_texts); i++)
+        if (further_text(&draw, i))
+            json_object_set_new(out, further_texts[i].key, json_string(further_text(&draw, i)));
+    if (out && o->max_token_length)
+        json_object_set_new(out, "max_token_length", json_integer(o->max_token_length));
+    if (out && o->max_sequence_length)
+        json_object_set_new(out, "max_sequence_length", json_integer(o->max_sequence_length));
+    if (out && o->weighted_prompts)
+        json_object_set_new(out, "weighted_prompts", json_true());
+    return out;
 }
 
 vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *image,

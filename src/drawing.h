@@ -14,8 +14,10 @@ typedef struct vel_drawing_adapter {
 } vel_drawing_adapter;
 
 typedef struct vel_drawing_prompt {
-    const char *written;               /* as the user wrote it, <lora:...> and all */
-    const char *text;                  /* what the model reads */
+    const char *written; /* as the user wrote it, <lora:...> and all */
+    const char *text;    /* what the model reads */
+    vel_draw draw; /* as the settings and its line have it; guidance < 0, steps 0: as is usual */
+    bool seeded;   /* its line names a seed */
     double weights[VEL_MOST_ADAPTERS]; /* strength of each adapter for this prompt */
 } vel_drawing_prompt;
 
@@ -39,8 +41,8 @@ vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_opt
 vel_status vel_drawing_load(vel_drawing *d); /* the model, its adapters and learned words */
 void vel_drawing_finish(vel_drawing *d);     /* d may be half made */
 vel_status vel_drawing_set_weights(vel_drawing *d, const double *weights); /* [n_adapters] */
-/* The settings of the i-th picture. */
-vel_draw vel_drawing_draw(const vel_drawing *d, const char *prompt, uint64_t seed);
+/* The settings of a picture of the prompt. */
+vel_draw vel_drawing_draw(const vel_drawing *d, const vel_drawing_prompt *p, uint64_t seed);
 int vel_drawing_batch(const vel_drawing *d); /* --batch, or as suits the size */
 vel_status vel_drawing_add_prompt(vel_drawing *d,
                                   const char *written); /* before vel_drawing_load */

@@ -85,9 +85,16 @@ static int batch_from(const vel_drawing *d, int64_t i, int64_t total, int most)
     return n;
 }
 
+/* A prompt that names its seed has its own; the others' follow each other. */
+static uint64_t seed_of(const vel_drawing *d, int64_t i)
+{
+    const vel_drawing_prompt *p = prompt_of(d, i);
+    return p->seeded ? p->draw.seed + (uint64_t)(i % d->o->count) : (uint64_t)(d->seed + i);
+}
+
 static vel_status keep(vel_drawing *d, const target *t, int64_t i, const vel_image *image)
 {
-    uint64_t seed = (uint64_t)(d->seed + i);
+    uint64_t seed = seed_of(d, i);
     const char *path = numbered(d, t, i, seed);
     if (!path)
         return VEL_NO_MEMORY;
@@ -104,7 +111,7 @@ static vel_status draw_batch(vel_drawing *d, const target *t, int64_t i, int n, 
     vel_draw draws[64];
     vel_image images[64] = {{0}};
     for (int k = 0; k < n; k++)
-        draws[k] = vel_drawing_draw(d, prompt_of(d, i + k)->text, (uint64_t)(d->seed + i + k));
+        draws[k] = vel_drawing_draw(d, prompt_of(d, i + k), seed_of(d, i + k));
     if (total == 1)
         snprintf(phase, sizeof phase, "drawing");
     else if (n == 1)

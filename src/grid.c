@@ -62,9 +62,14 @@ static double column_weight(const grid *g, int column)
     return column ? g->weights[(column - 1) % g->n_weights] * g->d.o->lora_scale : 0;
 }
 
+static const vel_drawing_prompt *row_drawing(const grid *g, int row)
+{
+    return &g->d.prompts[row / g->n_seeds];
+}
+
 static const char *row_prompt(const grid *g, int row)
 {
-    return g->d.prompts[row / g->n_seeds].text;
+    return row_drawing(g, row)->text;
 }
 
 static int64_t row_seed(const grid *g, int row)
@@ -83,6 +88,10 @@ static vel_status prepare(grid *g, const vel_grid_options *o)
         if (!d->adapters[i].everywhere)
             return vel_fail(d->ctx, VEL_BAD_VALUE, "<lora:%s>: grid takes its adapters from --lora",
                             d->adapters[i].name);
+    for (int i = 0; i < d->n_prompts; i++)
+        if (d->prompts[i].seeded)
+            return vel_fail(d->ctx, VEL_BAD_VALUE, "%s: --d %" PRIu64 ": grid takes --seeds",
+                            o->draw.prompt_file, d->prompts[i].draw.seed);
     VEL_TRY(vel_drawing_check_output(d->ctx, o->draw.output));
     g->rows = d->n_prompts * g->n_seeds;
     g->columns = 1 + d->n_adapters * g->n_weights;
@@ -114,7 +123,7 @@ static vel_status draw_column(grid *g, int column)
     char *phase = vel_strf(d->ctx, "column %d of %d", column + 1, g->columns);
     vel_status st = draws && images && phase ? VEL_OK : VEL_NO_MEMORY;
     for (int r = 0; st == VEL_OK && r < g->rows; r++)
-        draws[r] = vel_drawing_draw(d, row_prompt(g, r), (uint64_t)row_seed(g, r));
+        draws[r] = vel_drawing_draw(d, row_drawing(g, r), (uint64_t)row_seed(g, r));
     if (st == VEL_OK)
         st = vel_model_draw(d->model, draws, g->rows, vel_drawing_batch(d), phase, images, NULL);
     for (int r = 0; st == VEL_OK && r < g->rows; r++)

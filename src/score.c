@@ -198,7 +198,7 @@ static vel_status draw_round(score *s, int round, vel_image *images)
     vel_status st = draws && phase ? VEL_OK : VEL_NO_MEMORY;
     int64_t seed = s->d.seed + (int64_t)round * s->n;
     for (int i = 0; st == VEL_OK && i < s->n; i++)
-        draws[i] = vel_drawing_draw(&s->d, s->d.prompts[i].text, (uint64_t)(seed + i));
+        draws[i] = vel_drawing_draw(&s->d, &s->d.prompts[i], (uint64_t)(seed + i));
     if (st == VEL_OK)
         st = vel_drawing_set_weights(&s->d, s->d.prompts[0].weights);
     if (st == VEL_OK)

@@ -359,6 +359,56 @@ TEST(prompts_for_encoders_that_are_not_there_are_refused)
     vel_model_close(m);
 }
 
+/* ---- lines of files ---- */
+
+TEST(prompt_lines_have_options)
+{
+    char line[] = "a cup -- x --n blurred , old --w 517 --d 7 --g 4.5 --ss euler_a --prompt_2 thin "
+                  "glazes --negative_prompt_3 noise  --s 12";
+    vel_draw d = {.height = 64, .guidance = 7, .prompt_3 = "kept"};
+    bool seeded = false;
+    CHECK(vel_draw_line(t->ctx, "f.txt", line, &d, &seeded) == VEL_BAD_VALUE); /* "-- x" */
+    char again[] = "a cup --n blurred , old --w 517 --d 7 --g 4.5 --ss euler_a --prompt_2 thin "
+                   "glazes --negative_prompt_3 noise  --s 12";
+    REQUIRE_OK(vel_draw_line(t->ctx, "f.txt", again, &d, &seeded));
+    CHECK(seeded && d.seed == 7 && d.width == 512 && d.height == 64 && d.steps == 12);
+    CHECK(d.guidance == 7 && d.distilled_guidance == 4.5);
+    CHECK(!strcmp(d.prompt, "a cup") && !strcmp(d.negative, "blurred , old"));
+    CHECK(!strcmp(d.prompt_2, "thin glazes") && !strcmp(d.negative_3, "noise"));
+    CHECK(!strcmp(d.prompt_3, "kept") && !strcmp(d.sampler, "euler_a"));
+    static const char *const wrong[] = {"a --w",       "a --w 63", "a --s x",
+                                        "a --ss none", "a --q 1",  "a --prompt_22 b"};
+    for (int i = 0; i < VEL_COUNT(wrong); i++) {
+        char *text = vel_test_text(t, "%s", wrong[i]);
+        CHECK_MSG(vel_draw_line(t->ctx, "f.txt", text, &d, &seeded) == VEL_BAD_VALUE, "%s",
+                  wrong[i]);
+        CHECK(strstr(vel_ctx_error(t->ctx), "f.txt: '--"));
+        vel_free(t->ctx, text);
+    }
+}
+
+/* What a line says goes into its picture, and what was asked for into the picture's text. */
+TEST(prompt_lines_are_drawn)
+{
+    program_result r;
+    if (!program_shell(
+            t,
+            "printf 'a cup --w 64 --h 128 --d 5 --s 1 --n old --prompt_2 thin\\n"
+            "a (fox:1.2)\\n' >\"$D/lines.txt\" && \"$V\" generate --prompt_file "
+            "\"$D/lines.txt\" --model tests/golden/families/sdxl/model --steps 1 --width "
+            "64 --height 64 --seed 3 --weighted_prompts --max_token_length 150 "
+            "--output \"$D/out\" && cat \"$D/out/00001-5.png\" \"$D/out/00002-4.png\" | "
+            "LC_ALL=C tr -cd ' -~'",
+            &r))
+        return;
+    static const char *const says[] = {
+        "Size: 64x128", "Negative prompt: old",      "Prompt 2: \"thin\"",
+        "a (fox:1.2)",  "\"weighted_prompts\":true", "\"max_token_length\":150"};
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    for (int i = 0; i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+}
+
 /* ---- training ---- */
 
 #define SDXL_STEP                                                                                  \

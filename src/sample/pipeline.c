@@ -158,7 +158,8 @@ static void put_condition(batch *b, const vel_draw_texts *t, int i)
                                .height = b->s.h * m->latent.down,
                                .original_width = b->s.w * m->latent.down,
                                .original_height = b->s.h * m->latent.down,
-                               .guidance = d->guidance};
+                               .guidance =
+                                   d->distilled_guidance > 0 ? d->distilled_guidance : d->guidance};
     float values[VEL_MAX_EXTRA];
     vel_family_extra(m->family, m->config, &facts, values);
     for (int side = b->guided ? 0 : 1; side < 2; side++) {

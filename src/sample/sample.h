@@ -294,9 +294,10 @@ typedef struct vel_draw {
     const char *prompt, *negative;   /* negative NULL: "" */
     const char *prompt_2, *prompt_3; /* for further text encoders; NULL, "": as the prompt */
     const char *negative_2, *negative_3;
-    double guidance;   /* 7.5; <= 1: without */
-    int width, height; /* 0: native */
-    int steps;         /* 50 */
+    double guidance;           /* 7.5; <= 1: without */
+    double distilled_guidance; /* of models that take it as an input, instead; 0: guidance */
+    int width, height;         /* 0: native */
+    int steps;                 /* 50 */
     uint64_t seed;
     const char *sampler; /* NULL: the model's own */
     const char
@@ -305,6 +306,10 @@ typedef struct vel_draw {
     double eta;   /* ddim */
     const float *noise; /* given start noise, NCHW [C, h, w], N(0, 1); NULL: from seed */
 } vel_draw;
+/* Reads a line of a file of prompts (draw_line.c) in place: the prompt, and what its options say
+ * instead of draw's values; all of it points into the line. *seeded: it names a seed.
+ * VEL_BAD_VALUE: an option that is not known, or has no such value; file is named. */
+vel_status vel_draw_line(vel_ctx *ctx, const char *file, char *line, vel_draw *draw, bool *seeded);
 /* Makes sure that encoder k's states of a draw's texts are kept. */
 vel_status vel_model_keep_texts(vel_model *m, int k, const vel_draw *draw);
 /* n pictures in batches; out: n images (vel_image_finish each). phase: text of the progress line,
