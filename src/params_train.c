@@ -394,6 +394,12 @@ const vel_option_row vel_train_rows[] = {
     INT("sample_seed", NULL, sample_seed, "1", 0, 9e15, "samples", "seed of the first prompt"),
     CHOICE("sample_sampler", NULL, sample_sampler, "ddim", VEL_SAMPLERS, "samples", "sampler"),
     TEXT("sample_negative", NULL, sample_negative, NULL, "samples", "negative prompt"),
+    INT("sample_max_token_length", NULL, sample_max_token_length, "0", 0, 750, "samples",
+        "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of 75 as "
+        "it "
+        "needs; 0: as max_token_length"),
+    FLAG("sample_weighted_prompts", NULL, sample_weighted_prompts, "no", "samples",
+         "(word:1.2) in prompts are weights; they are where weighted_captions is set"),
     INT("validation_every", "validate_every_n_steps", validation_every, "50", 0, 100000000,
         "samples", "steps between measuring the held-out pictures"),
     INT("validate_every_n_epochs", NULL, validate_every_n_epochs, "0", 0, 1000000, "samples",

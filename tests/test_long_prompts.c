@@ -487,3 +487,23 @@ TEST(long_captions_teach_new_words)
            "--max_token_length 150" STEP,
            0, "<new>");
 }
+
+/* Samples of sd-scripts are drawn with weights and long prompts, whatever captions are. */
+TEST(long_captions_and_samples_are_read_apart)
+{
+    program_result r;
+    place_long_caption(t);
+    program_shell(t,
+                  "printf 'a (fox:1.4) %s--w 64 --h 64 --s 1\\n' \"$(printf 'under old trees "
+                  "%.0s' $(seq 26))\" >\"$D/lines.txt\"",
+                  &r);
+    if (!program_shell(t,
+                       "\"$V\" " SDXL_STEP "--network_train_unet_only --sample_prompts "
+                       "\"$D/lines.txt\"" STEP,
+                       &r))
+        return;
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    CHECK(strstr(r.text, "--sample_max_token_length 225 --sample_weighted_prompts yes"));
+    CHECK_MSG(strstr(r.text, "captions: 1 of 1 are too long"), "%s", r.text);
+    CHECK_MSG(!strstr(r.text, "left out"), "%s", r.text);
+}

@@ -215,7 +215,9 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "sample_every_n_epochs", KIND_INT, NULL, "sample_every_n_epochs"),
     IDLE(KOHYA, "sample_at_first", KIND_SWITCH, NULL,
          "samples are drawn before step 1 in any case"),
-    SET(KOHYA, "sample_prompts", KIND_TEXT, NULL, "sample_prompts"),
+    SET(KOHYA & ~FLOW_NETWORKS, "sample_prompts", KIND_TEXT, NULL, "sample_prompts",
+        "read with weights and up to 225 tokens, as sd-scripts draws samples"),
+    SET(FLOW_NETWORKS, "sample_prompts", KIND_TEXT, NULL, "sample_prompts"),
     RULE(KOHYA, "sample_sampler", KIND_TEXT, "ddim", "sample_sampler",
          "ddim,pndm,lms,euler,euler_a,heun,dpm_2,dpm_2_a,dpmsolver,dpmsolver++,dpmsingle,k_lms,"
          "k_euler,k_euler_a,k_dpm_2,k_dpm_2_a"),

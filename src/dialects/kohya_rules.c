@@ -147,6 +147,10 @@ static vel_status sample_rules(vel_line *l)
                  {"euler_a", "euler_a"},    {"k_euler_a", "euler_a"},   {"heun", "heun"},
                  {"dpmsolver", "dpmpp_2m"}, {"dpmsolver++", "dpmpp_2m"}};
     const char *name = vel_line_value(l, "sample_sampler");
+    if (vel_line_given(l, "sample_prompts") && !(l->script->bit & FLOW_NETWORKS)) {
+        VEL_TRY(vel_line_set(l, "sample_prompts", "sample_max_token_length", "225"));
+        VEL_TRY(vel_line_set(l, "sample_prompts", "sample_weighted_prompts", "yes"));
+    }
     for (int i = 0; i < VEL_COUNT(names); i++)
         if (strcmp(names[i].peer, name) == 0)
             return vel_line_set(l, "sample_sampler", "sample_sampler", "%s", names[i].ours);

@@ -162,8 +162,9 @@ static vel_status take_reading(vel_model *m, const vel_model_options *o)
                    : o->stitched ? VEL_WEIGHTS_PLAIN
                                  : VEL_WEIGHTS_MEAN,
     };
-    m->most_pieces = pieces;
-    m->drawn_weights = o->weighted ? VEL_WEIGHTS_MEAN : VEL_WEIGHTS_NONE;
+    m->most_pieces = o->drawn_tokens && inner ? VEL_MAX(o->drawn_tokens / inner, 1) : pieces;
+    m->drawn_weights =
+        o->weighted || (o->drawn_weighted && inner) ? VEL_WEIGHTS_MEAN : VEL_WEIGHTS_NONE;
     vel_model_read_as(m, &m->opened);
     return VEL_OK;
 }

@@ -75,9 +75,11 @@ typedef struct vel_model_options {
     int vae_tile; /* larger pictures are decoded in pieces of this many pixels; 0: whole */
     const char *base_quant; /* "nf4", "int8", "fp8": how frozen linear layers are kept */
     const char *part_files[VEL_PART_FILES]; /* files of single parts; NULL: the model's own */
-    int max_tokens; /* of a text, in pieces of what a CLIP encoder reads at once; 0: one piece */
-    bool stitched;  /* all texts are read as the longest may be, as trainers do: vel_reading */
-    bool weighted;  /* (word:1.2) is a weight */
+    int max_tokens;   /* of a text, in pieces of what a CLIP encoder reads at once; 0: one piece */
+    bool stitched;    /* all texts are read as the longest may be, as trainers do: vel_reading */
+    bool weighted;    /* (word:1.2) is a weight */
+    int drawn_tokens; /* of a text that is drawn; 0: max_tokens */
+    bool drawn_weighted; /* weights in texts that are drawn, also where weighted is not set */
 } vel_model_options;
 /* folder: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name, which resolves to
  * the Hugging Face cache or VELATURA_MODEL_ROOT; never to the network. */

@@ -123,6 +123,8 @@ static vel_status open_model(train_session *s)
                            .max_tokens = o->max_token_length,
                            .stitched = true,
                            .weighted = o->weighted_captions,
+                           .drawn_tokens = o->sample_max_token_length,
+                           .drawn_weighted = o->sample_weighted_prompts,
                            .vae_tile = o->fit ? 512 : 0, /* of samples */
                            .instruction = o->system_prompt,
                            .prediction =
