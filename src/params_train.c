@@ -339,6 +339,11 @@ const vel_option_row vel_train_rows[] = {
            "it"),
     INT("max_sequence_length", NULL, max_sequence_length, "0", 0, 4096, "flow",
         "tokens of a caption, for text encoders without a length of their own; 0: the model's"),
+    FLAG("apply_t5_attn_mask", NULL, apply_t5_attn_mask, "no", "flow",
+         "hide padding from T5, and behind it from FLUX.1's transformer; the published models were "
+         "made without"),
+    FLAG("apply_lg_attn_mask", NULL, apply_lg_attn_mask, "no", "flow",
+         "hide padding from SD 3's CLIP encoders"),
     TEXT("system_prompt", "complex_human_instruction", system_prompt, NULL, "flow",
          "put before each caption, for text encoders that are language models"),
     FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "run",

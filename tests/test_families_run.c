@@ -413,3 +413,65 @@ TEST(families_run_clip_skip_of_two_encoders)
     vel_model_close(m);
     vel_arena_destroy(arena);
 }
+
+/* ---- texts whose padding is hidden ---- */
+
+/* What an encoder makes of the golden text, against one of transformers' tensors. */
+static void check_states(vel_test *t, const vel_safetensors *file, const char *family, int k,
+                         const char *what, const float *got)
+{
+    static const char *const parts[] = {"text_encoder", "text_encoder_2", "text_encoder_3"};
+    double difference = 0, size = 0;
+    char *name = vel_test_text(t, "%s.%s.%s", family, parts[k], what);
+    const vel_file_tensor *v = vel_safetensors_find(file, name);
+    CHECK_MSG(v, "no %s", name);
+    for (int64_t i = 0; v && i < v->count; i++) {
+        float wanted;
+        vel_file_tensor_floats(v, i, 1, &wanted);
+        difference += pow((double)got[i] - (double)wanted, 2);
+        size += pow((double)wanted, 2);
+    }
+    CHECK_MSG(sqrt(difference / size) < 1e-4, "%s: relative error %g", name,
+              sqrt(difference / size));
+    vel_free(t->ctx, name);
+}
+
+/* As sd-scripts' --apply_t5_attn_mask and --apply_lg_attn_mask; FLUX.1's transformer gets the mask,
+ * SD 3's has none. Values: tools/golden/text_masks.py. */
+TEST(families_run_hide_padding)
+{
+    static const struct {
+        const char *family;
+        int text;
+        bool mask; /* behind the states */
+    } rows[] = {{"sd3", 0}, {"sd3", 1}, {"sd3", 2}, {"flux-dev", 1, true}};
+    vel_safetensors *file = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/text_masks.safetensors", &file));
+    const char *text = vel_safetensors_meta(file, "text");
+    REQUIRE(text);
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        vel_model *m = NULL;
+        const vel_model_options o = {.device = "cpu",
+                                     .precision = "no",
+                                     .clip_skip = 1,
+                                     .text_length = 32,
+                                     .t5_masked = true,
+                                     .clip_masked = strcmp(rows[i].family, "sd3") == 0};
+        char *path = vel_test_text(t, "tests/golden/families/%s/model", rows[i].family);
+        REQUIRE_OK(vel_model_open(t->ctx, path, &o, &m));
+        const vel_text_states *s = &vel_model_states(m)[rows[i].text];
+        int64_t states = (int64_t)s->length * s->width;
+        float *got = vel_test_alloc(t, sizeof *got * (size_t)vel_text_values(s));
+        CHECK(s->masked == rows[i].mask);
+        CHECK_OK(vel_model_encode_by(m, rows[i].text, &text, 1, false, got));
+        check_states(t, file, rows[i].family, rows[i].text, "context", got);
+        if (s->pooled)
+            check_states(t, file, rows[i].family, rows[i].text, "pooled", got + states);
+        if (s->masked)
+            check_states(t, file, rows[i].family, rows[i].text, "mask", got + states + s->pooled);
+        vel_free(t->ctx, got);
+        vel_free(t->ctx, path);
+        vel_model_close(m);
+    }
+    vel_safetensors_close(file);
+}

@@ -124,6 +124,7 @@ TEST(scripts_sd3_train_network)
         KOHYA("sd3_train_network.py", "sd3") "--network_module networks.lora_sd3 --network_dim 4 "
                                              "--network_args train_t5xxl=True --text_encoder_lr "
                                              "1e-3 5e-4 2e-4 --t5xxl_max_token_length 32 "
+                                             "--apply_t5_attn_mask --apply_lg_attn_mask "
                                              "--weighting_scheme logit_normal --training_shift 3",
         (const char *const[]){"38 of the text encoders", NULL});
     check_stems(t, RESULT,
@@ -177,6 +178,7 @@ TEST(scripts_flux_train_network)
         KOHYA("flux_train_network.py",
               "flux-dev") "--network_module networks.lora_flux --network_train_unet_only "
                           "--timestep_sampling flux_shift --model_prediction_type raw "
+                          "--apply_t5_attn_mask "
                           "--t5xxl_max_token_length 32 --output_name b --fp8_base "
                           "--network_args train_blocks=double train_double_block_indices=1-1",
         (const char *const[]){"0 of the text encoder", NULL});

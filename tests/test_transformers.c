@@ -210,7 +210,8 @@ static vel_ref build_flux(vel_graph *g, const part *p, vel_ref latent)
 {
     vel_flux_config c;
     vel_condition condition = {.context = golden_input(g, p, in_text),
-                               .pooled = golden_input(g, p, "in.pooled_projections")};
+                               .pooled = golden_input(g, p, "in.pooled_projections"),
+                               .mask = golden_input(g, p, "in.text_mask")};
     vel_ref guidance = golden_input(g, p, "in.guidance");
     if (guidance.id)
         condition.extra = vel_reshape(g, guidance, VEL_SHAPE(vel_shape_at(g, guidance).dim[0], 1));
@@ -222,6 +223,19 @@ static vel_ref build_flux(vel_graph *g, const part *p, vel_ref latent)
 TEST(transformers_flux_dev)
 {
     check_denoiser(t, "flux-dev", build_flux);
+}
+
+/* As sd-scripts trains with --apply_t5_attn_mask (tools/golden/text_masks.py). */
+TEST(transformers_flux_hides_words)
+{
+    part p;
+    REQUIRE_OK(open_part(t->ctx, "flux-dev", "transformer", &p));
+    vel_safetensors_close(p.golden);
+    p.packed = true;
+    p.golden = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/text_masks.safetensors", &p.golden));
+    check_in(t, &p, build_flux, VEL_F32, 1e-4);
+    close_part(&p);
 }
 
 TEST(transformers_flux_schnell)

@@ -7,7 +7,6 @@
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define ATTENTION "attention never keeps its whole matrix here"
 #define NO_LOADER "threads of its own read ahead (--data_threads)"
-#define AS_PIPELINES "masks are applied as diffusers' pipelines do"
 #define WHOLE_CAPTIONS "captions are dropped for all text encoders together: --caption_dropout_rate"
 #define DATED "resuming takes the step from the state: --resume"
 
@@ -307,8 +306,8 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(SD3_NETWORK, "t5xxl_max_token_length", KIND_INT, "256", "max_sequence_length"),
     SET(FLUX_NETWORK, "t5xxl_max_token_length", KIND_INT, NULL, "max_sequence_length"),
     SET(LUMINA_NETWORK, "gemma2_max_token_length", KIND_INT, NULL, "max_sequence_length"),
-    REFUSED(SD3_NETWORK, "apply_lg_attn_mask", KIND_SWITCH, NULL, AS_PIPELINES),
-    REFUSED(SD3_NETWORK | FLUX_NETWORK, "apply_t5_attn_mask", KIND_SWITCH, NULL, AS_PIPELINES),
+    SET(SD3_NETWORK, "apply_lg_attn_mask", KIND_SWITCH, NULL, "apply_lg_attn_mask"),
+    SET(SD3_NETWORK | FLUX_NETWORK, "apply_t5_attn_mask", KIND_SWITCH, NULL, "apply_t5_attn_mask"),
     REFUSED(SD3_NETWORK, "clip_l_dropout_rate", KIND_FLOAT, "0.0", WHOLE_CAPTIONS),
     REFUSED(SD3_NETWORK, "clip_g_dropout_rate", KIND_FLOAT, "0.0", WHOLE_CAPTIONS),
     REFUSED(SD3_NETWORK, "t5_dropout_rate", KIND_FLOAT, "0.0", WHOLE_CAPTIONS),

@@ -64,8 +64,8 @@ static vel_ref embeddings(vel_graph *g, const vel_clip_config *c, vel_ref ids)
     return x;
 }
 
-/* Mirrors CLIPEncoderLayer: x [N, S, D]. */
-static vel_ref encoder_layer(vel_graph *g, const vel_clip_config *c, vel_ref x)
+/* Mirrors CLIPEncoderLayer: x [N, S, D]; bias [N, S] hides tokens, {0} none. */
+static vel_ref encoder_layer(vel_graph *g, const vel_clip_config *c, vel_ref x, vel_ref bias)
 {
     vel_ref h = nn_layer_norm(g, "layer_norm1", x, c->eps);
     vel_scope(g, "self_attn");
@@ -73,7 +73,7 @@ static vel_ref encoder_layer(vel_graph *g, const vel_clip_config *c, vel_ref x)
     vel_ref k = nn_linear(g, "k_proj", h, c->width, true);
     vel_ref v = nn_linear(g, "v_proj", h, c->width, true);
     double scale = 1 / sqrt((double)(c->width / c->heads));
-    h = vel_attention(g, q, k, v, (vel_ref){0}, c->heads, true, scale);
+    h = vel_attention(g, q, k, v, bias, c->heads, true, scale);
     h = nn_linear(g, "out_proj", h, c->width, true);
     vel_end(g);
     x = vel_add(g, x, h);
@@ -82,9 +82,10 @@ static vel_ref encoder_layer(vel_graph *g, const vel_clip_config *c, vel_ref x)
     return vel_add(g, x, nn_linear(g, "mlp.fc2", h, c->width, true));
 }
 
-void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
+void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, vel_ref mask, int layers,
                      vel_ref *inner, vel_ref *last)
 {
+    vel_ref bias = mask.id ? vel_mask_bias(g, mask) : (vel_ref){0};
     *inner = *last = (vel_ref){0};
     if (layers < 1 || layers > c->layers) {
         nn_bad(g, "the text encoder has %d layers; clip skip must leave at least one of them",
@@ -94,7 +95,7 @@ void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, int la
     vel_ref x = embeddings(g, c, ids);
     for (int i = 0; i < c->layers; i++) {
         vel_layer(g, "text_model.encoder.layers.%d", i);
-        x = encoder_layer(g, c, x);
+        x = encoder_layer(g, c, x, bias);
         vel_end(g);
         if (i + 1 == layers)
             *inner = x;
@@ -123,7 +124,7 @@ vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int 
     vel_ref x = embeddings(g, c, ids);
     for (int i = 0; i < layers; i++) {
         vel_layer(g, "text_model.encoder.layers.%d", i);
-        x = encoder_layer(g, c, x);
+        x = encoder_layer(g, c, x, (vel_ref){0});
         vel_end(g);
     }
     return final_norm ? nn_layer_norm(g, "text_model.final_layer_norm", x, c->eps) : x;

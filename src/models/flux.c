@@ -82,8 +82,9 @@ static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const
     vel_scope(g, "%s", parts[TEXT + k]);
     if (k == 1) {
         out.context = vel_t5_build(g, &((const flux_config *)c->own)->t5, in->ids, in->mask);
+        out.mask = in->mask;
     } else {
-        vel_clip_states(g, &c->clip[0], in->ids, c->clip[0].layers, &inner, &last);
+        vel_clip_states(g, &c->clip[0], in->ids, (vel_ref){0}, c->clip[0].layers, &inner, &last);
         out.pooled = vel_clip_pool(g, &c->clip[0], last, in->end, false);
     }
     vel_end(g);
@@ -96,7 +97,8 @@ static vel_condition join_texts(vel_graph *g, const vel_config *c, const vel_con
     (void)g;
     (void)c;
     (void)length;
-    return (vel_condition){.context = each[1].context, .pooled = each[0].pooled};
+    return (vel_condition){
+        .context = each[1].context, .pooled = each[0].pooled, .mask = each[1].mask};
 }
 
 static vel_ref denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,
@@ -125,6 +127,7 @@ const vel_family vel_family_flux = {
     .denoiser = "transformer",
     .dialect = "diffusers",
     .network = "networks.lora_flux",
+    .hides_words = true,
     .time_scale = 0.001,
     .even_sigmas = true,
     .adapter_marks = "*single_transformer_blocks*,*double_blocks*,*single_blocks*",

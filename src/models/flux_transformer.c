@@ -47,18 +47,23 @@ static vel_ref project(vel_graph *g, const vel_flux_config *c, const char *name,
 }
 
 /* q, k, v [N, T, D], q and k not turned yet. */
+/* What all blocks know of places: the table that turns the heads, and what hides words [N, S + T]
+ * ({0}: nothing). */
+typedef struct places {
+    vel_ref table, bias;
+} places;
+
 static vel_ref attend(vel_graph *g, const vel_flux_config *c, vel_ref q, vel_ref k, vel_ref v,
-                      vel_ref table)
+                      places at)
 {
-    q = vel_rope(g, q, table, c->heads, false);
-    k = vel_rope(g, k, table, c->heads, false);
+    q = vel_rope(g, q, at.table, c->heads, false);
+    k = vel_rope(g, k, at.table, c->heads, false);
     double scale = 1 / sqrt((double)c->head_width);
-    return vel_attention(g, q, k, v, (vel_ref){0}, c->heads, false, scale);
+    return vel_attention(g, q, k, v, at.bias, c->heads, false, scale);
 }
 
 /* Mirrors FluxAttention of both streams, the text in front. */
-static nn_streams joint_attention(vel_graph *g, const vel_flux_config *c, nn_streams x,
-                                  vel_ref table)
+static nn_streams joint_attention(vel_graph *g, const vel_flux_config *c, nn_streams x, places at)
 {
     int64_t words = vel_shape_at(g, x.text).dim[1];
     vel_scope(g, "attn");
@@ -68,7 +73,7 @@ static nn_streams joint_attention(vel_graph *g, const vel_flux_config *c, nn_str
                            project(g, c, "to_k", "norm_k", x.image), 1);
     vel_ref v = vel_concat(g, nn_linear(g, "add_v_proj", x.text, c->width, true),
                            nn_linear(g, "to_v", x.image, c->width, true), 1);
-    vel_ref o = attend(g, c, q, k, v, table);
+    vel_ref o = attend(g, c, q, k, v, at);
     x.text = nn_linear(g, "to_add_out", vel_slice(g, o, 1, 0, words), c->width, true);
     x.image = vel_slice(g, o, 1, words, vel_shape_at(g, o).dim[1]);
     x.image = nn_linear(g, "to_out.0", x.image, c->width, true);
@@ -85,12 +90,12 @@ static vel_ref modulated_norm(vel_graph *g, vel_ref x, vel_ref m, int parts)
 
 /* Mirrors FluxTransformerBlock. */
 static nn_streams double_block(vel_graph *g, const vel_flux_config *c, nn_streams x,
-                               vel_ref condition, vel_ref table)
+                               vel_ref condition, places at)
 {
     vel_ref m = nn_modulation(g, "norm1", condition, 6 * c->width);
     vel_ref text_m = nn_modulation(g, "norm1_context", condition, 6 * c->width);
     nn_streams h = {modulated_norm(g, x.image, m, 6), modulated_norm(g, x.text, text_m, 6)};
-    h = joint_attention(g, c, h, table);
+    h = joint_attention(g, c, h, at);
     x.image = nn_gated(g, x.image, nn_share(g, m, 2, 6), h.image);
     x.image = nn_modulated_ff(g, "ff", x.image, m, 6, eps);
     x.text = nn_gated(g, x.text, nn_share(g, text_m, 2, 6), h.text);
@@ -100,14 +105,14 @@ static nn_streams double_block(vel_graph *g, const vel_flux_config *c, nn_stream
 
 /* Mirrors FluxSingleTransformerBlock: x [N, S + T, D]. */
 static vel_ref single_block(vel_graph *g, const vel_flux_config *c, vel_ref x, vel_ref condition,
-                            vel_ref table)
+                            places at)
 {
     vel_ref m = nn_modulation(g, "norm", condition, 3 * c->width);
     vel_ref h = modulated_norm(g, x, m, 3);
     vel_ref inner = nn_linear(g, "proj_mlp", h, 4 * (int64_t)c->width, true);
     vel_scope(g, "attn");
     vel_ref q = project(g, c, "to_q", "norm_q", h), k = project(g, c, "to_k", "norm_k", h);
-    vel_ref o = attend(g, c, q, k, nn_linear(g, "to_v", h, c->width, true), table);
+    vel_ref o = attend(g, c, q, k, nn_linear(g, "to_v", h, c->width, true), at);
     vel_end(g);
     o = vel_concat(g, o, vel_act(g, inner, VEL_ACT_GELU_TANH), 2); /* [N, S + T, 5 D] */
     return nn_gated(g, x, nn_share(g, m, 2, 3), nn_linear(g, "proj_out", o, c->width, true));
@@ -133,8 +138,8 @@ static vel_ref embedding(vel_graph *g, const vel_flux_config *c, vel_ref time,
 }
 
 /* The places of text (all 0) and patches. */
-static vel_ref places(vel_graph *g, const vel_flux_config *c, int64_t words, int64_t rows,
-                      int64_t columns)
+static vel_ref place_table(vel_graph *g, const vel_flux_config *c, int64_t words, int64_t rows,
+                           int64_t columns)
 {
     vel_ref text = vel_fill(g, VEL_SHAPE(1, words), 0);
     vel_ref at[] = {vel_fill(g, VEL_SHAPE(1, words + rows * columns), 0),
@@ -149,7 +154,8 @@ static bool inputs_fit(vel_graph *g, const vel_flux_config *c, vel_ref latent,
     int64_t n = vel_shape_at(g, latent).dim[0];
     if (!nn_latent_fits(g, latent, c->channels, 2) ||
         !nn_context_fits(g, condition->context, n, c->context) ||
-        !nn_pooled_fits(g, condition->pooled, n, c->pooled))
+        !nn_pooled_fits(g, condition->pooled, n, c->pooled) ||
+        !nn_mask_fits(g, condition->mask, condition->context))
         return false;
     if (c->guidance && !vel_shape_equal(vel_shape_at(g, condition->extra), VEL_SHAPE(n, 1))) {
         nn_bad(g, "no guidance [%" PRId64 ", 1], which this model takes", n);
@@ -166,19 +172,24 @@ vel_ref vel_flux_build(vel_graph *g, const vel_flux_config *c, vel_ref latent, v
     vel_shape image = vel_shape_at(g, latent);
     int64_t words = vel_shape_at(g, condition->context).dim[1];
     vel_ref t = embedding(g, c, time, condition);
-    vel_ref table = places(g, c, words, image.dim[1] / 2, image.dim[2] / 2);
+    int64_t patches = (image.dim[1] / 2) * (image.dim[2] / 2);
+    places at = {.table = place_table(g, c, words, image.dim[1] / 2, image.dim[2] / 2)};
+    if (condition->mask.id) {
+        vel_ref shown = vel_fill(g, VEL_SHAPE(image.dim[0], patches), 1);
+        at.bias = vel_mask_bias(g, vel_concat(g, condition->mask, shown, 1));
+    }
     nn_streams x = {.image =
                         nn_linear(g, "x_embedder", nn_patches(g, latent, 2, true), c->width, true),
                     .text = nn_linear(g, "context_embedder", condition->context, c->width, true)};
     for (int i = 0; i < c->layers; i++) {
         vel_layer(g, "transformer_blocks.%d", i);
-        x = double_block(g, c, x, t, table);
+        x = double_block(g, c, x, t, at);
         vel_end(g);
     }
     vel_ref y = vel_concat(g, x.text, x.image, 1); /* [N, S + T, D] */
     for (int i = 0; i < c->single_layers; i++) {
         vel_layer(g, "single_transformer_blocks.%d", i);
-        y = single_block(g, c, y, t, table);
+        y = single_block(g, c, y, t, at);
         vel_end(g);
     }
     y = vel_slice(g, y, 1, words, vel_shape_at(g, y).dim[1]);

@@ -86,9 +86,9 @@ vel_text_info vel_clip_text(const vel_clip_config *c, const char *part);
 /* Inside the part's scope: the states after `layers` layers, through the final norm where asked. */
 vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
                        bool final_norm);
-/* Both at once: the states after `layers` layers without the final norm, and those after all
- * layers through it. */
-void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
+/* Both at once, mask [N, S] or {0}: the states after `layers` layers without the final norm, and
+ * those after all layers through it. */
+void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, vel_ref mask, int layers,
                      vel_ref *inner, vel_ref *last);
 /* last [N, S, D] at each text's end (vel_text_input.end) -> [N, D], or projected [N, P]. */
 vel_ref vel_clip_pool(vel_graph *g, const vel_clip_config *c, vel_ref last, vel_ref end,

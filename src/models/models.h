@@ -84,6 +84,7 @@ typedef struct vel_text_info { /* one text encoder */
     bool long_texts;    /* longer texts may be read in pieces, and tokens have weights: CLIP where
                            programs do so; fixed */
     bool masked;        /* it wants to know which tokens are padding */
+    bool may_mask;      /* CLIP: it takes the mask where that is asked for */
     bool pools;         /* it wants to know where a text ends */
     bool absent;        /* the model has none: it is given nothing */
     bool large;         /* trained only where it is named: T5, behind other encoders */
@@ -147,6 +148,7 @@ typedef struct vel_family {
     const char *adapter_marks;
     const char *dialect; /* of adapter files where nobody asks for one; NULL: kohya */
     const char *network; /* ss_network_module of plain LoRA; NULL: networks.lora */
+    bool hides_words;    /* the denoiser takes a mask where an encoder is asked to read with one */
     bool even_sigmas;    /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     const char *const
         *pipelines; /* whose model_index.json it is, by "_class_name"; NULL-terminated */

@@ -65,7 +65,7 @@ static int texts(const vel_config *c, vel_text_info *out)
     const sd3_config *own = c->own;
     for (int i = 0; i < 2; i++) {
         out[i] = vel_clip_text(&c->clip[i], parts[TEXT + i]);
-        out[i].pools = true;
+        out[i].pools = out[i].may_mask = true;
     }
     out[2] = vel_t5_text(&own->t5, parts[TEXT_3], 256);
     out[2].absent = !own->has_t5;
@@ -99,7 +99,7 @@ static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const
         out.context = vel_t5_build(g, &((const sd3_config *)c->own)->t5, in->ids, in->mask);
     } else {
         int layers = c->clip[k].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
-        vel_clip_states(g, &c->clip[k], in->ids, layers, &out.context, &last);
+        vel_clip_states(g, &c->clip[k], in->ids, in->mask, layers, &out.context, &last);
         out.pooled = vel_clip_pool(g, &c->clip[k], last, in->end, true);
     }
     vel_end(g);

@@ -110,7 +110,7 @@ static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const
     vel_ref last;
     int layers = c->clip[k].layers - 1 - (VEL_MAX(clip_skip, 1) - 1);
     vel_scope(g, "%s", parts[TEXT + k]);
-    vel_clip_states(g, &c->clip[k], in->ids, layers, &out.context, &last);
+    vel_clip_states(g, &c->clip[k], in->ids, (vel_ref){0}, layers, &out.context, &last);
     if (k == 1)
         out.pooled = vel_clip_pool(g, &c->clip[k], last, in->end, true);
     vel_end(g);

@@ -105,12 +105,14 @@ static vel_status count_prefix(vel_model *m, int k)
 /* Other lengths and another prefix than the family's. */
 static vel_status take_wishes(vel_model *m, const vel_model_options *o)
 {
-    bool adjustable = false;
+    bool adjustable = false, masked = false;
     for (int k = 0; k < m->n_texts; k++) {
         vel_text_info *t = &m->texts[k];
         if (o->text_length > 0 && !t->fixed)
             t->length = o->text_length;
         adjustable |= !t->fixed;
+        t->masked |= (o->t5_masked && t->large) || (o->clip_masked && t->may_mask);
+        masked |= t->masked;
         if (o->instruction && t->prefix)
             t->prefix = o->instruction[0] ? vel_arena_strdup(m->arena, o->instruction) : NULL;
     }
@@ -119,6 +121,10 @@ static vel_status take_wishes(vel_model *m, const vel_model_options *o)
                 "--max_sequence_length: the text encoders of %s have a length of their own, which "
                 "stays as it is",
                 m->family->title);
+    if ((o->t5_masked || o->clip_masked) && !masked)
+        return vel_fail(m->ctx, VEL_UNSUPPORTED,
+                        "--apply_%s_attn_mask: %s has no such text encoder",
+                        o->t5_masked ? "t5" : "lg", m->family->title);
     return VEL_OK;
 }
 
@@ -129,6 +135,8 @@ void vel_model_read_as(vel_model *m, const vel_reading *r)
     for (int k = 0; k < m->n_texts; k++)
         length[k] = kept_of(m, k);
     m->family->states(m->config, length, m->states);
+    for (int k = 0; k < m->n_texts && m->family->hides_words; k++)
+        m->states[k].masked = m->texts[k].masked;
 }
 
 /* How long texts and brackets are read. */
@@ -326,12 +334,14 @@ vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *state
     return count ? set_columns(m, p, "extra", extra, count, 0, count, n) : VEL_OK;
 }
 
-/* 1 for each token up to the last that is no padding. */
-static void fill_mask(const int32_t *ids, int length, int32_t pad, float *out)
+/* 1 for each token up to the last that is no padding; where padding is the end token, the first of
+ * them is not padding. */
+static void fill_mask(const int32_t *ids, int length, int32_t pad, int32_t end, float *out)
 {
     int used = length;
     while (used && ids[used - 1] == pad)
         used--;
+    used += pad == end && used < length;
     for (int i = 0; i < length; i++)
         out[i] = i < used;
 }
@@ -359,7 +369,8 @@ static vel_status set_marks(vel_model *m, vel_plan *p, int k, const int32_t *ids
     vel_status st = mask && end ? VEL_OK : VEL_NO_MEMORY;
     for (int i = 0; i < n && !st; i++) {
         const int32_t *row = ids + (int64_t)i * length;
-        fill_mask(row, length, vel_tokenizer_pad(m->tokenizers[k]), mask + (int64_t)i * length);
+        fill_mask(row, length, vel_tokenizer_pad(m->tokenizers[k]),
+                  vel_tokenizer_eos(m->tokenizers[k]), mask + (int64_t)i * length);
         end[i] = i * length + end_of(row, length / vel_model_pieces(m, k, &m->reading),
                                      vel_tokenizer_eos(m->tokenizers[k]));
     }

@@ -65,12 +65,14 @@ typedef struct vel_model_options {
     const char *variant;   /* "fp16" file names */
     int clip_skip;
     bool no_text; /* prompts are not asked for: neither tokenizer nor text encoder need be known */
-    const char *prediction;  /* "epsilon", "v_prediction", "sample"; NULL, "auto": the folder's */
-    bool zero_snr;           /* the noise schedule is stretched to end in pure noise */
-    const char *tokenizer;   /* folder of the tokenizer, for single files; NULL: looked for */
-    bool weights_only;       /* neither tokenizer nor device are needed: nothing can be run */
-    bool averaged;           /* of a single file: the running average that it keeps (model_ema.*) */
-    int text_length;         /* tokens of a text where the encoder leaves a choice; 0: as usual */
+    const char *prediction; /* "epsilon", "v_prediction", "sample"; NULL, "auto": the folder's */
+    bool zero_snr;          /* the noise schedule is stretched to end in pure noise */
+    const char *tokenizer;  /* folder of the tokenizer, for single files; NULL: looked for */
+    bool weights_only;      /* neither tokenizer nor device are needed: nothing can be run */
+    bool averaged;          /* of a single file: the running average that it keeps (model_ema.*) */
+    bool t5_masked;         /* T5 does not see padding, nor does a denoiser that takes a mask */
+    bool clip_masked;       /* CLIP encoders that give states of a text do not see padding (SD 3) */
+    int text_length;        /* tokens of a text where the encoder leaves a choice; 0: as usual */
     const char *instruction; /* put before prompts instead of the family's own; "": nothing */
     int vae_tile; /* larger pictures are decoded in pieces of this many pixels; 0: whole */
     const char *base_quant; /* "nf4", "int8", "fp8": how frozen linear layers are kept */

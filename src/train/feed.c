@@ -163,9 +163,11 @@ static char *text_key(train_session *s, int k, const char *caption)
     if (text->long_texts && (s->o->max_token_length > 75 || s->o->weighted_captions))
         snprintf(length, sizeof length, " of %d%s", s->o->max_token_length,
                  s->o->weighted_captions ? " weighted" : "");
-    return vel_strf(s->ctx, "text %s skip %d type %d %s%s %s%s", hash ? hash : "", s->o->clip_skip,
-                    (int)vel_model_compute(s->model), s->o->base_quant ? s->o->base_quant : "",
-                    length, text->prefix ? text->prefix : "", caption);
+    bool masked = text->masked && (text->large || text->may_mask);
+    return vel_strf(s->ctx, "text %s skip %d type %d %s%s%s %s%s", hash ? hash : "",
+                    s->o->clip_skip, (int)vel_model_compute(s->model),
+                    s->o->base_quant ? s->o->base_quant : "", length, masked ? " masked" : "",
+                    text->prefix ? text->prefix : "", caption);
 }
 
 /* The states of a caption by encoder k, from the disk cache where one is asked for. */

@@ -120,6 +120,8 @@ static vel_status open_model(train_session *s)
                            .tokenizer = o->tokenizer,
                            .clip_skip = o->clip_skip,
                            .text_length = o->max_sequence_length,
+                           .t5_masked = o->apply_t5_attn_mask,
+                           .clip_masked = o->apply_lg_attn_mask,
                            .max_tokens = o->max_token_length,
                            .stitched = true,
                            .weighted = o->weighted_captions,

@@ -70,11 +70,12 @@ typedef struct vel_train_options {
     double lr, unet_lr, text_lr; /* the last two 0: lr */
     double text_2_lr, text_3_lr; /* of further text encoders; 0: text_lr */
     vel_flow_options flow;
-    int max_sequence_length;      /* tokens of a text; 0: the model's own */
-    int max_token_length;         /* of a caption, in pieces of 75; 0: one */
-    bool weighted_captions;       /* (word:1.2) in them is a weight */
-    int sample_max_token_length;  /* of samples' prompts; 0: as captions */
-    bool sample_weighted_prompts; /* weights in them; else as captions */
+    int max_sequence_length;                     /* tokens of a text; 0: the model's own */
+    bool apply_t5_attn_mask, apply_lg_attn_mask; /* padding is hidden from T5, from SD 3's CLIP */
+    int max_token_length;                        /* of a caption, in pieces of 75; 0: one */
+    bool weighted_captions;                      /* (word:1.2) in them is a weight */
+    int sample_max_token_length;                 /* of samples' prompts; 0: as captions */
+    bool sample_weighted_prompts;                /* weights in them; else as captions */
     const char
         *system_prompt; /* before each caption, for text encoders that take one; NULL: none */
     const char *optimizer, *optimizer_args;
