@@ -183,6 +183,75 @@ TEST(methods_full_in_one_file)
     CHECK(vel_is_file(in(t, "next/a/model_index.json")));
 }
 
+/* The same run in both forms, with a trained text encoder and an average: taken apart again, the
+ * single file is the folder. tools/compat/checkpoint.py reads both with diffusers. */
+TEST(methods_full_forms_are_the_same_model)
+{
+    static program_result r;
+    static const char run[] = "method=full steps=2 use_ema=yes train_text_encoder=yes" SOME;
+    char settings[512];
+    CHECK_OK(train(t, "folder", run));
+    snprintf(settings, sizeof settings, "%s save_format=kohya", run);
+    CHECK_OK(train(t, "single", settings));
+    if (!program_shell(t,
+                       "$V checkpoint convert $D/single/a.safetensors $D/back --tokenizer "
+                       "$M/tokenizer",
+                       &r))
+        return;
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    CHECK(same_files(t, in(t, "folder/a" UNET), in(t, "back" UNET)));
+    CHECK(same_files(t, in(t, "folder/a/text_encoder/model.safetensors"),
+                     in(t, "back/text_encoder/model.safetensors")));
+    CHECK(!same_files(t, in(t, "folder/a/text_encoder/model.safetensors"),
+                      "models/emoji-sd/text_encoder/model.safetensors"));
+}
+
+/* Values that are trained in bfloat16 are rounded by lot, so steps below the grid are not lost:
+ * what is saved lies on the grid, and some of it has moved, by less than would move it otherwise.
+ */
+TEST(methods_full_in_bfloat16)
+{
+    vel_safetensors *a = NULL, *b = NULL;
+    int moved = 0, off = 0;
+    CHECK_OK(train(t, "out",
+                   "method=full trained_precision=bf16 learning_rate=1e-6 max_grad_norm=0 "
+                   "trained_weights=*.attn2.to_k.weight"));
+    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "out/a" UNET), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, "models/emoji-sd" UNET, &b));
+    for (int i = 0; a && b && i < vel_safetensors_count(a); i++) {
+        const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
+        for (int64_t k = 0; vel_glob("*.attn2.to_k.weight", x->name) && k < x->count; k++) {
+            float now, before;
+            vel_file_tensor_floats(x, k, 1, &now);
+            vel_file_tensor_floats(y, k, 1, &before);
+            off += vel_bf16_f32(vel_f32_bf16(now)) != now;
+            moved += fabsf(now) > 1e-3f && now != vel_bf16_f32(vel_f32_bf16(before));
+        }
+    }
+    vel_safetensors_close(a);
+    vel_safetensors_close(b);
+    CHECK_MSG(off == 0 && moved > 100, "%d off the grid, %d moved", off, moved);
+}
+
+/* The text encoder in full, at a rate of its own, until step 1 of 3. */
+TEST(methods_full_text_encoder_stops)
+{
+#define TEXTS "method=full train_text_encoder=yes text_encoder_lr=0.0005" SOME
+    static const char file[] = "/a/text_encoder/model.safetensors";
+    char one[64], stopped[64], all[64];
+    snprintf(one, sizeof one, "one%s", file);
+    snprintf(stopped, sizeof stopped, "stopped%s", file);
+    snprintf(all, sizeof all, "all%s", file);
+    CHECK_OK(train(t, "one", TEXTS " steps=1 lr_scheduler=constant"));
+    CHECK_OK(train(t, "stopped",
+                   TEXTS " steps=3 lr_scheduler=constant "
+                         "stop_text_encoder_training=1"));
+    CHECK_MSG(strstr(said, "step 1: the text encoder is learned"), "%s", said);
+    CHECK_OK(train(t, "all", TEXTS " steps=3 lr_scheduler=constant"));
+    CHECK(same_files(t, in(t, one), in(t, stopped)) && !same_files(t, in(t, one), in(t, all)));
+    CHECK(!same_files(t, in(t, "one/a" UNET), in(t, "stopped/a" UNET)));
+}
+
 TEST(methods_full_saves_on_the_way_and_states_its_memory)
 {
     CHECK_OK(train(t, "out", "method=full steps=4 save_every=1 keep_last=1" SOME));

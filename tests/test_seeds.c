@@ -180,6 +180,65 @@ TEST(seed_s0_with_a_language_model)
     CHECK(!same_picture(t, "base.png", "on.png"));
 }
 
+/* The same three lines on the embedded model, which has learned to draw. It has 10 blocks with
+ * attention: 8 modules of attention and 4 other linear layers each, and 4 layers of the text
+ * encoder with 6. Their adapters change what it draws from the same prompt and seed, by the model's
+ * own sampler, and at strength 0 they do not. */
+static void on_embedded_model(vel_test *t, const char *line, const char *flags, const char *prompt,
+                              const char *adapter, int n_tensors)
+{
+    static program_result r;
+    int ignored = 0;
+    static const char file[] = "pytorch_lora_weights.safetensors";
+    char *script = vel_test_text(
+        t,
+        "run %s --resolution=64 %s; draw() { \"$P\" generate --model $MODEL --prompt \"%s\" --seed "
+        "1 --steps 3 --width 64 --height 64 --precision no \"$@\"; }; draw --output base.png; draw "
+        "--sampler pndm --output pndm.png; draw --lora %s:0 --output off.png; draw --lora %s:20 "
+        "--output on.png",
+        line, flags, prompt, adapter, adapter);
+    if (run(t, script, &r)) {
+        bool folder = !vel_has_suffix(adapter, ".safetensors");
+        char *path = vel_test_text(t, "%s%s%s", adapter, folder ? "/" : "", folder ? file : "");
+        int n = tensors(t, path, ".weight", &ignored);
+        CHECK_MSG(n == n_tensors, "%s: %d tensors", line, n);
+        CHECK(same_picture(t, "base.png", "pndm.png") && same_picture(t, "base.png", "off.png"));
+        CHECK(!same_picture(t, "base.png", "on.png"));
+        vel_free(t->ctx, path);
+    }
+    vel_free(t->ctx, script);
+}
+
+TEST(seed_s0_on_the_embedded_model)
+{
+    place_model(t, "banana-ai/nano-banana-v1-base", program_copy_model);
+    place_pictures(t, "dataset/my_sketch_style", 2);
+    on_embedded_model(t, "s0.sh",
+                      "--max_train_steps=1 --gradient_accumulation_steps=1; "
+                      "MODEL=banana-ai/nano-banana-v1-base",
+                      "A futuristic car drifting on a highway", "output/sketch-lora", 160);
+}
+
+TEST(seed_s1_on_the_embedded_model)
+{
+    place_model(t, "runwayml/stable-diffusion-v1-5", program_copy_model);
+    place_pictures(t, "train_data/10_sks_style", 1);
+    on_embedded_model(t, "s1.sh", "--epochs 0 --steps 2; MODEL=runwayml/stable-diffusion-v1-5",
+                      "sks_style, a beautiful landscape, sunset over mountains",
+                      "output/my_style_lora.safetensors", 432);
+}
+
+TEST(seed_s3_on_the_embedded_model)
+{
+    place_model(t, "runwayml/stable-diffusion-v1-5", program_copy_model);
+    place_pictures(t, "aawxbc", 2);
+    on_embedded_model(t, "s3.sh",
+                      "--train_batch_size 1 --num_class_images=2 --class_image_steps 1 "
+                      "--max_train_steps 2; MODEL=runwayml/stable-diffusion-v1-5; ls figurine "
+                      "| grep -q ^1-",
+                      "a photo of aawxbc figurine", "dreambooth-lora", 160);
+}
+
 /* Saves by epoch, stated metadata, prompts with options: as kohya's tools name and read them. */
 TEST(seed_epochs_and_samples)
 {
