@@ -48,7 +48,8 @@ TEST(compare_images_shares)
             "--instance_prompt='a photo of aawxbc figurine' --class_data_dir=figurine "
             "--class_prompt='a photo of figurine' --with_prior_preservation --resolution=64 "
             "--center_crop --max_train_steps=1 --num_class_images=2 --class_image_steps 1 "
-            "--sample_steps 1 --output_dir=o --compare_images 1,2,3",
+            "--sample_steps 1 --output_dir=o --checkpointing_steps 1 --compare_images 1,2,3; "
+            "ls o | sed s/^/has:/",
             &r))
         return;
     static const char *const once[] = {"0 of 2 are in figurine; 2 are drawn", /* of the class */
@@ -59,4 +60,7 @@ TEST(compare_images_shares)
     for (int i = 0; i < VEL_COUNT(once); i++)
         CHECK_MSG(times_said(r.text, once[i]) == 1, "'%s': %s", once[i], r.text);
     CHECK_MSG(times_said(r.text, " of 2 are in figurine") == 1, "%s", r.text);
+    /* diffusers' checkpoint-N would be one folder for the three */
+    CHECK_MSG(!strstr(r.text, "has:checkpoint-1"), "%s", r.text);
+    CHECK_MSG(times_said(r.text, ".state\n") == 3, "%s", r.text);
 }

@@ -50,6 +50,7 @@ static vel_status run_one(comparison *c, int i, const json_t *settings)
     o.output_name = c->name[i];
     o.cache_to_disk = true;
     o.compare_images = NULL;
+    o.save_layout = "files"; /* checkpoint-N would be each run's, and hold the last one's */
     if (!o.sample_prompts)
         o.sample_prompts = o.instance_prompt;
     if (!own)
@@ -57,6 +58,7 @@ static vel_status run_one(comparison *c, int i, const json_t *settings)
     json_object_del(own, "compare_images");
     json_object_set_new(own, "max_train_samples", json_sprintf("%d", o.max_train_samples));
     json_object_set_new(own, "output_name", json_string(o.output_name));
+    json_object_set_new(own, "save_layout", json_string(o.save_layout));
     vel_log(c->ctx, 2, "%d of %d: %d pictures", i + 1, c->n, o.max_train_samples);
     c->result[i].base = i ? &c->result[0] : NULL;
     vel_status st = vel_train_run(c->ctx, &o, own, &c->result[i]);
