@@ -449,7 +449,8 @@ TEST(train_objectives_run_and_resume)
         "shuffle_caption=yes caption_tag_dropout_rate=0.3 enable_wildcard=yes trigger_word=sks "
         "loss_type=huber huber_c=0.2 multires_noise_iterations=4 ip_noise_gamma=0.1 "
         "noise_offset=0.1 noise_offset_random_strength=yes debiased_estimation_loss=yes "
-        "color_aug=yes",
+        "color_aug=yes "
+        "dream_training=yes timestep_bias_strategy=later timestep_bias_multiplier=3",
         "v_parameterization=yes zero_terminal_snr=yes min_snr_gamma=5 loss_type=l1 alpha_mask=yes "
         "train_text_encoder=yes shuffle_caption=yes keep_tokens=1 caption_dropout_every_n_epochs=2",
     };

@@ -204,7 +204,7 @@ static vel_status put_mask(train_session *s, train_batch *t, int k)
     if (!s->masks)
         return VEL_OK;
     const vel_data_how *how = vel_batch_how(s, sample);
-    bool masked = how->alpha_mask || (s->o->masked_loss && how->masks);
+    bool painted = s->o->masked_loss && how->masks, masked = how->alpha_mask || painted;
     if (sample >= s->data->n || !masked) { /* of the class: all of it is learned */
         for (int64_t i = 0; i < places; i++)
             out[i] = 1;
@@ -217,9 +217,8 @@ static vel_status put_mask(train_session *s, train_batch *t, int k)
         memcpy(out, known, (size_t)places * sizeof *out);
         return VEL_OK;
     }
-    VEL_TRY(vel_sample_mask(s->data, sample, seed, item->showing,
-                            how->alpha_mask ? NULL : how->masks, vel_model_latent(s->model)->down,
-                            out));
+    VEL_TRY(vel_sample_mask(s->data, sample, seed, item->showing, painted ? how->masks : NULL,
+                            vel_model_latent(s->model)->down, out));
     if (!kept)
         return VEL_OK;
     float *copy = vel_alloc(s->ctx, (size_t)places * sizeof *copy);
@@ -307,7 +306,8 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
     put_extra(s, t, k);
     int low = s->o->min_timestep, high = s->o->max_timestep;
     double u = vel_random_uniform(seed, stream_of(STREAM_TIME, t->micro, k), 0);
-    t->timestep[k] = low + (int32_t)(u * (high - low));
+    t->timestep[k] =
+        vel_objective_timestep(&s->o->objective, vel_model_schedule(s->model)->n, low, high, u);
     if (vel_model_schedule(s->model)->config.prediction == VEL_PREDICTS_FLOW)
         t->timestep[k] = flow_timestep(s, t, k, u);
     t->weight[k] = (float)(s->samples[sample].weight *

@@ -36,20 +36,52 @@ vel_status vel_objective_check(vel_ctx *ctx, const vel_objective *o, const vel_s
     if (o->adaptive_noise_scale != 0 && o->noise_offset == 0)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "--adaptive_noise_scale: is added to --noise_offset, which is not given");
+    if (o->dream && s->config.prediction != VEL_PREDICTS_NOISE)
+        return vel_fail(ctx, VEL_UNSUPPORTED,
+                        "--dream_training: is of models that predict noise, which this one does "
+                        "not");
+    bool biased = o->bias_strategy && strcmp(o->bias_strategy, "none") != 0;
+    if (biased && flow)
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--timestep_bias_strategy: this model is of flow matching: "
+                        "--timestep_sampling");
+    if (biased && strcmp(o->bias_strategy, "range") == 0 && o->bias_begin >= o->bias_end)
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--timestep_bias_begin: %d is not below --timestep_bias_end, %d",
+                        o->bias_begin, o->bias_end);
     return VEL_OK;
+}
+
+/* ---- timesteps ---- */
+
+int vel_objective_timestep(const vel_objective *o, int n, int low, int high, double u)
+{
+    const char *how = o->bias_strategy ? o->bias_strategy : "none";
+    int begin = 0, end = 0, some = (int)(o->bias_portion * n);
+    double by = o->bias_multiplier;
+    if (strcmp(how, "none") == 0)
+        return low + (int)(u * (high - low));
+    if (strcmp(how, "earlier") == 0)
+        end = some;
+    else if (strcmp(how, "later") == 0)
+        begin = some ? n - some : 0, end = n; /* the last 0 of a list are all, as in Python */
+    else
+        begin = o->bias_begin, end = VEL_MIN(o->bias_end, n);
+    begin = VEL_MAX(low, VEL_MIN(begin, high));
+    end = VEL_MAX(begin, VEL_MIN(end, high));
+    double at = u * ((begin - low) + (end - begin) * by + (high - end));
+    if (at >= begin - low)
+        at = at - (begin - low) < (end - begin) * by ? begin - low + (at - (begin - low)) / by
+                                                     : at - (end - begin) * (by - 1);
+    return VEL_MIN(low + (int)at, high - 1);
 }
 
 /* ---- noise ---- */
 
-static void add_offset(const vel_objective *o, uint64_t seed, uint64_t stream, const float *latent,
-                       int64_t pixels, int c, float *noise)
+void vel_noise_offset(const vel_objective *o, double strength, const float *latent, int64_t pixels,
+                      int c, const float *draw, float *noise)
 {
-    double strength = o->noise_offset;
-    if (o->noise_offset_random_strength)
-        strength *= vel_random_uniform(seed, own_stream(stream, OWN_STRENGTH), 0);
     for (int k = 0; k < c; k++) {
-        float draw;
-        vel_random_normal(seed, own_stream(stream, OWN_OFFSET) + (uint64_t)k, 0, &draw, 1);
         double mean = 0, here = strength;
         if (o->adaptive_noise_scale != 0) {
             for (int64_t p = 0; p < pixels; p++)
@@ -57,8 +89,21 @@ static void add_offset(const vel_objective *o, uint64_t seed, uint64_t stream, c
             here = VEL_MAX(0, strength + o->adaptive_noise_scale * fabs(mean));
         }
         for (int64_t p = 0; p < pixels; p++)
-            noise[p * c + k] += (float)here * draw;
+            noise[p * c + k] += (float)here * draw[k];
     }
+}
+
+static void add_offset(const vel_objective *o, uint64_t seed, uint64_t stream, const float *latent,
+                       int64_t pixels, int c, float *noise)
+{
+    double strength = o->noise_offset;
+    float draw[64];
+    if (o->noise_offset_random_strength)
+        strength *= vel_random_uniform(seed, own_stream(stream, OWN_STRENGTH), 0);
+    VEL_ASSERT(c <= VEL_COUNT(draw));
+    for (int k = 0; k < c; k++)
+        vel_random_normal(seed, own_stream(stream, OWN_OFFSET) + (uint64_t)k, 0, &draw[k], 1);
+    vel_noise_offset(o, strength, latent, pixels, c, draw, noise);
 }
 
 /* Where output place i lies among n inputs: between *low and the next, by *part. */
@@ -92,6 +137,23 @@ void vel_noise_add_enlarged(float *noise, int h, int w, int c, const float *smal
     }
 }
 
+void vel_noise_rescale(float *noise, int64_t n)
+{
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; i < n; i++)
+        mean += (double)noise[i] / (double)n;
+    for (int64_t i = 0; i < n; i++)
+        squares += ((double)noise[i] - mean) * ((double)noise[i] - mean);
+    float by = (float)(1 / sqrt(squares / (double)VEL_MAX(1, n - 1)));
+    for (int64_t i = 0; i < n; i++)
+        noise[i] *= by;
+}
+
+int vel_noise_grid(int side, double r, int i)
+{
+    return VEL_MAX(1, (int)(side / pow(r, i)));
+}
+
 /* Pyramid noise as kohya has it: grids smaller by a random factor of 2 to 4 each time,
  * then scaled back to a deviation of 1. kohya takes the deviation of the whole batch, here it is
  * each sample's own, so that a sample's noise does not depend on its neighbours. */
@@ -101,7 +163,7 @@ static void add_grids(const vel_objective *o, uint64_t seed, uint64_t stream, in
     int64_t n = (int64_t)h * w * c;
     for (int i = 0; i < o->multires_iterations; i++) {
         double r = 2 + 2 * vel_random_uniform(seed, own_stream(stream, OWN_GRIDS), (uint64_t)i);
-        int small_h = VEL_MAX(1, (int)(h / pow(r, i))), small_w = VEL_MAX(1, (int)(w / pow(r, i)));
+        int small_h = vel_noise_grid(h, r, i), small_w = vel_noise_grid(w, r, i);
         vel_random_normal(seed, own_stream(stream, OWN_GRID) + (uint64_t)i, 0, room,
                           (int64_t)small_h * small_w * c);
         vel_noise_add_enlarged(noise, h, w, c, room, small_h, small_w,
@@ -109,14 +171,7 @@ static void add_grids(const vel_objective *o, uint64_t seed, uint64_t stream, in
         if (small_h == 1 || small_w == 1)
             break;
     }
-    double mean = 0, squares = 0;
-    for (int64_t i = 0; i < n; i++)
-        mean += (double)noise[i] / (double)n;
-    for (int64_t i = 0; i < n; i++)
-        squares += ((double)noise[i] - mean) * ((double)noise[i] - mean);
-    float by = (float)(1 / sqrt(squares / (double)VEL_MAX(1, n - 1)));
-    for (int64_t i = 0; i < n; i++)
-        noise[i] *= by;
+    vel_noise_rescale(noise, n);
 }
 
 void vel_objective_noise(const vel_objective *o, uint64_t seed, uint64_t stream,

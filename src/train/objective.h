@@ -21,6 +21,14 @@ typedef struct vel_objective {
     const char *loss_type;      /* "l2", "l1", "huber", "smooth_l1" */
     const char *huber_schedule; /* "snr", "exponential", "constant" */
     double huber_c, huber_scale;
+    /* DREAM (Zhou et al. 2023): the model's own error is put into the noise that it is shown and is
+     * to predict, times (1 - alphas_cumprod)^(p / 2), p the preservation of details. */
+    bool dream;
+    double dream_preservation;
+    /* which timesteps are drawn: a range of them more often, or less */
+    const char *bias_strategy; /* "none", "earlier", "later", "range" */
+    double bias_multiplier, bias_portion;
+    int bias_begin, bias_end; /* of "range" */
 } vel_objective;
 
 /* How times are drawn and losses weighted where a model learns a flow; names as in diffusers' and
@@ -55,6 +63,10 @@ void vel_flow_target(const vel_flow_options *o, double sigma, double sign, const
 /* Settings that exclude each other. */
 vel_status vel_objective_check(vel_ctx *ctx, const vel_objective *o, const vel_schedule *s);
 
+/* A timestep of low .. high - 1 among n by u in 0 .. 1, each as often as the bias says, as
+ * diffusers' train_text_to_image_sdxl.py weighs them. */
+int vel_objective_timestep(const vel_objective *o, int n, int low, int high, double u);
+
 /* noise [h, w, C]: N(0, 1) in, the noise to learn out. latent: the clean one; room: as large as
  * noise. All that is random follows from (seed, stream). */
 void vel_objective_noise(const vel_objective *o, uint64_t seed, uint64_t stream,
@@ -62,6 +74,12 @@ void vel_objective_noise(const vel_objective *o, uint64_t seed, uint64_t stream,
 /* The noise of the input: noise itself, disturbed where that is asked for. */
 void vel_objective_disturb(const vel_objective *o, uint64_t seed, uint64_t stream,
                            const float *noise, int64_t n, float *out);
+/* Its parts: a mean of its own, draw [C], for each channel; grid i of a side of the latent, made
+ * smaller by r to the i; noise [n] scaled to a deviation of 1. */
+void vel_noise_offset(const vel_objective *o, double strength, const float *latent, int64_t pixels,
+                      int c, const float *draw, float *noise);
+int vel_noise_grid(int side, double r, int i);
+void vel_noise_rescale(float *noise, int64_t n);
 /* noise += by * small [small_h, small_w, C], enlarged to [h, w, C] as torch.nn.Upsample(bilinear).
  */
 void vel_noise_add_enlarged(float *noise, int h, int w, int c, const float *small, int small_h,

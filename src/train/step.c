@@ -84,6 +84,8 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
                                       &per_sample);
     vel_output(g, "loss", loss);
     vel_output(g, "per_sample", per_sample);
+    if (t->o.objective.dream)
+        vel_output(g, "prediction", prediction);
     vel_status st = vel_graph_check(g);
     vel_trained what = t->o.trained;
     if (!what.words)
@@ -282,7 +284,8 @@ static vel_status set_weight(vel_plan *p, const vel_batch *b)
     return vel_plan_set(p, "weight", weight, (size_t)b->n * sizeof(float));
 }
 
-static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
+/* The noisy latents and the targets of a batch, on the host. */
+static vel_status make_noisy(vel_trainer *t, const vel_batch *b)
 {
     int64_t count = (int64_t)b->n * b->h * b->w * t->channels;
     if (count > t->room) {
@@ -302,8 +305,16 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
                         VEL_COUNT(time));
     for (int i = 0; i < b->n; i++)
         time[i] = (float)b->timestep[i];
-    if (b->n_base)
-        VEL_TRY(base_targets(t, b, time));
+    return b->n_base ? base_targets(t, b, time) : VEL_OK;
+}
+
+/* What make_noisy made, and the rest of the batch, into a plan's inputs. */
+static vel_status put_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
+{
+    int64_t count = (int64_t)b->n * b->h * b->w * t->channels;
+    float time[MOST_SAMPLES];
+    for (int i = 0; i < b->n; i++)
+        time[i] = (float)b->timestep[i];
     size_t bytes = (size_t)count * sizeof(float), per = (size_t)b->n * sizeof(float);
     VEL_TRY(vel_plan_set(p, "latent", t->noisy, bytes));
     VEL_TRY(vel_plan_set(p, "target", t->target, bytes));
@@ -325,11 +336,42 @@ static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
                                          : VEL_OK;
 }
 
+static vel_status set_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
+{
+    VEL_TRY(make_noisy(t, b));
+    return put_inputs(t, p, b);
+}
+
+/* DREAM: the model as it is now is asked first, and a part of its error goes into its input and its
+ * target: diffusers' compute_dream_and_update_latents. */
+static vel_status dream(vel_trainer *t, const vel_batch *b)
+{
+    const vel_schedule *s = vel_model_schedule(t->model);
+    int64_t each = (int64_t)b->h * b->w * t->channels, count = b->n * each;
+    vel_plan *p;
+    VEL_TRY(find_plan(t, b->n, b->h, b->w, false, &p));
+    VEL_TRY(set_inputs(t, p, b));
+    VEL_TRY(vel_plan_run(p));
+    float *said = vel_alloc(t->ctx, (size_t)count * sizeof *said);
+    vel_status st = said ? vel_plan_get(p, "prediction", said, count) : VEL_NO_MEMORY;
+    for (int i = 0; i < b->n - b->n_base && !st; i++) {
+        double noise = sqrt(1 - s->alphas_cumprod[VEL_MIN(b->timestep[i], s->n - 1)]);
+        float part = (float)pow(noise, t->o.objective.dream_preservation);
+        for (int64_t k = i * each; k < (i + 1) * each; k++) {
+            float more = part * (b->noise[k] - said[k]);
+            t->noisy[k] += (float)noise * more;
+            t->target[k] += more;
+        }
+    }
+    vel_free(t->ctx, said);
+    return st;
+}
+
 vel_status vel_trainer_stage(vel_trainer *t, const vel_batch *b)
 {
     vel_plan *p = known_plan(t, b->n, b->h, b->w, true); /* making one would move memory */
     t->ready = NULL;
-    if (!p || !vel_plan_takes_ahead(p) || b->n_base)
+    if (!p || !vel_plan_takes_ahead(p) || b->n_base || t->o.objective.dream)
         return VEL_OK;
     VEL_TRY(set_inputs(t, p, b));
     t->ready = p;
@@ -353,8 +395,13 @@ void vel_trainer_unstage(vel_trainer *t)
 vel_status vel_trainer_start(vel_trainer *t, const vel_batch *b, bool gradient)
 {
     vel_plan *p;
+    bool dreams = t->o.objective.dream && gradient;
+    if (dreams)
+        VEL_TRY(dream(t, b));
     VEL_TRY(find_plan(t, b->n, b->h, b->w, gradient, &p));
-    if (!t->ready || t->ready != p)
+    if (dreams)
+        VEL_TRY(put_inputs(t, p, b));
+    else if (!t->ready || t->ready != p)
         VEL_TRY(set_inputs(t, p, b));
     else if (t->ready_scale != b->scale)
         VEL_TRY(set_weight(p, b));
