@@ -21,20 +21,19 @@ for header in dnnl.h dnnl_config.h dnnl_types.h dnnl_version.h dnnl_debug.h onea
 done
 read -r -a packages < <(pkg-config --cflags vips jansson libpcre2-8 libutf8proc | tr ' ' '\n' |
     grep -vx -e "-I/usr/include" -e "-I/usr/include/$here" | tr '\n' ' ')
-flags=(-std=gnu11 -O2 -DNDEBUG -DVEL_ISA=base -fopenmp -fPIC -Wall -Wextra -Wno-missing-field-initializers
+flags=(-std=gnu11 -O1 -DNDEBUG -DVEL_ISA=base -fopenmp -fPIC -Wall -Wextra -Wno-missing-field-initializers
     -Wno-sign-compare -Iinclude -Isrc -isystem "$out/include" "${packages[@]}")
-compile() {
-    local object=$out/${1//\//-}.o
-    "$cc" "${flags[@]}" -c "$1" -o "$object" || echo "$1" >>"$out/failed"
+compile() { # several at a time: each file's flags are the script's arguments
+    local source=$1 cc=$2 out=$3
+    shift 3
+    "$cc" "$@" -c "$source" -o "$out/${source//\//-}.o" || echo "$source" >>"$out/failed"
 }
+export -f compile
 rm -f "$out/failed"
-count=0
-for source in $(find src cli tests -name '*.c' -not -path 'src/backend/cuda/*' | sort); do
-    compile "$source" &
-    count=$((count + 1))
-    [ $((count % 2)) = 0 ] && wait
-done
-wait
+mapfile -t sources < <(find src cli tests -name '*.c' -not -path 'src/backend/cuda/*' | sort)
+count=${#sources[@]}
+printf '%s\n' "${sources[@]}" |
+    xargs -P "$(nproc)" -I {} bash -c 'compile "$@"' compile {} "$cc" "$out" "${flags[@]}"
 failed=0
 [ -e "$out/failed" ] && failed=$(wc -l <"$out/failed")
 [ "$failed" = 0 ] || cat "$out/failed"

@@ -37,7 +37,7 @@ build_with_clang() {
 
 build_target() {
     if [ $plain = 1 ]; then
-        "${CC:-cc}" "${flags[@]}" -fopenmp -fsanitize=address,undefined "$1" tests/fuzz/fuzz_main.c \
+        ${CC:-cc} "${flags[@]}" -fopenmp -fsanitize=address,undefined "$1" tests/fuzz/fuzz_main.c \
             "$lib" -o "$2" -ldnnl "${libs[@]}" -lm -ldl -lpthread
     else
         clang "${flags[@]}" -fsanitize=fuzzer,address,undefined "$1" "$out"/src-*.o -o "$2" "${libs[@]}" -lm
@@ -64,19 +64,28 @@ if [ $plain = 1 ]; then
 else
     build_with_clang || exit 1
 fi
-passed=0
-failed=0
+try_target() { # source name: builds and runs it; leaves what is said of it in $out/name.said
+    if build_target "$1" "$out/$2" && run_target "$out/$2" >"$out/$2.log" 2>&1; then
+        echo "$2: $(grep -E 'stat::number_of_executed_units|^Done|mutants' "$out/$2.log" | tail -n 1)"
+    else
+        echo "$2: FAIL"
+        tail -n 30 "$out/$2.log"
+        touch "$out/$2.failed"
+    fi
+} >"$out/$2.said" 2>&1
+
+rm -f "$out"/*.failed "$out"/*.said "$out"/*.log
+count=0
 for source in tests/fuzz/fuzz_*.c; do
     name=$(basename "$source" .c)
     [ "$name" = fuzz_main ] && continue
-    if build_target "$source" "$out/$name" && run_target "$out/$name" >"$out/$name.log" 2>&1; then
-        passed=$((passed + 1))
-        echo "$name: $(grep -E 'stat::number_of_executed_units|^Done|mutants' "$out/$name.log" | tail -n 1)"
-    else
-        failed=$((failed + 1))
-        echo "$name: FAIL"
-        tail -n 30 "$out/$name.log"
-    fi
+    count=$((count + 1))
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
+    try_target "$source" "$name" &
 done
+wait
+cat "$out"/*.said
+failed=$(find "$out" -name '*.failed' | wc -l)
+passed=$((count - failed))
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

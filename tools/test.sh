@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# test.sh: the whole test suite, as ./bootstrap test runs it: about ten minutes on two cores. Each part
+# test.sh: the whole test suite, as ./bootstrap test runs it: some 20 minutes of processor time, half of
+# that on two cores: tests, parsers and files to compile are shared by JOBS processes (as many as cores).
+# Each part
 # prints its own count; the last line is the sum: "N passed, N failed".
 #
 #   build, layers     the program, and what each folder may touch
