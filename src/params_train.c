@@ -18,6 +18,8 @@ const vel_option_row vel_train_rows[] = {
            "compute type; auto: bf16 where the hardware multiplies it, else float32"),
     CHOICE("base_quant", "quantize_base", base_quant, "none", VEL_QUANTS, "model",
            "keep frozen weights of the denoiser's and text encoders' linear layers in 4 or 8 bits"),
+    FLAG("double_quant", "bnb_4bit_use_double_quant", double_quant, "no", "model",
+         "with --base_quant nf4: its scales in 8 bits, as nf4_double"),
     INT("clip_skip", NULL, clip_skip, "1", 1, 12, "model",
         "use the text state of the n-th last layer"),
     TEXT("data", "train_data_dir,instance_data_dir", data, NULL, "data",

@@ -247,4 +247,124 @@ TEST(plans_memory_is_what_is_allocated)
     check_memory(t, "lumina2", false, 0);
     check_memory(t, "sd35", false, VEL_LEVEL_AUTO);
 }
+
+/* ---- what is not a step ---- */
+
+static int64_t counting_in_use(vel_device *d)
+{
+    (void)d;
+    return held;
+}
+
+/* The CPU as a device with memory of its own, which is counted. */
+static vel_backend counting_device(void)
+{
+    vel_backend b = vel_backend_cpu;
+    b.alloc = counting_alloc;
+    b.free = counting_free;
+    b.in_use = counting_in_use;
+    memset(blocks, 0, sizeof blocks);
+    held = most = 0;
+    return b;
+}
+
+static void check_size(vel_test *t, const char *what, const vel_run_size *planned)
+{
+    int64_t bytes = planned->arena + planned->weights;
+    double off = (double)bytes / (double)most - 1;
+    CHECK_MSG(fabs(off) < 0.01, "%s: %lld bytes were planned, %lld are allocated: %.2f %%", what,
+              (long long)bytes, (long long)most, 100 * off);
+}
+
+/* Each part works alone: what is planned is what is there at most, and nothing is left of it. */
+static void check_parts(vel_test *t, const char *family)
+{
+    enum { SIDE = 16 };
+    const vel_backend b = counting_device();
+    const char *prompt = "a cat";
+    vel_run_size size;
+    vel_model *m = open_tiny(t, family);
+    REQUIRE(m);
+    vel_model_engine(m)->backend = &b;
+    float *states = vel_test_alloc(t, (size_t)vel_model_text_values(m) * sizeof *states);
+    for (int k = 0; k < vel_model_texts(m); k++) {
+        if (!vel_text_values(&vel_model_states(m)[k]))
+            continue;
+        most = 0;
+        REQUIRE_OK(vel_model_text_size(m, k, 1, false, &size));
+        REQUIRE_OK(vel_model_encode_by(m, k, &prompt, 1, false, states));
+        check_size(t, vel_model_text(m, k)->part, &size);
+        vel_model_rest(m, vel_model_text(m, k)->part);
+        CHECK(held == 0);
+    }
+    int64_t pixels = (int64_t)SIDE * SIDE * vel_model_latent(m)->down * vel_model_latent(m)->down;
+    int64_t values = (int64_t)SIDE * SIDE * vel_model_latent(m)->channels;
+    float *image = vel_test_alloc(t, (size_t)pixels * 3 * sizeof *image);
+    float *latent = vel_test_alloc(t, (size_t)values * 2 * sizeof *latent);
+    int side = SIDE * vel_model_latent(m)->down;
+    most = 0;
+    REQUIRE_OK(vel_model_encode_size(m, SIDE, SIDE, false, &size));
+    REQUIRE_OK(vel_model_encode(m, image, 1, side, side, latent));
+    check_size(t, "the encoder", &size);
+    vel_model_rest(m, "vae");
+    CHECK(held == 0);
+    most = 0;
+    REQUIRE_OK(vel_model_decode_size(m, 1, SIDE, SIDE, false, &size));
+    REQUIRE_OK(vel_model_decode(m, latent, 1, SIDE, SIDE, image));
+    check_size(t, "the decoder", &size);
+    vel_model_rest(m, "vae");
+    CHECK(held == 0);
+    float time[1] = {500}, extra[VEL_MAX_EXTRA] = {0};
+    most = 0;
+    REQUIRE_OK(vel_model_denoise_size(m, 1, SIDE, SIDE, false, &size));
+    REQUIRE_OK(vel_model_denoise(m, latent, time, states, extra, 1, SIDE, SIDE, latent + values));
+    check_size(t, "the denoiser", &size);
+    vel_model_close(m);
+    CHECK(held == 0);
+    vel_free(t->ctx, states);
+    vel_free(t->ctx, image);
+    vel_free(t->ctx, latent);
+}
+
+TEST(plans_memory_of_parts_that_work_alone)
+{
+    static const char *const families[] = {"sdxl", "sd35", "flux-dev", "sana", "lumina2"};
+    for (int i = 0; i < VEL_COUNT(families); i++)
+        check_parts(t, families[i]);
+}
+
+/* Pictures that are decoded once the denoiser has gone are the same, in less memory. */
+TEST(plans_samples_may_be_decoded_apart)
+{
+    enum { N = 3 };
+    const vel_backend b = counting_device();
+    int64_t peak[2] = {0};
+    vel_image images[2][N];
+    vel_draw draws[N];
+    for (int i = 0; i < N; i++)
+        draws[i] = (vel_draw){.prompt = i ? "a dog" : "a cat",
+                              .guidance = 4,
+                              .width = 128,
+                              .height = i == 2 ? 128 : 64,
+                              .steps = 2,
+                              .seed = (uint64_t)i};
+    for (int apart = 0; apart < 2; apart++) {
+        vel_model *m = open_tiny(t, "sd3");
+        REQUIRE(m);
+        vel_model_engine(m)->backend = &b;
+        vel_model_decode_apart(m, apart);
+        most = 0;
+        REQUIRE_OK(vel_model_draw(m, draws, N, 2, NULL, images[apart], NULL));
+        peak[apart] = most;
+        vel_model_close(m);
+    }
+    CHECK_MSG(peak[1] < peak[0], "%lld and %lld bytes", (long long)peak[0], (long long)peak[1]);
+    for (int i = 0; i < N; i++) {
+        const vel_image *x = &images[0][i], *y = &images[1][i];
+        CHECK(x->width == y->width && x->height == y->height &&
+              memcmp(x->pixels, y->pixels, (size_t)x->width * (size_t)x->height * 3) == 0);
+        vel_image_finish(&images[0][i]);
+        vel_image_finish(&images[1][i]);
+    }
+}
 #endif

@@ -16,15 +16,24 @@ static void train(vel_test *t, const char *kind, double losses[STEPS])
 {
     char pictures[4200], out[4200];
     vel_params *p = vel_params_create(t->ctx, "train");
+    bool twice = strcmp(kind, "nf4_double") == 0;
     snprintf(pictures, sizeof pictures, "%s/pictures", t->folder);
     snprintf(out, sizeof out, "%s/%s", t->folder, kind);
     if (!vel_is_folder(pictures))
         program_copy_pictures(t, pictures, 4);
-    const char *const settings[][2] = {
-        {"model", "models/emoji-sd"}, {"resolution", "64"}, {"rank", "4"},
-        {"precision", "bf16"},        {"steps", "6"},       {"learning_rate", "0.001"},
-        {"save_every", "0"},          {"output_name", "a"}, {"train_text_encoder", "yes"},
-        {"base_quant", kind},         {"data", pictures},   {"output_dir", out}};
+    const char *const settings[][2] = {{"model", "models/emoji-sd"},
+                                       {"resolution", "64"},
+                                       {"rank", "4"},
+                                       {"precision", "bf16"},
+                                       {"steps", "6"},
+                                       {"learning_rate", "0.001"},
+                                       {"save_every", "0"},
+                                       {"output_name", "a"},
+                                       {"train_text_encoder", "yes"},
+                                       {"base_quant", twice ? "nf4" : kind},
+                                       {"double_quant", twice ? "yes" : "no"},
+                                       {"data", pictures},
+                                       {"output_dir", out}};
     for (int i = 0; p && i < VEL_COUNT(settings); i++)
         CHECK_OK(vel_params_set(p, settings[i][0], settings[i][1]));
     vel_ctx_on_event(t->ctx, on_event, losses);
@@ -37,7 +46,7 @@ static void train(vel_test *t, const char *kind, double losses[STEPS])
  * small model by up to 8 %). */
 TEST(train_on_a_quantised_base_follows_bf16)
 {
-    static const char *const kinds[] = {"none", "nf4", "int8", "fp8"};
+    static const char *const kinds[] = {"none", "nf4", "int8", "fp8", "nf4_double"};
     double losses[VEL_COUNT(kinds)][STEPS] = {{0}}, sum[VEL_COUNT(kinds)] = {0};
     for (int k = 0; k < VEL_COUNT(kinds); k++) {
         train(t, kinds[k], losses[k]);

@@ -4,6 +4,8 @@
 #include "base/quantise.h"
 
 #include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
 
 /* The normal distribution's quantiles (Dettmers et al. 2023, "QLoRA", appendix E). */
 const float vel_nf4_values[16] = {
@@ -63,21 +65,124 @@ uint8_t vel_fp8_code(float x)
 
 /* ---- sizes ----------------------------------------------------------------------------------- */
 
+static int64_t pieces(int64_t n, int64_t each)
+{
+    return (n + each - 1) / each;
+}
+
 int64_t vel_quant_block(vel_quant kind, int64_t columns)
 {
-    return kind == VEL_QUANT_NF4 ? VEL_NF4_BLOCK : columns;
+    return vel_quant_is_nf4(kind) ? VEL_NF4_BLOCK : columns;
+}
+
+int64_t vel_quant_scale_codes(int64_t rows, int64_t columns)
+{
+    return 4 * pieces(rows * columns, 8);
 }
 
 int64_t vel_quant_words(vel_quant kind, int64_t rows, int64_t columns)
 {
-    int64_t a_word = kind == VEL_QUANT_NF4 ? 8 : 4;
-    return (rows * columns + a_word - 1) / a_word;
+    int64_t blocks = kind == VEL_QUANT_NF4_DOUBLE ? pieces(rows * columns, VEL_NF4_BLOCK) : 0;
+    return pieces(rows * columns, vel_quant_is_nf4(kind) ? 8 : 4) + pieces(blocks, 4);
 }
 
 int64_t vel_quant_scales(vel_quant kind, int64_t rows, int64_t columns)
 {
-    int64_t block = vel_quant_block(kind, columns);
-    return (rows * columns + block - 1) / block;
+    int64_t blocks = pieces(rows * columns, vel_quant_block(kind, columns));
+    return kind == VEL_QUANT_NF4_DOUBLE ? pieces(blocks, VEL_SCALE_BLOCK) + 1 : blocks;
+}
+
+/* ---- scales in 8 bits ------------------------------------------------------------------------ */
+
+static int by_value(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* torch.linspace(0.1, 1, n)[i] in float32 with fused multiply-adds: counted from the nearer end. */
+static float place_between(int i, int n)
+{
+    float step = (1.0f - 0.1f) / (float)(n - 1);
+    return i < n / 2 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(n - 1 - i), 1.0f);
+}
+
+static float scale_map[256];
+
+/* create_dynamic_map(): decade i has the middles of 2^i pieces of 0.1 .. 1, of both signs. */
+static void make_scale_map(void)
+{
+    float *out = scale_map;
+    int n = 0;
+    for (int i = 0; i < 7; i++) {
+        float decade = (float)pow(10, i - 6);
+        int pieces_of = 1 << i;
+        for (int k = 0; k < pieces_of; k++) {
+            float middle =
+                (place_between(k, pieces_of + 1) + place_between(k + 1, pieces_of + 1)) / 2;
+            out[n++] = decade * middle;
+            out[n++] = -decade * middle;
+        }
+    }
+    out[n++] = 0;
+    out[n++] = 1;
+    VEL_ASSERT(n == 256);
+    qsort(out, 256, sizeof *out, by_value);
+}
+
+const float *vel_quant_scale_map(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_scale_map);
+    return scale_map;
+}
+
+/* The nearest of the map, found by halves as the reference does (dQuantize): of two that are as
+ * near the one where the search ended. */
+static uint8_t scale_code(const float *map, float x)
+{
+    int at = 127, above = 255, below = 0;
+    for (int step = 64; step; step /= 2)
+        if (x > map[at]) {
+            below = at;
+            at += step;
+        } else {
+            above = at;
+            at -= step;
+        }
+    if (x > map[at])
+        return (uint8_t)(x > (map[above] + map[at]) * 0.5f ? above : at);
+    return (uint8_t)(x < (map[below] + map[at]) * 0.5f ? below : at);
+}
+
+/* scales [blocks] -> codes [blocks], largest magnitudes and the mean. */
+static void quantise_scales(const float *scales, int64_t blocks, uint8_t *codes, float *out)
+{
+    const float *map = vel_quant_scale_map();
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; b++)
+        sum += scales[b];
+    float mean = (float)(sum / (double)blocks);
+    for (int64_t first = 0; first < blocks; first += VEL_SCALE_BLOCK) {
+        int64_t n = VEL_MIN(VEL_SCALE_BLOCK, blocks - first);
+        float largest = 0;
+        for (int64_t b = first; b < first + n; b++)
+            largest = VEL_MAX(largest, fabsf(scales[b] - mean));
+        float by = 1.0f / largest;
+        for (int64_t b = first; b < first + n; b++)
+            codes[b] = scale_code(map, largest > 0 ? (scales[b] - mean) * by : 0);
+        *out++ = largest;
+    }
+    *out = mean;
+}
+
+static void read_scales(const uint8_t *codes, const float *scales, int64_t blocks, int64_t first,
+                        int64_t n, float *out)
+{
+    const float *map = vel_quant_scale_map();
+    float mean = scales[pieces(blocks, VEL_SCALE_BLOCK)];
+    for (int64_t i = 0; i < n; i++)
+        out[i] = map[codes[first + i]] * scales[(first + i) / VEL_SCALE_BLOCK] + mean;
 }
 
 /* ---- a block --------------------------------------------------------------------------------- */
@@ -129,14 +234,11 @@ static float quantise_fp8(const float *x, int64_t n, uint8_t *codes)
     return scale;
 }
 
-void vel_quantise(vel_quant kind, const float *x, int64_t rows, int64_t columns, uint8_t *codes,
-                  float *scales)
+static void quantise_blocks(vel_quant kind, const float *x, int64_t n, int64_t block,
+                            uint8_t *codes, float *scales)
 {
-    int64_t block = vel_quant_block(kind, columns), n = rows * columns;
-    int64_t blocks = vel_quant_scales(kind, rows, columns);
-    memset(codes, 0, 4 * (size_t)vel_quant_words(kind, rows, columns));
 #pragma omp parallel for schedule(static) if (n > 1 << 15)
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < pieces(n, block); b++) {
         const float *from = x + b * block;
         int64_t some = VEL_MIN(block, n - b * block);
         if (kind == VEL_QUANT_NF4)
@@ -148,18 +250,51 @@ void vel_quantise(vel_quant kind, const float *x, int64_t rows, int64_t columns,
     }
 }
 
-void vel_dequantise(vel_quant kind, const uint8_t *codes, const float *scales, int64_t columns,
-                    int64_t first, int64_t n, float *out)
+vel_status vel_quantise(vel_ctx *ctx, vel_quant kind, const float *x, int64_t rows, int64_t columns,
+                        uint8_t *codes, float *scales)
 {
-    int64_t block = vel_quant_block(kind, columns);
-    for (int64_t i = 0; i < n; i++) {
-        int64_t at = first + i;
-        float scale = scales[at / block];
-        if (kind == VEL_QUANT_NF4)
-            out[i] = vel_nf4_values[codes[at / 2] >> (at % 2 ? 0 : 4) & 15] * scale;
-        else if (kind == VEL_QUANT_INT8)
-            out[i] = (float)(int8_t)codes[at] * scale * vel_int8_step;
-        else
-            out[i] = vel_fp8_value(codes[at]) * scale;
+    int64_t block = vel_quant_block(kind, columns), n = rows * columns, blocks = pieces(n, block);
+    memset(codes, 0, 4 * (size_t)vel_quant_words(kind, rows, columns));
+    if (kind != VEL_QUANT_NF4_DOUBLE) {
+        quantise_blocks(kind, x, n, block, codes, scales);
+        return VEL_OK;
+    }
+    float *plain = vel_alloc(ctx, (size_t)blocks * sizeof *plain);
+    if (!plain)
+        return VEL_NO_MEMORY;
+    quantise_blocks(VEL_QUANT_NF4, x, n, block, codes, plain);
+    quantise_scales(plain, blocks, codes + vel_quant_scale_codes(rows, columns), scales);
+    vel_free(ctx, plain);
+    return VEL_OK;
+}
+
+/* Values at .. at + n - 1 of one block. */
+static void block_values(vel_quant kind, const uint8_t *codes, float scale, int64_t at, int64_t n,
+                         float *out)
+{
+    for (int64_t i = 0; i < n; i++, at++)
+        out[i] = vel_quant_is_nf4(kind)
+                     ? vel_nf4_values[codes[at / 2] >> (at % 2 ? 0 : 4) & 15] * scale
+                 : kind == VEL_QUANT_INT8 ? (float)(int8_t)codes[at] * scale * vel_int8_step
+                                          : vel_fp8_value(codes[at]) * scale;
+}
+
+void vel_dequantise(vel_quant kind, const uint8_t *codes, const float *scales, int64_t rows,
+                    int64_t columns, int64_t first, int64_t n, float *out)
+{
+    enum { SOME = 256 };
+    int64_t block = vel_quant_block(kind, columns), blocks = pieces(rows * columns, block);
+    const uint8_t *scale_codes = codes + vel_quant_scale_codes(rows, columns);
+    float own[SOME];
+    for (int64_t at = first, from = 0, known = 0; at < first + n;) {
+        int64_t b = at / block, some = VEL_MIN((b + 1) * block, first + n) - at;
+        if (kind == VEL_QUANT_NF4_DOUBLE && b >= known) {
+            from = b;
+            known = VEL_MIN(b + SOME, blocks);
+            read_scales(scale_codes, scales, blocks, from, known - from, own);
+        }
+        float scale = kind == VEL_QUANT_NF4_DOUBLE ? own[b - from] : scales[b];
+        block_values(kind, codes, scale, at, some, out + (at - first));
+        at += some;
     }
 }

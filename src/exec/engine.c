@@ -30,6 +30,8 @@ static void free_weight(vel_engine *e, weight_entry *w)
 {
     if (w->host)
         e->backend->free_host(e->device, w->data);
+    else if (w->pool)
+        vel_pool_give(e, w->pool);
     else if (!w->mapped)
         e->backend->free(e->device, w->data);
     vel_free(e->ctx, w->path);
@@ -242,17 +244,22 @@ void vel_engine_end_loading(vel_engine *e)
         e->backend->free(e->device, e->packing);
     e->packing = NULL;
     e->packing_bytes = 0;
+    vel_pools_close(e);
 }
 
 /* Where a weight is packed: its place on the device, or room that the next one uses again. */
 static vel_status room_for(vel_engine *e, weight_entry *w)
 {
-    if (!w->host)
-        return e->backend->alloc(e->device, w->bytes, &w->data);
+    if (!w->host) {
+        w->data = vel_pool_take(e, w->path, w->bytes, &w->pool);
+        return w->data ? VEL_OK : e->backend->alloc(e->device, w->bytes, &w->data);
+    }
     VEL_TRY(e->backend->alloc_host(e->device, w->bytes, &w->data));
     if (w->bytes <= e->packing_bytes)
         return VEL_OK;
-    vel_engine_end_loading(e);
+    e->backend->free(e->device, e->packing);
+    e->packing = NULL;
+    e->packing_bytes = 0;
     size_t bytes = VEL_MAX(w->bytes, VEL_PACKING_ROOM);
     VEL_TRY(e->backend->alloc(e->device, bytes, &e->packing));
     e->packing_bytes = bytes;
@@ -269,6 +276,11 @@ vel_status vel_engine_quantise(vel_engine *e, const char *name)
     return VEL_OK;
 }
 
+int vel_engine_quant(const vel_engine *e)
+{
+    return e->quant;
+}
+
 static weight_entry *find_weight(vel_engine *e, const char *path, vel_dtype dtype,
                                  const char *layout)
 {
@@ -276,6 +288,11 @@ static weight_entry *find_weight(vel_engine *e, const char *path, vel_dtype dtyp
         if (strcmp(w->path, path) == 0 && w->dtype == dtype && same_layout(w->layout, layout))
             return w;
     return NULL;
+}
+
+bool vel_engine_has_weight(vel_engine *e, const weight_use *use)
+{
+    return find_weight(e, use->path, use->dtype, *use->layout ? use->layout : NULL);
 }
 
 /* Host memory onto the device, as a new entry. */
@@ -321,7 +338,8 @@ static vel_status load_coded(vel_engine *e, char *path, int kind)
     uint8_t *codes = vel_alloc(e->ctx, code_bytes + scale_bytes);
     vel_status st = codes ? read_plain(e, &whole, &t, &plain) : VEL_NO_MEMORY;
     if (st == VEL_OK)
-        vel_quantise((vel_quant)kind, plain, rows, columns, codes, (float *)(codes + code_bytes));
+        st = vel_quantise(e->ctx, (vel_quant)kind, plain, rows, columns, codes,
+                          (float *)(codes + code_bytes));
     vel_free(e->ctx, plain);
     char *names[2] = {vel_strf(e->ctx, "%s:%s.codes", path, vel_quant_name(kind)),
                       vel_strf(e->ctx, "%s:%s.scales", path, vel_quant_name(kind))};
@@ -597,6 +615,30 @@ double vel_engine_gradient_norm(vel_engine *e)
 
 /* ---- arena
  * -------------------------------------------------------------------------------------------- */
+
+int64_t vel_engine_arena_bytes(const vel_engine *e)
+{
+    return e->arena_bytes;
+}
+
+void vel_engine_rest(vel_engine *e)
+{
+    if (!e->backend->in_use)
+        return; /* the host's memory is had again at less than its price */
+    e->backend->free(e->device, e->arena);
+    e->arena = NULL;
+    e->arena_bytes = 0;
+}
+
+void vel_engine_keep_recordings(vel_engine *e, int most)
+{
+    e->most_recordings = most;
+}
+
+int64_t vel_engine_overhead(vel_engine *e)
+{
+    return e->backend->overhead ? e->backend->overhead(e->device, 0, false) : 0;
+}
 
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes)
 {

@@ -12,8 +12,9 @@ typedef struct weight_entry { /* one frozen weight in one form on the device */
     const char *layout; /* NULL plain; borrowed from the device */
     void *data;
     size_t bytes;
-    bool mapped; /* data is the file's own mapping */
-    bool host;   /* data is the host's memory, to be fetched */
+    bool mapped;              /* data is the file's own mapping */
+    bool host;                /* data is the host's memory, to be fetched */
+    struct weight_pool *pool; /* that data lies in; NULL: a block of its own */
     struct weight_entry *next;
 } weight_entry;
 
@@ -33,7 +34,8 @@ struct vel_engine {
     int quant; /* vel_quant: how weights of linear layers are kept */
     weight_entry *weights[WEIGHT_BUCKETS];
     int64_t weight_bytes;
-    void *packing; /* device: where streamed weights are packed, one after the other */
+    struct weight_pool *pools; /* blocks that weights of one plan lie in */
+    void *packing;             /* device: where streamed weights are packed, one after the other */
     size_t packing_bytes;
     int streamed; /* eighths of the large weights that stay with the host */
     vel_trainable *trainables;
@@ -54,7 +56,7 @@ struct vel_engine {
     bool evaluating;
     void *arena;
     int64_t arena_bytes;
-    int n_plans;
+    int recordings, most_recordings; /* most: 0 any number */
     int64_t changes; /* counts what changed trained values, for plans that keep what they made */
 };
 
@@ -86,6 +88,37 @@ enum { VEL_PACKING_ROOM = 48 << 20 };       /* of the device, where streamed wei
 void vel_engine_end_loading(vel_engine *e); /* frees what loading needed */
 /* Whether a weight of so many bytes is streamed; the same for every plan. */
 bool vel_engine_streams(const vel_engine *e, const char *path, int64_t bytes);
+
+/* ---- weight_pools.c: the weights of a plan, in one block of memory for each part ---- */
+typedef struct weight_use {    /* one form of one weight that a plan reads */
+    const char *path, *layout; /* layout: "" plain */
+    vel_dtype dtype;
+    int64_t bytes;
+} weight_use;
+typedef struct weight_pool {
+    char *bytes; /* device */
+    char *part;  /* what the paths begin with */
+    size_t size, used;
+    int live; /* weights in it */
+    struct weight_pool *next;
+} weight_pool;
+/* Those that stay on the device, each form once, sorted by path; in arena a. */
+vel_status vel_find_weight_uses(const vel_engine *e, const vel_graph *g, const vel_kernel *kernels,
+                                vel_arena *a, weight_use **uses, int32_t *n);
+int64_t vel_weight_use_bytes(const vel_engine *e, const weight_use *uses, int32_t n);
+/* Takes the blocks for those that are not there yet; no more is put in them after close. A device
+ * without memory of its own has none. */
+vel_status vel_pools_open(vel_engine *e, const weight_use *uses, int32_t n);
+void vel_pools_close(vel_engine *e);
+/* NULL: no block has room; *from as well then. */
+void *vel_pool_take(vel_engine *e, const char *path, size_t bytes, weight_pool **from);
+void vel_pool_give(vel_engine *e, weight_pool *p); /* what was taken from it is done with */
+bool vel_engine_has_weight(vel_engine *e, const weight_use *use);
+static inline bool vel_needs_kernel(const vel_node *n)
+{
+    return !(n->op == VEL_OP_input || n->op == VEL_OP_weight || n->op == VEL_OP_param ||
+             n->op == VEL_OP_reshape);
+}
 
 /* ---- waiting.c: inputs that come while a run goes on ---- */
 typedef struct vel_waiting {

@@ -16,6 +16,14 @@ const char *vel_engine_describe(vel_engine *e);
 const char *vel_engine_backend(vel_engine *e); /* "cpu", "cuda" */
 /* Device memory that this process has now; 0 where the device's memory is the host's. */
 int64_t vel_engine_in_use(vel_engine *e);
+/* Of it, what the driver and the libraries keep without any recording. */
+int64_t vel_engine_overhead(vel_engine *e);
+/* Gives the working memory of a device with memory of its own back; the next plan that is set or
+ * run takes as much as it needs. Not between an input's being set and the run. */
+void vel_engine_rest(vel_engine *e);
+/* So many recordings of runs at a time, of the plans that ran first; others run node by node. 0:
+ * one of each plan. */
+void vel_engine_keep_recordings(vel_engine *e, int most);
 vel_dtype vel_engine_best_compute(vel_engine *e);
 bool vel_engine_computes(vel_engine *e, vel_dtype t); /* whether the device is fast in t */
 
@@ -39,12 +47,16 @@ typedef bool (*vel_source_fn)(void *user, const char *path, vel_source_tensor *o
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user);
 void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);
 /* How frozen weights of linear layers are kept in plans made from now on: "none", "nf4", "int8",
- * "fp8" (base/quantise.h); VEL_BAD_VALUE for another name. Weights loaded before stay. */
+ * "fp8", "nf4_double" (base/quantise.h); VEL_BAD_VALUE for another name. Weights loaded before
+ * stay.
+ */
 vel_status vel_engine_quantise(vel_engine *e, const char *name);
+int vel_engine_quant(const vel_engine *e); /* vel_quant; 0: as they are */
 /* Forgets packed weights whose path starts with prefix (an adapter was exchanged, a part is done).
  * No plan that uses them may be left. */
 void vel_engine_drop_weights(vel_engine *e, const char *prefix);
 int64_t vel_engine_weight_bytes(const vel_engine *e);
+int64_t vel_engine_arena_bytes(const vel_engine *e); /* of working memory, as it is now */
 /* Streaming, for models larger than the device: so many eighths (0 to 8) of the large weights stay
  * in the host's memory, and plans fetch them beside the computing, shortly before they are read.
  * For plans that are made from now on; weights that are on the device already stay there. */

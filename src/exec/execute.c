@@ -31,6 +31,8 @@ struct vel_plan {
     bool bound;
     const void *bound_arena; /* the launches hold pointers into this */
     const float *bound_grad, *bound_value;
+    weight_use *uses; /* in the arena: the weights that are kept on the device */
+    int32_t n_uses;
     int64_t weight_bytes;
     vel_fetches fetches; /* of streamed weights */
     bool apart;          /* vel_plan_query's */
@@ -122,12 +124,6 @@ static vel_status put_steady_first(vel_graph **g, const vel_plan_options *o)
 /* ---- kernels
  * ---------------------------------------------------------------------------------------- */
 
-static bool needs_kernel(const vel_node *n)
-{
-    return !(n->op == VEL_OP_input || n->op == VEL_OP_weight || n->op == VEL_OP_param ||
-             n->op == VEL_OP_reshape);
-}
-
 static void release_kernels(vel_plan *p)
 {
     if (!p->prepared)
@@ -173,7 +169,7 @@ static vel_status prepare_kernels(vel_plan *p, bool **refused, int *n_refused)
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(p->g, id);
         p->kernels[id].inplace = -1;
-        if (!needs_kernel(node) || p->shadow_at[id])
+        if (!vel_needs_kernel(node) || p->shadow_at[id])
             continue;
         vel_status st = p->backend->prepare(p->device, p->g, id, &p->kernels[id]);
         if (st == VEL_UNSUPPORTED) {
@@ -308,7 +304,8 @@ static vel_status find_gradients(vel_plan *p)
             return vel_fail(p->engine->ctx, VEL_BUG, "'%s' was not registered as trainable",
                             name + 5);
         const vel_node *n = vel_at(p->g, r);
-        if (r.out == 0 && needs_kernel(n) && n->out[0].dtype == VEL_F32 && !p->gradient_at[r.id])
+        if (r.out == 0 && vel_needs_kernel(n) && n->out[0].dtype == VEL_F32 &&
+            !p->gradient_at[r.id])
             p->gradient_at[r.id] = t;
     }
     return VEL_OK;
@@ -429,17 +426,12 @@ static void *address_of(const vel_plan *p, vel_ref r)
     return NULL; /* a weight: filled by load_weights */
 }
 
-typedef struct weight_use { /* one form of one weight */
-    const char *path, *layout;
-    vel_dtype dtype;
-    int64_t bytes;
-} weight_use;
-
 static vel_status load_weights(vel_plan *p)
 {
+    VEL_TRY(vel_pools_open(p->engine, p->uses, p->n_uses));
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
-        if (!needs_kernel(n))
+        if (!vel_needs_kernel(n))
             continue;
         vel_launch *l = &p->launches[id];
         for (int i = 0; i < n->n_in; i++) {
@@ -457,45 +449,6 @@ static vel_status load_weights(vel_plan *p)
         }
     }
     return VEL_OK;
-}
-
-static int by_form(const void *a, const void *b)
-{
-    const weight_use *x = a, *y = b;
-    int order = strcmp(x->path, y->path);
-    if (!order)
-        order = strcmp(x->layout, y->layout);
-    return order ? order : (int)x->dtype - (int)y->dtype;
-}
-
-/* Bytes of the weights this plan reads, each form once, however many nodes read it. */
-static int64_t weights_in_use(vel_plan *p)
-{
-    int32_t n = vel_graph_size(p->g), found = 0;
-    weight_use *uses = vel_arena_alloc(p->arena, (size_t)n * 4 * sizeof *uses);
-    for (int32_t id = 1; uses && id < n; id++) {
-        const vel_node *node = vel_node_at(p->g, id);
-        for (int i = 0; i < node->n_in && found < 4 * n && needs_kernel(node); i++) {
-            const vel_node *leaf = vel_weight_behind(p->g, node->in[i]);
-            if (!leaf)
-                continue;
-            const char *packed =
-                vel_at(p->g, node->in[i])->op == VEL_OP_weight ? p->kernels[id].layout[i] : NULL;
-            int64_t plain =
-                vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
-            int64_t bytes = packed ? (int64_t)p->kernels[id].packed_bytes[i] : plain;
-            if (!vel_engine_streams(p->engine, leaf->path, bytes))
-                uses[found++] =
-                    (weight_use){leaf->path, packed ? packed : "", leaf->out[0].dtype, bytes};
-        }
-    }
-    if (!uses)
-        return 0;
-    qsort(uses, (size_t)found, sizeof *uses, by_form);
-    int64_t bytes = 0;
-    for (int32_t i = 0; i < found; i++)
-        bytes += i && by_form(&uses[i], &uses[i - 1]) == 0 ? 0 : uses[i].bytes;
-    return bytes;
 }
 
 static vel_status make_launches(vel_plan *p)
@@ -519,14 +472,17 @@ static vel_status make_launches(vel_plan *p)
 
 static void forget_recording(vel_plan *p)
 {
-    if (p->recording)
-        p->backend->forget(p->device, p->recording);
+    if (!p->recording)
+        return;
+    p->backend->forget(p->device, p->recording);
     p->recording = NULL;
+    p->engine->recordings--;
 }
 
 /* Addresses, again whenever the arena or the gradient vector has moved. */
 static vel_status bind(vel_plan *p)
 {
+    VEL_TRY(vel_engine_reserve(p->engine, p->layout.bytes)); /* it may have been given back */
     if (p->bound && p->bound_arena == p->engine->arena && p->bound_grad == p->engine->grad &&
         p->bound_value == p->engine->value)
         return VEL_OK;
@@ -535,7 +491,7 @@ static vel_status bind(vel_plan *p)
             VEL_TRY(vel_engine_need_shadow(p->engine, (vel_dtype)type));
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
-        if (!needs_kernel(n))
+        if (!vel_needs_kernel(n))
             continue;
         vel_launch *l = &p->launches[id];
         for (int i = 0; i < n->n_in; i++) {
@@ -582,7 +538,8 @@ static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
     VEL_TRY(lay_out(p));
     if (o->gradient && p->backend->write_ahead)
         VEL_TRY(vel_waiting_find(p->g, p->arena, &p->waiting));
-    p->weight_bytes = weights_in_use(p) + p->steady.bytes;
+    VEL_TRY(vel_find_weight_uses(p->engine, p->g, p->kernels, p->arena, &p->uses, &p->n_uses));
+    p->weight_bytes = vel_weight_use_bytes(p->engine, p->uses, p->n_uses) + p->steady.bytes;
     if (p->dry)
         return VEL_OK;
     if (p->waiting.bytes)
@@ -666,6 +623,7 @@ vel_status vel_plan_set(vel_plan *p, const char *input, const void *data, size_t
     if (p->waiting.at)
         return p->backend->write_ahead(p->device, p->waiting.at + p->waiting.place[id], data,
                                        bytes);
+    VEL_TRY(vel_engine_reserve(p->engine, p->layout.bytes));
     p->backend->write(p->device, address_of(p, (vel_ref){id, 0}), data, bytes);
     return VEL_OK;
 }
@@ -824,13 +782,16 @@ static bool may_record(const vel_plan *p)
 #ifdef VEL_HOSTILE
     return false; /* outputs are spoiled anew before each node */
 #endif
-    return p->backend->record && (!p->profiling || stamps(p)) && p->bound_runs > 0;
+    const vel_engine *e = p->engine;
+    bool room = p->recording || !e->most_recordings || e->recordings < e->most_recordings;
+    return room && p->backend->record && (!p->profiling || stamps(p)) && p->bound_runs > 0;
 }
 
 static vel_status record_nodes(vel_plan *p)
 {
     VEL_TRY(p->backend->record(p->device));
     vel_status st = run_nodes(p), ended = p->backend->record_end(p->device, &p->recording);
+    p->engine->recordings += p->recording != NULL;
     return st ? st : ended;
 }
 
@@ -917,7 +878,9 @@ int64_t vel_plan_streamed_bytes(const vel_plan *p)
 
 int64_t vel_plan_overhead(const vel_plan *p)
 {
-    int64_t n = 0, loading = p->fetches.n ? VEL_PACKING_ROOM : 0;
+    /* Streamed weights are packed before there is working memory; a copy is recorded, too. */
+    int64_t n = p->fetches.n;
+    int64_t loading = p->fetches.n ? VEL_MAX(0, VEL_PACKING_ROOM - p->layout.bytes) : 0;
     for (int32_t id = 1; id < vel_graph_size(p->g); id++)
         n += p->prepared[id];
     loading += p->waiting.bytes;

@@ -8,7 +8,7 @@
 #include "base/quantise.h"
 #include "passes/copy.h"
 
-static const char *const names[] = {"none", "nf4", "int8", "fp8"}; /* as vel_quant */
+static const char *const names[] = {"none", "nf4", "int8", "fp8", "nf4_double"}; /* as vel_quant */
 
 typedef struct quantiser {
     vel_copier c;

@@ -74,8 +74,9 @@ struct vel_model {
     vel_engine *engine;
     vel_dtype compute;
     int clip_skip;
-    int tile;     /* latents on a side of a piece that is decoded at once; 0: no pieces */
-    bool no_text; /* opened without its text encoder */
+    int tile;           /* latents on a side of a piece that is decoded at once; 0: no pieces */
+    bool decodes_apart; /* drawn pictures are decoded without the denoiser in memory */
+    bool no_text;       /* opened without its text encoder */
     model_part parts[VEL_MAX_PARTS];
     int n_parts;
     const vel_known_module *modules; /* NULL until asked for */
@@ -178,7 +179,6 @@ void vel_draw_texts_destroy(vel_draw_texts *t); /* also after a failure; NULL is
 int vel_draw_texts_pieces(const vel_draw_texts *t, int i);
 const float *vel_draw_texts_states(const vel_draw_texts *t, int i, bool negative);
 void vel_model_read_drawn(vel_model *m, int pieces); /* as pictures are drawn */
-bool vel_draw_is_guided(const vel_model *m, const vel_draw *d);
 
 /* decode_tiles.c: vel_model_decode in pieces of m->tile latents. */
 vel_status vel_model_decode_tiles(vel_model *m, const float *z, int n, int h, int w, float *image);

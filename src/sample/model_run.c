@@ -2,6 +2,8 @@
  * of the moment, and kept in a small cache; the least recently used one goes first. */
 #include "sample/model.h"
 
+#define STEADY_INPUTS "context*,adapter.*"
+
 /* ---- graphs ---- */
 
 static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n, int64_t h,
@@ -58,6 +60,7 @@ void vel_model_drop_plans(vel_model *m)
 void vel_model_forget_plans(vel_model *m)
 {
     vel_model_drop_plans(m);
+    vel_engine_rest(m->engine);
 }
 
 void vel_model_rest(vel_model *m, const char *part)
@@ -73,6 +76,7 @@ void vel_model_rest(vel_model *m, const char *part)
     char prefix[64];
     snprintf(prefix, sizeof prefix, "%s.", part);
     vel_engine_drop_weights(m->engine, prefix);
+    vel_engine_rest(m->engine);
 }
 
 void vel_model_drop_adapted_plans(vel_model *m)
@@ -118,7 +122,7 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
         }
     }
     const vel_plan_options options = {.compute = vel_model_computes_in(m, kind, h),
-                                      .steady = "context*,adapter.*"};
+                                      .steady = STEADY_INPUTS};
     VEL_TRY(vel_plan_create(m->engine, g, &options, out));
     m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, how, m->clock, *out};
     return VEL_OK;
@@ -132,31 +136,70 @@ vel_plan *vel_model_last_plan(vel_model *m)
     return NULL;
 }
 
-static vel_status size_of(vel_model *m, vel_graph *g, vel_dtype compute, bool on_paper,
+/* Pictures to decode or encode at once: about four of 512 x 512, which bounds the working memory.
+ */
+static int image_batch(int n, int64_t pixels)
+{
+    return (int)VEL_MAX(1, VEL_MIN(n, ((int64_t)1 << 20) / pixels));
+}
+
+static vel_status size_of(vel_model *m, plan_kind kind, int n, int h, int w, bool on_paper,
                           vel_run_size *out)
 {
     vel_plan *p;
-    const vel_plan_options options = {.compute = compute, .dry = on_paper, .measure = !on_paper};
+    vel_graph *g = vel_model_build(m, kind, n, h, w, m->clip_skip);
+    if (!g)
+        return VEL_BAD_GRAPH;
+    vel_status st =
+        kind == PLAN_TEXT || kind == PLAN_DENOISE ? vel_model_adapt_graph(m, &g) : VEL_OK;
+    if (st) {
+        vel_graph_destroy(g);
+        return st;
+    }
+    const vel_plan_options options = {.compute = vel_model_computes_in(m, kind, h),
+                                      .dry = on_paper,
+                                      .measure = !on_paper,
+                                      .steady = STEADY_INPUTS};
     VEL_TRY(vel_plan_create(m->engine, g, &options, &p));
-    *out = (vel_run_size){.arena = vel_plan_arena_bytes(p),
-                          .weights = vel_plan_weight_bytes(p),
-                          .overhead = on_paper ? 0 : vel_plan_overhead(p)};
+    *out = (vel_run_size){.arena = vel_plan_arena_bytes(p), .weights = vel_plan_weight_bytes(p)};
+    if (!on_paper)
+        out->recorded = vel_plan_overhead(p) - vel_engine_overhead(m->engine);
     vel_plan_destroy(p);
     return VEL_OK;
 }
 
 vel_status vel_model_text_size(vel_model *m, int k, int n, bool on_paper, vel_run_size *out)
 {
-    vel_graph *g = vel_model_build(m, PLAN_TEXT, n, k, 0, m->clip_skip);
-    vel_dtype compute = vel_model_computes_in(m, PLAN_TEXT, k);
-    return g ? size_of(m, g, compute, on_paper, out) : VEL_BAD_GRAPH;
+    VEL_TRY(size_of(m, PLAN_TEXT, n, k, 0, on_paper, out));
+    if (vel_model_negatives_differ(m)) /* they have a plan of their own */
+        out->recorded *= 2;
+    return VEL_OK;
 }
 
 vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_run_size *out)
 {
-    vel_graph *g = vel_model_build(m, PLAN_ENCODE, 1, h, w, m->clip_skip);
-    vel_dtype compute = vel_model_computes_in(m, PLAN_ENCODE, 0);
-    return g ? size_of(m, g, compute, on_paper, out) : VEL_BAD_GRAPH;
+    return size_of(m, PLAN_ENCODE, 1, h, w, on_paper, out);
+}
+
+vel_status vel_model_denoise_size(vel_model *m, int n, int h, int w, bool on_paper,
+                                  vel_run_size *out)
+{
+    return size_of(m, PLAN_DENOISE, n, h, w, on_paper, out);
+}
+
+vel_status vel_model_decode_size(vel_model *m, int n, int h, int w, bool on_paper,
+                                 vel_run_size *out)
+{
+    bool tiled = m->tile && (h > m->tile || w > m->tile);
+    if (tiled) {
+        n = 1;
+        h = VEL_MIN(h, m->tile);
+        w = VEL_MIN(w, m->tile);
+    }
+    int64_t pixels = (int64_t)h * w * m->latent.down * m->latent.down;
+    VEL_TRY(size_of(m, PLAN_DECODE, image_batch(n, pixels), h, w, on_paper, out));
+    out->recorded *= tiled ? 3 : 1; /* pieces at the right and at the bottom are smaller */
+    return VEL_OK;
 }
 
 /* ---- runs ---- */
@@ -202,13 +245,6 @@ vel_status vel_model_denoise(vel_model *m, const float *latent, const float *tim
     VEL_TRY(vel_plan_set(p, "time", time, (size_t)n * sizeof *time));
     VEL_TRY(vel_model_set_condition(m, p, states, extra, n));
     return vel_model_run_plan(m, p, "denoiser", out, values_of(p));
-}
-
-/* Pictures to decode or encode at once: about four of 512 x 512, which bounds the working memory.
- */
-static int image_batch(int n, int64_t pixels)
-{
-    return (int)VEL_MAX(1, VEL_MIN(n, ((int64_t)1 << 20) / pixels));
 }
 
 vel_status vel_model_decode(vel_model *m, const float *z, int n, int h, int w, float *image)

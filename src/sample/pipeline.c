@@ -299,8 +299,8 @@ static vel_status decode_batch(batch *b, vel_image *images)
 }
 
 /* progress: NULL when quiet; *done counts evaluations of pictures. */
-static vel_status run_batch(batch *b, const vel_draw_texts *t, vel_progress *progress,
-                            int64_t *done, vel_image *images, float *latents)
+static vel_status denoise_batch(batch *b, const vel_draw_texts *t, vel_progress *progress,
+                                int64_t *done)
 {
     VEL_TRY(begin_batch(b, t));
     for (int e = 0; e < b->evaluations; e++) {
@@ -314,9 +314,7 @@ static vel_status run_batch(batch *b, const vel_draw_texts *t, vel_progress *pro
         if (progress)
             vel_progress_at(progress, *done, NAN);
     }
-    if (latents)
-        memcpy(latents, b->x, sizeof *latents * (size_t)(b->n * b->s.values));
-    return images ? decode_batch(b, images) : VEL_OK;
+    return VEL_OK;
 }
 
 /* ---- all ---- */
@@ -346,22 +344,79 @@ typedef struct target {
     void *user;
 } target;
 
-static vel_status draw_group(batch *b, int first, const vel_draw_texts *t, vel_progress *progress,
-                             int64_t *done, const target *to)
+/* The latents and pictures of a batch. */
+static vel_status hand_over(batch *b, const target *to)
 {
-    vel_image *images = to->out ? to->out + first : NULL;
-    float *latents = to->latents ? to->latents + first * b->s.values : NULL;
-    if (to->drawn && !(images = vel_alloc(b->m->ctx, sizeof *images * (size_t)b->n)))
-        return VEL_NO_MEMORY;
-    vel_status st = run_batch(b, t, progress, done, images, latents);
+    size_t values = (size_t)b->s.values;
+    if (to->latents)
+        memcpy(to->latents + (size_t)b->first * values, b->x,
+               sizeof *to->latents * (size_t)b->n * values);
     if (!to->drawn)
-        return st;
+        return to->out ? decode_batch(b, to->out + b->first) : VEL_OK;
+    vel_image *images = vel_alloc(b->m->ctx, sizeof *images * (size_t)b->n);
+    if (!images)
+        return VEL_NO_MEMORY;
+    vel_status st = decode_batch(b, images);
     if (!st)
-        st = to->drawn(to->user, first, b->n, images);
+        st = to->drawn(to->user, b->first, b->n, images);
     for (int i = 0; i < b->n; i++)
         vel_image_finish(&images[i]);
     vel_free(b->m->ctx, images);
     return st;
+}
+
+void vel_model_decode_apart(vel_model *m, bool on)
+{
+    m->decodes_apart = on;
+}
+
+/* Only the autoencoder is needed from here on. */
+static void rest_all_but_the_decoder(vel_model *m)
+{
+    for (int k = 0; k < m->n_texts; k++)
+        vel_model_rest(m, m->texts[k].part);
+    vel_model_rest(m, m->family->denoiser);
+}
+
+typedef struct drawing { /* of all pictures */
+    vel_model *m;
+    const vel_draw *draws;
+    int n, most; /* most of a batch */
+    int *evaluations;
+    batch *batches; /* [n]; those that wait to be decoded */
+    int n_batches;
+    vel_draw_texts *texts;
+} drawing;
+
+static vel_status draw_batches(drawing *d, vel_progress *progress, const target *to)
+{
+    vel_model *m = d->m;
+    int64_t done = 0;
+    bool apart = m->decodes_apart && (to->out || to->drawn);
+    for (int i = 0; i < d->n;) {
+        int k = group_size(m, d->draws, d->texts, i, d->evaluations, d->n - i, d->most);
+        batch *b = &d->batches[d->n_batches++];
+        *b = (batch){.m = m,
+                     .draws = d->draws + i,
+                     .n = k,
+                     .first = i,
+                     .s = latent_shape(m, &d->draws[i]),
+                     .guided = vel_draw_is_guided(m, &d->draws[i]),
+                     .evaluations = d->evaluations[i]};
+        vel_model_read_drawn(m, vel_draw_texts_pieces(d->texts, i));
+        VEL_TRY(denoise_batch(b, d->texts, progress, &done));
+        if (!apart) {
+            VEL_TRY(hand_over(b, to));
+            finish_batch(b);
+            d->n_batches--;
+        }
+        i += k;
+    }
+    if (apart)
+        rest_all_but_the_decoder(m);
+    for (int i = 0; i < d->n_batches; i++)
+        VEL_TRY(hand_over(&d->batches[i], to));
+    return VEL_OK;
 }
 
 static vel_status draw_all(vel_model *m, const vel_draw *draws, int n, int batch_size,
@@ -369,33 +424,26 @@ static vel_status draw_all(vel_model *m, const vel_draw *draws, int n, int batch
 {
     if (n < 1)
         return VEL_OK;
-    vel_draw_texts *t = NULL;
+    drawing d = {.m = m, .draws = draws, .n = n, .most = VEL_MAX(1, batch_size)};
     vel_reading before = m->reading;
     vel_progress progress;
-    int64_t total = 0, done = 0;
-    int *evaluations = vel_alloc(m->ctx, sizeof *evaluations * (size_t)n);
-    vel_status st = evaluations ? check_draws(m, draws, n, evaluations, &total) : VEL_NO_MEMORY;
+    int64_t total = 0;
+    d.evaluations = vel_alloc(m->ctx, sizeof *d.evaluations * (size_t)n);
+    d.batches = vel_alloc(m->ctx, sizeof *d.batches * (size_t)n);
+    vel_status st = d.evaluations && d.batches ? check_draws(m, draws, n, d.evaluations, &total)
+                                               : VEL_NO_MEMORY;
     if (!st)
-        st = vel_draw_texts_create(m, draws, n, &t);
+        st = vel_draw_texts_create(m, draws, n, &d.texts);
     if (phase)
         vel_progress_begin(&progress, m->ctx, phase, total);
-    for (int i = 0; i < n && !st;) {
-        int k = group_size(m, draws, t, i, evaluations, n - i, VEL_MAX(1, batch_size));
-        batch b = {.m = m,
-                   .draws = draws + i,
-                   .n = k,
-                   .first = i,
-                   .s = latent_shape(m, &draws[i]),
-                   .guided = vel_draw_is_guided(m, &draws[i]),
-                   .evaluations = evaluations[i]};
-        vel_model_read_drawn(m, vel_draw_texts_pieces(t, i));
-        st = draw_group(&b, i, t, phase ? &progress : NULL, &done, to);
-        finish_batch(&b);
-        i += k;
-    }
-    vel_draw_texts_destroy(t);
+    if (!st)
+        st = draw_batches(&d, phase ? &progress : NULL, to);
+    for (int i = 0; i < d.n_batches; i++)
+        finish_batch(&d.batches[i]);
+    vel_draw_texts_destroy(d.texts);
     vel_model_read_as(m, &before);
-    vel_free(m->ctx, evaluations);
+    vel_free(m->ctx, d.evaluations);
+    vel_free(m->ctx, d.batches);
     return st;
 }
 

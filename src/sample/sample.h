@@ -117,13 +117,21 @@ vel_status vel_model_export(vel_model *m, const char *path, const vel_export_opt
 /* The values of the tensor at path ("unet....weight") as the model's file has them; NULL none. */
 const vel_file_tensor *vel_model_tensor(const vel_model *m, const char *path);
 
-/* What a part takes of the device when it works on n texts (encoder k), or encodes a picture of h x
- * w latents; nothing is allocated. on_paper: without the device's own kernels. */
+/* What a part takes of the device when it works on n texts (encoder k), encodes a picture of h x w
+ * latents, evaluates the denoiser on n of them, or decodes as many, as this model does it; nothing
+ * is allocated. recorded: what a recording of the run takes; 0 on_paper, without the device's own
+ * kernels. */
 typedef struct vel_run_size {
-    int64_t arena, weights, overhead;
+    int64_t arena, weights, recorded;
 } vel_run_size;
 vel_status vel_model_text_size(vel_model *m, int k, int n, bool on_paper, vel_run_size *out);
 vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_run_size *out);
+vel_status vel_model_denoise_size(vel_model *m, int n, int h, int w, bool on_paper,
+                                  vel_run_size *out);
+vel_status vel_model_decode_size(vel_model *m, int n, int h, int w, bool on_paper,
+                                 vel_run_size *out);
+/* Pictures are decoded after all of them are drawn, and the denoiser lets its memory go before. */
+void vel_model_decode_apart(vel_model *m, bool on);
 
 /* Lets a part's packed weights and plans go until they are needed again ("vae" once the pictures
  * are encoded). */
@@ -314,6 +322,8 @@ typedef struct vel_draw {
  * instead of draw's values; all of it points into the line. *seeded: it names a seed.
  * VEL_BAD_VALUE: an option that is not known, or has no such value; file is named. */
 vel_status vel_draw_line(vel_ctx *ctx, const char *file, char *line, vel_draw *draw, bool *seeded);
+/* Whether drawing it asks the denoiser for the negative prompt, too. */
+bool vel_draw_is_guided(const vel_model *m, const vel_draw *d);
 /* Makes sure that encoder k's states of a draw's texts are kept. */
 vel_status vel_model_keep_texts(vel_model *m, int k, const vel_draw *draw);
 /* n pictures in batches; out: n images (vel_image_finish each). phase: text of the progress line,

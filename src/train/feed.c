@@ -239,6 +239,7 @@ vel_status vel_feed_encode_text(train_session *s)
             vel_status st = encode_by(s, k, first, &progress, &done);
             if (!st)
                 st = keep_prompts(s, k);
+            vel_phases_note(s, "after a text encoder's work");
             vel_feed_rest_text(s, k);
             vel_phases_end_text(s);
             VEL_TRY(st);
@@ -326,10 +327,17 @@ static vel_status say_what_is_cut(train_session *s)
     return VEL_OK;
 }
 
+bool vel_feed_captions_vary(const train_session *s)
+{
+    bool vary = false;
+    for (int i = 0; i < s->data->n && !vary; i++)
+        vary = vel_caption_varies(&vel_batch_how(s, i)->captions);
+    return vary;
+}
+
 static vel_status encode_captions(train_session *s)
 {
-    for (int i = 0; i < s->data->n && !s->captions_vary; i++)
-        s->captions_vary = vel_caption_varies(&vel_batch_how(s, i)->captions);
+    s->captions_vary = vel_feed_captions_vary(s);
     s->learned_texts = s->texts;
     VEL_TRY(collect_captions(s));
     VEL_TRY(say_what_is_cut(s));
@@ -480,6 +488,7 @@ vel_status vel_feed_prepare(train_session *s)
     if (!s->content || !s->moments.values || !s->known_masks.values)
         return VEL_NO_MEMORY;
     VEL_TRY(encode_pictures(s));
+    vel_phases_note(s, "after the pictures were encoded");
     if (folder && !s->o->random_crop)
         vel_log(s->ctx, 2, "%s: %d pictures encoded, %d known; %d captions read, %d known", folder,
                 s->n_encoded, s->n_kept_pictures - s->n_encoded, s->n_captions - s->n_known_texts,

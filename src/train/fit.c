@@ -6,14 +6,15 @@
  * recording of a step take is counted too. */
 #include "train/session.h"
 
-/* "8GB", "8GiB", "800M": bytes; 0 when it is not a size. */
+/* Bytes; 0 when it is not a size. A GB is 10^9 bytes, as on the box of a card and in the SI; the
+ * cards' own memory is counted in GiB, so 8GB leave some of such a card to its screen. */
 int64_t vel_fit_size(const char *text)
 {
     static const struct {
         const char *unit;
         double bytes;
-    } units[] = {{"GiB", 1 << 30}, {"GB", 1 << 30}, {"G", 1 << 30},
-                 {"MiB", 1 << 20}, {"MB", 1 << 20}, {"M", 1 << 20}};
+    } units[] = {{"GiB", 1 << 30}, {"GB", 1e9}, {"G", 1e9},
+                 {"MiB", 1 << 20}, {"MB", 1e6}, {"M", 1e6}};
     double amount = 0;
     char unit[8] = "";
     if (sscanf(text, "%lf%7s", &amount, unit) != 2 || !(amount > 0 && amount < 1e6))
@@ -33,6 +34,8 @@ int64_t vel_fit_limit(vel_engine *e, const char *text)
 
 /* ---- what a run takes ---- */
 
+enum { FEW_RECORDINGS = 2 }; /* of --fit: one takes 50 KB a kernel, and there may be many buckets */
+
 static int64_t trained_bytes(const vel_fit *f, bool adds_up)
 {
     vel_engine *e = vel_model_engine(f->model);
@@ -44,7 +47,8 @@ static int64_t trained_bytes(const vel_fit *f, bool adds_up)
 static void add_up(vel_fit *f, bool adds_up)
 {
     f->trained = trained_bytes(f, adds_up);
-    f->bytes = f->size.overhead + f->trained + f->size.arena + f->size.weights;
+    f->bytes = f->size.overhead + f->trained + VEL_MAX(f->size.arena, f->beside_arena) +
+               f->size.weights + f->beside;
 }
 
 static void keep_larger(vel_step_size *most, const vel_step_size *size)
@@ -53,15 +57,50 @@ static void keep_larger(vel_step_size *most, const vel_step_size *size)
         *most = *size;
 }
 
-vel_status vel_fit_describe(vel_fit *f, bool on_paper)
+/* What the recordings of all buckets take, where all or only some of them are kept. */
+static void count_recordings(vel_fit *f, int64_t all, int64_t largest)
 {
+    int64_t few = largest * VEL_MIN(f->n_sizes + (f->held_out ? 1 : 0), f->recordings);
+    f->size.overhead = vel_engine_overhead(vel_model_engine(f->model));
+    f->size.overhead += f->recordings ? few : all;
+}
+
+static vel_status largest_size(vel_fit *f, int n,
+                               vel_status (*size_of)(const vel_fit *f, int n, int h, int w,
+                                                     vel_step_size *out))
+{
+    int64_t base = vel_engine_overhead(vel_model_engine(f->model)), all = 0, largest = 0;
     f->size = (vel_step_size){0};
     for (int i = 0; i < f->n_sizes; i++) {
         vel_step_size size;
-        VEL_TRY(vel_trainer_size(f->trainer, f->batch * f->models, f->sizes[i][0], f->sizes[i][1],
-                                 on_paper, &size));
+        VEL_TRY(size_of(f, n, f->sizes[i][0], f->sizes[i][1], &size));
+        int64_t recorded = VEL_MAX(0, size.overhead - base);
+        all += recorded;
+        largest = VEL_MAX(largest, recorded);
         keep_larger(&f->size, &size);
     }
+    count_recordings(f, all, largest);
+    return VEL_OK;
+}
+
+static vel_status size_on_paper(const vel_fit *f, int n, int h, int w, vel_step_size *out)
+{
+    return vel_trainer_size(f->trainer, n, h, w, true, out);
+}
+
+static vel_status size_on_device(const vel_fit *f, int n, int h, int w, vel_step_size *out)
+{
+    return vel_trainer_size(f->trainer, n, h, w, false, out);
+}
+
+static vel_status size_at_level(const vel_fit *f, int n, int h, int w, vel_step_size *out)
+{
+    return vel_trainer_measure(f->trainer, n, h, w, f->level, out);
+}
+
+vel_status vel_fit_describe(vel_fit *f, bool on_paper)
+{
+    VEL_TRY(largest_size(f, f->batch * f->models, on_paper ? size_on_paper : size_on_device));
     f->level = f->size.level;
     add_up(f, f->accumulation > 1);
     return VEL_OK;
@@ -72,16 +111,10 @@ vel_status vel_fit_describe(vel_fit *f, bool on_paper)
 static vel_status measure(vel_fit *f, int level, int parts, int streamed)
 {
     vel_engine_stream(vel_model_engine(f->model), streamed);
-    f->size = (vel_step_size){0};
     f->level = level;
     f->parts = parts;
     f->streamed = streamed;
-    for (int i = 0; i < f->n_sizes; i++) {
-        vel_step_size size;
-        VEL_TRY(vel_trainer_measure(f->trainer, f->batch / parts * f->models, f->sizes[i][0],
-                                    f->sizes[i][1], level, &size));
-        keep_larger(&f->size, &size);
-    }
+    VEL_TRY(largest_size(f, f->batch / parts * f->models, size_at_level));
     add_up(f, parts * f->accumulation > 1);
     return VEL_OK;
 }
@@ -110,7 +143,8 @@ static vel_status try_streaming(vel_fit *f, int64_t limit, vel_fit *least, bool 
     const vel_fit smallest = *least;
     VEL_TRY(measure(f, smallest.level, smallest.parts, ALL));
     *least = f->bytes < least->bytes ? *f : *least;
-    for (int streamed = 1; streamed <= ALL && least->bytes <= limit && !*found; streamed++) {
+    for (int streamed = f->at_least + 1; streamed <= ALL && least->bytes <= limit && !*found;
+         streamed++) {
         VEL_TRY(measure(f, smallest.level, smallest.parts, streamed));
         if (f->bytes <= limit)
             VEL_TRY(try_levels(f, limit, smallest.parts, streamed, least, found));
@@ -123,8 +157,9 @@ static vel_status does_not_fit(const vel_fit *f, const char *text, int64_t limit
     char have[32], need[32];
     return vel_fail(vel_model_ctx(f->model), VEL_BAD_VALUE,
                     "--fit %s: the smallest that this run fits in is %s (%s were asked for): a "
-                    "lower --resolution or --rank, or --optimizer adamw8bit, makes it smaller",
-                    text, vel_bytes_text(least, need), vel_bytes_text(limit, have));
+                    "lower --resolution or --rank, --optimizer adamw8bit%s makes it smaller",
+                    text, vel_bytes_text(least, need), vel_bytes_text(limit, have),
+                    vel_engine_quant(vel_model_engine(f->model)) ? "," : " or --base_quant nf4");
 }
 
 static void say(const vel_fit *f, const char *text, int64_t limit)
@@ -147,6 +182,30 @@ static void say(const vel_fit *f, const char *text, int64_t limit)
             vel_bytes_text(f->bytes, bytes), vel_bytes_text(limit, most));
 }
 
+/* What would do without copies from the host: the first kind that does, at the chosen level. */
+static vel_status propose_quant(const vel_fit *f, int64_t limit)
+{
+    static const char *const kinds[] = {"int8", "nf4", "nf4_double"}; /* as near to the base */
+    vel_engine *e = vel_model_engine(f->model);
+    vel_fit other = *f;
+    vel_status st = VEL_OK;
+    char bytes[32];
+    bool found = false;
+    for (int i = 0; i < VEL_COUNT(kinds) && !found && !st; i++) {
+        st = vel_engine_quantise(e, kinds[i]);
+        if (!st)
+            st = measure(&other, f->level, f->parts, 0);
+        found = !st && other.bytes <= limit;
+        if (found)
+            vel_log(vel_model_ctx(f->model), 2,
+                    "--base_quant %s would keep all weights on the device: %s", kinds[i],
+                    vel_bytes_text(other.bytes, bytes));
+    }
+    vel_engine_stream(e, f->streamed);
+    vel_status back = vel_engine_quantise(e, "none");
+    return st ? st : back;
+}
+
 vel_status vel_fit_choose(vel_fit *f, const char *text)
 {
     vel_engine *e = vel_model_engine(f->model);
@@ -158,7 +217,7 @@ vel_status vel_fit_choose(vel_fit *f, const char *text)
     bool found = false;
     for (int parts = 1; parts <= (f->models > 1 ? 1 : f->batch) && !found; parts++)
         if (f->batch % parts == 0)
-            VEL_TRY(try_levels(f, limit, parts, 0, &least, &found));
+            VEL_TRY(try_levels(f, limit, parts, f->at_least, &least, &found));
     if (!found && vel_engine_can_stream(e))
         VEL_TRY(try_streaming(f, limit, &least, &found));
     if (!found) {
@@ -167,10 +226,37 @@ vel_status vel_fit_choose(vel_fit *f, const char *text)
     }
     vel_trainer_set_level(f->trainer, f->level);
     say(f, text, limit);
-    return VEL_OK;
+    return f->streamed && !vel_engine_quant(e) ? propose_quant(f, limit) : VEL_OK;
 }
 
 /* ---- of a training run ---- */
+
+static void add_beside(vel_fit *f, const vel_run_size *size)
+{
+    f->beside += size->weights + size->recorded;
+    f->beside_arena = VEL_MAX(f->beside_arena, size->arena);
+}
+
+/* Parts that are asked between steps, since captions or pictures are others each time. */
+static vel_status count_beside(train_session *s, vel_fit *f)
+{
+    bool paper = vel_engine_in_use(vel_model_engine(s->model)) <= 0, encodes = false;
+    vel_run_size size;
+    for (int k = 0; vel_feed_captions_vary(s) && k < vel_model_texts(s->model); k++) {
+        if (s->texts >> k & 1 || !vel_text_values(&vel_model_states(s->model)[k]))
+            continue;
+        VEL_TRY(vel_model_text_size(s->model, k, 1, paper, &size));
+        add_beside(f, &size);
+    }
+    for (int i = 0; i < s->n_samples; i++)
+        encodes = encodes || !vel_batch_keeps(s, i);
+    for (int i = 0; i < f->n_sizes && encodes; i++) {
+        VEL_TRY(vel_model_encode_size(s->model, f->sizes[i][0], f->sizes[i][1], paper, &size));
+        size.weights = i ? 0 : size.weights;
+        add_beside(f, &size);
+    }
+    return VEL_OK;
+}
 
 vel_status vel_train_sizes(train_session *s, vel_fit *f)
 {
@@ -180,7 +266,9 @@ vel_status vel_train_sizes(train_session *s, vel_fit *f)
                    .batch = s->o->batch,
                    .models = vel_prior_batch(s) / s->o->batch,
                    .accumulation = s->o->accumulation,
-                   .average = s->o->use_ema};
+                   .average = s->o->use_ema,
+                   .held_out = s->data->n_held_out > 0,
+                   .recordings = s->o->fit ? FEW_RECORDINGS : 0};
     f->sizes = vel_arena_alloc(s->arena, (size_t)s->data->n * sizeof *f->sizes);
     if (!f->sizes)
         return VEL_NO_MEMORY;
@@ -195,19 +283,27 @@ vel_status vel_train_sizes(train_session *s, vel_fit *f)
         f->sizes[f->n_sizes][0] = h;
         f->sizes[f->n_sizes++][1] = w;
     }
-    return VEL_OK;
+    return count_beside(s, f);
 }
 
 vel_status vel_train_fit(train_session *s, vel_train_options *o)
 {
+    vel_engine *e = vel_model_engine(s->model);
+    int64_t limit = vel_fit_limit(e, o->fit);
     vel_fit f;
+    vel_engine_keep_recordings(e, FEW_RECORDINGS);
     VEL_TRY(vel_train_sizes(s, &f));
+    VEL_TRY(vel_fit_describe(&f, vel_engine_in_use(e) <= 0));
+    int64_t recorded = f.size.overhead - vel_engine_overhead(e);
+    f.size.overhead += recorded / 2; /* what is computed again is recorded as well */
+    if (limit)
+        VEL_TRY(vel_phases_fit_samples(s, &f, limit, &f.at_least));
     VEL_TRY(vel_fit_choose(&f, o->fit));
     s->streamed = f.streamed;
     o->batch /= f.parts;
     o->accumulation *= f.parts;
-    VEL_TRY(vel_phases_plan(s, f.trained, vel_fit_limit(vel_model_engine(s->model), o->fit)));
-    vel_engine_stream(vel_model_engine(s->model), s->streamed);
+    VEL_TRY(vel_phases_plan(s, &f, limit));
+    vel_engine_stream(e, s->streamed);
     if (f.streamed) /* weights that are on the device already would stay there */
         vel_model_rest(s->model, vel_model_family(s->model)->denoiser);
     return VEL_OK;

@@ -57,6 +57,11 @@ static vel_status copy_images(train_session *s, const vel_image *from, vel_image
     return VEL_OK;
 }
 
+int vel_look_batch(const train_session *s)
+{
+    return VEL_MIN(s->n_prompts, s->data->options.width <= 256 ? 4 : 1);
+}
+
 vel_status vel_look_draw(train_session *s)
 {
     if (s->n_prompts == 0)
@@ -66,9 +71,9 @@ vel_status vel_look_draw(train_session *s)
         return VEL_NO_MEMORY;
     if (s->result && s->result->base && s->step == s->first_step && !s->first_step)
         return copy_images(s, s->result->base->before, sheet->images);
-    int batch = s->data->options.width <= 256 ? 4 : 1;
-    vel_status st = vel_model_draw(s->model, s->draws, s->n_prompts, batch, "drawing samples",
-                                   sheet->images, NULL);
+    vel_model_decode_apart(s->model, s->decodes_apart);
+    vel_status st = vel_model_draw(s->model, s->draws, s->n_prompts, vel_look_batch(s),
+                                   "drawing samples", sheet->images, NULL);
     return st ? st : save_sheet(s, sheet);
 }
 

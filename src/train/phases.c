@@ -1,12 +1,22 @@
-/* phases.c: what a run does before its steps, one part of the model after the other: each text
+/* phases.c: what a run does beside its steps, one part of the model after the other: each text
  * encoder that does not learn reads the captions and goes, the autoencoder encodes the pictures and
- * goes; only then the denoiser comes. What each of them takes of the device is planned like the
- * step, and counts for --fit: an encoder that is larger than that stays with the host in parts. */
+ * goes; only then the denoiser comes. Samples need the denoiser, the encoders that learn and the
+ * decoder. What each of them takes of the device is planned like the step, and counts for --fit: an
+ * encoder that is larger than that stays with the host in parts, and samples are decoded once the
+ * denoiser has let its memory go, where it would not do otherwise. */
 #include "train/session.h"
 
-static int64_t bytes_of(const vel_run_size *size, int64_t trained)
+enum { ALL = 8 }; /* eighths of the weights */
+
+static int64_t bytes_of(train_session *s, const vel_run_size *size, int64_t trained)
 {
-    return size->arena + size->weights + size->overhead + trained;
+    return size->arena + size->weights + size->recorded + trained +
+           vel_engine_overhead(vel_model_engine(s->model));
+}
+
+static bool on_paper(train_session *s)
+{
+    return vel_engine_in_use(vel_model_engine(s->model)) <= 0;
 }
 
 /* Of encoder k, with so many eighths of its weights at the host. */
@@ -14,7 +24,7 @@ static vel_status measure_text(train_session *s, int k, int streamed, vel_run_si
 {
     vel_engine *e = vel_model_engine(s->model);
     vel_engine_stream(e, streamed);
-    vel_status st = vel_model_text_size(s->model, k, 1, vel_engine_in_use(e) <= 0, out);
+    vel_status st = vel_model_text_size(s->model, k, 1, on_paper(s), out);
     vel_engine_stream(e, 0);
     return st;
 }
@@ -30,8 +40,8 @@ static vel_status measure_encoding(train_session *s, vel_run_size *out)
         if ((int64_t)p->width * p->height <= most)
             continue;
         most = (int64_t)p->width * p->height;
-        VEL_TRY(vel_model_encode_size(s->model, p->height / down, p->width / down,
-                                      vel_engine_in_use(vel_model_engine(s->model)) <= 0, &size));
+        VEL_TRY(
+            vel_model_encode_size(s->model, p->height / down, p->width / down, on_paper(s), &size));
         *out = size.arena > out->arena ? size : *out;
     }
     return VEL_OK;
@@ -40,14 +50,13 @@ static vel_status measure_encoding(train_session *s, vel_run_size *out)
 /* The least streaming with which encoder k stays within the limit (0: any size). */
 static vel_status fit_text(train_session *s, int k, int64_t trained, int64_t limit, run_phase *p)
 {
-    enum { ALL = 8 };
     vel_engine *e = vel_model_engine(s->model);
     int most = limit && vel_engine_can_stream(e) ? ALL : 0;
     vel_run_size size;
     *p = (run_phase){.part = vel_model_text(s->model, k)->part};
     for (; p->streamed <= most; p->streamed++) {
         VEL_TRY(measure_text(s, k, p->streamed, &size));
-        p->bytes = bytes_of(&size, trained);
+        p->bytes = bytes_of(s, &size, trained);
         if (!limit || p->bytes <= limit)
             return VEL_OK;
     }
@@ -55,40 +64,206 @@ static vel_status fit_text(train_session *s, int k, int64_t trained, int64_t lim
     return VEL_OK;
 }
 
-vel_status vel_phases_plan(train_session *s, int64_t trained, int64_t limit)
+/* ---- samples ---- */
+
+typedef struct sample_sizes {
+    vel_run_size text, denoise, decode; /* text: of all encoders that learn */
+} sample_sizes;
+
+static void at_most(vel_run_size *most, const vel_run_size *size)
+{
+    most->arena = VEL_MAX(most->arena, size->arena);
+    most->weights = VEL_MAX(most->weights, size->weights);
+    most->recorded = VEL_MAX(most->recorded, size->recorded);
+}
+
+/* Of the largest picture, as many at a time as are drawn at a time. */
+static vel_status measure_drawing(train_session *s, sample_sizes *out)
+{
+    vel_model *m = s->model;
+    int down = vel_model_latent(m)->down, n = vel_look_batch(s);
+    int64_t most = 0;
+    *out = (sample_sizes){{0}};
+    for (int k = 0; k < vel_model_texts(m); k++) {
+        vel_run_size size;
+        if (!(s->texts >> k & 1))
+            continue;
+        VEL_TRY(vel_model_text_size(m, k, 1, on_paper(s), &size));
+        size.weights += out->text.weights;
+        at_most(&out->text, &size);
+    }
+    for (int i = 0; i < s->n_prompts; i++) {
+        const vel_draw *d = &s->draws[i];
+        vel_run_size size;
+        int h = d->height / down, w = d->width / down;
+        if ((int64_t)h * w <= most)
+            continue;
+        most = (int64_t)h * w;
+        VEL_TRY(vel_model_denoise_size(m, vel_draw_is_guided(m, d) ? 2 * n : n, h, w, on_paper(s),
+                                       &size));
+        at_most(&out->denoise, &size);
+        VEL_TRY(vel_model_decode_size(m, n, h, w, on_paper(s), &size));
+        at_most(&out->decode, &size);
+    }
+    return VEL_OK;
+}
+
+/* With so many eighths of the weights at the host. Without --fit the step's plan stays beside; with
+ * it the driver still keeps the memory of the step's recording, and takes that for the next ones.
+ */
+static vel_status measure_samples(train_session *s, const vel_fit *f, int streamed, bool apart,
+                                  run_phase *out)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    sample_sizes z;
+    vel_engine_stream(e, streamed);
+    vel_model_set_trained(s->model, &s->trained);
+    vel_status st = measure_drawing(s, &z);
+    vel_model_set_trained(s->model, NULL);
+    vel_engine_stream(e, 0);
+    VEL_TRY(st);
+    vel_run_size draws = z.denoise, decodes = z.decode;
+    draws.weights += z.text.weights;
+    draws.arena = VEL_MAX(draws.arena, z.text.arena);
+    int64_t of_steps = VEL_MAX(0, f->size.overhead - vel_engine_overhead(e));
+    if (apart) {
+        draws.recorded = VEL_MAX(draws.recorded, of_steps);
+        decodes.recorded = VEL_MAX(decodes.recorded, draws.recorded);
+        *out = (run_phase){.part = "samples", .streamed = streamed};
+        out->bytes = VEL_MAX(bytes_of(s, &draws, f->trained), bytes_of(s, &decodes, f->trained));
+        return VEL_OK;
+    }
+    draws.weights += decodes.weights;
+    draws.recorded += decodes.recorded;
+    draws.arena = VEL_MAX(draws.arena, decodes.arena);
+    if (!s->o->fit)
+        draws.arena = VEL_MAX(draws.arena, f->size.arena);
+    draws.recorded = s->o->fit ? VEL_MAX(draws.recorded, of_steps) : draws.recorded + of_steps;
+    *out = (run_phase){
+        .part = "samples", .streamed = streamed, .bytes = bytes_of(s, &draws, f->trained)};
+    return VEL_OK;
+}
+
+vel_status vel_phases_fit_samples(train_session *s, const vel_fit *f, int64_t limit, int *streamed)
+{
+    run_phase p;
+    char have[32], need[32];
+    int most = vel_engine_can_stream(vel_model_engine(s->model)) ? ALL : 0;
+    *streamed = 0;
+    if (!s->n_prompts)
+        return VEL_OK;
+    for (; *streamed <= most; ++*streamed)
+        for (int apart = 0; apart < 2; apart++) {
+            VEL_TRY(measure_samples(s, f, *streamed, apart, &p));
+            s->decodes_apart = apart;
+            if (p.bytes <= limit)
+                return VEL_OK;
+        }
+    return vel_fail(s->ctx, VEL_BAD_VALUE,
+                    "--fit %s: the samples take %s (%s were asked for): smaller ones ('--w 512 --h "
+                    "512' behind a prompt in a file) or none make it smaller",
+                    s->o->fit, vel_bytes_text(p.bytes, need), vel_bytes_text(limit, have));
+}
+
+/* ---- all ---- */
+
+static vel_status does_not_fit(train_session *s, const run_phase *p, int64_t limit)
+{
+    char have[32], need[32];
+    bool smaller = strcmp(p->part, "vae") == 0 || strcmp(p->part, "held-out pictures") == 0;
+    return vel_fail(s->ctx, VEL_BAD_VALUE, "--fit %s: %s alone takes %s (%s were asked for); %s",
+                    s->o->fit, p->part, vel_bytes_text(p->bytes, need), vel_bytes_text(limit, have),
+                    smaller ? "a lower --resolution makes it smaller"
+                            : "--base_quant nf4 makes it smaller");
+}
+
+/* Losses of held-out pictures. */
+static vel_status measure_held_out(train_session *s, int64_t trained, run_phase *out)
+{
+    vel_fit f;
+    int64_t most = 0;
+    VEL_TRY(vel_train_sizes(s, &f));
+    vel_engine_stream(vel_model_engine(s->model), s->streamed);
+    for (int i = 0; i < f.n_sizes; i++) {
+        vel_step_size size;
+        VEL_TRY(vel_trainer_size_of_losses(s->trainer, VALIDATION_BATCH, f.sizes[i][0],
+                                           f.sizes[i][1], on_paper(s), &size));
+        most = VEL_MAX(most, size.arena + size.weights + 2 * size.overhead);
+    }
+    vel_engine_stream(vel_model_engine(s->model), 0);
+    most -= vel_engine_overhead(vel_model_engine(s->model)); /* once */
+    *out = (run_phase){.part = "held-out pictures", .bytes = most + trained};
+    return VEL_OK;
+}
+
+vel_status vel_phases_plan(train_session *s, const vel_fit *f, int64_t limit)
 {
     vel_run_size size;
-    char have[32], need[32];
     s->n_phases = 0;
     for (int k = 0; k < vel_model_texts(s->model); k++) {
         if (s->texts >> k & 1 || !vel_text_values(&vel_model_states(s->model)[k]))
             continue;
-        VEL_TRY(fit_text(s, k, trained, limit, &s->phases[s->n_phases++]));
+        VEL_TRY(fit_text(s, k, f->trained, limit, &s->phases[s->n_phases++]));
     }
     VEL_TRY(measure_encoding(s, &size));
-    s->phases[s->n_phases++] = (run_phase){.part = "vae", .bytes = bytes_of(&size, trained)};
+    s->phases[s->n_phases++] = (run_phase){.part = "vae", .bytes = bytes_of(s, &size, f->trained)};
+    s->n_before = s->n_phases;
+    if (s->n_prompts)
+        VEL_TRY(measure_samples(s, f, s->streamed, s->decodes_apart, &s->phases[s->n_phases++]));
+    if (s->data->n_held_out)
+        VEL_TRY(measure_held_out(s, f->trained, &s->phases[s->n_phases++]));
     for (int i = 0; i < s->n_phases && limit; i++)
         if (s->phases[i].bytes > limit)
-            return vel_fail(
-                s->ctx, VEL_BAD_VALUE, "--fit %s: %s alone takes %s (%s were asked for); %s",
-                s->o->fit, s->phases[i].part, vel_bytes_text(s->phases[i].bytes, need),
-                vel_bytes_text(limit, have),
-                strcmp(s->phases[i].part, "vae") == 0 ? "a lower --resolution makes it smaller"
-                                                      : "--base_quant nf4 makes it smaller");
+            return does_not_fit(s, &s->phases[i], limit);
     return VEL_OK;
+}
+
+int64_t vel_phases_most(const train_session *s, int64_t steps)
+{
+    for (int i = 0; i < s->n_phases; i++)
+        steps = VEL_MAX(steps, s->phases[i].bytes);
+    return steps;
+}
+
+static void describe_phase(const run_phase *p, bool first, vel_text *t)
+{
+    char bytes[32];
+    vel_text_addf(t, "%s %s %s", first ? "" : ",", p->part, vel_bytes_text(p->bytes, bytes));
+    if (p->streamed)
+        vel_text_addf(t, " (%d/8 of the weights from the host)", p->streamed);
 }
 
 void vel_phases_describe(const train_session *s, vel_text *t)
 {
-    char bytes[32];
     vel_text_addf(t, "before the steps, one after the other:");
-    for (int i = 0; i < s->n_phases; i++) {
-        const run_phase *p = &s->phases[i];
-        vel_text_addf(t, "%s %s %s", i ? "," : "", p->part, vel_bytes_text(p->bytes, bytes));
-        if (p->streamed)
-            vel_text_addf(t, " (%d/8 of its weights from the host)", p->streamed);
-    }
-    vel_text_addf(t, "\n");
+    for (int i = 0; i < s->n_before; i++)
+        describe_phase(&s->phases[i], i == 0, t);
+    if (s->n_phases > s->n_before)
+        vel_text_addf(t, "; between them:");
+    for (int i = s->n_before; i < s->n_phases; i++)
+        describe_phase(&s->phases[i], i == s->n_before, t);
+    vel_text_addf(t, "%s\n", s->decodes_apart ? ", decoded without the denoiser in memory" : "");
+}
+
+void vel_phases_note(train_session *s, const char *when)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    int64_t used = vel_engine_in_use(e);
+    char all[32], weights[32], arena[32];
+    if (!used)
+        return;
+    s->most_in_use = VEL_MAX(s->most_in_use, used);
+    vel_log(s->ctx, 4, "memory of the device %s: %s in use (weights %s, working memory %s)", when,
+            vel_bytes_text(used, all), vel_bytes_text(vel_engine_weight_bytes(e), weights),
+            vel_bytes_text(vel_engine_arena_bytes(e), arena));
+}
+
+void vel_phases_tell(train_session *s)
+{
+    char seen[32], planned[32];
+    if (s->most_in_use)
+        vel_log(s->ctx, 2, "memory of the device: %s in use at most, %s planned",
+                vel_bytes_text(s->most_in_use, seen), vel_bytes_text(s->planned, planned));
 }
 
 void vel_phases_begin_text(train_session *s, int k)

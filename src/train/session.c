@@ -109,6 +109,19 @@ static vel_status check_flow(train_session *s)
 
 static vel_status make_trainer(train_session *s);
 
+/* base_quant and double_quant as one kind. */
+static vel_status settle_quant(train_session *s, vel_train_options *own)
+{
+    if (!own->double_quant)
+        return VEL_OK;
+    if (!own->base_quant || !vel_has_prefix(own->base_quant, "nf4"))
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--double_quant: is for scales of --base_quant nf4, not of %s",
+                        own->base_quant ? own->base_quant : "none");
+    own->base_quant = "nf4_double";
+    return VEL_OK;
+}
+
 static vel_status open_model(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -341,7 +354,8 @@ static vel_status describe_memory(train_session *s, vel_text *t)
                       vel_bytes_text(f.size.overhead, d), vel_bytes_text(f.bytes, e));
     vel_text_addf(t, "\n");
     if (!s->n_phases)
-        VEL_TRY(vel_phases_plan(s, f.trained, 0));
+        VEL_TRY(vel_phases_plan(s, &f, 0));
+    s->planned = vel_phases_most(s, f.bytes);
     vel_phases_describe(s, t);
     return VEL_OK;
 }
@@ -580,8 +594,11 @@ static vel_status draw_samples(train_session *s)
     bool tight = s->o->fit && s->n_prompts; /* a recording takes 50 KB a kernel: one at a time */
     if (tight)
         vel_trainer_forget_plans(s->trainer);
+    rest_parts(s);
     VEL_TRY(vel_engine_evaluate(e, true));
     VEL_TRY(vel_look_draw(s));
+    if (s->n_prompts)
+        vel_phases_note(s, "after the samples");
     if (tight)
         vel_model_forget_plans(s->model);
     return vel_engine_evaluate(e, false);
@@ -652,11 +669,7 @@ static vel_status step_until_done(train_session *s)
     if (s->scaler.skips)
         vel_log(s->ctx, 2, "%" PRId64 " steps of %" PRId64 " were skipped; the loss scale is %g",
                 s->scaler.skips, s->steps, s->scaler.scale);
-    int64_t used = vel_engine_in_use(vel_model_engine(s->model));
-    char text[32];
-    if (used)
-        vel_log(s->ctx, 2, "memory of the device in use after the last step: %s",
-                vel_bytes_text(used, text));
+    vel_phases_note(s, "after the last step");
     VEL_TRY(vel_keep_open_log(s));
     return vel_keep_save(s, true);
 }
@@ -719,6 +732,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
     if (!o->dry_run)
         VEL_TRY(vel_keep_check_folder(s));
     VEL_TRY(open_data(s, own));
+    VEL_TRY(settle_quant(s, own));
     VEL_TRY(open_model(s));
     VEL_TRY(vel_prior_prepare(s));
     VEL_TRY(vel_prior_samples(s));
@@ -748,6 +762,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
     rest_parts(s);
     VEL_TRY(step_until_done(s));
     VEL_TRY(draw_samples(s));
+    vel_phases_tell(s);
     return vel_look_report(s);
 }
 

@@ -58,7 +58,7 @@ typedef struct known_values {
     const float **values; /* [2 * n_samples] */
 } known_values;
 
-/* A part of the model that works alone before the steps. */
+/* A part of the model that works alone before the steps, or what is done between them. */
 typedef struct run_phase {
     const char *part;
     int64_t bytes; /* of the device in all */
@@ -95,9 +95,12 @@ typedef struct train_session {
     vel_optimizer_choice optimizer;
     struct vel_site_value *own_rates; /* [trainables] of module_lr; NULL: none */
     vel_lr_course course;
-    run_phase phases[VEL_MAX_TEXTS + 1];
-    int n_phases;
-    int streamed; /* eighths of the denoiser's weights, by --fit */
+    run_phase phases[VEL_MAX_TEXTS + 3];
+    int n_phases, n_before; /* n_before of them come before the steps */
+    int streamed;           /* eighths of the denoiser's weights, by --fit */
+    int64_t most_in_use;    /* of the device's memory, as far as it was noted */
+    int64_t planned;        /* of the device's memory; 0: not known */
+    bool decodes_apart;     /* samples are decoded without the denoiser in memory */
     vel_loss_scaler scaler;
 
     /* arithmetic, in optimizer steps and batches */
@@ -199,8 +202,9 @@ vel_status vel_words_trained(train_session *s, vel_word **out); /* [n_words]; ve
 /* feed.c */
 /* The captions' states by encoders that do not run in the steps, one after the other. */
 vel_status vel_feed_encode_text(train_session *s);
-void vel_feed_rest_text(train_session *s, int k); /* lets encoder k go unless steps need it */
-vel_status vel_feed_prepare(train_session *s);    /* encodes pictures and captions */
+bool vel_feed_captions_vary(const train_session *s); /* from step to step */
+void vel_feed_rest_text(train_session *s, int k);    /* lets encoder k go unless steps need it */
+vel_status vel_feed_prepare(train_session *s);       /* encodes pictures and captions */
 vel_status vel_feed_batch(train_session *s, int64_t micro, vel_batch *out);
 /* Whether feed_batch would neither wait nor run a model. */
 bool vel_feed_ready(train_session *s, int64_t micro);
@@ -257,13 +261,20 @@ json_t *vel_keep_metadata(train_session *s);
 vel_status vel_look_prepare(train_session *s); /* reads the prompts */
 
 /* look.c */
+int vel_look_batch(const train_session *s);   /* pictures that are drawn at a time */
 vel_status vel_look_draw(train_session *s);   /* a sheet of samples at this step */
 vel_status vel_look_report(train_session *s); /* before/after sheet and report.html */
 
-/* phases.c: plans what comes before the steps, within a limit (0: any size) where the trained
- * values take so many bytes. */
-vel_status vel_phases_plan(train_session *s, int64_t trained, int64_t limit);
+/* phases.c: plans what is not a step, within a limit (0: any size); f: of the steps. fit_samples
+ * comes before, and says how many eighths of the weights must stay with the host for the samples'
+ * sake. */
+vel_status vel_phases_fit_samples(train_session *s, const vel_fit *f, int64_t limit, int *streamed);
+vel_status vel_phases_plan(train_session *s, const vel_fit *f, int64_t limit);
+int64_t vel_phases_most(const train_session *s, int64_t steps); /* of them and the steps */
 void vel_phases_describe(const train_session *s, vel_text *t);
+/* What is in use now, for the log (level 4) and for the most that was seen. */
+void vel_phases_note(train_session *s, const char *when);
+void vel_phases_tell(train_session *s); /* at the end: planned and seen */
 /* Around the use of encoder k before the steps. */
 void vel_phases_begin_text(train_session *s, int k);
 void vel_phases_end_text(train_session *s);

@@ -45,8 +45,10 @@ void vel_trainer_forget_plans(vel_trainer *t)
     for (int i = 0; i < t->n_plans; i++)
         vel_plan_destroy(t->plans[i].plan);
     t->n_plans = 0;
+    t->ready = NULL;
     vel_plan_destroy(t->base);
     t->base = NULL;
+    vel_engine_rest(vel_model_engine(t->model));
 }
 
 void vel_trainer_destroy(vel_trainer *t)
@@ -190,6 +192,14 @@ vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, v
 vel_status vel_trainer_size(vel_trainer *t, int n, int h, int w, bool on_paper, vel_step_size *out)
 {
     vel_plan_options o = plan_options(t, true, on_paper);
+    o.measure = !on_paper;
+    return size_of(t, n, h, w, &o, out);
+}
+
+vel_status vel_trainer_size_of_losses(vel_trainer *t, int n, int h, int w, bool on_paper,
+                                      vel_step_size *out)
+{
+    vel_plan_options o = plan_options(t, false, on_paper);
     o.measure = !on_paper;
     return size_of(t, n, h, w, &o, out);
 }

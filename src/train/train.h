@@ -15,6 +15,7 @@
 typedef struct vel_train_options {
     /* model */
     const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
+    bool double_quant; /* of base_quant nf4 */
     const char *part_files[VEL_PART_FILES];
     int clip_skip;
     /* data */
@@ -229,6 +230,9 @@ typedef struct vel_step_size {
 } vel_step_size;
 /* on_paper: without the device's own kernels, whose working memory is then left out. */
 vel_status vel_trainer_size(vel_trainer *t, int n, int h, int w, bool on_paper, vel_step_size *out);
+/* Of a run without gradient, for held-out pictures. */
+vel_status vel_trainer_size_of_losses(vel_trainer *t, int n, int h, int w, bool on_paper,
+                                      vel_step_size *out);
 /* A step at a level of recomputation below vel_trainer_levels, as the device would have it; nothing
  * is allocated. set_level chooses one before the first step. */
 vel_status vel_trainer_measure(vel_trainer *t, int n, int h, int w, int level, vel_step_size *out);
@@ -242,7 +246,11 @@ typedef struct vel_fit {
     int n_sizes;
     int batch, models; /* items of a batch; samples that the model sees for each */
     int accumulation;
-    bool average; /* of the trained values is kept */
+    bool average;                 /* of the trained values is kept */
+    bool held_out;                /* plans without gradient come beside the steps' */
+    int64_t beside, beside_arena; /* of parts that are asked between steps, in bytes */
+    int at_least;                 /* eighths of the weights that stay with the host in any case */
+    int recordings;               /* that the engine keeps at a time; 0: one of each plan */
     /* what was found */
     int level, parts, streamed; /* recomputation; of a batch; eighths of the weights */
     vel_step_size size;         /* of the largest bucket */
@@ -251,7 +259,7 @@ typedef struct vel_fit {
     int64_t bytes;              /* in all */
 } vel_fit;
 int64_t vel_fit_limit(vel_engine *e, const char *text); /* what a run may be planned to take */
-int64_t vel_fit_size(const char *text); /* "8GB", "800M": bytes; 0: it is not a size */
+int64_t vel_fit_size(const char *text); /* "8GB", "8GiB": bytes; 0: it is not a size */
 /* Of the run as it is. on_paper: see vel_trainer_size. */
 vel_status vel_fit_describe(vel_fit *f, bool on_paper);
 /* Chooses level, parts and streamed for a size such as "8GB", sets them for trainer and engine and

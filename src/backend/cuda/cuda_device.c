@@ -16,8 +16,8 @@
 enum {
     STAGING_PART = 8 << 20, /* bytes of each of the two parts of the ring */
     LARGEST_STAGED = STAGING_PART / 4,
-    SLAB_BYTES = 64 << 20,
-    LARGEST_IN_SLAB = 32 << 20,
+    SLAB_BYTES = 8 << 20,
+    LARGEST_IN_SLAB = 1 << 20,
     ALIGNMENT = 256
 };
 
@@ -308,8 +308,8 @@ static int64_t cuda_overhead(vel_device *d, int64_t kernels, bool apart)
     return (int64_t)d->taken + CODE + kernels * (apart ? APART_KERNEL : RECORDED_KERNEL);
 }
 
-/* The driver hands out whole pages of 2 MiB; a model has hundreds of small weights. They lie one
- * behind the other in slabs, and a slab goes when the last of them does. */
+/* The driver hands out whole pages of 2 MiB. Small blocks lie one behind the other in slabs, and a
+ * slab goes when the last of them does; a plan's weights are one block (exec/weight_pools.c). */
 struct vel_cuda_slab {
     char *bytes;
     size_t used;

@@ -85,6 +85,11 @@ typedef struct vel_cu_quant {
     float step;
     int per_byte; /* 1 or 2; the first of two is the high half */
     int64_t block, count;
+    /* Where scales are codes of 8 bits: the byte of codes that they begin at (0: they are not),
+     * what they stand for, and the place of their mean in scales, behind one of each 256 of them.
+     */
+    int64_t scale_codes, mean;
+    float scale_value[256];
 } vel_cu_quant;
 void vel_cu_dequant(cudaStream_t s, int type, const void *codes, const float *scales,
                     const vel_cu_quant *c, void *out);

@@ -274,14 +274,21 @@ static void run_kron_grad(const own_job *j)
 static void run_dequant(const own_job *j)
 {
     vel_quant kind = (vel_quant)j->n->a.dequant.quant;
+    int64_t rows = j->n->a.dequant.rows, columns = j->n->a.dequant.columns;
+    bool nf4 = vel_quant_is_nf4(kind);
     vel_cu_quant c = {.step = kind == VEL_QUANT_INT8 ? vel_int8_step : 1,
-                      .per_byte = kind == VEL_QUANT_NF4 ? 2 : 1,
-                      .block = vel_quant_block(kind, j->n->a.dequant.columns),
+                      .per_byte = nf4 ? 2 : 1,
+                      .block = vel_quant_block(kind, columns),
                       .count = out_count(j)};
     for (int i = 0; i < 256; i++)
-        c.value[i] = kind == VEL_QUANT_NF4    ? vel_nf4_values[i % 16]
+        c.value[i] = nf4                      ? vel_nf4_values[i % 16]
                      : kind == VEL_QUANT_INT8 ? (float)(int8_t)i
                                               : vel_fp8_value((uint8_t)i);
+    if (kind == VEL_QUANT_NF4_DOUBLE) {
+        memcpy(c.scale_value, vel_quant_scale_map(), sizeof c.scale_value);
+        c.scale_codes = vel_quant_scale_codes(rows, columns);
+        c.mean = vel_quant_scales(kind, rows, columns) - 1;
+    }
     vel_cu_dequant(j->s, out_type(j), IN(0), IN(1), &c, OUT(0));
 }
 

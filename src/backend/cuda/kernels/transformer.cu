@@ -47,30 +47,64 @@ extern "C" void vel_cu_rope(cudaStream_t s, int type, const void *x, const float
 
 /* ---- frozen weights of 4 or 8 bits as values again (base/quantise.h) ---- */
 
-/* Each thread makes the values of one byte of codes, two where they have 4 bits. */
-template <typename T>
+__device__ __forceinline__ float scale_of(const uint8_t *codes, const float *scales,
+                                          const vel_cu_quant &c, const float *map, int64_t b)
+{
+    if (!c.scale_codes)
+        return scales[b];
+    return __fadd_rn(__fmul_rn(map[codes[c.scale_codes + b]], scales[b >> 8]), scales[c.mean]);
+}
+
+/* Each thread makes the values of one word of codes: PER is 8 where they have 4 bits, else 4. The
+ * tables are read by index, which shared memory is quick at. */
+template <typename T, int PER>
 __global__ void __launch_bounds__(THREADS)
     dequant_kernel(const uint8_t *codes, const float *scales, vel_cu_quant c, T *out)
 {
-    int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * c.per_byte;
+    __shared__ float value[256], map[256];
+    for (int i = threadIdx.x; i < 256; i += THREADS) {
+        value[i] = c.value[i];
+        map[i] = c.scale_value[i];
+    }
+    __syncthreads();
+    int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * PER;
     if (at >= c.count)
         return;
-    unsigned code = codes[at / c.per_byte];
-    if (c.per_byte == 1) {
-        out[at] = from_float<T>(c.value[code] * scales[at / c.block] * c.step);
+    uint32_t word = ((const uint32_t *)codes)[at / PER];
+    bool one_block = c.block % PER == 0;
+    float scale = scale_of(codes, scales, c, map, at / c.block);
+    alignas(16) T v[PER];
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+        unsigned byte = word >> 8 * (PER == 8 ? k / 2 : k) & 255;
+        unsigned code = PER == 4 ? byte : k % 2 ? byte & 15 : byte >> 4;
+        if (!one_block && k && at + k < c.count)
+            scale = scale_of(codes, scales, c, map, (at + k) / c.block);
+        v[k] = from_float<T>(value[code] * scale * c.step);
+    }
+    if (at + PER <= c.count) {
+#pragma unroll
+        for (int k = 0; k < (int)(sizeof v / sizeof(uint2)); k++)
+            ((uint2 *)(out + at))[k] = ((const uint2 *)v)[k];
         return;
     }
-    out[at] = from_float<T>(c.value[code >> 4] * scales[at / c.block] * c.step);
-    if (at + 1 < c.count)
-        out[at + 1] = from_float<T>(c.value[code & 15] * scales[(at + 1) / c.block] * c.step);
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (at + k < c.count)
+            out[at + k] = v[k];
 }
 
 extern "C" void vel_cu_dequant(cudaStream_t s, int type, const void *codes, const float *scales,
                                const vel_cu_quant *c, void *out)
 {
-    int64_t bytes = (c->count + c->per_byte - 1) / c->per_byte;
-    VEL_CU_EACH_TYPE(type, dequant_kernel<T><<<blocks_for(bytes, THREADS), THREADS, 0, s>>>(
-                               (const uint8_t *)codes, scales, *c, (T *)out));
+    int per = 4 * c->per_byte;
+    unsigned blocks = blocks_for((c->count + per - 1) / per, THREADS);
+    if (per == 8)
+        VEL_CU_EACH_TYPE(type, dequant_kernel<T, 8>
+                         <<<blocks, THREADS, 0, s>>>((const uint8_t *)codes, scales, *c, (T *)out));
+    else
+        VEL_CU_EACH_TYPE(type, dequant_kernel<T, 4>
+                         <<<blocks, THREADS, 0, s>>>((const uint8_t *)codes, scales, *c, (T *)out));
 }
 
 /* ---- RMS norm: LANES lanes of a warp share a row ---- */
