@@ -54,7 +54,7 @@ static vel_status joined_graph(golden *k, vel_graph **g, vel_text_states *out)
     *g = vel_graph_create(k->ctx);
     if (!*g)
         return VEL_NO_MEMORY;
-    vel_condition c = vel_model_condition_inputs(k->model, *g, 1, 0, 1);
+    vel_condition c = vel_model_condition_inputs(k->model, *g, 1, 0, 1, 0);
     vel_shape s = vel_shape_at(*g, c.context);
     *out = (vel_text_states){
         .length = (int)s.dim[1], .width = (int)s.dim[2], .masked = c.mask.id != 0};
@@ -278,7 +278,7 @@ static vel_status build_denoiser(golden *k, denoiser *m)
             m->in[r] = vel_input(m->g, names[r], VEL_F32, m->shape[r]);
     vel_condition c = {m->in[CONTEXT], m->in[POOLED], m->in[EXTRA], m->in[MASK]};
     if (m->encodes) /* "extra" has the same name there */
-        c = vel_model_condition_inputs(k->model, m->g, m->d[0], ~0u, 1);
+        c = vel_model_condition_inputs(k->model, m->g, m->d[0], ~0u, 1, 0);
     m->out = vel_model_family(k->model)->denoise(m->g, vel_model_config(k->model), m->in[LATENT],
                                                  m->in[TIME], &c);
     return vel_graph_check(m->g);

@@ -354,6 +354,12 @@ const vel_option_row vel_train_rows[] = {
            "raw,additive,sigma_scaled", "flow",
            "what the loss compares with the velocity: the prediction, or what sd-scripts makes of "
            "it"),
+    FLOAT("text_encoder_dropout", NULL, text_dropout, "0", 0, 1, "captions",
+          "share of samples for which the first text encoder gives zeros, whatever the caption"),
+    FLOAT("text_encoder_2_dropout", NULL, text_2_dropout, "0", 0, 1, "captions",
+          "of the second text encoder"),
+    FLOAT("text_encoder_3_dropout", NULL, text_3_dropout, "0", 0, 1, "captions",
+          "of the third text encoder"),
     INT("max_sequence_length", NULL, max_sequence_length, "0", 0, 4096, "flow",
         "tokens of a caption, for text encoders without a length of their own; 0: the model's"),
     FLAG("apply_t5_attn_mask", NULL, apply_t5_attn_mask, "no", "flow",

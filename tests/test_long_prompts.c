@@ -507,3 +507,40 @@ TEST(long_captions_and_samples_are_read_apart)
     CHECK_MSG(strstr(r.text, "captions: 1 of 1 are too long"), "%s", r.text);
     CHECK_MSG(!strstr(r.text, "left out"), "%s", r.text);
 }
+
+#define SD3 "tests/golden/families/sd3/model"
+#define SD3_STEP(model)                                                                            \
+    "accelerate launch sd3_train_network.py --network_module networks.lora_sd3 "                   \
+    "--t5xxl_max_token_length 16 --overwrite --pretrained_model_name_or_path " model " "
+
+/* An encoder whose states are always dropped is as good as none; trained ones drop likewise. */
+TEST(text_encoders_are_dropped)
+{
+    static const char *const no[] = {NULL};
+    program_result r;
+    place_long_caption(t);
+    if (!program_shell(
+            t,
+            "mkdir \"$D/sd3\" && cd tests/golden/families/sd3/model && for f in *; do ln -s "
+            "\"$PWD/$f\" \"$D/sd3\"; done && rm \"$D\"/sd3/*_3",
+            &r))
+        return;
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    double without = loss_of(t, SD3_STEP("\"$D/sd3\"") "--network_train_unet_only" STEP, no);
+    double dropped =
+        loss_of(t, SD3_STEP(SD3) "--network_train_unet_only --t5_dropout_rate 1" STEP, no);
+    double kept = loss_of(t, SD3_STEP(SD3) "--network_train_unet_only" STEP, no);
+    CHECK_MSG(without > 0 && fabs(without - dropped) < 1e-6, "%.9g without T5, %.9g dropped",
+              without, dropped);
+    CHECK_MSG(fabs(kept - dropped) > 1e-6, "%.9g kept, %.9g dropped", kept, dropped);
+    double frozen = loss_of(t,
+                            SD3_STEP(SD3) "--network_train_unet_only "
+                                          "--clip_l_dropout_rate 1 "
+                                          "--clip_g_dropout_rate 0.5" STEP,
+                            no);
+    double trained = loss_of(t,
+                             SD3_STEP(SD3) "--clip_l_dropout_rate 1 "
+                                           "--clip_g_dropout_rate 0.5" STEP,
+                             no);
+    CHECK_MSG(frozen == trained && frozen != kept, "%.9g frozen, %.9g trained", frozen, trained);
+}

@@ -34,7 +34,7 @@ static void print_family(vel_test *t, vel_model *m, vel_text *out)
     vel_shape latent = VEL_SHAPE(1, SIDE, SIDE, info->channels);
     vel_ref x = vel_input(g, "latent", VEL_F32, latent);
     vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(1));
-    vel_condition c = vel_model_condition_inputs(m, g, 1, ~0u, 1);
+    vel_condition c = vel_model_condition_inputs(m, g, 1, ~0u, 1, 0);
     vel_output(g, "prediction", vel_family_denoise(g, f, config, x, time, &c));
     vel_output(g, "picture", f->decode(g, config, x));
     int64_t side = (int64_t)SIDE * info->down;

@@ -7,7 +7,6 @@
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define ATTENTION "attention never keeps its whole matrix here"
 #define NO_LOADER "threads of its own read ahead (--data_threads)"
-#define WHOLE_CAPTIONS "captions are dropped for all text encoders together: --caption_dropout_rate"
 #define DATED "resuming takes the step from the state: --resume"
 
 const vel_dialect_row vel_kohya_rows[] = {
@@ -308,9 +307,9 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(LUMINA_NETWORK, "gemma2_max_token_length", KIND_INT, NULL, "max_sequence_length"),
     SET(SD3_NETWORK, "apply_lg_attn_mask", KIND_SWITCH, NULL, "apply_lg_attn_mask"),
     SET(SD3_NETWORK | FLUX_NETWORK, "apply_t5_attn_mask", KIND_SWITCH, NULL, "apply_t5_attn_mask"),
-    REFUSED(SD3_NETWORK, "clip_l_dropout_rate", KIND_FLOAT, "0.0", WHOLE_CAPTIONS),
-    REFUSED(SD3_NETWORK, "clip_g_dropout_rate", KIND_FLOAT, "0.0", WHOLE_CAPTIONS),
-    REFUSED(SD3_NETWORK, "t5_dropout_rate", KIND_FLOAT, "0.0", WHOLE_CAPTIONS),
+    SET(SD3_NETWORK, "clip_l_dropout_rate", KIND_FLOAT, "0.0", "text_encoder_dropout"),
+    SET(SD3_NETWORK, "clip_g_dropout_rate", KIND_FLOAT, "0.0", "text_encoder_2_dropout"),
+    SET(SD3_NETWORK, "t5_dropout_rate", KIND_FLOAT, "0.0", "text_encoder_3_dropout"),
     REFUSED(SD3_NETWORK, "pos_emb_random_crop_rate", KIND_FLOAT, "0.0",
             "places are those of the picture's middle"),
     REFUSED(SD3_NETWORK, "enable_scaled_pos_embed", KIND_SWITCH, NULL,

@@ -17,7 +17,7 @@ static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n,
     case PLAN_DENOISE: {
         vel_ref latent = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, channels));
         vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
-        vel_condition c = vel_model_condition_inputs(m, g, n, 0, 1);
+        vel_condition c = vel_model_condition_inputs(m, g, n, 0, 1, 0);
         return vel_family_denoise(g, f, m->config, latent, time, &c);
     }
     case PLAN_DECODE:

@@ -272,8 +272,24 @@ static vel_condition known(vel_model *m, vel_graph *g, int64_t n, int k)
     return c;
 }
 
+static vel_ref times(vel_graph *g, vel_ref x, vel_ref kept)
+{
+    return x.id ? vel_mul(g, x, kept) : x;
+}
+
+/* All that encoder k made, times 1 or 0. */
+static vel_condition droppable(vel_graph *g, vel_condition c, int64_t n, int k)
+{
+    char name[32];
+    vel_ref kept = vel_input(g, name_of("kept", k, name), VEL_F32, VEL_SHAPE(n, 1));
+    c.context = times(g, c.context, vel_reshape(g, kept, VEL_SHAPE(n, 1, 1)));
+    c.pooled = times(g, c.pooled, kept);
+    c.mask = times(g, c.mask, kept);
+    return c;
+}
+
 vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n, unsigned run,
-                                         int clip_skip)
+                                         int clip_skip, unsigned drops)
 {
     vel_condition each[VEL_MAX_TEXTS] = {{{0}}}, c;
     int length[VEL_MAX_TEXTS] = {0}, extra = vel_model_extra_count(m);
@@ -281,6 +297,8 @@ vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n, 
         length[k] = kept_of(m, k);
         if (!m->texts[k].absent)
             each[k] = run >> k & 1 ? encoded(m, g, n, k, clip_skip, false) : known(m, g, n, k);
+        if (!m->texts[k].absent && drops >> k & 1)
+            each[k] = droppable(g, each[k], n, k);
     }
     c = m->family->join_texts ? m->family->join_texts(g, m->config, each, length) : each[0];
     if (extra)
@@ -332,6 +350,20 @@ vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *state
         }
     count = vel_model_extra_count(m);
     return count ? set_columns(m, p, "extra", extra, count, 0, count, n) : VEL_OK;
+}
+
+vel_status vel_model_set_kept(vel_model *m, vel_plan *p, const float *kept, int n)
+{
+    char name[32];
+    int count = n * m->n_texts;
+    float *all = kept ? NULL : vel_alloc(m->ctx, (size_t)count * sizeof *all);
+    vel_status st = kept || all ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; all && i < count; i++)
+        all[i] = 1;
+    for (int k = 0; k < m->n_texts && !st; k++)
+        st = set_columns(m, p, name_of("kept", k, name), kept ? kept : all, m->n_texts, k, 1, n);
+    vel_free(m->ctx, all);
+    return st;
 }
 
 /* 1 for each token up to the last that is no padding; where padding is the end token, the first of

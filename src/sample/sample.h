@@ -282,9 +282,13 @@ vel_status vel_model_encode_texts(vel_model *m, const vel_prompt *prompts, int n
 vel_status vel_model_encode_by(vel_model *m, int k, const char *const *prompts, int n,
                                bool negative, float *out);
 /* Inputs of a graph of n samples: token ids through the encoders k where bit k of run is set, the
- * states themselves of the others. Set by vel_model_set_ids and vel_model_set_condition. */
+ * states themselves of the others. Set by vel_model_set_ids and vel_model_set_condition. drops: bit
+ * k where encoder k's states may be made zeros for some of the texts (vel_model_set_kept). */
 vel_condition vel_model_condition_inputs(vel_model *m, vel_graph *g, int64_t n, unsigned run,
-                                         int clip_skip);
+                                         int clip_skip, unsigned drops);
+/* Of a graph whose drops has bits: kept [n, vel_model_texts], 0 where encoder k's states of a text
+ * are zeros, else 1; NULL: all are kept. */
+vel_status vel_model_set_kept(vel_model *m, vel_plan *p, const float *kept, int n);
 /* As far as the plan has them as inputs. states [n, values] (NULL: all encoders run in it), extra
  * [n, E] (unused where E is 0). */
 vel_status vel_model_set_condition(vel_model *m, vel_plan *p, const float *states,

@@ -12,7 +12,8 @@ enum {
     STREAM_OBJECTIVE,
     STREAM_CAPTION,
     STREAM_DROPOUT,
-    STREAM_VALIDATION
+    STREAM_VALIDATION,
+    STREAM_KEPT
 };
 enum { MOST_SAMPLES = 1024 }; /* of a batch: what tells the showings of a picture apart */
 
@@ -41,8 +42,9 @@ vel_status vel_batch_room(train_session *s, int n, int64_t most, train_batch *t)
     t->timestep = vel_alloc(ctx, (size_t)n * sizeof(int32_t));
     t->ids = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(int32_t));
     t->token_weights = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(float));
+    t->kept = vel_alloc(ctx, (size_t)n * VEL_MAX_TEXTS * sizeof(float));
     return t->item && t->latent && t->noise && t->disturbed && t->room && t->mask && t->context &&
-                   t->extra && t->weight && t->timestep && t->ids && t->token_weights
+                   t->extra && t->weight && t->timestep && t->ids && t->token_weights && t->kept
                ? VEL_OK
                : VEL_NO_MEMORY;
 }
@@ -60,8 +62,9 @@ void vel_batch_clear(train_session *s, train_batch *t)
 void vel_batch_finish(train_session *s, train_batch *t)
 {
     vel_batch_clear(s, t);
-    void *rooms[] = {t->item,    t->latent, t->noise,    t->disturbed, t->room,  t->mask,
-                     t->context, t->weight, t->timestep, t->ids,       t->extra, t->token_weights};
+    void *rooms[] = {t->item,  t->latent,        t->noise,  t->disturbed, t->room,
+                     t->mask,  t->context,       t->weight, t->timestep,  t->ids,
+                     t->extra, t->token_weights, t->kept};
     for (int i = 0; i < VEL_COUNT(rooms); i++)
         vel_free(s->ctx, rooms[i]);
     *t = (train_batch){0};
@@ -293,6 +296,16 @@ static int32_t flow_timestep(const train_session *s, const train_batch *t, int k
     return VEL_MAX(VEL_MAX(1, s->o->min_timestep), VEL_MIN(at, s->o->max_timestep));
 }
 
+/* Which text encoders give zeros for the sample. */
+static void put_kept(const train_session *s, train_batch *t, int k)
+{
+    int n = vel_model_texts(s->model);
+    uint64_t stream = stream_of(STREAM_KEPT, t->micro, k);
+    for (int e = 0; e < n; e++)
+        t->kept[k * n + e] =
+            vel_random_uniform((uint64_t)s->o->seed, stream, (uint64_t)e) >= s->text_dropouts[e];
+}
+
 static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, int64_t epoch)
 {
     train_session *s = m->s;
@@ -317,6 +330,7 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
         t->weight[k] = (float)(s->samples[sample].weight *
                                vel_flow_weight(&s->o->flow, (double)t->timestep[k] /
                                                                 vel_model_schedule(s->model)->n));
+    put_kept(s, t, k);
     uint64_t stream = stream_of(STREAM_CAPTION, t->micro, k);
     const vel_data_how *how = vel_batch_how(s, sample);
     int every = how->captions.dropout_every; /* epochs counted from 1, as kohya does */
@@ -354,6 +368,7 @@ static void describe(train_session *s, train_batch *t, int n, const vel_sample *
                        .context = t->context,
                        .ids = t->ids,
                        .token_weights = t->token_weights,
+                       .kept = t->kept,
                        .extra = t->extra,
                        .weight = t->weight,
                        .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
@@ -385,6 +400,7 @@ vel_status vel_batch_held_out(train_session *s, int sample, const float *moments
     vel_batch_clear(s, t);
     describe(s, t, n, &s->data->samples[sample], 0);
     t->b.disturbed = NULL;
+    t->b.kept = NULL;
     t->n_items = n;
     int64_t pixels = (int64_t)t->b.h * t->b.w, each = pixels * s->channels;
     for (int k = 0; k < n; k++) {

@@ -567,6 +567,8 @@ static void repeat_slot(train_session *s, train_batch *t, int from, int to)
            (size_t)s->n_extra * sizeof *t->extra);
     t->timestep[to] = t->timestep[from];
     t->weight[to] = t->weight[from];
+    for (int e = 0, texts = vel_model_texts(s->model); e < texts; e++)
+        t->kept[to * texts + e] = t->kept[from * texts + e];
     put_caption(s, t, to, s->class_caption);
 }
 

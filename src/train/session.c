@@ -122,6 +122,26 @@ static vel_status settle_quant(train_session *s, vel_train_options *own)
     return VEL_OK;
 }
 
+/* How often each text encoder gives zeros. */
+static vel_status take_dropouts(train_session *s)
+{
+    const struct {
+        const char *name;
+        double rate;
+    } rates[] = {{"text_encoder_dropout", s->o->text_dropout},
+                 {"text_encoder_2_dropout", s->o->text_2_dropout},
+                 {"text_encoder_3_dropout", s->o->text_3_dropout}};
+    int n = vel_model_texts(s->model);
+    for (int k = 0; k < VEL_MAX_TEXTS; k++) {
+        if (k >= n && rates[k].rate > 0)
+            return vel_fail(s->ctx, VEL_BAD_VALUE, "--%s: %s has %d text encoder%s", rates[k].name,
+                            s->o->model, n, n > 1 ? "s" : "");
+        s->text_dropouts[k] = rates[k].rate;
+        s->drops |= rates[k].rate > 0 ? 1u << k : 0;
+    }
+    return VEL_OK;
+}
+
 static vel_status open_model(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -167,6 +187,7 @@ static vel_status open_model(train_session *s)
     s->n_extra = vel_model_extra_count(s->model);
     s->width = text[0].width;
     s->channels = vel_model_latent(s->model)->channels;
+    VEL_TRY(take_dropouts(s));
     if (o->base_weights)
         VEL_TRY(vel_train_merge_base(s->model, o->base_weights, o->base_weights_multiplier));
     VEL_TRY(vel_method_prepare(s));
@@ -185,6 +206,7 @@ static vel_status make_trainer(train_session *s)
                              .objective = o->objective,
                              .flow = o->flow,
                              .masked = s->masks,
+                             .drops = s->drops,
                              .trained = s->stepped};
     if (o->memory) {
         double amount = 0;

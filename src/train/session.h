@@ -35,7 +35,8 @@ typedef struct train_batch {
     int64_t micro;
     train_item *item; /* [room_items] */
     int n_items, room_items;
-    float *latent, *noise, *context, *weight, *disturbed, *mask, *extra, *room, *token_weights;
+    float *latent, *noise, *context, *weight, *disturbed, *mask, *extra, *room, *token_weights,
+        *kept;
     int32_t *timestep, *ids;
 } train_batch;
 
@@ -81,12 +82,14 @@ typedef struct train_session {
     vel_words words;
     char **word_names;
     int n_words;
-    const char *property;   /* learnable_property, resolved */
-    unsigned texts;         /* bit k: text encoder k runs in each step */
-    unsigned learned_texts; /* those that did so at first */
-    bool captions_vary;     /* some are made for their step */
-    bool text_frozen;       /* it was trained until stop_text_encoder_training */
-    vel_trained stepped;    /* what the steps train: less than trained once the text is frozen */
+    const char *property;                /* learnable_property, resolved */
+    unsigned texts;                      /* bit k: text encoder k runs in each step */
+    unsigned learned_texts;              /* those that did so at first */
+    double text_dropouts[VEL_MAX_TEXTS]; /* how often each gives zeros */
+    unsigned drops;                      /* bit k: encoder k ever does */
+    bool captions_vary;                  /* some are made for their step */
+    bool text_frozen;                    /* it was trained until stop_text_encoder_training */
+    vel_trained stepped; /* what the steps train: less than trained once the text is frozen */
     vel_adaption stepped_adaption;
     vel_thaw stepped_thaw;
     vel_trained trained; /* points at the ones above */

@@ -75,7 +75,7 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
     vel_ref target = vel_input(g, "target", VEL_F32, latent);
     vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
     vel_condition condition =
-        vel_model_condition_inputs(t->model, g, n, t->o.texts, t->o.clip_skip);
+        vel_model_condition_inputs(t->model, g, n, t->o.texts, t->o.clip_skip, t->o.drops);
     vel_ref prediction = vel_family_denoise(g, family, config, x, time, &condition);
     vel_ref huber = {0}, mask = {0}, per_sample;
     if (vel_objective_has_huber(&t->o.objective))
@@ -257,7 +257,7 @@ static vel_status base_plan(vel_trainer *t, int n, int h, int w)
         return VEL_NO_MEMORY;
     vel_ref x = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, t->channels));
     vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
-    vel_condition c = vel_model_condition_inputs(t->model, g, n, 0, 1);
+    vel_condition c = vel_model_condition_inputs(t->model, g, n, 0, 1, 0);
     const vel_family *family = vel_model_family(t->model);
     vel_output(g, "out", vel_family_denoise(g, family, vel_model_config(t->model), x, time, &c));
     vel_plan_options o = {.compute = t->o.compute, .steady = "context*"};
@@ -341,6 +341,8 @@ static vel_status put_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     }
     if (t->o.texts)
         VEL_TRY(vel_model_set_ids(t->model, p, b->ids, b->token_weights, b->n));
+    if (t->o.drops)
+        VEL_TRY(vel_model_set_kept(t->model, p, b->kept, b->n));
     VEL_TRY(vel_model_set_condition(t->model, p, b->context, b->extra, b->n));
     return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed)
                                          : VEL_OK;

@@ -75,8 +75,9 @@ typedef struct vel_train_options {
     bool apply_t5_attn_mask, apply_lg_attn_mask; /* padding is hidden from T5, from SD 3's CLIP */
     int max_token_length;                        /* of a caption, in pieces of 75; 0: one */
     bool weighted_captions;                      /* (word:1.2) in them is a weight */
-    int sample_max_token_length;                 /* of samples' prompts; 0: as captions */
-    bool sample_weighted_prompts;                /* weights in them; else as captions */
+    double text_dropout, text_2_dropout, text_3_dropout; /* how often an encoder gives zeros */
+    int sample_max_token_length;                         /* of samples' prompts; 0: as captions */
+    bool sample_weighted_prompts;                        /* weights in them; else as captions */
     const char
         *system_prompt; /* before each caption, for text encoders that take one; NULL: none */
     const char *optimizer, *optimizer_args;
@@ -179,10 +180,11 @@ typedef struct vel_batch {      /* what a step learns from, host memory */
     const float *context;       /* [n, values of a text], of encoders that do not run in the step */
     const int32_t *ids;         /* [n, ids of a text], of those that do */
     const float *token_weights; /* the same shape; NULL: 1 */
-    const float *extra;         /* [n, E] of vel_condition; unused where E is 0 */
-    const float *weight;        /* [n] weight of each sample's loss */
-    double scale;               /* of the gradient: loss scaling; 0: 1 */
-    int32_t seed[2];            /* of dropout */
+    const float *kept; /* [n, text encoders] 0 where an encoder\'s states are dropped; NULL: none */
+    const float *extra;  /* [n, E] of vel_condition; unused where E is 0 */
+    const float *weight; /* [n] weight of each sample's loss */
+    double scale;        /* of the gradient: loss scaling; 0: 1 */
+    int32_t seed[2];     /* of dropout */
     /* The last n_base samples are to get what the unchanged model predicts for their noisy latent
      * under base_context [n_base, values of a text]. */
     int n_base;
@@ -199,6 +201,7 @@ typedef struct vel_trainer_options {
     vel_objective objective; /* zeros: the squared error */
     vel_flow_options flow;   /* zeros: of the velocity */
     bool masked;             /* batches have a mask */
+    unsigned drops;          /* bit k: the states of text encoder k may be dropped */
     vel_trained trained;     /* what it points at is borrowed */
 } vel_trainer_options;
 
