@@ -475,3 +475,47 @@ TEST(families_run_hide_padding)
     }
     vel_safetensors_close(file);
 }
+
+/* ---- all weights ---- */
+
+#define WHOLE                                                                                      \
+    "train " FAMILY_MODEL "--data \"$D/pictures\" --resolution 64 --learning_rate 1e-2 --steps 1 " \
+    "--mixed_precision no --device cpu --seed 1 --output_name a --method full --overwrite "        \
+    "--save_precision "                                                                            \
+    "float "
+#define DRAW_FROM                                                                                  \
+    "--prompt \"a red cat\" --steps 1 --width 64 --height 64 --precision no --device cpu --seed "  \
+    "3 "
+
+/* All weights trained: as a folder and as a single file they draw the same picture, another than
+ * before. */
+static void train_whole(vel_test *t, const char *name)
+{
+    program_result r;
+    copy_pictures(t);
+    if (runs(t, name, WHOLE "--output_dir \"$D/folder\"", &r) &&
+        runs(t, name, WHOLE "--output_dir \"$D/single\" --save_format kohya", &r) &&
+        runs(t, name, "generate " FAMILY_MODEL DRAW_FROM "--output \"$D/base.png\"", &r) &&
+        runs(t, name, "generate --model \"$D/folder/a\" " DRAW_FROM "--output \"$D/1.png\"", &r) &&
+        runs(t, name,
+             "generate --model \"$D/single/a.safetensors\" --tokenizer "
+             "tests/golden/families/%s/model " DRAW_FROM "--output \"$D/2.png\"",
+             &r)) {
+        CHECK_MSG(same_pixels(t, "1.png", "2.png"), "%s: folder and single file differ", name);
+        CHECK_MSG(!same_pixels(t, "base.png", "1.png"), "%s: nothing was trained", name);
+    }
+}
+
+TEST(families_run_all_weights)
+{
+    train_whole(t, "sd3");
+    train_whole(t, "flux-dev");
+    copy_pictures(t); /* of which there are no single files: said before the first step */
+    program_expect(t,
+                   "train --model tests/golden/families/sana/model --data \"$D/pictures\" "
+                   "--resolution 64 --steps 1 --device cpu --method full --save_format kohya "
+                   "--output_dir \"$D/sana\"",
+                   1, (const char *const[]){"single files of Sana", "--save_format", NULL});
+    program_result r;
+    CHECK(program_shell(t, "ls \"$D\"/sana/*.state", &r) && r.status != 0);
+}

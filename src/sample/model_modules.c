@@ -3,14 +3,25 @@
  * so a model whose files are not at hand has them too (vel_model_open_known). */
 #include "sample/model.h"
 
+static vel_status single_names(vel_model *m, const vel_checkpoint_names **out)
+{
+    const json_t *configs[VEL_MAX_PARTS];
+    for (int i = 0; i < m->n_parts; i++)
+        configs[i] = m->parts[i].config;
+    return vel_checkpoint_names_make(m->ctx, m->arena, m->family, configs, out);
+}
+
+vel_status vel_model_check_single(vel_model *m)
+{
+    const vel_checkpoint_names *names;
+    return single_names(m, &names);
+}
+
 /* The names of single files for the model's sizes; NULL: its family has none, or none for these. */
 static const vel_checkpoint_names *original_names(vel_model *m)
 {
-    const json_t *configs[VEL_MAX_PARTS];
     const vel_checkpoint_names *names = NULL;
-    for (int i = 0; i < m->n_parts; i++)
-        configs[i] = m->parts[i].config;
-    return vel_checkpoint_names_make(m->ctx, m->arena, m->family, configs, &names) ? NULL : names;
+    return single_names(m, &names) ? NULL : names;
 }
 
 static vel_status describe(vel_model *m, const vel_checkpoint_names *names, const vel_module *found,

@@ -92,6 +92,9 @@ vel_status vel_model_open(vel_ctx *ctx, const char *folder, const vel_model_opti
 vel_status vel_model_open_known(vel_ctx *ctx, int i, vel_model **out);
 void vel_model_close(vel_model *m);
 
+/* Can the model be written as a single file? VEL_UNSUPPORTED where its family has no names for one.
+ */
+vel_status vel_model_check_single(vel_model *m);
 /* Writes the model: a path that ends with .safetensors is a single file in the family's original
  * names, any other a diffusers folder (with the tokenizer, where one is found). Each file appears
  * whole or not at all. */

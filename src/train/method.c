@@ -47,6 +47,11 @@ static vel_status choose(train_session *s)
             "with --method full");
     if (vel_method_is_full(o)) {
         int n = 0;
+        if (vel_keep_ending(s)[0]) { /* now, not when the run is at its end */
+            vel_status st = vel_model_check_single(s->model);
+            if (st)
+                return vel_fail_in(s->ctx, st, "--save_format kohya: use diffusers");
+        }
         if (o->stop_text_encoder_training >= 0)
             VEL_TRY(vel_train_texts(s->model, o, &s->texts));
         if (o->train_unet)
