@@ -416,6 +416,31 @@ TEST(folders)
     }
 }
 
+/* A folder is put in place whole; what it does not bring stays, and a file is nothing to replace.
+ */
+TEST(folders_are_put_in_place)
+{
+    vel_folder f;
+    CHECK_OK(vel_make_folder(t->ctx, in_folder(t, "a/notes")));
+    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "a/README.md"), "mine", 4));
+    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "a/x"), "old", 3));
+    REQUIRE_OK(vel_folder_begin(t->ctx, &f, in_folder(t, "a//"))); /* as shells complete it */
+    char *inner = vel_path_join(t->ctx, f.temporary, "x");
+    REQUIRE(inner);
+    CHECK_OK(vel_write_file(t->ctx, inner, "new", 3));
+    vel_free(t->ctx, inner);
+    CHECK_OK(vel_folder_commit(&f));
+    char *bytes = NULL;
+    REQUIRE_OK(vel_read_file(t->ctx, in_folder(t, "a/x"), 9, &bytes, NULL));
+    CHECK(strcmp(bytes, "new") == 0);
+    vel_free(t->ctx, bytes);
+    CHECK(vel_is_file(in_folder(t, "a/README.md")) && vel_is_folder(in_folder(t, "a/notes")));
+    CHECK(entries_in(t) == 1);
+    CHECK(vel_folder_begin(t->ctx, &f, in_folder(t, "a/x")) == VEL_IO);
+    CHECK(strstr(vel_ctx_error(t->ctx), "is no folder"));
+    CHECK(vel_folder_begin(t->ctx, &f, "") == VEL_BAD_VALUE);
+}
+
 /* ---- hashes ---- */
 
 TEST(hashes)

@@ -364,6 +364,29 @@ TEST(checkpoint_refusals)
     vel_free(t->ctx, theirs);
 }
 
+/* Outputs that are something else already, which would be lost. */
+TEST(checkpoint_outputs)
+{
+    const vel_model_options open = {.clip_skip = 1, .weights_only = true};
+    const vel_export_options save = {.keep_type = true, .overwrite = true};
+    char *text = vel_test_path(t, "letter"), *single = vel_test_path(t, "a.safetensors");
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_write_file(t->ctx, text, "dear", 4));
+    REQUIRE_OK(vel_model_open(t->ctx, MODEL, &open, &m));
+    CHECK(vel_model_export(m, text, &save) == VEL_IO && vel_file_size(text) == 4);
+    CHECK(strstr(vel_ctx_error(t->ctx), "letter: is no folder"));
+    CHECK(vel_model_export(m, MODEL "/", &save) == VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "is the model itself"));
+    CHECK(vel_model_export(m, "", &save) == VEL_BAD_VALUE);
+    REQUIRE_OK(vel_model_export(m, single, &save));
+    vel_model_close(m);
+    REQUIRE_OK(vel_model_open(t->ctx, single, &open, &m));
+    CHECK(vel_model_export(m, single, &save) == VEL_BAD_VALUE);
+    vel_model_close(m);
+    vel_free(t->ctx, text);
+    vel_free(t->ctx, single);
+}
+
 /* A model like 2.x: OpenCLIP's names, with the projections of a layer in one tensor. */
 TEST(checkpoint_open_clip)
 {

@@ -223,8 +223,8 @@ int64_t vel_free_space(const char *path);
 /* ---- folders (folder.c) -----------------------------------------------------------------------
  */
 
-/* A folder that appears whole or not at all: filled at .temporary, then renamed; what was at its
- * place goes then. */
+/* A folder that appears whole or not at all: filled at .temporary, then renamed. What a folder at
+ * its place has under the same names goes then, the rest stays; a file there is refused. */
 typedef struct vel_folder {
     vel_ctx *ctx;
     char *path, *temporary;

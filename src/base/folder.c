@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/base.h"
@@ -64,13 +65,22 @@ vel_status vel_link_or_copy(vel_ctx *ctx, const char *from, const char *to)
 
 vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path)
 {
-    const char *slash = strrchr(path, '/');
-    int stem = slash ? (int)(slash - path) + 1 : 0;
+    struct stat there;
     *f = (vel_folder){.ctx = ctx};
+    if (!*path)
+        return vel_fail(ctx, VEL_BAD_VALUE, "the path of the folder to be written is empty");
+    if (stat(path, &there) == 0 && !S_ISDIR(there.st_mode))
+        return vel_fail(ctx, VEL_IO, "%s: is no folder; name a new one", path);
     f->path = vel_strdup(ctx, path);
+    if (!f->path)
+        return VEL_NO_MEMORY;
+    for (size_t n = strlen(path); n > 1 && f->path[n - 1] == '/'; n--)
+        f->path[n - 1] = 0;
+    const char *slash = strrchr(f->path, '/');
+    int stem = slash ? (int)(slash - f->path) + 1 : 0;
     f->temporary =
-        vel_strf(ctx, "%.*s.velatura-%ld-%s.part", stem, path, (long)getpid(), path + stem);
-    vel_status st = f->path && f->temporary ? VEL_OK : VEL_NO_MEMORY;
+        vel_strf(ctx, "%.*s.velatura-%ld-%s.part", stem, f->path, (long)getpid(), f->path + stem);
+    vel_status st = f->temporary ? VEL_OK : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = vel_remove_tree(ctx, f->temporary);
     if (st == VEL_OK)
@@ -78,6 +88,23 @@ vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path)
     if (st)
         vel_folder_discard(f);
     return st;
+}
+
+/* What lay in the old folder and was not written anew: notes, a history, other people's files. */
+static void keep_others(vel_ctx *ctx, const char *old, const char *path)
+{
+    char **names = NULL;
+    int n = 0;
+    if (vel_list_folder(ctx, old, &names, &n))
+        return;
+    for (int i = 0; i < n; i++) {
+        char *from = vel_path_join(ctx, old, names[i]), *to = vel_path_join(ctx, path, names[i]);
+        if (from && to && access(to, F_OK) != 0)
+            (void)rename(from, to);
+        vel_free(ctx, from);
+        vel_free(ctx, to);
+    }
+    vel_names_free(ctx, names, n);
 }
 
 vel_status vel_folder_commit(vel_folder *f)
@@ -95,8 +122,10 @@ vel_status vel_folder_commit(vel_folder *f)
         vel_free(ctx, f->temporary);
         f->temporary = NULL;
     }
-    if (replaced)
+    if (replaced) {
+        keep_others(ctx, old, f->path);
         vel_remove_tree(ctx, old);
+    }
     vel_free(ctx, old);
     vel_folder_discard(f);
     return st;

@@ -9,8 +9,8 @@
  * whose ranks we chose have one for all.
  *
  * The hashes of kohya's files are over the tensors of a file whose metadata are its ss_ entries
- * only; that file is written first, under the final name, and then replaced by the one with all
- * entries. */
+ * only; that file is written first, under a hidden name, and removed: where the disk has no room
+ * for the one with all entries, none is left behind. */
 #include "formats/adapter_config.h"
 #include "formats/adapter_join.h"
 #include "formats/adapter_names.h"
@@ -270,10 +270,10 @@ static void hash_bytes(vel_ctx *ctx, const uint8_t *bytes, size_t n, char hex[65
     vel_sha256_end(h, hex);
 }
 
-static vel_status hash_file(const writing *w, char whole[65], char legacy[65])
+static vel_status hash_file(const writing *w, const char *path, char whole[65], char legacy[65])
 {
     vel_map map;
-    VEL_TRY(vel_map_open(w->ctx, &map, w->path));
+    VEL_TRY(vel_map_open(w->ctx, &map, path));
     uint64_t header = 0;
     for (int i = 0; i < 8 && map.size >= 8; i++)
         header |= (uint64_t)map.bytes[i] << (8 * i);
@@ -289,18 +289,25 @@ static vel_status hash_file(const writing *w, char whole[65], char legacy[65])
 static vel_status add_hashes(const writing *w, json_t *metadata)
 {
     char whole[65], legacy[65];
+    const char *slash = strrchr(w->path, '/');
+    char *hidden = vel_arena_strf(w->arena, "%.*s.velatura-%ld-hashed.part",
+                                  slash ? (int)(slash - w->path) + 1 : 0, w->path, (long)getpid());
     json_t *ours = json_object(), *value;
     const char *key;
-    int failed = ours == NULL;
+    int failed = ours == NULL || !hidden;
     json_object_foreach (metadata, key, value)
         if (vel_has_prefix(key, "ss_"))
             failed |= json_object_set(ours, key, value);
     vel_status st = failed
                         ? vel_fail(w->ctx, VEL_NO_MEMORY, "%s: no memory for its metadata", w->path)
-                        : vel_safetensors_save(w->ctx, w->path, w->tensors, w->n, ours);
+                        : vel_safetensors_save(w->ctx, hidden, w->tensors, w->n, ours);
     json_decref(ours);
     if (!st)
-        st = hash_file(w, whole, legacy);
+        st = hash_file(w, hidden, whole, legacy);
+    if (st)
+        st = vel_fail_in(w->ctx, st, "%s: not written", w->path);
+    if (hidden)
+        unlink(hidden);
     if (!st && (json_object_set_new(metadata, "sshs_model_hash", json_string(whole)) ||
                 json_object_set_new(metadata, "sshs_legacy_hash", json_string(legacy))))
         st = vel_fail(w->ctx, VEL_NO_MEMORY, "%s: no memory for its metadata", w->path);

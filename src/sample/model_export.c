@@ -2,6 +2,7 @@
  * the family's original names. Values stream from the open model's files, changed or converted on
  * the way; nothing is ever whole in memory. A folder appears whole or not at all. */
 #include <stdlib.h>
+#include <sys/stat.h>
 
 #include "sample/model.h"
 
@@ -431,13 +432,20 @@ static vel_status save_folder(saving *s)
 static vel_status save_whole_folder(saving *s)
 {
     vel_folder f;
-    VEL_TRY(vel_folder_begin(s->ctx, &f, s->path));
+    const char *path = s->path;
+    VEL_TRY(vel_folder_begin(s->ctx, &f, path));
     s->path = f.temporary;
     vel_status st = save_folder(s);
     if (st == VEL_OK)
         return vel_folder_commit(&f);
     vel_folder_discard(&f);
-    return st;
+    return vel_fail_in(s->ctx, st, "%s: not written", path);
+}
+
+static bool same_place(const char *a, const char *b)
+{
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 vel_status vel_model_export(vel_model *m, const char *path, const vel_export_options *o)
@@ -451,6 +459,9 @@ vel_status vel_model_export(vel_model *m, const char *path, const vel_export_opt
         vel_has_suffix(path, ".bin"))
         return vel_fail(m->ctx, VEL_UNSUPPORTED,
                         "%s: pickles are read, not written; name a .safetensors file or a folder",
+                        path);
+    if (!o->change && same_place(m->folder, path)) /* what was trained is saved in any case */
+        return vel_fail(m->ctx, VEL_BAD_VALUE, "%s: is the model itself; name another output",
                         path);
     char **names = NULL;
     int n = 0;
