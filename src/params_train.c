@@ -379,6 +379,9 @@ const vel_option_row vel_train_rows[] = {
     TEXT("output_name", NULL, output_name, "adapter", "output", "first part of file names"),
     CHOICE("save_format", NULL, save_format, "auto", "auto,kohya,diffusers,comfyui,lycoris",
            "output", "names in the adapter file"),
+    FLAG("also_kohya", "output_kohya_format", also_kohya, "no", "output",
+         "an adapter that is saved in other names: at the end in kohya's, too, as "
+         "NAME_kohya.safetensors"),
     CHOICE("save_layout", NULL, save_layout, "files", "files,checkpoints", "output",
            "of saves on the way: NAME-stepN beside the result, or folders checkpoint-N as the "
            "scripts of diffusers leave them"),
@@ -408,6 +411,8 @@ const vel_option_row vel_train_rows[] = {
     METADATA("preprocessor", "kept in the file"),
     METADATA("is_negative_embedding", "kept in the file"),
 #undef METADATA
+    TEXT("metadata_thumbnail", NULL, thumbnail, NULL, "output",
+         "a picture kept in the file: a PNG, JPEG or WebP file, or a data: address"),
     TEXT("sample_prompts", "validation_prompt", sample_prompts, NULL, "samples",
          "a prompt, or a file with one a line"),
     INT("sample_every", "sample_every_n_steps", sample_every, "0", 0, 100000000, "samples",

@@ -233,6 +233,14 @@ TEST(dialects_families)
         "--train_text_encoder --pretrained_vae_model_name_or_path v",
         "resolution=1024 train_text_encoder=yes vae=v epochs=100");
     is_refused(t, LARGE("train_dreambooth_lora_sdxl.py") "--do_edm_style_training", "formulation");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_sdxl.py") "--caption_column words --output_kohya_format",
+             "instance_prompt= caption_column=words also_kohya=yes");
+    comes_to(t, BOOTH "--tokenizer_name k", "tokenizer=k");
+    comes_to(t,
+             "train_text_to_image.py --pretrained_model_name_or_path m --train_data_dir d "
+             "--validation_prompts one two --dream_training --dream_detail_preservation 2",
+             "sample_prompts=one\ntwo dream_training=yes dream_detail_preservation=2");
 }
 
 /* Each flag that goes into a setting goes into one that there is. */

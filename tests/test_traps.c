@@ -214,3 +214,32 @@ TEST(checkpoints_are_diffusers)
               "%s", r.text);
     CHECK_MSG(r.status == 1 && strstr(r.text, "checkpoint-77"), "%s", r.text);
 }
+
+/* ---- what else the scripts leave ---- */
+
+/* The second file in kohya's names means the same changes of W; a picture lies in the file; each of
+ * several prompts is drawn; captions of a list stand in place of the prompt for all. */
+TEST(scripts_leave_what_is_asked_for)
+{
+    static program_result r;
+    if (!shell(t,
+               "cp d/10_sks_style/*.png .; P1=$(ls *.png | head -1); "
+               "echo \"{\\\"file_name\\\": \\\"$P1\\\", \\\"words\\\": \\\"of its own\\\"}\" "
+               ">metadata.jsonl; mkdir f; mv *.png metadata.jsonl f; "
+               "$P train --model $M --data f --caption_column words --instance_prompt '' "
+               "--resolution 64 --steps 1 --learning_rate 1e-2 --save_format diffusers "
+               "--save_precision float --output_name n --output_dir q --also_kohya --targets "
+               "'*mid_block*.to_k' --rank 2 --metadata_thumbnail f/$P1 --sample_steps 1 "
+               "--sample_prompts 'one\ntwo'; ls q; "
+               "$P adapter verify q/n.safetensors q/n_kohya.safetensors --model $M; "
+               "head -c 3000 q/n.safetensors | grep -a -o 'modelspec.thumbnail.*base64,iVBOR'; "
+               "$P train --model $M --data f --caption_column words --metadata_thumbnail "
+               "f/metadata.jsonl --output_dir q2; test -e q2 || echo nothing left",
+               &r))
+        return;
+    static const char *const says[] = {"\"of its own\"",      "n_kohya.safetensors",
+                                       "modelspec.thumbnail", "iVBOR",
+                                       "metadata.jsonl: ",    "nothing left"};
+    for (int i = 0; i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(r.text, says[i]), "no '%s' in %s", says[i], r.text);
+}

@@ -140,6 +140,7 @@ void vel_text_init(vel_text *t, vel_ctx *ctx);
 void vel_text_addf(vel_text *t, const char *format, ...) VEL_PRINTF(2, 3);
 void vel_text_add(vel_text *t, const char *s);
 void vel_text_add_bytes(vel_text *t, const void *bytes, size_t n);
+void vel_text_add_base64(vel_text *t, const uint8_t *bytes, size_t n);
 void vel_text_finish(vel_text *t);
 
 /* '*' matches any run, '?' one character; several patterns may be joined with ','. */

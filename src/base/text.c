@@ -46,6 +46,20 @@ void vel_text_add_bytes(vel_text *t, const void *bytes, size_t n)
     t->s[t->n] = 0;
 }
 
+void vel_text_add_base64(vel_text *t, const uint8_t *bytes, size_t n)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (size_t i = 0; i < n; i += 3) {
+        size_t left = n - i;
+        uint32_t three = (uint32_t)bytes[i] << 16 | (left > 1 ? (uint32_t)bytes[i + 1] << 8 : 0) |
+                         (left > 2 ? bytes[i + 2] : 0);
+        char four[4] = {digits[three >> 18], digits[three >> 12 & 63],
+                        left > 1 ? digits[three >> 6 & 63] : '=',
+                        left > 2 ? digits[three & 63] : '='};
+        vel_text_add_bytes(t, four, 4);
+    }
+}
+
 void vel_text_add(vel_text *t, const char *s)
 {
     vel_text_add_bytes(t, s, strlen(s));

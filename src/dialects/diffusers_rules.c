@@ -33,6 +33,13 @@ static vel_status data_rules(vel_line *l)
                         booth ? "instance_data_dir" : "train_data_dir");
     if (column && strcmp(column, "image") != 0)
         VEL_TRY(vel_line_set(l, "image_column", "image_column", "%s", column));
+    if (booth && vel_line_given(l, "caption_column")) {
+        VEL_TRY(vel_line_set(l, "caption_column", "caption_column", "%s",
+                             vel_line_value(l, "caption_column")));
+        VEL_TRY(vel_line_set(l, "caption_column", "instance_prompt", "%s", ""));
+        vel_line_say(l, "--caption_column: each picture has its own caption; --instance_prompt is "
+                        "not learned");
+    }
     return vel_line_set(l, "train_data_dir", "data", "%s", data);
 }
 
@@ -172,11 +179,9 @@ static vel_status save_rules(vel_line *l)
 {
     const char *limit = vel_line_value(l, "checkpoints_total_limit");
     const char *every = l->script->bit == TEXTUAL_INVERSION ? "save_steps" : "checkpointing_steps";
-    static const char *const refused[] = {"save_as_full_pipeline", "no_safe_serialization",
-                                          "skip_save_text_encoder"};
+    static const char *const refused[] = {"save_as_full_pipeline", "no_safe_serialization"};
     static const char *const why[] = {"the word is saved, not the pipeline",
-                                      "files are safetensors, which cannot run code",
-                                      "a folder is saved whole"};
+                                      "files are safetensors, which cannot run code"};
     for (int i = 0; i < VEL_COUNT(refused); i++)
         if (vel_line_on(l, refused[i]))
             return vel_line_refuse(l, refused[i], "%s", why[i]);
@@ -191,11 +196,7 @@ static vel_status sample_rules(vel_line *l)
     const char *epochs = vel_line_value(l, "validation_epochs");
     const char *count = vel_line_value(l, "num_validation_images");
     const char *scheduler = vel_line_value(l, "validation_scheduler");
-    if (vel_line_word(l, "validation_prompts", 1))
-        return vel_line_refuse(l, "validation_prompts",
-                               "several; put them into a file, one a line, and give the file");
-    if (prompts)
-        VEL_TRY(vel_line_set(l, "validation_prompts", "sample_prompts", "%s", prompts));
+    VEL_TRY(vel_line_set_all(l, "validation_prompts", "sample_prompts", '\n'));
     if (!prompts && !vel_line_given(l, "validation_prompt"))
         return VEL_OK;
     if (count && vel_line_has(l, "sample_count"))

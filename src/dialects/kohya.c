@@ -35,7 +35,7 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "metadata_license", KIND_TEXT, NULL, "metadata_license"),
     SET(KOHYA, "metadata_tags", KIND_TEXT, NULL, "metadata_tags"),
     SET(KOHYA, "metadata_usage_hint", KIND_TEXT, NULL, "metadata_usage_hint"),
-    REFUSED(KOHYA, "metadata_thumbnail", KIND_TEXT, NULL, "no picture is put into the file"),
+    SET(KOHYA, "metadata_thumbnail", KIND_TEXT, NULL, "metadata_thumbnail"),
     SET(KOHYA, "metadata_merged_from", KIND_TEXT, NULL, "metadata_merged_from"),
     SET(KOHYA, "metadata_trigger_phrase", KIND_TEXT, NULL, "metadata_trigger_phrase"),
     SET(KOHYA, "metadata_preprocessor", KIND_TEXT, NULL, "metadata_preprocessor"),

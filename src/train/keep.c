@@ -119,8 +119,37 @@ static bool is_model(train_session *s, const char *path)
     return there;
 }
 
+/* The picture of --metadata_thumbnail as an address that holds it, as the modelspec wants it. */
+static vel_status read_thumbnail(train_session *s)
+{
+    enum { LARGEST = 2 << 20 };
+    const char *from = s->o->thumbnail;
+    vel_picture_info info;
+    char *bytes;
+    size_t n;
+    if (!from || !*from || vel_has_prefix(from, "data:")) {
+        s->thumbnail = from && *from ? from : NULL;
+        return VEL_OK;
+    }
+    VEL_TRY(vel_picture_probe(s->ctx, from, &info));
+    if (!vel_glob("png,jpeg,webp", info.format))
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--metadata_thumbnail: %s is %s; PNG, JPEG or WebP are shown", from,
+                        info.format);
+    VEL_TRY(vel_read_file(s->ctx, from, LARGEST, &bytes, &n));
+    vel_text t;
+    vel_text_init(&t, s->ctx);
+    vel_text_addf(&t, "data:image/%s;base64,", info.format);
+    vel_text_add_base64(&t, (const uint8_t *)bytes, n);
+    vel_free(s->ctx, bytes);
+    s->thumbnail = t.failed ? NULL : vel_arena_strdup(s->arena, t.s);
+    vel_text_finish(&t);
+    return s->thumbnail ? VEL_OK : VEL_NO_MEMORY;
+}
+
 vel_status vel_keep_check_folder(train_session *s)
 {
+    VEL_TRY(read_thumbnail(s));
     s->made_folder = !vel_is_folder(s->o->output_dir);
     VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
     vel_remove_leftovers(s->ctx, s->o->output_dir);
@@ -369,9 +398,11 @@ static void put_stated(train_session *s, json_t *meta)
     json_object_foreach ((json_t *)s->settings, key, value) {
         char name[128];
         snprintf(name, sizeof name, "modelspec.%s", key + VEL_MIN(strlen(METADATA), strlen(key)));
-        if (vel_has_prefix(key, METADATA))
+        if (vel_has_prefix(key, METADATA) && strcmp(key, METADATA "thumbnail") != 0)
             json_object_set(meta, name, value);
     }
+    if (s->thumbnail)
+        put(meta, "modelspec.thumbnail", "%s", s->thumbnail);
 }
 
 json_t *vel_keep_metadata(train_session *s)
@@ -515,6 +546,22 @@ static vel_status export_adapter(train_session *s, const char *path, json_t *met
     return beside ? export_words(s, beside, "diffusers", meta) : VEL_NO_MEMORY;
 }
 
+/* --also_kohya: as the script of diffusers leaves it beside its own. */
+static vel_status export_kohya(train_session *s, const char *path)
+{
+    int stem = (int)(strlen(path) - strlen(".safetensors"));
+    if (!s->o->also_kohya || !s->n_sites || strcmp(format_of(s), "kohya") == 0)
+        return VEL_OK;
+    char *beside = vel_arena_strf(s->arena, "%.*s_kohya.safetensors", stem, path);
+    if (!beside)
+        return VEL_NO_MEMORY;
+    json_t *meta = s->o->no_metadata ? json_object() : vel_keep_metadata(s);
+    vel_status st = vel_train_export(s->model, s->sites, s->n_sites, NULL, 0, beside, "kohya",
+                                     precision_of(s->o->save_precision), meta);
+    json_decref(meta);
+    return st;
+}
+
 static vel_status export_result(train_session *s, const char *path)
 {
     if (s->trained.thaw)
@@ -575,6 +622,8 @@ vel_status vel_keep_save(train_session *s, bool last)
     vel_engine *e = vel_model_engine(s->model);
     VEL_TRY(vel_engine_evaluate(e, true));
     vel_status st = export_result(s, file);
+    if (st == VEL_OK && last)
+        st = export_kohya(s, file);
     bool again =
         last && in_checkpoints(s) && s->o->save_every > 0 && s->step % s->o->save_every == 0;
     if (st == VEL_OK && again) { /* at the end there is a checkpoint, too, where one is due */

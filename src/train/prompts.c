@@ -46,8 +46,14 @@ vel_status vel_look_prepare(train_session *s)
         return VEL_NO_MEMORY;
     if (!from || !from[0])
         return VEL_OK;
-    if (!vel_is_file(from))
-        return add_prompt(s, from, strlen(from), false);
+    if (!vel_is_file(from)) { /* one, or several in lines of their own */
+        for (const char *line = from; *line;) {
+            size_t length = strcspn(line, "\n");
+            VEL_TRY(add_prompt(s, line, length, false));
+            line += length + (line[length] == '\n');
+        }
+        return VEL_OK;
+    }
     char *text;
     size_t n;
     VEL_TRY(vel_read_file(s->ctx, from, 1 << 20, &text, &n));

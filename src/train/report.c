@@ -108,7 +108,7 @@ typedef struct page {
 
 enum { X, LOSS, SMOOTH, VALIDATION, RATE, TEXT_RATE, NORM, NONE = -1 };
 
-/* ---- escaping, base64
+/* ---- escaping
  * ------------------------------------------------------------------------------------- */
 
 /* In text and between double quotes. Control characters mean nothing on a page and are left out. */
@@ -125,20 +125,6 @@ static void add_text(page *p, const char *s)
             vel_text_add(&p->out, as);
         else if ((unsigned char)*s >= ' ' || *s == '\n' || *s == '\t')
             vel_text_add_bytes(&p->out, s, 1);
-    }
-}
-
-static void add_base64(page *p, const uint8_t *bytes, size_t n)
-{
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    for (size_t i = 0; i < n; i += 3) {
-        size_t left = n - i;
-        uint32_t three = (uint32_t)bytes[i] << 16 | (left > 1 ? (uint32_t)bytes[i + 1] << 8 : 0) |
-                         (left > 2 ? bytes[i + 2] : 0);
-        char four[4] = {digits[three >> 18], digits[three >> 12 & 63],
-                        left > 1 ? digits[three >> 6 & 63] : '=',
-                        left > 2 ? digits[three & 63] : '='};
-        vel_text_add_bytes(&p->out, four, 4);
     }
 }
 
@@ -162,7 +148,7 @@ static vel_status add_image(page *p, const vel_image *image, int side, const cha
                       shown->width, shown->height);
         add_text(p, prompt);
         vel_text_addf(&p->out, " (%s)\" src=\"data:image/jpeg;base64,", when);
-        add_base64(p, bytes, n);
+        vel_text_add_base64(&p->out, bytes, n);
         vel_text_add(&p->out, "\">");
     }
     vel_free(p->ctx, bytes);

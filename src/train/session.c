@@ -12,7 +12,9 @@ static vel_status open_data(train_session *s, vel_train_options *own)
 {
     const vel_train_options *o = s->o;
     vel_data_options d = {.folder = o->data,
-                          .instance_prompt = o->instance_prompt,
+                          .instance_prompt = o->instance_prompt && *o->instance_prompt
+                                                 ? o->instance_prompt
+                                                 : NULL, /* "": captions from files */
                           .caption_extension = o->caption_extension,
                           .caption_column = o->caption_column,
                           .image_column = o->image_column,

@@ -155,6 +155,7 @@ typedef struct train_session {
     /* keep */
     bool made_folder; /* the output folder is this run's: it goes if nothing is put there */
     char *log_path;
+    const char *thumbnail; /* "data:..."; NULL: none */
     FILE *log;
     vel_curve_point *points;
     int n_points, room_points;

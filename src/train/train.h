@@ -114,7 +114,9 @@ typedef struct vel_train_options {
     const char *save_layout; /* of saves on the way: "files", "checkpoints" */
     int save_every, save_every_n_epochs, keep_last;
     bool no_metadata;
-    const char *metadata; /* of all metadata_... settings; they are read from the settings */
+    bool also_kohya;
+    const char *thumbnail; /* a file or "data:..."; NULL: none */
+    const char *metadata;  /* of all metadata_... settings; they are read from the settings */
     bool save_state, overwrite, dry_run;
     /* looking */
     const char
