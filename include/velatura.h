@@ -143,7 +143,7 @@ VEL_API bool vel_script_describe(int script, int i, vel_flag_info *out);
 
 /* Trains as the settings say; files are left in --output_dir. */
 VEL_API vel_status vel_train(vel_ctx *ctx, const vel_params *p);
-/* Draws; files are left where --output says. on IMAGE events the pixels can be taken. */
+/* Draws; files are left where --output says. On IMAGE events the pixels can be taken. */
 VEL_API vel_status vel_generate(vel_ctx *ctx, const vel_params *p);
 /* Draws prompts x adapter weights x seeds on one sheet, the base model as a column. */
 VEL_API vel_status vel_grid(vel_ctx *ctx, const vel_params *p);

@@ -37,7 +37,8 @@
             "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of "  \
             "75 as it needs: 150, 225; 0: one, and the rest is left out"),                         \
         INT("max_sequence_length", NULL, at max_sequence_length, "0", 0, 4096, "picture",          \
-            "tokens of a prompt, for text encoders without a length of their own (T5, Gemma-2)"),  \
+            "tokens of a prompt, for text encoders without a length of their own (T5, Gemma-2); "  \
+            "0: the model's"),                                                                     \
         FLAG("weighted_prompts", NULL, at weighted_prompts, "no", "picture",                       \
              "(word:1.2), (word) and [word] are weights, as other programs read them"),            \
         FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, -1, 100, "picture", \
