@@ -630,3 +630,48 @@ TEST(single_codes_are_not_guessed_at)
     vel_free(t->ctx, single);
     vel_free(t->ctx, path);
 }
+
+/* Sizes in the metadata that would make no rows of a joined tensor: found by tests/fuzz. */
+TEST(single_heads_that_cannot_be)
+{
+    static const char *const heads[] = {"0", "-1", "99999999"};
+    json_t *all = json_load_file("tests/golden/single_headers.json", 0, NULL);
+    json_t *header = json_object_get(all, "lumina2-told"), *value;
+    const char *name;
+    size_t data = 0;
+    REQUIRE(header);
+    json_object_foreach (header, name, value) {
+        json_t *end = json_array_get(json_object_get(value, "data_offsets"), 1);
+        data = VEL_MAX(data, (size_t)json_integer_value(end));
+    }
+    json_t *meta = json_object_get(header, "__metadata__");
+    json_t *configs =
+        json_loads(json_string_value(json_object_get(meta, "velatura.configs")), 0, NULL);
+    json_t *transformer = json_object_get(configs, "transformer");
+    REQUIRE(transformer);
+    for (int i = 0; i < VEL_COUNT(heads); i++) {
+        json_object_set_new(transformer, "num_kv_heads", json_integer(atoi(heads[i])));
+        char *told = json_dumps(configs, JSON_COMPACT);
+        json_object_set_new(meta, "velatura.configs", json_string(told));
+        char *text = json_dumps(header, JSON_COMPACT);
+        REQUIRE(told && text);
+        size_t length = strlen(text);
+        uint8_t *file = vel_test_alloc(t, 8 + length + data);
+        for (int k = 0; k < 8; k++)
+            file[k] = (uint8_t)((uint64_t)length >> 8 * k);
+        memcpy(file + 8, text, length);
+        char *path = vel_test_path(t, "heads.safetensors");
+        vel_model *m = NULL;
+        REQUIRE_OK(vel_write_file(t->ctx, path, file, 8 + length + data));
+        CHECK(open_weights(t, path, &m) != VEL_OK);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), i ? "blocks" : "heads"), "%s",
+                  vel_ctx_error(t->ctx));
+        vel_model_close(m);
+        vel_free(t->ctx, path);
+        vel_free(t->ctx, file);
+        free(text);
+        free(told);
+    }
+    json_decref(configs);
+    json_decref(all);
+}

@@ -29,7 +29,7 @@ has_libfuzzer() {
 # Objects of what the targets use, and of nothing else.
 build_with_clang() {
     local source
-    for source in src/base/*.c src/formats/*.c src/tokenizers/*.c src/data/*.c; do
+    for source in src/base/*.c src/formats/*.c src/tokenizers/*.c src/data/*.c src/models/*.c src/graph/*.c src/ops/*.c src/passes/*.c; do
         local object=$out/${source//\//-}.o
         [ "$object" -nt "$source" ] || clang "${flags[@]}" -fsanitize=fuzzer-no-link,address,undefined -c "$source" -o "$object" || return 1
     done

@@ -205,6 +205,11 @@ static vel_status add_pair(vel_ctx *ctx, vel_checkpoint_names *names, const vel_
     p.slot = r->slot;
     p.slots = n;
     for (int i = 0; i < n; i++) {
+        if (shares[i] < 1 || shares[i] > 1 << 16) /* heads, as tensors or metadata say */
+            return vel_fail(ctx, VEL_BAD_FILE,
+                            "%s: %d heads, %d of keys: its sizes do not fit "
+                            "together",
+                            p.theirs, s->heads, s->groups);
         p.from += i < r->slot ? shares[i] : 0;
         p.of += shares[i];
     }
