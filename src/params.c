@@ -289,6 +289,25 @@ vel_status vel_params_load(vel_params *p, const char *path)
     return st;
 }
 
+/* Of files in OUTPUT_DIR, which have an ending behind it. */
+static vel_status check_output_name(const vel_params *p)
+{
+    const char *name = p->o.train.output_name;
+    bool control = false;
+    for (const char *c = name; *c; c++)
+        control = control || (uint8_t)*c < ' ' || *c == 0x7f;
+    if (strcmp(name, ".") == 0 && strcmp(p->o.train.method, "full") != 0)
+        return vel_fail(p->ctx, VEL_BAD_VALUE,
+                        "--output_name: '.' is OUTPUT_DIR itself, which only a model (--method "
+                        "full) can be");
+    if (strpbrk(name, "/\\") || strcmp(name, "..") == 0)
+        return vel_fail(p->ctx, VEL_BAD_VALUE,
+                        "--output_name: '%s' is a name, not a path; use --output_dir", name);
+    if (!*name || control)
+        return vel_fail(p->ctx, VEL_BAD_VALUE, "--output_name: '%s' is no name of a file", name);
+    return VEL_OK;
+}
+
 vel_status vel_params_check(const vel_params *p)
 {
     const char *required = commands[p->command].required;
@@ -299,14 +318,5 @@ vel_status vel_params_check(const vel_params *p)
     if (p->command == 0 && p->o.train.min_timestep >= p->o.train.max_timestep)
         return vel_fail(p->ctx, VEL_BAD_VALUE, "--min_timestep %d is not below --max_timestep %d",
                         p->o.train.min_timestep, p->o.train.max_timestep);
-    if (p->command == 0 && strcmp(p->o.train.output_name, ".") == 0 &&
-        strcmp(p->o.train.method, "full") != 0)
-        return vel_fail(p->ctx, VEL_BAD_VALUE,
-                        "--output_name: '.' is OUTPUT_DIR itself, which only a model (--method "
-                        "full) can be");
-    if (p->command == 0 && strpbrk(p->o.train.output_name, "/\\"))
-        return vel_fail(p->ctx, VEL_BAD_VALUE,
-                        "--output_name: '%s' is a name, not a path; use --output_dir",
-                        p->o.train.output_name);
-    return VEL_OK;
+    return p->command == 0 ? check_output_name(p) : VEL_OK;
 }

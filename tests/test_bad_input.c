@@ -192,6 +192,11 @@ TEST(bad_input_captions_and_sizes)
     REFUSED("$M", "--memory much", "--memory", "much");
     REFUSED("$M", "--min_timestep 500 --max_timestep 500", "--min_timestep");
     REFUSED("$M", "--output_name a/b", "--output_name", "a/b");
+    REFUSED("$M", "--output_name ..", "--output_name", "not a path");
+    REFUSED("$M", "--output_name ''", "--output_name", "no name of a file");
+    REFUSED("$M", "--output_name \"$(printf 'a\\nb')\"", "--output_name", "no name of a file");
+    REFUSED("$M", "--sample_prompts $D/none.txt", "none.txt", "no such file");
+    REFUSED("$M", "--sample_prompts $D", "--sample_prompts", "is a folder");
     REFUSED("$M", "--clip_skip 9", "clip skip");
     put(t, "pictures/image_01.txt", "caf\xe9 in sks style", 17);
     REFUSED("$M", "", "image_01.txt", "UTF-8");

@@ -345,4 +345,12 @@ TEST(in_json_lists_pictures)
     CHECK(strcmp(d->samples[0].caption, "two\nlines") == 0);
     CHECK(strcmp(d->samples[2].caption, "three;3\nor 3;3") == 0);
     vel_dataset_close(d);
+    static const char *const refused[] = {"{\"image_02\": 5}", "{\"image_02\": {\"caption\": 5}}",
+                                          "{\"image_02\": {\"tags\": [\"a\"]}}"};
+    for (int i = 0; i < VEL_COUNT(refused); i++) {
+        s.list = write_config(t, "list.json", refused[i]);
+        CHECK(vel_dataset_open(t->ctx, &o, &d) == VEL_BAD_FILE);
+        CHECK_MSG(strstr(vel_ctx_error(t->ctx), "list.json: 'image_02' has no text"), "%s",
+                  vel_ctx_error(t->ctx));
+    }
 }

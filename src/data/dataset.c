@@ -545,6 +545,19 @@ static vel_status add_entry(vel_dataset_inner *d, const source *from, const char
     return status;
 }
 
+/* A caption of another type would be passed over. */
+static vel_status check_entry(vel_ctx *ctx, const char *list, const char *key, const json_t *entry)
+{
+    static const char *const texts[] = {"caption", "tags"};
+    bool good = json_is_object(entry);
+    for (int i = 0; i < VEL_COUNT(texts) && good; i++) {
+        const json_t *value = json_object_get(entry, texts[i]);
+        good = !value || json_is_null(value) || json_is_string(value);
+    }
+    return good ? VEL_OK
+                : vel_fail(ctx, VEL_BAD_FILE, "%s: '%s' has no text as caption or tags", list, key);
+}
+
 /* kohya's JSON of captions; jansson keeps the order of the file. */
 static vel_status add_json(vel_dataset_inner *d, const source *from, const char *list)
 {
@@ -555,8 +568,10 @@ static vel_status add_json(vel_dataset_inner *d, const source *from, const char 
                                              : vel_fail(d->shown.ctx, VEL_BAD_FILE,
                                                         "%s: is no list of pictures", list);
     json_object_foreach (root, key, entry)
-        if (!status)
-            status = add_entry(d, from, key, entry);
+        if (!status) {
+            status = check_entry(d->shown.ctx, list, key, entry);
+            status = status ? status : add_entry(d, from, key, entry);
+        }
     json_decref(root);
     return status;
 }

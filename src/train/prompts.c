@@ -46,6 +46,12 @@ vel_status vel_look_prepare(train_session *s)
         return VEL_NO_MEMORY;
     if (!from || !from[0])
         return VEL_OK;
+    if (vel_is_folder(from))
+        return vel_fail(s->ctx, VEL_BAD_FILE, "--sample_prompts: %s is a folder, not a file", from);
+    if (!vel_is_file(from) && vel_glob("*.txt,*.toml,*.json", from))
+        return vel_fail(s->ctx, VEL_NOT_FOUND,
+                        "--sample_prompts: %s: there is no such file, and no prompt ends like that",
+                        from);
     if (!vel_is_file(from)) { /* one, or several in lines of their own */
         for (const char *line = from; *line;) {
             size_t length = strcspn(line, "\n");
