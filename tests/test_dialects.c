@@ -268,6 +268,14 @@ TEST(dialects_forms)
     comes_to(t, NETWORK "--optimizer_type Lion --optimizer_args weight_decay=0.1",
              "optimizer=Lion optimizer_args=weight_decay=0.1");
     comes_to(t, NETWORK "--use_8bit_adam", "optimizer=AdamW8bit");
+    comes_to(t, NETWORK "--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=100",
+             "lr_scheduler=CosineAnnealingLR lr_scheduler_args=T_max=100");
+    comes_to(t,
+             NETWORK "--lr_scheduler_type torch.optim.lr_scheduler.StepLR --lr_scheduler_args "
+                     "step_size=3 gamma=0.5",
+             "lr_scheduler=StepLR");
+    is_refused(t, NETWORK "--lr_scheduler_type my.module.Schedule", "my.module.Schedule");
+    comes_to(t, NETWORK "--initial_step 30 --initial_epoch 2", "initial_step=30 initial_epoch=2");
     is_refused(t, NETWORK "--use_8bit_adam --optimizer_type Lion", "exclude");
     comes_to(t, BOOTH "--use_8bit_adam", "use_8bit_adam=yes");
     comes_to(t, "accelerate launch --mixed_precision fp16 --num_processes=1 x/" BOOTH,

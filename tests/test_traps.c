@@ -147,6 +147,25 @@ TEST(trap_repeats_are_shown_anew)
               "%s", r.text);
 }
 
+/* A run that is said to begin later has the pictures, noise and times of those steps. */
+TEST(trap_runs_that_begin_later)
+{
+    static program_result r;
+    if (!shell(t,
+               "mkdir e; cp -r d/10_sks_style e/2_x; one() { rm -rf o; kohya --train_data_dir=e "
+               "--network_train_unet_only --seed 1 --learning_rate 0 "
+               "--mixed_precision no --max_train_epochs 2 \"$@\" 2>&1; cut -d, -f1,2 "
+               "o/n.log.jsonl >$name; }; name=a; one >/dev/null; name=b; one --initial_step 5 "
+               "--skip_until_initial_step >/dev/null; name=c; one --initial_epoch 2 >/dev/null; "
+               "wc -l a b c; tail -n 3 a | cmp - b && echo by step; tail -n 4 a | cmp - c && "
+               "echo by epoch; one --initial_step 8",
+               &r))
+        return;
+    CHECK_MSG(strstr(r.text, "by step") && strstr(r.text, "by epoch") &&
+                  strstr(r.text, "--initial_step: step 8 is not below the last one, 8"),
+              "%s", r.text);
+}
+
 /* What is encoded once cannot be shown in other colours each time. */
 TEST(trap_caches_and_augmentation)
 {

@@ -7,7 +7,6 @@
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define ATTENTION "attention never keeps its whole matrix here"
 #define NO_LOADER "threads of its own read ahead (--data_threads)"
-#define DATED "resuming takes the step from the state: --resume"
 
 const vel_dialect_row vel_kohya_rows[] = {
     /* messages */
@@ -171,9 +170,10 @@ const vel_dialect_row vel_kohya_rows[] = {
     IDLE(KOHYA, "zero3_init_flag", KIND_SWITCH, NULL, ONE_PROCESS),
     IDLE(KOHYA, "zero3_save_16bit_model", KIND_SWITCH, NULL, ONE_PROCESS),
     IDLE(KOHYA, "fp16_master_weights_and_gradients", KIND_SWITCH, NULL, ONE_PROCESS),
-    REFUSED(NETWORKS, "skip_until_initial_step", KIND_SWITCH, NULL, DATED),
-    REFUSED(NETWORKS, "initial_epoch", KIND_INT, NULL, DATED),
-    REFUSED(NETWORKS, "initial_step", KIND_INT, NULL, DATED),
+    IDLE(NETWORKS, "skip_until_initial_step", KIND_SWITCH, NULL,
+         "the pictures of a step follow from its number: nothing needs to be skipped"),
+    SET(NETWORKS, "initial_epoch", KIND_INT, NULL, "initial_epoch"),
+    SET(NETWORKS, "initial_step", KIND_INT, NULL, "initial_step"),
     /* logs */
     IDLE(KOHYA, "logging_dir", KIND_TEXT, NULL, OWN_LOG),
     IDLE(KOHYA, "log_with", KIND_TEXT, NULL, OWN_LOG),
@@ -233,8 +233,11 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(KOHYA, "learning_rate", KIND_FLOAT, "2e-6", "learning_rate"),
     SET(KOHYA, "max_grad_norm", KIND_FLOAT, "1.0", "max_grad_norm"),
     RULE(KOHYA, "optimizer_args", KIND_TEXTS, NULL, "optimizer_args"),
-    REFUSED(KOHYA, "lr_scheduler_type", KIND_TEXT, NULL, "no code of others is run"),
-    RULE(KOHYA, "lr_scheduler_args", KIND_TEXTS, NULL, "step_rules of piecewise_constant"),
+    RULE(KOHYA, "lr_scheduler_type", KIND_TEXT, NULL,
+         "lr_scheduler: StepLR, CosineAnnealingLR and others of torch.optim.lr_scheduler; code of "
+         "others is not run"),
+    RULE(KOHYA, "lr_scheduler_args", KIND_TEXTS, NULL,
+         "lr_scheduler_args, or step_rules of piecewise_constant"),
     RULE(KOHYA, "lr_scheduler", KIND_TEXT, "constant", "lr_scheduler"),
     RULE(KOHYA, "lr_warmup_steps", KIND_STEPS, "0",
          "lr_warmup_steps; with --lr_scheduler constant it becomes constant_with_warmup"),

@@ -176,7 +176,8 @@ static vel_status optimizer_rules(vel_line *l)
         return vel_fail(l->ctx, VEL_BAD_VALUE, "%s: --%s and --optimizer_type exclude each other",
                         l->script->name, flag);
     VEL_TRY(vel_line_set(l, flag, "optimizer", "%s", name[0] ? name : "AdamW"));
-    VEL_TRY(vel_rule_pairs(l, "lr_scheduler_args", schedule_keys));
+    if (!vel_line_given(l, "lr_scheduler_type"))
+        VEL_TRY(vel_rule_pairs(l, "lr_scheduler_args", schedule_keys));
     return vel_line_set_all(l, "optimizer_args", "optimizer_args", ' ');
 }
 

@@ -33,6 +33,16 @@ static vel_status set_steps(vel_line *l, const char *flag, const char *setting)
 vel_status vel_rule_schedule(vel_line *l)
 {
     const char *name = vel_line_value(l, "lr_scheduler");
+    if (vel_line_given(l, "lr_scheduler_type")) { /* a class; those of PyTorch need no module */
+        static const char module[] = "torch.optim.lr_scheduler.";
+        const char *type = vel_line_value(l, "lr_scheduler_type");
+        VEL_TRY(vel_line_set(l, "lr_scheduler_type", "lr_scheduler", "%s",
+                             type + (vel_has_prefix(type, module) ? sizeof module - 1 : 0)));
+        VEL_TRY(vel_line_set_all(l, "lr_scheduler_args", "lr_scheduler_args", ' '));
+        return vel_line_given(l, "lr_warmup_steps")
+                   ? set_steps(l, "lr_warmup_steps", "lr_warmup_steps")
+                   : VEL_OK;
+    }
     bool constant = strcmp(name, "constant") == 0,
          warm = vel_line_given(l, "lr_warmup_steps") && vel_line_number(l, "lr_warmup_steps", 0);
     bool diffusers = vel_line_value(l, "adam_beta1");

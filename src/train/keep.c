@@ -690,6 +690,7 @@ static vel_status resume_foreign(train_session *s, const char *folder)
 vel_status vel_keep_resume(train_session *s)
 {
     const char *from = s->o->resume;
+    s->first_step = s->initial_step; /* unless there is a state */
     if (!from || !from[0])
         return VEL_OK;
     char *digest = digest_of(s), *path = NULL;

@@ -7,7 +7,9 @@
 
 const char vel_lr_names[] = "constant,constant_with_warmup,linear,cosine,cosine_with_restarts,"
                             "polynomial,cosine_with_min_lr,"
-                            "inverse_sqrt,warmup_stable_decay,piecewise_constant,rex";
+                            "inverse_sqrt,warmup_stable_decay,piecewise_constant,rex,"
+                            "StepLR,MultiStepLR,ExponentialLR,ConstantLR,LinearLR,PolynomialLR,"
+                            "CosineAnnealingLR,CosineAnnealingWarmRestarts";
 
 static const double PI = 3.14159265358979323846;
 
@@ -124,6 +126,10 @@ static bool are_rules(const char *text)
 
 vel_status vel_lr_check(vel_ctx *ctx, const vel_lr_course *c)
 {
+    if (c->torch.which && c->warmup)
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--lr_warmup_steps: %s has no warm-up; cosine, linear and others have",
+                        c->name);
     bool pieces = strcmp(c->name, "piecewise_constant") == 0;
     if (pieces && !(c->rules && are_rules(c->rules)))
         return vel_fail(ctx, VEL_BAD_VALUE,
@@ -140,6 +146,8 @@ vel_status vel_lr_check(vel_ctx *ctx, const vel_lr_course *c)
 
 double vel_lr_factor(const vel_lr_course *c, int64_t step)
 {
+    if (c->torch.which)
+        return vel_torch_lr_factor(&c->torch, step);
     bool stable = strcmp(c->name, "warmup_stable_decay") == 0;
     double least = stable ? c->min_ratio : 0;
     if (step < c->warmup)

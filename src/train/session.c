@@ -301,6 +301,13 @@ static vel_status count_steps(train_session *s)
     vel_epoch_destroy(first);
     s->steps_per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
     s->steps = s->o->epochs > 0 ? s->o->epochs * s->steps_per_epoch : s->o->steps;
+    s->initial_step = s->o->initial_step > 0
+                          ? s->o->initial_step
+                          : VEL_MAX(0, s->o->initial_epoch - 1) * s->steps_per_epoch;
+    if (s->initial_step > 0 && s->initial_step >= s->steps)
+        return vel_fail(
+            s->ctx, VEL_BAD_VALUE, "--%s: step %" PRId64 " is not below the last one, %" PRId64,
+            s->o->initial_step > 0 ? "initial_step" : "initial_epoch", s->initial_step, s->steps);
     return VEL_OK;
 }
 
@@ -322,6 +329,11 @@ static vel_status choose_course(train_session *s)
                                 .min_ratio = o->lr_min_ratio,
                                 .timescale = o->lr_timescale,
                                 .rules = o->lr_rules};
+    VEL_TRY(vel_torch_lr_read(s->ctx, o->lr_scheduler, o->lr_args, o->lr, &s->course.torch));
+    if (!s->course.torch.which && o->lr_args && *o->lr_args)
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--lr_scheduler_args: is of PyTorch's schedules (StepLR, ...), not of %s",
+                        o->lr_scheduler);
     return vel_lr_check(s->ctx, &s->course);
 }
 
@@ -456,7 +468,8 @@ static double rate_of(void *user, int i)
     if (word && (o->embedding_lr > 0 || vel_method_is_words(o)))
         peak = o->embedding_lr > 0 ? o->embedding_lr : o->lr;
     peak = vel_site_rate(s, i, peak);
-    return peak * plus_ratio(o, t->path, text) * vel_lr_factor(&s->course, s->step);
+    return peak * plus_ratio(o, t->path, text) *
+           vel_lr_factor(&s->course, s->step - s->initial_step);
 }
 
 /* In batch number micro, which is made once more: the next one may have its room by now. */

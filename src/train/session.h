@@ -108,6 +108,7 @@ typedef struct train_session {
 
     /* arithmetic, in optimizer steps and batches */
     int64_t steps, first_step, step, batches_per_epoch, steps_per_epoch;
+    int64_t initial_step; /* that the run is said to begin at; the learning rate's course does */
 
     /* prior preservation */
     enum { PRIOR_NONE, PRIOR_IMAGES, PRIOR_BASE } prior;

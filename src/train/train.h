@@ -92,8 +92,9 @@ typedef struct vel_train_options {
     const char *trained_precision; /* "float", "bf16" */
     const char *loss_scaling;      /* "auto": where float16 is computed */
     double loss_scale;             /* the first */
-    const char *lr_rules;
+    const char *lr_rules, *lr_args;
     int batch, accumulation, steps, epochs;
+    int initial_step, initial_epoch; /* counting begins there; 0, 1: at the beginning */
     int64_t seed;
     bool use_ema, ema_warmup;
     double ema_decay, ema_power;
@@ -151,6 +152,18 @@ vel_status vel_train_compare(vel_ctx *ctx, const vel_train_options *o, const jso
 /* ---- schedules (lr.c)
  * ------------------------------------------------------------------------------ */
 
+/* One of torch.optim.lr_scheduler (lr_torch.c). */
+typedef struct vel_torch_lr {
+    int which; /* 1 + row; 0: none of them */
+    double value[3], list[64];
+    int n_list;
+    double rate; /* the peak: what eta_min is measured by */
+} vel_torch_lr;
+/* args: KEY=VALUE words. A name that is none of them gives which 0. */
+vel_status vel_torch_lr_read(vel_ctx *ctx, const char *name, const char *args, double rate,
+                             vel_torch_lr *out);
+double vel_torch_lr_factor(const vel_torch_lr *t, int64_t step);
+
 /* A schedule by name (vel_lr_names), as transformers' get_scheduler, in optimizer steps. */
 typedef struct vel_lr_course {
     const char *name;
@@ -161,6 +174,7 @@ typedef struct vel_lr_course {
     double min_ratio;  /* least share of the rate: cosine_with_min_lr, warmup_stable_decay */
     double timescale;  /* steps, of inverse_sqrt; 0: the warm-up, or 10000 */
     const char *rules; /* of piecewise_constant: "1:10,0.1:20,0.01" */
+    vel_torch_lr torch;
 } vel_lr_course;
 vel_status vel_lr_check(vel_ctx *ctx, const vel_lr_course *c);
 /* Factor on the peak rate at step (from 0). */
