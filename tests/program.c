@@ -75,3 +75,35 @@ void program_copy_pictures(vel_test *t, const char *folder, int n)
           "cp \"${picture%%.png}\".* '%1$s/' || exit 1; done",
           folder, n);
 }
+
+void program_set(vel_test *t, vel_params *p, const char *settings)
+{
+    char copy[2048], *rest = copy;
+    CHECK((size_t)snprintf(copy, sizeof copy, "%s", settings) < sizeof copy);
+    for (char *word; (word = strsep(&rest, " "));) {
+        char *value = strchr(word, '=');
+        if (!value)
+            continue;
+        *value++ = 0;
+        for (char *c = value; *c; c++)
+            *c = *c == '~' ? ' ' : *c;
+        CHECK_OK(vel_params_set(p, word, value));
+    }
+}
+
+bool program_same_files(vel_test *t, const char *a, const char *b)
+{
+    const char *names[] = {a, b};
+    vel_map map[2] = {{0}};
+    for (int i = 0; i < 2; i++) {
+        char path[4200];
+        bool ours = vel_has_prefix(names[i], "models/");
+        snprintf(path, sizeof path, "%s/%s", ours ? "." : t->folder, names[i]);
+        CHECK_OK(vel_map_open(t->ctx, &map[i], path));
+    }
+    bool same = map[0].bytes && map[1].bytes && map[0].size == map[1].size &&
+                memcmp(map[0].bytes, map[1].bytes, map[0].size) == 0;
+    vel_map_close(&map[0]);
+    vel_map_close(&map[1]);
+    return same;
+}

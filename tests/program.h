@@ -27,4 +27,9 @@ void program_make_sd15(vel_test *t, const char *folder);
 /* n pictures of the example with their captions, in a new folder. */
 void program_copy_pictures(vel_test *t, const char *folder, int n);
 
+/* Settings by name, as "steps=2 class_prompt=a~cat": a blank in a value is written ~. */
+void program_set(vel_test *t, vel_params *p, const char *settings);
+/* Whether two files, of the test's folder or "models/...", hold the same bytes. */
+bool program_same_files(vel_test *t, const char *a, const char *b);
+
 #endif

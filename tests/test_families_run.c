@@ -21,15 +21,6 @@ static bool runs(vel_test *t, const char *name, const char *format, program_resu
     return r->status == 0;
 }
 
-/* Byte for byte. */
-static bool same_files(vel_test *t, const char *a, const char *b)
-{
-    char command[256];
-    program_result r;
-    snprintf(command, sizeof command, "cmp \"$D/%s\" \"$D/%s\"", a, b);
-    return program_shell(t, command, &r) && r.status == 0;
-}
-
 static bool read_pixels(vel_test *t, const char *name, vel_image *out)
 {
     char *path = vel_test_path(t, name);
@@ -128,10 +119,10 @@ TEST(families_run_resumed_equals_uninterrupted)
     copy_pictures(t);
     if (runs(t, name, "train " FAMILY_MODEL QUICK "--steps 3 --output_dir \"$D/whole\"", &r) &&
         runs(t, name, "train " FAMILY_MODEL QUICK "--steps 1 --output_dir \"$D/parts\"", &r)) {
-        CHECK(!same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
+        CHECK(!program_same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
         runs(t, name,
              "train " FAMILY_MODEL QUICK "--steps 3 --resume latest --output_dir \"$D/parts\"", &r);
-        CHECK(same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
+        CHECK(program_same_files(t, "whole/a.safetensors", "parts/a.safetensors"));
     }
 }
 
@@ -380,7 +371,7 @@ TEST(families_run_samples_change_nothing_under_fit)
              &r)) {
         CHECK_MSG(strstr(r.text, "before the steps, one after the other: text_encoder"), "%s",
                   r.text);
-        CHECK(same_files(t, "plain/a.safetensors", "fit/a.safetensors"));
+        CHECK(program_same_files(t, "plain/a.safetensors", "fit/a.safetensors"));
     }
 }
 

@@ -23,21 +23,6 @@ static void on_event(void *user, const vel_event *e)
         snprintf(said + at, sizeof said - at, "%s\n", e->text);
 }
 
-static void set_all(vel_test *t, vel_params *p, const char *settings)
-{
-    char copy[2048], *rest = copy;
-    snprintf(copy, sizeof copy, "%s", settings);
-    for (char *word; (word = strsep(&rest, " "));) {
-        char *value = strchr(word, '=');
-        if (!value)
-            continue;
-        *value++ = 0;
-        for (char *c = value; *c; c++)
-            *c = *c == '~' ? ' ' : *c; /* blanks in values are written ~ */
-        CHECK_OK(vel_params_set(p, word, value));
-    }
-}
-
 /* A run on the pictures in <folder>/pictures into <folder>/OUT. */
 static vel_status train(vel_test *t, const char *out, const char *settings)
 {
@@ -45,14 +30,14 @@ static vel_status train(vel_test *t, const char *out, const char *settings)
     char path[4200];
     if (!p)
         return VEL_NO_MEMORY;
-    set_all(t, p, base_settings);
+    program_set(t, p, base_settings);
     snprintf(path, sizeof path, "%s/pictures", t->folder);
     if (!vel_is_folder(path))
         program_copy_pictures(t, path, 4);
     CHECK_OK(vel_params_set(p, "data", path));
     snprintf(path, sizeof path, "%s/%s", t->folder, out);
     CHECK_OK(vel_params_set(p, "output_dir", path));
-    set_all(t, p, settings);
+    program_set(t, p, settings);
     said[0] = 0;
     vel_ctx_on_event(t->ctx, on_event, NULL);
     vel_status st = vel_train(t->ctx, p);
@@ -68,17 +53,6 @@ static const char *in(vel_test *t, const char *name)
     char *path = paths[next++ % VEL_COUNT(paths)];
     snprintf(path, sizeof paths[0], "%s/%s", t->folder, name);
     return path;
-}
-
-static bool same_files(vel_test *t, const char *a, const char *b)
-{
-    vel_map x = {0}, y = {0};
-    CHECK_OK(vel_map_open(t->ctx, &x, a));
-    CHECK_OK(vel_map_open(t->ctx, &y, b));
-    bool same = x.bytes && y.bytes && x.size == y.size && memcmp(x.bytes, y.bytes, x.size) == 0;
-    vel_map_close(&x);
-    vel_map_close(&y);
-    return same;
 }
 
 /* ---- all weights ---- */
@@ -104,8 +78,8 @@ TEST(methods_full_run_leaves_a_model)
         snprintf(path, sizeof path, "%s/%s", in(t, "out/a"), there[i]);
         CHECK_MSG(vel_is_file(path), "%s is missing", path);
     }
-    CHECK(same_files(t, in(t, "out/a/text_encoder/model.safetensors"),
-                     "models/emoji-sd/text_encoder/model.safetensors"));
+    CHECK(program_same_files(t, "out/a/text_encoder/model.safetensors",
+                             "models/emoji-sd/text_encoder/model.safetensors"));
     /* A config is no link: it may be edited in place. */
     CHECK(stat(in(t, "out/a/unet/config.json"), &made) == 0 &&
           stat("models/emoji-sd/unet/config.json", &base) == 0 && made.st_ino != base.st_ino);
@@ -160,14 +134,14 @@ TEST(methods_full_resumed_equals_uninterrupted)
     CHECK(vel_is_folder(in(t, "half/a")));
     CHECK_OK(train(t, "half",
                    "method=full steps=3 use_ema=yes train_text_encoder=yes resume=latest" SOME));
-    CHECK(same_files(t, in(t, "whole/a" UNET), in(t, "half/a" UNET)));
-    CHECK(same_files(t, in(t, "whole/a/text_encoder/model.safetensors"),
-                     in(t, "half/a/text_encoder/model.safetensors")));
-    CHECK(!same_files(t, in(t, "whole/a/text_encoder/model.safetensors"),
-                      "models/emoji-sd/text_encoder/model.safetensors"));
+    CHECK(program_same_files(t, "whole/a" UNET, "half/a" UNET));
+    CHECK(program_same_files(t, "whole/a/text_encoder/model.safetensors",
+                             "half/a/text_encoder/model.safetensors"));
+    CHECK(!program_same_files(t, "whole/a/text_encoder/model.safetensors",
+                              "models/emoji-sd/text_encoder/model.safetensors"));
     /* Without the average the result is another. */
     CHECK_OK(train(t, "plain", "method=full steps=3 train_text_encoder=yes" SOME));
-    CHECK(!same_files(t, in(t, "whole/a" UNET), in(t, "plain/a" UNET)));
+    CHECK(!program_same_files(t, "whole/a" UNET, "plain/a" UNET));
 }
 
 /* kohya's form of a model is a single file, which is a model too. */
@@ -199,11 +173,11 @@ TEST(methods_full_forms_are_the_same_model)
                        &r))
         return;
     CHECK_MSG(r.status == 0, "%s", r.text);
-    CHECK(same_files(t, in(t, "folder/a" UNET), in(t, "back" UNET)));
-    CHECK(same_files(t, in(t, "folder/a/text_encoder/model.safetensors"),
-                     in(t, "back/text_encoder/model.safetensors")));
-    CHECK(!same_files(t, in(t, "folder/a/text_encoder/model.safetensors"),
-                      "models/emoji-sd/text_encoder/model.safetensors"));
+    CHECK(program_same_files(t, "folder/a" UNET, "back" UNET));
+    CHECK(program_same_files(t, "folder/a/text_encoder/model.safetensors",
+                             "back/text_encoder/model.safetensors"));
+    CHECK(!program_same_files(t, "folder/a/text_encoder/model.safetensors",
+                              "models/emoji-sd/text_encoder/model.safetensors"));
 }
 
 /* Values that are trained in bfloat16 are rounded by lot, so steps below the grid are not lost:
@@ -248,8 +222,8 @@ TEST(methods_full_text_encoder_stops)
                          "stop_text_encoder_training=1"));
     CHECK_MSG(strstr(said, "step 1: the text encoder is learned"), "%s", said);
     CHECK_OK(train(t, "all", TEXTS " steps=3 lr_scheduler=constant"));
-    CHECK(same_files(t, in(t, one), in(t, stopped)) && !same_files(t, in(t, one), in(t, all)));
-    CHECK(!same_files(t, in(t, "one/a" UNET), in(t, "stopped/a" UNET)));
+    CHECK(program_same_files(t, one, stopped) && !program_same_files(t, one, all));
+    CHECK(!program_same_files(t, "one/a" UNET, "stopped/a" UNET));
 }
 
 TEST(methods_full_saves_on_the_way_and_states_its_memory)
@@ -332,9 +306,9 @@ TEST(methods_prior_runs_resume)
     CHECK_OK(train(t, "half", with_class(t, "num_class_images=2 steps=2 enable_bucket=yes")));
     CHECK_OK(train(t, "half",
                    with_class(t, "num_class_images=2 steps=4 enable_bucket=yes resume=latest")));
-    CHECK(same_files(t, in(t, "whole/a.safetensors"), in(t, "half/a.safetensors")));
+    CHECK(program_same_files(t, "whole/a.safetensors", "half/a.safetensors"));
     CHECK_OK(train(t, "without", "steps=4 enable_bucket=yes min_bucket_reso=64"));
-    CHECK(!same_files(t, in(t, "whole/a.safetensors"), in(t, "without/a.safetensors")));
+    CHECK(!program_same_files(t, "whole/a.safetensors", "without/a.safetensors"));
     CHECK_OK(
         train(t, "base", "with_prior_preservation=yes class_prompt=a~cat train_text_encoder=yes"));
     CHECK(strstr(said, "own predictions under \"a cat\""));
@@ -367,9 +341,9 @@ TEST(methods_words_run)
     CHECK_MSG(strstr(said, "in sentences for an object"), "%s", said);
     CHECK_OK(train(t, "half", "method=textual_inversion steps=2 " WORDS));
     CHECK_OK(train(t, "half", "method=textual_inversion steps=4 resume=latest " WORDS));
-    CHECK(same_files(t, in(t, "whole/a.safetensors"), in(t, "half/a.safetensors")));
+    CHECK(program_same_files(t, "whole/a.safetensors", "half/a.safetensors"));
     CHECK_OK(train(t, "style", "method=textual_inversion steps=4 learnable_property=style " WORDS));
-    CHECK(!same_files(t, in(t, "whole/a.safetensors"), in(t, "style/a.safetensors")));
+    CHECK(!program_same_files(t, "whole/a.safetensors", "style/a.safetensors"));
     CHECK_OK(train(t, "more", "method=textual_inversion steps=1 save_format=kohya " WORDS));
     vel_word *words;
     int n;
@@ -416,7 +390,7 @@ TEST(methods_pivotal_run)
     CHECK_MSG(strstr(said, "step 2: the text encoder is learned"), "%s", said);
     CHECK_OK(train(t, "half", "steps=3 stop_text_encoder_training=2 " PIVOTAL));
     CHECK_OK(train(t, "half", "steps=4 stop_text_encoder_training=2 resume=latest " PIVOTAL));
-    CHECK(same_files(t, in(t, "whole/a.safetensors"), in(t, "half/a.safetensors")));
+    CHECK(program_same_files(t, "whole/a.safetensors", "half/a.safetensors"));
     /* What was stopped is as it was then; the denoiser went on. */
     CHECK_OK(train(t, "two", "steps=2 " PIVOTAL));
     vel_safetensors *a = NULL, *b = NULL;

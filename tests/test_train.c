@@ -52,19 +52,6 @@ static const char base_settings[] = "model=models/emoji-sd resolution=64 rank=4 
                                     "save_precision=float steps=2 learning_rate=0.01 "
                                     "save_every=0 output_name=a";
 
-static void set_all(vel_test *t, vel_params *p, const char *settings)
-{
-    char copy[2048], *rest = copy;
-    snprintf(copy, sizeof copy, "%s", settings);
-    for (char *word; (word = strsep(&rest, " "));) {
-        char *value = strchr(word, '=');
-        if (!value)
-            continue;
-        *value++ = 0;
-        CHECK_OK(vel_params_set(p, word, value));
-    }
-}
-
 /* Settings of a run on the pictures in <folder>/pictures into <folder>/OUT; NULL when memory is
  * short. */
 static vel_params *settings_of(vel_test *t, const char *out, const char *settings)
@@ -73,14 +60,14 @@ static vel_params *settings_of(vel_test *t, const char *out, const char *setting
     char path[4200];
     if (!p)
         return NULL;
-    set_all(t, p, base_settings);
+    program_set(t, p, base_settings);
     snprintf(path, sizeof path, "%s/pictures", t->folder);
     if (!vel_is_folder(path))
         program_copy_pictures(t, path, 4);
     CHECK_OK(vel_params_set(p, "data", path));
     snprintf(path, sizeof path, "%s/%s", t->folder, out);
     CHECK_OK(vel_params_set(p, "output_dir", path));
-    set_all(t, p, settings);
+    program_set(t, p, settings);
     return p;
 }
 
@@ -100,21 +87,6 @@ static vel_status train(vel_test *t, watch *w, const char *out, const char *sett
 
 /* ---- looking at what is left
  * --------------------------------------------------------------------------- */
-
-static bool same_files(vel_test *t, const char *a, const char *b)
-{
-    char path[4200], *bytes[2] = {NULL};
-    size_t n[2] = {0};
-    const char *names[] = {a, b};
-    for (int i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%s/%s", t->folder, names[i]);
-        CHECK_OK(vel_read_file(t->ctx, path, 1 << 28, &bytes[i], &n[i]));
-    }
-    bool same = bytes[0] && bytes[1] && n[0] == n[1] && memcmp(bytes[0], bytes[1], n[0]) == 0;
-    vel_free(t->ctx, bytes[0]);
-    vel_free(t->ctx, bytes[1]);
-    return same;
-}
 
 /* Names in <folder>/OUT with the ending, joined by blanks, in order; hidden files too. */
 static const char *names_in(vel_test *t, const char *out, const char *ending)
@@ -191,7 +163,8 @@ TEST(train_resumed_equals_uninterrupted)
         CHECK(w.loss[0] == 0 && w.loss[2] == third); /* steps 1 and 2 were not done again */
         snprintf(a, sizeof a, "%s/a.safetensors", whole);
         snprintf(b, sizeof b, "%s/a.safetensors", half);
-        CHECK_MSG(same_files(t, a, b), "%s: the resumed run gives another adapter", kinds[i]);
+        CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter",
+                  kinds[i]);
     }
 }
 
@@ -223,7 +196,7 @@ TEST(train_ahead_changes_nothing)
         CHECK(w.loss[2] == third);
         snprintf(a, sizeof a, "alone%d/a.safetensors", i);
         snprintf(b, sizeof b, "ahead%d/a.safetensors", i);
-        CHECK_MSG(same_files(t, a, b), "%s: threads change the adapter", kinds[i]);
+        CHECK_MSG(program_same_files(t, a, b), "%s: threads change the adapter", kinds[i]);
     }
 }
 
@@ -284,7 +257,8 @@ TEST(train_kinds_resume)
         CHECK_OK(train(t, &w, half, settings));
         snprintf(a, sizeof a, "%s/a.safetensors", whole);
         snprintf(b, sizeof b, "%s/a.safetensors", half);
-        CHECK_MSG(same_files(t, a, b), "%s: the resumed run gives another adapter", kinds[i]);
+        CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter",
+                  kinds[i]);
     }
 }
 
@@ -341,7 +315,7 @@ TEST(train_changes_stay_below_their_limit)
         snprintf(settings, sizeof settings, "%s %s overwrite=yes scale_weight_norms=%.9g", kinds[i],
                  targets, 1.1 * most);
         CHECK_OK(train(t, &w, "wide", settings));
-        CHECK(same_files(t, "free/a.safetensors", "wide/a.safetensors") ||
+        CHECK(program_same_files(t, "free/a.safetensors", "wide/a.safetensors") ||
               fabs(largest_change(t, "wide/a.safetensors") - most) == 0);
     }
 }
@@ -403,7 +377,7 @@ TEST(train_loss_scaling)
     CHECK_OK(train(t, &w, "plain", "steps=1"));
     CHECK_OK(train(t, &w, "scaled", "steps=1 loss_scaling=yes"));
     CHECK(strstr(w.log, "loss scaling: from 65536"));
-    CHECK(same_files(t, "plain/a.safetensors", "scaled/a.safetensors"));
+    CHECK(program_same_files(t, "plain/a.safetensors", "scaled/a.safetensors"));
     w.interrupt_at = 3;
     CHECK(train(t, &w, "over", "steps=4 loss_scaling=yes loss_scale=1e39") == VEL_INTERRUPTED);
     CHECK(strstr(w.log, "is skipped") && !isfinite(w.loss[0]) && isfinite(w.loss[2]));
@@ -468,7 +442,8 @@ TEST(train_objectives_run_and_resume)
         CHECK_OK(train(t, &w, half, settings));
         snprintf(a, sizeof a, "%s/a.safetensors", whole);
         snprintf(b, sizeof b, "%s/a.safetensors", half);
-        CHECK_MSG(same_files(t, a, b), "%s: the resumed run gives another adapter", kinds[i]);
+        CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter",
+                  kinds[i]);
     }
     CHECK(train(t, &w, "no", "masked_loss=yes") == VEL_BAD_VALUE && says(t, "--masked_loss"));
     CHECK(train(t, &w, "no", "masked_loss=yes conditioning_data_dir=/none") == VEL_BAD_VALUE &&
@@ -506,7 +481,7 @@ TEST(train_interrupted_saves_and_goes_on)
     CHECK_NAMES("out", ".state", "a-step00000002.state");
     w.interrupt_at = 0;
     CHECK_OK(train(t, &w, "out", "steps=4 resume=latest"));
-    CHECK(same_files(t, "whole/a.safetensors", "out/a.safetensors"));
+    CHECK(program_same_files(t, "whole/a.safetensors", "out/a.safetensors"));
     CHECK_NAMES("out", ".part", "");
 }
 
@@ -569,7 +544,7 @@ TEST(train_sigint_saves_and_goes_on)
     CHECK_MSG(status == 130, "status %d after SIGINT", status);
     CHECK(strlen(names_in(t, "out", ".state")) > 0);
     CHECK(end_of(start_program(t, "out", STEPS)) == 0);
-    CHECK(same_files(t, "whole/a.safetensors", "out/a.safetensors"));
+    CHECK(program_same_files(t, "whole/a.safetensors", "out/a.safetensors"));
 }
 
 /* Each time the program is killed at another moment of its run; the states that it left must be
@@ -595,7 +570,7 @@ TEST(train_survives_kill_9)
     }
     CHECK_MSG(killed > 0, "no run was killed");
     CHECK(end_of(start_program(t, "out", STEPS)) == 0);
-    CHECK(same_files(t, "whole/a.safetensors", "out/a.safetensors"));
+    CHECK(program_same_files(t, "whole/a.safetensors", "out/a.safetensors"));
     CHECK_NAMES("out", ".part", ""); /* what a killed writer left is gone */
 }
 
