@@ -7,7 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PROMPT_FILE_LIMIT = 16 << 20, AUTO_BATCH = 4, AUTO_BATCH_SIDE = 256 };
+enum { AUTO_BATCH = 4, AUTO_BATCH_SIDE = 256 };
 
 static const char *const picture_endings[] = {".png", ".jpg", ".jpeg", ".webp"};
 
@@ -192,35 +192,36 @@ static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
     return VEL_OK;
 }
 
-/* file: written is a line of it, which may carry options; NULL: all of it is the prompt. */
-static vel_status add_prompt(vel_drawing *d, const char *written, const char *file)
+/* written: the prompt; NULL: it is the entry's of the file of prompts. */
+static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw_entry *entry)
 {
     const vel_generate_options *o = d->o;
-    if (!vel_utf8_valid(written, strlen(written)))
-        return vel_fail(d->ctx, VEL_BAD_VALUE, "prompt %d: not valid UTF-8", d->n_prompts + 1);
     vel_drawing_prompt *grown =
         vel_realloc(d->ctx, d->prompts, sizeof *grown * (size_t)(d->n_prompts + 1));
     if (!grown)
         return VEL_NO_MEMORY;
     d->prompts = grown;
-    vel_drawing_prompt p = {.written = vel_arena_strdup(d->arena, written)};
-    char *text = vel_arena_strdup(d->arena, written);
+    vel_drawing_prompt p = {.draw = {.prompt = written,
+                                     .negative = o->negative,
+                                     .prompt_2 = o->prompt_2,
+                                     .prompt_3 = o->prompt_3,
+                                     .negative_2 = o->negative_2,
+                                     .negative_3 = o->negative_3,
+                                     .guidance = o->guidance,
+                                     .width = o->width,
+                                     .height = o->height,
+                                     .steps = o->steps,
+                                     .sampler = o->sampler,
+                                     .eta = o->eta}};
+    if (entry)
+        VEL_TRY(vel_draw_take(d->ctx, d->arena, o->prompt_file, entry, &p.draw, &p.seeded));
+    if (!vel_utf8_valid(p.draw.prompt, strlen(p.draw.prompt)))
+        return vel_fail(d->ctx, VEL_BAD_VALUE, "prompt %d: not valid UTF-8", d->n_prompts + 1);
     bool given[VEL_MOST_ADAPTERS] = {false};
+    char *text = vel_arena_strdup(d->arena, p.draw.prompt);
+    p.written = vel_arena_strdup(d->arena, p.draw.prompt);
     if (!p.written || !text)
         return VEL_NO_MEMORY;
-    p.draw = (vel_draw){.negative = o->negative,
-                        .prompt_2 = o->prompt_2,
-                        .prompt_3 = o->prompt_3,
-                        .negative_2 = o->negative_2,
-                        .negative_3 = o->negative_3,
-                        .guidance = o->guidance,
-                        .width = o->width,
-                        .height = o->height,
-                        .steps = o->steps,
-                        .sampler = o->sampler,
-                        .eta = o->eta};
-    if (file)
-        VEL_TRY(vel_draw_line(d->ctx, file, text, &p.draw, &p.seeded));
     VEL_TRY(take_tags(d, text, p.weights, given));
     for (int i = 0; i < d->n_adapters; i++)
         p.weights[i] = (given[i] ? p.weights[i] : d->adapters[i].weight) * o->lora_scale;
@@ -234,26 +235,18 @@ vel_status vel_drawing_add_prompt(vel_drawing *d, const char *written)
     return add_prompt(d, written, NULL);
 }
 
+static vel_status add_entry(void *user, const vel_draw_entry *e)
+{
+    return add_prompt(user, NULL, e);
+}
+
 static vel_status read_prompt_file(vel_drawing *d, const char *path)
 {
-    char *text;
-    size_t n;
-    VEL_TRY(vel_read_file(d->ctx, path, PROMPT_FILE_LIMIT, &text, &n));
-    vel_status st = vel_utf8_valid(text, n) && strlen(text) == n
-                        ? VEL_OK
-                        : vel_fail(d->ctx, VEL_BAD_FILE, "%s: not a text in UTF-8", path);
-    for (char *line = text; st == VEL_OK && *line;) {
-        size_t length = strcspn(line, "\r\n");
-        char *next = line + length + (line[length] != 0);
-        line[length] = 0;
-        if (line[strspn(line, " \t")] && line[0] != '#')
-            st = add_prompt(d, line, path);
-        line = next;
-    }
-    vel_free(d->ctx, text);
-    if (st == VEL_OK && d->n_prompts == 0)
-        st = vel_fail(d->ctx, VEL_BAD_FILE, "%s: holds no prompt; write one a line", path);
-    return st;
+    int before = d->n_prompts;
+    VEL_TRY(vel_draw_file(d->ctx, path, add_entry, d));
+    return d->n_prompts > before
+               ? VEL_OK
+               : vel_fail(d->ctx, VEL_BAD_FILE, "%s: holds no prompt; write one a line", path);
 }
 
 /* ---- life

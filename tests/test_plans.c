@@ -316,7 +316,7 @@ static void check_parts(vel_test *t, const char *family)
     CHECK(held == 0);
     float time[1] = {500}, extra[VEL_MAX_EXTRA] = {0};
     most = 0;
-    REQUIRE_OK(vel_model_denoise_size(m, 1, SIDE, SIDE, false, &size));
+    REQUIRE_OK(vel_model_denoise_size(m, 1, SIDE, SIDE, 0, false, &size));
     REQUIRE_OK(vel_model_denoise(m, latent, time, states, extra, 1, SIDE, SIDE, latent + values));
     check_size(t, "the denoiser", &size);
     vel_model_close(m);

@@ -83,7 +83,7 @@ static vel_status check_encoders(vel_model *m, const vel_draw *d)
     return VEL_OK;
 }
 
-static vel_status count_pieces(vel_model *m, const vel_draw *d, int *pieces)
+vel_status vel_model_draw_pieces(vel_model *m, const vel_draw *d, int *pieces)
 {
     vel_prompt prompt = prompt_of(d), negative = negative_of(d);
     *pieces = 1;
@@ -171,7 +171,7 @@ vel_status vel_draw_texts_create(vel_model *m, const vel_draw *draws, int n, vel
     for (int i = 0; i < n; i++) {
         t->of[i] = (choice){.prompt = -1, .negative = -1};
         VEL_TRY(check_encoders(m, &draws[i]));
-        VEL_TRY(count_pieces(m, &draws[i], &t->of[i].pieces));
+        VEL_TRY(vel_model_draw_pieces(m, &draws[i], &t->of[i].pieces));
     }
     for (int pieces = 1; pieces <= m->most_pieces; pieces++)
         VEL_TRY(encode_length(m, draws, n, pieces, t));
@@ -207,7 +207,7 @@ vel_status vel_model_keep_texts(vel_model *m, int k, const vel_draw *draw)
     vel_prompt prompt = prompt_of(draw), negative = negative_of(draw);
     int pieces;
     VEL_TRY(check_encoders(m, draw));
-    VEL_TRY(count_pieces(m, draw, &pieces));
+    VEL_TRY(vel_model_draw_pieces(m, draw, &pieces));
     vel_model_read_drawn(m, pieces);
     vel_status st = vel_model_keep_text(m, k, &prompt, false);
     if (!st)

@@ -121,6 +121,8 @@ int vel_model_length(const vel_model *m, int k, const vel_reading *r, bool negat
  */
 vel_status vel_model_tokenize_for(vel_model *m, int k, const vel_reading *r, const char *text,
                                   bool negative, int32_t *ids, float *weights);
+/* Does the encoder before k read as much of the same text, so that it was told? */
+bool vel_model_cuts_alike(const vel_model *m, int k, const vel_prompt *p);
 /* Says what encoder k cannot read of a text, if anything. */
 vel_status vel_model_tell_cut(vel_model *m, int k, const char *text, bool negative);
 /* Raises *pieces to those that the prompt needs, `most` at most. */

@@ -181,10 +181,15 @@ vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_
     return size_of(m, PLAN_ENCODE, 1, h, w, on_paper, out);
 }
 
-vel_status vel_model_denoise_size(vel_model *m, int n, int h, int w, bool on_paper,
+vel_status vel_model_denoise_size(vel_model *m, int n, int h, int w, int pieces, bool on_paper,
                                   vel_run_size *out)
 {
-    return size_of(m, PLAN_DENOISE, n, h, w, on_paper, out);
+    vel_reading before = m->reading;
+    if (pieces)
+        vel_model_read_drawn(m, pieces);
+    vel_status st = size_of(m, PLAN_DENOISE, n, h, w, on_paper, out);
+    vel_model_read_as(m, &before);
+    return st;
 }
 
 vel_status vel_model_decode_size(vel_model *m, int n, int h, int w, bool on_paper,

@@ -216,6 +216,13 @@ vel_status vel_model_text_cut(vel_model *m, int k, const char *text, bool negati
     return st ? vel_fail_in(m->ctx, st, "prompt") : VEL_OK;
 }
 
+bool vel_model_cuts_alike(const vel_model *m, int k, const vel_prompt *p)
+{
+    const vel_text_info *t = &m->texts[k], *before = k ? t - 1 : NULL;
+    return before && t->fixed && before->fixed && !before->absent && t->length == before->length &&
+           strcmp(p->text[k], p->text[k - 1]) == 0;
+}
+
 vel_status vel_model_tell_cut(vel_model *m, int k, const char *text, bool negative)
 {
     const vel_text_info *info = &m->texts[k];
@@ -239,7 +246,7 @@ vel_status vel_model_count_pieces(vel_model *m, const vel_prompt *p, int most, i
     for (int k = 0; k < m->n_texts && most > 1; k++) {
         int inner = m->texts[k].length - BOTH_ENDS;
         tokens t;
-        if (!m->texts[k].long_texts)
+        if (!m->texts[k].long_texts || !m->tokenizers[k])
             continue;
         vel_status st = tokens_of(m, k, &whole, p->text[k], false, &t);
         *pieces = VEL_MAX(*pieces, (t.n - 1) / inner + 1);

@@ -129,7 +129,9 @@ typedef struct vel_run_size {
 } vel_run_size;
 vel_status vel_model_text_size(vel_model *m, int k, int n, bool on_paper, vel_run_size *out);
 vel_status vel_model_encode_size(vel_model *m, int h, int w, bool on_paper, vel_run_size *out);
-vel_status vel_model_denoise_size(vel_model *m, int n, int h, int w, bool on_paper,
+/* pieces: as pictures are drawn whose texts need so many (vel_model_draw_pieces); 0: as the model
+ * was opened. */
+vel_status vel_model_denoise_size(vel_model *m, int n, int h, int w, int pieces, bool on_paper,
                                   vel_run_size *out);
 vel_status vel_model_decode_size(vel_model *m, int n, int h, int w, bool on_paper,
                                  vel_run_size *out);
@@ -325,12 +327,25 @@ typedef struct vel_draw {
     double eta;   /* ddim */
     const float *noise; /* given start noise, NCHW [C, h, w], N(0, 1); NULL: from seed */
 } vel_draw;
-/* Reads a line of a file of prompts (draw_line.c) in place: the prompt, and what its options say
- * instead of draw's values; all of it points into the line. *seeded: it names a seed.
- * VEL_BAD_VALUE: an option that is not known, or has no such value; file is named. */
+/* Files of prompts (draw_line.c): a prompt a line with options, .json or .toml; each prompt is
+ * handed over as what stands in the file. */
+typedef struct vel_draw_entry {
+    const char *line;           /* or */
+    const json_t *common, *own; /* objects; own stands above common, which may be NULL */
+} vel_draw_entry;
+typedef vel_status (*vel_draw_entry_fn)(void *user, const vel_draw_entry *e);
+vel_status vel_draw_file(vel_ctx *ctx, const char *path, vel_draw_entry_fn take, void *user);
+/* The prompt of an entry, and what it says instead of draw's values; texts are copied to the arena.
+ * *seeded: it names a seed. VEL_BAD_VALUE: an option that is not known, or has no such value; file
+ * is named. */
+vel_status vel_draw_take(vel_ctx *ctx, vel_arena *a, const char *file, const vel_draw_entry *e,
+                         vel_draw *draw, bool *seeded);
+/* The same of a line, in place: all of it points into the line. */
 vel_status vel_draw_line(vel_ctx *ctx, const char *file, char *line, vel_draw *draw, bool *seeded);
 /* Whether drawing it asks the denoiser for the negative prompt, too. */
 bool vel_draw_is_guided(const vel_model *m, const vel_draw *d);
+/* In how many pieces the draw's texts are read. */
+vel_status vel_model_draw_pieces(vel_model *m, const vel_draw *draw, int *pieces);
 /* Makes sure that encoder k's states of a draw's texts are kept. */
 vel_status vel_model_keep_texts(vel_model *m, int k, const vel_draw *draw);
 /* n pictures in batches; out: n images (vel_image_finish each). phase: text of the progress line,

@@ -91,7 +91,8 @@ static vel_status encode(vel_model *m, int k, const vel_prompt *prompts, int n, 
         } else {
             asked[n_new] = text;
             row[n_new++] = i;
-            st = vel_model_tell_cut(m, k, text, negative);
+            if (!vel_model_cuts_alike(m, k, &prompts[i]))
+                st = vel_model_tell_cut(m, k, text, negative);
         }
     }
     if (!st && n_new && !(made = vel_alloc(m->ctx, (size_t)n_new * bytes)))

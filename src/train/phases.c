@@ -83,6 +83,7 @@ static vel_status measure_drawing(train_session *s, sample_sizes *out)
     vel_model *m = s->model;
     int down = vel_model_latent(m)->down, n = vel_look_batch(s);
     int64_t most = 0;
+    int longest = 0;
     *out = (sample_sizes){{0}};
     for (int k = 0; k < vel_model_texts(m); k++) {
         vel_run_size size;
@@ -95,12 +96,14 @@ static vel_status measure_drawing(train_session *s, sample_sizes *out)
     for (int i = 0; i < s->n_prompts; i++) {
         const vel_draw *d = &s->draws[i];
         vel_run_size size;
-        int h = d->height / down, w = d->width / down;
-        if ((int64_t)h * w <= most)
+        int h = d->height / down, w = d->width / down, pieces;
+        VEL_TRY(vel_model_draw_pieces(m, d, &pieces));
+        if ((int64_t)h * w <= most && pieces <= longest)
             continue;
-        most = (int64_t)h * w;
-        VEL_TRY(vel_model_denoise_size(m, vel_draw_is_guided(m, d) ? 2 * n : n, h, w, on_paper(s),
-                                       &size));
+        most = VEL_MAX(most, (int64_t)h * w);
+        longest = VEL_MAX(longest, pieces);
+        VEL_TRY(vel_model_denoise_size(m, vel_draw_is_guided(m, d) ? 2 * n : n, h, w, pieces,
+                                       on_paper(s), &size));
         at_most(&out->denoise, &size);
         VEL_TRY(vel_model_decode_size(m, n, h, w, on_paper(s), &size));
         at_most(&out->decode, &size);

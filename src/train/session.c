@@ -337,6 +337,15 @@ static vel_status choose_course(train_session *s)
     return vel_lr_check(s->ctx, &s->course);
 }
 
+static void describe_reading(const train_session *s, vel_text *t)
+{
+    const vel_text_info *text = vel_model_text(s->model, 0);
+    int length = vel_model_states(s->model)[0].length;
+    if (text->long_texts && (length > text->length || s->o->weighted_captions))
+        vel_text_addf(t, "captions are read up to %d tokens%s\n", length - 2,
+                      s->o->weighted_captions ? ", with weights" : "");
+}
+
 static void describe_trainables(train_session *s, vel_text *t)
 {
     int64_t trained = vel_engine_trainable_count(vel_model_engine(s->model)), all = 0;
@@ -409,6 +418,7 @@ static vel_status describe_plan(train_session *s)
         vel_text_addf(&t, ", %d batches a step", o->accumulation);
     vel_text_addf(&t, "; %" PRId64 " steps = %.1f epochs = %" PRId64 " pictures shown\n", s->steps,
                   epochs, s->steps * o->batch * o->accumulation);
+    describe_reading(s, &t);
     vel_words_describe(s, &t);
     vel_prior_describe(s, &t);
     vel_status st = describe_memory(s, &t);
