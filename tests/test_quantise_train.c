@@ -12,28 +12,29 @@ static void on_event(void *user, const vel_event *e)
         losses[e->done - 1] = e->value;
 }
 
-static void train(vel_test *t, const char *kind, double losses[STEPS])
+static void train(vel_test *t, const char *model, const char *kind, double losses[STEPS])
 {
     char pictures[4200], out[4200];
     vel_params *p = vel_params_create(t->ctx, "train");
     bool twice = strcmp(kind, "nf4_double") == 0;
     snprintf(pictures, sizeof pictures, "%s/pictures", t->folder);
-    snprintf(out, sizeof out, "%s/%s", t->folder, kind);
+    snprintf(out, sizeof out, "%s/%s-%zu", t->folder, kind, strlen(model)); /* differ */
     if (!vel_is_folder(pictures))
         program_copy_pictures(t, pictures, 4);
-    const char *const settings[][2] = {{"model", "models/emoji-sd"},
-                                       {"resolution", "64"},
-                                       {"rank", "4"},
-                                       {"precision", "bf16"},
-                                       {"steps", "6"},
-                                       {"learning_rate", "0.001"},
-                                       {"save_every", "0"},
-                                       {"output_name", "a"},
-                                       {"train_text_encoder", "yes"},
-                                       {"base_quant", twice ? "nf4" : kind},
-                                       {"double_quant", twice ? "yes" : "no"},
-                                       {"data", pictures},
-                                       {"output_dir", out}};
+    const char *const settings[][2] = {
+        {"model", model},
+        {"resolution", "64"},
+        {"rank", "4"},
+        {"precision", "bf16"},
+        {"steps", "6"},
+        {"learning_rate", "0.001"},
+        {"save_every", "0"},
+        {"output_name", "a"},
+        {"train_text_encoder", vel_has_prefix(model, "models/") ? "yes" : "no"},
+        {"base_quant", twice ? "nf4" : kind},
+        {"double_quant", twice ? "yes" : "no"},
+        {"data", pictures},
+        {"output_dir", out}};
     for (int i = 0; p && i < VEL_COUNT(settings); i++)
         CHECK_OK(vel_params_set(p, settings[i][0], settings[i][1]));
     vel_ctx_on_event(t->ctx, on_event, losses);
@@ -49,7 +50,7 @@ TEST(train_on_a_quantised_base_follows_bf16)
     static const char *const kinds[] = {"none", "nf4", "int8", "fp8", "nf4_double"};
     double losses[VEL_COUNT(kinds)][STEPS] = {{0}}, sum[VEL_COUNT(kinds)] = {0};
     for (int k = 0; k < VEL_COUNT(kinds); k++) {
-        train(t, kinds[k], losses[k]);
+        train(t, "models/emoji-sd", kinds[k], losses[k]);
         CHECK(k == 0 || losses[k][0] != losses[0][0]);
         for (int i = 0; i < STEPS; i++) {
             sum[k] += losses[k][i];
@@ -59,5 +60,26 @@ TEST(train_on_a_quantised_base_follows_bf16)
         }
         CHECK_MSG(sum[0] > 0 && fabs(sum[k] / sum[0] - 1) < 0.02,
                   "%s: losses add up to %g, those of bf16 to %g", kinds[k], sum[k], sum[0]);
+    }
+}
+
+/* The same over a run, for two of the larger families (all: tools/quant_loss.sh). */
+TEST(train_of_families_on_a_quantised_base_follows_bf16)
+{
+    static const char *const models[] = {"tests/golden/families/sd3/model",
+                                         "tests/golden/families/flux-dev/model"};
+    static const char *const kinds[] = {"none", "int8", "nf4_double"};
+    for (int m = 0; m < VEL_COUNT(models); m++) {
+        double sum[VEL_COUNT(kinds)] = {0};
+        for (int k = 0; k < VEL_COUNT(kinds); k++) {
+            double losses[STEPS] = {0};
+            train(t, models[m], kinds[k], losses);
+            for (int i = 0; i < STEPS; i++)
+                sum[k] += losses[i];
+            CHECK(k == 0 || sum[k] != sum[0]);
+            CHECK_MSG(sum[0] > 0 && fabs(sum[k] / sum[0] - 1) < 0.02,
+                      "%s, %s: losses add up to %g, those of bf16 to %g", models[m], kinds[k],
+                      sum[k], sum[0]);
+        }
     }
 }
