@@ -103,7 +103,8 @@ static const char own_text[] =
     "[general]\nflip_aug = true\ncaption_extension = '.txt'\nresolution = 64\n"
     "[[datasets]]\nbatch_size = 2\n"
     "[[datasets.subsets]]\nimage_dir = '%s/a'\nshuffle_caption = true\nkeep_tokens = 1\n"
-    "caption_prefix = 'one,'\nloss_weight = 0.5\ncustom_attributes = {x = 1}\n"
+    "caption_prefix = 'one,'\nloss_weight = 0.5\ncustom_attributes = {x = 1, "
+    "diff_output_preservation = true}\n"
     "[[datasets.subsets]]\nimage_dir = '%s/b'\ncaption_prefix = 'two,'\nflip_aug = false\n"
     "random_crop = true\ncaption_dropout_rate = 0.25\nvalidation_split = 1.0\n"
     "[[datasets]]\nbatch_size = 1\nnetwork_multiplier = 1.0\n"
@@ -146,6 +147,7 @@ TEST(dataset_config_own_settings)
     CHECK(one->captions.shuffle && one->captions.keep_tokens == 1 && !two->captions.shuffle);
     CHECK(strcmp(one->captions.prefix, "one,") == 0 && strcmp(two->captions.prefix, "two,") == 0);
     CHECK(!three->captions.prefix && strcmp(three->captions.suffix, "end") == 0);
+    CHECK(one->preserve && !two->preserve && !three->preserve);
     CHECK(one->weight == 0.5 && two->weight == 1 && two->caption_dropout == 0.25);
     CHECK(!one->filter && strcmp(three->filter, "area") == 0);
     CHECK(c.subsets[0].batch == 2 && c.subsets[1].batch == 2 && c.subsets[2].batch == 1);
@@ -278,6 +280,7 @@ TEST(dataset_config_refuses)
         {SUBSET "num_repeats = 'x'", "num_repeats"},
         {SUBSET "image_dir = 3", "line 4"},
         {SUBSET "class_tokens = 3", "class_tokens"},
+        {SUBSET "custom_attributes = 3", "custom_attributes"},
         {SUBSET "color_aug = 'yes'", "true or false"},
         {SUBSET "face_crop_aug_range = [2.0, 1.0]", "face_crop_aug_range"},
         {SUBSET "face_crop_aug_range = [1.0]", "face_crop_aug_range"},

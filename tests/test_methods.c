@@ -363,6 +363,16 @@ TEST(methods_prior_without_pictures)
         b.base_context = context + 2 * state;
         REQUIRE_OK(vel_trainer_run(l.trainer, &b, false, &loss, NULL));
         CHECK_MSG(fabs(loss - want[0]) < 2e-5 * want[0], "loss %g, not %g", loss, want[0]);
+        /* the same by samples that say so: here those two, under their own texts */
+        static const bool preserve[] = {false, false, true, true}, none[4] = {false};
+        float each[2][4];
+        b.n_base = 0;
+        b.preserve = preserve;
+        REQUIRE_OK(vel_trainer_run(l.trainer, &b, false, &loss, each[0]));
+        CHECK_MSG(fabs(loss - want[0]) < 2e-5 * want[0], "loss %g, not %g", loss, want[0]);
+        b.preserve = none;
+        REQUIRE_OK(vel_trainer_run(l.trainer, &b, false, &loss, each[1]));
+        CHECK(each[0][0] == each[1][0] && each[0][2] != each[1][2]);
         vel_free(t->ctx, context);
     }
     vel_free(t->ctx, want);

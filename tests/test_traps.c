@@ -166,6 +166,33 @@ TEST(trap_runs_that_begin_later)
               "%s", r.text);
 }
 
+/* sd-scripts' custom attribute: the target is what the model says without the adapter, which before
+ * the first step is what it says with it. */
+TEST(trap_output_that_is_preserved)
+{
+    static program_result r;
+    if (!shell(t,
+               "echo '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "
+               "\"d/10_sks_style\"\ncustom_attributes.diff_output_preservation = true' >c.toml; "
+               "sed -i 's/\\\\n/\\n/g' c.toml; cat c.toml; "
+               "one() { $P train_network.py --pretrained_model_name_or_path=$M --output_dir=o "
+               "--output_name=n --network_module=networks.lora --dataset_config=c.toml --seed 1 "
+               "--overwrite --max_train_steps 2 --mixed_precision no --learning_rate 1e-2 \"$@\" "
+               "2>&1; }; "
+               "one --network_train_unet_only; cut -d, -f1,2 o/n.log.jsonl; one",
+               &r))
+        return;
+    double first = -1, second = -1;
+    const char *at = strstr(r.text, "{\"step\": 1, \"loss\": ");
+    CHECK_MSG(at && sscanf(at, "{\"step\": 1, \"loss\": %lf", &first) == 1, "%s", r.text);
+    at = strstr(r.text, "{\"step\": 2, \"loss\": ");
+    CHECK_MSG(at && sscanf(at, "{\"step\": 2, \"loss\": %lf", &second) == 1, "%s", r.text);
+    CHECK_MSG(first >= 0 && first < 1e-10 && second >= 0 && second < 1e-3, "losses %g and %g",
+              first, second);
+    CHECK_MSG(strstr(r.text, "diff_output_preservation: not with --train_text_encoder"), "%s",
+              r.text);
+}
+
 /* What is encoded once cannot be shown in other colours each time. */
 TEST(trap_caches_and_augmentation)
 {

@@ -43,6 +43,7 @@ typedef struct vel_data_how {
     bool alpha_mask;        /* each place's loss is weighted by the pictures' alpha channel, or */
     const char *masks;      /* by the pictures in this folder */
     double weight;          /* of the loss; 0: 1 */
+    bool preserve;          /* what is learned is what the model says without being changed */
 } vel_data_how;
 
 /* "MIN,MAX" of face_crop_aug_range, 0 < MIN <= MAX; NULL or "": 0, 0. */

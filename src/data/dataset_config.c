@@ -73,7 +73,7 @@ static const config_key keys[] = {
     HOW("loss_weight", "loss_weight", FLOAT, weight, 0, 1000), /* not kohya's */
     {"validation_seed", ANYWHERE, IDLE, "which pictures are held out goes by their names"},
     {"cache_info", ANYWHERE, IDLE, "looking at the pictures takes seconds"},
-    {"custom_attributes", ANYWHERE, IDLE, "only code of one's own reads them"},
+    {"custom_attributes", ANYWHERE, OWN},
     {"network_multiplier", GENERAL | DATASET, REFUSED, "one strength goes for all data sets"},
 };
 
@@ -266,6 +266,25 @@ static vel_status take_text(const reader *r, const key_tables *tables, const cha
     return *out ? VEL_OK : VEL_NO_MEMORY;
 }
 
+/* One of the attributes means something to train_network.py itself. */
+static vel_status take_attributes(const reader *r, const json_t *value, vel_data_subset *s)
+{
+    const char *key;
+    json_t *entry;
+    if (value && !json_is_object(value))
+        return wrong(r, "custom_attributes", "is no table");
+    json_object_foreach ((json_t *)value, key, entry) {
+        if (strcmp(key, "diff_output_preservation") == 0)
+            s->how.preserve = json_is_true(entry);
+        else if (r->says)
+            vel_log(r->ctx, 2,
+                    "%s: custom_attributes: %s changes nothing here: only code of one's own reads "
+                    "it",
+                    r->path, key);
+    }
+    return VEL_OK;
+}
+
 static vel_status take_subset(reader *r, const key_tables *tables)
 {
     vel_dataset_config *c = r->out;
@@ -284,6 +303,7 @@ static vel_status take_subset(reader *r, const key_tables *tables)
     VEL_TRY(take_text(r, tables, "class_tokens", &s.class_words));
     VEL_TRY(take_text(r, tables, "caption_extension", &s.caption_extension));
     VEL_TRY(take_resolution(r, stated(tables, "resolution"), &s));
+    VEL_TRY(take_attributes(r, stated(tables, "custom_attributes"), &s));
     if (!s.folder)
         return wrong(r, "image_dir", "is wanted in every subset");
     if (c->n_subsets == MOST_SUBSETS)

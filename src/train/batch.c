@@ -40,11 +40,13 @@ vel_status vel_batch_room(train_session *s, int n, int64_t most, train_batch *t)
     t->extra = vel_alloc(ctx, (size_t)(n * VEL_MAX_EXTRA) * sizeof(float));
     t->weight = vel_alloc(ctx, (size_t)n * sizeof(float));
     t->timestep = vel_alloc(ctx, (size_t)n * sizeof(int32_t));
+    t->preserve = vel_alloc(ctx, (size_t)n * sizeof *t->preserve);
     t->ids = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(int32_t));
     t->token_weights = vel_alloc(ctx, (size_t)(n * s->n_ids) * sizeof(float));
     t->kept = vel_alloc(ctx, (size_t)n * VEL_MAX_TEXTS * sizeof(float));
     return t->item && t->latent && t->noise && t->disturbed && t->room && t->mask && t->context &&
-                   t->extra && t->weight && t->timestep && t->ids && t->token_weights && t->kept
+                   t->extra && t->weight && t->timestep && t->ids && t->token_weights && t->kept &&
+                   t->preserve
                ? VEL_OK
                : VEL_NO_MEMORY;
 }
@@ -62,9 +64,9 @@ void vel_batch_clear(train_session *s, train_batch *t)
 void vel_batch_finish(train_session *s, train_batch *t)
 {
     vel_batch_clear(s, t);
-    void *rooms[] = {t->item,  t->latent,        t->noise,  t->disturbed, t->room,
-                     t->mask,  t->context,       t->weight, t->timestep,  t->ids,
-                     t->extra, t->token_weights, t->kept};
+    void *rooms[] = {t->item,     t->latent,  t->noise,         t->disturbed, t->room,
+                     t->mask,     t->context, t->weight,        t->timestep,  t->ids,
+                     t->preserve, t->extra,   t->token_weights, t->kept};
     for (int i = 0; i < VEL_COUNT(rooms); i++)
         vel_free(s->ctx, rooms[i]);
     *t = (train_batch){0};
@@ -313,6 +315,9 @@ static vel_status put_sample(batch_maker *m, train_batch *t, int k, int sample, 
     int64_t showing = t->micro * MOST_SAMPLES + k;
     t->item[k].sample = sample;
     t->item[k].showing = showing;
+    t->preserve[k] = sample < s->data->n && vel_sample_how(s->data, sample)->preserve;
+    if (t->preserve[k])
+        t->b.preserve = t->preserve;
     t->item[k].flipped = sample < s->data->n && vel_sample_flipped(s->data, sample, seed, showing);
     VEL_TRY(put_picture(m, t, k));
     VEL_TRY(put_mask(s, t, k));

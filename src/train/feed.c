@@ -584,6 +584,7 @@ static void weigh_prior(train_session *s, train_batch *t, int n)
     if (s->prior == PRIOR_BASE) {
         t->b.n_base = n;
         t->b.base_context = s->base_context;
+        memset(t->preserve + n, 0, (size_t)n * sizeof *t->preserve);
     }
 }
 

@@ -84,6 +84,15 @@ static vel_status open_data(train_session *s, vel_train_options *own)
                         "--with_prior_preservation can have",
                         o->dataset_config);
     own->batch = largest ? largest : own->batch;
+    bool preserve = false;
+    for (int i = 0; i < d.n_subsets; i++)
+        preserve |= d.subsets[i].how.preserve;
+    const char *wrong = o->train_text_encoder ? "train_text_encoder" : o->fit ? "fit" : NULL;
+    if (preserve && wrong)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "%s: diff_output_preservation: not with --%s: the unchanged model is asked "
+                        "beside the trained one, with the same text states",
+                        o->dataset_config, wrong);
     return VEL_OK;
 }
 

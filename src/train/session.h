@@ -38,6 +38,7 @@ typedef struct train_batch {
     float *latent, *noise, *context, *weight, *disturbed, *mask, *extra, *room, *token_weights,
         *kept;
     int32_t *timestep, *ids;
+    bool *preserve;
 } train_batch;
 
 /* In which order an epoch shows the pictures of the class. */

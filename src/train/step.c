@@ -284,6 +284,26 @@ static vel_status base_targets(vel_trainer *t, const vel_batch *b, const float *
     return vel_plan_get(t->base, "out", t->target + first * each, n * each);
 }
 
+/* Targets of the samples that are to stay as the model has them. It is asked for all of the batch,
+ * so that one plan serves whichever they are. */
+static vel_status preserved_targets(vel_trainer *t, const vel_batch *b, const float *time)
+{
+    int64_t each = (int64_t)b->h * b->w * t->channels, count = b->n * each;
+    VEL_TRY(base_plan(t, b->n, b->h, b->w));
+    VEL_TRY(vel_plan_set(t->base, "latent", t->noisy, (size_t)count * sizeof(float)));
+    VEL_TRY(vel_plan_set(t->base, "time", time, (size_t)b->n * sizeof(float)));
+    VEL_TRY(vel_model_set_condition(t->model, t->base, b->context,
+                                    vel_model_extra_count(t->model) ? b->extra : NULL, b->n));
+    VEL_TRY(vel_plan_run(t->base));
+    float *said = vel_alloc(t->ctx, (size_t)count * sizeof *said);
+    vel_status st = said ? vel_plan_get(t->base, "out", said, count) : VEL_NO_MEMORY;
+    for (int i = 0; i < b->n && !st; i++)
+        if (b->preserve[i])
+            memcpy(t->target + i * each, said + i * each, (size_t)each * sizeof *said);
+    vel_free(t->ctx, said);
+    return st;
+}
+
 enum { MOST_SAMPLES = 256 };
 
 static vel_status set_weight(vel_plan *p, const vel_batch *b)
@@ -315,6 +335,8 @@ static vel_status make_noisy(vel_trainer *t, const vel_batch *b)
                         VEL_COUNT(time));
     for (int i = 0; i < b->n; i++)
         time[i] = (float)b->timestep[i];
+    if (b->preserve)
+        VEL_TRY(preserved_targets(t, b, time));
     return b->n_base ? base_targets(t, b, time) : VEL_OK;
 }
 
@@ -367,6 +389,8 @@ static vel_status dream(vel_trainer *t, const vel_batch *b)
     float *said = vel_alloc(t->ctx, (size_t)count * sizeof *said);
     vel_status st = said ? vel_plan_get(p, "prediction", said, count) : VEL_NO_MEMORY;
     for (int i = 0; i < b->n - b->n_base && !st; i++) {
+        if (b->preserve && b->preserve[i])
+            continue;
         double noise = sqrt(1 - s->alphas_cumprod[VEL_MIN(b->timestep[i], s->n - 1)]);
         float part = (float)pow(noise, t->o.objective.dream_preservation);
         for (int64_t k = i * each; k < (i + 1) * each; k++) {
@@ -383,7 +407,7 @@ vel_status vel_trainer_stage(vel_trainer *t, const vel_batch *b)
 {
     vel_plan *p = known_plan(t, b->n, b->h, b->w, true); /* making one would move memory */
     t->ready = NULL;
-    if (!p || !vel_plan_takes_ahead(p) || b->n_base || t->o.objective.dream)
+    if (!p || !vel_plan_takes_ahead(p) || b->n_base || b->preserve || t->o.objective.dream)
         return VEL_OK;
     VEL_TRY(set_inputs(t, p, b));
     t->ready = p;

@@ -205,6 +205,9 @@ typedef struct vel_batch {      /* what a step learns from, host memory */
      * under base_context [n_base, values of a text]. */
     int n_base;
     const float *base_context;
+    /* [n] samples that are to get what the unchanged model predicts under their own context; NULL:
+     * none are. Every text encoder's states must be in context. */
+    const bool *preserve;
 } vel_batch;
 
 typedef struct vel_trainer_options {
