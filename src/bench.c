@@ -422,20 +422,30 @@ static vel_status bench_part(bench *b, run_fn run)
 /* ---- ceilings
  * --------------------------------------------------------------------------------------------- */
 
-/* What this machine reaches with these kernels: in products and convolutions of the best shapes,
- * and with values that fit the second cache. */
+typedef struct ceiling_trial {
+    vel_op op;
+    const char *shapes;
+    bool operations;
+} ceiling_trial;
+
+/* What this machine reaches with these kernels: on a processor in products and convolutions of the
+ * best shapes, and with values that fit the second cache; on a GPU in a product that fills it, and
+ * with values that fit no cache. */
 static vel_status find_ceilings(bench *b, vel_ceilings *c)
 {
-    static const struct {
-        vel_op op;
-        const char *shapes;
-        bool operations;
-    } trials[] = {
+    static const ceiling_trial processor[] = {
         {VEL_OP_conv2d, "1x64x64x320,320x320x5x5", true}, /* 3x3 may need fewer than are counted */
         {VEL_OP_linear, "1x1024x1280,1280x1280", true},
         {VEL_OP_add, "1x1024x320,1x1024x320", false},
     };
-    for (int i = 0; i < VEL_COUNT(trials); i++)
+    static const ceiling_trial card[] = {
+        {VEL_OP_linear, "1x8192x4096,8192x4096", true},
+        {VEL_OP_add, "1x8192x4096,1x8192x4096", false},
+    };
+    bool is_processor = strcmp(vel_engine_backend(vel_model_engine(b->model)), "cpu") == 0;
+    const ceiling_trial *trials = is_processor ? processor : card;
+    int n = is_processor ? VEL_COUNT(processor) : VEL_COUNT(card);
+    for (int i = 0; i < n; i++)
         VEL_TRY(vel_bench_best_rate(b, trials[i].op, trials[i].shapes, trials[i].operations,
                                     trials[i].operations ? &c->flops : &c->bytes));
     return VEL_OK;

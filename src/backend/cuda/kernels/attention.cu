@@ -25,6 +25,15 @@ struct geometry {
 
 #ifdef VEL_CU_TENSOR
 
+/* 2^x by the unit's own instruction: exp2f mends what lies below 2^-126, which is no probability.
+ */
+__device__ __forceinline__ float power_of_two(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* Adds the bias and hides what is not to be seen: scores s [16, N] of queries from q (this lane's
  * first) and keys from k on. bias is in units of log2. */
 template <int N>
@@ -46,8 +55,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[N / 8][4], const geometry
 
 /* Takes a tile's scores in: s becomes probabilities relative to the largest score of each of the
  * lane's two rows so far, and what was added up before is scaled to it. */
-template <int DP, int BK>
-__device__ __forceinline__ void next_scores(float (&s)[BK / 8][4], float (&o)[DP / 8][4],
+template <int D, int BK>
+__device__ __forceinline__ void next_scores(float (&s)[BK / 8][4], float (&o)[D / 8][4],
                                             float (&top)[2], float (&sum)[2])
 {
     float over[2];
@@ -60,31 +69,32 @@ __device__ __forceinline__ void next_scores(float (&s)[BK / 8][4], float (&o)[DP
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
         float from = m == -INFINITY ? 0 : m, part = 0;
-        over[half] = exp2f(top[half] - from);
+        over[half] = power_of_two(top[half] - from);
         top[half] = m;
 #pragma unroll
         for (int n = 0; n < BK / 8; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float p = exp2f(s[n][2 * half + i] - from);
+                float p = power_of_two(s[n][2 * half + i] - from);
                 s[n][2 * half + i] = p;
                 part += p;
             }
         sum[half] = sum[half] * over[half] + part;
     }
 #pragma unroll
-    for (int n = 0; n < DP / 8; n++)
+    for (int n = 0; n < D / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             o[n][i] *= over[i >> 1];
 }
 
-template <typename T, int DP, int BK, int WARPS>
+template <typename T, int D, int BK, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
     attention_kernel(const T *q, const T *k, const T *v, const float *bias, T *out, float *lse,
                      geometry g)
 {
-    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * WARPS, TILE = BK * STEP;
+    constexpr int DP = whole_depth(D), THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * WARPS,
+                  TILE = BK * STEP;
     extern __shared__ __align__(16) char memory[];
     T *sq = (T *)memory, *sk = sq + BQ * STEP, *sv = sk + 2 * TILE;
     int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * BQ, warp = threadIdx.x >> 5;
@@ -99,7 +109,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     load_tile<T, DP, BK, THREADS>(sv, v, g.row, g.keys, g.d, g.vectors);
     copies_end();
 
-    float o[1][DP / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    float o[1][D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     int mine = first + warp * 16 + ((threadIdx.x & 31) >> 2); /* this lane's first query */
     for (int j = 0; j < tiles; j++) {
         const T *tk = sk + (j & 1) * TILE, *tv = sv + (j & 1) * TILE;
@@ -116,7 +126,7 @@ __global__ void __launch_bounds__(32 * WARPS)
         }
         __syncthreads();
         float s[1][BK / 8][4] = {};
-        multiply_tiles<T, DP, BK>(s, sq + warp * 16 * STEP, tk);
+        multiply_tiles<T, D, BK>(s, sq + warp * 16 * STEP, tk);
 #pragma unroll
         for (int n = 0; n < BK / 8; n++)
 #pragma unroll
@@ -124,8 +134,8 @@ __global__ void __launch_bounds__(32 * WARPS)
                 s[0][n][i] *= g.scale;
         if (bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first))
             mask_scores<BK>(s[0], g, mine, j * BK, bias);
-        next_scores<DP, BK>(s[0], o[0], top, sum);
-        multiply_result<T, DP, BK>(o, s, tv);
+        next_scores<D, BK>(s[0], o[0], top, sum);
+        multiply_result<T, D, BK>(o, s, tv);
         __syncthreads();
     }
     float by[2];
@@ -140,8 +150,8 @@ __global__ void __launch_bounds__(32 * WARPS)
                 (top[half] + log2f(all)) / log2e;
     }
     int begin = first + warp * 16;
-    store_result<T, DP>(out + item * g.batch_q + begin * g.row + head * g.d, g.row,
-                        g.queries - begin, g.d, g.vectors, o[0], by);
+    store_result<T, D>(out + item * g.batch_q + begin * g.row + head * g.d, g.row,
+                       g.queries - begin, g.d, g.vectors, o[0], by);
 }
 
 /* delta[b, head, t] = sum of dout * out over the head: a warp each. */
@@ -163,22 +173,23 @@ __global__ void __launch_bounds__(256)
         delta[(item * g.heads + head) * g.queries + query] = sum;
 }
 
-/* What the gradient needs to know of n queries from lse and delta on, for a tile of BQ: the log of
- * the sum of exp in units of log2, infinite (no probability) where there is no query, and delta. */
+/* What the gradient needs to know of n queries from lse and delta on, for a tile of BQ: less the
+ * log of the sum of exp in units of log2, infinite (no probability) where there is no query, and
+ * delta. */
 template <int BQ, int THREADS>
 __device__ __forceinline__ void load_row_numbers(float *to, const float *lse, const float *delta,
                                                  int n)
 {
     for (int i = threadIdx.x; i < BQ; i += THREADS) {
-        to[i] = i < n ? lse[i] * log2e : INFINITY;
+        to[i] = i < n ? -lse[i] * log2e : -INFINITY;
         to[BQ + i] = i < n ? delta[i] : 0;
     }
 }
 
-/* Scores s [16 keys, BQ queries] become probabilities, and dp what ds is but for the scale. add is
- * the bias of the lane's two keys; a query before column hidden (+ 8 for the second key) does not
- * see the key. */
-template <int BQ>
+/* Scores s [16 keys, BQ queries] become probabilities, and dp what ds is but for the scale. MASKED:
+ * add is the bias of the lane's two keys, and a query before column hidden (+ 8 for the second key)
+ * does not see the key. */
+template <bool MASKED, int BQ>
 __device__ __forceinline__ void turn_scores(float (&s)[BQ / 8][4], float (&dp)[BQ / 8][4],
                                             float scale, const float (&add)[2], const float *lse,
                                             const float *delta, int hidden)
@@ -189,8 +200,9 @@ __device__ __forceinline__ void turn_scores(float (&s)[BQ / 8][4], float (&dp)[B
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int column = n * 8 + first + (i & 1);
-            float p = exp2f(s[n][i] * scale + add[i >> 1] - lse[column]);
-            if (hidden + (i >> 1) * 8 > column)
+            float p = power_of_two(
+                fmaf(s[n][i], scale, MASKED ? lse[column] + add[i >> 1] : lse[column]));
+            if (MASKED && hidden + (i >> 1) * 8 > column)
                 p = 0;
             s[n][i] = p;
             dp[n][i] = p * (dp[n][i] - delta[column]);
@@ -198,13 +210,13 @@ __device__ __forceinline__ void turn_scores(float (&s)[BQ / 8][4], float (&dp)[B
 }
 
 /* As store_result, into float32 sums. */
-template <int DP>
+template <int D>
 __device__ __forceinline__ void store_floats(float *to, int64_t row, int real, int d,
-                                             const float (&c)[DP / 8][4], float by)
+                                             const float (&c)[D / 8][4], float by)
 {
     int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int n = 0; n < DP / 8; n++)
+    for (int n = 0; n < D / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int r = (lane >> 2) + (i >> 1) * 8, at = n * 8 + (lane & 3) * 2 + (i & 1);
@@ -215,13 +227,14 @@ __device__ __forceinline__ void store_floats(float *to, int64_t row, int real, i
 
 /* dk and dv: a block has MT * 16 keys per warp, as the rows of its results, and walks over queries
  * of its part. ds lacks the scale until the end. */
-template <typename T, int DP, int BQ, int WARPS, int MT>
-__global__ void __launch_bounds__(32 * WARPS)
+template <typename T, int D, int BQ, int WARPS, int MT, int BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     attention_grad_keys_kernel(const T *q, const T *k, const T *v, const float *bias,
                                const float *lse, const T *dout, const float *delta, T *dk, T *dv,
                                float *parts, geometry g, int splits, int each, float out_scale)
 {
-    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BK = 16 * MT * WARPS, TILE = BQ * STEP;
+    constexpr int DP = whole_depth(D), THREADS = 32 * WARPS, STEP = DP + 8, BK = 16 * MT * WARPS,
+                  TILE = BQ * STEP;
     extern __shared__ __align__(16) char memory[];
     T *sk = (T *)memory, *sv = sk + BK * STEP, *sq = sv + BK * STEP, *sd = sq + 2 * TILE;
     float *rows = (float *)(sd + 2 * TILE); /* [2][lse, delta][BQ] */
@@ -251,7 +264,7 @@ __global__ void __launch_bounds__(32 * WARPS)
         load_row_numbers<BQ, THREADS>(rows + slot * 2 * BQ, lse + at, delta + at, end - at);
         copies_end();
     };
-    float ak[MT][DP / 8][4] = {}, av[MT][DP / 8][4] = {};
+    float ak[MT][D / 8][4] = {}, av[MT][D / 8][4] = {};
     int own = warp * 16 * MT, mine = first + own + (lane >> 2); /* this lane's first key */
     float add[MT][2] = {};
     if (bias)
@@ -270,15 +283,18 @@ __global__ void __launch_bounds__(32 * WARPS)
         const T *tq = sq + slot * TILE, *td = sd + slot * TILE;
         const float *row_lse = rows + slot * 2 * BQ, *row_delta = row_lse + BQ;
         float s[MT][BQ / 8][4] = {}, dp[MT][BQ / 8][4] = {};
-        multiply_tiles<T, DP, BQ>(s, sk + own * STEP, tq);
-        multiply_tiles<T, DP, BQ>(dp, sv + own * STEP, td);
+        multiply_tiles<T, D, BQ>(s, sk + own * STEP, tq);
+        multiply_tiles<T, D, BQ>(dp, sv + own * STEP, td);
         bool edge = g.causal && at < first + BK;
 #pragma unroll
         for (int m = 0; m < MT; m++)
-            turn_scores<BQ>(s[m], dp[m], g.scale, add[m], row_lse, row_delta,
-                            edge ? mine + m * 16 - at : -BK);
-        multiply_result<T, DP, BQ>(av, s, td);
-        multiply_result<T, DP, BQ>(ak, dp, tq);
+            if (bias || edge)
+                turn_scores<true, BQ>(s[m], dp[m], g.scale, add[m], row_lse, row_delta,
+                                      edge ? mine + m * 16 - at : -BK);
+            else
+                turn_scores<false, BQ>(s[m], dp[m], g.scale, add[m], row_lse, row_delta, 0);
+        multiply_result<T, D, BQ>(av, s, td);
+        multiply_result<T, D, BQ>(ak, dp, tq);
         __syncthreads();
     }
     copies_wait<0>();
@@ -289,12 +305,12 @@ __global__ void __launch_bounds__(32 * WARPS)
         int row = first + own + m * 16, real = g.keys - row;
         int64_t place = item * g.batch_k + row * g.row + head * g.d;
         if (splits == 1) {
-            store_result<T, DP>(dk + place, g.row, real, g.d, g.vectors, ak[m], scales);
-            store_result<T, DP>(dv + place, g.row, real, g.d, g.vectors, av[m], one);
+            store_result<T, D>(dk + place, g.row, real, g.d, g.vectors, ak[m], scales);
+            store_result<T, D>(dv + place, g.row, real, g.d, g.vectors, av[m], one);
         } else {
             float *to = parts + split * 2 * whole + place;
-            store_floats<DP>(to, g.row, real, g.d, ak[m], out_scale);
-            store_floats<DP>(to + whole, g.row, real, g.d, av[m], 1);
+            store_floats<D>(to, g.row, real, g.d, ak[m], out_scale);
+            store_floats<D>(to + whole, g.row, real, g.d, av[m], 1);
         }
     }
 }
@@ -312,13 +328,14 @@ __global__ void __launch_bounds__(256)
     (at < whole ? dk : dv - whole)[at] = from_float<T>(sum);
 }
 
-template <typename T, int DP, int BK, int WARPS, int MT>
-__global__ void __launch_bounds__(32 * WARPS)
+template <typename T, int D, int BK, int WARPS, int MT, int BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     attention_grad_queries_kernel(const T *q, const T *k, const T *v, const float *bias,
                                   const float *lse, const T *dout, const float *delta, T *dq,
                                   geometry g, float out_scale)
 {
-    constexpr int THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * MT * WARPS, TILE = BK * STEP;
+    constexpr int DP = whole_depth(D), THREADS = 32 * WARPS, STEP = DP + 8, BQ = 16 * MT * WARPS,
+                  TILE = BK * STEP;
     extern __shared__ __align__(16) char memory[];
     T *sq = (T *)memory, *sd = sq + BQ * STEP, *sk = sd + BQ * STEP, *sv = sk + 2 * TILE;
     int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * BQ, warp = threadIdx.x >> 5;
@@ -342,10 +359,10 @@ __global__ void __launch_bounds__(32 * WARPS)
     for (int i = 0; i < 2 * MT; i++) {
         int64_t at = ((int64_t)item * g.heads + head) * g.queries + mine + i * 8;
         bool real = mine + i * 8 < g.queries;
-        row_lse[i] = real ? lse[at] * log2e : INFINITY;
+        row_lse[i] = real ? -lse[at] * log2e : -INFINITY;
         row_delta[i] = real ? delta[at] : 0;
     }
-    float aq[MT][DP / 8][4] = {};
+    float aq[MT][D / 8][4] = {};
     for (int j = 0; j < tiles; j++) {
         const T *tk = sk + (j & 1) * TILE, *tv = sv + (j & 1) * TILE;
         if (j + 1 < tiles) {
@@ -361,34 +378,36 @@ __global__ void __launch_bounds__(32 * WARPS)
         }
         __syncthreads();
         float s[MT][BK / 8][4] = {}, dp[MT][BK / 8][4] = {};
-        multiply_tiles<T, DP, BK>(s, sq + own * STEP, tk);
-        multiply_tiles<T, DP, BK>(dp, sd + own * STEP, tv);
+        multiply_tiles<T, D, BK>(s, sq + own * STEP, tk);
+        multiply_tiles<T, D, BK>(dp, sd + own * STEP, tv);
         bool masked = bias || (j + 1) * BK > g.keys || (g.causal && (j + 1) * BK > first);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
+            float by = masked ? 1 : g.scale;
+            if (masked) {
 #pragma unroll
-            for (int n = 0; n < BK / 8; n++)
+                for (int n = 0; n < BK / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[m][n][i] *= g.scale;
-            if (masked)
+                    for (int i = 0; i < 4; i++)
+                        s[m][n][i] *= g.scale;
                 mask_scores<BK>(s[m], g, mine + m * 16, j * BK, bias);
+            }
 #pragma unroll
             for (int n = 0; n < BK / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    dp[m][n][i] = exp2f(s[m][n][i] - row_lse[2 * m + (i >> 1)]) *
+                    dp[m][n][i] = power_of_two(fmaf(s[m][n][i], by, row_lse[2 * m + (i >> 1)])) *
                                   (dp[m][n][i] - row_delta[2 * m + (i >> 1)]);
         }
-        multiply_result<T, DP, BK>(aq, dp, tk);
+        multiply_result<T, D, BK>(aq, dp, tk);
         __syncthreads();
     }
     float scales[2] = {out_scale, out_scale};
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         int row = first + own + m * 16;
-        store_result<T, DP>(dq + item * g.batch_q + row * g.row + head * g.d, g.row,
-                            g.queries - row, g.d, g.vectors, aq[m], scales);
+        store_result<T, D>(dq + item * g.batch_q + row * g.row + head * g.d, g.row, g.queries - row,
+                           g.d, g.vectors, aq[m], scales);
     }
 }
 #endif
@@ -419,28 +438,34 @@ static geometry geometry_of(vel_cu_attention a, const void *const *pointers, int
 
 enum { BACK_WARPS = 4, MANY_BLOCKS = 264, MAX_SPLITS = 16 };
 
-/* What the registers of the backward walks allow: rows of 16 a warp, and of the other side's tile
- * in the walk for dk and dv, and in that for dq. */
-static constexpr int back_rows(int dp)
+/* What was fastest of the backward walks on an H100 (docs/speed.md): rows of 16 a warp, queries of
+ * a tile in the walk for dk and dv, keys of one in that for dq, and the blocks of a multiprocessor
+ * that registers are kept free for. */
+static constexpr int back_rows(int d)
 {
-    return dp <= 64 ? 2 : 1;
+    return d <= 40 ? 2 : 1;
 }
-static constexpr int back_block(int dp)
+static constexpr int back_block(int d)
 {
-    return 16 * BACK_WARPS * back_rows(dp);
+    return 16 * BACK_WARPS * back_rows(d);
 }
-static constexpr int back_queries(int dp)
+static constexpr int back_queries(int d)
 {
-    return dp <= 64 ? 32 : dp <= 80 ? 64 : dp <= 128 ? 32 : 16;
+    return d <= 80 ? 64 : d <= 128 ? 32 : 16;
 }
-static constexpr int back_keys(int dp)
+static constexpr int back_keys(int d)
 {
-    return dp <= 80 ? 64 : 32;
+    return d <= 80 ? 64 : 32;
+}
+static constexpr int back_blocks(int d)
+{
+    return d == 64 ? 3 : 1;
 }
 
+/* Width of a head that the kernels are made for: whole pieces of 16, and SD 1.5's 40. */
 static int padded_width(int d)
 {
-    static const int widths[] = {32, 48, 64, 80, 96, 128, 160};
+    static const int widths[] = {32, 40, 64, 80, 96, 128, 160};
     for (int w : widths)
         if (d <= w)
             return w;
@@ -450,8 +475,8 @@ static int padded_width(int d)
 /* Parts of the walk over queries, so that few keys still fill the card. */
 static int splits_of(vel_cu_attention a)
 {
-    int dp = padded_width(a.width), tile = back_queries(dp);
-    int64_t blocks = blocks_for(a.keys, back_block(dp)) * (int64_t)a.heads * a.batch;
+    int d = padded_width(a.width), tile = back_queries(d);
+    int64_t blocks = blocks_for(a.keys, back_block(d)) * (int64_t)a.heads * a.batch;
     int64_t tiles = (a.queries + tile - 1) / tile, n = MANY_BLOCKS / blocks;
     n = n > tiles ? tiles : n;
     return (int)(n > MAX_SPLITS ? MAX_SPLITS : n < 1 ? 1 : n);
@@ -463,39 +488,40 @@ template <typename K> static void allow_shared(K kernel, size_t bytes)
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
 }
 
-template <typename T, int DP, int WARPS>
+template <typename T, int D, int WARPS>
 static void forward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q, const T *k,
                     const T *v, const float *bias, T *out, float *lse)
 {
-    constexpr int KEYS = DP <= 96 ? 64 : 32;
+    constexpr int KEYS = D <= 96 ? 64 : 32;
     dim3 grid(blocks_for(a.queries, 16 * WARPS), (unsigned)a.heads, (unsigned)a.batch);
-    size_t bytes = sizeof(T) * (DP + 8) * (16 * WARPS + 4 * KEYS);
+    size_t bytes = sizeof(T) * (whole_depth(D) + 8) * (16 * WARPS + 4 * KEYS);
 #ifdef VEL_CU_TENSOR
-    auto kernel = attention_kernel<T, DP, KEYS, WARPS>;
+    auto kernel = attention_kernel<T, D, KEYS, WARPS>;
     allow_shared(kernel, bytes);
     kernel<<<grid, 32 * WARPS, bytes, s>>>(q, k, v, bias, out, lse, g);
 #endif
 }
 
 /* scratch: delta [batch, heads, queries], then the parts of dk and dv. */
-template <typename T, int DP>
+template <typename T, int D>
 static void backward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q, const T *k,
                      const T *v, const float *bias, const T *out, const float *lse, const T *dout,
                      T *dq, T *dk, T *dv, float *scratch)
 {
-    constexpr int QUERIES = back_queries(DP), KEYS = back_keys(DP), MT = back_rows(DP);
-    constexpr int THREADS = 32 * BACK_WARPS, BLOCK = back_block(DP);
+    constexpr int QUERIES = back_queries(D), KEYS = back_keys(D), MT = back_rows(D);
+    constexpr int BLOCKS = back_blocks(D), THREADS = 32 * BACK_WARPS, BLOCK = back_block(D),
+                  STEP = whole_depth(D) + 8;
     int64_t rows = a.batch * a.heads * a.queries, whole = a.batch * g.batch_k;
     int64_t tiles = (a.queries + QUERIES - 1) / QUERIES;
     int splits = splits_of(a), each = (int)((tiles + splits - 1) / splits) * QUERIES;
     float *delta = scratch, *parts = scratch + (rows + 3) / 4 * 4;
-    size_t over_q = sizeof(T) * (DP + 8) * (2 * BLOCK + 4 * KEYS);
-    size_t over_k = sizeof(T) * (DP + 8) * (2 * BLOCK + 4 * QUERIES) + 16 * QUERIES;
+    size_t over_q = sizeof(T) * STEP * (2 * BLOCK + 4 * KEYS);
+    size_t over_k = sizeof(T) * STEP * (2 * BLOCK + 4 * QUERIES) + 16 * QUERIES;
     dim3 grid_q(blocks_for(a.queries, BLOCK), (unsigned)a.heads, (unsigned)a.batch);
     dim3 grid_k(blocks_for(a.keys, BLOCK), (unsigned)a.heads, (unsigned)(a.batch * splits));
 #ifdef VEL_CU_TENSOR
-    auto queries = attention_grad_queries_kernel<T, DP, KEYS, BACK_WARPS, MT>;
-    auto keys = attention_grad_keys_kernel<T, DP, QUERIES, BACK_WARPS, MT>;
+    auto queries = attention_grad_queries_kernel<T, whole_depth(D), KEYS, BACK_WARPS, MT, BLOCKS>;
+    auto keys = attention_grad_keys_kernel<T, D, QUERIES, BACK_WARPS, MT, BLOCKS>;
     allow_shared(queries, over_q);
     allow_shared(keys, over_k);
     attention_delta_kernel<T><<<blocks_for(rows, 8), 256, 0, s>>>(out, dout, delta, g, rows);
@@ -508,11 +534,11 @@ static void backward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q,
 #endif
 }
 
-/* Runs the statement with DP as the padded width of a head. */
+/* Runs the statement with D as the width that the kernels are made for. */
 #define EACH_WIDTH(width, ...)                                                                     \
     switch (padded_width(width)) {                                                                 \
         WIDTH_CASE(32, __VA_ARGS__)                                                                \
-        WIDTH_CASE(48, __VA_ARGS__)                                                                \
+        WIDTH_CASE(40, __VA_ARGS__)                                                                \
         WIDTH_CASE(64, __VA_ARGS__)                                                                \
         WIDTH_CASE(80, __VA_ARGS__)                                                                \
         WIDTH_CASE(96, __VA_ARGS__)                                                                \
@@ -521,7 +547,7 @@ static void backward(cudaStream_t s, vel_cu_attention a, geometry g, const T *q,
     }
 #define WIDTH_CASE(w, ...)                                                                         \
     case w: {                                                                                      \
-        constexpr int DP = w;                                                                      \
+        constexpr int D = w;                                                                       \
         __VA_ARGS__;                                                                               \
         break;                                                                                     \
     }
@@ -534,11 +560,11 @@ static void run_forward(cudaStream_t s, vel_cu_attention a, const void *q, const
     geometry g = geometry_of(a, pointers, 4);
     bool many = (int64_t)blocks_for(a.queries, 128) * a.heads * a.batch >= MANY_BLOCKS / 2;
     if (many)
-        EACH_WIDTH(a.width, forward<T, DP, 8>(s, a, g, (const T *)q, (const T *)k, (const T *)v,
-                                              bias, (T *)out, lse))
+        EACH_WIDTH(a.width, forward<T, D, 8>(s, a, g, (const T *)q, (const T *)k, (const T *)v,
+                                             bias, (T *)out, lse))
     else
-        EACH_WIDTH(a.width, forward<T, DP, 4>(s, a, g, (const T *)q, (const T *)k, (const T *)v,
-                                              bias, (T *)out, lse))
+        EACH_WIDTH(a.width, forward<T, D, 4>(s, a, g, (const T *)q, (const T *)k, (const T *)v,
+                                             bias, (T *)out, lse))
 }
 
 extern "C" void vel_cu_attention_run(cudaStream_t s, int type, vel_cu_attention a, const void *q,
@@ -565,9 +591,9 @@ static void run_backward(cudaStream_t s, vel_cu_attention a, const void *q, cons
 {
     const void *const pointers[] = {q, k, v, dout, dq, dk, dv};
     geometry g = geometry_of(a, pointers, 7);
-    EACH_WIDTH(a.width, backward<T, DP>(s, a, g, (const T *)q, (const T *)k, (const T *)v, bias,
-                                        (const T *)out, lse, (const T *)dout, (T *)dq, (T *)dk,
-                                        (T *)dv, (float *)scratch))
+    EACH_WIDTH(a.width, backward<T, D>(s, a, g, (const T *)q, (const T *)k, (const T *)v, bias,
+                                       (const T *)out, lse, (const T *)dout, (T *)dq, (T *)dk,
+                                       (T *)dv, (float *)scratch))
 }
 
 extern "C" void vel_cu_attention_grad(cudaStream_t s, int type, vel_cu_attention a, const void *q,

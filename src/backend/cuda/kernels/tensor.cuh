@@ -1,8 +1,9 @@
 /* tensor.cuh: tensor cores by mma.sync m16n8k16 (capability 80 and up), and tiles in shared memory.
  *
- * A tile's row is DP elements and 8 of padding, so that eight rows of 16 bytes meet no bank twice.
- * Lane l of a warp holds of a 16 x 8 result c[0..1] at row l / 4, columns 2 (l % 4) and the next,
- * and c[2..3] eight rows below. */
+ * A tile's row is DP elements, a multiple of 16, of which the first D, a multiple of 8, are used,
+ * and 8 of padding, so that eight rows of 16 bytes meet no bank twice. Lane l of a warp holds of a
+ * 16 x 8 result c[0..1] at row l / 4, columns 2 (l % 4) and the next, and c[2..3] eight rows below.
+ */
 #ifndef VEL_CUDA_TENSOR_CUH
 #define VEL_CUDA_TENSOR_CUH
 
@@ -49,6 +50,22 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
                      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* The same with half the depth: what a[2], a[3] and b1 would hold is nothing. */
+template <typename T>
+__device__ __forceinline__ void multiply_add_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b)
+{
+    if constexpr (std::is_same<T, bf16>::value)
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(b));
+    else
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 template <typename T> __device__ __forceinline__ uint32_t pack_pair(float low, float high)
@@ -112,12 +129,18 @@ template <typename T, int STEP> __device__ __forceinline__ const T *right_place(
     return p + ((lane & 7) + (lane >> 4) * 8) * STEP + ((lane >> 3) & 1) * 8;
 }
 
-/* c [MT * 16, N] += a [MT * 16, DP] b [N, DP]^T, both tiles in shared memory; a begins at the
+/* What a tile's rows are padded to. */
+__host__ __device__ constexpr int whole_depth(int d)
+{
+    return (d + 15) / 16 * 16;
+}
+
+/* c [MT * 16, N] += a [MT * 16, D] b [N, D]^T, both tiles in shared memory; a begins at the
  * warp's rows. Each piece of b is read once for all MT. */
-template <typename T, int DP, int N, int MT>
+template <typename T, int D, int N, int MT>
 __device__ __forceinline__ void multiply_tiles(float (&c)[MT][N / 8][4], const T *a, const T *b)
 {
-    constexpr int STEP = DP + 8;
+    constexpr int DP = whole_depth(D), STEP = DP + 8;
     const T *left = left_place<T, STEP>(a), *right = right_place<T, STEP>(b);
 #pragma unroll
     for (int k = 0; k < DP / 16; k++) {
@@ -130,19 +153,24 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[MT][N / 8][4], const T
             load_matrices(y, right + n * 16 * STEP + k * 16);
 #pragma unroll
             for (int m = 0; m < MT; m++) {
-                multiply_add<T>(c[m][2 * n], x[m], y[0], y[1]);
-                multiply_add<T>(c[m][2 * n + 1], x[m], y[2], y[3]);
+                if (k * 16 + 8 < D) {
+                    multiply_add<T>(c[m][2 * n], x[m], y[0], y[1]);
+                    multiply_add<T>(c[m][2 * n + 1], x[m], y[2], y[3]);
+                } else {
+                    multiply_add_half<T>(c[m][2 * n], x[m], y[0]);
+                    multiply_add_half<T>(c[m][2 * n + 1], x[m], y[2]);
+                }
             }
         }
     }
 }
 
-/* c [MT * 16, DP] += p [MT * 16, N] b [N, DP], p a result in registers, rounded to T. */
-template <typename T, int DP, int N, int MT>
-__device__ __forceinline__ void multiply_result(float (&c)[MT][DP / 8][4],
+/* c [MT * 16, D] += p [MT * 16, N] b [N, D], p a result in registers, rounded to T. */
+template <typename T, int D, int N, int MT>
+__device__ __forceinline__ void multiply_result(float (&c)[MT][D / 8][4],
                                                 const float (&p)[MT][N / 8][4], const T *b)
 {
-    constexpr int STEP = DP + 8;
+    constexpr int DP = whole_depth(D), STEP = DP + 8;
     const T *right = left_place<T, STEP>(b);
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
@@ -160,16 +188,17 @@ __device__ __forceinline__ void multiply_result(float (&c)[MT][DP / 8][4],
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 multiply_add<T>(c[m][2 * n], x[m], y[0], y[1]);
-                multiply_add<T>(c[m][2 * n + 1], x[m], y[2], y[3]);
+                if (n * 16 + 8 < D)
+                    multiply_add<T>(c[m][2 * n + 1], x[m], y[2], y[3]);
             }
         }
     }
 }
 
-/* Rows 0 to real-1 of a [16, DP] result, times by[0] (rows of c[0..1]) and by[1], d columns. */
-template <typename T, int DP>
+/* Rows 0 to real-1 of a [16, D] result, times by[0] (rows of c[0..1]) and by[1], d columns. */
+template <typename T, int D>
 __device__ __forceinline__ void store_result(T *to, int64_t row, int real, int d, bool vectors,
-                                             const float (&c)[DP / 8][4], const float (&by)[2])
+                                             const float (&c)[D / 8][4], const float (&by)[2])
 {
     int lane = threadIdx.x & 31, first = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll
@@ -178,7 +207,7 @@ __device__ __forceinline__ void store_result(T *to, int64_t row, int real, int d
         if (r >= real)
             continue;
 #pragma unroll
-        for (int n = 0; n < DP / 8; n++) {
+        for (int n = 0; n < D / 8; n++) {
             int at = n * 8 + column;
             float x = c[n][2 * half] * by[half], y = c[n][2 * half + 1] * by[half];
             if (vectors && at < d) {
