@@ -813,7 +813,7 @@ vel_status vel_plan_run(vel_plan *p)
     if (recorded && stamps(p))
         VEL_TRY(add_stamps(p));
     p->bound_runs++;
-    p->runs++;
+    p->runs += recorded || !stamps(p); /* as many as seconds are of */
     return VEL_OK;
 }
 
