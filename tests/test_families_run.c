@@ -510,3 +510,29 @@ TEST(families_run_all_weights)
     program_result r;
     CHECK(program_shell(t, "ls \"$D\"/sana/*.state", &r) && r.status != 0);
 }
+
+/* FLUX.1 dev takes its guidance as an input, and what it is trained with changes what is learnt;
+ * schnell takes none. */
+TEST(families_run_guidance_is_an_input)
+{
+    static const char *const names[] = {"flux-dev", "flux-schnell"};
+    copy_pictures(t);
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        program_result r;
+        bool ran = runs(t, names[i],
+                        "train " FAMILY_MODEL QUICK
+                        "--steps 1 --overwrite --guidance_scale 1 --output_dir \"$D/one\"",
+                        &r) &&
+                   runs(t, names[i],
+                        "train " FAMILY_MODEL QUICK
+                        "--steps 1 --overwrite --guidance_scale 3.5 --output_dir \"$D/more\"",
+                        &r);
+        bool same = ran &&
+                    program_shell(t,
+                                  "for d in one more; do grep -o '\"loss\": *[0-9.]*' "
+                                  "\"$D/$d/a.log.jsonl\" | head -n 1; done | uniq | wc -l",
+                                  &r) &&
+                    atoi(r.text) == 1;
+        CHECK_MSG(!ran || same == (i == 1), "%s: guidance: %s", names[i], r.text);
+    }
+}
