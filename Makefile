@@ -154,6 +154,9 @@ TEST_ENV += UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after
 PATTERN ?=
 SKIP ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# at least two threads each, or nothing that threads do would be tried
+TEST_THREADS := $(shell n=$$(($$(nproc) / $(JOBS))); echo $$((n > 2 ? n : 2)))
+TEST_ENV += OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)}
 test: $(BUILD)/run-tests $(BUILD)/velatura
 	$(TEST_ENV) $(BUILD)/run-tests --jobs $(JOBS) --program $(BUILD)/velatura $(if $(SKIP),--skip '$(SKIP)') $(if $(PATTERN),'$(PATTERN)')
 # On a GPU: its kernels against the op table in three types, with the libraries and without, the

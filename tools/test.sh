@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # test.sh: the whole test suite, as ./bootstrap test runs it: some 20 minutes of processor time, half of
-# that on two cores: tests, parsers and files to compile are shared by JOBS processes (as many as cores).
-# Each part
-# prints its own count; the last line is the sum: "N passed, N failed".
+# that on two cores. Tests, parsers and files to compile are shared by JOBS processes (as many as there are
+# cores). Each part prints its own count; the last line is the sum: "N passed, N failed".
 #
 #   build, layers     the program, and what each folder may touch
 #   tests             all of them, and the reference values of the embedded model
@@ -80,7 +79,7 @@ else
     skipped "aarch64" "aarch64-linux-gnu-gcc is not installed"
 fi
 if command -v nvcc >/dev/null && [ -d src/backend/cuda ]; then
-    part "CUDA sources compile" make -s cuda
+    part "CUDA sources compile" make -s -j"$jobs" cuda
 fi
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
