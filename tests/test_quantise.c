@@ -134,9 +134,9 @@ static void check_product(vel_test *t, vel_quant kind)
         x[i] = cosf((float)i);
     for (int i = 0; i < COLUMNS; i++)
         ones[i] = 1;
-    CHECK_OK(vel_engine_add_source(e, find_weight, &reads));
-    CHECK_OK(vel_engine_quantise(e, kinds[kind]));
-    CHECK_OK(vel_engine_add_trainables(e, g));
+    REQUIRE_OK(vel_engine_add_source(e, find_weight, &reads));
+    REQUIRE_OK(vel_engine_quantise(e, kinds[kind]));
+    REQUIRE_OK(vel_engine_add_trainables(e, g));
     vel_engine_write_trainables(e, 'v', 0, COLUMNS, ones);
     vel_status st =
         vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32, .gradient = true}, &p);
@@ -145,14 +145,14 @@ static void check_product(vel_test *t, vel_quant kind)
         int64_t bytes =
             4 * (vel_quant_words(kind, ROWS, COLUMNS) + vel_quant_scales(kind, ROWS, COLUMNS));
         CHECK(vel_plan_weight_bytes(p) == bytes && vel_engine_weight_bytes(e) == bytes);
-        CHECK_OK(vel_plan_set(p, "x", x, sizeof x));
-        CHECK_OK(vel_plan_run(p));
+        REQUIRE_OK(vel_plan_set(p, "x", x, sizeof x));
+        REQUIRE_OK(vel_plan_run(p));
         CHECK_OK(vel_plan_get(p, "y", y, N * ROWS));
         vel_engine_read_trainables(e, 'g', 0, COLUMNS, grad);
     }
     for (int i = 0; i < ROWS * COLUMNS; i++)
         weight[i] = weight_value(i);
-    CHECK_OK(vel_quantise(t->ctx, kind, weight, ROWS, COLUMNS, codes, scales));
+    REQUIRE_OK(vel_quantise(t->ctx, kind, weight, ROWS, COLUMNS, codes, scales));
     vel_dequantise(kind, codes, scales, ROWS, COLUMNS, 0, ROWS * COLUMNS, back);
     double wanted[COLUMNS] = {0};
     for (int n = 0; n < N && !st; n++)
