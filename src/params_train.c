@@ -380,6 +380,10 @@ const vel_option_row vel_train_rows[] = {
     TEXT("fit", NULL, fit, NULL, "run",
          "memory of the device for the whole run, such as 8GB: chooses what is computed again and "
          "how a batch is split"),
+    INT("stream", NULL, stream, "0", 0, 8, "run",
+        "so many eighths of the frozen weights stay in the host's memory, from where a GPU copies "
+        "them "
+        "beside its work; --fit chooses this by itself"),
     TEXT("memory", NULL, memory, NULL, "run", "working memory to stay under, such as 2GiB"),
     TEXT("output_dir", NULL, output_dir, "output", "output", "folder for everything that is made"),
     TEXT("output_name", NULL, output_name, "adapter", "output", "first part of file names"),

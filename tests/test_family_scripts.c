@@ -145,7 +145,7 @@ TEST(scripts_sd3_train_network)
         KOHYA("sd3_train_network.py", "sd3") "--network_module networks.lora_sd3 --output_name b "
                                              "--weighting_scheme mode --blocks_to_swap 1 "
                                              "--network_args train_block_indices=0,2",
-        (const char *const[]){"24 of the text encoders", "--blocks_to_swap changes nothing", NULL});
+        (const char *const[]){"24 of the text encoders", "--blocks_to_swap 1: on a GPU 1/8", NULL});
     check_stems(t, "out/b.safetensors",
                 (const stem_row[]){{"lora_te3_", 0}, {"joint_blocks_", 17}, {"blocks_1_", 0}, {0}});
 }

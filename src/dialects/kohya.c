@@ -295,7 +295,7 @@ const vel_dialect_row vel_kohya_rows[] = {
     SET(FLOW_NETWORKS, "logit_mean", KIND_FLOAT, "0.0", "logit_mean"),
     SET(FLOW_NETWORKS, "logit_std", KIND_FLOAT, "1.0", "logit_std"),
     SET(FLOW_NETWORKS, "mode_scale", KIND_FLOAT, "1.29", "mode_scale"),
-    IDLE(FLOW_NETWORKS, "blocks_to_swap", KIND_INT, NULL, "--fit chooses what stays with the host"),
+    RULE(FLOW_NETWORKS, "blocks_to_swap", KIND_INT, NULL, "stream: eighths of the weights"),
     SET(SD3_NETWORK | FLUX_NETWORK, "clip_l", KIND_TEXT, NULL, "clip_l"),
     SET(SD3_NETWORK, "clip_g", KIND_TEXT, NULL, "clip_g"),
     SET(SD3_NETWORK | FLUX_NETWORK, "t5xxl", KIND_TEXT, NULL, "t5xxl"),

@@ -417,8 +417,25 @@ static vel_status rate_rules(vel_line *l)
                         unet_only || excluded ? "no" : "yes");
 }
 
+/* Blocks that sd-scripts brings to the device by turns. FLUX.1's 19 double ones count once, its 38
+ * single ones half; SD 3 medium has 24, Lumina-Image 2.0 26. A rounded-up share in eighths. */
+static vel_status swap_rules(vel_line *l)
+{
+    int swapped = (int)vel_line_number(l, "blocks_to_swap", 0);
+    int blocks = l->script->bit & FLUX_NETWORK ? 38 : l->script->bit & SD3_NETWORK ? 24 : 26;
+    if (swapped <= 0)
+        return VEL_OK;
+    int eighths = VEL_MIN(8, (8 * swapped + blocks - 1) / blocks);
+    vel_line_say(l,
+                 "--blocks_to_swap %d: on a GPU %d/8 of the frozen weights stay in the host's "
+                 "memory; --fit 12GB or the like chooses that by itself",
+                 swapped, eighths);
+    return vel_line_set(l, "blocks_to_swap", "stream", "%d", eighths);
+}
+
 static vel_status adapter_rules(vel_line *l)
 {
+    VEL_TRY(swap_rules(l));
     const char *rank = vel_line_value(l, "network_dim");
     if (!rank)
         vel_line_say(l, "no --network_dim: rank 4");

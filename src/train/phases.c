@@ -25,7 +25,7 @@ static vel_status measure_text(train_session *s, int k, int streamed, vel_run_si
     vel_engine *e = vel_model_engine(s->model);
     vel_engine_stream(e, streamed);
     vel_status st = vel_model_text_size(s->model, k, 1, on_paper(s), out);
-    vel_engine_stream(e, 0);
+    vel_engine_stream(e, s->streamed);
     return st;
 }
 
@@ -123,7 +123,7 @@ static vel_status measure_samples(train_session *s, const vel_fit *f, int stream
     vel_model_set_trained(s->model, &s->trained);
     vel_status st = measure_drawing(s, &z);
     vel_model_set_trained(s->model, NULL);
-    vel_engine_stream(e, 0);
+    vel_engine_stream(e, s->streamed);
     VEL_TRY(st);
     vel_run_size draws = z.denoise, decodes = z.decode;
     draws.weights += z.text.weights;
@@ -193,7 +193,7 @@ static vel_status measure_held_out(train_session *s, int64_t trained, run_phase 
                                            f.sizes[i][1], on_paper(s), &size));
         most = VEL_MAX(most, size.arena + size.weights + 2 * size.overhead);
     }
-    vel_engine_stream(vel_model_engine(s->model), 0);
+    vel_engine_stream(vel_model_engine(s->model), s->streamed);
     most -= vel_engine_overhead(vel_model_engine(s->model)); /* once */
     *out = (run_phase){.part = "held-out pictures", .bytes = most + trained};
     return VEL_OK;

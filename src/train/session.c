@@ -799,6 +799,10 @@ static vel_status run_session(train_session *s, vel_train_options *own)
         (strcmp(o->loss_scaling, "auto") == 0 && vel_model_compute(s->model) == VEL_F16))
         s->scaler.scale = o->loss_scale;
     VEL_TRY(register_trainables(s));
+    if (!o->fit && vel_engine_can_stream(vel_model_engine(s->model))) {
+        s->streamed = o->stream;
+        vel_engine_stream(vel_model_engine(s->model), s->streamed);
+    }
     if (o->fit) {
         VEL_TRY(vel_train_fit(s, own));
         VEL_TRY(count_steps(s)); /* of smaller batches */

@@ -16,6 +16,7 @@ typedef struct vel_train_options {
     /* model */
     const char *model, *vae, *variant, *tokenizer, *device, *precision, *base_quant;
     bool double_quant; /* of base_quant nf4 */
+    int stream;        /* eighths of the weights that stay with the host, without fit */
     const char *part_files[VEL_PART_FILES];
     int clip_skip;
     /* data */
