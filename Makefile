@@ -126,6 +126,8 @@ endif
 CUDA_NEWEST = $(shell printf '%s\n' $(CUDA_CODES) | sort -n | tail -1)
 CUDA_GENCODE = $(foreach a,$(CUDA_CODES),-gencode arch=compute_$(a),code=sm_$(a)) \
     -gencode arch=compute_$(CUDA_NEWEST),code=compute_$(CUDA_NEWEST)
+# what capability 9.0 alone has (hopper.cuh); other cards find no image of it and go without
+HOPPER_GENCODE = -gencode arch=compute_90a,code=sm_90a
 NVCCFLAGS ?= -O3
 CUDA_OBJ := $(OBJ)/cuda-$(CUDA_ARCHS)
 CUDA_OBJECTS := $(patsubst src/backend/cuda/%.c,$(CUDA_OBJ)/%.o,$(wildcard src/backend/cuda/*.c)) \
@@ -143,6 +145,7 @@ $(CUDA_OBJ)/kernels/%.o: src/backend/cuda/kernels/%.cu
 	@mkdir -p $(@D)
 	$(if $(findstring ccache,$(CC)),ccache) $(NVCC) -std=c++17 $(NVCCFLAGS) $(CUDA_GENCODE) -MMD -MP -MF $(@:.o=.d) -lineinfo \
 	    -Xcompiler -fPIC,-fvisibility=hidden -c -o $@ $<
+$(CUDA_OBJ)/kernels/attention_hopper.o: CUDA_GENCODE = $(HOPPER_GENCODE)
 $(BUILD)/libvelatura-cuda.so: $(CUDA_OBJECTS) $(BUILD)/libvelatura.a
 	@printf '{ global: vel_backend_entry_0; local: *; };\n' >$(CUDA_OBJ)/exports.map
 	$(CC) $(ALL_CFLAGS) -shared -Wl,--no-undefined -Wl,--as-needed -Wl,-Bsymbolic \

@@ -192,6 +192,15 @@ size_t vel_cu_attention_wide_shared(int width);
 void vel_cu_attention_wide(cudaStream_t s, int type, vel_cu_attention a, const void *q,
                            const void *k, const void *v, const float *bias, void *out, float *lse);
 
+/* The gradient on capability 9.0 (attention_hopper.cu) where it takes the shape; 16-bit types, all
+ * pointers at multiples of 16 bytes. */
+int vel_cu_attention_hopper_takes(vel_cu_attention a);
+size_t vel_cu_attention_hopper_scratch(vel_cu_attention a);
+void vel_cu_attention_hopper_grad(cudaStream_t s, int type, vel_cu_attention a, const void *q,
+                                  const void *k, const void *v, const float *bias, const void *out,
+                                  const float *lse, const void *dout, void *dq, void *dk, void *dv,
+                                  void *scratch);
+
 /* ---- products (product.cu): plain loops over tiles, the truth behind the libraries ---- */
 
 /* c[p] = act(op(a[p]) op(b[p]) + bias) + residual for p < count: c [m, n], of c_type; a and b of

@@ -519,18 +519,28 @@ static void run_attention(const own_job *j)
         j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
 }
 
+static bool on_hopper(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
+{
+    return type != VEL_F32 && d->capability == 90 && vel_cuda_trial() &&
+           vel_cu_attention_hopper_takes(*a);
+}
+
 static size_t scratch_attention_grad(const own_job *j)
 {
-    return vel_cu_attention_grad_scratch(attention_job(j));
+    vel_cu_attention a = attention_job(j);
+    return on_hopper(j->d, j->l->in_type[0].dtype, &a) ? vel_cu_attention_hopper_scratch(a)
+                                                       : vel_cu_attention_grad_scratch(a);
 }
 
 static void run_attention_grad(const own_job *j)
 {
     vel_cu_attention a = attention_job(j);
-    bool tensor = on_tensor_cores(j->d, j->n->out[0].dtype, &a);
-    (tensor ? vel_cu_attention_grad
-            : vel_cu_attention_plain_grad)(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), IN(4),
-                                           IN(5), IN(6), OUT(0), OUT(1), OUT(2), j->l->scratch);
+    vel_dtype type = j->n->out[0].dtype;
+    (on_hopper(j->d, type, &a)         ? vel_cu_attention_hopper_grad
+     : on_tensor_cores(j->d, type, &a) ? vel_cu_attention_grad
+                                       : vel_cu_attention_plain_grad)(
+        j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), IN(4), IN(5), IN(6), OUT(0), OUT(1),
+        OUT(2), j->l->scratch);
 }
 
 /* ---- products ---- */
