@@ -716,8 +716,23 @@ static vel_status fetch_until(vel_plan *p, int32_t id, int32_t *at, bool all)
     return VEL_OK;
 }
 
+/* A slice that the planner left where it lies in its input. */
+static bool is_in_its_input(const vel_plan *p, int32_t id)
+{
+    const vel_node *n = vel_node_at(p->g, id);
+    if (n->op != VEL_OP_slice)
+        return false;
+    vel_shape s = vel_shape_at(p->g, n->in[0]);
+    int64_t bytes = n->a.slice.begin * vel_dtype_bytes(n->out[0].dtype);
+    for (int i = n->a.slice.axis + 1; i < s.rank; i++)
+        bytes *= s.dim[i];
+    return p->launches[id].out[0] == (char *)p->launches[id].in[0] + bytes;
+}
+
 static vel_status run_node(vel_plan *p, int32_t id)
 {
+    if (is_in_its_input(p, id))
+        return VEL_OK;
 #ifdef VEL_HOSTILE
     spoil_outputs(p, id);
 #endif
@@ -910,7 +925,7 @@ const char *vel_plan_first_bad(vel_plan *p)
     p->steady.stale = true; /* all of it runs again here, on inputs that may be gone */
     for (int32_t id = 1; id < vel_graph_size(p->g); id++) {
         const vel_node *n = vel_node_at(p->g, id);
-        if (fetch_until(p, id, &fetched, true) || !p->prepared[id] ||
+        if (fetch_until(p, id, &fetched, true) || !p->prepared[id] || is_in_its_input(p, id) ||
             p->backend->run(p->device, &p->launches[id]))
             continue;
         for (int o = 0; o < n->n_out; o++) {

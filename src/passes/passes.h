@@ -77,7 +77,7 @@ typedef struct vel_plan_query {
                     int output); /* lives elsewhere (weights, gradients) */
 } vel_plan_query;
 /* Arena allocation by lifetime in node order; offsets are multiples of 64. A reshape shares its
- * input's memory. Lives in arena a. */
+ * input's memory, and so does a slice that is one piece of it. Lives in arena a. */
 vel_status vel_pass_plan(const vel_graph *g, const vel_plan_query *q, vel_arena *a,
                          vel_layout *out);
 

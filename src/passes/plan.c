@@ -4,8 +4,8 @@
  * Pisarchyk and Lee 2020, "Efficient Memory Management for Deep Neural Net Inference"), which comes
  * within a few percent of the lower bound for networks like these.
  *
- * A reshape shares its input's block, and so does an output that a kernel may write in place over
- * an input read for the last time. */
+ * A reshape shares its input's block, and so do a slice that is one piece of it and an output that
+ * a kernel may write in place over an input read for the last time. */
 #include <stdlib.h>
 
 #include "passes/copy.h"
@@ -23,6 +23,7 @@ typedef struct planner {
     int32_t n;
     int32_t *last_use;                /* [node * VEL_MAX_OUT + out] */
     int32_t (*block_of)[VEL_MAX_OUT]; /* -1: outside or absent */
+    int64_t *within;                  /* [node] where output 0 begins in its block */
     int32_t *scratch_block;
     block *blocks;
     int32_t n_blocks;
@@ -71,19 +72,36 @@ static int32_t new_block(planner *p, int64_t bytes, int32_t begin, int32_t end)
     return p->n_blocks++;
 }
 
+/* Where in its input's memory a slice lies that is one piece of it; -1: other nodes. */
+static int64_t piece_at(const planner *p, const vel_node *n)
+{
+    if (n->op != VEL_OP_slice)
+        return -1;
+    vel_shape s = vel_shape_at(p->g, n->in[0]);
+    int64_t bytes = vel_dtype_bytes(n->out[0].dtype);
+    for (int i = 0; i < s.rank; i++) {
+        if (i < n->a.slice.axis && s.dim[i] != 1)
+            return -1;
+        bytes *= i > n->a.slice.axis ? s.dim[i] : 1;
+    }
+    bytes *= n->a.slice.begin;
+    return bytes % 64 ? -1 : bytes;
+}
+
 /* The input whose block output 0 of node id can have; -1 none. */
 static int shared_input(const planner *p, int32_t id, const vel_node *n)
 {
     if (p->q->outside(p->q->user, id, 0))
         return -1; /* a gradient goes straight to where the optimizer reads it */
-    int i = n->op == VEL_OP_reshape ? 0 : p->q->inplace(p->q->user, id);
+    bool part = n->op == VEL_OP_reshape || piece_at(p, n) >= 0;
+    int i = part ? 0 : p->q->inplace(p->q->user, id);
     if (i < 0 || i >= n->n_in || !n->in[i].id)
         return -1;
     vel_ref r = n->in[i];
     int32_t b = p->block_of[r.id][r.out];
     if (b < 0)
         return -1;
-    if (n->op == VEL_OP_reshape)
+    if (part)
         return i;
     /* In place: nobody may read the block after this node, and this node may read it only here. */
     if (p->blocks[b].end > id || value_bytes(vel_type_of(p->g, r)) != value_bytes(n->out[0]))
@@ -108,6 +126,8 @@ static void make_blocks(planner *p)
                 int32_t b = p->block_of[n->in[shared].id][n->in[shared].out];
                 p->blocks[b].end = VEL_MAX(p->blocks[b].end, end);
                 p->block_of[id][0] = b;
+                p->within[id] = n->in[shared].out ? 0 : p->within[n->in[shared].id];
+                p->within[id] += VEL_MAX(0, piece_at(p, n));
             } else if (!p->q->outside(p->q->user, id, o)) {
                 /* inputs are written before the first node runs */
                 int32_t begin = n->op == VEL_OP_input ? 0 : id;
@@ -173,12 +193,14 @@ vel_status vel_pass_plan(const vel_graph *g, const vel_plan_query *q, vel_arena 
     planner p = {.g = g, .q = q, .arena = a, .n = n};
     p.last_use = vel_arena_alloc(a, (size_t)n * VEL_MAX_OUT * sizeof *p.last_use);
     p.block_of = vel_arena_alloc(a, (size_t)n * sizeof *p.block_of);
+    p.within = vel_arena_alloc(a, (size_t)n * sizeof *p.within);
     p.scratch_block = vel_arena_alloc(a, (size_t)n * sizeof *p.scratch_block);
     size_t room = (size_t)n * (VEL_MAX_OUT + 1) + (size_t)q->n_extras;
     p.blocks = vel_arena_alloc(a, room * sizeof *p.blocks);
     out->place = vel_arena_alloc(a, (size_t)n * sizeof *out->place);
     out->scratch = vel_arena_alloc(a, (size_t)n * sizeof *out->scratch);
-    if (!p.last_use || !p.block_of || !p.scratch_block || !p.blocks || !out->place || !out->scratch)
+    if (!p.last_use || !p.block_of || !p.within || !p.scratch_block || !p.blocks || !out->place ||
+        !out->scratch)
         return VEL_NO_MEMORY;
     find_last_uses(&p);
     make_blocks(&p);
@@ -194,8 +216,8 @@ vel_status vel_pass_plan(const vel_graph *g, const vel_plan_query *q, vel_arena 
         const vel_node *node = vel_node_at(g, id);
         for (int o = 0; o < VEL_MAX_OUT; o++) {
             int32_t b = o < node->n_out ? p.block_of[id][o] : -1;
-            out->place[id][o] = (vel_place){b < 0 ? -1 : p.blocks[b].offset,
-                                            o < node->n_out ? value_bytes(node->out[o]) : 0};
+            int64_t at = b < 0 ? -1 : p.blocks[b].offset + (o ? 0 : p.within[id]);
+            out->place[id][o] = (vel_place){at, o < node->n_out ? value_bytes(node->out[o]) : 0};
         }
         int32_t s = p.scratch_block[id];
         out->scratch[id] = s < 0 ? -1 : p.blocks[s].offset;

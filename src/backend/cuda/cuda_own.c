@@ -536,11 +536,11 @@ static void run_attention_grad(const own_job *j)
 {
     vel_cu_attention a = attention_job(j);
     vel_dtype type = j->n->out[0].dtype;
-    (on_hopper(j->d, type, &a)         ? vel_cu_attention_hopper_grad
-     : on_tensor_cores(j->d, type, &a) ? vel_cu_attention_grad
-                                       : vel_cu_attention_plain_grad)(
-        j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), IN(4), IN(5), IN(6), OUT(0), OUT(1),
-        OUT(2), j->l->scratch);
+    (on_hopper(j->d, type, &a) ? vel_cu_attention_hopper_grad
+     : on_tensor_cores(j->d, type, &a)
+         ? vel_cu_attention_grad
+         : vel_cu_attention_plain_grad)(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), IN(4),
+                                        IN(5), IN(6), OUT(0), OUT(1), OUT(2), j->l->scratch);
 }
 
 /* ---- products ---- */

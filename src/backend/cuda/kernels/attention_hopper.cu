@@ -13,8 +13,9 @@ enum { GROUPS = 2, ROWS = 64 * GROUPS, THREADS = 128 * (GROUPS + 1), PAD = 128, 
 
 /* ---- before: what each query and each key adds to its scores ---- */
 
-/* sums [batch, heads, padded]: minus the log of the sum of exp, in units of log2; deltas likewise: the
- * sum of dout * out. Behind the last query: no probability. LANES lanes a row, 8 elements each. */
+/* sums [batch, heads, padded]: minus the log of the sum of exp, in units of log2; deltas likewise:
+ * the sum of dout * out. Behind the last query: no probability. LANES lanes a row, 8 elements each.
+ */
 template <typename T, int LANES>
 __global__ void __launch_bounds__(256)
     hopper_rows_kernel(const T *out, const T *dout, const float *lse, float *sums, float *deltas,
@@ -166,20 +167,18 @@ __device__ __forceinline__ void score_product(float (&c)[TILE / 8][4],
 {
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
-        product<T, TILE, 0>(c, own[k],
-                            tile_along(other + (k >> 2) * TILE * 128 + (k & 3) * 32), k > 0);
+        product<T, TILE, 0>(c, own[k], tile_along(other + (k >> 2) * TILE * 128 + (k & 3) * 32),
+                            k > 0);
 }
 
 /* c [64, 64 BLOCKS] += p [64, TILE] times the tile, which is read across. */
 template <typename T, int BLOCKS, int TILE>
-__device__ __forceinline__ void sum_product(float (&c)[8 * BLOCKS][4],
-                                            const uint32_t (&p)[TILE / 16][4], uint32_t other,
-                                            int add)
+__device__ __forceinline__ void
+sum_product(float (&c)[8 * BLOCKS][4], const uint32_t (&p)[TILE / 16][4], uint32_t other, int add)
 {
 #pragma unroll
     for (int k = 0; k < TILE / 16; k++)
-        product<T, 64 * BLOCKS, 1>(c, p[k], tile_across(other + k * 2048, TILE * 128),
-                                   k ? 1 : add);
+        product<T, 64 * BLOCKS, 1>(c, p[k], tile_across(other + k * 2048, TILE * 128), k ? 1 : add);
 }
 
 /* Rounds a result to the left operand of the next product. */
@@ -191,7 +190,8 @@ __device__ __forceinline__ void pack_result(uint32_t (&p)[TILE / 16][4],
     for (int k = 0; k < TILE / 16; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            p[k][i] = pack_pair<T>(s[2 * k + i / 2][2 * (i & 1)], s[2 * k + i / 2][2 * (i & 1) + 1]);
+            p[k][i] =
+                pack_pair<T>(s[2 * k + i / 2][2 * (i & 1)], s[2 * k + i / 2][2 * (i & 1) + 1]);
 }
 
 __device__ __forceinline__ float2 shared_pair(uint32_t at)
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_keys_kernel(const __grid_co
         float add[2] = {0, 0};
         if (w.bias)
             for (int i = 0; i < 2; i++)
-                add[i] = w.bias[(item % w.bias_rows) * w.padded_k + first + mine + (lane >> 2) +
-                                i * 8];
+                add[i] =
+                    w.bias[(item % w.bias_rows) * w.padded_k + first + mine + (lane >> 2) + i * 8];
         float ak[8 * BLOCKS][4], av[8 * BLOCKS][4];
         uint32_t k[HELD ? STEPS : 1][4], v[HELD ? STEPS : 1][4];
         barrier_wait(at.loaded(), 0);
@@ -260,8 +260,8 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_keys_kernel(const __grid_co
                 float2 sum = shared_pair(numbers + n * 32);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    s[n][i] = power_of_two(fmaf(s[n][i], w.scale, (i & 1 ? sum.y : sum.x)) +
-                                           add[i >> 1]);
+                    s[n][i] =
+                        power_of_two(fmaf(s[n][i], w.scale, (i & 1 ? sum.y : sum.x)) + add[i >> 1]);
             }
             pack_result<T, TILE>(p, s);
             products_begin();
@@ -319,8 +319,8 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_queries_kernel(const __grid
         int lane = threadIdx.x & 31, mine = group * 64 + ((threadIdx.x >> 5) & 3) * 16;
         float sum[2], delta[2];
         for (int i = 0; i < 2; i++) {
-            int64_t row = ((int64_t)item * w.heads + head) * w.padded_q + first + mine +
-                          (lane >> 2) + i * 8;
+            int64_t row =
+                ((int64_t)item * w.heads + head) * w.padded_q + first + mine + (lane >> 2) + i * 8;
             sum[i] = w.sums[row];
             delta[i] = w.deltas[row];
         }
@@ -350,8 +350,8 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_queries_kernel(const __grid
                 float2 add = w.bias ? shared_pair(numbers + n * 32) : float2{0, 0};
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    s[n][i] = power_of_two(fmaf(s[n][i], w.scale, sum[i >> 1]) +
-                                           (i & 1 ? add.y : add.x));
+                    s[n][i] =
+                        power_of_two(fmaf(s[n][i], w.scale, sum[i >> 1]) + (i & 1 ? add.y : add.x));
             }
             products_wait<0>();
             pin(dp);
@@ -408,13 +408,12 @@ static int map_rows(CUtensorMap *map, int type, const void *x, int64_t batch, in
     cuuint64_t stride[3] = {(cuuint64_t)d * 2, (cuuint64_t)d * heads * 2,
                             (cuuint64_t)(d * heads * 2 * rows)};
     cuuint32_t part[4] = {64, 1, (cuuint32_t)box, 1}, one[4] = {1, 1, 1, 1};
-    return encode &&
-           encode(map,
-                  type == VEL_CU_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  4, (void *)x, size, stride, part, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return encode && encode(map,
+                            type == VEL_CU_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                            4, (void *)x, size, stride, part, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                            CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 static int64_t padded(int64_t n)
@@ -424,8 +423,8 @@ static int64_t padded(int64_t n)
 
 extern "C" size_t vel_cu_attention_hopper_scratch(vel_cu_attention a)
 {
-    return sizeof(float) * (size_t)(2 * a.batch * a.heads * padded(a.queries) +
-                                    a.bias_rows * padded(a.keys));
+    return sizeof(float) *
+           (size_t)(2 * a.batch * a.heads * padded(a.queries) + a.bias_rows * padded(a.keys));
 }
 
 extern "C" int vel_cu_attention_hopper_takes(vel_cu_attention a)

@@ -204,11 +204,10 @@ extern "C" void vel_cu_act_grad(cudaStream_t s, int type, int kind, const void *
 
 /* ---- add, sub, mul, div ---- */
 
-struct binary_of {
-    int which;
+template <int WHICH> struct binary_of {
     __device__ float operator()(float a, float b) const
     {
-        return which == 0 ? a + b : which == 1 ? a - b : which == 2 ? a * b : a / b;
+        return WHICH == 0 ? a + b : WHICH == 1 ? a - b : WHICH == 2 ? a * b : a / b;
     }
 };
 
@@ -219,10 +218,24 @@ struct stretch {
     int64_t a[VEL_CU_RANK], b[VEL_CU_RANK];
 };
 
-/* A thread makes V neighbours of the last axis, where an operand has V neighbours or one value. */
+/* V neighbours, or one value for all. */
 template <typename T, int V>
+__device__ __forceinline__ void load_or_repeat(const T *from, bool neighbours, float (&out)[V])
+{
+    if (neighbours) {
+        load<T, V>(from, out);
+    } else {
+        float one = to_float(*from);
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            out[k] = one;
+    }
+}
+
+/* A thread makes V neighbours of the last axis, where an operand has V neighbours or one value. */
+template <typename T, int V, typename F>
 __global__ void __launch_bounds__(THREADS)
-    binary_kernel(const T *a, const T *b, T *out, int64_t packs, stretch how, binary_of f)
+    binary_kernel(const T *a, const T *b, T *out, int64_t packs, stretch how, F f)
 {
     int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (at >= packs)
@@ -237,15 +250,31 @@ __global__ void __launch_bounds__(THREADS)
         left = next;
     }
     float x[V], y[V];
-    if (how.a[how.rank - 1])
-        load<T, V>(a + from_a, x);
-    if (how.b[how.rank - 1])
-        load<T, V>(b + from_b, y);
-    float one_x = to_float(a[from_a]), one_y = to_float(b[from_b]);
+    load_or_repeat<T, V>(a + from_a, how.a[how.rank - 1] != 0, x);
+    load_or_repeat<T, V>(b + from_b, how.b[how.rank - 1] != 0, y);
 #pragma unroll
     for (int k = 0; k < V; k++)
-        x[k] = f(how.a[how.rank - 1] ? x[k] : one_x, how.b[how.rank - 1] ? y[k] : one_y);
+        x[k] = f(x[k], y[k]);
     store<T, V>(out + at * V, x);
+}
+
+/* a [items, places] in packs, b [items, row] repeated along the places: what scales, shifts and
+ * gates of a picture's tokens are. One short division a thread. */
+template <typename T, int V, typename F>
+__global__ void __launch_bounds__(THREADS)
+    binary_rows_kernel(const T *a, const T *b, T *out, uint32_t packs, uint32_t row_packs, F f)
+{
+    uint32_t at = blockIdx.x * THREADS + threadIdx.x;
+    if (at >= packs)
+        return;
+    int64_t item = blockIdx.y, place = item * packs + at;
+    float x[V], y[V];
+    load<T, V>(a + place * V, x);
+    load<T, V>(b + (item * row_packs + at % row_packs) * V, y);
+#pragma unroll
+    for (int k = 0; k < V; k++)
+        x[k] = f(x[k], y[k]);
+    store<T, V>(out + place * V, x);
 }
 
 /* Axes of size 1 are left out, and an axis joins the one before it when both operands go on where
@@ -292,12 +321,32 @@ static bool packs_fit(const stretch *s, int v)
     return fit;
 }
 
-template <typename T>
-static void binary(cudaStream_t s, binary_of f, const void *a, const void *b, void *out, int64_t n,
+/* Whether b repeats as rows of binary_rows_kernel do; *items of them. */
+static bool repeats_rows(const stretch *s, int64_t *items)
+{
+    int last = s->rank - 1;
+    *items = s->rank == 3 ? s->dim[0] : 1;
+    bool rows = (s->rank == 2 || s->rank == 3) && s->a[last] == 1 && s->b[last] == 1 &&
+                s->a[last - 1] == s->dim[last] && s->b[last - 1] == 0;
+    return rows && *items < 65536 && (int64_t)s->dim[last] * s->dim[last - 1] <= INT32_MAX &&
+           (s->rank == 2 || (s->b[0] == s->dim[2] && s->a[0] == s->a[1] * s->dim[1]));
+}
+
+template <typename T, typename F>
+static void binary(cudaStream_t s, F f, const void *a, const void *b, void *out, int64_t n,
                    stretch how)
 {
     constexpr int V = VECTOR<T>();
-    if (packs_fit(&how, V) && aligned(a) && aligned(b) && aligned(out)) {
+    bool vectors = packs_fit(&how, V) && aligned(a) && aligned(b) && aligned(out);
+    int64_t items;
+    if (how.rank == 1 && how.a[0] == 1 && how.b[0] == 1) {
+        map2<T>(s, a, b, out, n, f);
+    } else if (vectors && repeats_rows(&how, &items)) {
+        uint32_t packs = (uint32_t)(n / items / V);
+        dim3 grid(blocks_for(packs, THREADS), (unsigned)items);
+        binary_rows_kernel<T, V><<<grid, THREADS, 0, s>>>((const T *)a, (const T *)b, (T *)out,
+                                                          packs, how.dim[how.rank - 1] / V, f);
+    } else if (vectors) {
         how.dim[how.rank - 1] /= V;
         binary_kernel<T, V><<<blocks_for(n / V, THREADS), THREADS, 0, s>>>(
             (const T *)a, (const T *)b, (T *)out, n / V, how, f);
@@ -312,11 +361,17 @@ extern "C" void vel_cu_binary(cudaStream_t s, int type, int which, const void *a
                               vel_cu_shape shape)
 {
     stretch how = stretch_of(a_shape, b_shape, shape);
-    binary_of f = {which};
     int64_t n = 1;
     for (int i = 0; i < shape.rank; i++)
         n *= shape.dim[i];
-    VEL_CU_EACH_TYPE(type, binary<T>(s, f, a, b, out, n, how));
+    if (which == 0)
+        VEL_CU_EACH_TYPE(type, binary<T>(s, binary_of<0>(), a, b, out, n, how));
+    else if (which == 1)
+        VEL_CU_EACH_TYPE(type, binary<T>(s, binary_of<1>(), a, b, out, n, how));
+    else if (which == 2)
+        VEL_CU_EACH_TYPE(type, binary<T>(s, binary_of<2>(), a, b, out, n, how));
+    else
+        VEL_CU_EACH_TYPE(type, binary<T>(s, binary_of<3>(), a, b, out, n, how));
 }
 
 /* ---- x [rows, width] * gain + bias ---- */

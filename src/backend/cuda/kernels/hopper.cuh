@@ -1,10 +1,10 @@
-/* hopper.cuh: what capability 9.0 alone has: products of a group of four warps (wgmma), copies of whole
- * tiles (TMA) and the barriers in shared memory that they report to.
+/* hopper.cuh: what capability 9.0 alone has: products of a group of four warps (wgmma), copies of
+ * whole tiles (TMA) and the barriers in shared memory that they report to.
  *
- * A tile is [columns / 64][rows][64] elements of 16 bits, each row of 128 bytes with its 16-byte pieces
- * swapped by the row's number modulo 8, as the copies write and the products read it; it begins at a
- * multiple of 1024 bytes. One tile serves as operand along its rows and across them. Results lie in
- * registers as those of mma.sync do (tensor.cuh): 16 rows a warp. */
+ * A tile is [columns / 64][rows][64] elements of 16 bits, each row of 128 bytes with its 16-byte
+ * pieces swapped by the row's number modulo 8, as the copies write and the products read it; it
+ * begins at a multiple of 1024 bytes. One tile serves as operand along its rows and across them.
+ * Results lie in registers as those of mma.sync do (tensor.cuh): 16 rows a warp. */
 #ifndef VEL_CUDA_HOPPER_CUH
 #define VEL_CUDA_HOPPER_CUH
 
@@ -160,25 +160,21 @@ __device__ __forceinline__ void product(float (&c)[N / 8][4], const uint32_t (&a
 {
     constexpr bool brain = std::is_same<T, bf16>::value;
     if constexpr (N == 64 && brain)
-        asm volatile(
-            WGMMA_REGISTERS(64, "bf16", LIST32, "32", "33", "34", "35", "36", "37", "38")
-            : C32
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+        asm volatile(WGMMA_REGISTERS(64, "bf16", LIST32, "32", "33", "34", "35", "36", "37", "38")
+                     : C32
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
     else if constexpr (N == 64)
-        asm volatile(
-            WGMMA_REGISTERS(64, "f16", LIST32, "32", "33", "34", "35", "36", "37", "38")
-            : C32
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+        asm volatile(WGMMA_REGISTERS(64, "f16", LIST32, "32", "33", "34", "35", "36", "37", "38")
+                     : C32
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
     else if constexpr (brain)
-        asm volatile(
-            WGMMA_REGISTERS(128, "bf16", LIST64, "64", "65", "66", "67", "68", "69", "70")
-            : C64
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+        asm volatile(WGMMA_REGISTERS(128, "bf16", LIST64, "64", "65", "66", "67", "68", "69", "70")
+                     : C64
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
     else
-        asm volatile(
-            WGMMA_REGISTERS(128, "f16", LIST64, "64", "65", "66", "67", "68", "69", "70")
-            : C64
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+        asm volatile(WGMMA_REGISTERS(128, "f16", LIST64, "64", "65", "66", "67", "68", "69", "70")
+                     : C64
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
 }
 
 /* The lane's part of a warp's 16 rows x 16 columns (step k of 16) of a tile, for `product`. */
