@@ -41,6 +41,10 @@ double vel_node_flops(const vel_graph *g, int32_t id)
         return 4 * out * (double)b.dim[1];
     case VEL_OP_attention_grad:
         return 10 * out * (double)b.dim[1];
+    case VEL_OP_linear_attention:
+        return 4 * out * (double)(b.dim[2] / n->a.linear_attention.heads);
+    case VEL_OP_linear_attention_grad:
+        return 14 * out * (double)(b.dim[2] / n->a.linear_attention_grad.heads);
     default:
         return out;
     }

@@ -183,6 +183,12 @@ vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bia
     return vel_build(g, VEL_OP_attention, (vel_ref[]){q, k, v, bias}, 4, &a);
 }
 
+vel_ref vel_linear_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, int heads)
+{
+    vel_attr a = {.linear_attention = {heads}};
+    return vel_build(g, VEL_OP_linear_attention, (vel_ref[]){q, k, v}, 3, &a);
+}
+
 vel_ref vel_geglu(vel_graph *g, vel_ref x)
 {
     return build1(g, VEL_OP_geglu, x, (vel_attr){0});

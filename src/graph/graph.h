@@ -181,6 +181,7 @@ vel_ref vel_softmax(vel_graph *g, vel_ref x);
 /* bias may be {0}. */
 vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads,
                       bool causal, double scale);
+vel_ref vel_linear_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, int heads);
 vel_ref vel_geglu(vel_graph *g, vel_ref x);
 vel_ref vel_embed(vel_graph *g, vel_ref table, vel_ref ids);
 vel_ref vel_time_embed(vel_graph *g, vel_ref t, int dim, bool flip, double shift, double period);

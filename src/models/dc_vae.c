@@ -191,13 +191,13 @@ static vel_ref project_scale(vel_graph *g, const vel_dc_config *c, vel_ref qkv, 
     return vel_reshape(g, vel_permute(g, x, (const int8_t[]){1, 0, 2}), s);
 }
 
-/* One of q, k, v out of groups of three heads: x [N, H W, G 3 d] -> [N, G, H W, d]. */
+/* One of q, k, v out of groups of three heads: x [N, H W, G 3 d] -> [N, H W, G d]. */
 static vel_ref of_group(vel_graph *g, vel_ref x, int64_t d, int which)
 {
     vel_shape s = vel_shape_at(g, x);
     x = vel_reshape(g, x, VEL_SHAPE(s.dim[0], s.dim[1], s.dim[2] / (3 * d), 3 * d));
     x = vel_slice(g, x, 3, which * d, (which + 1) * d);
-    return vel_permute(g, x, (const int8_t[]){0, 2, 1, 3});
+    return vel_reshape(g, x, VEL_SHAPE(s.dim[0], s.dim[1], s.dim[2] / 3));
 }
 
 /* Mirrors SanaMultiscaleLinearAttention. Its form for few pixels is the same sum in another order.
@@ -218,9 +218,10 @@ static vel_ref attend(vel_graph *g, const vel_dc_config *c, const vel_dc_way *w,
         vel_end(g);
     }
     all = nn_to_sequence(g, all); /* [N, H W, (1 + scales) 3 C] */
-    vel_ref o =
-        nn_linear_attention(g, of_group(g, all, c->head_width, 0),
-                            of_group(g, all, c->head_width, 1), of_group(g, all, c->head_width, 2));
+    int64_t groups = vel_shape_at(g, all).dim[2] / (3 * c->head_width);
+    vel_ref o = vel_linear_attention(g, of_group(g, all, c->head_width, 0),
+                                     of_group(g, all, c->head_width, 1),
+                                     of_group(g, all, c->head_width, 2), (int)groups);
     o = nn_to_image(g, nn_linear(g, "to_out", o, width, false), image);
     x = vel_add(g, nn_biased_rms_norm(g, "norm_out", o, eps), x);
     vel_end(g);

@@ -1,5 +1,5 @@
-/* sana_parts.c: what Sana's transformer and its autoencoder share: linear attention with ReLU, and
- * the feed-forward that looks at neighbours (GLUMBConv). */
+/* sana_parts.c: what Sana's transformer and its autoencoder share: bare and depthwise convolutions,
+ * and the feed-forward that looks at neighbours (GLUMBConv). */
 #include "models/sana_parts.h"
 
 vel_ref nn_bare_conv(vel_graph *g, const char *name, vel_ref x, int64_t out, int kernel)
@@ -35,21 +35,6 @@ vel_ref nn_biased_rms_norm(vel_graph *g, const char *name, vel_ref x, double eps
     x = vel_add(g, x, vel_reshape(g, vel_weight(g, "bias", VEL_SHAPE(vel_shape_last(s))), along));
     vel_end(g);
     return x;
-}
-
-vel_ref nn_linear_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v)
-{
-    vel_shape s = vel_shape_at(g, q); /* [N, H, T, d] */
-    q = vel_cast(g, vel_act(g, q, VEL_ACT_RELU), VEL_F32);
-    k = vel_cast(g, vel_act(g, k, VEL_ACT_RELU), VEL_F32);
-    v = vel_cast(g, v, VEL_F32);
-    vel_ref states = vel_matmul(g, k, v, true, false); /* [N, H, d, d] */
-    vel_ref keys = vel_sum(g, k, 1u << 2);             /* [N, H, 1, d] */
-    vel_ref total = vel_sum(g, vel_mul(g, q, keys), 1u << 3);
-    vel_ref out = vel_matmul(g, q, states, false, false);
-    out = vel_div(g, out, vel_affine(g, total, 1, 1e-15));
-    out = vel_permute(g, out, (const int8_t[]){0, 2, 1, 3});
-    return vel_reshape(g, out, VEL_SHAPE(s.dim[0], s.dim[2], s.dim[1] * s.dim[3]));
 }
 
 vel_ref nn_glumb_conv(vel_graph *g, vel_ref x, int64_t inner)

@@ -9,9 +9,6 @@ vel_ref nn_bare_conv(vel_graph *g, const char *name, vel_ref x, int64_t out, int
 vel_ref nn_depthwise(vel_graph *g, const char *name, vel_ref x, int kernel, bool bias);
 /* RMS norm with a weight and a bias. */
 vel_ref nn_biased_rms_norm(vel_graph *g, const char *name, vel_ref x, double eps);
-/* q, k, v [N, H, T, d] -> [N, T, H d]: with a = relu(q), b = relu(k), the sum over s of
- * (a_t b_s) v_s by that of (a_t b_s), in float32 and linear in T. */
-vel_ref nn_linear_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v);
 /* GLUMBConv inside its scope, without norm and residual: x [N, H, W, C]. */
 vel_ref nn_glumb_conv(vel_graph *g, vel_ref x, int64_t inner);
 

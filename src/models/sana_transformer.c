@@ -47,14 +47,6 @@ vel_status vel_sana_read(vel_ctx *ctx, const json_t *json, const char *file, vel
     return s.status;
 }
 
-/* [N, T, H d] -> [N, H, T, d] */
-static vel_ref heads_apart(vel_graph *g, vel_ref x, int heads)
-{
-    vel_shape s = vel_shape_at(g, x);
-    x = vel_reshape(g, x, VEL_SHAPE(s.dim[0], s.dim[1], heads, s.dim[2] / heads));
-    return vel_permute(g, x, (const int8_t[]){0, 2, 1, 3});
-}
-
 /* Mirrors Attention with SanaLinearAttnProcessor2_0: x [N, T, D]. */
 static vel_ref attend_linearly(vel_graph *g, const vel_sana_config *c, vel_ref x)
 {
@@ -62,8 +54,7 @@ static vel_ref attend_linearly(vel_graph *g, const vel_sana_config *c, vel_ref x
     vel_ref q = nn_linear(g, "to_q", x, c->width, c->attention_bias);
     vel_ref k = nn_linear(g, "to_k", x, c->width, c->attention_bias);
     vel_ref v = nn_linear(g, "to_v", x, c->width, c->attention_bias);
-    vel_ref o = nn_linear_attention(g, heads_apart(g, q, c->heads), heads_apart(g, k, c->heads),
-                                    heads_apart(g, v, c->heads));
+    vel_ref o = vel_linear_attention(g, q, k, v, c->heads);
     o = nn_linear(g, "to_out.0", o, c->width, true);
     vel_end(g);
     return o;

@@ -201,6 +201,18 @@ void vel_cu_attention_hopper_grad(cudaStream_t s, int type, vel_cu_attention a, 
                                   const float *lse, const void *dout, void *dq, void *dk, void *dv,
                                   void *scratch);
 
+/* Linear attention (linear_attention.cu): width 8, 16 or 32; one scratch for both. */
+typedef struct vel_cu_linear_attention {
+    int64_t batch, queries, keys;
+    int heads, width;
+} vel_cu_linear_attention;
+size_t vel_cu_linear_attention_scratch(vel_cu_linear_attention a);
+void vel_cu_linear_attention_run(cudaStream_t s, int type, vel_cu_linear_attention a, const void *q,
+                                 const void *k, const void *v, void *out, void *scratch);
+void vel_cu_linear_attention_grad(cudaStream_t s, int type, vel_cu_linear_attention a,
+                                  const void *q, const void *k, const void *v, const void *dout,
+                                  void *dq, void *dk, void *dv, void *scratch);
+
 /* ---- products (product.cu): plain loops over tiles, the truth behind the libraries ---- */
 
 /* c[p] = act(op(a[p]) op(b[p]) + bias) + residual for p < count: c [m, n], of c_type; a and b of

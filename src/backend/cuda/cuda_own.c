@@ -543,6 +543,48 @@ static void run_attention_grad(const own_job *j)
                                         IN(5), IN(6), OUT(0), OUT(1), OUT(2), j->l->scratch);
 }
 
+/* ---- linear attention ---- */
+
+static vel_cu_linear_attention linear_attention_of(const vel_node *n, vel_shape q, vel_shape k)
+{
+    bool grad = n->op == VEL_OP_linear_attention_grad;
+    vel_cu_linear_attention a = {.batch = q.dim[0], .queries = q.dim[1], .keys = k.dim[1]};
+    a.heads = grad ? n->a.linear_attention_grad.heads : n->a.linear_attention.heads;
+    a.width = (int)(q.dim[2] / a.heads);
+    return a;
+}
+
+static bool takes_linear_attention(vel_device *d, const vel_graph *g, const vel_node *n)
+{
+    (void)d;
+    vel_cu_linear_attention a =
+        linear_attention_of(n, vel_shape_at(g, n->in[0]), vel_shape_at(g, n->in[1]));
+    return (a.width == 8 || a.width == 16 || a.width == 32) && a.queries <= INT32_MAX / 2 &&
+           a.keys <= INT32_MAX / 2 && a.heads < 65536 && a.batch < 65536;
+}
+
+static vel_cu_linear_attention linear_attention_job(const own_job *j)
+{
+    return linear_attention_of(j->n, in_shape(j, 0), in_shape(j, 1));
+}
+
+static size_t scratch_linear_attention(const own_job *j)
+{
+    return vel_cu_linear_attention_scratch(linear_attention_job(j));
+}
+
+static void run_linear_attention(const own_job *j)
+{
+    vel_cu_linear_attention_run(j->s, out_type(j), linear_attention_job(j), IN(0), IN(1), IN(2),
+                                OUT(0), j->l->scratch);
+}
+
+static void run_linear_attention_grad(const own_job *j)
+{
+    vel_cu_linear_attention_grad(j->s, out_type(j), linear_attention_job(j), IN(0), IN(1), IN(2),
+                                 IN(3), OUT(0), OUT(1), OUT(2), j->l->scratch);
+}
+
 /* ---- products ---- */
 
 static void run_matmul(const own_job *j)
@@ -685,6 +727,10 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_softmax] = {run_softmax, .inplace = 1},
     [VEL_OP_attention] = {run_attention, .takes = takes_attention},
     [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},
+    [VEL_OP_linear_attention] = {run_linear_attention, scratch_linear_attention,
+                                 takes_linear_attention},
+    [VEL_OP_linear_attention_grad] = {run_linear_attention_grad, scratch_linear_attention,
+                                      takes_linear_attention},
     [VEL_OP_geglu] = {run_geglu},
     [VEL_OP_geglu_grad] = {run_geglu_grad, .inplace = 1},
     [VEL_OP_embed] = {run_embed},
