@@ -60,6 +60,7 @@ template <int D>
 __device__ __forceinline__ void add_products(float (&sum)[(D * D + TILE - 1) / TILE],
                                              float (*x)[D + EDGE], float (*y)[D + EDGE])
 {
+#pragma unroll 2
     for (int t = 0; t < TILE; t++)
 #pragma unroll
         for (int k = 0; k < (D * D + TILE - 1) / TILE; k++) {
@@ -119,24 +120,30 @@ __global__ void __launch_bounds__(TILE)
         parts[D * D + threadIdx.x] = keys;
 }
 
+/* What follows goes through a head's sums row by row, i, in a loop that is not unrolled whole (all
+ * D D of them would be loaded first, and would not fit): what i chooses lies in a tile, of which a
+ * thread uses its own row alone. */
+
 /* n parts of the keys' sums. Grid: parts of queries, heads, batch. */
 template <typename T, int D>
 __global__ void __launch_bounds__(TILE)
     linear_out_kernel(const T *q, const float *parts, int n, T *out, places g)
 {
-    __shared__ float sums[sums_size<D>()];
+    __shared__ float sums[sums_size<D>()], tile[TILE][D + EDGE];
     join<D>(parts + (blockIdx.z * gridDim.y + blockIdx.y) * (int64_t)n * sums_size<D>(), n, sums);
     int64_t head = blockIdx.z * g.batch + blockIdx.y * D;
     int end = min((int)(blockIdx.x + 1) * g.each, g.rows);
     for (int at = blockIdx.x * g.each + threadIdx.x; at < end; at += TILE) {
         float x[D], y[D] = {}, total = 1e-15f;
         load_row<T, D>(q + head + at * g.row, true, true, x);
-#pragma unroll
+        keep_row<D>(tile, x);
+#pragma unroll 2
         for (int i = 0; i < D; i++) {
-            total = fmaf(x[i], sums[D * D + i], total);
+            float xi = tile[threadIdx.x][i];
+            total = fmaf(xi, sums[D * D + i], total);
 #pragma unroll
             for (int j = 0; j < D; j++)
-                y[j] = fmaf(x[i], sums[i * D + j], y[j]);
+                y[j] = fmaf(xi, sums[i * D + j], y[j]);
         }
         float by = 1 / total;
 #pragma unroll
@@ -163,16 +170,16 @@ __global__ void __launch_bounds__(TILE)
         int at = first + threadIdx.x;
         float x[D], d[D], total = 1e-15f, dot = 0;
         load_row<T, D>(q + head + at * g.row, at < end, true, x);
-        load_row<T, D>(dout + head + at * g.row, at < end, false, d);
         keep_row<D>(tq, x);
-#pragma unroll
+        load_row<T, D>(dout + head + at * g.row, at < end, false, d);
+#pragma unroll 2
         for (int i = 0; i < D; i++) {
-            float part = 0; /* of dnum S^T, but for the division */
-            total = fmaf(x[i], sums[D * D + i], total);
+            float xi = tq[threadIdx.x][i], part = 0; /* of dnum S^T, but for the division */
+            total = fmaf(xi, sums[D * D + i], total);
 #pragma unroll
             for (int j = 0; j < D; j++)
                 part = fmaf(d[j], sums[i * D + j], part);
-            dot = fmaf(x[i], part, dot); /* num dout */
+            dot = fmaf(xi, part, dot); /* num dout */
             td[threadIdx.x][i] = part;
         }
         float by = 1 / total, dtotal = at < end ? -dot * by * by : 0;
@@ -202,24 +209,28 @@ template <typename T, int D>
 __global__ void __launch_bounds__(TILE)
     linear_grad_kv_kernel(const T *k, const T *v, const float *parts, int n, T *dk, T *dv, places g)
 {
-    __shared__ float sums[sums_size<D>()];
+    __shared__ float sums[sums_size<D>()], tile[TILE][D + EDGE];
     join<D>(parts + (blockIdx.z * gridDim.y + blockIdx.y) * (int64_t)n * sums_size<D>(), n, sums);
     int64_t head = blockIdx.z * g.batch + blockIdx.y * D;
     int end = min((int)(blockIdx.x + 1) * g.each, g.rows);
     for (int at = blockIdx.x * g.each + threadIdx.x; at < end; at += TILE) {
         float x[D], y[D], d[D] = {};
         load_row<T, D>(k + head + at * g.row, true, true, x);
+        keep_row<D>(tile, x);
         load_row<T, D>(v + head + at * g.row, true, false, y);
-#pragma unroll
+#pragma unroll 2
         for (int i = 0; i < D; i++) {
-            float part = sums[D * D + i];
+            float xi = tile[threadIdx.x][i], part = sums[D * D + i];
 #pragma unroll
             for (int j = 0; j < D; j++) {
                 part = fmaf(y[j], sums[i * D + j], part);
-                d[j] = fmaf(x[i], sums[i * D + j], d[j]);
+                d[j] = fmaf(xi, sums[i * D + j], d[j]);
             }
-            x[i] = x[i] > 0 ? part : 0;
+            tile[threadIdx.x][i] = xi > 0 ? part : 0;
         }
+#pragma unroll
+        for (int i = 0; i < D; i++)
+            x[i] = tile[threadIdx.x][i];
         store_row<T, D>(dk + head + at * g.row, x);
         store_row<T, D>(dv + head + at * g.row, d);
     }
