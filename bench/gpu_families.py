@@ -118,6 +118,9 @@ INPUTS = {"sd15": sd_inputs, "sdxl": sdxl_inputs, "sd3": sd3_inputs, "sd35-mediu
           "flux-dev": flux_inputs, "sana": sana_inputs, "lumina2": lumina_inputs}
 SMALL = ("sd15", "sdxl")  # made by make_sd15.py, the others by make_shapes.py
 
+# PyTorch 2.11 ends with an illegal memory access in these models' steps, but for FlashAttention
+STEPS_WITHOUT_CUDNN_ATTENTION = ("flux-dev",)
+
 
 def folder_command(python, tools, folder, model):
     """What makes the model's folder for this program."""

@@ -48,6 +48,8 @@ class Run:
     def __init__(self, model, case, mode):
         self.case, self.dtype = case, TYPES[case["precision"]]
         self.is_step, kind = case["kind"] == "step", case["kind"]
+        torch.backends.cuda.enable_cudnn_sdp(
+            not (self.is_step and model in gpu_families.STEPS_WITHOUT_CUDNN_ATTENTION))
         self.model = gpu_families.make(model, kind, self.dtype)
         if self.is_step:
             self.adapt()

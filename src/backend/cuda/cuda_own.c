@@ -521,8 +521,7 @@ static void run_attention(const own_job *j)
 
 static bool on_hopper(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
 {
-    return type != VEL_F32 && d->capability == 90 && vel_cuda_trial() &&
-           vel_cu_attention_hopper_takes(*a);
+    return type != VEL_F32 && d->capability == 90 && vel_cu_attention_hopper_takes(*a);
 }
 
 static size_t scratch_attention_grad(const own_job *j)
