@@ -34,8 +34,23 @@ static void try_text(vel_ctx *ctx, vel_tokenizer *t, const char *text)
         fuzz_require(r.n_cut == VEL_MAX(0, r.n - (FUZZ_PADDED - 2)), "the cut counts the rest");
 }
 
+/* Stretches with weights are never longer together than the text. */
+static void try_weights(vel_ctx *ctx, const char *text)
+{
+    vel_weighted_text *list = NULL;
+    int n = 0;
+    size_t length = 0;
+    if (vel_text_weights(ctx, text, &list, &n))
+        return;
+    for (int i = 0; i < n; i++)
+        length += strlen(list[i].text);
+    fuzz_require(n > 0 && length <= strlen(text), "the stretches are of the text");
+    vel_weighted_texts_free(ctx, list, n);
+}
+
 static void try_texts(vel_ctx *ctx, vel_tokenizer *t, const char *text)
 {
+    try_weights(ctx, text);
     try_text(ctx, t, text);
     if (text[0] && text[1] && vel_tokenizer_add_word(t, text, (uint8_t)text[0] % 4) >= 0)
         try_text(ctx, t, text);
