@@ -60,6 +60,7 @@ class Run:
         self.time = torch.tensor([(100 + 200 * i) % 1000 for i in range(n)])
         if case["kind"] in ("step", "unet"):
             self.states = torch.randn(n, 77, model.config.cross_attention_dim, dtype=self.dtype)
+            self.more = self.size_and_crop(n, size) if model.config.addition_embed_type == "text_time" else {}
         if case["kind"] == "text":
             self.ids = torch.randint(0, model.config.vocab_size, (n, 77))
         if case["kind"] == "step":
@@ -69,12 +70,17 @@ class Run:
                     p.data = p.data.float()
             self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
 
+    def size_and_crop(self, n, size):
+        ids = torch.tensor([[size, size, 0, 0, size, size]] * n)
+        return {"added_cond_kwargs": {"text_embeds": torch.randn(n, 1280, dtype=self.dtype),
+                                      "time_ids": ids.to(self.dtype)}}
+
     def products(self):
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
     def step(self):
         with self.products():
-            out = self.model(self.picture, self.time, self.states, return_dict=False)[0]
+            out = self.model(self.picture, self.time, self.states, return_dict=False, **self.more)[0]
         loss = torch.nn.functional.mse_loss(out.float(), self.noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -86,7 +92,7 @@ class Run:
         with torch.inference_mode(), self.products():
             kind, model = self.case["kind"], self.model
             if kind == "unet":
-                return model(self.picture, self.time, self.states, return_dict=False)[0]
+                return model(self.picture, self.time, self.states, return_dict=False, **self.more)[0]
             if kind == "text":
                 return model(self.ids).last_hidden_state
             if kind == "vae_encode":
