@@ -675,3 +675,42 @@ TEST(plans_make_changes_of_weights_again)
     CHECK_MSG(bytes[1] - bytes[0] < WIDTH * WIDTH * 4,
               "4 layers take %" PRId64 " bytes, 8 %" PRId64, bytes[0], bytes[1]);
 }
+
+/* A slice along the first axis longer than 1 is one piece of its input: it needs no memory, and an
+ * op that writes in place over one leaves the other alone. */
+TEST(plans_leave_slices_in_their_input)
+{
+    enum { WIDTH = 1024 };
+    static float x[4 * WIDTH], got[2 * WIDTH];
+    int64_t bytes[2] = {0, 0};
+    vel_engine *e = NULL;
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+    vel_random_normal(3, 0, 0, x, VEL_COUNT(x));
+    for (int last = 0; last < 2; last++) { /* [1, 4, WIDTH] in two, or [4, 1, WIDTH] in itself */
+        vel_plan *p = NULL;
+        vel_graph *g = vel_graph_create(t->ctx);
+        REQUIRE(g);
+        vel_ref in = vel_input(g, "x", VEL_F32, VEL_SHAPE(1, 4, WIDTH));
+        vel_ref y = vel_affine(g, vel_unary(g, in, VEL_UNARY_SIN), 2, 0);
+        y = last ? vel_reshape(g, y, VEL_SHAPE(2, 2, WIDTH)) : y;
+        vel_ref a = last ? vel_slice(g, y, 1, 0, 1) : vel_slice(g, y, 1, 0, 2);
+        vel_ref b = last ? vel_slice(g, y, 1, 1, 2) : vel_slice(g, y, 1, 2, 4);
+        vel_output(g, "out", vel_sub(g, vel_affine(g, a, 3, 0), b));
+        REQUIRE_OK(vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32}, &p));
+        REQUIRE_OK(vel_plan_set(p, "x", x, sizeof x));
+        REQUIRE_OK(vel_plan_run(p));
+        REQUIRE_OK(vel_plan_get(p, "out", got, VEL_COUNT(got)));
+        for (int i = 0; i < VEL_COUNT(got); i++) {
+            int row = i / WIDTH, column = i % WIDTH;
+            double one = sin(x[(last ? 2 * row : row) * WIDTH + column]),
+                   other = sin(x[(last ? 2 * row + 1 : row + 2) * WIDTH + column]);
+            CHECK(fabs(got[i] - (6 * one - 2 * other)) < 1e-5);
+        }
+        bytes[last] = vel_plan_arena_bytes(p);
+        vel_plan_destroy(p);
+    }
+    vel_engine_destroy(e);
+    CHECK_MSG(bytes[0] <= bytes[1] - (int64_t)sizeof got,
+              "%" PRId64 " bytes where slices stay, %" PRId64 " where they are copied", bytes[0],
+              bytes[1]);
+}
