@@ -20,6 +20,12 @@ __device__ __forceinline__ uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+/* What a tile's rows are padded to. */
+__host__ __device__ constexpr int whole_depth(int d)
+{
+    return (d + 15) / 16 * 16;
+}
+
 #ifdef VEL_CU_TENSOR
 /* Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8. */
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *p)
@@ -127,12 +133,6 @@ template <typename T, int STEP> __device__ __forceinline__ const T *right_place(
 {
     int lane = threadIdx.x & 31;
     return p + ((lane & 7) + (lane >> 4) * 8) * STEP + ((lane >> 3) & 1) * 8;
-}
-
-/* What a tile's rows are padded to. */
-__host__ __device__ constexpr int whole_depth(int d)
-{
-    return (d + 15) / 16 * 16;
 }
 
 /* c [MT * 16, N] += a [MT * 16, D] b [N, D]^T, both tiles in shared memory; a begins at the
