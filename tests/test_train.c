@@ -764,8 +764,8 @@ TEST(train_names_where_it_diverged)
     CHECK_MSG(st == VEL_DIVERGED, "status %s: %s", vel_status_name(st), vel_ctx_error(t->ctx));
     CHECK_MSG(says(t, "step ") && says(t, "not finite: "), "does not say where: %s",
               vel_ctx_error(t->ctx));
-    CHECK_MSG(says(t, "down_blocks") || says(t, "conv_in") || says(t, "mid_block"), "%s",
-              vel_ctx_error(t->ctx));
+    /* Which op overflows first, and in which direction, is the kernels' and the build's. */
+    CHECK_MSG(says(t, " at 'unet."), "does not name the module: %s", vel_ctx_error(t->ctx));
     CHECK_NAMES("out", "a.safetensors", "");
     /* The very first gradients of lora_down are zeros, and 0 / (sqrt(0) + 0) is not a number. */
     CHECK(train(t, &w, "last", "steps=1 adam_epsilon=0 adam_weight_decay=0") == VEL_DIVERGED);
