@@ -192,6 +192,13 @@ static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
     return VEL_OK;
 }
 
+static vel_length length_of(const char *asked)
+{
+    if (!asked || strcmp(asked, "auto") == 0)
+        return VEL_LENGTH_USUAL;
+    return strcmp(asked, "yes") == 0 ? VEL_LENGTH_KEPT : VEL_LENGTH_FREE;
+}
+
 /* written: the prompt; NULL: it is the entry's of the file of prompts. */
 static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw_entry *entry)
 {
@@ -207,7 +214,10 @@ static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw
                                      .prompt_3 = o->prompt_3,
                                      .negative_2 = o->negative_2,
                                      .negative_3 = o->negative_3,
-                                     .guidance = o->guidance,
+                                     .guidance = -1,
+                                     .distilled_guidance = -1,
+                                     .guided_share = o->cfg_trunc_ratio,
+                                     .length = length_of(o->cfg_normalization),
                                      .width = o->width,
                                      .height = o->height,
                                      .steps = o->steps,
@@ -318,6 +328,13 @@ vel_status vel_drawing_load(vel_drawing *d)
     const vel_guidance_info *usual = vel_model_guidance(d->model);
     d->guidance = o->guidance >= 0 ? o->guidance : usual->usual;
     d->steps = o->steps > 0 ? o->steps : usual->steps;
+    if (usual->none && d->guidance > 0)
+        vel_log(d->ctx, 2,
+                "--guidance %g: it is not used, for this model knows none; --true_guidance is "
+                "classifier-free guidance",
+                d->guidance);
+    vel_draw tried = {0};
+    VEL_TRY(vel_draw_guide(d->model, d->guidance, o->true_guidance, &tried));
     for (int i = 0; i < d->n_adapters; i++)
         VEL_TRY(vel_model_add_adapter(d->model, d->adapters[i].name, d->adapters[i].path, 0));
     return load_words(d);
@@ -342,7 +359,7 @@ vel_draw vel_drawing_draw(const vel_drawing *d, const vel_drawing_prompt *p, uin
 {
     vel_draw draw = p->draw;
     draw.seed = seed;
-    draw.guidance = draw.guidance >= 0 ? draw.guidance : d->guidance;
+    (void)vel_draw_guide(d->model, d->guidance, d->o->true_guidance, &draw); /* was checked */
     draw.steps = draw.steps > 0 ? draw.steps : d->steps;
     return draw;
 }
@@ -374,11 +391,18 @@ static const char *sampler_of(const vel_drawing *d, const vel_draw *draw)
     return draw->sampler ? draw->sampler : vel_model_schedule(d->model)->config.sampler;
 }
 
-/* What models that take the guidance as an input are given, too. */
+/* Of models that are asked once it is what they are given; of others, and of those that are asked
+ * twice, classifier-free. */
 static double guidance_of(const vel_drawing *d, const vel_draw *draw)
 {
-    bool distilled = vel_model_guidance(d->model)->distilled && draw->distilled_guidance > 0;
-    return distilled ? draw->distilled_guidance : draw->guidance;
+    const vel_guidance_info *how = vel_model_guidance(d->model);
+    bool once = (how->distilled || how->none) && !vel_draw_is_guided(draw);
+    return once ? draw->distilled_guidance : draw->guidance;
+}
+
+static bool has_both_guidances(const vel_drawing *d, const vel_draw *draw)
+{
+    return vel_model_guidance(d->model)->distilled && vel_draw_is_guided(draw);
 }
 
 /* Settings that are told where they are given: prompts of their own for text encoders, and how
@@ -436,6 +460,8 @@ static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image,
     add_sampler_title(t, sampler_of(d, &draw));
     vel_text_addf(t, ", CFG scale: %g, Seed: %" PRIu64 ", Size: %dx%d, Model: %s",
                   guidance_of(d, &draw), seed, image->width, image->height, model_name(d));
+    if (has_both_guidances(d, &draw))
+        vel_text_addf(t, ", Distilled CFG Scale: %g", draw.distilled_guidance);
     for (int i = 0; i < VEL_COUNT(further_texts); i++)
         if (further_text(&draw, i))
             vel_text_addf(t, ", %s: \"%s\"", further_texts[i].title, further_text(&draw, i));
@@ -472,6 +498,12 @@ static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_d
     for (int i = 0; out && i < VEL_COUNT(further_texts); i++)
         if (further_text(&draw, i))
             json_object_set_new(out, further_texts[i].key, json_string(further_text(&draw, i)));
+    if (out && has_both_guidances(d, &draw))
+        json_object_set_new(out, "distilled_guidance", json_real(draw.distilled_guidance));
+    if (out && draw.guided_share < 1)
+        json_object_set_new(out, "cfg_trunc_ratio", json_real(draw.guided_share));
+    if (out && draw.length)
+        json_object_set_new(out, "cfg_normalization", json_string(o->cfg_normalization));
     if (out && o->max_token_length)
         json_object_set_new(out, "max_token_length", json_integer(o->max_token_length));
     if (out && o->max_sequence_length)

@@ -425,12 +425,14 @@ static vel_status check_pipeline(golden *k)
     json_t *prompts = text ? json_loads(text, 0, NULL) : NULL;
     const vel_latent_info *info = vel_model_latent(k->model);
     vel_draw d = {.prompt = json_string_value(json_array_get(prompts, 0)),
-                  .guidance =
-                      vel_json_number(how, "guidance_scale", vel_model_guidance(k->model)->usual),
+                  .guidance = -1,
+                  .distilled_guidance = -1,
                   .width = (int)vel_json_int(how, "width", 0),
                   .height = (int)vel_json_int(how, "height", 0),
                   .steps = (int)vel_json_int(how, "num_inference_steps", 1),
                   .seed = (uint64_t)vel_json_int(how, "seed", 0)};
+    double guidance = vel_json_number(how, "guidance_scale", vel_model_guidance(k->model)->usual);
+    (void)vel_draw_guide(k->model, guidance, 1, &d); /* not above 1 */
     int64_t c = info->channels, places = (int64_t)(d.height / info->down) * (d.width / info->down);
     float *latent = vel_alloc(k->ctx, (size_t)(c * places) * sizeof *latent),
           *z = vel_alloc(k->ctx, (size_t)(c * places) * sizeof *z);

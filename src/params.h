@@ -14,6 +14,9 @@ typedef struct vel_generate_options {
     int max_token_length, max_sequence_length;                 /* tokens of a prompt; 0: as usual */
     bool weighted_prompts;                                     /* (word:1.2) is a weight */
     double guidance;                                           /* < 0: the family's usual one */
+    double true_guidance; /* classifier-free, of models that take the guidance as an input */
+    double cfg_trunc_ratio;
+    const char *cfg_normalization;          /* of VEL_LENGTHS */
     int width, height, steps, count, batch; /* 0: the model's and the family's own */
     int64_t seed; /* -1: a random one, which is then printed and written into the file */
     const char *sampler;

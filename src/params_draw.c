@@ -43,6 +43,15 @@
              "(word:1.2), (word) and [word] are weights, as other programs read them"),            \
         FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, -1, 100, "picture", \
               "classifier-free guidance; 1: off, -1: as the model's family is used"),              \
+        FLOAT(                                                                                     \
+            "true_guidance", "true_cfg_scale", at true_guidance, "1", 0, 100, "picture",           \
+            "classifier-free guidance of models that take the guidance as an input or know none "  \
+            "(FLUX.1), beside --guidance; 1: off, and the negative prompt is not used"),           \
+        FLOAT("cfg_trunc_ratio", NULL, at cfg_trunc_ratio, "1", 0.001, 1, "picture",               \
+              "share of the steps, the first, that have classifier-free guidance"),                \
+        CHOICE("cfg_normalization", NULL, at cfg_normalization, "auto", VEL_LENGTHS, "picture",    \
+               "does what is guided get the length of the prompt's own; auto: as is usual (with "  \
+               "Lumina-Image 2.0 it does)"),                                                       \
         INT("width", NULL, at width, "0", 0, 8192, "picture", "pixels; 0: the model's own"),       \
         INT("height", NULL, at height, "0", 0, 8192, "picture", "pixels; 0: the model's own"),     \
         INT("steps", "num_inference_steps", at steps, first_steps, 0, 1000, "picture",             \

@@ -434,6 +434,9 @@ const vel_option_row vel_train_rows[] = {
     INT("sample_steps", NULL, sample_steps, "25", 1, 1000, "samples", "sampler steps"),
     FLOAT("sample_guidance", NULL, sample_guidance, "5", 0, 50, "samples",
           "classifier-free guidance"),
+    FLOAT("sample_true_guidance", NULL, sample_true_guidance, "1", 0, 50, "samples",
+          "classifier-free guidance of models that take the guidance as an input (FLUX.1), beside "
+          "--sample_guidance; 1: off"),
     INT("sample_seed", NULL, sample_seed, "1", 0, 9e15, "samples", "seed of the first prompt"),
     CHOICE("sample_sampler", NULL, sample_sampler, "ddim", VEL_SAMPLERS, "samples", "sampler"),
     TEXT("sample_negative", NULL, sample_negative, NULL, "samples", "negative prompt"),

@@ -319,7 +319,8 @@ static void check_drawn(vel_test *t, const vel_safetensors *golden, const char *
                   .negative = vel_json_string(how, "negative_prompt", NULL),
                   .negative_2 = vel_json_string(how, "negative_prompt_2", NULL),
                   .negative_3 = vel_json_string(how, "negative_prompt_3", NULL),
-                  .guidance = vel_json_number(how, "guidance_scale", 0),
+                  .guidance = -1,
+                  .distilled_guidance = -1,
                   .width = 64,
                   .height = 64,
                   .steps = 2,
@@ -327,6 +328,7 @@ static void check_drawn(vel_test *t, const vel_safetensors *golden, const char *
     float got[16 * 8 * 8];
     vel_model *m = NULL;
     REQUIRE_OK(vel_model_open(t->ctx, folder, &o, &m));
+    CHECK_OK(vel_draw_guide(m, vel_json_number(how, "guidance_scale", 0), 1, &d));
     CHECK_OK(vel_model_draw(m, &d, 1, 1, NULL, NULL, got));
     double worst = 0;
     for (int64_t i = 0; i < want->count; i++) {

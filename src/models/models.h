@@ -112,7 +112,6 @@ typedef struct vel_guidance_info {
     bool none;          /* it knows no guidance: it is asked once (schnell) */
     bool zero_negative; /* an empty negative prompt is zeros, not the text encoder's states of "" */
     bool normalised;    /* the sum gets the length, for each latent value, of the prompt's own */
-    double until;       /* share of the steps that are guided; 0: all */
 } vel_guidance_info;
 
 /* Facts about a picture from which a family makes its extra inputs. */

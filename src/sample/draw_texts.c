@@ -22,12 +22,60 @@ struct vel_draw_texts {
     int n;
 };
 
-/* ---- what is asked for ---- */
+/* ---- guidance ---- */
 
-bool vel_draw_is_guided(const vel_model *m, const vel_draw *d)
+static bool is_asked_once(const vel_model *m)
 {
-    return d->guidance > 1 && !m->guidance.distilled && !m->guidance.none;
+    return m->guidance.distilled || m->guidance.none;
 }
+
+vel_status vel_draw_guide(vel_model *m, double guidance, double further, vel_draw *d)
+{
+    bool once = is_asked_once(m);
+    if (further > 1 && !once)
+        return vel_fail(m->ctx, VEL_BAD_VALUE,
+                        "--true_guidance: %g: %s has classifier-free guidance alone, and it is "
+                        "--guidance",
+                        further, m->family->title);
+    if (d->guidance < 0)
+        d->guidance = once ? further : guidance;
+    if (d->distilled_guidance < 0)
+        d->distilled_guidance = m->guidance.distilled ? guidance : 0;
+    return VEL_OK;
+}
+
+bool vel_draw_is_guided(const vel_draw *d)
+{
+    return d->guidance > 1;
+}
+
+static bool has_text(const char *text)
+{
+    return text && text[0];
+}
+
+void vel_draw_tell_unused(vel_model *m, const vel_draw *d)
+{
+    bool against = has_text(d->negative) || has_text(d->negative_2) || has_text(d->negative_3);
+    if (!m->told_negative && against && !vel_draw_is_guided(d)) {
+        vel_log(m->ctx, 2,
+                "negative prompt: it is not used, for %s is drawn without classifier-free guidance "
+                "here; %s above 1 turns it on, and so does --l on a prompt's line",
+                m->family->title,
+                is_asked_once(m) ? "--true_guidance (of samples --sample_true_guidance)"
+                                 : "--guidance");
+        m->told_negative = true;
+    }
+    if (!m->told_input && d->distilled_guidance > 0 && !m->guidance.distilled) {
+        vel_log(m->ctx, 2,
+                "--g %g: it is not used, for this model does not take the guidance as an "
+                "input; --l is its guidance",
+                d->distilled_guidance);
+        m->told_input = true;
+    }
+}
+
+/* ---- what is asked for ---- */
 
 static const char *first_of(const char *text, const char *otherwise)
 {
@@ -88,8 +136,8 @@ vel_status vel_model_draw_pieces(vel_model *m, const vel_draw *d, int *pieces)
     vel_prompt prompt = prompt_of(d), negative = negative_of(d);
     *pieces = 1;
     VEL_TRY(vel_model_count_pieces(m, &prompt, m->most_pieces, pieces));
-    return vel_draw_is_guided(m, d) ? vel_model_count_pieces(m, &negative, m->most_pieces, pieces)
-                                    : VEL_OK;
+    return vel_draw_is_guided(d) ? vel_model_count_pieces(m, &negative, m->most_pieces, pieces)
+                                 : VEL_OK;
 }
 
 void vel_model_read_drawn(vel_model *m, int pieces)
@@ -152,7 +200,7 @@ static vel_status encode_length(vel_model *m, const vel_draw *draws, int n, int 
     }
     for (int i = 0; i < n; i++) {
         vel_prompt p = negative_of(&draws[i]);
-        if (t->of[i].pieces == pieces && vel_draw_is_guided(m, &draws[i]) && !is_zero(m, &draws[i]))
+        if (t->of[i].pieces == pieces && vel_draw_is_guided(&draws[i]) && !is_zero(m, &draws[i]))
             t->of[i].negative = place_of(t, first, &p, apart, pieces, m->n_texts);
     }
     return encode_group(m, t, first);

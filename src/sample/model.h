@@ -77,6 +77,7 @@ struct vel_model {
     int tile;           /* latents on a side of a piece that is decoded at once; 0: no pieces */
     bool decodes_apart; /* drawn pictures are decoded without the denoiser in memory */
     bool no_text;       /* opened without its text encoder */
+    bool told_negative, told_input; /* said once: what of a draw is not used */
     model_part parts[VEL_MAX_PARTS];
     int n_parts;
     const vel_known_module *modules; /* NULL until asked for */
@@ -181,6 +182,9 @@ void vel_draw_texts_destroy(vel_draw_texts *t); /* also after a failure; NULL is
 int vel_draw_texts_pieces(const vel_draw_texts *t, int i);
 const float *vel_draw_texts_states(const vel_draw_texts *t, int i, bool negative);
 void vel_model_read_drawn(vel_model *m, int pieces); /* as pictures are drawn */
+/* Says what the draw asks for and is not used: a negative prompt without guidance, a guidance as an
+ * input of a model that takes none. */
+void vel_draw_tell_unused(vel_model *m, const vel_draw *d);
 
 /* decode_tiles.c: vel_model_decode in pieces of m->tile latents. */
 vel_status vel_model_decode_tiles(vel_model *m, const float *z, int n, int h, int w, float *image);

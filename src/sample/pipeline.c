@@ -123,6 +123,7 @@ static vel_status check_draws(vel_model *m, const vel_draw *draws, int n, int *e
         VEL_TRY(check_side(m->ctx, "height", d->height, side_unit(m)));
         if (!isfinite(d->guidance))
             return vel_fail(m->ctx, VEL_BAD_VALUE, "guidance: %g is no number", d->guidance);
+        vel_draw_tell_unused(m, d);
         bool same = i && d->steps == before->steps && d->sampler == before->sampler &&
                     d->spacing == before->spacing && d->eta == before->eta;
         if (same) {
@@ -158,8 +159,7 @@ static void put_condition(batch *b, const vel_draw_texts *t, int i)
                                .height = b->s.h * m->latent.down,
                                .original_width = b->s.w * m->latent.down,
                                .original_height = b->s.h * m->latent.down,
-                               .guidance =
-                                   d->distilled_guidance > 0 ? d->distilled_guidance : d->guidance};
+                               .guidance = d->distilled_guidance};
     float values[VEL_MAX_EXTRA];
     vel_family_extra(m->family, m->config, &facts, values);
     for (int side = b->guided ? 0 : 1; side < 2; side++) {
@@ -233,20 +233,23 @@ static void fill_input(batch *b, int e)
     }
 }
 
+static bool is_guided_at(const batch *b, int i, int e)
+{
+    double share = b->draws[i].guided_share;
+    return b->guided && !(share > 0 && (double)(e + 1) / b->evaluations > share);
+}
+
 /* p <- what the prompt and the negative prompt (p) say together. Where it is normalised, each row
  * of the latent gets the length that the prompt's own has (Lumina2Pipeline takes it over the last
  * axis of NCHW). */
-static void guide(const batch *b, int e, float *p, const float *with, float guidance)
+static void guide(const batch *b, float *p, const float *with, const vel_draw *d)
 {
-    const vel_guidance_info *how = &b->m->guidance;
-    if (how->until > 0 && (double)(e + 1) / b->evaluations > how->until) {
-        memcpy(p, with, sizeof *p * (size_t)b->s.values);
-        return;
-    }
+    float guidance = (float)d->guidance;
+    bool normalised = d->length ? d->length == VEL_LENGTH_KEPT : b->m->guidance.normalised;
     for (int64_t k = 0; k < b->s.values; k++)
         p[k] = p[k] + guidance * (with[k] - p[k]);
     int c = b->s.c;
-    for (int64_t row = 0; how->normalised && row < (int64_t)b->s.h * c; row++) {
+    for (int64_t row = 0; normalised && row < (int64_t)b->s.h * c; row++) {
         int64_t first = row / c * b->s.w * c + row % c;
         double own = 0, made = 0;
         for (int x = 0; x < b->s.w; x++) {
@@ -263,8 +266,11 @@ static vel_status take_step(batch *b, int e)
 {
     for (int i = 0; i < b->n; i++) {
         float *p = b->out + i * b->s.values;
-        if (b->guided)
-            guide(b, e, p, p + b->n * b->s.values, (float)b->draws[i].guidance);
+        const float *with = p + b->n * b->s.values;
+        if (is_guided_at(b, i, e))
+            guide(b, p, with, &b->draws[i]);
+        else if (b->guided)
+            memcpy(p, with, sizeof *p * (size_t)b->s.values);
         to_nchw(p, b->s, b->scaled);
         VEL_TRY(
             vel_sampler_step(b->samplers[i], e, b->scaled, b->x + i * b->s.values, b->s.values));
@@ -298,6 +304,20 @@ static vel_status decode_batch(batch *b, vel_image *images)
     return st;
 }
 
+/* Rows of negative prompts, the first, are left out where no picture is guided any more. */
+static vel_status evaluate(batch *b, int e)
+{
+    int left_out = b->guided ? b->n : 0;
+    for (int i = 0; i < b->n; i++)
+        if (is_guided_at(b, i, e))
+            left_out = 0;
+    return vel_model_denoise(b->m, b->in + left_out * b->s.values, b->time + left_out,
+                             b->states + left_out * vel_model_text_values(b->m),
+                             b->extra + left_out * vel_model_extra_count(b->m),
+                             rows_of(b) - left_out, b->s.h, b->s.w,
+                             b->out + left_out * b->s.values);
+}
+
 /* progress: NULL when quiet; *done counts evaluations of pictures. */
 static vel_status denoise_batch(batch *b, const vel_draw_texts *t, vel_progress *progress,
                                 int64_t *done)
@@ -307,8 +327,7 @@ static vel_status denoise_batch(batch *b, const vel_draw_texts *t, vel_progress 
         if (b->m->ctx->interrupted)
             return vel_fail(b->m->ctx, VEL_INTERRUPTED, "drawing was interrupted");
         fill_input(b, e);
-        VEL_TRY(vel_model_denoise(b->m, b->in, b->time, b->states, b->extra, rows_of(b), b->s.h,
-                                  b->s.w, b->out));
+        VEL_TRY(evaluate(b, e));
         VEL_TRY(take_step(b, e));
         *done += b->n;
         if (progress)
@@ -330,7 +349,7 @@ static int group_size(const vel_model *m, const vel_draw *all, const vel_draw_te
         shape s = latent_shape(m, &draws[k]);
         if (s.h != first.h || s.w != first.w || evaluations[begin + k] != evaluations[begin] ||
             vel_draw_texts_pieces(t, begin + k) != vel_draw_texts_pieces(t, begin) ||
-            vel_draw_is_guided(m, &draws[k]) != vel_draw_is_guided(m, &draws[0]))
+            vel_draw_is_guided(&draws[k]) != vel_draw_is_guided(&draws[0]))
             break;
     }
     return k;
@@ -401,7 +420,7 @@ static vel_status draw_batches(drawing *d, vel_progress *progress, const target 
                      .n = k,
                      .first = i,
                      .s = latent_shape(m, &d->draws[i]),
-                     .guided = vel_draw_is_guided(m, &d->draws[i]),
+                     .guided = vel_draw_is_guided(&d->draws[i]),
                      .evaluations = d->evaluations[i]};
         vel_model_read_drawn(m, vel_draw_texts_pieces(d->texts, i));
         VEL_TRY(denoise_batch(b, d->texts, progress, &done));

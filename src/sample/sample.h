@@ -311,12 +311,17 @@ vel_status vel_model_denoise(vel_model *m, const float *latent, const float *tim
 /* ---- pictures (pipeline.c)
  * ------------------------------------------------------------------------- */
 
+typedef enum vel_length { VEL_LENGTH_USUAL, VEL_LENGTH_KEPT, VEL_LENGTH_FREE } vel_length;
+#define VEL_LENGTHS "auto,yes,no" /* in the enum's order, as settings name them */
+
 typedef struct vel_draw {
     const char *prompt, *negative;   /* negative NULL: "" */
     const char *prompt_2, *prompt_3; /* for further text encoders; NULL, "": as the prompt */
     const char *negative_2, *negative_3;
-    double guidance;           /* 7.5; <= 1: without */
-    double distilled_guidance; /* of models that take it as an input, instead; 0: guidance */
+    double guidance;           /* classifier-free: 7.5; <= 1: without, and without a negative */
+    double distilled_guidance; /* what models are given that take the guidance as an input */
+    double guided_share;       /* of the evaluations that are guided, the first; 0: all */
+    vel_length length;         /* whether what is guided gets the length of the prompt's own */
     int width, height;         /* 0: native */
     int steps;                 /* 50 */
     uint64_t seed;
@@ -342,8 +347,13 @@ vel_status vel_draw_take(vel_ctx *ctx, vel_arena *a, const char *file, const vel
                          vel_draw *draw, bool *seeded);
 /* The same of a line, in place: all of it points into the line. */
 vel_status vel_draw_line(vel_ctx *ctx, const char *file, char *line, vel_draw *draw, bool *seeded);
+/* The guidances of a draw that does not say them (below 0): models that take the guidance as an
+ * input, or know none, are given `guidance` as that and `further` as classifier-free guidance;
+ * others have the latter alone, and it is `guidance`. VEL_BAD_VALUE: further is above 1 and there
+ * is no such. */
+vel_status vel_draw_guide(vel_model *m, double guidance, double further, vel_draw *d);
 /* Whether drawing it asks the denoiser for the negative prompt, too. */
-bool vel_draw_is_guided(const vel_model *m, const vel_draw *d);
+bool vel_draw_is_guided(const vel_draw *d);
 /* In how many pieces the draw's texts are read. */
 vel_status vel_model_draw_pieces(vel_model *m, const vel_draw *draw, int *pieces);
 /* Makes sure that encoder k's states of a draw's texts are kept. */

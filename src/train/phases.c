@@ -102,7 +102,7 @@ static vel_status measure_drawing(train_session *s, sample_sizes *out)
             continue;
         most = VEL_MAX(most, (int64_t)h * w);
         longest = VEL_MAX(longest, pieces);
-        VEL_TRY(vel_model_denoise_size(m, vel_draw_is_guided(m, d) ? 2 * n : n, h, w, pieces,
+        VEL_TRY(vel_model_denoise_size(m, vel_draw_is_guided(d) ? 2 * n : n, h, w, pieces,
                                        on_paper(s), &size));
         at_most(&out->denoise, &size);
         VEL_TRY(vel_model_decode_size(m, n, h, w, on_paper(s), &size));

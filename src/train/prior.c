@@ -91,11 +91,15 @@ static vel_status draw_class(train_session *s, int there, int wanted)
     vel_draw *draws = vel_alloc(s->ctx, (size_t)n * sizeof *draws);
     if (!draws)
         return VEL_NO_MEMORY;
-    for (int i = 0; i < n; i++)
-        draws[i] = (vel_draw){.prompt = o->class_prompt,
-                              .guidance = vel_model_guidance(s->model)->usual,
-                              .steps = o->class_image_steps,
-                              .seed = (uint64_t)o->seed + (uint64_t)(there + i)};
+    vel_draw draw = {.prompt = o->class_prompt,
+                     .guidance = -1,
+                     .distilled_guidance = -1,
+                     .steps = o->class_image_steps};
+    (void)vel_draw_guide(s->model, vel_model_guidance(s->model)->usual, 1, &draw); /* not above 1 */
+    for (int i = 0; i < n; i++) {
+        draws[i] = draw;
+        draws[i].seed = (uint64_t)o->seed + (uint64_t)(there + i);
+    }
     class_drawing c = {s, there};
     vel_status st = vel_make_folder(s->ctx, o->class_data);
     if (!st)

@@ -11,7 +11,8 @@ static vel_status add_prompt(train_session *s, const char *text, const vel_draw_
     bool seeded;
     vel_draw draw = {.prompt = text,
                      .negative = o->sample_negative,
-                     .guidance = o->sample_guidance,
+                     .guidance = -1,
+                     .distilled_guidance = -1,
                      .width = s->data->options.width,
                      .height = s->data->options.height,
                      .steps = o->sample_steps,
@@ -19,6 +20,7 @@ static vel_status add_prompt(train_session *s, const char *text, const vel_draw_
                      .sampler = o->sample_sampler};
     if (entry)
         VEL_TRY(vel_draw_take(s->ctx, s->arena, o->sample_prompts, entry, &draw, &seeded));
+    VEL_TRY(vel_draw_guide(s->model, o->sample_guidance, o->sample_true_guidance, &draw));
     char *copy = vel_arena_strdup(s->arena, draw.prompt);
     if (!copy)
         return VEL_NO_MEMORY;

@@ -124,7 +124,7 @@ typedef struct vel_train_options {
     const char
         *sample_prompts; /* a file, a prompt a line (# and empty lines skipped), or a prompt */
     int sample_every, sample_every_n_epochs, sample_steps, sample_count;
-    double sample_guidance;
+    double sample_guidance, sample_true_guidance; /* as vel_draw_guide takes them */
     int64_t sample_seed;
     const char *sample_sampler, *sample_negative;
     int validation_every, validate_every_n_epochs;

@@ -1,0 +1,157 @@
+/* test_guidance.c: classifier-free guidance beside the guidance that a model takes as an input, for
+ * a share of the steps, with and without the prompt's own length, against diffusers' pipelines
+ * (tests/golden/guidance.safetensors, made by tools/golden/guidance.py). */
+#include "sample/model.h"
+#include "program.h"
+
+#define FLUX "--model tests/golden/families/flux-dev/model --device cpu --precision no "
+
+static const char golden_file[] = "tests/golden/guidance.safetensors";
+
+/* ---- numbers ---- */
+
+static vel_length length_asked(const json_t *how)
+{
+    return vel_json_bool(how, "cfg_normalization", true) ? VEL_LENGTH_USUAL : VEL_LENGTH_FREE;
+}
+
+static void check_case(vel_test *t, const vel_safetensors *golden, const char *name,
+                       const char *family)
+{
+    const vel_file_tensor *want = vel_safetensors_find(golden, name);
+    const char *meta = vel_safetensors_meta(golden, name);
+    json_t *how = meta ? json_loads(meta, 0, NULL) : NULL;
+    REQUIRE(want && how && want->count <= 16 * 8 * 8);
+    char *folder = vel_test_text(t, "tests/golden/families/%s/model", family);
+    vel_model_options o = {.device = "cpu",
+                           .precision = "no",
+                           .text_length = (int)vel_json_int(how, "max_sequence_length", 0)};
+    vel_draw d = {.prompt = vel_json_string(how, "prompt", NULL),
+                  .negative = vel_json_string(how, "negative_prompt", NULL),
+                  .negative_2 = vel_json_string(how, "negative_prompt_2", NULL),
+                  .guidance = -1,
+                  .distilled_guidance = -1,
+                  .guided_share = vel_json_number(how, "cfg_trunc_ratio", 0),
+                  .length = length_asked(how),
+                  .width = 64,
+                  .height = 64,
+                  .steps = 3,
+                  .seed = 3};
+    float got[16 * 8 * 8];
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_model_open(t->ctx, folder, &o, &m));
+    CHECK_OK(vel_draw_guide(m, vel_json_number(how, "guidance_scale", 0),
+                            vel_json_number(how, "true_cfg_scale", 1), &d));
+    CHECK_OK(vel_model_draw(m, &d, 1, 1, NULL, NULL, got));
+    double worst = 0;
+    for (int64_t i = 0; i < want->count; i++) {
+        float w;
+        vel_file_tensor_floats(want, i, 1, &w);
+        worst = fmax(worst, fabs((double)w - got[i]));
+    }
+    CHECK_MSG(worst < 1e-4, "%s: the latent is off by %.3g", name, worst);
+    vel_model_close(m);
+    vel_free(t->ctx, folder);
+    json_decref(how);
+}
+
+TEST(guidance_beside_a_distilled_one_is_diffusers)
+{
+    vel_safetensors *golden = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_file, &golden));
+    check_case(t, golden, "flux_alone", "flux-dev");
+    check_case(t, golden, "flux_true", "flux-dev");
+    check_case(t, golden, "flux_second", "flux-dev");
+    check_case(t, golden, "flux_empty", "flux-dev");
+    check_case(t, golden, "schnell_true", "flux-schnell");
+    vel_safetensors_close(golden);
+}
+
+TEST(guidance_of_a_share_of_the_steps_is_diffusers)
+{
+    vel_safetensors *golden = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_file, &golden));
+    check_case(t, golden, "lumina", "lumina2");
+    check_case(t, golden, "lumina_cut", "lumina2");
+    check_case(t, golden, "lumina_plain", "lumina2");
+    check_case(t, golden, "lumina_both", "lumina2");
+    vel_safetensors_close(golden);
+}
+
+/* ---- commands ---- */
+
+/* A line's --l and --g are the settings --true_guidance and --guidance where a model takes the
+ * guidance as an input: the same picture with the same text. */
+TEST(guidance_on_lines_is_that_of_settings)
+{
+    program_result r;
+    if (!program_shell(
+            t,
+            "printf 'a cup --n blurred --l 2.5 --g 3\\na cup --l 2.5\\na cup --n old\\n' "
+            ">\"$D/lines.txt\"; G='generate " FLUX "--steps 1 --width 64 --height 64 "
+            "--seed 3'; \"$V\" $G --prompt_file \"$D/lines.txt\" --output \"$D/out\" && "
+            "\"$V\" $G --prompt 'a cup' --negative blurred --true_guidance 2.5 "
+            "--guidance 3 --output \"$D/a.png\" && cmp \"$D/a.png\" "
+            "\"$D/out/00001-3.png\" && echo as-settings; for i in \"$D\"/out/*; do "
+            "LC_ALL=C tr -cd ' -~' <\"$i\"; done",
+            &r))
+        return;
+    static const char *const says[] = {
+        "as-settings",
+        "CFG scale: 2.5, Seed: 3, Size: 64x64, Model: model, Distilled CFG Scale: 3,",
+        "\"distilled_guidance\":3.5", "CFG scale: 3.5, Seed: 5",
+        "negative prompt: it is not used, for FLUX.1"};
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    for (int i = 0; i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+}
+
+TEST(guidance_that_is_not_used_is_said)
+{
+    static const char sdxl[] =
+        "generate cat --model tests/golden/families/sdxl/model --device cpu --precision no --width "
+        "64 --height 64 --steps 1 ";
+    char *words = vel_test_text(t, "%s --true_guidance 3 --output '%s/a.png'", sdxl, t->folder);
+    program_expect(t, words, 1,
+                   (const char *const[]){"--true_guidance: 3", "Stable Diffusion XL", NULL});
+    vel_free(t->ctx, words);
+    words = vel_test_text(t, "%s --guidance 1 --negative old --output '%s/a.png'", sdxl, t->folder);
+    program_expect(
+        t, words, 0,
+        (const char *const[]){"negative prompt: it is not used", "--guidance above 1", NULL});
+    vel_free(t->ctx, words);
+    program_result r;
+    if (program_shell(t,
+                      "echo 'a cup --g 4' >\"$D/lines.txt\"; \"$V\" generate --prompt_file "
+                      "\"$D/lines.txt\" --model tests/golden/families/sdxl/model --device cpu "
+                      "--width 64 --height 64 --steps 1 --output \"$D/g.png\"",
+                      &r))
+        CHECK_MSG(strstr(r.text, "--g 4: it is not used"), "%s", r.text);
+}
+
+/* The same of samples. */
+TEST(guidance_of_samples)
+{
+    program_result r;
+    char *folder = vel_test_text(t, "%s/p", t->folder);
+    program_copy_pictures(t, folder, 1);
+    vel_free(t->ctx, folder);
+    if (!program_shell(
+            t,
+            "echo 'a cat --n old --l 3 --g 2 --s 1' >\"$D/lines.txt\"; T='train " FLUX "--steps 1 "
+            "--resolution 64 --rank 2 --learning_rate 0.02 --seed 1 --output_name a "
+            "--sample_every 1 --sample_steps 1 --data '; "
+            "\"$V\" $T \"$D/p\" --output_dir \"$D/x\" --sample_prompts \"$D/lines.txt\" && "
+            "\"$V\" $T \"$D/p\" --output_dir \"$D/y\" --sample_prompts 'a cat' "
+            "--sample_negative old --sample_guidance 2 --sample_true_guidance 3 && "
+            "\"$V\" $T \"$D/p\" --output_dir \"$D/z\" --sample_prompts 'a cat' "
+            "--sample_negative old --sample_guidance 2 && cd \"$D\" && "
+            "F=a-samples-step00000000.png && "
+            "cmp x/$F y/$F && echo as-settings; cmp y/$F z/$F",
+            &r))
+        return;
+    CHECK_MSG(strstr(r.text, "as-settings") && strstr(r.text, "differ: byte") &&
+                  !strstr(r.text, "EOF"),
+              "%s", r.text);
+    CHECK_MSG(strstr(r.text, "--sample_true_guidance"), "%s", r.text);
+}

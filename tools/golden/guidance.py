@@ -1,0 +1,38 @@
+"""Reference values for classifier-free guidance where it is not alone: the latents that diffusers'
+pipelines draw with the small models of the larger families, into tests/golden/guidance.safetensors
+(metadata: what was asked for, by case).
+
+    python tools/golden/guidance.py
+"""
+import json
+
+import diffusers, torch
+from safetensors.torch import save_file
+
+FAMILIES = "tests/golden/families"
+FLUX = {"prompt": "a red fox", "guidance_scale": 3.0, "max_sequence_length": 24}
+AGAINST = {"negative_prompt": "blurred", "true_cfg_scale": 2.5}
+LUMINA = {"prompt": "a red fox", "negative_prompt": "blurred", "guidance_scale": 4.0}
+CASES = {
+    "flux_alone": ("flux-dev", FLUX),
+    "flux_true": ("flux-dev", {**FLUX, **AGAINST}),
+    "flux_second": ("flux-dev", {**FLUX, **AGAINST, "negative_prompt_2": "a frame around the picture"}),
+    "flux_empty": ("flux-dev", {**FLUX, "negative_prompt": "", "true_cfg_scale": 4.0}),
+    "schnell_true": ("flux-schnell", {**FLUX, **AGAINST}),
+    "lumina": ("lumina2", LUMINA),
+    "lumina_cut": ("lumina2", {**LUMINA, "cfg_trunc_ratio": 0.5}),
+    "lumina_plain": ("lumina2", {**LUMINA, "cfg_normalization": False}),
+    "lumina_both": ("lumina2", {**LUMINA, "cfg_trunc_ratio": 0.7, "cfg_normalization": False}),
+}
+
+out = {}
+for name, (family, how) in CASES.items():
+    pipe = diffusers.DiffusionPipeline.from_pretrained(f"{FAMILIES}/{family}/model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    latent = pipe(**how, num_inference_steps=3, width=64, height=64, output_type="latent",
+                  generator=torch.Generator("cpu").manual_seed(3)).images
+    if family.startswith("flux"):
+        latent = pipe._unpack_latents(latent, 64, 64, pipe.vae_scale_factor)
+    out[name] = latent.contiguous()
+    print(name, tuple(latent.shape), float(latent.std()))
+save_file(out, "tests/golden/guidance.safetensors", {k: json.dumps(v[1]) for k, v in CASES.items()})
