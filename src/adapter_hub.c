@@ -272,7 +272,8 @@ vel_status vel_hub_embedding(vel_hub *h)
     vel_status st =
         vel_words_write(h->ctx, h->o->second, words, n, h->o->format, save_type(h), NULL);
     if (!st)
-        vel_text_addf(h->out, "%s: %d learned words, %s's names\n", h->o->second, n, h->o->format);
+        vel_text_addf(h->out, "%s: %d learned words, %s's names\n", h->o->second,
+                      vel_words_names(words, n), h->o->format);
     vel_words_free(h->ctx, words, n);
     return st;
 }

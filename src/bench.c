@@ -141,20 +141,28 @@ static vel_status bench_adapter(step_bench *s, vel_arena *arena, vel_trained *wh
     return VEL_OK;
 }
 
-/* One vector of a new word, which stands once in each text. */
+/* One vector of a new word for each text encoder that learns words; it stands once in each text of
+ * the first one. */
 static vel_status bench_word(step_bench *s, vel_arena *arena, vel_trained *what)
 {
-    vel_text_info text[VEL_MAX_TEXTS];
-    vel_model_family(s->b->model)->texts(vel_model_config(s->b->model), text);
-    float *row = vel_arena_alloc(arena, (size_t)text[0].width * sizeof *row);
-    if (!row)
-        return VEL_NO_MEMORY;
-    s->word = vel_tokenizer_size(vel_model_tokenizer(s->b->model));
-    VEL_TRY(vel_model_embedding(s->b->model, 0, row));
-    VEL_TRY(vel_model_add_word(s->b->model, "<bench>", 1, row));
-    s->words = *vel_model_words(s->b->model);
+    vel_model *m = s->b->model;
+    s->word = vel_tokenizer_size(vel_model_tokenizer(m));
+    s->texts = vel_model_word_texts(m);
+    for (int k = 0; k < vel_model_texts(m); k++) {
+        float *row = vel_arena_alloc(arena, (size_t)vel_model_text(m, k)->width * sizeof *row);
+        if (!row)
+            return VEL_NO_MEMORY;
+        if (!(s->texts >> k & 1))
+            continue;
+        VEL_TRY(vel_model_embedding(m, k, 0, row));
+        VEL_TRY(vel_model_add_word(m, k, "<bench>", 1, row));
+    }
+    if (!s->texts)
+        return vel_fail(s->b->ctx, VEL_UNSUPPORTED,
+                        "--method textual_inversion: the model has no text encoder that learns "
+                        "words: they are CLIP's");
+    s->words = *vel_model_words(m);
     s->words.trained = true;
-    s->texts = 1;
     *what = (vel_trained){.words = &s->words};
     return VEL_OK;
 }

@@ -134,6 +134,11 @@ TEST(dialects_other_methods)
              "method=textual_inversion placeholder_token=<x> initializer_token=cat num_vectors=3 "
              "learnable_property=style steps=1600 output_name=last");
     comes_to(t,
+             "sdxl_train_textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
+             "--resolution 1024 --token_string <x> --init_word cat --weights w.safetensors",
+             "method=textual_inversion placeholder_token=<x> initializer_token=cat num_vectors=1 "
+             "learnable_property=captions save_format=kohya embedding_weights=w.safetensors");
+    comes_to(t,
              "train_dreambooth.py --pretrained_model_name_or_path m --instance_data_dir d "
              "--instance_prompt p --with_prior_preservation --class_data_dir c --class_prompt q "
              "--train_text_encoder --offset_noise --snr_gamma 5",

@@ -117,6 +117,19 @@ TEST(scripts_sdxl_train)
     check_count(t, "out/a/text_encoder_2/model.safetensors", "text_projection.weight", 1);
 }
 
+TEST(scripts_sdxl_train_textual_inversion)
+{
+    run(t,
+        KOHYA("sdxl_train_textual_inversion.py",
+              "sdxl") "--token_string '<x>' --init_word cat --num_vectors_per_token 2 "
+                      "--use_object_template --save_model_as safetensors "
+                      "--disable_mmap_load_safetensors",
+        (const char *const[]){"words: <x>, 2 vectors each in text_encoder and text_encoder_2",
+                              NULL});
+    check_count(t, "out/a.safetensors", "clip_l", 1);
+    check_count(t, "out/a.safetensors", "clip_g", 1);
+}
+
 /* T5 learns only where network_args say so. */
 TEST(scripts_sd3_train_network)
 {

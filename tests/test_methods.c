@@ -393,9 +393,9 @@ static bool add_golden_word(lesson *l)
     REQUIRE_OK(vel_tokenizer_ids(tokenizer, vel_safetensors_meta(l->golden, "init"), &cat, &n));
     CHECK(n == 1);
     for (int i = 0; cat && i < 2; i++)
-        REQUIRE_OK(vel_model_embedding(l->model, cat[0], first + i * 192));
+        REQUIRE_OK(vel_model_embedding(l->model, 0, cat[0], first + i * 192));
     vel_free(t->ctx, cat);
-    REQUIRE_OK(vel_model_add_word(l->model, "<new>", 2, first));
+    REQUIRE_OK(vel_model_add_word(l->model, 0, "<new>", 2, first));
     golden_ints(l, "words.ids", want);
     for (int i = 0; i < 2; i++)
         REQUIRE_OK(vel_tokenizer_encode(tokenizer, prompts[i], 77, l->ids + 77 * i, NULL, NULL));
@@ -467,7 +467,7 @@ static void check_word_file(vel_test *t, const char *path, const char *name, int
 TEST(methods_word_files)
 {
     float values[] = {1, 2, 3, 4, 5, 6};
-    vel_word word[] = {{"<one>", 2, 3, values}, {"<two>", 1, 3, values}}, *words;
+    vel_word word[] = {{"<one>", 2, 3, values, NULL}, {"<two>", 1, 3, values, NULL}}, *words;
     char path[4200];
     int n = 0;
     check_word_file(t, "tests/golden/words_a1111.pt", "toy", 2, 4, 7);
@@ -483,7 +483,7 @@ TEST(methods_word_files)
     REQUIRE_OK(vel_words_read(t->ctx, path, true, &words, &n)); /* none is bundled */
     CHECK(n == 0);
     vel_words_free(t->ctx, words, n);
-    /* Not words: too many rows, and SDXL's. */
+    /* Not words: too many rows, and T5's. */
     vel_save_tensor odd = {.name = "x", .type = VEL_FILE_F32, .rank = 2, .dim = {0, 4}};
     static const int64_t zeros[4096] = {0};
     odd.dim[0] = 2048;
@@ -491,7 +491,7 @@ TEST(methods_word_files)
     REQUIRE_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
     CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_BAD_FILE);
     odd.dim[0] = 1;
-    odd.name = "clip_g";
+    odd.name = "t5xxl";
     REQUIRE_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
     CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_UNSUPPORTED);
 }

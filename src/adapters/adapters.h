@@ -104,14 +104,21 @@ typedef struct vel_thaw {
 } vel_thaw;
 bool vel_is_thawed(const vel_thaw *t, const char *path);
 
-/* New rows behind a table of token embeddings. The graph gets the leaf `path` [n, D] and, for ids
- * [N, S], the inputs "word_ids" int32 [N, S] (a row of the leaf; 0 where there is no new word) and
- * "word_mask" [N, S, 1] (1 where there is one); "ids" must hold some id of the table there. */
+/* New rows behind a text encoder's table of token embeddings. The graph gets the leaf `path` [n, D]
+ * and, for ids [N, S], the inputs `ids` int32 [N, S] (a row of the leaf; 0 where there is no new
+ * word) and `mask` [N, S, 1] (1 where there is one); the encoder's own ids must hold some id of the
+ * table there. */
+typedef struct vel_word_table {
+    const char *table;      /* path of the table's weight */
+    const char *path;       /* of the leaf */
+    const char *ids, *mask; /* names of the inputs: "word_ids", "word_mask" */
+    int n;                  /* rows; 0: this encoder has no new words */
+} vel_word_table;
+
+enum { VEL_WORD_TABLES = 3 };
 typedef struct vel_words {
-    const char *table; /* path of the table's weight */
-    const char *path;  /* of the leaf */
-    int n;             /* rows */
-    bool trained;      /* the leaf is a param, else a weight */
+    vel_word_table of[VEL_WORD_TABLES]; /* [text encoder] */
+    bool trained;                       /* the leaves are params, else weights */
 } vel_words;
 
 /* All that a run trains. */
@@ -121,8 +128,8 @@ typedef struct vel_trained {
     const vel_thaw *thaw;   /* NULL: none */
     const vel_words *words; /* NULL: none */
 } vel_trained;
-/* Rewrites *g (destroyed and replaced; as it was on failure). A graph without the table is left
- * without words. */
+/* Rewrites *g (destroyed and replaced; as it was on failure). A graph without a table is left
+ * without its words. */
 vel_status vel_apply_trained(vel_graph **g, const vel_trained *what);
 
 /* Presets of targets, as glob patterns over the path: "attn" (to_q, to_k, to_v, to_out.0),

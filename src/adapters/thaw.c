@@ -11,7 +11,7 @@ typedef struct thawing {
     vel_graph *to;
     vel_ref *map; /* [node of from]: first output in to */
     const vel_words *words;
-    vel_ref rows, word_ids, word_mask;
+    vel_ref rows[VEL_WORD_TABLES], word_ids[VEL_WORD_TABLES], word_mask[VEL_WORD_TABLES];
 } thawing;
 
 static vel_ref mapped(const thawing *r, vel_ref old)
@@ -28,25 +28,26 @@ bool vel_is_thawed(const vel_thaw *t, const char *path)
     return false;
 }
 
-/* The rows of a batch [N, S, D], where word_mask [N, S, 1] is one taken from the new rows. The
- * table's own rows are multiplied by zero there, never subtracted: nothing is rounded. */
-static vel_ref with_words(thawing *r, const vel_node *n, vel_ref old)
+/* The rows of a batch [N, S, D] of table k, where word_mask [N, S, 1] is one taken from the new
+ * rows. The table's own rows are multiplied by zero there, never subtracted: nothing is rounded. */
+static vel_ref with_words(thawing *r, int k, const vel_node *n, vel_ref old)
 {
+    const vel_word_table *words = &r->words->of[k];
     vel_graph *g = r->to;
     vel_shape s = vel_shape_at(g, old), table = vel_shape_at(r->from, n->in[0]);
     vel_graph_place(g, NULL, 0, false);
-    if (!r->rows.id) {
-        vel_shape rows = VEL_SHAPE(r->words->n, vel_shape_last(table));
-        r->rows = (r->words->trained ? vel_param : vel_weight)(g, r->words->path, rows);
+    if (!r->rows[k].id) {
+        vel_shape rows = VEL_SHAPE(words->n, vel_shape_last(table));
+        r->rows[k] = (r->words->trained ? vel_param : vel_weight)(g, words->path, rows);
         vel_shape ids = vel_shape_at(r->from, n->in[1]), mask = s;
         mask.dim[mask.rank - 1] = 1;
-        r->word_ids = vel_input(g, "word_ids", VEL_I32, ids);
-        r->word_mask = vel_input(g, "word_mask", VEL_F32, mask);
+        r->word_ids[k] = vel_input(g, words->ids, VEL_I32, ids);
+        r->word_mask[k] = vel_input(g, words->mask, VEL_F32, mask);
     }
     vel_graph_place(g, vel_at(g, old)->path, n->layer, n->backward); /* the path outlives r->from */
-    vel_ref rows = vel_embed(g, r->rows, r->word_ids);
-    vel_ref keep = vel_affine(g, r->word_mask, -1, 1);
-    vel_ref out = vel_add(g, vel_mul(g, old, keep), vel_mul(g, rows, r->word_mask));
+    vel_ref rows = vel_embed(g, r->rows[k], r->word_ids[k]);
+    vel_ref keep = vel_affine(g, r->word_mask[k], -1, 1);
+    vel_ref out = vel_add(g, vel_mul(g, old, keep), vel_mul(g, rows, r->word_mask[k]));
     vel_graph_place(g, NULL, 0, false);
     return out;
 }
@@ -61,9 +62,10 @@ static void copy_node(thawing *r, const vel_thaw *thaw, int32_t id)
     if (n->op == VEL_OP_weight && vel_is_thawed(thaw, n->path))
         copy.op = VEL_OP_param;
     r->map[id] = vel_copy_node(r->to, &copy, in);
-    if (n->op == VEL_OP_embed && r->words &&
-        strcmp(vel_at(r->from, n->in[0])->path, r->words->table) == 0)
-        r->map[id] = with_words(r, n, r->map[id]);
+    for (int k = 0; k < VEL_WORD_TABLES && n->op == VEL_OP_embed && r->words; k++)
+        if (r->words->of[k].n &&
+            strcmp(vel_at(r->from, n->in[0])->path, r->words->of[k].table) == 0)
+            r->map[id] = with_words(r, k, n, r->map[id]);
 }
 
 static vel_status rewrite(const vel_graph *g, const vel_thaw *thaw, const vel_words *words,

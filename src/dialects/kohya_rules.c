@@ -532,9 +532,9 @@ vel_status vel_kohya_rules(vel_line *l)
     for (int i = 0; i < VEL_COUNT(rules); i++)
         VEL_TRY(rules[i](l));
     VEL_TRY(family_rules(l));
-    VEL_TRY(l->script->bit & NETWORKS    ? adapter_rules(l)
-            : l->script->bit == KOHYA_TI ? word_rules(l)
-                                         : weight_rules(l));
+    VEL_TRY(l->script->bit & NETWORKS      ? adapter_rules(l)
+            : l->script->bit & KOHYA_WORDS ? word_rules(l)
+                                           : weight_rules(l));
     if (!vel_line_given(l, "dataset_config"))
         return VEL_OK;
     return vel_line_set(l, "dataset_config", "dataset_config", "%s",

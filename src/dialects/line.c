@@ -29,6 +29,8 @@ const vel_script vel_scripts[] = {
      "an adapter of SDXL"},
     {"sdxl_train.py", "kohya sd-scripts", SDXL_TRAIN, vel_kohya_rows, vel_kohya_rules,
      "all weights of SDXL"},
+    {"sdxl_train_textual_inversion.py", "kohya sd-scripts", SDXL_TI, vel_kohya_rows,
+     vel_kohya_rules, "a new word of SDXL"},
     {"sd3_train_network.py", "kohya sd-scripts", SD3_NETWORK, vel_kohya_rows, vel_kohya_rules,
      "an adapter of SD 3"},
     {"flux_train_network.py", "kohya sd-scripts", FLUX_NETWORK, vel_kohya_rows, vel_kohya_rules,

@@ -387,7 +387,7 @@ static vel_status write_all(writing *w, json_t *metadata)
     VEL_TRY(add_modules(w));
     for (int i = 0; i < w->file->n_words && is_kohyas(w); i++) {
         const vel_word *word = &w->file->words[i];
-        char *key = vel_arena_strf(w->arena, "bundle_emb.%s.string_to_param.*", word->name);
+        char *key = vel_words_bundle_key(w->arena, word);
         if (!key)
             return VEL_NO_MEMORY;
         w->tensors[w->n++] = vel_words_tensor(word, key, w->type);

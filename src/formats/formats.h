@@ -121,15 +121,26 @@ typedef struct vel_word {
     char *name;
     int n, width;  /* vectors, and values in each */
     float *values; /* [n, width] */
+    /* Which text encoder's they are, where a file says so or has to: "clip_l" or "clip_g" of SDXL
+     * and SD 3; NULL: the only one's. A word has one entry for each. */
+    const char *encoder;
 } vel_word;
 /* A file of any dialect, a pickle too. bundled: only the words beside an adapter's tensors, of
  * which there may be none. vel_words_free. */
 vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word **out, int *n);
 void vel_words_free(vel_ctx *ctx, vel_word *words, int n);
+/* "clip_l" -> 0, the first text encoder, "clip_g" -> 1; and back. NULL, -1: none. */
+int vel_words_encoder(const char *name);
+const char *vel_words_encoder_name(int k);
+/* Whether entry i is the first of its word; how many words the n entries are. */
+bool vel_words_is_first(const vel_word *words, int i);
+int vel_words_names(const vel_word *words, int n);
 /* form: "diffusers" (which A1111 and ComfyUI read too, by the file's name) or "kohya", which is for
  * one word. */
 vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words, int n,
                            const char *form, vel_file_type type, const json_t *metadata);
+/* A word's key beside an adapter's tensors, in the arena. */
+char *vel_words_bundle_key(vel_arena *a, const vel_word *word);
 vel_save_tensor vel_words_tensor(const vel_word *word, const char *key, vel_file_type type);
 /* Is the tensor a word's in a file of an adapter? "bundle_emb.WORD.string_to_param.*" */
 bool vel_words_is_bundled(const char *key);

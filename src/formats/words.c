@@ -5,7 +5,11 @@
  *   A1111       a pickle with string_to_param = {"*": [n, width]} and the word as name
  *   bundles     beside an adapter's tensors: bundle_emb.WORD.string_to_param.*, as ComfyUI and
  *               A1111 read them, bundle_emb.WORD.clip_l as OneTrainer writes them; ai-toolkit puts
- *               kohya's emb_params there */
+ *               kohya's emb_params there
+ *
+ * A word for two text encoders has an entry for each: {"clip_l": [n, 768], "clip_g": [n, 1280]} in
+ * all programs, beside an adapter bundle_emb.WORD.clip_l and .clip_g. The file's name is the word,
+ * unless the metadata has its "name". */
 #include "formats/formats.h"
 
 enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
@@ -13,7 +17,44 @@ enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
 static const char bundle[] = "bundle_emb.", param[] = "string_to_param",
                   rows_of_kohya[] = "emb_params";
 /* What follows the word in a bundle's key. */
-static const char *const bundle_ends[] = {".string_to_param", ".clip_l"};
+static const char *const bundle_ends[] = {".string_to_param", ".clip_l", ".clip_g"};
+static const char *const encoders[] = {"clip_l", "clip_g"};
+
+int vel_words_encoder(const char *name)
+{
+    for (int k = 0; k < VEL_COUNT(encoders); k++)
+        if (strcmp(name, encoders[k]) == 0)
+            return k;
+    return -1;
+}
+
+const char *vel_words_encoder_name(int k)
+{
+    return k >= 0 && k < VEL_COUNT(encoders) ? encoders[k] : NULL;
+}
+
+bool vel_words_is_first(const vel_word *words, int i)
+{
+    for (int j = 0; j < i; j++)
+        if (strcmp(words[j].name, words[i].name) == 0)
+            return false;
+    return true;
+}
+
+int vel_words_names(const vel_word *words, int n)
+{
+    int names = 0;
+    for (int i = 0; i < n; i++)
+        names += vel_words_is_first(words, i);
+    return names;
+}
+
+/* The text encoder that a tensor's key names. */
+static const char *encoder_of(const char *key)
+{
+    const char *last = vel_has_prefix(key, bundle) ? strrchr(key, '.') + 1 : key;
+    return vel_words_encoder_name(vel_words_encoder(last));
+}
 
 void vel_words_free(vel_ctx *ctx, vel_word *words, int n)
 {
@@ -45,7 +86,7 @@ static char *word_of(vel_ctx *ctx, const vel_safetensors *sf, const char *key)
         if (end)
             return vel_strf(ctx, "%.*s", (int)(end - name), name);
     }
-    if (vel_has_prefix(key, param)) {
+    if (vel_has_prefix(key, param) || encoder_of(key)) {
         const char *name = vel_safetensors_meta(sf, "name");
         return name && name[0] ? vel_strdup(ctx, name) : stem_of(ctx, vel_safetensors_path(sf));
     }
@@ -58,12 +99,11 @@ static vel_status read_word(vel_ctx *ctx, const vel_safetensors *sf, const vel_f
                             vel_word *out)
 {
     const char *path = vel_safetensors_path(sf);
-    if (strcmp(t->name, "clip_g") == 0 || strcmp(t->name, "clip_l") == 0)
+    if (strcmp(t->name, "t5xxl") == 0)
         return vel_fail(ctx, VEL_UNSUPPORTED,
-                        "%s: holds '%s': a word for SDXL's two text encoders, not for this model's "
-                        "one",
-                        path, t->name);
-    if (vel_has_prefix(t->name, bundle) && vel_has_suffix(t->name, ".clip_l_out"))
+                        "%s: holds '%s': a word for T5, which is not supported; CLIP's are", path,
+                        t->name);
+    if (vel_has_prefix(t->name, bundle) && vel_glob("*.clip_l_out,*.clip_g_out", t->name))
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: holds '%s': a word as the text encoder's output, which is not "
                         "supported; train it with the word as its input",
@@ -78,6 +118,7 @@ static vel_status read_word(vel_ctx *ctx, const vel_safetensors *sf, const vel_f
     out->n = t->rank == 2 ? (int)t->dim[0] : 1;
     out->width = (int)t->dim[t->rank - 1];
     out->name = word_of(ctx, sf, t->name);
+    out->encoder = encoder_of(t->name);
     out->values = vel_alloc(ctx, (size_t)t->count * sizeof *out->values);
     if (!out->name || !out->values)
         return VEL_NO_MEMORY;
@@ -135,6 +176,12 @@ vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word
     return VEL_OK;
 }
 
+char *vel_words_bundle_key(vel_arena *a, const vel_word *word)
+{
+    return vel_arena_strf(a, "%s%s.%s", bundle, word->name,
+                          word->encoder ? word->encoder : "string_to_param.*");
+}
+
 vel_save_tensor vel_words_tensor(const vel_word *word, const char *key, vel_file_type type)
 {
     return (vel_save_tensor){
@@ -145,17 +192,33 @@ vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words
                            const char *form, vel_file_type type, const json_t *metadata)
 {
     bool kohya = strcmp(form, "kohya") == 0;
-    if (kohya && n != 1)
+    int names = vel_words_names(words, n);
+    if (kohya && names != 1)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "%s: kohya's form holds one word a file, not %d: use --save_format "
                         "diffusers",
-                        path, n);
-    vel_save_tensor *tensors = vel_alloc(ctx, (size_t)VEL_MAX(n, 1) * sizeof *tensors);
-    if (!tensors)
-        return VEL_NO_MEMORY;
-    for (int i = 0; i < n; i++)
-        tensors[i] = vel_words_tensor(&words[i], kohya ? rows_of_kohya : words[i].name, type);
-    vel_status st = vel_safetensors_save(ctx, path, tensors, n, metadata);
-    vel_free(ctx, tensors);
+                        path, names);
+    vel_arena *a = vel_arena_create(ctx);
+    vel_save_tensor *tensors =
+        a ? vel_arena_alloc(a, (size_t)VEL_MAX(n, 1) * sizeof *tensors) : NULL;
+    json_t *said = metadata ? json_deep_copy(metadata) : json_object();
+    vel_status st = tensors && said ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < n && !st; i++) {
+        const char *key = words[i].encoder && names > 1 ? vel_words_bundle_key(a, &words[i])
+                          : words[i].encoder            ? words[i].encoder
+                          : kohya                       ? rows_of_kohya
+                                                        : words[i].name;
+        if (key)
+            tensors[i] = vel_words_tensor(&words[i], key, type);
+        else
+            st = VEL_NO_MEMORY;
+    }
+    if (!st && names == 1 && words[0].encoder && !kohya &&
+        json_object_set_new(said, "name", json_string(words[0].name)))
+        st = VEL_NO_MEMORY;
+    if (!st)
+        st = vel_safetensors_save(ctx, path, tensors, n, said);
+    json_decref(said);
+    vel_arena_destroy(a);
     return st;
 }

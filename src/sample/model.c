@@ -480,9 +480,10 @@ void vel_model_close(vel_model *m)
     vel_model_forget_texts(m);
     vel_model_remove_adapters(m);
     vel_engine_destroy(m->engine);
-    for (int k = 0; k < VEL_MAX_TEXTS; k++)
+    for (int k = 0; k < VEL_MAX_TEXTS; k++) {
         vel_tokenizer_close(m->tokenizers[k]);
-    vel_free(m->ctx, m->word_rows);
+        vel_free(m->ctx, m->word_rows[k]);
+    }
     for (int i = 0; i < m->n_parts; i++) {
         if (m->parts[i].folder || m->parts[i].own) /* else a view, which is the checkpoint's */
             vel_safetensors_close(m->parts[i].file);

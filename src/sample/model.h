@@ -86,10 +86,10 @@ struct vel_model {
     int n_adapters;
     merged_weight *merged;
     int n_merged;
-    vel_words words;     /* n 0: none were learned */
-    float *word_rows;    /* [words.n, texts[0].width] */
-    int32_t first_word;  /* the first id that is a word's */
-    vel_trained trained; /* what it points at is borrowed; all zero: off */
+    vel_words words;                   /* by encoder; n 0: none were learned */
+    float *word_rows[VEL_MAX_TEXTS];   /* [words.of[k].n, texts[k].width] */
+    int32_t first_word[VEL_MAX_TEXTS]; /* the first id that is a word's */
+    vel_trained trained;               /* what it points at is borrowed; all zero: off */
     kept_text *kept;
     int n_kept;
     int64_t kept_bytes;
@@ -161,9 +161,9 @@ bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor 
 /* Sets the ids of encoder k (the plan's input `name`), where they may be those of words. */
 vel_status vel_model_set_worded_ids(vel_model *m, vel_plan *p, int k, const char *name,
                                     const int32_t *ids, int count);
-/* Adds a word of the file at path, under its own name or another. */
-vel_status vel_model_take_word(vel_model *m, const char *path, const vel_word *word,
-                               const char *name);
+/* Adds the n words of the file at path, under their own names or, where it is one, another. */
+vel_status vel_model_take_words(vel_model *m, const char *path, const vel_word *words, int n,
+                                const char *name);
 /* Names <words> of a prompt that were not learned. */
 void vel_model_warn_unknown_words(vel_model *m, const char *prompt);
 /* Forgets the plans that adapters change. */

@@ -92,8 +92,8 @@ vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *pat
     vel_status st = a.name ? vel_model_read_adapter(m, path, &a.file) : VEL_NO_MEMORY;
     if (!st)
         st = make_sites(ctx, &a);
-    for (int i = 0; !st && i < a.file->n_words; i++)
-        st = vel_model_take_word(m, a.file->path, &a.file->words[i], NULL);
+    if (!st)
+        st = vel_model_take_words(m, a.file->path, a.file->words, a.file->n_words, NULL);
     if (st) {
         finish_adapter(ctx, &a);
         return st;

@@ -189,13 +189,15 @@ vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight);
 void vel_model_remove_adapters(vel_model *m);
 /* Adds an adapter's change to the model's weights for good, in float32, before any plan is made. */
 vel_status vel_model_merge_adapter(vel_model *m, const char *path, double weight);
-/* Learned words (model_words.c): n vectors of the text encoder's width under a word, which prompts
- * may hold from then on. VEL_BAD_VALUE: the word is taken, empty, or has blanks. */
-vel_status vel_model_add_word(vel_model *m, const char *word, int n, const float *values);
+/* Learned words (model_words.c). The text encoders that can have them, a bit each: CLIP's. */
+unsigned vel_model_word_texts(vel_model *m);
+/* n vectors of text encoder k's width under a word, which prompts may hold from then on.
+ * VEL_BAD_VALUE: the word is taken, empty, or has blanks. */
+vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, const float *values);
 /* The words of a file; name: another name for the only one, or NULL. */
 vel_status vel_model_add_words(vel_model *m, const char *path, const char *name);
-/* The row of the text encoder's table for an id of the tokenizer's own: out [width]. */
-vel_status vel_model_embedding(vel_model *m, int32_t id, float *out);
+/* The row of text encoder k's table for an id of its tokenizer's own: out [width]. */
+vel_status vel_model_embedding(vel_model *m, int k, int32_t id, float *out);
 /* How graphs get the words; NULL: there are none. */
 struct vel_words;
 const struct vel_words *vel_model_words(const vel_model *m);

@@ -19,7 +19,7 @@ bool vel_model_trains_text(const vel_model *m, int k)
     for (int i = 0; m->trained.thaw && i < VEL_COUNT(m->trained.thaw->parts); i++)
         if (m->trained.thaw->parts[i] && strcmp(m->trained.thaw->parts[i], part) == 0)
             return true;
-    return k == 0 && m->trained.words;
+    return m->trained.words && m->trained.words->of[k].n;
 }
 
 void vel_model_forget_texts(vel_model *m)

@@ -523,10 +523,11 @@ static const char *format_of(const train_session *s)
 static vel_status export_words(train_session *s, const char *path, const char *form, json_t *meta)
 {
     vel_word *words;
-    VEL_TRY(vel_words_trained(s, &words));
-    vel_status st = vel_words_write(s->ctx, path, words, s->n_words, form,
-                                    precision_of(s->o->save_precision), meta);
-    vel_words_free(s->ctx, words, s->n_words);
+    int n;
+    VEL_TRY(vel_words_trained(s, &words, &n));
+    vel_status st =
+        vel_words_write(s->ctx, path, words, n, form, precision_of(s->o->save_precision), meta);
+    vel_words_free(s->ctx, words, n);
     return st;
 }
 
@@ -535,10 +536,11 @@ static vel_status export_adapter(train_session *s, const char *path, json_t *met
     const char *form = format_of(s);
     bool bundle = s->n_words && strcmp(form, "kohya") == 0;
     vel_word *words = NULL;
+    int n = 0;
     if (bundle)
-        VEL_TRY(vel_words_trained(s, &words));
-    VEL_TRY(vel_train_export(s->model, s->sites, s->n_sites, words, bundle ? s->n_words : 0, path,
-                             form, precision_of(s->o->save_precision), meta));
+        VEL_TRY(vel_words_trained(s, &words, &n));
+    VEL_TRY(vel_train_export(s->model, s->sites, s->n_sites, words, n, path, form,
+                             precision_of(s->o->save_precision), meta));
     if (!s->n_words || bundle)
         return VEL_OK;
     int stem = (int)(strlen(path) - strlen(".safetensors"));

@@ -66,7 +66,6 @@ static vel_status choose(train_session *s)
                             "nothing is trained: neither the denoiser nor the text encoder");
     }
     VEL_TRY(vel_train_texts(s->model, o, &s->texts));
-    s->texts |= vel_words_wanted(o); /* the first encoder has them */
     if (vel_words_wanted(o))
         VEL_TRY(vel_words_prepare(s));
     if (vel_method_is_words(o))
@@ -132,7 +131,7 @@ vel_status vel_method_first_values(train_session *s)
         VEL_TRY(vel_train_warm_start(s->model, s->o->network_weights, s->sites, s->n_sites));
     vel_engine *e = vel_model_engine(s->model);
     for (int i = 0; s->trained.words && i < vel_engine_trainables(e); i++)
-        if (strcmp(vel_engine_trainable_at(e, i)->path, s->words.path) == 0)
+        if (vel_words_are_at(s, vel_engine_trainable_at(e, i)->path))
             VEL_TRY(vel_engine_load_trainable(e, i));
     return VEL_OK;
 }

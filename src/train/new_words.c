@@ -80,72 +80,111 @@ static char *item_of(vel_arena *a, const char *list, int i)
     return NULL;
 }
 
-/* The first vectors: those of the tokens of a word that the model knows, over and over. */
-static vel_status start_from(train_session *s, const char *word, int n, float *out)
+static int width_of(const train_session *s, int k)
+{
+    return vel_model_text(s->model, k)->width;
+}
+
+/* The first vectors in text encoder k: those of the tokens of a word that it knows, over and over.
+ */
+static vel_status start_from(train_session *s, int k, const char *word, int n, float *out)
 {
     int32_t *ids;
     int count;
-    VEL_TRY(vel_tokenizer_ids(vel_model_tokenizer(s->model), word, &ids, &count));
+    VEL_TRY(vel_tokenizer_ids(vel_model_tokenizer_at(s->model, k), word, &ids, &count));
     vel_status st = count ? VEL_OK
                           : vel_fail(s->ctx, VEL_BAD_VALUE,
                                      "--initializer_token: '%s' is no word to start from", word);
-    if (count > n)
+    if (count > n && k == 0)
         vel_log(s->ctx, 2,
                 "--initializer_token: '%s' is %d tokens; the %d vector%s start%s from the first%s",
                 word, count, n, n > 1 ? "s" : "", n > 1 ? "" : "s", n > 1 ? " ones" : "");
     for (int i = 0; i < n && !st; i++)
-        st = vel_model_embedding(s->model, ids[i % count], out + (int64_t)i * s->width);
+        st = vel_model_embedding(s->model, k, ids[i % count], out + (int64_t)i * width_of(s, k));
     vel_free(s->ctx, ids);
     return st;
 }
 
+/* The name that text encoder k's vectors have in a file; NULL where it is the only one. */
+static const char *encoder_name(const train_session *s, int k)
+{
+    return s->word_texts == 1u << k ? NULL : vel_words_encoder_name(k);
+}
+
+/* The entry of a word, or of a file's only word, for text encoder k. */
+static const vel_word *find_entry(const train_session *s, const vel_word *words, int count,
+                                  const char *word, int k)
+{
+    bool only = vel_words_names(words, count) == 1;
+    const char *encoder = encoder_name(s, k);
+    for (int i = 0; i < count; i++) {
+        const vel_word *w = &words[i];
+        bool here = !encoder ||
+                    (w->encoder ? strcmp(w->encoder, encoder) == 0 : w->width == width_of(s, k));
+        if (here && (only || strcmp(w->name, word) == 0))
+            return w;
+    }
+    return NULL;
+}
+
 /* The vectors of a file that an earlier run left. */
-static vel_status start_from_file(train_session *s, const char *word, int n, float *out)
+static vel_status start_from_file(train_session *s, int k, const char *word, int n, float *out)
 {
     vel_word *words;
     int count;
     const char *path = s->o->embedding_weights;
     VEL_TRY(vel_words_read(s->ctx, path, false, &words, &count));
-    const vel_word *found = count == 1 ? &words[0] : NULL;
-    for (int i = 0; i < count; i++)
-        if (strcmp(words[i].name, word) == 0)
-            found = &words[i];
+    const vel_word *found = find_entry(s, words, count, word, k);
     vel_status st = VEL_OK;
+    int width = width_of(s, k);
     if (!found)
-        st = vel_fail(s->ctx, VEL_BAD_VALUE, "%s: holds no word '%s'", path, word);
-    else if (found->n != n || found->width != s->width)
+        st = vel_fail(s->ctx, VEL_BAD_VALUE, "%s: holds no word '%s' for %s", path, word,
+                      vel_model_text(s->model, k)->part);
+    else if (found->n != n || found->width != width)
         st = vel_fail(s->ctx, VEL_BAD_VALUE,
                       "%s: '%s' has %d vectors of %d values; --num_vectors is %d and the text "
                       "encoder's width %d",
-                      path, found->name, found->n, found->width, n, s->width);
+                      path, found->name, found->n, found->width, n, width);
     else
-        memcpy(out, found->values, (size_t)n * (size_t)s->width * sizeof *out);
+        memcpy(out, found->values, (size_t)n * (size_t)width * sizeof *out);
     vel_words_free(s->ctx, words, count);
     return st;
+}
+
+/* In text encoder k. */
+static vel_status add_word_in(train_session *s, int k, const char *word, const char *start)
+{
+    const vel_train_options *o = s->o;
+    float *values =
+        vel_arena_alloc(s->arena, (size_t)o->num_vectors * (size_t)width_of(s, k) * sizeof *values);
+    if (!values)
+        return VEL_NO_MEMORY;
+    if (o->embedding_weights && o->embedding_weights[0])
+        VEL_TRY(start_from_file(s, k, word, o->num_vectors, values));
+    else if (start && start[0])
+        VEL_TRY(start_from(s, k, start, o->num_vectors, values));
+    else
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--placeholder_token %s: give --initializer_token too, a word near to what "
+                        "it shall mean",
+                        word);
+    vel_status st = vel_model_add_word(s->model, k, word, o->num_vectors, values);
+    return st ? vel_fail_in(s->ctx, st, "--placeholder_token") : VEL_OK;
 }
 
 static vel_status add_word(train_session *s, int i)
 {
     const vel_train_options *o = s->o;
     char *word = item_of(s->arena, o->placeholder_token, i), *start = NULL;
-    for (int k = i; k >= 0 && !start; k--) /* the last one serves for the rest */
-        start = item_of(s->arena, o->initializer_token, k);
-    float *values =
-        vel_arena_alloc(s->arena, (size_t)o->num_vectors * (size_t)s->width * sizeof *values);
-    if (!word || !values)
+    for (int at = i; at >= 0 && !start; at--) /* the last one serves for the rest */
+        start = item_of(s->arena, o->initializer_token, at);
+    if (!word)
         return VEL_NO_MEMORY;
-    if (o->embedding_weights && o->embedding_weights[0])
-        VEL_TRY(start_from_file(s, word, o->num_vectors, values));
-    else if (start && start[0])
-        VEL_TRY(start_from(s, start, o->num_vectors, values));
-    else
-        return vel_fail(s->ctx, VEL_BAD_VALUE,
-                        "--placeholder_token %s: give --initializer_token too, a word near to what "
-                        "it shall mean",
-                        word);
-    vel_status st = vel_model_add_word(s->model, word, o->num_vectors, values);
+    for (int k = 0; k < vel_model_texts(s->model); k++)
+        if (s->word_texts >> k & 1)
+            VEL_TRY(add_word_in(s, k, word, start));
     s->word_names[s->n_words++] = word;
-    return st ? vel_fail_in(s->ctx, st, "--placeholder_token") : VEL_OK;
+    return VEL_OK;
 }
 
 /* Where no template is asked for, the words must stand in the captions. */
@@ -174,6 +213,13 @@ vel_status vel_words_prepare(train_session *s)
     s->word_names = vel_arena_alloc(s->arena, MOST_WORDS * sizeof *s->word_names);
     if (!s->word_names)
         return VEL_NO_MEMORY;
+    s->word_texts = vel_model_word_texts(s->model);
+    if (!s->word_texts)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--placeholder_token: %s has no text encoder that learns words: they are "
+                        "CLIP's",
+                        vel_model_family(s->model)->title);
+    s->texts |= s->word_texts;
     for (int i = 0; i < MOST_WORDS; i++) {
         const char *word = item_of(s->arena, o->placeholder_token, i);
         if (word)
@@ -211,6 +257,9 @@ void vel_words_describe(const train_session *s, vel_text *t)
     for (int i = 0; i < s->n_words; i++)
         vel_text_addf(t, " %s", s->word_names[i]);
     vel_text_addf(t, ", %d vector%s each", s->o->num_vectors, s->o->num_vectors > 1 ? "s" : "");
+    for (int k = 0, said = 0; k < vel_model_texts(s->model) && encoder_name(s, k); k++)
+        if (s->word_texts >> k & 1)
+            vel_text_addf(t, "%s %s", said++ ? " and" : " in", vel_model_text(s->model, k)->part);
     if (templates_of(s->property))
         vel_text_addf(t, ", in sentences for %s",
                       strcmp(s->property, "style") ? "an object" : "a style");
@@ -219,33 +268,56 @@ void vel_words_describe(const train_session *s, vel_text *t)
 
 /* ---- saving ---- */
 
-vel_status vel_words_trained(train_session *s, vel_word **out)
+bool vel_words_are_at(const train_session *s, const char *path)
+{
+    for (int k = 0; s->n_words && k < VEL_WORD_TABLES; k++)
+        if (s->words.of[k].n && strcmp(path, s->words.of[k].path) == 0)
+            return true;
+    return false;
+}
+
+static const vel_trainable *rows_of(const train_session *s, int k)
 {
     vel_engine *e = vel_model_engine(s->model);
-    *out = vel_alloc(s->ctx, (size_t)VEL_MAX(1, s->n_words) * sizeof **out);
-    const vel_trainable *rows = NULL;
     for (int i = 0; i < vel_engine_trainables(e); i++)
-        if (strcmp(vel_engine_trainable_at(e, i)->path, s->words.path) == 0)
-            rows = vel_engine_trainable_at(e, i);
-    vel_status st = *out && rows ? VEL_OK : VEL_NO_MEMORY;
-    int64_t each = (int64_t)s->o->num_vectors * s->width;
-    for (int i = 0; i < s->n_words && !st; i++) {
-        vel_word *w = *out + i;
-        *w = (vel_word){.n = s->o->num_vectors, .width = s->width};
-        w->name = vel_strdup(s->ctx, s->word_names[i]);
-        w->values = vel_alloc(s->ctx, (size_t)each * sizeof *w->values);
-        if (!w->name || !w->values) {
-            st = VEL_NO_MEMORY;
-            break;
-        }
-        vel_engine_read_trainables(e, 'v', rows->offset + i * each, each, w->values);
-        if (!vel_all_finite(w->values, each))
-            st = vel_fail(s->ctx, VEL_DIVERGED, "the word %s has values that are not finite",
+        if (strcmp(vel_engine_trainable_at(e, i)->path, s->words.of[k].path) == 0)
+            return vel_engine_trainable_at(e, i);
+    return NULL;
+}
+
+/* Word i as text encoder k has it. */
+static vel_status read_trained(train_session *s, int i, int k, vel_word *w)
+{
+    const vel_trainable *rows = rows_of(s, k);
+    int width = width_of(s, k);
+    int64_t each = (int64_t)s->o->num_vectors * width;
+    *w = (vel_word){.n = s->o->num_vectors, .width = width, .encoder = encoder_name(s, k)};
+    w->name = vel_strdup(s->ctx, s->word_names[i]);
+    w->values = vel_alloc(s->ctx, (size_t)each * sizeof *w->values);
+    if (!rows || !w->name || !w->values)
+        return VEL_NO_MEMORY;
+    vel_engine_read_trainables(vel_model_engine(s->model), 'v', rows->offset + i * each, each,
+                               w->values);
+    return vel_all_finite(w->values, each)
+               ? VEL_OK
+               : vel_fail(s->ctx, VEL_DIVERGED, "the word %s has values that are not finite",
                           w->name);
-    }
+}
+
+vel_status vel_words_trained(train_session *s, vel_word **out, int *n)
+{
+    size_t most = (size_t)VEL_MAX(1, s->n_words) * VEL_WORD_TABLES;
+    *n = 0;
+    *out = vel_alloc(s->ctx, most * sizeof **out);
+    vel_status st = *out ? VEL_OK : VEL_NO_MEMORY;
+    for (int i = 0; i < s->n_words; i++)
+        for (int k = 0; k < vel_model_texts(s->model) && !st; k++)
+            if (s->word_texts >> k & 1)
+                st = read_trained(s, i, k, *out + (*n)++);
     if (st) {
-        vel_words_free(s->ctx, *out, s->n_words);
+        vel_words_free(s->ctx, *out, *n);
         *out = NULL;
+        *n = 0;
     }
     return st;
 }

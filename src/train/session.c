@@ -191,12 +191,9 @@ static vel_status open_model(train_session *s)
                         "--masked_loss: needs masks: --conditioning_data_dir FOLDER with a picture "
                         "of the same name for each, or --alpha_mask");
     s->masks = alpha || o->masked_loss;
-    vel_text_info text[VEL_MAX_TEXTS];
-    vel_model_family(s->model)->texts(vel_model_config(s->model), text);
     s->state = vel_model_text_values(s->model);
     s->n_ids = vel_model_ids(s->model);
     s->n_extra = vel_model_extra_count(s->model);
-    s->width = text[0].width;
     s->channels = vel_model_latent(s->model)->channels;
     VEL_TRY(take_dropouts(s));
     if (o->base_weights)
@@ -475,7 +472,7 @@ static double rate_of(void *user, int i)
     const vel_train_options *o = s->o;
     const vel_trainable *t = vel_engine_trainable_at(vel_model_engine(s->model), i);
     bool text = vel_has_prefix(t->path, "text_encoder");
-    bool word = s->n_words && strcmp(t->path, s->words.path) == 0;
+    bool word = vel_words_are_at(s, t->path);
     if (text && s->text_frozen)
         return 0;
     double peak =

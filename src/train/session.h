@@ -83,6 +83,7 @@ typedef struct train_session {
     vel_words words;
     char **word_names;
     int n_words;
+    unsigned word_texts;                 /* text encoders that learn them, a bit each */
     const char *property;                /* learnable_property, resolved */
     unsigned texts;                      /* bit k: text encoder k runs in each step */
     unsigned learned_texts;              /* those that did so at first */
@@ -138,7 +139,6 @@ typedef struct train_session {
     int64_t state; /* values of a text's states */
     int n_ids;     /* token ids of a text */
     int n_extra;   /* E of vel_condition */
-    int width;     /* of the first text encoder, in which new words have their vectors */
     int channels;
     bool masks;          /* the loss is weighted by place */
     vel_ahead *ahead;    /* makes batches */
@@ -203,7 +203,9 @@ bool vel_words_in_sentences(const vel_train_options *o); /* so that no captions 
 vel_status vel_words_prepare(train_session *s);          /* after the model is open */
 const char *vel_words_sentence(train_session *s, int i); /* NULL: no more, or none wanted */
 void vel_words_describe(const train_session *s, vel_text *t);
-vel_status vel_words_trained(train_session *s, vel_word **out); /* [n_words]; vel_words_free */
+bool vel_words_are_at(const train_session *s, const char *path); /* is the trained value theirs? */
+/* An entry for each word and text encoder that learns it; vel_words_free. */
+vel_status vel_words_trained(train_session *s, vel_word **out, int *n);
 
 /* feed.c */
 /* The captions' states by encoders that do not run in the steps, one after the other. */

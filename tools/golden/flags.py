@@ -60,11 +60,14 @@ def peers(kohya, diffusers):
     known = functions(kohya, library)
     out = {}
     for name in ("train_network", "train_db", "fine_tune", "train_textual_inversion", "sdxl_train_network",
-                 "sdxl_train", "sd3_train_network", "flux_train_network", "lumina_train_network"):
+                 "sdxl_train", "sdxl_train_textual_inversion", "sd3_train_network", "flux_train_network", "lumina_train_network"):
         tree = ast.parse(find(kohya, name + ".py").read_text())
         setup = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "setup_parser"][0]
-        inherits = "train_network.setup_parser()" in ast.unparse(setup)
-        out[name + ".py"] = arguments(setup, known, dict(out["train_network.py"]) if inherits else {})
+        base = re.search(r"(\w+)\.setup_parser\(\)", ast.unparse(setup))
+        skips = "support_text_encoder_caching=False" in ast.unparse(setup)
+        flags = arguments(setup, known, dict(out[base[1] + ".py"]) if base else {})
+        out[name + ".py"] = {f: v for f, v in flags.items()
+                             if not (skips and f.startswith("cache_text_encoder_outputs"))}
     for name in ("train_dreambooth_lora", "train_dreambooth", "train_text_to_image_lora",
                  "train_text_to_image", "textual_inversion", "train_dreambooth_lora_sdxl",
                  "train_dreambooth_lora_sd3", "train_dreambooth_lora_flux", "train_dreambooth_lora_sana",

@@ -1,0 +1,219 @@
+/* test_word_families.c: learned words where a model has several text encoders (SDXL): trained in
+ * each, saved and read in the form that other programs have, and files that are for one of them. */
+#include "formats/formats.h"
+#include "program.h"
+
+#define SDXL "--model tests/golden/families/sdxl/model "
+#define TEACH                                                                                      \
+    "train " SDXL "--data \"$D/pictures\" --resolution 64 --learning_rate 0.05 --device cpu "      \
+    "--mixed_precision no --seed 1 --output_name a --save_precision float --sample_steps 2 "       \
+    "--placeholder_token '<cat>' --initializer_token cat --num_vectors 2 "
+#define WORD TEACH "--method textual_inversion "
+#define DRAW                                                                                       \
+    "generate " SDXL "--steps 1 --width 64 --height 64 --precision no --device cpu --seed 3 "
+
+static bool runs(vel_test *t, const char *words)
+{
+    static program_result r;
+    char *folder = vel_test_path(t, "pictures");
+    if (!vel_is_folder(folder))
+        program_copy_pictures(t, folder, 2);
+    vel_free(t->ctx, folder);
+    if (!program_run(t, words, &r))
+        return false;
+    CHECK_MSG(r.status == 0, "velatura %s: status %d: %s", words, r.status, r.text);
+    return r.status == 0;
+}
+
+/* The shape of a tensor in a file of the test's folder. */
+static void check_rows(vel_test *t, const char *file, const char *key, int64_t n, int64_t width)
+{
+    vel_safetensors *sf = NULL;
+    char *path = vel_test_path(t, file);
+    CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+    const vel_file_tensor *rows = sf ? vel_safetensors_find(sf, key) : NULL;
+    CHECK_MSG(rows && rows->rank == 2 && rows->dim[0] == n && rows->dim[1] == width,
+              "%s: no '%s' of %d rows of %d", file, key, (int)n, (int)width);
+    vel_safetensors_close(sf);
+    vel_free(t->ctx, path);
+}
+
+static int tensors_in(vel_test *t, const char *file)
+{
+    vel_safetensors *sf = NULL;
+    char *path = vel_test_path(t, file);
+    CHECK_OK(vel_safetensors_open(t->ctx, path, &sf));
+    int n = sf ? vel_safetensors_count(sf) : 0;
+    vel_safetensors_close(sf);
+    vel_free(t->ctx, path);
+    return n;
+}
+
+#define SHEET(step) "a-samples-step0000000" #step ".png"
+
+/* Both encoders learn; a text without the word is what it was; the file brings all that was
+ * learned back. */
+TEST(word_families_both_encoders_learn)
+{
+    if (!runs(t, WORD "--steps 4 --sample_every 4 --sample_prompts 'a <cat>' --output_dir "
+                      "\"$D/whole\"") ||
+        !runs(t, WORD "--steps 2 --output_dir \"$D/half\"") ||
+        !runs(t, WORD "--steps 4 --resume latest --output_dir \"$D/half\"") ||
+        !runs(t, WORD "--steps 4 --sample_every 4 --sample_prompts 'a red cat' --output_dir "
+                      "\"$D/other\"") ||
+        !runs(t, WORD "--steps 1 --sample_every 1 --sample_prompts 'a <cat>' --embedding_weights "
+                      "\"$D/whole/a.safetensors\" --output_dir \"$D/more\""))
+        return;
+    CHECK(tensors_in(t, "whole/a.safetensors") == 2);
+    check_rows(t, "whole/a.safetensors", "clip_l", 2, 32);
+    check_rows(t, "whole/a.safetensors", "clip_g", 2, 48);
+    CHECK(program_same_files(t, "whole/a.safetensors", "half/a.safetensors"));
+    CHECK(!program_same_files(t, "whole/" SHEET(0), "whole/" SHEET(4)));
+    CHECK(program_same_files(t, "other/" SHEET(0), "other/" SHEET(4)));
+    CHECK(program_same_files(t, "whole/" SHEET(4), "more/" SHEET(0)));
+}
+
+/* Whether one encoder's rows differ between two files. */
+static bool moved(vel_test *t, const char *a, const char *b, const char *encoder)
+{
+    vel_word *one = NULL, *two = NULL;
+    int n = 0, m = 0, found = 0;
+    bool same = true;
+    char *first = vel_test_path(t, a), *second = vel_test_path(t, b);
+    CHECK_OK(vel_words_read(t->ctx, first, false, &one, &n));
+    CHECK_OK(vel_words_read(t->ctx, second, false, &two, &m));
+    for (int i = 0; i < n && i < m; i++) {
+        if (!one[i].encoder || strcmp(one[i].encoder, encoder) != 0)
+            continue;
+        found++;
+        same = memcmp(one[i].values, two[i].values,
+                      (size_t)one[i].n * (size_t)one[i].width * sizeof(float)) == 0;
+    }
+    CHECK_MSG(found == 1, "%s: %d entries for %s", a, found, encoder);
+    vel_words_free(t->ctx, one, n);
+    vel_words_free(t->ctx, two, m);
+    vel_free(t->ctx, first);
+    vel_free(t->ctx, second);
+    return !same;
+}
+
+/* A step moves the rows of both. */
+TEST(word_families_rows_move)
+{
+    if (!runs(t, WORD "--steps 1 --output_dir \"$D/one\"") ||
+        !runs(t, WORD "--steps 2 --output_dir \"$D/two\""))
+        return;
+    CHECK(moved(t, "one/a.safetensors", "two/a.safetensors", "clip_l"));
+    CHECK(moved(t, "one/a.safetensors", "two/a.safetensors", "clip_g"));
+}
+
+/* Words and adapter: one file in kohya's names, two in diffusers'; several words have their names
+ * in the keys. */
+TEST(word_families_pivotal)
+{
+    if (!runs(t, TEACH "--instance_prompt 'a <cat>' --rank 2 --steps 1 --save_format kohya "
+                       "--output_dir \"$D/one\"") ||
+        !runs(t, TEACH "--instance_prompt 'a <cat>' --rank 2 --steps 1 --save_format diffusers "
+                       "--output_dir \"$D/two\""))
+        return;
+    check_rows(t, "one/a.safetensors", "bundle_emb.<cat>.clip_l", 2, 32);
+    check_rows(t, "one/a.safetensors", "bundle_emb.<cat>.clip_g", 2, 48);
+    check_rows(t, "two/a_emb.safetensors", "clip_l", 2, 32);
+    check_rows(t, "two/a_emb.safetensors", "clip_g", 2, 48);
+    EXPECT(DRAW "--prompt 'a <cat>' --lora \"$D/one/a.safetensors\" --output \"$D/p.png\"", 0,
+           "word: <cat> (2 vectors)");
+    EXPECT(DRAW "--prompt 'a <cat>' --lora \"$D/two/a.safetensors\" --embedding "
+                "\"$D/two/a_emb.safetensors\" --output \"$D/p.png\"",
+           0, "word: <cat> (2 vectors)");
+    if (runs(t, "train " SDXL "--data \"$D/pictures\" --resolution 64 --device cpu --steps 1 "
+                "--placeholder_token '<a>,<b>' --initializer_token cat,dog --method "
+                "textual_inversion --output_name b --output_dir \"$D/many\"")) {
+        check_rows(t, "many/b.safetensors", "bundle_emb.<a>.clip_l", 1, 32);
+        check_rows(t, "many/b.safetensors", "bundle_emb.<b>.clip_g", 1, 48);
+        EXPECT(DRAW "--prompt '<a> <b>' --embedding \"$D/many/b.safetensors\" --output "
+                    "\"$D/p.png\"",
+               0, "word: <a> (1 vector)", "word: <b> (1 vector)");
+    }
+}
+
+static void write_words(vel_test *t, const char *file, const vel_word *words, int n,
+                        const char *form)
+{
+    char *path = vel_test_path(t, file);
+    REQUIRE_OK(vel_words_write(t->ctx, path, words, n, form, VEL_FILE_F32, NULL));
+    vel_free(t->ctx, path);
+}
+
+/* For one encoder of two; for an encoder that the model does not have; of another width. */
+TEST(word_families_files_for_one_encoder)
+{
+    static float values[96] = {1};
+    char name[] = "<x>";
+    const vel_word both[] = {{name, 1, 32, values, "clip_l"}, {name, 1, 48, values, "clip_g"}},
+                   wide = {name, 1, 48, values, NULL}, odd = {name, 1, 24, values, "clip_g"};
+    write_words(t, "l.safetensors", &both[0], 1, "diffusers");
+    write_words(t, "both.safetensors", both, 2, "diffusers");
+    write_words(t, "wide.safetensors", &wide, 1, "diffusers");
+    write_words(t, "odd.safetensors", &odd, 1, "diffusers");
+    write_words(t, "toy.safetensors", both, 2, "kohya");
+    EXPECT(DRAW "--prompt 'a <x>' --embedding \"$D/l.safetensors\" --output \"$D/p.png\"", 0,
+           "word: <x> (1 vector), for text_encoder; not for text_encoder_2: it is read there as it "
+           "is spelled");
+    EXPECT(DRAW "--prompt 'a <x>' --embedding \"$D/wide.safetensors\" --output \"$D/p.png\"", 0,
+           "for text_encoder_2; not for text_encoder:");
+    EXPECT(DRAW "--prompt 'a toy' --embedding \"$D/toy.safetensors\" --output \"$D/p.png\"", 0,
+           "word: toy (1 vector)");
+    EXPECT(DRAW "--prompt 'a <y>' --embedding \"<y>=$D/both.safetensors\" --output \"$D/p.png\"", 0,
+           "word: <y> (1 vector)");
+    EXPECT(DRAW "--prompt 'a <x>' --embedding \"$D/odd.safetensors\" --output \"$D/p.png\"", 1,
+           "vectors of 24 values, the text encoder of 48");
+    EXPECT("generate --model models/emoji-sd --prompt 'a <x>' --embedding "
+           "\"$D/both.safetensors\" --output \"$D/p.png\"",
+           1, "vectors for clip_g");
+    EXPECT("train --model tests/golden/families/sana/model --data examples/flat-style --method "
+           "textual_inversion --placeholder_token '<x>' --initializer_token cat --dry_run "
+           "--device cpu --resolution 64",
+           1, "no text encoder that learns words");
+}
+
+static bool read_pixels(vel_test *t, const char *name, vel_image *out)
+{
+    char *path = vel_test_path(t, name);
+    const vel_picture_load as_it_is = {0};
+    vel_status st = vel_picture_read(t->ctx, path, &as_it_is, out);
+    CHECK_OK(st);
+    vel_free(t->ctx, path);
+    return st == VEL_OK;
+}
+
+/* What is pooled is the end's, whatever the config says of it: the word's id is larger. */
+TEST(word_families_pool_at_the_end)
+{
+    static program_result r;
+    static float values[48];
+    char name[] = "<x>";
+    for (int i = 0; i < VEL_COUNT(values); i++)
+        values[i] = (float)(i % 7) - 3;
+    const vel_word word = {name, 1, 48, values, "clip_g"};
+    vel_image one = {0}, two = {0};
+    write_words(t, "g.safetensors", &word, 1, "diffusers");
+    if (!program_shell(t,
+                       "cp -rL tests/golden/families/sdxl/model \"$D/model\" && chmod -R u+w "
+                       "\"$D/model\" && sed -i 's/\"eos_token_id\": [0-9]*/\"eos_token_id\": 2/' "
+                       "\"$D/model/text_encoder_2/config.json\" && grep -q 'eos_token_id\": 2' "
+                       "\"$D/model/text_encoder_2/config.json\"",
+                       &r))
+        return;
+    CHECK_MSG(r.status == 0, "%s", r.text);
+    EXPECT(DRAW "--prompt 'a <x>' --embedding \"$D/g.safetensors\" --output \"$D/a.png\"", 0,
+           "<x> (1");
+    EXPECT(DRAW "--model \"$D/model\" --prompt 'a <x>' --embedding \"$D/g.safetensors\" --output "
+                "\"$D/b.png\"",
+           0, "<x> (1");
+    CHECK(read_pixels(t, "a.png", &one) && read_pixels(t, "b.png", &two) &&
+          one.width == two.width && one.height == two.height &&
+          memcmp(one.pixels, two.pixels,
+                 (size_t)one.width * (size_t)one.height * (size_t)one.channels) == 0);
+    vel_image_finish(&one);
+    vel_image_finish(&two);
+}
