@@ -199,6 +199,23 @@ static vel_length length_of(const char *asked)
     return strcmp(asked, "yes") == 0 ? VEL_LENGTH_KEPT : VEL_LENGTH_FREE;
 }
 
+/* "7,8,9": a bit each. */
+static vel_status read_layers(vel_ctx *ctx, const char *list, uint64_t *out)
+{
+    *out = 0;
+    for (const char *at = list; at && *at;) {
+        char *end;
+        long layer = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || layer < 0 || layer > 63)
+            return vel_fail(ctx, VEL_BAD_VALUE,
+                            "--skip_guidance_layers: '%s' is not a list of layers such as 7,8,9",
+                            list);
+        *out |= (uint64_t)1 << layer;
+        at = end + (*end == ',');
+    }
+    return VEL_OK;
+}
+
 /* written: the prompt; NULL: it is the entry's of the file of prompts. */
 static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw_entry *entry)
 {
@@ -217,12 +234,16 @@ static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw
                                      .guidance = -1,
                                      .distilled_guidance = -1,
                                      .guided_share = o->cfg_trunc_ratio,
+                                     .skip_scale = o->skip_layer_guidance_scale,
+                                     .skip_start = o->skip_layer_guidance_start,
+                                     .skip_stop = o->skip_layer_guidance_stop,
                                      .length = length_of(o->cfg_normalization),
                                      .width = o->width,
                                      .height = o->height,
                                      .steps = o->steps,
                                      .sampler = o->sampler,
                                      .eta = o->eta}};
+    VEL_TRY(read_layers(d->ctx, o->skip_guidance_layers, &p.draw.skip_layers));
     if (entry)
         VEL_TRY(vel_draw_take(d->ctx, d->arena, o->prompt_file, entry, &p.draw, &p.seeded));
     if (!vel_utf8_valid(p.draw.prompt, strlen(p.draw.prompt)))
@@ -502,6 +523,11 @@ static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_d
         json_object_set_new(out, "distilled_guidance", json_real(draw.distilled_guidance));
     if (out && draw.guided_share < 1)
         json_object_set_new(out, "cfg_trunc_ratio", json_real(draw.guided_share));
+    if (out && draw.skip_layers)
+        json_object_set_new(out, "skip_layer_guidance",
+                            json_pack("{s:s, s:f, s:f, s:f}", "layers", o->skip_guidance_layers,
+                                      "scale", draw.skip_scale, "start", draw.skip_start, "stop",
+                                      draw.skip_stop));
     if (out && draw.length)
         json_object_set_new(out, "cfg_normalization", json_string(o->cfg_normalization));
     if (out && o->max_token_length)

@@ -52,6 +52,15 @@
         CHOICE("cfg_normalization", NULL, at cfg_normalization, "auto", VEL_LENGTHS, "picture",    \
                "does what is guided get the length of the prompt's own; auto: as is usual (with "  \
                "Lumina-Image 2.0 it does)"),                                                       \
+        TEXT("skip_guidance_layers", NULL, at skip_guidance_layers, NULL, "picture",               \
+             "skip-layer guidance of Stable Diffusion 3: away from what the model says without "   \
+             "these layers, such as 7,8,9"),                                                       \
+        FLOAT("skip_layer_guidance_scale", NULL, at skip_layer_guidance_scale, "2.8", 0, 100,      \
+              "picture", "how far away"),                                                          \
+        FLOAT("skip_layer_guidance_start", NULL, at skip_layer_guidance_start, "0.01", -1, 1,      \
+              "picture", "after this share of the steps"),                                         \
+        FLOAT("skip_layer_guidance_stop", NULL, at skip_layer_guidance_stop, "0.2", 0, 1,          \
+              "picture", "and before this one"),                                                   \
         INT("width", NULL, at width, "0", 0, 8192, "picture", "pixels; 0: the model's own"),       \
         INT("height", NULL, at height, "0", 0, 8192, "picture", "pixels; 0: the model's own"),     \
         INT("steps", "num_inference_steps", at steps, first_steps, 0, 1000, "picture",             \

@@ -15,6 +15,15 @@ static vel_length length_asked(const json_t *how)
     return vel_json_bool(how, "cfg_normalization", true) ? VEL_LENGTH_USUAL : VEL_LENGTH_FREE;
 }
 
+static uint64_t layers_asked(const json_t *how)
+{
+    const json_t *list = json_object_get(how, "skip_guidance_layers");
+    uint64_t out = 0;
+    for (size_t i = 0; i < json_array_size(list); i++)
+        out |= (uint64_t)1 << json_integer_value(json_array_get(list, i));
+    return out;
+}
+
 static void check_case(vel_test *t, const vel_safetensors *golden, const char *name,
                        const char *family)
 {
@@ -33,6 +42,10 @@ static void check_case(vel_test *t, const vel_safetensors *golden, const char *n
                   .distilled_guidance = -1,
                   .guided_share = vel_json_number(how, "cfg_trunc_ratio", 0),
                   .length = length_asked(how),
+                  .skip_layers = layers_asked(how),
+                  .skip_scale = vel_json_number(how, "skip_layer_guidance_scale", 2.8),
+                  .skip_start = vel_json_number(how, "skip_layer_guidance_start", 0.01),
+                  .skip_stop = vel_json_number(how, "skip_layer_guidance_stop", 0.2),
                   .width = 64,
                   .height = 64,
                   .steps = 3,
@@ -78,7 +91,57 @@ TEST(guidance_of_a_share_of_the_steps_is_diffusers)
     vel_safetensors_close(golden);
 }
 
+TEST(guidance_by_skipped_layers_is_diffusers)
+{
+    vel_safetensors *golden = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_file, &golden));
+    check_case(t, golden, "sd3_skip", "sd3");
+    check_case(t, golden, "sd3_never", "sd3");
+    check_case(t, golden, "sd35_skip", "sd35");
+    vel_safetensors_close(golden);
+}
+
 /* ---- commands ---- */
+
+#define TINY "--device cpu --precision no --width 64 --height 64 --seed 1 --output '%s/%s.png'"
+#define TINY_SD3 "generate cat --model tests/golden/families/sd3/model --steps 3 "
+
+TEST(guidance_by_skipped_layers_is_refused)
+{
+    static const struct {
+        const char *words, *says;
+    } rows[] = {
+        {TINY_SD3 "--skip_guidance_layers 1,x " TINY, "not a list of layers"},
+        {TINY_SD3 "--skip_guidance_layers 64 " TINY, "not a list of layers"},
+        {TINY_SD3 "--skip_guidance_layers 1,63 " TINY, "layers are 0 to"},
+        {TINY_SD3 "--skip_guidance_layers 1 --guidance 1 " TINY, "--guidance above 1"},
+        {"generate cat --model tests/golden/families/sana/model --skip_guidance_layers 1 " TINY,
+         "not for Sana"},
+    };
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        char *words = vel_test_text(t, rows[i].words, t->folder, "x");
+        program_expect(t, words, 1, (const char *const[]){rows[i].says, NULL});
+        vel_free(t->ctx, words);
+    }
+}
+
+/* By the command's settings, which are written into the picture. */
+TEST(guidance_by_skipped_layers_is_drawn)
+{
+    static const char skips[] = "--skip_guidance_layers 0,1 --skip_layer_guidance_stop 1 ";
+    for (int i = 0; i < 2; i++) {
+        char *words =
+            vel_test_text(t, TINY_SD3 "%s" TINY, i ? skips : "", t->folder, i ? "b" : "a");
+        program_expect(t, words, 0, (const char *const[]){NULL});
+        vel_free(t->ctx, words);
+    }
+    char *path = vel_test_text(t, "%s/b.png", t->folder);
+    char *text = vel_picture_png_text(t->ctx, path, "velatura");
+    CHECK_MSG(text && strstr(text, "\"layers\":\"0,1\""), "%s", text ? text : "");
+    vel_free(t->ctx, text);
+    vel_free(t->ctx, path);
+    CHECK(!program_same_files(t, "a.png", "b.png"));
+}
 
 /* A line's --l and --g are the settings --true_guidance and --guidance where a model takes the
  * guidance as an input: the same picture with the same text. */

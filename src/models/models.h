@@ -13,10 +13,11 @@ enum { VEL_MAX_PARTS = 8, VEL_MAX_TEXTS = 3, VEL_MAX_EXTRA = 8 };
 
 /* What a denoiser is conditioned on; a family uses what it knows, the others stay {0}. */
 typedef struct vel_condition {
-    vel_ref context; /* [N, S, D] text states */
-    vel_ref pooled;  /* [N, P] */
-    vel_ref extra;   /* [N, E]: size and crop, guidance */
-    vel_ref mask;    /* [N, S]: 1 for a token, 0 for padding */
+    vel_ref context;  /* [N, S, D] text states */
+    vel_ref pooled;   /* [N, P] */
+    vel_ref extra;    /* [N, E]: size and crop, guidance */
+    vel_ref mask;     /* [N, S]: 1 for a token, 0 for padding */
+    uint64_t skipped; /* layers that are left out, a bit each; vel_family's skippable */
 } vel_condition;
 
 /* The sizes of what one encoder makes of a text: its states [length, width] (length 0: only the
@@ -161,6 +162,8 @@ typedef struct vel_family {
     int (*texts)(const vel_config *c, vel_text_info *out);
     /* What each of them makes, when encoder k keeps length[k] tokens; out[VEL_MAX_TEXTS]. */
     void (*states)(const vel_config *c, const int *length, vel_text_states *out);
+    /* Layers of the denoiser that a condition may leave out; NULL: none. At most 64. */
+    int (*skippable)(const vel_config *c);
     /* NULL: classifier-free guidance, 7.5, 30 steps. */
     void (*guidance)(const vel_config *c, vel_guidance_info *out);
     /* What adapter files say of the model. */

@@ -146,6 +146,11 @@ static void names(const vel_config *c, vel_prediction predicts, vel_model_names 
                           : (vel_model_names){"3-5-large", "stable-diffusion-3-5-large"};
 }
 
+static int skippable(const vel_config *c)
+{
+    return ((const sd3_config *)c->own)->transformer.layers;
+}
+
 const vel_family vel_family_sd3 = {
     .name = "sd3",
     .title = "Stable Diffusion 3 and 3.5",
@@ -164,6 +169,7 @@ const vel_family vel_family_sd3 = {
     .texts = texts,
     .states = states,
     .names = names,
+    .skippable = skippable,
     .guidance = guidance,
     .encode_text = encode_text,
     .join_texts = join_texts,

@@ -139,6 +139,8 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
     t = vel_act(g, t, VEL_ACT_SILU); /* every norm takes silu of it: once for all */
     x.text = nn_linear(g, "context_embedder", condition->context, c->width, true);
     for (int i = 0; i < c->layers; i++) {
+        if (condition->skipped >> i & 1)
+            continue;
         vel_layer(g, "transformer_blocks.%d", i);
         x = joint_block(g, c, i, x, t);
         vel_end(g);

@@ -36,9 +36,10 @@ typedef enum plan_kind { PLAN_TEXT, PLAN_DENOISE, PLAN_DECODE, PLAN_ENCODE } pla
 
 typedef struct cached_plan {
     plan_kind kind;
-    int n, h, w;   /* batch, and the latent's size */
-    unsigned how;  /* of texts and what takes their states: vel_model_reading_key */
-    uint64_t used; /* when: the least is evicted first */
+    int n, h, w;      /* batch, and the latent's size */
+    unsigned how;     /* of texts and what takes their states: vel_model_reading_key */
+    uint64_t skipped; /* layers of a denoiser */
+    uint64_t used;    /* when: the least is evicted first */
     vel_plan *plan;
 } cached_plan;
 
@@ -96,6 +97,7 @@ struct vel_model {
     cached_plan plans[VEL_MAX_PLANS];
     int n_plans;
     uint64_t clock;
+    uint64_t skipped; /* layers that the denoiser is asked without just now, a bit each */
 };
 
 /* What a graph of a kind computes in (k: which text encoder). Autoencoders, T5 and language models

@@ -18,6 +18,7 @@ static vel_ref build_part(vel_model *m, vel_graph *g, plan_kind kind, int64_t n,
         vel_ref latent = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, channels));
         vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
         vel_condition c = vel_model_condition_inputs(m, g, n, 0, 1, 0);
+        c.skipped = m->skipped;
         return vel_family_denoise(g, f, m->config, latent, time, &c);
     }
     case PLAN_DECODE:
@@ -101,10 +102,12 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
 {
     bool reads = kind == PLAN_TEXT || kind == PLAN_DENOISE;
     unsigned how = reads ? vel_model_reading_key(m) : 0;
+    uint64_t skipped = kind == PLAN_DENOISE ? m->skipped : 0;
     m->clock++;
     for (int i = 0; i < m->n_plans; i++) {
         cached_plan *c = &m->plans[i];
-        if (c->kind == kind && c->n == n && c->h == h && c->w == w && c->how == how) {
+        if (c->kind == kind && c->n == n && c->h == h && c->w == w && c->how == how &&
+            c->skipped == skipped) {
             c->used = m->clock;
             *out = c->plan;
             return VEL_OK;
@@ -124,7 +127,7 @@ vel_status vel_model_get_plan(vel_model *m, plan_kind kind, int n, int h, int w,
     const vel_plan_options options = {.compute = vel_model_computes_in(m, kind, h),
                                       .steady = STEADY_INPUTS};
     VEL_TRY(vel_plan_create(m->engine, g, &options, out));
-    m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, how, m->clock, *out};
+    m->plans[m->n_plans++] = (cached_plan){kind, n, h, w, how, skipped, m->clock, *out};
     return VEL_OK;
 }
 

@@ -27,6 +27,7 @@ typedef struct batch { /* pictures that are drawn together */
     float *time;            /* [n or 2n] */
     float *states;          /* [n or 2n, values of a text] */
     float *extra;           /* [n or 2n, E] */
+    float *without;         /* [n, h, w, C]: what prompts say where layers are left out */
 } batch;
 
 /* ---- layouts ---- */
@@ -112,6 +113,23 @@ static vel_status make_sampler(vel_model *m, const vel_draw *d, vel_torch_rng *r
     return st;
 }
 
+static vel_status check_skipped(vel_model *m, const vel_draw *d)
+{
+    int known = m->family->skippable ? m->family->skippable(m->config) : 0;
+    if (!d->skip_layers)
+        return VEL_OK;
+    if (!known)
+        return vel_fail(m->ctx, VEL_UNSUPPORTED, "--skip_guidance_layers: not for %s",
+                        m->family->title);
+    if (known < 64 && d->skip_layers >> known)
+        return vel_fail(m->ctx, VEL_BAD_VALUE,
+                        "--skip_guidance_layers: the model's layers are 0 to %d", known - 1);
+    if (!vel_draw_is_guided(d))
+        return vel_fail(m->ctx, VEL_BAD_VALUE,
+                        "--skip_guidance_layers: wants --guidance above 1, beside which it is");
+    return VEL_OK;
+}
+
 /* Checks every draw before the first is drawn, and counts the evaluations of each. */
 static vel_status check_draws(vel_model *m, const vel_draw *draws, int n, int *evaluations,
                               int64_t *total)
@@ -123,6 +141,7 @@ static vel_status check_draws(vel_model *m, const vel_draw *draws, int n, int *e
         VEL_TRY(check_side(m->ctx, "height", d->height, side_unit(m)));
         if (!isfinite(d->guidance))
             return vel_fail(m->ctx, VEL_BAD_VALUE, "guidance: %g is no number", d->guidance);
+        VEL_TRY(check_skipped(m, d));
         vel_draw_tell_unused(m, d);
         bool same = i && d->steps == before->steps && d->sampler == before->sampler &&
                     d->spacing == before->spacing && d->eta == before->eta;
@@ -188,8 +207,9 @@ static vel_status begin_batch(batch *b, const vel_draw_texts *t)
     b->time = vel_alloc(ctx, sizeof(float) * rows);
     b->states = vel_alloc(ctx, sizeof(float) * rows * state);
     b->extra = vel_alloc(ctx, sizeof(float) * rows * VEL_MAX_EXTRA);
-    if (!b->samplers || !b->rngs || !b->x || !b->scaled || !b->in || !b->out || !b->time ||
-        !b->states || !b->extra)
+    b->without = vel_alloc(ctx, sizeof(float) * n * values);
+    if (!b->without || !b->samplers || !b->rngs || !b->x || !b->scaled || !b->in || !b->out ||
+        !b->time || !b->states || !b->extra)
         return VEL_NO_MEMORY;
     for (size_t i = 0; i < n; i++) {
         const vel_draw *d = &b->draws[i];
@@ -214,7 +234,7 @@ static void finish_batch(batch *b)
     for (int i = 0; b->samplers && i < b->n; i++)
         vel_sampler_destroy(b->samplers[i]);
     void *memory[] = {b->samplers, b->rngs, b->x,      b->scaled, b->in,
-                      b->out,      b->time, b->states, b->extra};
+                      b->out,      b->time, b->states, b->extra,  b->without};
     for (int i = 0; i < VEL_COUNT(memory); i++)
         vel_free(ctx, memory[i]);
 }
@@ -237,6 +257,13 @@ static bool is_guided_at(const batch *b, int i, int e)
 {
     double share = b->draws[i].guided_share;
     return b->guided && !(share > 0 && (double)(e + 1) / b->evaluations > share);
+}
+
+static bool skips_at(const batch *b, int i, int e)
+{
+    const vel_draw *d = &b->draws[i];
+    return b->guided && d->skip_layers && e > b->evaluations * d->skip_start &&
+           e < b->evaluations * d->skip_stop;
 }
 
 /* p <- what the prompt and the negative prompt (p) say together. Where it is normalised, each row
@@ -271,6 +298,9 @@ static vel_status take_step(batch *b, int e)
             guide(b, p, with, &b->draws[i]);
         else if (b->guided)
             memcpy(p, with, sizeof *p * (size_t)b->s.values);
+        const float *without = b->without + i * b->s.values;
+        for (int64_t k = 0; k < b->s.values && skips_at(b, i, e); k++)
+            p[k] += (with[k] - without[k]) * (float)b->draws[i].skip_scale;
         to_nchw(p, b->s, b->scaled);
         VEL_TRY(
             vel_sampler_step(b->samplers[i], e, b->scaled, b->x + i * b->s.values, b->s.values));
@@ -304,13 +334,29 @@ static vel_status decode_batch(batch *b, vel_image *images)
     return st;
 }
 
+/* Prompts again, without the layers of skip-layer guidance. */
+static vel_status evaluate_without(batch *b)
+{
+    vel_model *m = b->m;
+    m->skipped = b->draws[0].skip_layers;
+    vel_status st = vel_model_denoise(
+        m, b->in, b->time, b->states + b->n * vel_model_text_values(m),
+        b->extra + b->n * vel_model_extra_count(m), b->n, b->s.h, b->s.w, b->without);
+    m->skipped = 0;
+    return st;
+}
+
 /* Rows of negative prompts, the first, are left out where no picture is guided any more. */
 static vel_status evaluate(batch *b, int e)
 {
-    int left_out = b->guided ? b->n : 0;
+    int left_out = b->guided ? b->n : 0, skips = 0;
     for (int i = 0; i < b->n; i++)
         if (is_guided_at(b, i, e))
             left_out = 0;
+    for (int i = 0; i < b->n; i++)
+        skips += skips_at(b, i, e);
+    if (skips)
+        VEL_TRY(evaluate_without(b));
     return vel_model_denoise(b->m, b->in + left_out * b->s.values, b->time + left_out,
                              b->states + left_out * vel_model_text_values(b->m),
                              b->extra + left_out * vel_model_extra_count(b->m),
@@ -349,6 +395,7 @@ static int group_size(const vel_model *m, const vel_draw *all, const vel_draw_te
         shape s = latent_shape(m, &draws[k]);
         if (s.h != first.h || s.w != first.w || evaluations[begin + k] != evaluations[begin] ||
             vel_draw_texts_pieces(t, begin + k) != vel_draw_texts_pieces(t, begin) ||
+            draws[k].skip_layers != draws[0].skip_layers ||
             vel_draw_is_guided(&draws[k]) != vel_draw_is_guided(&draws[0]))
             break;
     }

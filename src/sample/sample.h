@@ -323,9 +323,14 @@ typedef struct vel_draw {
     double guidance;           /* classifier-free: 7.5; <= 1: without, and without a negative */
     double distilled_guidance; /* what models are given that take the guidance as an input */
     double guided_share;       /* of the evaluations that are guided, the first; 0: all */
-    vel_length length;         /* whether what is guided gets the length of the prompt's own */
-    int width, height;         /* 0: native */
-    int steps;                 /* 50 */
+    uint64_t skip_layers; /* skip-layer guidance: the prompt's prediction moves away, skip_scale
+                           * times, from what it is without these layers (a bit each); in
+                           * evaluations e of n with n * skip_start < e < n * skip_stop. As
+                           * StableDiffusion3Pipeline has it */
+    double skip_scale, skip_start, skip_stop;
+    vel_length length; /* whether what is guided gets the length of the prompt's own */
+    int width, height; /* 0: native */
+    int steps;         /* 50 */
     uint64_t seed;
     const char *sampler; /* NULL: the model's own */
     const char
