@@ -155,6 +155,9 @@ vel_status vel_find_fetches(const vel_engine *e, const vel_graph *g, const vel_k
 int32_t vel_fetch_of(const vel_fetches *f, const vel_node *leaf, const char *layout, int32_t id);
 /* A weight behind reshapes, which needs the plain form; NULL: r is no weight. */
 const vel_node *vel_weight_behind(const vel_graph *g, vel_ref r);
+/* The weight that input i of node id reads, and in which form; NULL: it reads none. */
+const vel_node *vel_weight_read(const vel_graph *g, const vel_kernel *kernels, int32_t id, int i,
+                                weight_use *use);
 
 vel_status vel_engine_need_shadow(vel_engine *e, vel_dtype type);
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);

@@ -27,6 +27,24 @@ const vel_node *vel_weight_behind(const vel_graph *g, vel_ref r)
     return n->op == VEL_OP_weight ? n : NULL;
 }
 
+const vel_node *vel_weight_read(const vel_graph *g, const vel_kernel *kernels, int32_t id, int i,
+                                weight_use *use)
+{
+    vel_ref r = vel_node_at(g, id)->in[i];
+    const vel_node *leaf = vel_weight_behind(g, r);
+    if (!leaf)
+        return NULL;
+    const vel_type *plain = &leaf->out[0];
+    const char *packed = vel_at(g, r)->op == VEL_OP_weight ? kernels[id].layout[i] : NULL;
+    *use = (weight_use){.path = leaf->path,
+                        .layout = packed ? packed : "",
+                        .dtype = plain->dtype,
+                        .bytes =
+                            packed ? (int64_t)kernels[id].packed_bytes[i]
+                                   : vel_shape_count(plain->shape) * vel_dtype_bytes(plain->dtype)};
+    return leaf;
+}
+
 static int by_weight(const void *a, const void *b)
 {
     const weight_read *x = a, *y = b;
@@ -51,16 +69,10 @@ static int32_t find_reads(const vel_engine *e, const vel_graph *g, const vel_ker
     for (int32_t id = 1; id < vel_graph_size(g); id++) {
         const vel_node *node = vel_node_at(g, id);
         for (int i = 0; i < node->n_in && node->op != VEL_OP_reshape; i++) {
-            const vel_node *leaf = vel_weight_behind(g, node->in[i]);
-            if (!leaf)
-                continue;
-            bool direct = vel_at(g, node->in[i])->op == VEL_OP_weight;
-            const char *layout = direct ? kernels[id].layout[i] : NULL;
-            int64_t bytes =
-                layout ? (int64_t)kernels[id].packed_bytes[i]
-                       : vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
-            if (vel_engine_streams(e, leaf->path, bytes))
-                out[n++] = (weight_read){leaf, layout ? layout : "", bytes, id, i};
+            weight_use use;
+            const vel_node *leaf = vel_weight_read(g, kernels, id, i, &use);
+            if (leaf && vel_engine_streams(e, use.path, use.bytes))
+                out[n++] = (weight_read){leaf, use.layout, use.bytes, id, i};
         }
     }
     return n;

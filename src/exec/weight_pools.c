@@ -36,17 +36,10 @@ vel_status vel_find_weight_uses(const vel_engine *e, const vel_graph *g, const v
     for (int32_t id = 1; id < nodes; id++) {
         const vel_node *node = vel_node_at(g, id);
         for (int i = 0; i < node->n_in && vel_needs_kernel(node); i++) {
-            const vel_node *leaf = vel_weight_behind(g, node->in[i]);
-            if (!leaf)
-                continue;
-            bool direct = vel_at(g, node->in[i])->op == VEL_OP_weight;
-            const char *packed = direct ? kernels[id].layout[i] : NULL;
-            int64_t plain =
-                vel_shape_count(leaf->out[0].shape) * vel_dtype_bytes(leaf->out[0].dtype);
-            int64_t bytes = packed ? (int64_t)kernels[id].packed_bytes[i] : plain;
-            if (!vel_engine_streams(e, leaf->path, bytes))
-                all[found++] =
-                    (weight_use){leaf->path, packed ? packed : "", leaf->out[0].dtype, bytes};
+            weight_use use;
+            if (vel_weight_read(g, kernels, id, i, &use) &&
+                !vel_engine_streams(e, use.path, use.bytes))
+                all[found++] = use;
         }
     }
     qsort(all, (size_t)found, sizeof *all, by_form);
