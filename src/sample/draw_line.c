@@ -130,12 +130,30 @@ vel_status vel_draw_line(vel_ctx *ctx, const char *file, char *line, vel_draw *d
 
 /* ---- objects ---- */
 
+static const char *key_of(int i)
+{
+    return options[i].key ? options[i].key : options[i].name;
+}
+
 static int option_of_key(const char *key)
 {
     for (int i = 0; i < VEL_COUNT(options); i++)
-        if (strcmp(options[i].key ? options[i].key : options[i].name, key) == 0)
+        if (strcmp(key_of(i), key) == 0)
             return i;
     return -1;
+}
+
+static vel_status unknown_key(vel_ctx *ctx, const char *file, const char *key)
+{
+    vel_text known;
+    vel_text_init(&known, ctx);
+    vel_text_add(&known, "prompt");
+    for (int i = 0; i < VEL_COUNT(options); i++)
+        vel_text_addf(&known, ", %s", key_of(i));
+    vel_status st = vel_fail(ctx, VEL_BAD_VALUE, "%s: \"%s\" is none of %s", file, key,
+                             known.s ? known.s : "the known");
+    vel_text_finish(&known);
+    return st;
 }
 
 static vel_status take_member(vel_ctx *ctx, vel_arena *a, const char *file, const char *key,
@@ -145,11 +163,7 @@ static vel_status take_member(vel_ctx *ctx, vel_arena *a, const char *file, cons
     const char *text = json_is_string(value) ? json_string_value(value) : NULL;
     bool prompt = strcmp(key, "prompt") == 0;
     if (i < 0 && !prompt)
-        return vel_fail(ctx, VEL_BAD_VALUE,
-                        "%s: \"%s\" is none of prompt, negative_prompt, width, height, seed, "
-                        "sample_steps, scale, guidance_scale, sample_sampler, prompt_2, prompt_3, "
-                        "negative_prompt_2, negative_prompt_3",
-                        file, key);
+        return unknown_key(ctx, file, key);
     if (prompt || is_text(i)) {
         char *copy = text ? vel_arena_strdup(a, text) : NULL;
         if (!text || (!prompt && options[i].kind == SAMPLER && !is_sampler(text)))
