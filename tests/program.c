@@ -107,3 +107,13 @@ bool program_same_files(vel_test *t, const char *a, const char *b)
     vel_map_close(&map[1]);
     return same;
 }
+
+bool program_read_pixels(vel_test *t, const char *name, vel_image *out)
+{
+    char *path = vel_test_path(t, name);
+    const vel_picture_load as_it_is = {0};
+    vel_status st = vel_picture_read(t->ctx, path, &as_it_is, out);
+    CHECK_OK(st);
+    vel_free(t->ctx, path);
+    return st == VEL_OK;
+}

@@ -2,6 +2,7 @@
 #ifndef VEL_TEST_PROGRAM_H
 #define VEL_TEST_PROGRAM_H
 
+#include "formats/formats.h"
 #include "test.h"
 
 typedef struct program_result {
@@ -31,5 +32,7 @@ void program_copy_pictures(vel_test *t, const char *folder, int n);
 void program_set(vel_test *t, vel_params *p, const char *settings);
 /* Whether two files, of the test's folder or "models/...", hold the same bytes. */
 bool program_same_files(vel_test *t, const char *a, const char *b);
+/* A picture of the test's folder as it is; false after a failed check. */
+bool program_read_pixels(vel_test *t, const char *name, vel_image *out);
 
 #endif

@@ -21,22 +21,13 @@ static bool runs(vel_test *t, const char *name, const char *format, program_resu
     return r->status == 0;
 }
 
-static bool read_pixels(vel_test *t, const char *name, vel_image *out)
-{
-    char *path = vel_test_path(t, name);
-    const vel_picture_load as_it_is = {0};
-    vel_status st = vel_picture_read(t->ctx, path, &as_it_is, out);
-    CHECK_OK(st);
-    vel_free(t->ctx, path);
-    return st == VEL_OK;
-}
-
 /* Pixel by pixel: the files also say with which adapter they were drawn. */
 static bool same_pixels(vel_test *t, const char *a, const char *b)
 {
     vel_image one = {0}, two = {0};
-    bool same = read_pixels(t, a, &one) && read_pixels(t, b, &two) && one.width == two.width &&
-                one.height == two.height && one.channels == two.channels &&
+    bool same = program_read_pixels(t, a, &one) && program_read_pixels(t, b, &two) &&
+                one.width == two.width && one.height == two.height &&
+                one.channels == two.channels &&
                 memcmp(one.pixels, two.pixels,
                        (size_t)one.width * (size_t)one.height * (size_t)one.channels) == 0;
     vel_image_finish(&one);

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "sample/model.h"
+#include "drawn.h"
 #include "program.h"
 
 static const char golden_file[] = "tests/golden/long_prompts.safetensors",
@@ -305,41 +306,7 @@ TEST(long_prompts_change_no_other_picture)
 static void check_drawn(vel_test *t, const vel_safetensors *golden, const char *name,
                         const char *family)
 {
-    const vel_file_tensor *want = vel_safetensors_find(golden, name);
-    const char *meta = vel_safetensors_meta(golden, name);
-    json_t *how = meta ? json_loads(meta, 0, NULL) : NULL;
-    REQUIRE(want && how && want->count <= 16 * 8 * 8);
-    char *folder = vel_test_text(t, "tests/golden/families/%s/model", family);
-    vel_model_options o = {.device = "cpu",
-                           .precision = "no",
-                           .text_length = (int)vel_json_int(how, "max_sequence_length", 0)};
-    vel_draw d = {.prompt = vel_json_string(how, "prompt", NULL),
-                  .prompt_2 = vel_json_string(how, "prompt_2", NULL),
-                  .prompt_3 = vel_json_string(how, "prompt_3", NULL),
-                  .negative = vel_json_string(how, "negative_prompt", NULL),
-                  .negative_2 = vel_json_string(how, "negative_prompt_2", NULL),
-                  .negative_3 = vel_json_string(how, "negative_prompt_3", NULL),
-                  .guidance = -1,
-                  .distilled_guidance = -1,
-                  .width = 64,
-                  .height = 64,
-                  .steps = 2,
-                  .seed = 3};
-    float got[16 * 8 * 8];
-    vel_model *m = NULL;
-    REQUIRE_OK(vel_model_open(t->ctx, folder, &o, &m));
-    CHECK_OK(vel_draw_guide(m, vel_json_number(how, "guidance_scale", 0), 1, &d));
-    CHECK_OK(vel_model_draw(m, &d, 1, 1, NULL, NULL, got));
-    double worst = 0;
-    for (int64_t i = 0; i < want->count; i++) {
-        float w;
-        vel_file_tensor_floats(want, i, 1, &w);
-        worst = fmax(worst, fabs((double)w - got[i]));
-    }
-    CHECK_MSG(worst < 1e-3, "%s: the latent is off by %.3g", name, worst);
-    vel_model_close(m);
-    vel_free(t->ctx, folder);
-    json_decref(how);
+    drawn_check(t, golden, name, family, 2, 1e-3);
 }
 
 TEST(prompts_for_each_encoder_are_diffusers)

@@ -176,16 +176,6 @@ TEST(word_families_files_for_one_encoder)
            1, "no text encoder that learns words");
 }
 
-static bool read_pixels(vel_test *t, const char *name, vel_image *out)
-{
-    char *path = vel_test_path(t, name);
-    const vel_picture_load as_it_is = {0};
-    vel_status st = vel_picture_read(t->ctx, path, &as_it_is, out);
-    CHECK_OK(st);
-    vel_free(t->ctx, path);
-    return st == VEL_OK;
-}
-
 /* What is pooled is the end's, whatever the config says of it: the word's id is larger. */
 TEST(word_families_pool_at_the_end)
 {
@@ -210,7 +200,7 @@ TEST(word_families_pool_at_the_end)
     EXPECT(DRAW "--model \"$D/model\" --prompt 'a <x>' --embedding \"$D/g.safetensors\" --output "
                 "\"$D/b.png\"",
            0, "<x> (1");
-    CHECK(read_pixels(t, "a.png", &one) && read_pixels(t, "b.png", &two) &&
+    CHECK(program_read_pixels(t, "a.png", &one) && program_read_pixels(t, "b.png", &two) &&
           one.width == two.width && one.height == two.height &&
           memcmp(one.pixels, two.pixels,
                  (size_t)one.width * (size_t)one.height * (size_t)one.channels) == 0);

@@ -1,0 +1,13 @@
+/* drawn.h: what diffusers' pipelines draw with the small models of the larger families, as
+ * tools/golden/drawn.py writes it: a latent a case, and what was asked for as its metadata. */
+#ifndef VEL_TESTS_DRAWN_H
+#define VEL_TESTS_DRAWN_H
+
+#include "formats/formats.h"
+#include "test.h"
+
+/* Draws a case in so many steps; no value may be off by `most` or more. */
+void drawn_check(vel_test *t, const vel_safetensors *golden, const char *name, const char *family,
+                 int steps, double most);
+
+#endif
