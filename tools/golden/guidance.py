@@ -4,12 +4,8 @@ pipelines draw with the small models of the larger families, into tests/golden/g
 
     python tools/golden/guidance.py
 """
-import json
+from drawn import draw_cases
 
-import diffusers, torch
-from safetensors.torch import save_file
-
-FAMILIES = "tests/golden/families"
 FLUX = {"prompt": "a red fox", "guidance_scale": 3.0, "max_sequence_length": 24}
 AGAINST = {"negative_prompt": "blurred", "true_cfg_scale": 2.5}
 SKIPS = {"prompt": "a red fox", "negative_prompt": "blurred", "guidance_scale": 4.0, "max_sequence_length": 24,
@@ -31,14 +27,4 @@ CASES = {
     "lumina_both": ("lumina2", {**LUMINA, "cfg_trunc_ratio": 0.7, "cfg_normalization": False}),
 }
 
-out = {}
-for name, (family, how) in CASES.items():
-    pipe = diffusers.DiffusionPipeline.from_pretrained(f"{FAMILIES}/{family}/model", torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    latent = pipe(**how, num_inference_steps=3, width=64, height=64, output_type="latent",
-                  generator=torch.Generator("cpu").manual_seed(3)).images
-    if family.startswith("flux"):
-        latent = pipe._unpack_latents(latent, 64, 64, pipe.vae_scale_factor)
-    out[name] = latent.contiguous()
-    print(name, tuple(latent.shape), float(latent.std()))
-save_file(out, "tests/golden/guidance.safetensors", {k: json.dumps(v[1]) for k, v in CASES.items()})
+draw_cases(CASES, 3, "tests/golden/guidance.safetensors")
