@@ -220,11 +220,7 @@ static vel_status read_layers(vel_ctx *ctx, const char *list, uint64_t *out)
 static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw_entry *entry)
 {
     const vel_generate_options *o = d->o;
-    vel_drawing_prompt *grown =
-        vel_realloc(d->ctx, d->prompts, sizeof *grown * (size_t)(d->n_prompts + 1));
-    if (!grown)
-        return VEL_NO_MEMORY;
-    d->prompts = grown;
+    VEL_TRY(vel_grow(d->ctx, &d->prompts, (size_t)d->n_prompts + 1));
     vel_drawing_prompt p = {.draw = {.prompt = written,
                                      .negative = o->negative,
                                      .prompt_2 = o->prompt_2,

@@ -88,14 +88,10 @@ static vel_status set_number(vel_params *p, const vel_option_row *r, void *field
 
 static vel_status keep_text(vel_params *p, const char *value, const char **field)
 {
-    char **grown = vel_realloc(p->ctx, p->owned, (size_t)(p->n_owned + 1) * sizeof *grown);
+    VEL_TRY(vel_grow(p->ctx, &p->owned, (size_t)p->n_owned + 1));
     char *copy = vel_strdup(p->ctx, value);
-    if (grown)
-        p->owned = grown;
-    if (!grown || !copy) {
-        vel_free(p->ctx, copy);
+    if (!copy)
         return VEL_NO_MEMORY;
-    }
     p->owned[p->n_owned++] = copy;
     *field = copy;
     return VEL_OK;

@@ -105,14 +105,11 @@ static vel_status add_line(score *s, const char *list, int number, const char *l
         st = vel_fail(s->d.ctx, VEL_BAD_FILE, "%s: more than %d pictures", list, MOST_PICTURES);
     if (st == VEL_OK)
         st = vel_drawing_add_prompt(&s->d, prompt);
-    truth *grown =
-        st == VEL_OK ? vel_realloc(s->d.ctx, s->truths, sizeof *grown * (size_t)(s->n + 1)) : NULL;
-    if (grown) {
-        s->truths = grown;
+    if (st == VEL_OK)
+        st = vel_grow(s->d.ctx, &s->truths, (size_t)s->n + 1);
+    if (st == VEL_OK) {
         s->truths[s->n].file = vel_arena_strdup(s->d.arena, file);
         st = s->truths[s->n++].file ? VEL_OK : VEL_NO_MEMORY;
-    } else if (st == VEL_OK) {
-        st = VEL_NO_MEMORY;
     }
     json_decref(row);
     return st;

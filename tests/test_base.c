@@ -30,6 +30,26 @@ TEST(memory_is_zeroed_aligned_and_counted)
     CHECK(strstr(vel_ctx_error(t->ctx), "memory"));
 }
 
+TEST(arrays_grow)
+{
+    int64_t *list = NULL;
+    int64_t before = t->ctx->allocations;
+    for (size_t i = 0; i < 5000; i++) {
+        REQUIRE_OK(vel_grow(t->ctx, &list, i + 1));
+        CHECK(list[i] == 0);
+        list[i] = (int64_t)i;
+    }
+    for (int64_t i = 0; i < 5000; i++)
+        CHECK(list[i] == i);
+    CHECK(t->ctx->allocations - before < 12);
+    int64_t *kept = list;
+    CHECK_OK(vel_grow(t->ctx, &list, 100)); /* there is room */
+    CHECK(vel_grow(t->ctx, &list, SIZE_MAX / 2) == VEL_NO_MEMORY);
+    CHECK(vel_grow(t->ctx, &list, SIZE_MAX / 64) == VEL_NO_MEMORY); /* fits, and is not there */
+    CHECK(list == kept && list[4999] == 4999);
+    vel_free(t->ctx, list);
+}
+
 TEST(handed_out_memory_outlives_its_context)
 {
     vel_ctx *ctx = vel_ctx_create(NULL);

@@ -59,6 +59,12 @@ struct vel_ctx {
 void *vel_alloc(vel_ctx *ctx, size_t bytes);
 void *vel_realloc(vel_ctx *ctx, void *p, size_t bytes); /* growth is zeroed; p may be NULL */
 void vel_free(vel_ctx *ctx, void *p);                   /* p may be NULL */
+/* Room for n elements in *array, a block of vel_alloc or NULL; call as vel_grow(ctx, &array, n).
+ * A block knows its size, so nobody keeps count of the room; one that is too small at least
+ * doubles, so appending one by one costs little. What is new is zero. VEL_NO_MEMORY leaves the
+ * array as it was. */
+#define vel_grow(ctx, array, n) vel_grow_array(ctx, array, n, sizeof **(array))
+vel_status vel_grow_array(vel_ctx *ctx, void *array, size_t n, size_t size); /* array: a T ** */
 /* Takes p out of its context's count: it may be freed with vel_free(NULL, p) after the context is
  * gone. For what the caller of the public interface frees. Returns p. */
 void *vel_hand_out(void *p);
@@ -133,7 +139,7 @@ size_t vel_arena_bytes(const vel_arena *a);
 typedef struct vel_text {
     vel_ctx *ctx;
     char *s; /* NUL-terminated once anything was added; NULL when empty */
-    size_t n, room;
+    size_t n;
     bool failed; /* memory ran out: sticky, checked once at the end */
 } vel_text;
 void vel_text_init(vel_text *t, vel_ctx *ctx);

@@ -19,6 +19,7 @@
 enum {
     ALIGNMENT = 64,        /* a cache line, and the widest vector register */
     LAZY_FROM = 256 << 10, /* from here on the system gives zero pages when they are touched */
+    LEAST_ROOM = 256,      /* bytes of a growing array */
     POISON = 0xdb,
     PROGRESS_PER_SECOND = 10,
     LONGEST_MESSAGE = 4096
@@ -186,6 +187,22 @@ void *vel_realloc(vel_ctx *ctx, void *p, size_t bytes)
         vel_free(ctx, p);
     }
     return q;
+}
+
+vel_status vel_grow_array(vel_ctx *ctx, void *array, size_t n, size_t size)
+{
+    void *p;
+    memcpy(&p, array, sizeof p); /* whatever it points to */
+    size_t room = p ? head_of(p)->size : 0;
+    if (n <= room / size)
+        return VEL_OK;
+    if (n > SIZE_MAX / 4 / size)
+        return vel_fail(ctx, VEL_NO_MEMORY, "memory: no room for a list of %zu entries", n);
+    p = vel_realloc(ctx, p, VEL_MAX(VEL_MAX(n * size, 2 * room), LEAST_ROOM));
+    if (!p)
+        return VEL_NO_MEMORY;
+    memcpy(array, &p, sizeof p);
+    return VEL_OK;
 }
 
 void *vel_hand_out(void *p)

@@ -416,7 +416,6 @@ static int compare_names(const void *a, const void *b)
 
 static vel_status read_names(vel_ctx *ctx, DIR *folder, const char *path, char ***names, int *n)
 {
-    int room = 0;
     for (;;) {
         errno = 0;
         struct dirent *entry = readdir(folder);
@@ -424,14 +423,7 @@ static vel_status read_names(vel_ctx *ctx, DIR *folder, const char *path, char *
             return errno ? fail_errno(ctx, path, "list", errno) : VEL_OK;
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
             continue;
-        if (*n == room) {
-            int larger = VEL_MAX(2 * room, 64);
-            char **more = vel_realloc(ctx, *names, (size_t)larger * sizeof *more);
-            if (!more)
-                return VEL_NO_MEMORY;
-            *names = more;
-            room = larger;
-        }
+        VEL_TRY(vel_grow(ctx, names, (size_t)*n + 1));
         (*names)[*n] = vel_strdup(ctx, entry->d_name);
         if (!(*names)[*n])
             return VEL_NO_MEMORY;

@@ -19,21 +19,8 @@ void vel_text_init(vel_text *t, vel_ctx *ctx)
 /* Room for n bytes more and the NUL. */
 static bool text_reserve(vel_text *t, size_t n)
 {
-    if (t->failed || n > SIZE_MAX / 4 - t->n) {
-        t->failed = true;
-        return false;
-    }
-    if (t->n + n + 1 <= t->room)
-        return true;
-    size_t room = VEL_MAX(VEL_MAX(2 * t->room, t->n + n + 1), 64);
-    char *s = vel_realloc(t->ctx, t->s, room);
-    if (!s) {
-        t->failed = true;
-        return false;
-    }
-    t->s = s;
-    t->room = room;
-    return true;
+    t->failed = t->failed || n > SIZE_MAX / 4 - t->n || vel_grow(t->ctx, &t->s, t->n + n + 1);
+    return !t->failed;
 }
 
 void vel_text_add_bytes(vel_text *t, const void *bytes, size_t n)

@@ -62,14 +62,7 @@ static bool is_side_name(const vel_data_options *o, const char *name)
 vel_status vel_dataset_skip(vel_dataset_inner *d, const char *path, const char *why)
 {
     vel_dataset *shown = &d->shown;
-    if (shown->n_skipped == d->skipped_room) {
-        int room = VEL_MAX(2 * d->skipped_room, 16);
-        vel_skipped *more = vel_realloc(shown->ctx, shown->skipped, (size_t)room * sizeof *more);
-        if (!more)
-            return VEL_NO_MEMORY;
-        shown->skipped = more;
-        d->skipped_room = room;
-    }
+    VEL_TRY(vel_grow(shown->ctx, &shown->skipped, (size_t)shown->n_skipped + 1));
     vel_skipped *s = &shown->skipped[shown->n_skipped];
     s->path = vel_arena_strdup(d->arena, path);
     s->why = vel_arena_strdup(d->arena, why);
@@ -93,17 +86,10 @@ static vel_status skip_joined(vel_dataset_inner *d, const char *folder, const ch
 static vel_status append(vel_dataset_inner *d, const vel_sample *s)
 {
     vel_dataset *shown = &d->shown;
-    if (shown->n == d->samples_room) {
-        if (d->samples_room > INT32_MAX / 2)
-            return vel_fail(shown->ctx, VEL_UNSUPPORTED, "%s: too many pictures",
-                            shown->options.folder);
-        int room = VEL_MAX(2 * d->samples_room, 64);
-        vel_sample *more = vel_realloc(shown->ctx, shown->samples, (size_t)room * sizeof *more);
-        if (!more)
-            return VEL_NO_MEMORY;
-        shown->samples = more;
-        d->samples_room = room;
-    }
+    if (shown->n == INT32_MAX)
+        return vel_fail(shown->ctx, VEL_UNSUPPORTED, "%s: too many pictures",
+                        shown->options.folder);
+    VEL_TRY(vel_grow(shown->ctx, &shown->samples, (size_t)shown->n + 1));
     shown->samples[shown->n++] = *s;
     return VEL_OK;
 }

@@ -13,7 +13,7 @@ typedef struct rows {
     const vel_data_options *options;
     const char *path;
     vel_listed *row;
-    int n, room, n_captions;
+    int n, n_captions;
 } rows;
 
 static const char *caption_column(const vel_data_options *o)
@@ -47,14 +47,7 @@ static vel_status add_row(rows *r, const char *file, const char *caption, int li
         return vel_fail(r->ctx, VEL_BAD_FILE,
                         "%s: line %d: '%s' is not inside the folder; name files relative to it",
                         r->path, line, file);
-    if (r->n == r->room) {
-        int room = VEL_MAX(2 * r->room, 64);
-        vel_listed *more = vel_realloc(r->ctx, r->row, (size_t)room * sizeof *more);
-        if (!more)
-            return VEL_NO_MEMORY;
-        r->row = more;
-        r->room = room;
-    }
+    VEL_TRY(vel_grow(r->ctx, &r->row, (size_t)r->n + 1));
     vel_listed *row = &r->row[r->n];
     *row = (vel_listed){.line = line};
     row->file = vel_arena_strdup(r->arena, file);

@@ -103,11 +103,10 @@ typedef struct vel_dataset_inner {
     vel_data_how *hows;       /* as many; in the arena */
     int subset;               /* whose pictures are being listed */
     bool reg;                 /* and whether they are of the class */
-    int samples_room, skipped_room;
-    int from_ending[2];  /* captions by vel_caption_ending */
-    int empty_captions;  /* a file or row is there, but no word in it */
-    int cut_captions;    /* files with further lines, which are not read */
-    bool class_captions; /* the folder's words stand in for captions that are missing */
+    int from_ending[2];       /* captions by vel_caption_ending */
+    int empty_captions;       /* a file or row is there, but no word in it */
+    int cut_captions;         /* files with further lines, which are not read */
+    bool class_captions;      /* the folder's words stand in for captions that are missing */
 } vel_dataset_inner;
 
 /* ---- regularisation (regular.c) ------------------------------------------------------------- */

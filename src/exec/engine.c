@@ -483,14 +483,7 @@ vel_status vel_engine_add_trainables(vel_engine *e, const vel_graph *g)
         const vel_node *n = vel_node_at(g, id);
         if (n->op != VEL_OP_param || vel_engine_find_trainable(e, n->path))
             continue;
-        if (e->n_trainables == e->room_trainables) {
-            int room = e->room_trainables ? 2 * e->room_trainables : 256;
-            vel_trainable *grown = vel_realloc(e->ctx, e->trainables, (size_t)room * sizeof *grown);
-            if (!grown)
-                return VEL_NO_MEMORY;
-            e->trainables = grown;
-            e->room_trainables = room;
-        }
+        VEL_TRY(vel_grow(e->ctx, &e->trainables, (size_t)e->n_trainables + 1));
         int64_t count = vel_shape_count(n->out[0].shape);
         char *path = vel_strdup(e->ctx, n->path);
         if (!path)

@@ -39,7 +39,7 @@ struct vel_engine {
     size_t packing_bytes;
     int streamed; /* eighths of the large weights that stay with the host */
     vel_trainable *trainables;
-    int n_trainables, room_trainables;
+    int n_trainables;
     int64_t trainable_count, trainable_room; /* values */
     float *value, *grad, *sum, *average;     /* device, flat; the last two made on first use */
     void *shadow[VEL_I32]; /* [dtype]: the values in another type, for plans; made on first use */

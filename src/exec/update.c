@@ -147,28 +147,22 @@ static vel_status need_state(vel_engine *e)
     int old = e->n_segments, n = e->n_trainables;
     if (old == n)
         return VEL_OK;
-    vel_segment *segments = vel_realloc(e->ctx, e->segments, (size_t)n * sizeof *segments);
-    e->segments = segments ? segments : e->segments;
-    float *rates = vel_realloc(e->ctx, e->rates, (size_t)n * sizeof *rates);
-    e->rates = rates ? rates : e->rates;
-    double *told = vel_realloc(e->ctx, e->rates_told, (size_t)n * sizeof *told);
-    e->rates_told = told ? told : e->rates_told;
-    double(*sums)[2] = vel_realloc(e->ctx, e->sums, (size_t)n * sizeof *sums);
-    e->sums = sums ? sums : e->sums;
-    if (!segments || !rates || !told || !sums)
-        return VEL_NO_MEMORY;
+    VEL_TRY(vel_grow(e->ctx, &e->segments, (size_t)n));
+    VEL_TRY(vel_grow(e->ctx, &e->rates, (size_t)n));
+    VEL_TRY(vel_grow(e->ctx, &e->rates_told, (size_t)n));
+    VEL_TRY(vel_grow(e->ctx, &e->sums, (size_t)n));
     int64_t bytes = e->state_bytes;
     for (int i = old; i < n; i++) {
-        segments[i] = segment_of(&e->trainables[i]);
-        place_states(e, &segments[i], &bytes);
+        e->segments[i] = segment_of(&e->trainables[i]);
+        place_states(e, &e->segments[i], &bytes);
     }
     VEL_TRY(grow_state(e, bytes));
     e->n_segments = n;
     for (int i = old; i < n; i++)
         for (int k = 0; k < VEL_MAX_STATES; k++)
             if (rules[rule].state[k].from_value)
-                e->backend->add(e->device, state_floats(e, &segments[i], k),
-                                e->value + segments[i].begin, 1, 0, segments[i].count);
+                e->backend->add(e->device, state_floats(e, &e->segments[i], k),
+                                e->value + e->segments[i].begin, 1, 0, e->segments[i].count);
     return VEL_OK;
 }
 

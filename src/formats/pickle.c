@@ -78,11 +78,11 @@ typedef struct machine {
     const uint8_t *bytes;
     size_t n, at;
     pickle_value **stack; /* vel_alloc: grows and shrinks */
-    int depth, room;
+    int depth;
     int marks[MOST_MARKS];
     int n_marks;
     pickle_value **memo;
-    int64_t n_memo, room_memo;
+    int64_t n_memo, places_memo;
 } machine;
 
 static vel_status bad(const machine *m, const char *what)
@@ -127,16 +127,9 @@ static vel_status push(machine *m, pickle_value *v)
     if (!v)
         return m->run->n_values > MOST_VALUES ? bad(m, "it builds millions of values")
                                               : VEL_NO_MEMORY;
-    if (m->depth == m->room) {
-        if (m->room > MOST_VALUES)
-            return bad(m, "its stack has no end");
-        int room = m->room ? m->room * 2 : 256;
-        pickle_value **grown = vel_realloc(m->run->ctx, m->stack, sizeof *grown * (size_t)room);
-        if (!grown)
-            return VEL_NO_MEMORY;
-        m->stack = grown;
-        m->room = room;
-    }
+    if (m->depth > MOST_VALUES)
+        return bad(m, "its stack has no end");
+    VEL_TRY(vel_grow(m->run->ctx, &m->stack, (size_t)m->depth + 1));
     m->stack[m->depth++] = v;
     return VEL_OK;
 }
@@ -518,14 +511,8 @@ static vel_status remember(machine *m, uint64_t index)
     pickle_value *v = top(m);
     if (!v || index >= MOST_MEMO)
         return bad(m, v ? "a memo of millions of entries" : "nothing to remember");
-    if ((int64_t)index >= m->room_memo) {
-        int64_t room = VEL_MAX((int64_t)index + 1, m->room_memo * 2);
-        pickle_value **grown = vel_realloc(m->run->ctx, m->memo, sizeof *grown * (size_t)room);
-        if (!grown)
-            return VEL_NO_MEMORY;
-        m->memo = grown;
-        m->room_memo = room;
-    }
+    VEL_TRY(vel_grow(m->run->ctx, &m->memo, index + 1));
+    m->places_memo = VEL_MAX(m->places_memo, (int64_t)index + 1);
     m->n_memo += m->memo[index] == NULL;
     m->memo[index] = v;
     return VEL_OK;
@@ -533,7 +520,7 @@ static vel_status remember(machine *m, uint64_t index)
 
 static vel_status recall(machine *m, uint64_t index)
 {
-    if ((int64_t)index >= m->room_memo || index >= MOST_MEMO || !m->memo[index])
+    if ((int64_t)index >= m->places_memo || index >= MOST_MEMO || !m->memo[index])
         return bad(m, "a memo entry that was never made");
     return push(m, m->memo[index]);
 }

@@ -38,7 +38,7 @@ struct vel_safetensors {
     vel_map *maps;
     int n_maps;
     vel_file_tensor *tensors; /* sorted by name once open */
-    int n, room;
+    int n;
     json_t *metadata;
 };
 
@@ -161,19 +161,8 @@ static vel_status check_cover(vel_ctx *ctx, const char *path, vel_file_tensor *t
 
 static bool reserve(vel_safetensors *sf, size_t more)
 {
-    if (more > (size_t)(INT32_MAX - sf->n))
-        return false;
-    int need = sf->n + (int)more;
-    if (need <= sf->room)
-        return true;
-    if (more == 1)
-        need = VEL_MAX(need, sf->room < INT32_MAX / 2 ? sf->room * 2 : need);
-    vel_file_tensor *larger = vel_realloc(sf->ctx, sf->tensors, (size_t)need * sizeof *larger);
-    if (!larger)
-        return false;
-    sf->tensors = larger;
-    sf->room = need;
-    return true;
+    return more <= (size_t)(INT32_MAX - sf->n) &&
+           vel_grow(sf->ctx, &sf->tensors, (size_t)sf->n + more) == VEL_OK;
 }
 
 static vel_status read_metadata(vel_safetensors *sf, const char *path, json_t *values)

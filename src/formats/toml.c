@@ -16,7 +16,7 @@ typedef struct toml {
     int line, depth;
     json_t *root, *table;  /* table: where keys go now; borrowed */
     const json_t **sealed; /* tables that were written out once: not opened again */
-    int n_sealed, room;
+    int n_sealed;
 } toml;
 
 static vel_status wrong(toml *t, const char *what)
@@ -50,14 +50,7 @@ static bool is_sealed(const toml *t, const json_t *table)
 
 static vel_status seal(toml *t, const json_t *table)
 {
-    if (t->n_sealed == t->room) {
-        int room = t->room ? 2 * t->room : 16;
-        const json_t **grown = vel_realloc(t->ctx, t->sealed, (size_t)room * sizeof *grown);
-        if (!grown)
-            return VEL_NO_MEMORY;
-        t->sealed = grown;
-        t->room = room;
-    }
+    VEL_TRY(vel_grow(t->ctx, &t->sealed, (size_t)t->n_sealed + 1));
     t->sealed[t->n_sealed++] = table;
     return VEL_OK;
 }

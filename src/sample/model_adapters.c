@@ -83,11 +83,7 @@ vel_status vel_model_add_adapter(vel_model *m, const char *name, const char *pat
     if (find_adapter(m, name))
         return vel_fail(ctx, VEL_BAD_VALUE, "adapter '%s': the name is taken; give %s another",
                         name, path);
-    model_adapter *grown =
-        vel_realloc(ctx, m->adapters, sizeof *grown * (size_t)(m->n_adapters + 1));
-    if (!grown)
-        return VEL_NO_MEMORY;
-    m->adapters = grown;
+    VEL_TRY(vel_grow(ctx, &m->adapters, (size_t)m->n_adapters + 1));
     model_adapter a = {.name = vel_strdup(ctx, name), .weight = weight};
     vel_status st = a.name ? vel_model_read_adapter(m, path, &a.file) : VEL_NO_MEMORY;
     if (!st)

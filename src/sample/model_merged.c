@@ -45,11 +45,7 @@ static vel_status take(vel_model *m, const char *path, vel_shape shape, merged_w
     *out = find(m, path);
     if (*out)
         return VEL_OK;
-    merged_weight *grown =
-        vel_realloc(m->ctx, m->merged, (size_t)(m->n_merged + 1) * sizeof *grown);
-    if (!grown)
-        return VEL_NO_MEMORY;
-    m->merged = grown;
+    VEL_TRY(vel_grow(m->ctx, &m->merged, (size_t)m->n_merged + 1));
     merged_weight w = {.path = vel_strdup(m->ctx, path), .shape = shape};
     int64_t n = 0;
     vel_status st = w.path ? vel_model_read_weight(m, path, &w.v, &n) : VEL_NO_MEMORY;
@@ -60,7 +56,7 @@ static vel_status take(vel_model *m, const char *path, vel_shape shape, merged_w
         vel_free(m->ctx, w.v);
         return st;
     }
-    *out = &grown[m->n_merged++];
+    *out = &m->merged[m->n_merged++];
     **out = w;
     return VEL_OK;
 }

@@ -58,15 +58,13 @@ vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, cons
         m->first_word[k] = known;
     const char *table = t->table ? t->table : path_in(m, k, table_name),
                *path = t->path ? t->path : path_in(m, k, rows_name);
-    float *grown =
-        vel_realloc(m->ctx, m->word_rows[k], (size_t)(rows + n) * (size_t)width * sizeof *grown);
-    if (grown)
-        m->word_rows[k] = grown;
-    if (!grown || !table || !path)
+    if (!table || !path)
         return VEL_NO_MEMORY;
+    VEL_TRY(vel_grow(m->ctx, &m->word_rows[k], (size_t)(rows + n) * (size_t)width));
     if (vel_tokenizer_add_word(m->tokenizers[k], word, n) < 0)
         return VEL_BAD_VALUE;
-    memcpy(grown + (int64_t)rows * width, values, (size_t)n * (size_t)width * sizeof *values);
+    memcpy(m->word_rows[k] + (int64_t)rows * width, values,
+           (size_t)n * (size_t)width * sizeof *values);
     *t = (vel_word_table){table, path, id_names[k], mask_names[k], rows + n};
     vel_model_rest(m, m->texts[k].part);
     vel_model_forget_texts(m);

@@ -191,16 +191,10 @@ end:
 
 vel_status vel_sampler_set_evaluations(vel_sampler *s, int n)
 {
-    size_t bytes = sizeof(float) * (size_t)n;
     s->evaluations = n;
-    float **arrays[] = {&s->timesteps, &s->alpha_from, &s->alpha_to};
-    for (int i = 0; i < VEL_COUNT(arrays); i++) {
-        float *grown = vel_realloc(s->ctx, *arrays[i], bytes);
-        if (!grown)
-            return VEL_NO_MEMORY;
-        *arrays[i] = grown;
-    }
-    return VEL_OK;
+    VEL_TRY(vel_grow(s->ctx, &s->timesteps, (size_t)n));
+    VEL_TRY(vel_grow(s->ctx, &s->alpha_from, (size_t)n));
+    return vel_grow(s->ctx, &s->alpha_to, (size_t)n);
 }
 
 float vel_sampler_alpha(const vel_sampler *s, int t)

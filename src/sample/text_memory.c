@@ -50,10 +50,7 @@ static vel_status keep(vel_model *m, int k, const char *text, bool negative, con
     size_t bytes = (size_t)vel_text_values(&m->states[k]) * sizeof *values;
     if (m->kept_bytes + (int64_t)bytes > KEPT_BYTES)
         vel_model_forget_texts(m);
-    kept_text *grown = vel_realloc(m->ctx, m->kept, (size_t)(m->n_kept + 1) * sizeof *grown);
-    if (!grown)
-        return VEL_NO_MEMORY;
-    m->kept = grown;
+    VEL_TRY(vel_grow(m->ctx, &m->kept, (size_t)m->n_kept + 1));
     kept_text made = {.encoder = k,
                       .negative = negative,
                       .how = vel_model_reading_key(m),

@@ -84,15 +84,7 @@ static bpe_added *added_place(vel_tokenizer *t, const char *name)
         if (strcmp(t->added[i].name, name) == 0)
             return &t->added[i];
     }
-    if (t->n_added == t->room_added) {
-        int room = 2 * t->room_added + 8;
-        bpe_added *added = vel_realloc(t->ctx, t->added, (size_t)room * sizeof *added);
-        if (!added)
-            return NULL;
-        t->added = added;
-        t->room_added = room;
-    }
-    return &t->added[t->n_added];
+    return vel_grow(t->ctx, &t->added, (size_t)t->n_added + 1) ? NULL : &t->added[t->n_added];
 }
 
 static vel_status normalise(const vel_tokenizer *t, bpe_text *out, const char *s, size_t n,

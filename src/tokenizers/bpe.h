@@ -89,7 +89,7 @@ struct vel_tokenizer {
     vel_ctx *ctx;
     vel_arena *arena;    /* pieces and words */
     const char **pieces; /* by id; NULL where the vocabulary has a hole */
-    int32_t n_pieces, room_pieces;
+    int32_t n_pieces;
     int32_t n_words; /* pieces that are not NULL */
     int32_t *words;  /* open addressing: id + 1 by hash of the piece; 0 is empty */
     uint32_t words_mask;
@@ -98,7 +98,7 @@ struct vel_tokenizer {
     size_t longest;        /* bytes of the longest piece */
     int32_t bytes[2][256]; /* id of a byte alone; [1]: of a byte that ends a word */
     bpe_added *added;
-    int n_added, room_added;
+    int n_added;
     bool added_start[2][256];       /* first bytes of added words, not normal and normal */
     int32_t bos, eos, pad, unknown; /* -1: none, but for CLIP */
     int max_length;
@@ -127,7 +127,7 @@ typedef struct bpe_text {
     vel_ctx *ctx;
     char *s;          /* not NUL-terminated */
     uint32_t *origin; /* per byte: offset in the caller's text */
-    size_t n, room;
+    size_t n;
 } bpe_text;
 /* Appends the normal form of n bytes of valid UTF-8 at offset first of the caller's text. */
 vel_status vel_bpe_normalise(bpe_text *out, const char *s, size_t n, uint32_t first);
@@ -153,10 +153,9 @@ typedef struct bpe_ids {
     vel_ctx *ctx;
     int32_t *id;
     uint32_t *at; /* offset in the caller's text where id[i] begins */
-    int n, room;
-    struct bpe_symbol *symbols; /* room for room_word bytes */
+    int n;
+    struct bpe_symbol *symbols; /* of the word at hand */
     struct bpe_candidate *heap; /* three a byte */
-    size_t room_word;
 } bpe_ids;
 vel_status vel_bpe_push(bpe_ids *out, int32_t id, uint32_t at);
 /* Appends the ids of one word of n bytes, origin[i] being where byte i came from. */
@@ -202,7 +201,7 @@ typedef struct spm_token {
 } spm_token;
 typedef struct spm_tokens {
     spm_token *items; /* the caller frees them; texts are the tokenizer's */
-    int n, room;
+    int n;
 } spm_tokens;
 vel_status vel_spm_read(vel_tokenizer *t, const char *path, spm_tokens *out);
 

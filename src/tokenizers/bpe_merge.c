@@ -66,22 +66,9 @@ static vel_status grow_words(vel_tokenizer *t)
     return VEL_OK;
 }
 
-static vel_status reserve_pieces(vel_tokenizer *t, int32_t n)
-{
-    if (n <= t->room_pieces)
-        return VEL_OK;
-    int32_t room = VEL_MAX(n, 2 * t->room_pieces + 64);
-    const char **pieces = vel_realloc(t->ctx, (void *)t->pieces, (size_t)room * sizeof *pieces);
-    if (!pieces)
-        return VEL_NO_MEMORY;
-    t->pieces = pieces;
-    t->room_pieces = room;
-    return VEL_OK;
-}
-
 vel_status vel_bpe_set_piece(vel_tokenizer *t, int32_t id, const char *piece)
 {
-    VEL_TRY(reserve_pieces(t, id + 1));
+    VEL_TRY(vel_grow(t->ctx, &t->pieces, (size_t)id + 1));
     if (!t->words || 2 * (uint32_t)t->n_words >= t->words_mask)
         VEL_TRY(grow_words(t));
     const char *copy = vel_arena_strdup(t->arena, piece);
@@ -185,20 +172,9 @@ static bpe_candidate heap_pop(bpe_candidate *heap, size_t *n)
 
 static vel_status reserve_word(bpe_ids *out, size_t n)
 {
-    if (n <= out->room_word)
-        return VEL_OK;
-    size_t room = VEL_MAX(n, 2 * out->room_word + 64);
-    bpe_symbol *symbols = vel_realloc(out->ctx, out->symbols, room * sizeof *symbols);
-    if (!symbols)
-        return VEL_NO_MEMORY;
-    out->symbols = symbols;
+    VEL_TRY(vel_grow(out->ctx, &out->symbols, n));
     /* n - 1 pairs at first, and each of at most n - 1 merges brings two more */
-    bpe_candidate *heap = vel_realloc(out->ctx, out->heap, 3 * room * sizeof *heap);
-    if (!heap)
-        return VEL_NO_MEMORY;
-    out->heap = heap;
-    out->room_word = room;
-    return VEL_OK;
+    return vel_grow(out->ctx, &out->heap, 3 * n);
 }
 
 static const bpe_merge *find_merge(const vel_tokenizer *t, const bpe_symbol *symbols, int32_t at)
@@ -241,18 +217,8 @@ static void merge_all(const vel_tokenizer *t, bpe_ids *word, int32_t n)
 
 vel_status vel_bpe_push(bpe_ids *out, int32_t id, uint32_t at)
 {
-    if (out->n == out->room) {
-        int room = 2 * out->room + 64;
-        int32_t *ids = vel_realloc(out->ctx, out->id, (size_t)room * sizeof *ids);
-        if (!ids)
-            return VEL_NO_MEMORY;
-        out->id = ids;
-        uint32_t *places = vel_realloc(out->ctx, out->at, (size_t)room * sizeof *places);
-        if (!places)
-            return VEL_NO_MEMORY;
-        out->at = places;
-        out->room = room;
-    }
+    VEL_TRY(vel_grow(out->ctx, &out->id, (size_t)out->n + 1));
+    VEL_TRY(vel_grow(out->ctx, &out->at, (size_t)out->n + 1));
     out->id[out->n] = id;
     out->at[out->n++] = at;
     return VEL_OK;

@@ -21,41 +21,19 @@ typedef struct piece { /* code points of one piece, decomposed in place */
     bool compatible, form_only; /* NFKC; no blanks and lower case behind */
     int32_t *c;
     uint64_t *keys;
-    size_t n, room;
+    size_t n;
 } piece;
 
 static vel_status piece_reserve(piece *p, size_t room)
 {
-    if (room <= p->room)
-        return VEL_OK;
-    room = VEL_MAX(room, 2 * p->room + 64);
-    int32_t *c = vel_realloc(p->ctx, p->c, room * sizeof *c);
-    if (!c)
-        return VEL_NO_MEMORY;
-    p->c = c;
-    uint64_t *keys = vel_realloc(p->ctx, p->keys, room * sizeof *keys);
-    if (!keys)
-        return VEL_NO_MEMORY;
-    p->keys = keys;
-    p->room = room;
-    return VEL_OK;
+    VEL_TRY(vel_grow(p->ctx, &p->c, room));
+    return vel_grow(p->ctx, &p->keys, room);
 }
 
 static vel_status text_reserve(bpe_text *t, size_t more)
 {
-    if (t->n + more <= t->room)
-        return VEL_OK;
-    size_t room = VEL_MAX(t->n + more, 2 * t->room + 64);
-    char *s = vel_realloc(t->ctx, t->s, room);
-    if (!s)
-        return VEL_NO_MEMORY;
-    t->s = s;
-    uint32_t *origin = vel_realloc(t->ctx, t->origin, room * sizeof *origin);
-    if (!origin)
-        return VEL_NO_MEMORY;
-    t->origin = origin;
-    t->room = room;
-    return VEL_OK;
+    VEL_TRY(vel_grow(t->ctx, &t->s, t->n + more));
+    return vel_grow(t->ctx, &t->origin, t->n + more);
 }
 
 void vel_bpe_text_finish(bpe_text *t)

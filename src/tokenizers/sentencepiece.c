@@ -97,14 +97,7 @@ static vel_status keep_token(model *m, int32_t id, bool special)
     if (list->n == BPE_MAX_ADDED)
         return vel_fail(m->t->ctx, VEL_BAD_FILE, "%s: more than %d control pieces", m->path,
                         BPE_MAX_ADDED);
-    if (list->n == list->room) {
-        int room = 2 * list->room + 16;
-        spm_token *items = vel_realloc(m->t->ctx, list->items, (size_t)room * sizeof *items);
-        if (!items)
-            return VEL_NO_MEMORY;
-        list->items = items;
-        list->room = room;
-    }
+    VEL_TRY(vel_grow(m->t->ctx, &list->items, (size_t)list->n + 1));
     list->items[list->n++] = (spm_token){m->t->pieces[id], special};
     return VEL_OK;
 }

@@ -126,13 +126,7 @@ vel_status vel_unigram_piece(vel_tokenizer *t, const char *path, const char *pie
         return vel_fail(t->ctx, VEL_BAD_FILE, "%s: piece %d '%.40s': is there twice", path,
                         (int)t->n_pieces, piece);
     int32_t id = t->n_pieces;
-    if ((id & (id - 1)) == 0 || !t->scores) { /* room for a power of two */
-        size_t room = id ? 2 * (size_t)id : 1;
-        double *scores = vel_realloc(t->ctx, t->scores, room * sizeof *scores);
-        if (!scores)
-            return VEL_NO_MEMORY;
-        t->scores = scores;
-    }
+    VEL_TRY(vel_grow(t->ctx, &t->scores, (size_t)id + 1));
     t->scores[id] = score;
     t->worst = id ? VEL_MIN(t->worst, score) : score;
     return vel_bpe_set_piece(t, id, piece);

@@ -173,14 +173,7 @@ vel_status vel_keep_check_folder(train_session *s)
 
 static vel_status remember(train_session *s, const vel_curve_point *p)
 {
-    if (s->n_points == s->room_points) {
-        int room = s->room_points ? 2 * s->room_points : 1024;
-        vel_curve_point *grown = vel_realloc(s->ctx, s->points, (size_t)room * sizeof *grown);
-        if (!grown)
-            return VEL_NO_MEMORY;
-        s->points = grown;
-        s->room_points = room;
-    }
+    VEL_TRY(vel_grow(s->ctx, &s->points, (size_t)s->n_points + 1));
     s->points[s->n_points++] = *p;
     return VEL_OK;
 }

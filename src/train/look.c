@@ -6,14 +6,8 @@
 
 static vel_report_sheet *new_sheet(train_session *s)
 {
-    if (s->n_sheets == s->room_sheets) {
-        int room = s->room_sheets ? 2 * s->room_sheets : 8;
-        vel_report_sheet *grown = vel_realloc(s->ctx, s->sheets, (size_t)room * sizeof *grown);
-        if (!grown)
-            return NULL;
-        s->sheets = grown;
-        s->room_sheets = room;
-    }
+    if (vel_grow(s->ctx, &s->sheets, (size_t)s->n_sheets + 1))
+        return NULL;
     vel_report_sheet *sheet = &s->sheets[s->n_sheets];
     sheet->images = vel_alloc(s->ctx, (size_t)s->n_prompts * sizeof *sheet->images);
     if (!sheet->images)

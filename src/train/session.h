@@ -160,7 +160,7 @@ typedef struct train_session {
     const char *thumbnail; /* "data:..."; NULL: none */
     FILE *log;
     vel_curve_point *points;
-    int n_points, room_points;
+    int n_points;
     char *data_text, *plan_text;
 
     /* look */
@@ -169,7 +169,7 @@ typedef struct train_session {
     vel_draw *draws; /* [n_prompts] */
     int n_prompts;
     vel_report_sheet *sheets;
-    int n_sheets, room_sheets;
+    int n_sheets;
 } train_session;
 
 /* method.c */

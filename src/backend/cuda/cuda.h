@@ -38,8 +38,8 @@ struct vel_device {
     void *room;            /* device memory for the functions over flat vectors */
     size_t room_bytes;
     vel_cuda_recorder *recorder; /* while a run is recorded (cuda_record.c) */
-    cudaEvent_t *stamps;         /* [stamp_room]; NULL: not used yet */
-    int stamp_room;
+    cudaEvent_t *stamps;         /* [n_stamps]; NULL: not used yet */
+    int n_stamps;
     void *products;     /* private to cublaslt.c */
     void *attentions;   /* private to cudnn_attention.c */
     void *convolutions; /* private to cudnn.c */

@@ -155,7 +155,7 @@ static void cuda_close(vel_device *d)
     vel_cudnn_close(d);
     vel_cudnn_attention_close(d);
     cudaFree(d->room);
-    for (int i = 0; i < d->stamp_room; i++)
+    for (int i = 0; i < d->n_stamps; i++)
         if (d->stamps[i])
             cudaEventDestroy(d->stamps[i]);
     vel_free(d->ctx, d->stamps);

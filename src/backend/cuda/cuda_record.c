@@ -204,13 +204,9 @@ void vel_cuda_forget(vel_device *d, void *recording)
 
 vel_status vel_cuda_stamp(vel_device *d, int i)
 {
-    if (i >= d->stamp_room) {
-        int room = VEL_MAX(2 * d->stamp_room, 1024);
-        cudaEvent_t *grown = vel_realloc(d->ctx, d->stamps, (size_t)room * sizeof(cudaEvent_t));
-        if (!grown)
-            return VEL_NO_MEMORY;
-        d->stamps = grown;
-        d->stamp_room = room;
+    if (i >= d->n_stamps) {
+        VEL_TRY(vel_grow(d->ctx, &d->stamps, (size_t)i + 1));
+        d->n_stamps = i + 1;
     }
     if (!d->stamps[i])
         VEL_CUDA(d, cudaEventCreate(&d->stamps[i]));
