@@ -190,6 +190,8 @@ typedef struct vel_site_rules vel_site_rules;
 vel_status vel_site_rules_read(vel_ctx *ctx, vel_arena *a, const char *name, bool rank,
                                const char *text, vel_site_rules **out);
 void vel_site_rules_destroy(vel_site_rules *r);
+/* Is any of them a regular expression, so that it wants a module's name in sd-scripts? */
+bool vel_site_rules_by_name(const vel_site_rules *r);
 /* What the first rule says that fits a module; NULL: none does. kohya: its name there, or NULL. */
 const vel_site_value *vel_site_rules_find(vel_site_rules *r, const char *path, const char *kohya);
 /* Fails where no rule was found for anything, and tells of those that were not. */

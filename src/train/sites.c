@@ -14,6 +14,7 @@
 struct vel_site_rules {
     vel_ctx *ctx;
     int n;
+    bool by_name; /* one of them is a regular expression */
     struct {
         const char *text;   /* before the '=' */
         vel_pattern *regex; /* NULL: globs */
@@ -66,6 +67,7 @@ static vel_status read_rule(vel_ctx *ctx, vel_arena *a, const char *name, bool r
         if (equals < rule + 2 || equals[-1] != '/')
             return vel_fail(ctx, VEL_BAD_VALUE, "--%s: '%s' does not end with '/'", name, rule);
         char *regex = vel_arena_strf(a, "%.*s", (int)(equals - rule - 2), rule + 1);
+        r->by_name = true;
         vel_status st = regex ? vel_pattern_create(ctx, regex, &r->rule[i].regex) : VEL_NO_MEMORY;
         return st ? vel_fail_in(ctx, st, "--%s", name) : VEL_OK;
     }
@@ -108,6 +110,11 @@ vel_status vel_site_rules_read(vel_ctx *ctx, vel_arena *a, const char *name, boo
     else
         *out = r;
     return st;
+}
+
+bool vel_site_rules_by_name(const vel_site_rules *r)
+{
+    return r && r->by_name;
 }
 
 const vel_site_value *vel_site_rules_find(vel_site_rules *r, const char *path, const char *kohya)
@@ -167,38 +174,66 @@ typedef struct choosing {
     const vel_known_module *modules;
     int n;
     bool several_texts;
+    bool locon;            /* LoRA on convolutions as well */
     vel_site_rules *ranks; /* NULL: none */
 } choosing;
 
-/* Sites of modules under a part that match the patterns, or more of them (NULL: none). */
-static int match_sites(const choosing *c, const char *part, const char *patterns, const char *more,
-                       int clip_skip, vel_adapter_site *out)
+/* The patterns that modules under a part are chosen by. */
+typedef struct choice {
+    const char *part, *patterns, *more; /* more: NULL, or further patterns */
+    int clip_skip;
+} choice;
+
+static bool is_chosen(const choosing *c, const choice *by, const vel_known_module *m)
 {
-    int found = 0, n = c->n;
-    const vel_known_module *modules = c->modules;
+    size_t part = strlen(by->part);
+    if (m->unused || m->weight_rank < 2 || strncmp(m->path, by->part, part) != 0 ||
+        m->path[part] != '.')
+        return false;
+    if (!vel_glob(by->patterns, m->path) && !(by->more && vel_glob(by->more, m->path)))
+        return false;
+    return by->clip_skip <= 1 || !is_skipped(c->modules, c->n, m->path, by->clip_skip);
+}
+
+/* Rank and alpha of a module: its rule's, else a convolution's own, else everybody's. Rank 0: it is
+ * left out. */
+static void find_rank(const choosing *c, const vel_known_module *m, vel_adapter_how *how)
+{
     const vel_train_options *o = c->o;
-    bool locon = strcmp(o->network, "locon") == 0; /* LoRA on convolutions as well */
-    for (int i = 0; i < n; i++) {
-        const vel_known_module *m = &modules[i];
-        if (m->unused || m->weight_rank < 2 || strncmp(m->path, part, strlen(part)) != 0 ||
-            m->path[strlen(part)] != '.' ||
-            !(vel_glob(patterns, m->path) || (more && vel_glob(more, m->path))))
+    const char *name = vel_site_rules_by_name(c->ranks)
+                           ? vel_adapter_kohya_name(c->arena, m, c->several_texts)
+                           : NULL;
+    const vel_site_value *own = vel_site_rules_find(c->ranks, m->path, name);
+    bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
+    how->rank = own ? (int)own->value : conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
+    how->alpha = own && own->alpha > 0               ? own->alpha
+                 : !own && conv && o->conv_alpha > 0 ? o->conv_alpha
+                                                     : o->alpha;
+}
+
+/* Sites of the chosen modules; returns how many. */
+static int match_sites(const choosing *c, choice by, vel_adapter_site *out)
+{
+    const vel_train_options *o = c->o;
+    vel_adapter_how how = {.root_scale = o->use_rslora,
+                           .factor = o->lokr_factor,
+                           .decompose_both = o->decompose_both,
+                           .full_matrix = o->full_matrix,
+                           .unbalanced = o->unbalanced_factorization,
+                           .tucker = o->use_tucker,
+                           .dora = o->use_dora,
+                           .dora_columns = !o->wd_on_output};
+    int found = 0;
+    for (int i = 0; i < c->n; i++) {
+        const vel_known_module *m = &c->modules[i];
+        if (!is_chosen(c, &by, m))
             continue;
-        if (clip_skip > 1 && is_skipped(modules, n, m->path, clip_skip))
+        find_rank(c, m, &how);
+        if (how.rank == 0)
             continue;
-        bool conv = m->weight_rank == 4 && m->weight_dim[2] * m->weight_dim[3] > 1;
-        int rank = conv && o->conv_rank > 0 ? o->conv_rank : o->rank;
-        double alpha = conv && o->conv_alpha > 0 ? o->conv_alpha : o->alpha;
-        const vel_site_value *own = vel_site_rules_find(
-            c->ranks, m->path,
-            c->ranks ? vel_adapter_kohya_name(c->arena, m, c->several_texts) : NULL);
-        if (own && own->value == 0)
-            continue;
-        rank = own ? (int)own->value : rank;
-        alpha = own && own->alpha > 0 ? own->alpha : own ? o->alpha : alpha;
         vel_adapter_site *site = &out[found++];
         *site = (vel_adapter_site){.path = vel_arena_strdup(c->arena, m->path),
-                                   .kind = vel_adapter_find(locon ? "lora" : o->network),
+                                   .kind = vel_adapter_find(c->locon ? "lora" : o->network),
                                    .weight = vel_shape_of(m->weight_rank, m->weight_dim),
                                    .dropout = o->dropout,
                                    .rank_dropout = o->rank_dropout,
@@ -207,19 +242,38 @@ static int match_sites(const choosing *c, const char *part, const char *patterns
                                    .norm_gradient = o->dora_norm_gradient,
                                    .gaussian = o->init && strcmp(o->init, "gaussian") == 0,
                                    .stream = (uint32_t)i + 1};
-        vel_adapter_how how = {.rank = rank,
-                               .alpha = alpha,
-                               .root_scale = o->use_rslora,
-                               .factor = o->lokr_factor,
-                               .decompose_both = o->decompose_both,
-                               .full_matrix = o->full_matrix,
-                               .unbalanced = o->unbalanced_factorization,
-                               .tucker = o->use_tucker,
-                               .dora = o->use_dora,
-                               .dora_columns = !o->wd_on_output};
         vel_adapter_site_make(site, &how);
     }
     return found;
+}
+
+/* Sites of the denoiser. */
+static vel_status match_denoiser(vel_ctx *ctx, const choosing *c, const char *denoiser,
+                                 vel_adapter_site *sites, int *n)
+{
+    const char *preset = vel_adapter_preset(c->o->targets, false);
+    *n = match_sites(c,
+                     (choice){.part = denoiser,
+                              .patterns = preset ? preset : c->o->targets,
+                              .more = c->locon ? vel_adapter_preset("conv", false) : NULL},
+                     sites);
+    if (*n > 0)
+        return VEL_OK;
+    return vel_fail(ctx, VEL_BAD_VALUE,
+                    "--targets: '%s' matches no module of the model%s; a preset (attn, "
+                    "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'",
+                    c->o->targets, c->ranks ? " to which --module_rank leaves a rank" : "");
+}
+
+/* Sites of the k-th text encoder. What stands for the whole text goes through all its layers. */
+static int match_text(const choosing *c, const vel_text_info *text, vel_adapter_site *sites)
+{
+    const char *preset = vel_adapter_preset(c->o->text_targets, true);
+    return match_sites(c,
+                       (choice){.part = text->part,
+                                .patterns = preset ? preset : c->o->text_targets,
+                                .clip_skip = text->pools ? 0 : c->o->clip_skip},
+                       sites);
 }
 
 vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_train_options *o,
@@ -227,35 +281,25 @@ vel_status vel_train_sites(vel_ctx *ctx, vel_arena *a, vel_model *m, const vel_t
 {
     int n_modules;
     const vel_known_module *modules = vel_model_modules(m, &n_modules);
-    unsigned texts;
+    unsigned texts; /* a bit each: it is trained */
     *n = 0;
     VEL_TRY(vel_train_texts(m, o, &texts));
     *sites = vel_arena_alloc(a, (size_t)n_modules * sizeof **sites);
     if (!modules || !*sites)
         return VEL_NO_MEMORY;
-    bool locon = strcmp(o->network, "locon") == 0;
-    const char *unet = vel_adapter_preset(o->targets, false),
-               *text = vel_adapter_preset(o->text_targets, true);
     choosing c = {.arena = a,
                   .o = o,
                   .modules = modules,
                   .n = n_modules,
-                  .several_texts = vel_model_texts(m) > 1};
+                  .several_texts = vel_model_texts(m) > 1,
+                  .locon = strcmp(o->network, "locon") == 0};
     VEL_TRY(vel_site_rules_read(ctx, a, "module_rank", true, o->module_rank, &c.ranks));
-    if (o->train_unet)
-        *n += match_sites(&c, vel_model_family(m)->denoiser, unet ? unet : o->targets,
-                          locon ? vel_adapter_preset("conv", false) : NULL, 0, *sites);
     vel_status st = VEL_OK;
-    if (*n == 0 && o->train_unet)
-        st = vel_fail(ctx, VEL_BAD_VALUE,
-                      "--targets: '%s' matches no module of the model%s; a preset (attn, "
-                      "attn+mlp, all) or patterns such as '*.attn2.to_k,*.to_v'",
-                      o->targets, c.ranks ? " to which --module_rank leaves a rank" : "");
+    if (o->train_unet)
+        st = match_denoiser(ctx, &c, vel_model_family(m)->denoiser, *sites, n);
     for (int k = 0; k < vel_model_texts(m); k++)
         if (texts >> k & 1)
-            /* what stands for the whole text goes through all layers */
-            *n += match_sites(&c, vel_model_text(m, k)->part, text ? text : o->text_targets, NULL,
-                              vel_model_text(m, k)->pools ? 0 : o->clip_skip, *sites + *n);
+            *n += match_text(&c, vel_model_text(m, k), *sites + *n);
     if (!st && *n == 0)
         st = vel_fail(ctx, VEL_BAD_VALUE,
                       "nothing is trained: neither the denoiser nor the text encoder");
@@ -288,12 +332,11 @@ vel_status vel_site_rates_prepare(train_session *s)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_site_rules_read(s->ctx, s->arena, "module_lr", false, s->o->module_lr, &rules));
     for (int i = 0; i < n; i++) {
-        const char *path = module_of(s, vel_engine_trainable_at(e, i)), *kohya = NULL;
-        for (int k = 0; k < n_modules && !kohya; k++)
+        const char *path = module_of(s, vel_engine_trainable_at(e, i)), *name = NULL;
+        for (int k = 0; vel_site_rules_by_name(rules) && k < n_modules && !name; k++)
             if (strcmp(modules[k].path, path) == 0)
-                kohya =
-                    vel_adapter_kohya_name(s->arena, &modules[k], vel_model_texts(s->model) > 1);
-        const vel_site_value *own = vel_site_rules_find(rules, path, kohya);
+                name = vel_adapter_kohya_name(s->arena, &modules[k], vel_model_texts(s->model) > 1);
+        const vel_site_value *own = vel_site_rules_find(rules, path, name);
         s->own_rates[i] = own ? *own : (vel_site_value){.value = 1, .times = true};
     }
     vel_status st = vel_site_rules_check(s->ctx, rules, "module_lr");
