@@ -48,6 +48,9 @@ static vel_attr default_attributes(vel_op op, const vel_shape *s, int n)
     case VEL_OP_layer_norm:
         a.layer_norm.eps = 1e-5;
         break;
+    case VEL_OP_modulated_norm:
+        a.modulated_norm.eps = 1e-6;
+        break;
     case VEL_OP_rms_norm:
         a.rms_norm.eps = 1e-6;
         break;

@@ -171,6 +171,18 @@ vel_ref vel_rms_norm_op(vel_graph *g, vel_ref x, vel_ref w, double eps, bool one
     return build2(g, VEL_OP_rms_norm, x, w, (vel_attr){.rms_norm = {eps, one_plus}});
 }
 
+vel_ref vel_modulated_norm(vel_graph *g, vel_ref x, vel_ref w, vel_ref scale, vel_ref shift,
+                           bool rms, double eps)
+{
+    vel_attr a = {.modulated_norm = {rms, eps}};
+    return vel_build(g, VEL_OP_modulated_norm, (vel_ref[]){x, w, scale, shift}, 4, &a);
+}
+
+vel_ref vel_gated_add(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y)
+{
+    return vel_build(g, VEL_OP_gated_add, (vel_ref[]){x, gate, y}, 3, NULL);
+}
+
 vel_ref vel_softmax(vel_graph *g, vel_ref x)
 {
     return build1(g, VEL_OP_softmax, x, (vel_attr){0});

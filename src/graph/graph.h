@@ -177,6 +177,10 @@ vel_ref vel_group_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, int gro
 vel_ref vel_layer_norm_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref b, double eps);
 /* w may be {0}; one_plus: the gain is 1 + w. */
 vel_ref vel_rms_norm_op(vel_graph *g, vel_ref x, vel_ref w, double eps, bool one_plus);
+/* w and shift may be {0}. */
+vel_ref vel_modulated_norm(vel_graph *g, vel_ref x, vel_ref w, vel_ref scale, vel_ref shift,
+                           bool rms, double eps);
+vel_ref vel_gated_add(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y);
 vel_ref vel_softmax(vel_graph *g, vel_ref x);
 /* bias may be {0}. */
 vel_ref vel_attention(vel_graph *g, vel_ref q, vel_ref k, vel_ref v, vel_ref bias, int heads,

@@ -84,8 +84,7 @@ static nn_streams joint_attention(vel_graph *g, const vel_flux_config *c, nn_str
 /* norm(x) * (1 + scale) + shift; of the parts of m the first two are shift and scale. */
 static vel_ref modulated_norm(vel_graph *g, vel_ref x, vel_ref m, int parts)
 {
-    x = nn_plain_norm(g, x, eps);
-    return nn_modulate(g, x, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts));
+    return nn_modulated_norm(g, x, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts), eps);
 }
 
 /* Mirrors FluxTransformerBlock. */
@@ -96,9 +95,9 @@ static nn_streams double_block(vel_graph *g, const vel_flux_config *c, nn_stream
     vel_ref text_m = nn_modulation(g, "norm1_context", condition, 6 * c->width);
     nn_streams h = {modulated_norm(g, x.image, m, 6), modulated_norm(g, x.text, text_m, 6)};
     h = joint_attention(g, c, h, at);
-    x.image = nn_gated(g, x.image, nn_share(g, m, 2, 6), h.image);
+    x.image = vel_gated_add(g, x.image, nn_share(g, m, 2, 6), h.image);
     x.image = nn_modulated_ff(g, "ff", x.image, m, 6, eps);
-    x.text = nn_gated(g, x.text, nn_share(g, text_m, 2, 6), h.text);
+    x.text = vel_gated_add(g, x.text, nn_share(g, text_m, 2, 6), h.text);
     x.text = nn_modulated_ff(g, "ff_context", x.text, text_m, 6, eps);
     return x;
 }
@@ -115,7 +114,7 @@ static vel_ref single_block(vel_graph *g, const vel_flux_config *c, vel_ref x, v
     vel_ref o = attend(g, c, q, k, nn_linear(g, "to_v", h, c->width, true), at);
     vel_end(g);
     o = vel_concat(g, o, vel_act(g, inner, VEL_ACT_GELU_TANH), 2); /* [N, S + T, 5 D] */
-    return nn_gated(g, x, nn_share(g, m, 2, 3), nn_linear(g, "proj_out", o, c->width, true));
+    return vel_gated_add(g, x, nn_share(g, m, 2, 3), nn_linear(g, "proj_out", o, c->width, true));
 }
 
 /* Mirrors CombinedTimestep(Guidance)TextProjEmbeddings, and the silu that every norm takes of it.
@@ -194,8 +193,7 @@ vel_ref vel_flux_build(vel_graph *g, const vel_flux_config *c, vel_ref latent, v
     }
     y = vel_slice(g, y, 1, words, vel_shape_at(g, y).dim[1]);
     vel_ref m = nn_modulation(g, "norm_out", t, 2 * c->width);
-    y = nn_plain_norm(g, y, eps);
-    y = nn_modulate(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2));
+    y = nn_modulated_norm(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2), eps);
     y = nn_linear(g, "proj_out", y, 4 * (int64_t)c->channels, true);
     return nn_from_patches(g, y, 2, true, image);
 }

@@ -102,24 +102,33 @@ static vel_ref add_gated(vel_graph *g, vel_ref x, vel_ref m, int part, vel_ref y
 {
     if (!m.id)
         return vel_add(g, x, y);
-    return nn_gated(g, x, vel_act(g, nn_share(g, m, part, 4), VEL_ACT_TANH), y);
+    return vel_gated_add(g, x, vel_act(g, nn_share(g, m, part, 4), VEL_ACT_TANH), y);
+}
+
+/* The RMS norm `name`, times 1 + a part of m where there is one. */
+static vel_ref norm(vel_graph *g, const vel_lumina_config *c, const char *name, vel_ref x,
+                    vel_ref m, int part)
+{
+    if (!m.id)
+        return nn_rms_norm(g, name, x, c->eps, false);
+    vel_scope(g, "%s", name);
+    vel_ref w = vel_weight(g, "weight", VEL_SHAPE(c->width));
+    vel_end(g);
+    return vel_modulated_norm(g, x, w, nn_share(g, m, part, 4), (vel_ref){0}, true, c->eps);
 }
 
 /* Mirrors Lumina2TransformerBlock; condition {0}: a block without modulation. */
 static vel_ref block(vel_graph *g, const vel_lumina_config *c, vel_ref x, place at,
                      vel_ref condition)
 {
-    const vel_ref none = {0};
     bool modulated = condition.id != 0;
-    vel_ref m = modulated ? nn_modulation(g, "norm1", condition, 4 * c->width) : none;
-    vel_ref h = nn_rms_norm(g, modulated ? "norm1.norm" : "norm1", x, c->eps, false);
+    vel_ref m = {0};
     if (modulated)
-        h = nn_modulate(g, h, nn_share(g, m, 0, 4), none);
+        m = nn_modulation(g, "norm1", condition, 4 * c->width);
+    vel_ref h = norm(g, c, modulated ? "norm1.norm" : "norm1", x, m, 0);
     h = nn_rms_norm(g, "norm2", attend(g, c, h, at), c->eps, false);
     x = add_gated(g, x, m, 1, h);
-    h = nn_rms_norm(g, "ffn_norm1", x, c->eps, false);
-    if (modulated)
-        h = nn_modulate(g, h, nn_share(g, m, 2, 4), none);
+    h = norm(g, c, "ffn_norm1", x, m, 2);
     h = nn_rms_norm(g, "ffn_norm2", feed_forward(g, c, h), c->eps, false);
     return add_gated(g, x, m, 3, h);
 }
@@ -193,9 +202,10 @@ vel_ref vel_lumina_build(vel_graph *g, const vel_lumina_config *c, vel_ref laten
         x = block(g, c, x, (place){table, shown}, t);
         vel_end(g);
     }
-    x = nn_plain_norm(g, vel_slice(g, x, 1, words, words + rows * columns), out_eps);
+    x = vel_slice(g, x, 1, words, words + rows * columns);
     vel_scope(g, "norm_out");
-    x = nn_modulate(g, x, nn_linear(g, "linear_1", t, c->width, true), (vel_ref){0});
+    vel_ref scale = nn_linear(g, "linear_1", t, c->width, true);
+    x = nn_modulated_norm(g, x, scale, (vel_ref){0}, out_eps);
     x = nn_linear(g, "linear_2", x, (int64_t)c->patch * c->patch * c->channels, true);
     vel_end(g);
     return nn_from_patches(g, x, c->patch, false, image);

@@ -88,16 +88,14 @@ static vel_ref block(vel_graph *g, const vel_sana_config *c, vel_ref x, vel_shap
                      vel_ref time, vel_ref caption, vel_ref bias)
 {
     vel_ref m = with_table(g, c, time, 6); /* shift, scale, gate of attention and feed-forward */
-    vel_ref h = nn_plain_norm(g, x, c->eps);
-    h = nn_modulate(g, h, nn_share(g, m, 1, 6), nn_share(g, m, 0, 6));
-    x = nn_gated(g, x, nn_share(g, m, 2, 6), attend_linearly(g, c, h));
+    vel_ref h = nn_modulated_norm(g, x, nn_share(g, m, 1, 6), nn_share(g, m, 0, 6), c->eps);
+    x = vel_gated_add(g, x, nn_share(g, m, 2, 6), attend_linearly(g, c, h));
     x = vel_add(g, attend_to_caption(g, c, x, caption, bias), x);
-    h = nn_plain_norm(g, x, c->eps);
-    h = nn_modulate(g, h, nn_share(g, m, 4, 6), nn_share(g, m, 3, 6));
+    h = nn_modulated_norm(g, x, nn_share(g, m, 4, 6), nn_share(g, m, 3, 6), c->eps);
     vel_scope(g, "ff");
     h = nn_to_sequence(g, nn_glumb_conv(g, nn_to_image(g, h, image), c->inner));
     vel_end(g);
-    return nn_gated(g, x, nn_share(g, m, 5, 6), h);
+    return vel_gated_add(g, x, nn_share(g, m, 5, 6), h);
 }
 
 static bool inputs_fit(vel_graph *g, const vel_sana_config *c, vel_ref latent,
@@ -134,8 +132,7 @@ vel_ref vel_sana_build(vel_graph *g, const vel_sana_config *c, vel_ref latent, v
         vel_end(g);
     }
     vel_ref m = with_table(g, c, vel_concat(g, t, t, 1), 2);
-    x = nn_plain_norm(g, x, out_eps);
-    x = nn_modulate(g, x, nn_share(g, m, 1, 2), nn_share(g, m, 0, 2));
+    x = nn_modulated_norm(g, x, nn_share(g, m, 1, 2), nn_share(g, m, 0, 2), out_eps);
     x = nn_linear(g, "proj_out", x, (int64_t)c->patch * c->patch * c->channels, true);
     return nn_from_patches(g, x, c->patch, false, image);
 }

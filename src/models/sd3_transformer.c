@@ -73,6 +73,12 @@ static nn_streams attend(vel_graph *g, const vel_sd3_config *c, const char *name
     return out;
 }
 
+/* The norm with two of the parts of m. */
+static vel_ref modulated(vel_graph *g, vel_ref x, vel_ref m, int scale, int shift, int parts)
+{
+    return nn_modulated_norm(g, x, nn_share(g, m, scale, parts), nn_share(g, m, shift, parts), eps);
+}
+
 /* Mirrors JointTransformerBlock. */
 static nn_streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, nn_streams x,
                               vel_ref condition)
@@ -81,23 +87,21 @@ static nn_streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, 
     int parts = dual ? 9 : 6; /* shift, scale, gate of attention, of the feed-forward, of attn2 */
     vel_ref m = nn_modulation(g, "norm1", condition, parts * c->width);
     vel_ref text_m = nn_modulation(g, "norm1_context", condition, (last ? 2 : 6) * c->width);
-    vel_ref plain = nn_plain_norm(g, x.image, eps), text = nn_plain_norm(g, x.text, eps);
-    nn_streams h = {
-        nn_modulate(g, plain, nn_share(g, m, 1, parts), nn_share(g, m, 0, parts)),
-        last ? nn_modulate(g, text, nn_share(g, text_m, 0, 2), nn_share(g, text_m, 1, 2))
-             : nn_modulate(g, text, nn_share(g, text_m, 1, 6), nn_share(g, text_m, 0, 6))};
+    int text_parts = last ? 2 : 6, scale = last ? 0 : 1; /* in the last norm, scale and shift */
+    vel_ref image = x.image;
+    nn_streams h = {modulated(g, image, m, 1, 0, parts),
+                    modulated(g, x.text, text_m, scale, 1 - scale, text_parts)};
     h = attend(g, c, "attn", h, last);
-    x.image = nn_gated(g, x.image, nn_share(g, m, 2, parts), h.image);
+    x.image = vel_gated_add(g, image, nn_share(g, m, 2, parts), h.image);
     if (dual) {
-        nn_streams alone = {
-            nn_modulate(g, plain, nn_share(g, m, 7, parts), nn_share(g, m, 6, parts)), {0}};
-        x.image = nn_gated(g, x.image, nn_share(g, m, 8, parts),
-                           attend(g, c, "attn2", alone, false).image);
+        nn_streams alone = {modulated(g, image, m, 7, 6, parts), {0}};
+        x.image = vel_gated_add(g, x.image, nn_share(g, m, 8, parts),
+                                attend(g, c, "attn2", alone, false).image);
     }
     x.image = nn_modulated_ff(g, "ff", x.image, m, parts, eps);
     if (last)
         return (nn_streams){x.image, {0}};
-    x.text = nn_gated(g, x.text, nn_share(g, text_m, 2, 6), h.text);
+    x.text = vel_gated_add(g, x.text, nn_share(g, text_m, 2, 6), h.text);
     x.text = nn_modulated_ff(g, "ff_context", x.text, text_m, 6, eps);
     return x;
 }
@@ -146,8 +150,7 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
         vel_end(g);
     }
     vel_ref m = nn_modulation(g, "norm_out", t, 2 * c->width);
-    vel_ref y = nn_plain_norm(g, x.image, eps);
-    y = nn_modulate(g, y, nn_share(g, m, 0, 2), nn_share(g, m, 1, 2));
+    vel_ref y = modulated(g, x.image, m, 0, 1, 2);
     y = nn_linear(g, "proj_out", y, (int64_t)c->patch * c->patch * c->channels, true);
     return nn_from_patches(g, y, c->patch, false, image);
 }

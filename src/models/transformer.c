@@ -3,12 +3,6 @@
  * tables. Nothing here is a model. */
 #include "models/transformer.h"
 
-vel_ref nn_plain_norm(vel_graph *g, vel_ref x, double eps)
-{
-    vel_shape width = VEL_SHAPE(vel_shape_last(vel_shape_at(g, x)));
-    return vel_layer_norm_op(g, x, vel_fill(g, width, 1), vel_fill(g, width, 0), eps);
-}
-
 vel_ref nn_share(vel_graph *g, vel_ref x, int i, int n)
 {
     vel_shape s = vel_shape_at(g, x);
@@ -16,22 +10,9 @@ vel_ref nn_share(vel_graph *g, vel_ref x, int i, int n)
     return vel_slice(g, x, s.rank - 1, i * width, (i + 1) * width);
 }
 
-/* [N, D] as [N, 1, D], to stretch over tokens. */
-static vel_ref for_tokens(vel_graph *g, vel_ref x)
+vel_ref nn_modulated_norm(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift, double eps)
 {
-    vel_shape s = vel_shape_at(g, x);
-    return vel_reshape(g, x, VEL_SHAPE(s.dim[0], 1, vel_shape_last(s)));
-}
-
-vel_ref nn_modulate(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift)
-{
-    x = vel_mul(g, x, for_tokens(g, vel_affine(g, scale, 1, 1)));
-    return shift.id ? vel_add(g, x, for_tokens(g, shift)) : x;
-}
-
-vel_ref nn_gated(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y)
-{
-    return vel_add(g, x, vel_mul(g, y, for_tokens(g, gate)));
+    return vel_modulated_norm(g, x, (vel_ref){0}, scale, shift, false, eps);
 }
 
 vel_ref nn_two_layers(vel_graph *g, const char *name, const char *first, const char *second,
@@ -68,10 +49,9 @@ vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int64_t
 vel_ref nn_modulated_ff(vel_graph *g, const char *name, vel_ref x, vel_ref m, int parts, double eps)
 {
     int64_t width = vel_shape_last(vel_shape_at(g, x));
-    vel_ref h = nn_plain_norm(g, x, eps);
-    h = nn_modulate(g, h, nn_share(g, m, 4, parts), nn_share(g, m, 3, parts));
+    vel_ref h = nn_modulated_norm(g, x, nn_share(g, m, 4, parts), nn_share(g, m, 3, parts), eps);
     h = nn_two_layers(g, name, "net.0.proj", "net.2", h, 4 * width, width, VEL_ACT_GELU_TANH);
-    return nn_gated(g, x, nn_share(g, m, 5, parts), h);
+    return vel_gated_add(g, x, nn_share(g, m, 5, parts), h);
 }
 
 vel_ref nn_grid_rows(vel_graph *g, int64_t rows, int64_t columns)

@@ -5,14 +5,11 @@
 
 #include "models/model_parts.h"
 
-/* Layer norm without weights. */
-vel_ref nn_plain_norm(vel_graph *g, vel_ref x, double eps);
 /* The i-th of n equal parts of the last axis. */
 vel_ref nn_share(vel_graph *g, vel_ref x, int i, int n);
-/* x * (1 + scale) + shift and x + gate * y: scale, shift, gate [N, D] are one for all tokens;
+/* Layer norm without weights, times 1 + scale, plus shift, which are one for all tokens, [N, D];
  * shift may be {0}. */
-vel_ref nn_modulate(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift);
-vel_ref nn_gated(vel_graph *g, vel_ref x, vel_ref gate, vel_ref y);
+vel_ref nn_modulated_norm(vel_graph *g, vel_ref x, vel_ref scale, vel_ref shift, double eps);
 /* second(act(first(x))), both with bias, in the scope `name`. */
 vel_ref nn_two_layers(vel_graph *g, const char *name, const char *first, const char *second,
                       vel_ref x, int64_t inner, int64_t out, vel_act_kind act);

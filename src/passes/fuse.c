@@ -1,7 +1,8 @@
 /* fuse.c: peepholes over uses. A node is fused into its only reader, at the reader's place, so
  * whatever the reader needed is there already:
  *
- *     add(p, y), p a product without a residual      ->  p with residual y
+ *     add(p, y), p a product without a residual,
+ *                or a norm's gradient                ->  p with residual y
  *     act(p),    p a linear or conv2d without one    ->  p with that activation
  *     geglu(p),  p a linear without either           ->  linear_geglu
  *
@@ -26,6 +27,8 @@ static int residual_slot(vel_op op)
     case VEL_OP_linear_grad_x:
     case VEL_OP_conv2d_grad_x:
         return 2;
+    case VEL_OP_modulated_norm_grad:
+        return 5;
     default:
         return -1;
     }

@@ -64,6 +64,8 @@ static bool is_cheap(vel_op op)
     case VEL_OP_group_norm:
     case VEL_OP_layer_norm:
     case VEL_OP_rms_norm:
+    case VEL_OP_modulated_norm:
+    case VEL_OP_gated_add:
     case VEL_OP_geglu:
     case VEL_OP_rope:
     case VEL_OP_permute:

@@ -223,6 +223,18 @@ def main():
     case("depthwise", depthwise, [values(2, 4, 5, 3), values(3, 1, 3, 3), values(3)], [0, 1, 2])
     case("depthwise_wide", depthwise, [values(1, 3, 6, 4), values(4, 1, 5, 3)], [0, 1])
     case("linear_geglu", lambda x, w, b: geglu(F.linear(x, w, b)), [values(3, 7, 24), values(32, 24), values(32)], [])
+    def modulated(x, w, scale, shift):  # AdaLayerNormZero's, with the weight that Sana's and FLUX's leave out
+        y = F.layer_norm(x, x.shape[-1:], w, None, 1e-6) * (1 + scale[:, None])
+        return y + shift[:, None]
+    case("modulated_norm", modulated, [values(2, 5, 12) - 1, None, values(2, 12), values(2, 12)], [0, 2, 3],
+         lambda x, w, scale, shift: [norm_stats(x.flatten(0, 1), -1, 1e-6)])
+    case("modulated_norm_weighed", modulated, [values(3, 4, 16), values(16), values(3, 16), values(3, 16)],
+         [0, 1, 2, 3], lambda x, w, scale, shift: [norm_stats(x.flatten(0, 1), -1, 1e-6)])
+    case("modulated_rms_norm", lambda x, w, scale: F.rms_norm(x, w.shape, w, 1e-5) * (1 + scale[:, None]),
+         [2 * values(2, 5, 12), values(12), values(2, 12)], [0, 1, 2],
+         lambda x, w, scale: [torch.stack([0 * x[..., 0].flatten(), rms_stats(x, 1e-5)], -1)])
+    case("gated_add", lambda x, gate, y: x + gate[:, None] * y, [values(2, 5, 12), values(2, 12), values(2, 5, 12)],
+         [0, 1, 2])
     path = sys.argv[1] if len(sys.argv) > 1 else "tests/golden/ops.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path,
               {"made_by": "tools/golden/ops.py", "torch": torch.__version__})

@@ -161,6 +161,23 @@ void vel_cu_group_norm_grad_w(cudaStream_t s, int type, vel_cu_group g, const vo
                               const float *w, const float *b, const float *stats, const void *dy,
                               float *dw, float *db, void *scratch);
 
+/* ---- what a condition does to tokens (modulated.cu): scale, shift and gate are rows of width
+ * values of the type, one for `places` rows of x; w, shift and residual may be NULL ---- */
+
+typedef struct vel_cu_modulated {
+    int64_t rows, places, width;
+    int rms;
+    float eps;
+} vel_cu_modulated;
+void vel_cu_modulated_norm(cudaStream_t s, int type, vel_cu_modulated m, const void *x,
+                           const float *w, const void *scale, const void *shift, void *out,
+                           float *stats);
+void vel_cu_modulated_norm_grad(cudaStream_t s, int type, vel_cu_modulated m, const void *x,
+                                const float *w, const void *scale, const float *stats,
+                                const void *dy, const void *residual, void *out);
+void vel_cu_gated_add(cudaStream_t s, int type, const void *x, const void *gate, const void *y,
+                      void *out, int64_t rows, int64_t places, int64_t width);
+
 /* ---- attention ---- */
 
 typedef struct vel_cu_attention {

@@ -422,6 +422,37 @@ static void run_rms_norm_grad_w(const own_job *j)
                            vel_shape_last(s), j->l->scratch);
 }
 
+static vel_cu_modulated modulated_of(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    vel_cu_modulated m = {.rows = vel_shape_rows(s), .width = vel_shape_last(s)};
+    m.places = m.rows / s.dim[0];
+    bool grad = j->n->op == VEL_OP_modulated_norm_grad;
+    m.rms = grad ? j->n->a.modulated_norm_grad.rms : j->n->a.modulated_norm.rms;
+    m.eps = (float)(grad ? j->n->a.modulated_norm_grad.eps : j->n->a.modulated_norm.eps);
+    return m;
+}
+
+static void run_modulated_norm(const own_job *j)
+{
+    vel_cu_modulated_norm(j->s, out_type(j), modulated_of(j), IN(0), IN(1), IN(2), IN(3), OUT(0),
+                          OUT(1));
+}
+
+static void run_modulated_norm_grad(const own_job *j)
+{
+    vel_cu_modulated_norm_grad(j->s, out_type(j), modulated_of(j), IN(0), IN(1), IN(2), IN(3),
+                               IN(4), IN(5), OUT(0));
+}
+
+static void run_gated_add(const own_job *j)
+{
+    vel_shape s = out_shape(j);
+    int64_t rows = vel_shape_rows(s);
+    vel_cu_gated_add(j->s, out_type(j), IN(0), IN(1), IN(2), OUT(0), rows, rows / s.dim[0],
+                     vel_shape_last(s));
+}
+
 static vel_cu_group group_of(const own_job *j)
 {
     vel_shape s = in_shape(j, 0);
@@ -723,6 +754,9 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_layer_norm] = {run_layer_norm, .inplace = 1},
     [VEL_OP_layer_norm_grad] = {run_layer_norm_grad, .inplace = 4},
     [VEL_OP_layer_norm_grad_w] = {run_layer_norm_grad_w, scratch_layer_norm_grad_w},
+    [VEL_OP_modulated_norm] = {run_modulated_norm, .inplace = 1},
+    [VEL_OP_modulated_norm_grad] = {run_modulated_norm_grad, .inplace = 5},
+    [VEL_OP_gated_add] = {run_gated_add, .inplace = 1},
     [VEL_OP_softmax] = {run_softmax, .inplace = 1},
     [VEL_OP_attention] = {run_attention, .takes = takes_attention},
     [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},
