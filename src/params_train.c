@@ -392,6 +392,10 @@ const vel_option_row vel_train_rows[] = {
     FLAG("also_kohya", "output_kohya_format", also_kohya, "no", "output",
          "an adapter that is saved in other names: at the end in kohya's, too, as "
          "NAME_kohya.safetensors"),
+    CHOICE(
+        "save_parts", NULL, save_parts, "all", "all,denoiser", "output",
+        "of a model in a single file: denoiser is the file that sd-scripts writes for SD 3 (with "
+        "the autoencoder), FLUX.1 and Lumina, and each trained text encoder lies beside it"),
     CHOICE("save_layout", NULL, save_layout, "files", "files,checkpoints", "output",
            "of saves on the way: NAME-stepN beside the result, or folders checkpoint-N as the "
            "scripts of diffusers leave them"),

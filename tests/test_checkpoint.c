@@ -185,7 +185,7 @@ TEST(checkpoint_interrupted)
     t->ctx->interrupted = 1;
     CHECK(vel_model_export(m, single, &save) == VEL_INTERRUPTED);
     CHECK(!vel_is_file(single));
-    CHECK_OK(vel_model_save(m, single, &ones, 1, VEL_FILE_F16));
+    CHECK_OK(vel_model_save(m, single, &ones, 1, &(vel_export_options){.type = VEL_FILE_F16}));
     CHECK(vel_is_file(single));
     vel_model_close(m);
     vel_free(t->ctx, single);

@@ -248,6 +248,41 @@ TEST(dialects_families)
              "sample_prompts=one\ntwo dream_training=yes dream_detail_preservation=2");
 }
 
+/* Of scripts that train all weights: which encoders learn, at which rates; the form that is
+ * written. */
+TEST(dialects_whole_models)
+{
+    comes_to(t, FAMILY("sd3_train.py") "--mixed_precision bf16 --training_shift 3",
+             "method=full train_unet=yes train_text_encoder=no save_format=kohya "
+             "save_parts=denoiser save_precision=bf16 precondition_outputs=yes "
+             "discrete_flow_shift=3 max_sequence_length=256 weighting_scheme=uniform");
+    comes_to(t,
+             FAMILY("sd3_train.py") "--train_text_encoder --train_t5xxl --learning_rate 1e-5 "
+                                    "--learning_rate_te2 0 --learning_rate_te3 1e-6 "
+                                    "--save_precision fp16",
+             "train_text_encoder=yes text_encoders=1,3 text_encoder_lr=1e-5 "
+             "text_encoder_3_lr=1e-6 save_precision=fp16");
+    comes_to(t, FAMILY("sd3_train.py") "--train_text_encoder", "text_encoders=1,2");
+    is_refused(t, FAMILY("sd3_train.py") "--train_t5xxl", "--train_text_encoder");
+    is_refused(t, FAMILY("sd3_train.py") "--num_last_block_to_freeze 2", "--trained_weights");
+    comes_to(t, FAMILY("flux_train.py") "--ae v --cpu_offload_checkpointing --blocks_to_swap 9",
+             "method=full train_text_encoder=no gradient_checkpointing=yes vae=v stream=0 "
+             "save_parts=denoiser save_precision=float guidance_scale=3.5 timestep_sampling=sigma "
+             "discrete_flow_shift=3.0 model_prediction_type=raw");
+    comes_to(t, FAMILY("flux_train.py") "--strict_compat --save_model_as diffusers --fp8_base",
+             "model_prediction_type=sigma_scaled save_format=kohya base_quant=none");
+    comes_to(t, FAMILY("lumina_train.py") "--save_model_as diffusers",
+             "save_format=diffusers save_parts=all timestep_sampling=shift");
+    comes_to(t, FAMILY("sdxl_train.py") "--train_text_encoder --learning_rate_te1 0",
+             "train_text_encoder=yes text_encoders=2 text_encoder_2_lr=2e-6 save_format=diffusers");
+    comes_to(t,
+             FAMILY("sdxl_train.py") "--train_text_encoder --learning_rate_te1 0 "
+                                     "--learning_rate_te2 0 --save_model_as safetensors",
+             "train_text_encoder=no save_format=kohya save_parts=all");
+    comes_to(t, FAMILY("train_db.py") "--learning_rate_te 0 --save_model_as ckpt",
+             "train_text_encoder=no save_format=kohya");
+}
+
 /* Each flag that goes into a setting goes into one that there is. */
 TEST(dialects_settings_exist)
 {
@@ -264,6 +299,8 @@ TEST(dialects_forms)
 {
     comes_to(t, NETWORK "--learning_rate=3e-4", "learning_rate=3e-4");
     comes_to(t, NETWORK "--learning_ 3e-4", "learning_rate=3e-4"); /* a unique beginning */
+    comes_to(t, NETWORK "--tokenizer k",
+             "tokenizer=k"); /* our own stands above --tokenizer_ca... */
     comes_to(t, NETWORK "--network_dim 8 --network_dim=16", "rank=16");
     comes_to(t, NETWORK "--network_args conv_dim=4 conv_alpha=2 --seed 7",
              "conv_rank=4 conv_alpha=2 targets=all seed=7");

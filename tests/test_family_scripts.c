@@ -32,6 +32,26 @@ static int tensors(vel_test *t, const char *name, const char *text)
     return n;
 }
 
+static bool in_folder(vel_test *t, const char *name)
+{
+    char *path = vel_test_text(t, "%s/%s", t->folder, name);
+    bool there = vel_is_file(path);
+    vel_free(t->ctx, path);
+    return there;
+}
+
+/* A file's metadata entry holds a text. */
+static void check_said(vel_test *t, const char *name, const char *key, const char *wanted)
+{
+    vel_safetensors *file = NULL;
+    char *path = vel_test_text(t, "%s/%s", t->folder, name);
+    REQUIRE_OK(vel_safetensors_open(t->ctx, path, &file));
+    const char *said = vel_safetensors_meta(file, key);
+    CHECK_MSG(said && strstr(said, wanted), "%s: %s is %s", name, key, said ? said : "not there");
+    vel_safetensors_close(file);
+    vel_free(t->ctx, path);
+}
+
 static void place_pictures(vel_test *t)
 {
     char *folder = vel_test_path(t, "train/1_x");
@@ -234,6 +254,103 @@ TEST(scripts_lumina_train_network)
                                    {"_adaLN_modulation_1.", 4},
                                    {"lora_unet_final_layer_linear.", 1},
                                    {0}});
+}
+
+/* The single file as sd-scripts writes it: the transformer and the autoencoder, and beside it each
+ * encoder that was trained; of these weights and the rest the model is put together again. */
+TEST(scripts_sd3_train)
+{
+    run(t,
+        KOHYA("sd3_train.py", "sd3") "--train_text_encoder --learning_rate_te1 1e-3 "
+                                     "--learning_rate_te2 0 --train_t5xxl --learning_rate_te3 1e-3 "
+                                     "--t5xxl_max_token_length 32 --training_shift 3 "
+                                     "--blocks_to_swap 8 --blockwise_fused_optimizers "
+                                     "--optimizer_type adafactor --optimizer_args "
+                                     "relative_step=False scale_parameter=False "
+                                     "warmup_init=False --save_every_n_steps 1",
+        (const char *const[]){"trainable%: 100.0000", "--blocks_to_swap changes nothing",
+                              "the gradients of all weights are kept", NULL});
+    check_count(t, RESULT, "",
+                71 + 176); /* as many as sd-scripts' MMDiT and its autoencoder have */
+    check_count(t, RESULT, "model.diffusion_model.", 71);
+    check_count(t, RESULT, "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", 1);
+    check_count(t, RESULT, "first_stage_model.", 176);
+    check_count(t, "out/a_clip_l.safetensors", "text_model.", 36);
+    check_count(t, "out/a_clip_l.safetensors", "text_projection.weight", 1);
+    check_count(t, "out/a_t5xxl.safetensors", "shared.weight", 1);
+    check_count(t, "out/a_t5xxl.safetensors", "encoder.embed_tokens.weight", 1);
+    CHECK(!in_folder(t, "out/a_clip_g.safetensors"));
+    check_said(t, RESULT, "modelspec.architecture", "stable-diffusion-3-medium");
+    check_said(t, RESULT, "modelspec.implementation", "Stability-AI");
+    check_said(t, RESULT, "modelspec.resolution", "64x64");
+    program_expect(t,
+                   "generate --model \"$D/out/a.safetensors\" --clip_l "
+                   "\"$D/out/a_clip_l.safetensors\" --clip_g "
+                   "tests/golden/families/sd3/model/text_encoder_2/model.safetensors --t5xxl "
+                   "\"$D/out/a_t5xxl.safetensors\" --tokenizer tests/golden/families/sd3/model "
+                   "--prompt x --steps 1 --width 64 --height 64 --output \"$D/x.png\"",
+                   0, (const char *const[]){"x.png", NULL});
+}
+
+/* FLUX.1's file holds its transformer alone, in the published file's names. */
+TEST(scripts_flux_train)
+{
+    run(t,
+        KOHYA("flux_train.py", "flux-dev") "--t5xxl_max_token_length 32 --guidance_scale 1 "
+                                           "--model_prediction_type raw --double_blocks_to_swap 2 "
+                                           "--single_blocks_to_swap 4 --fused_backward_pass "
+                                           "--cpu_offload_checkpointing --mem_eff_save",
+        (const char *const[]){"trainable%: 100.0000", "--double_blocks_to_swap changes nothing",
+                              "--cpu_offload_checkpointing: as --gradient_checkpointing", NULL});
+    int all = tensors(t, RESULT, "");
+    check_count(t, RESULT, "double_blocks.", 2 * 24);
+    check_count(t, RESULT, "single_blocks.", 2 * 8);
+    check_count(t, RESULT, "model.diffusion_model.", 0);
+    CHECK_MSG(all == 2 * 24 + 2 * 8 + 20, "%d tensors", all);
+    check_said(t, RESULT, "modelspec.architecture", "flux-1-dev");
+    check_said(t, RESULT, "modelspec.implementation", "black-forest-labs/flux");
+    program_expect(t,
+                   "generate --model \"$D/out/a.safetensors\" --clip_l "
+                   "tests/golden/families/flux-dev/model/text_encoder/model.safetensors --t5xxl "
+                   "tests/golden/families/flux-dev/model/text_encoder_2/model.safetensors --vae "
+                   "tests/golden/families/flux-dev/model/vae --tokenizer "
+                   "tests/golden/families/flux-dev/model --prompt x --steps 1 --width 64 --height "
+                   "64 --output \"$D/x.png\"",
+                   0, (const char *const[]){"x.png", NULL});
+}
+
+TEST(scripts_lumina_train)
+{
+    run(t,
+        KOHYA("lumina_train.py", "lumina2") "--gemma2_max_token_length 48 --system_prompt "
+                                            "\"You are an assistant.\" --save_model_as diffusers",
+        (const char *const[]){"trainable%: 100.0000", NULL});
+    check_count(t, "out/a/transformer/diffusion_pytorch_model.safetensors", "x_embedder.weight", 1);
+}
+
+/* A model in a single file stays one, unless another form is asked for. */
+TEST(scripts_models_keep_their_form)
+{
+    static const char line[] =
+        "sdxl_train.py --pretrained_model_name_or_path \"$D/m.safetensors\" --tokenizer "
+        "tests/golden/families/sdxl/model --train_data_dir \"$D/train\" --resolution 64 "
+        "--output_dir \"$D/out\" --max_train_steps 1 --learning_rate 0 --train_text_encoder "
+        "--learning_rate_te1 1e-3 --learning_rate_te2 0 --seed 1 --save_precision float "
+        "--metadata_title \"a title\" --min_timestep 100 --output_name ";
+    program_expect(t, "checkpoint convert tests/golden/families/sdxl/model \"$D/m.safetensors\"", 0,
+                   (const char *const[]){NULL});
+    char *text = vel_test_text(t, "%s a", line);
+    run(t, text, (const char *const[]){NULL});
+    check_count(t, RESULT, "conditioner.embedders.0.transformer.", 36);
+    check_said(t, RESULT, "modelspec.architecture", "stable-diffusion-xl-v1-base");
+    check_said(t, RESULT, "modelspec.title", "a title");
+    check_said(t, RESULT, "modelspec.timestep_range", "100,1000");
+    check_said(t, RESULT, "modelspec.prediction_type", "epsilon");
+    vel_free(t->ctx, text);
+    text = vel_test_text(t, "%s b --save_model_as diffusers", line);
+    run(t, text, (const char *const[]){NULL});
+    CHECK(in_folder(t, "out/b/unet/config.json"));
+    vel_free(t->ctx, text);
 }
 
 TEST(scripts_blocks_that_are_not_there)

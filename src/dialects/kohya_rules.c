@@ -100,8 +100,11 @@ static vel_status save_rules(vel_line *l)
 {
     const char *name = vel_line_value(l, "output_name"), *ratio, *epochs;
     const char *type = vel_line_value(l, "save_precision");
-    bool half = strcmp(vel_line_value(l, "mixed_precision"), "no") != 0;
+    const char *mixed = vel_line_value(l, "mixed_precision");
+    bool half = strcmp(mixed, "no") != 0;
     VEL_TRY(vel_line_set(l, "output_name", "output_name", "%s", name ? name : "last"));
+    if (!type && (l->script->bit & FLOW_TRAINS)) /* the type in which the script has the weights */
+        type = half ? mixed : "float";
     if (!type && half && !l->strict)
         vel_line_say(l, "no --save_precision: fp16, half the size (--strict_compat: float)");
     type = type ? type : half && !l->strict ? "fp16" : "float";
@@ -119,10 +122,30 @@ static vel_status save_rules(vel_line *l)
                         VEL_MAX(1, atoi(epochs) / atoi(ratio)));
 }
 
+/* A trained model's form: of the larger families a single file, whatever is asked for; else as the
+ * model was given. */
+static vel_status model_form_rules(vel_line *l)
+{
+    const char *form = vel_line_value(l, "save_model_as");
+    const char *model = vel_line_value(l, "pretrained_model_name_or_path");
+    bool flow = l->script->bit & FLOW_TRAINS, folder = form && vel_has_prefix(form, "diffusers");
+    if (folder && flow && l->strict) {
+        vel_line_say(l, "--save_model_as %s: a single file is written, as the script does", form);
+        folder = false;
+    }
+    if (!form && !flow)
+        folder = !model || !vel_is_file(model);
+    if (flow && !folder)
+        VEL_TRY(vel_line_set(l, "save_model_as", "save_parts", "denoiser"));
+    return vel_line_set(l, "save_model_as", "save_format", folder ? "diffusers" : "kohya");
+}
+
 static vel_status form_rules(vel_line *l)
 {
     const char *form = vel_line_value(l, "save_model_as");
     bool given = vel_line_given(l, "save_model_as");
+    if (l->script->bit & KOHYA_FULL)
+        VEL_TRY(model_form_rules(l));
     if (!form)
         return VEL_OK;
     if (strcmp(form, "ckpt") != 0 && strcmp(form, "pt") != 0)
@@ -147,7 +170,7 @@ static vel_status sample_rules(vel_line *l)
                  {"euler_a", "euler_a"},    {"k_euler_a", "euler_a"},   {"heun", "heun"},
                  {"dpmsolver", "dpmpp_2m"}, {"dpmsolver++", "dpmpp_2m"}};
     const char *name = vel_line_value(l, "sample_sampler");
-    if (vel_line_given(l, "sample_prompts") && !(l->script->bit & FLOW_NETWORKS)) {
+    if (vel_line_given(l, "sample_prompts") && !(l->script->bit & KOHYA_FLOWS)) {
         VEL_TRY(vel_line_set(l, "sample_prompts", "sample_max_token_length", "225"));
         VEL_TRY(vel_line_set(l, "sample_prompts", "sample_weighted_prompts", "yes"));
     }
@@ -449,12 +472,70 @@ static vel_status adapter_rules(vel_line *l)
 
 /* ---- all weights, new words ---- */
 
+/* Text encoders, each with a rate of its own: learning_rate where none is stated, 0 for one that
+ * stays as it is. *any: one of them learns. */
+static vel_status encoder_rules(vel_line *l, bool *any)
+{
+    static const struct {
+        uint32_t scripts;
+        const char *flag, *setting, *number;
+    } rates[] = {{TRAIN_DB | FINE_TUNE, "learning_rate_te", "text_encoder_lr", "1"},
+                 {SDXL_TRAIN | SD3_TRAIN, "learning_rate_te1", "text_encoder_lr", "1"},
+                 {SDXL_TRAIN | SD3_TRAIN, "learning_rate_te2", "text_encoder_2_lr", "2"},
+                 {SD3_TRAIN, "learning_rate_te3", "text_encoder_3_lr", "3"}};
+    char names[16] = "";
+    *any = false;
+    for (int i = 0; i < VEL_COUNT(rates); i++) {
+        const char *own = vel_line_value(l, rates[i].flag);
+        const char *rate = own ? own : vel_line_value(l, "learning_rate");
+        bool t5 = strcmp(rates[i].number, "3") == 0;
+        if (!(rates[i].scripts & l->script->bit) || atof(rate) == 0 ||
+            (t5 && !vel_line_on(l, "train_t5xxl")))
+            continue;
+        VEL_TRY(vel_line_set(l, rates[i].flag, rates[i].setting, "%s", rate));
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", *any ? "," : "",
+                 rates[i].number);
+        *any = true;
+    }
+    if (!*any || (l->script->bit & (TRAIN_DB | FINE_TUNE)))
+        return VEL_OK;
+    return vel_line_set(l, "train_text_encoder", "text_encoders", "%s", names);
+}
+
+/* Flags about memory that mean something else where all weights are trained. */
+static vel_status room_rules(vel_line *l)
+{
+    static const char *const swaps[] = {"blocks_to_swap", "double_blocks_to_swap",
+                                        "single_blocks_to_swap"};
+    for (int i = 0; i < VEL_COUNT(swaps); i++)
+        if (vel_line_number(l, swaps[i], 0) > 0)
+            vel_line_say(l,
+                         "--%s changes nothing here: weights that are trained stay on the device; "
+                         "--fit 24GB or the like makes smaller what can be",
+                         swaps[i]);
+    if (!vel_line_on(l, "cpu_offload_checkpointing"))
+        return VEL_OK;
+    vel_line_say(l,
+                 "--cpu_offload_checkpointing: as --gradient_checkpointing, which computes again "
+                 "and keeps nothing");
+    return vel_line_set(l, "cpu_offload_checkpointing", "gradient_checkpointing", "yes");
+}
+
 static vel_status weight_rules(vel_line *l)
 {
+    bool text = l->script->bit == TRAIN_DB || vel_line_on(l, "train_text_encoder");
+    bool rests =
+        (l->script->bit & (SDXL_TRAIN | SD3_TRAIN)) && vel_line_number(l, "learning_rate", 0) == 0;
     VEL_TRY(vel_kohya_block_lr(l));
-    bool text = strcmp(l->script->name, "train_db.py") == 0 || vel_line_on(l, "train_text_encoder");
+    VEL_TRY(room_rules(l));
+    if (vel_line_on(l, "train_t5xxl") && !text)
+        return vel_line_refuse(l, "train_t5xxl", "it wants --train_text_encoder");
+    if (text)
+        VEL_TRY(encoder_rules(l, &text));
     if (text)
         vel_line_say(l, "the text encoder is trained as well");
+    if (rests)
+        VEL_TRY(vel_line_set(l, "learning_rate", "train_unet", "no"));
     VEL_TRY(vel_line_set(l, "train_data_dir", "method", "full"));
     return vel_line_set(l, "train_text_encoder", "train_text_encoder", text ? "yes" : "no");
 }
@@ -510,9 +591,10 @@ static vel_status family_rules(vel_line *l)
     }
     if (prediction)
         VEL_TRY(flow_loss_rules(l, prediction));
-    if (l->script->bit & SD3_NETWORK)
+    if (l->script->bit & (SD3_NETWORK | SD3_TRAIN))
         VEL_TRY(vel_line_set(l, "weighting_scheme", "precondition_outputs", "yes"));
-    if (vel_line_on(l, "fp8_base") || vel_line_on(l, "fp8_base_unet"))
+    if ((l->script->bit & NETWORKS) &&
+        (vel_line_on(l, "fp8_base") || vel_line_on(l, "fp8_base_unet")))
         VEL_TRY(vel_line_set(l, "fp8_base", "base_quant", "fp8"));
     if (vel_line_on(l, "cache_text_encoder_outputs_to_disk"))
         return vel_line_set(l, "cache_text_encoder_outputs_to_disk", "cache_to_disk", "yes");

@@ -37,6 +37,12 @@ const vel_script vel_scripts[] = {
      "an adapter of FLUX.1"},
     {"lumina_train_network.py", "kohya sd-scripts", LUMINA_NETWORK, vel_kohya_rows, vel_kohya_rules,
      "an adapter of Lumina-Image 2.0"},
+    {"sd3_train.py", "kohya sd-scripts", SD3_TRAIN, vel_kohya_rows, vel_kohya_rules,
+     "all weights of SD 3"},
+    {"flux_train.py", "kohya sd-scripts", FLUX_TRAIN, vel_kohya_rows, vel_kohya_rules,
+     "all weights of FLUX.1"},
+    {"lumina_train.py", "kohya sd-scripts", LUMINA_TRAIN, vel_kohya_rows, vel_kohya_rules,
+     "all weights of Lumina-Image 2.0"},
     {"train_dreambooth_lora.py", "diffusers", DREAMBOOTH_LORA, vel_diffusers_rows,
      vel_diffusers_rules, "an adapter, by DreamBooth"},
     {"train_dreambooth.py", "diffusers", DREAMBOOTH, vel_diffusers_rows, vel_diffusers_rules,
@@ -311,7 +317,8 @@ static vel_status take_word(vel_line *l, int n, const char *const *words, int *t
         return VEL_NO_MEMORY;
     if (equals)
         flag[equals - word - 2] = 0;
-    int row = find_row(l, flag);
+    vel_param_info own; /* whose whole name stands above the beginning of a flag's */
+    int row = vel_params_find("train", flag, &own) ? find_exactly(l, flag) : find_row(l, flag);
     if (row >= 0)
         return take_values(l, row, value, n, words, taken);
     VEL_TRY(take_own(l, flag, value, n, words, taken));

@@ -127,6 +127,7 @@ const vel_family vel_family_flux = {
     .denoiser = "transformer",
     .dialect = "diffusers",
     .network = "networks.lora_flux",
+    .trained_file = "transformer",
     .hides_words = true,
     .time_scale = 0.001,
     .even_sigmas = true,

@@ -97,6 +97,7 @@ const vel_family vel_family_lumina2 = {
     .denoiser = "transformer",
     .dialect = "diffusers",
     .network = "networks.lora_lumina",
+    .trained_file = "transformer",
     .time_scale = -0.001,
     .time_offset = 1,
     .sign = -1,

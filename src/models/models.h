@@ -148,8 +148,11 @@ typedef struct vel_family {
     const char *adapter_marks;
     const char *dialect; /* of adapter files where nobody asks for one; NULL: kohya */
     const char *network; /* ss_network_module of plain LoRA; NULL: networks.lora */
-    bool hides_words;    /* the denoiser takes a mask where an encoder is asked to read with one */
-    bool even_sigmas;    /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
+    /* The parts in the single file that sd-scripts writes of a model it trained, between commas;
+     * a denoiser alone has no prefix there. NULL: all of them. */
+    const char *trained_file;
+    bool hides_words; /* the denoiser takes a mask where an encoder is asked to read with one */
+    bool even_sigmas; /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     const char *const
         *pipelines; /* whose model_index.json it is, by "_class_name"; NULL-terminated */
     /* parts[i]'s config.json, NULL where an optional one is missing; an unknown class, size or

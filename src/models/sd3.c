@@ -160,6 +160,7 @@ const vel_family vel_family_sd3 = {
     .denoiser = "transformer",
     .dialect = "diffusers",
     .network = "networks.lora_sd3",
+    .trained_file = "transformer,vae",
     .adapter_marks =
         "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
         "base_model.model.transformer_blocks.*.attn.*,lycoris_transformer_blocks_*_attn_*",

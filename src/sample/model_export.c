@@ -222,8 +222,12 @@ static int by_place(const void *a, const void *b)
 static vel_status collect_single(saving *s, const vel_checkpoint_names *names, single_entry *list,
                                  int *n)
 {
+    bool alone = s->o->parts && strcmp(s->o->parts, s->m->family->denoiser) == 0;
+    const char *prefix = alone ? "model.diffusion_model." : "";
     for (int p = 0; p < s->m->n_parts; p++) {
         const model_part *part = &s->m->parts[p];
+        if (s->o->parts && !vel_list_has(s->o->parts, part->name))
+            continue;
         for (int i = 0; part->file && i < vel_safetensors_count(part->file); i++) {
             const vel_file_tensor *t = vel_safetensors_at(part->file, i);
             single_entry *e = &list[*n];
@@ -233,6 +237,8 @@ static vel_status collect_single(saving *s, const vel_checkpoint_names *names, s
                 return vel_fail(s->ctx, VEL_UNSUPPORTED,
                                 "%s: tensor %s of %s has no name in single files", s->path, t->name,
                                 vel_safetensors_path(part->file));
+            if (vel_has_prefix(e->key.theirs, prefix))
+                e->key.theirs += strlen(prefix);
             e->path = path_of(s, part, t->name);
             e->tensor = t;
             if (!e->path)
@@ -302,26 +308,36 @@ static vel_status save_json(saving *s, const char *folder, const char *file, con
     return st;
 }
 
-static vel_status save_part(saving *s, const model_part *part)
+/* A part alone, in the folder form's names. */
+static vel_status save_own(saving *s, const model_part *part, const char *file)
 {
-    static const char *const stems[] = {"diffusion_pytorch_model", "model"};
-    bool text = json_object_get(part->config, "architectures") != NULL; /* transformers' */
-    VEL_TRY(save_json(s, part->name, "config.json", part->config));
     s->n = 0;
     for (int i = 0; i < vel_safetensors_count(part->file); i++) {
         const vel_file_tensor *t = vel_safetensors_at(part->file, i);
         const char *path = path_of(s, part, t->name);
         if (!path)
             return VEL_NO_MEMORY;
-        if (!vel_key_is_buffer(t->name))
-            VEL_TRY(add_piece(s, path + strlen(part->name) + 1, path, t, NULL));
+        const char *name = path + strlen(part->name) + 1;
+        if (vel_key_is_buffer(t->name))
+            continue;
+        VEL_TRY(add_piece(s, name, path, t, NULL));
+        if (s->o->own_part && strcmp(name, "shared.weight") == 0) /* T5's files have both names */
+            VEL_TRY(add_piece(s, "encoder.embed_tokens.weight", path, t, NULL));
     }
-    char *file = vel_strf(s->ctx, "%s/%s/%s.safetensors", s->path, part->name, stems[text]);
     json_t *metadata = json_pack("{s:s}", "format", "pt");
-    vel_status st = file && metadata
-                        ? vel_safetensors_save(s->ctx, file, s->tensors, s->n, metadata)
-                        : VEL_NO_MEMORY;
+    vel_status st =
+        metadata ? vel_safetensors_save(s->ctx, file, s->tensors, s->n, metadata) : VEL_NO_MEMORY;
     json_decref(metadata);
+    return st;
+}
+
+static vel_status save_part(saving *s, const model_part *part)
+{
+    static const char *const stems[] = {"diffusion_pytorch_model", "model"};
+    bool text = json_object_get(part->config, "architectures") != NULL; /* transformers' */
+    VEL_TRY(save_json(s, part->name, "config.json", part->config));
+    char *file = vel_strf(s->ctx, "%s/%s/%s.safetensors", s->path, part->name, stems[text]);
+    vel_status st = file ? save_own(s, part, file) : VEL_NO_MEMORY;
     vel_free(s->ctx, file);
     return st;
 }
@@ -452,6 +468,10 @@ vel_status vel_model_export(vel_model *m, const char *path, const vel_export_opt
 {
     saving s = {.ctx = m->ctx, .m = m, .o = o, .path = path};
     bool single = vel_has_suffix(path, ".safetensors");
+    const model_part *own = NULL;
+    for (int p = 0; o->own_part && p < m->n_parts; p++)
+        if (strcmp(m->parts[p].name, o->own_part) == 0)
+            own = &m->parts[p];
     char *index = vel_path_join(m->ctx, path, "model_index.json");
     bool taken = single ? vel_is_file(path) : index && vel_is_file(index);
     vel_free(m->ctx, index);
@@ -476,7 +496,7 @@ vel_status vel_model_export(vel_model *m, const char *path, const vel_export_opt
     s.arena = vel_arena_create(m->ctx);
     vel_status st = s.arena ? make_room(&s) : VEL_NO_MEMORY;
     if (!st)
-        st = single ? save_single(&s) : save_whole_folder(&s);
+        st = own ? save_own(&s, own, path) : single ? save_single(&s) : save_whole_folder(&s);
     vel_arena_destroy(s.arena);
     return st;
 }

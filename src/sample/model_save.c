@@ -215,16 +215,18 @@ static bool put_new(void *user, const char *path, const vel_file_tensor *t, floa
 }
 
 vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
-                          vel_file_type type)
+                          const vel_export_options *how)
 {
     if (m->single || vel_has_suffix(path, ".safetensors")) {
-        vel_export_options o = {
-            .type = type, .overwrite = true, .change = put_new, .user = &(news_list){news, n}};
+        vel_export_options o = *how;
+        o.overwrite = true;
+        o.change = put_new;
+        o.user = &(news_list){news, n};
         return vel_model_export(m, path, &o);
     }
     vel_folder f;
     VEL_TRY(vel_folder_begin(m->ctx, &f, path));
-    vel_status st = save_all(m, f.temporary, news, n, type);
+    vel_status st = save_all(m, f.temporary, news, n, how->type);
     if (st == VEL_OK)
         return vel_has_suffix(path, "/.") ? vel_folder_spread(&f) : vel_folder_commit(&f);
     vel_folder_discard(&f);

@@ -115,6 +115,10 @@ typedef struct vel_export_options {
                 float *values, vel_status *status);
     void *user;
     const json_t *metadata; /* of a single file, texts; may be NULL */
+    /* Of a single file, only these of the family's parts, between commas; the denoiser alone goes
+     * without prefix. NULL: all. */
+    const char *parts;
+    const char *own_part; /* a single file of this part alone, in the folder form's names */
 } vel_export_options;
 vel_status vel_model_export(vel_model *m, const char *path, const vel_export_options *o);
 /* The values of the tensor at path ("unet....weight") as the model's file has them; NULL none. */
@@ -175,10 +179,10 @@ typedef struct vel_new_weight {
 } vel_new_weight;
 /* Writes the model with n new weights: as a single file when path ends with .safetensors (all in
  * the type: F32, F16, BF16), else as a diffusers folder, where parts that have none are linked or
- * copied. Whole or not at all. A value that is not
- * finite is VEL_DIVERGED. */
+ * copied. Whole or not at all. A value that is not finite is VEL_DIVERGED. how: type, and of a
+ * single file metadata and parts. */
 vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
-                          vel_file_type type);
+                          const vel_export_options *how);
 
 /* A file's values for this model; one of another family is refused with both families' names. */
 vel_status vel_model_read_adapter(vel_model *m, const char *path, struct vel_adapter_file **out);

@@ -318,14 +318,33 @@ static void put_model(train_session *s, json_t *meta)
     put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
     if (s->o->max_token_length > 75)
         put(meta, "ss_max_token_length", "%d", s->o->max_token_length);
+}
+
+/* As sd-scripts' library/sai_model_spec.py. No date: the same settings and seed give the same file,
+ * byte for byte. */
+static void put_spec(train_session *s, json_t *meta)
+{
+    const vel_train_options *o = s->o;
+    vel_prediction predicts = vel_model_schedule(s->model)->config.prediction;
+    vel_model_names n;
+    vel_model_family(s->model)->names(vel_model_config(s->model), predicts, &n);
+    bool full = vel_method_is_full(o), words = vel_method_is_words(o);
+    const char *usual =
+        full || words ? "https://github.com/Stability-AI/generative-models" : "diffusers";
     put(meta, "modelspec.sai_model_spec", "1.0.1");
-    put(meta, "modelspec.architecture", "%s/lora", n.architecture);
-    put(meta, "modelspec.implementation", "%s", n.implementation ? n.implementation : "diffusers");
-    put(meta, "modelspec.title", "%s", s->o->output_name);
+    put(meta, "modelspec.architecture", "%s%s", n.architecture,
+        full    ? ""
+        : words ? "/textual-inversion"
+                : "/lora");
+    put(meta, "modelspec.implementation", "%s", n.implementation ? n.implementation : usual);
+    put(meta, "modelspec.title", "%s", name_of(s));
     put(meta, "modelspec.resolution", "%dx%d", s->data->options.width, s->data->options.height);
     if (predicts != VEL_PREDICTS_FLOW) /* the specification has no word for it */
         put(meta, "modelspec.prediction_type", "%s", predicts == VEL_PREDICTS_V ? "v" : "epsilon");
-    /* No date: the same settings and seed give the same file, byte for byte. */
+    if (o->min_timestep > 0 || o->max_timestep < 1000)
+        put(meta, "modelspec.timestep_range", "%d,%d", o->min_timestep, o->max_timestep);
+    if (o->clip_skip > 1)
+        put(meta, "modelspec.encoder_layer", "%d", o->clip_skip);
 }
 
 /* kohya's module for plain LoRA, LyCORIS' for the rest, with the arguments that make them. */
@@ -435,6 +454,7 @@ json_t *vel_keep_metadata(train_session *s)
         put(meta, "ss_training_comment", "%s", o->comment);
     put_dataset(s, meta);
     put_model(s, meta);
+    put_spec(s, meta);
     put_stated(s, meta);
     return meta;
 }
@@ -468,6 +488,12 @@ static void forget_old(train_session *s, const char *mark, const char *ending, i
         count--;
     }
     vel_names_free(s->ctx, names, n);
+}
+
+static void forget_saves(train_session *s, const char *ending)
+{
+    forget_old(s, STEP_MARK, ending, s->o->keep_last);
+    forget_old(s, EPOCH_MARK, ending, s->o->keep_last);
 }
 
 /* Removes all but the newest keep folders checkpoint-N; their names do not sort as their numbers.
@@ -557,10 +583,50 @@ static vel_status export_kohya(train_session *s, const char *path)
     return st;
 }
 
+/* --save_parts denoiser: a trained part beside the denoiser's file, as sd-scripts names it:
+ * "_clip_l.safetensors". NULL: another part; in the arena. */
+static const char *own_ending(train_session *s, const char *part)
+{
+    const vel_family *family = vel_model_family(s->model);
+    if (!vel_keep_ending(s)[0] || strcmp(s->o->save_parts, "denoiser") != 0 ||
+        !vel_has_prefix(part, "text_encoder"))
+        return NULL;
+    for (int i = 0; family->parts[i]; i++)
+        if (strcmp(family->parts[i], part) == 0)
+            return vel_arena_strf(s->arena, "_%s.safetensors", family->part_flags[i]);
+    return NULL;
+}
+
+static vel_status export_model(train_session *s, const char *path)
+{
+    vel_export_options how = {.type = precision_of(s->o->save_precision)};
+    if (!vel_keep_ending(s)[0])
+        return vel_train_export_model(s->model, &s->thaw, path, &how);
+    json_t *meta = json_object();
+    if (!s->o->no_metadata)
+        put_spec(s, meta);
+    if (!s->o->no_metadata)
+        put_stated(s, meta);
+    how.metadata = meta;
+    if (strcmp(s->o->save_parts, "denoiser") == 0)
+        how.parts = vel_model_family(s->model)->trained_file;
+    vel_status st = vel_train_export_model(s->model, &s->thaw, path, &how);
+    int stem = (int)(strlen(path) - strlen(".safetensors"));
+    for (int i = 0; !st && i < VEL_COUNT(s->thaw.parts) && s->thaw.parts[i]; i++) {
+        const char *ending = own_ending(s, s->thaw.parts[i]);
+        char *beside = ending ? vel_arena_strf(s->arena, "%.*s%s", stem, path, ending) : NULL;
+        how.own_part = s->thaw.parts[i];
+        if (ending)
+            st = beside ? vel_train_export_model(s->model, &s->thaw, beside, &how) : VEL_NO_MEMORY;
+    }
+    json_decref(meta);
+    return st;
+}
+
 static vel_status export_result(train_session *s, const char *path)
 {
     if (s->trained.thaw)
-        return vel_train_export_model(s->model, &s->thaw, path, precision_of(s->o->save_precision));
+        return export_model(s, path);
     json_t *meta = s->o->no_metadata ? json_object() : vel_keep_metadata(s);
     vel_status st = vel_method_is_words(s->o) ? export_words(s, path, format_of(s), meta)
                                               : export_adapter(s, path, meta);
@@ -630,11 +696,13 @@ vel_status vel_keep_save(train_session *s, bool last)
     if (in_checkpoints(s))
         forget_checkpoints(s, s->o->keep_last);
     forget_old(s, STEP_MARK, ".state", s->o->keep_last);
-    forget_old(s, STEP_MARK, ending, s->o->keep_last);
-    forget_old(s, EPOCH_MARK, ending, s->o->keep_last);
-    if (s->n_words) {
-        forget_old(s, STEP_MARK, words_ending, s->o->keep_last);
-        forget_old(s, EPOCH_MARK, words_ending, s->o->keep_last);
+    forget_saves(s, ending);
+    if (s->n_words)
+        forget_saves(s, words_ending);
+    for (int i = 0; i < VEL_COUNT(s->thaw.parts) && s->thaw.parts[i]; i++) {
+        const char *beside = own_ending(s, s->thaw.parts[i]);
+        if (beside)
+            forget_saves(s, beside);
     }
     vel_log(s->ctx, 3, "step %" PRId64 ": saved %s", s->step, file);
     return VEL_OK;

@@ -51,6 +51,11 @@ static vel_status choose(train_session *s)
             vel_status st = vel_model_check_single(s->model);
             if (st)
                 return vel_fail_in(s->ctx, st, "--save_format kohya: use diffusers");
+            if (strcmp(o->save_parts, "denoiser") == 0 && !vel_model_family(s->model)->trained_file)
+                return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                                "--save_parts denoiser: single files of %s hold the whole model; "
+                                "leave it away",
+                                vel_model_family(s->model)->title);
         }
         if (o->stop_text_encoder_training >= 0)
             VEL_TRY(vel_train_texts(s->model, o, &s->texts));
@@ -161,7 +166,7 @@ static void read_trained(void *user, int64_t first, int64_t n, float *out)
 }
 
 vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char *path,
-                                  vel_file_type type)
+                                  const vel_export_options *how)
 {
     vel_ctx *ctx = vel_model_ctx(m);
     vel_engine *e = vel_model_engine(m);
@@ -178,7 +183,7 @@ vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char
         n++;
     }
     if (st == VEL_OK)
-        st = vel_model_save(m, path, news, n, type);
+        st = vel_model_save(m, path, news, n, how);
     vel_free(ctx, users);
     vel_free(ctx, news);
     return st;

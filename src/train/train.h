@@ -113,6 +113,7 @@ typedef struct vel_train_options {
     const char *fit;    /* memory of the device to stay under in all, "8GB"; NULL no limit */
     /* output */
     const char *output_dir, *output_name, *save_format, *save_precision, *resume;
+    const char *save_parts;  /* of a model in a single file: "all", "denoiser" */
     const char *save_layout; /* of saves on the way: "files", "checkpoints" */
     int save_every, save_every_n_epochs, keep_last;
     bool no_metadata;
@@ -354,9 +355,9 @@ vel_status vel_train_export(vel_model *m, const vel_adapter_site *sites, int n, 
                             int n_words, const char *path, const char *dialect, vel_file_type type,
                             const json_t *metadata);
 
-/* The model with its trained weights as a diffusers folder. */
+/* The model with its trained weights as a diffusers folder or a single file (vel_model_save). */
 vel_status vel_train_export_model(vel_model *m, const vel_thaw *thaw, const char *path,
-                                  vel_file_type type);
+                                  const vel_export_options *how);
 
 /* ---- report (report.c)
  * --------------------------------------------------------------------------------- */

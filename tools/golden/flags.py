@@ -60,7 +60,8 @@ def peers(kohya, diffusers):
     known = functions(kohya, library)
     out = {}
     for name in ("train_network", "train_db", "fine_tune", "train_textual_inversion", "sdxl_train_network",
-                 "sdxl_train", "sdxl_train_textual_inversion", "sd3_train_network", "flux_train_network", "lumina_train_network"):
+                 "sdxl_train", "sdxl_train_textual_inversion", "sd3_train_network", "flux_train_network", "lumina_train_network",
+                 "sd3_train", "flux_train", "lumina_train"):
         tree = ast.parse(find(kohya, name + ".py").read_text())
         setup = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "setup_parser"][0]
         base = re.search(r"(\w+)\.setup_parser\(\)", ast.unparse(setup))
