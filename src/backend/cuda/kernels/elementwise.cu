@@ -211,10 +211,13 @@ template <int WHICH> struct binary_of {
     }
 };
 
-/* Up to VEL_CU_RANK axes, neighbours that stretch alike joined into one; strides in elements. */
+/* Up to VEL_CU_RANK axes, the innermost first, neighbours that stretch alike joined into one;
+ * strides in elements. Kernels go through them by loops that are unrolled whole: an index that is
+ * known only at run time would put the struct into each thread's local memory, of which the card
+ * sets aside as much as all threads that it can hold would need. */
 struct stretch {
     int rank;
-    uint32_t dim[VEL_CU_RANK]; /* the last in packs of V */
+    uint32_t dim[VEL_CU_RANK]; /* the first in packs of V */
     int64_t a[VEL_CU_RANK], b[VEL_CU_RANK];
 };
 
@@ -241,17 +244,20 @@ __global__ void __launch_bounds__(THREADS)
     if (at >= packs)
         return;
     int64_t left = at, from_a = 0, from_b = 0;
-    for (int i = how.rank - 1; i >= 0; i--) {
+#pragma unroll
+    for (int i = 0; i < VEL_CU_RANK; i++) {
+        if (i >= how.rank)
+            break;
         int64_t next =
             packs <= UINT32_MAX ? (int64_t)((uint32_t)left / how.dim[i]) : left / how.dim[i];
-        int64_t index = (left - next * how.dim[i]) * (i == how.rank - 1 ? V : 1);
+        int64_t index = (left - next * how.dim[i]) * (i == 0 ? V : 1);
         from_a += index * how.a[i];
         from_b += index * how.b[i];
         left = next;
     }
     float x[V], y[V];
-    load_or_repeat<T, V>(a + from_a, how.a[how.rank - 1] != 0, x);
-    load_or_repeat<T, V>(b + from_b, how.b[how.rank - 1] != 0, y);
+    load_or_repeat<T, V>(a + from_a, how.a[0] != 0, x);
+    load_or_repeat<T, V>(b + from_b, how.b[0] != 0, y);
 #pragma unroll
     for (int k = 0; k < V; k++)
         x[k] = f(x[k], y[k]);
@@ -277,32 +283,29 @@ __global__ void __launch_bounds__(THREADS)
     store<T, V>(out + place * V, x);
 }
 
-/* Axes of size 1 are left out, and an axis joins the one before it when both operands go on where
+/* Axes of size 1 are left out, and an axis joins the one inside it when both operands go on where
  * that one ends. */
 static stretch stretch_of(vel_cu_shape a, vel_cu_shape b, vel_cu_shape out)
 {
     stretch s = {0};
-    int64_t a_stride[VEL_CU_RANK], b_stride[VEL_CU_RANK], at_a = 1, at_b = 1;
+    int64_t at_a = 1, at_b = 1;
     for (int i = out.rank - 1; i >= 0; i--) {
-        a_stride[i] = a.dim[i] == 1 && out.dim[i] != 1 ? 0 : at_a;
-        b_stride[i] = b.dim[i] == 1 && out.dim[i] != 1 ? 0 : at_b;
+        int64_t stride_a = a.dim[i] == 1 && out.dim[i] != 1 ? 0 : at_a;
+        int64_t stride_b = b.dim[i] == 1 && out.dim[i] != 1 ? 0 : at_b;
+        int outer = s.rank - 1;
         at_a *= a.dim[i];
         at_b *= b.dim[i];
-    }
-    for (int i = 0; i < out.rank; i++) {
         if (out.dim[i] == 1)
             continue;
-        int last = s.rank - 1;
-        if (s.rank && s.a[last] == a_stride[i] * out.dim[i] &&
-            s.b[last] == b_stride[i] * out.dim[i] &&
-            (int64_t)s.dim[last] * out.dim[i] <= UINT32_MAX) {
-            s.dim[last] *= (uint32_t)out.dim[i];
-        } else {
-            s.dim[s.rank++] = (uint32_t)out.dim[i];
-            last++;
+        if (s.rank && stride_a == s.a[outer] * s.dim[outer] &&
+            stride_b == s.b[outer] * s.dim[outer] &&
+            (int64_t)s.dim[outer] * out.dim[i] <= UINT32_MAX) {
+            s.dim[outer] *= (uint32_t)out.dim[i];
+            continue;
         }
-        s.a[last] = a_stride[i];
-        s.b[last] = b_stride[i];
+        s.dim[s.rank] = (uint32_t)out.dim[i];
+        s.a[s.rank] = stride_a;
+        s.b[s.rank++] = stride_b;
     }
     if (!s.rank) { /* one element */
         s.rank = 1;
@@ -314,9 +317,8 @@ static stretch stretch_of(vel_cu_shape a, vel_cu_shape b, vel_cu_shape out)
 
 static bool packs_fit(const stretch *s, int v)
 {
-    int last = s->rank - 1;
-    bool fit = s->dim[last] % v == 0;
-    for (int i = 0; i < last; i++)
+    bool fit = s->dim[0] % v == 0;
+    for (int i = 1; i < s->rank; i++)
         fit = fit && s->a[i] % v == 0 && s->b[i] % v == 0;
     return fit;
 }
@@ -324,12 +326,11 @@ static bool packs_fit(const stretch *s, int v)
 /* Whether b repeats as rows of binary_rows_kernel do; *items of them. */
 static bool repeats_rows(const stretch *s, int64_t *items)
 {
-    int last = s->rank - 1;
-    *items = s->rank == 3 ? s->dim[0] : 1;
-    bool rows = (s->rank == 2 || s->rank == 3) && s->a[last] == 1 && s->b[last] == 1 &&
-                s->a[last - 1] == s->dim[last] && s->b[last - 1] == 0;
-    return rows && *items < 65536 && (int64_t)s->dim[last] * s->dim[last - 1] <= INT32_MAX &&
-           (s->rank == 2 || (s->b[0] == s->dim[2] && s->a[0] == s->a[1] * s->dim[1]));
+    *items = s->rank == 3 ? s->dim[2] : 1;
+    bool rows = (s->rank == 2 || s->rank == 3) && s->a[0] == 1 && s->b[0] == 1 &&
+                s->a[1] == s->dim[0] && s->b[1] == 0;
+    return rows && *items < 65536 && (int64_t)s->dim[0] * s->dim[1] <= INT32_MAX &&
+           (s->rank == 2 || (s->b[2] == s->dim[0] && s->a[2] == s->a[1] * s->dim[1]));
 }
 
 template <typename T, typename F>
@@ -345,9 +346,9 @@ static void binary(cudaStream_t s, F f, const void *a, const void *b, void *out,
         uint32_t packs = (uint32_t)(n / items / V);
         dim3 grid(blocks_for(packs, THREADS), (unsigned)items);
         binary_rows_kernel<T, V><<<grid, THREADS, 0, s>>>((const T *)a, (const T *)b, (T *)out,
-                                                          packs, how.dim[how.rank - 1] / V, f);
+                                                          packs, how.dim[0] / V, f);
     } else if (vectors) {
-        how.dim[how.rank - 1] /= V;
+        how.dim[0] /= V;
         binary_kernel<T, V><<<blocks_for(n / V, THREADS), THREADS, 0, s>>>(
             (const T *)a, (const T *)b, (T *)out, n / V, how, f);
     } else {

@@ -20,6 +20,7 @@ static int64_t count_of(vel_cu_shape s)
 
 /* ---- gather: any strides ---- */
 
+/* The innermost axis first; kernels go through them as through elementwise.cu's stretch. */
 struct layout {
     int rank;
     uint32_t dim[VEL_CU_RANK];
@@ -30,18 +31,17 @@ struct layout {
 static layout layout_of(vel_cu_shape s, const int64_t *stride)
 {
     layout l = {0};
-    for (int i = 0; i < s.rank; i++) {
-        int last = l.rank - 1;
+    for (int i = s.rank - 1; i >= 0; i--) {
+        int outer = l.rank - 1;
         if (s.dim[i] == 1)
             continue;
-        if (l.rank && l.stride[last] == stride[i] * s.dim[i] &&
-            (int64_t)l.dim[last] * s.dim[i] <= UINT32_MAX) {
-            l.dim[last] *= (uint32_t)s.dim[i];
-        } else {
-            l.dim[l.rank++] = (uint32_t)s.dim[i];
-            last++;
+        if (l.rank && stride[i] == l.stride[outer] * l.dim[outer] &&
+            (int64_t)l.dim[outer] * s.dim[i] <= UINT32_MAX) {
+            l.dim[outer] *= (uint32_t)s.dim[i];
+            continue;
         }
-        l.stride[last] = stride[i];
+        l.dim[l.rank] = (uint32_t)s.dim[i];
+        l.stride[l.rank++] = stride[i];
     }
     if (!l.rank) {
         l.rank = 1;
@@ -58,7 +58,10 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const W *x, W *out, int
     if (at >= n)
         return;
     int64_t left = at, from = 0;
-    for (int i = l.rank - 1; i >= 0; i--) {
+#pragma unroll
+    for (int i = 0; i < VEL_CU_RANK; i++) {
+        if (i >= l.rank)
+            break;
         int64_t next = n <= UINT32_MAX ? (int64_t)((uint32_t)left / l.dim[i]) : left / l.dim[i];
         from += (left - next * l.dim[i]) * l.stride[i];
         left = next;
@@ -70,15 +73,15 @@ extern "C" void vel_cu_gather(cudaStream_t s, int type, const void *x, void *out
                               vel_cu_shape out_shape, const int64_t *stride)
 {
     layout l = layout_of(out_shape, stride);
-    int bytes = element_bytes(type), last = l.rank - 1;
+    int bytes = element_bytes(type);
     int64_t n = count_of(out_shape), per = 16 / bytes;
-    bool packs = l.stride[last] == 1 && l.dim[last] % per == 0 && aligned(x) && aligned(out);
-    for (int i = 0; i < last; i++)
+    bool packs = l.stride[0] == 1 && l.dim[0] % per == 0 && aligned(x) && aligned(out);
+    for (int i = 1; i < l.rank; i++)
         packs = packs && l.stride[i] % per == 0;
     if (packs) {
         n /= per;
-        l.dim[last] /= (uint32_t)per;
-        for (int i = 0; i < last; i++)
+        l.dim[0] /= (uint32_t)per;
+        for (int i = 1; i < l.rank; i++)
             l.stride[i] /= per;
         gather_kernel<uint4>
             <<<blocks_for(n, THREADS), THREADS, 0, s>>>((const uint4 *)x, (uint4 *)out, n, l);
@@ -273,7 +276,7 @@ extern "C" void vel_cu_embed_grad(cudaStream_t s, int type, const int32_t *ids, 
                      <<<(unsigned)n, THREADS, 0, s>>>(ids, n, (const T *)dy, width, out, rows));
 }
 
-/* In float64: angles reach the thousands. */
+/* In float64: angles reach the thousands. In half turns: sin() of any angle wants local memory. */
 __global__ void __launch_bounds__(THREADS)
     time_embed_kernel(const float *t, int64_t total, int half, int flip, double shift,
                       double log_period, float *out)
@@ -283,9 +286,10 @@ __global__ void __launch_bounds__(THREADS)
         return;
     int64_t b = at / half;
     int i = (int)(at - b * half);
-    double angle = (double)t[b] * exp(-log_period * i / (half - shift));
-    out[b * 2 * half + (flip ? half : 0) + i] = (float)sin(angle);
-    out[b * 2 * half + (flip ? 0 : half) + i] = (float)cos(angle);
+    const double pi = 3.14159265358979323846;
+    double turns = (double)t[b] * exp(-log_period * i / (half - shift)) / pi;
+    out[b * 2 * half + (flip ? half : 0) + i] = (float)sinpi(turns);
+    out[b * 2 * half + (flip ? 0 : half) + i] = (float)cospi(turns);
 }
 
 extern "C" void vel_cu_time_embed(cudaStream_t s, const float *t, int64_t batch, int dim, int flip,
