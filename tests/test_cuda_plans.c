@@ -230,7 +230,7 @@ TEST(cuda_plans_sd15)
     planned m;
     REQUIRE(read_rows(t) > 40);
     if (open_known(t, "sd", &m)) {
-        check_plan(t, &m, 1, 512, true, 440, 485, 1640);
+        check_plan(t, &m, 1, 512, true, 395, 425, 1640);
         check_plan(t, &m, 2, 512, false, 70, 90, 1640);
     }
     vel_arena_destroy(m.arena);

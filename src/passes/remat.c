@@ -12,16 +12,16 @@
  * the border of a group of neighbouring layers (residual blocks, transformer blocks) is kept. */
 #include "passes/copy.h"
 
-/* Values that are computed again: the cheap (elementwise, moves, norms), products that sum no more
- * than `depth` terms for each value, `wide` where they have far more columns than their input, or
- * whole layers, 2^grouped neighbours as one. */
+/* Values that are computed again: layer norms, all that is cheap (elementwise, moves, norms),
+ * products that sum no more than `depth` terms for each value, `wide` where they have far more
+ * columns than their input, or whole layers, 2^grouped neighbours as one. */
 static const struct {
-    bool cheap, layers;
+    bool norms, cheap, layers;
     int grouped;
     int64_t wide, depth;
 } levels[] = {
-    {0},            /* everything is kept */
-    {.wide = 1024}, /* some 1 % of a step on a GPU */
+    {0},                           /* everything is kept */
+    {.norms = true, .wide = 1024}, /* some 2 % of a step on a GPU */
     {.cheap = true, .wide = INT64_MAX},
     {.cheap = true, .wide = INT64_MAX, .depth = 512},
     {.cheap = true, .wide = INT64_MAX, .depth = 2048}, /* all but the ends of most layers */
@@ -98,12 +98,22 @@ static bool has_side_path(const vel_graph *g, const vel_node *n)
     return b > 0 && !has_residual(other) && (2 * a <= b || 2 * b <= a);
 }
 
+/* Of which the result is worth a launch. Layers under an adapter keep their input, and that is what
+ * a norm makes of the stream, which is kept anyway. */
+static bool is_large_norm(const vel_node *n)
+{
+    enum { LARGE_NORM = 1 << 20 }; /* bytes */
+    return n->op == VEL_OP_layer_norm &&
+           vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE_NORM;
+}
+
 static bool is_made_again(const remat *r, const vel_node *n)
 {
     const vel_graph *g = r->c.src;
     int64_t depth = product_depth(g, n);
     if (!depth)
-        return levels[r->level].cheap && is_cheap(n->op);
+        return (levels[r->level].cheap && is_cheap(n->op)) ||
+               (levels[r->level].norms && is_large_norm(n));
     bool wide = vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
     return depth <= (wide ? levels[r->level].wide : levels[r->level].depth) &&
            (!has_residual(n) || has_side_path(g, n));
