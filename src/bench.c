@@ -303,6 +303,26 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     return VEL_OK;
 }
 
+/* What this process has of the device at a time; nothing on a processor. */
+static void tell_in_use(const bench *b, const char *when)
+{
+    int64_t used = vel_engine_in_use(vel_model_engine(b->model));
+    if (used)
+        vel_text_addf(b->out, "memory of the device in use%s: %.1f MiB\n", when,
+                      (double)used / (1 << 20));
+}
+
+static void tell_memory(const bench *b, const vel_plan *plan)
+{
+    char a[32], w[32], r[32];
+    vel_text_addf(
+        b->out, "working memory %s (recomputation level %d), weights %s, peak of the process %s\n",
+        vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
+        vel_bytes_text(vel_plan_weight_bytes(plan), w),
+        vel_bytes_text(vel_peak_resident_bytes(), r));
+    tell_in_use(b, "");
+}
+
 /* Two whole steps at rate 0: the second sees what the first saw. */
 static vel_status check_step(step_bench *s)
 {
@@ -310,6 +330,7 @@ static vel_status check_step(step_bench *s)
     VEL_TRY(run_step(s));
     double first = s->loss;
     vel_text_addf(b->out, "first step ends %.2f s after the start\n", vel_now() - b->started);
+    tell_in_use(b, " after it"); /* the next one is recorded */
     VEL_TRY(run_step(s));
     if (!isfinite(s->loss) || s->loss != first)
         return vel_fail(b->ctx, VEL_BUG, "bench: the loss was %.9g, then %.9g", first, s->loss);
@@ -330,17 +351,7 @@ static vel_status bench_step(bench *b)
     if (plan)
         st = vel_bench_time(b, "step", run_step, &s);
     if (plan && st == VEL_OK) {
-        char a[32], w[32], r[32];
-        vel_text_addf(
-            b->out,
-            "working memory %s (recomputation level %d), weights %s, peak of the process %s\n",
-            vel_bytes_text(vel_plan_arena_bytes(plan), a), vel_plan_remat_level(plan),
-            vel_bytes_text(vel_plan_weight_bytes(plan), w),
-            vel_bytes_text(vel_peak_resident_bytes(), r));
-        int64_t used = vel_engine_in_use(vel_model_engine(b->model));
-        if (used)
-            vel_text_addf(b->out, "memory of the device in use: %.1f MiB\n",
-                          (double)used / (1 << 20));
+        tell_memory(b, plan);
         if (b->o->profile)
             st = profile(b, plan, run_step, &s);
     }
@@ -416,10 +427,11 @@ static vel_status bench_part(bench *b, run_fn run)
         p.time[i] = 500;
     if (st == VEL_OK)
         st = vel_bench_time(b, b->o->what, run, &p);
-    if (st == VEL_OK && b->o->profile)
-        st = profile(b, vel_model_last_plan(b->model), run, &p);
-    char r[32];
-    vel_text_addf(b->out, "peak of the process %s\n", vel_bytes_text(vel_peak_resident_bytes(), r));
+    vel_plan *plan = st == VEL_OK ? vel_model_last_plan(b->model) : NULL;
+    if (plan)
+        tell_memory(b, plan);
+    if (plan && b->o->profile)
+        st = profile(b, plan, run, &p);
     vel_arena_destroy(arena);
     float *owned[] = {p.in, p.context, p.time, p.out};
     for (int i = 0; i < VEL_COUNT(owned); i++)
