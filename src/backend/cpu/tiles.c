@@ -9,16 +9,18 @@
 #include "backend/cpu/own_product.h"
 
 enum {
-    BLOCK_BYTES = 1 << 20, /* of the left operand in the second cache (2 MB on these processors) */
-    SUM_BYTES = 1 << 19,   /* of sums that wait for the next chunk */
-    LEAST_ROWS = 192,      /* of a block: the weight is read again for each block */
-    MOST_SPAN = 64,        /* steps */
-    MOST_CHUNK = 10,       /* steps: 2 KB of weight each, in the first cache */
-    STREAM_BYTES = 16 << 20, /* results from which on they go past the caches */
-    PANELS_AT_ONCE = 24,     /* whose sums fit: then their squares are turned in one go */
-    TASKS_EACH = 6,          /* tasks for each thread, so that none waits long at the end */
-    LEAST_WEIGHT = 400000,   /* elements of a matrix: below, oneDNN is as fast */
-    LEAST_REUSE = 1100,      /* weights of a tap for each position of a convolution, likewise */
+    BLOCK_BYTES = 1 << 20,  /* of the left operand in the second cache (2 MB on these processors) */
+    SUM_BYTES = 1 << 20,    /* of sums that wait for the next span of the depth */
+    TURN_BYTES = 1 << 19,   /* of sums that wait for the next chunk of neighbouring panels */
+    LEAST_ROWS = 192,       /* of a block: the weight is read again for each block */
+    MOST_SPAN = 32,         /* steps */
+    MOST_CHUNK = 10,        /* steps: 2 KB of weight each, in the first cache */
+    STREAM_BYTES = 4 << 20, /* results from which on they go past the caches */
+    PANELS_AT_ONCE = 24,    /* whose sums fit: then their squares are turned in one go */
+    TASKS_EACH = 6,         /* tasks for each thread, so that none waits long at the end */
+    SPAN_TASKS_EACH = 2,    /* the same where each reads the block anew, span by span */
+    LEAST_WEIGHT = 400000,  /* elements of a matrix: below, oneDNN is as fast */
+    LEAST_REUSE = 1100,     /* weights of a tap for each position of a convolution, likewise */
 };
 
 /* ---- cutting ----------------------------------------------------------------------------------
@@ -54,7 +56,8 @@ static void cut_images(vel_tiles *t)
 
 static void cut_groups(vel_tiles *t)
 {
-    int64_t wanted = t->threads == 1 ? 1 : pieces(TASKS_EACH * t->threads, t->blocks);
+    int64_t each = t->span < t->all_steps ? SPAN_TASKS_EACH : TASKS_EACH;
+    int64_t wanted = t->threads == 1 ? 1 : pieces(each * t->threads, t->blocks);
     t->group = pieces(t->panels, VEL_MIN(wanted, t->panels));
     int64_t of_panel = vel_tiles_sums(t) * 4;
     if (t->span < t->all_steps)
@@ -83,7 +86,7 @@ static void cut(vel_tiles *t)
     t->blocks = pieces(t->images, t->block_images) * pieces(t->out_height, t->block_rows);
     t->strips = pieces(vel_tiles_positions(t, t->block_rows), TILES_SIDE);
     int64_t of_panel = t->block_images * t->strips * TILES_SQUARE * 4;
-    if (t->turned && PANELS_AT_ONCE * of_panel <= SUM_BYTES)
+    if (t->turned && PANELS_AT_ONCE * of_panel <= TURN_BYTES)
         t->span = t->chunk; /* squares of neighbouring panels lie side by side */
     cut_groups(t);
     int64_t results = t->images * t->out_height * t->out_width * t->columns * 2;

@@ -73,31 +73,37 @@ VEL_INLINE void tile_of_rows(uint16_t *to, const uint16_t *from, int64_t stride,
         _mm512_store_si512(to + i * 32, row[i]);
 }
 
-/* Two rows of 32 become rows of pairs: of the first 16 columns at low, of the others at high. */
-VEL_INLINE void pair_rows(uint16_t *low, uint16_t *high, __m512i even, __m512i odd)
+/* The same 16 bytes of four rows, two rows apart. Taken by loads alone: shuffles have one port. */
+VEL_INLINE __m512i sixteen_bytes_of_four(const uint16_t *from, const int row)
 {
-    const __m512i first =
-        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    _mm512_store_si512(low, _mm512_permutex2var_epi16(even, first, odd));
-    _mm512_store_si512(high, _mm512_permutex2var_epi16(even, second, odd));
+    __m512i x = _mm512_castsi128_si512(_mm_load_si128((const __m128i *)from));
+    x = _mm512_mask_broadcast_i64x2(x, 0x0c, _mm_load_si128((const __m128i *)(from + 2 * row)));
+    x = _mm512_mask_broadcast_i64x2(x, 0x30, _mm_load_si128((const __m128i *)(from + 4 * row)));
+    return _mm512_mask_broadcast_i64x2(x, 0xc0, _mm_load_si128((const __m128i *)(from + 6 * row)));
+}
+
+/* A quarter of the square: 8 rows of pairs of inputs, 16 outputs each, as 8 rows of pairs of
+ * outputs. Pairs of both are 8 bytes: these are exchanged, and in them the middle two elements. */
+VEL_INLINE void turn_quarter(uint16_t *to, const uint16_t *from, const int row)
+{
+    const __m512i middle =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    for (int i = 0; i < 4; i++) {
+        __m512i even = sixteen_bytes_of_four(from + i * 8, row);
+        __m512i odd = sixteen_bytes_of_four(from + i * 8 + row, row);
+        __m512i low = _mm512_unpacklo_epi64(even, odd), high = _mm512_unpackhi_epi64(even, odd);
+        _mm512_store_si512(to + 2 * i * row, _mm512_shuffle_epi8(low, middle));
+        _mm512_store_si512(to + (2 * i + 1) * row, _mm512_shuffle_epi8(high, middle));
+    }
 }
 
 /* The square with outputs and inputs exchanged. Its rows of pairs are `row` elements apart, their
  * second halves `half` elements behind the first. */
 VEL_INLINE void turn_square(uint16_t *to, const uint16_t *from, const int row, const int half)
 {
-    for (int h = 0; h < 2; h++) { /* 16 outputs each */
-        __m512i r[16];
-        for (int i = 0; i < 16; i++)
-            r[i] = _mm512_load_si512(from + h * half + i * row);
-        vtranspose(r);
-        for (int i = 0; i < 16; i += 2) {
-            uint16_t *low = to + (h * 8 + i / 2) * row;
-            pair_rows(low, low + half, r[i], r[i + 1]);
-        }
-    }
+    for (int h = 0; h < 2; h++)
+        for (int side = 0; side < 2; side++)
+            turn_quarter(to + side * half + h * 8 * row, from + h * half + side * 8 * row, row);
 }
 
 /* oneDNN's form for convolutions in tiles, [outputs / 32][tap][inputs / 32] squares of [inputs / 2]
