@@ -17,8 +17,8 @@ static uint64_t layers_asked(const json_t *how)
     return out;
 }
 
-void drawn_check(vel_test *t, const vel_safetensors *golden, const char *name, const char *family,
-                 int steps, double most)
+static void check_case(vel_test *t, const vel_safetensors *golden, const char *name,
+                       const char *family, int steps, double most)
 {
     const vel_file_tensor *want = vel_safetensors_find(golden, name);
     const char *meta = vel_safetensors_meta(golden, name);
@@ -62,4 +62,13 @@ void drawn_check(vel_test *t, const vel_safetensors *golden, const char *name, c
     vel_model_close(m);
     vel_free(t->ctx, folder);
     json_decref(how);
+}
+
+void drawn_check(vel_test *t, const char *file, const drawn_case *cases, int steps, double most)
+{
+    vel_safetensors *golden = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, file, &golden));
+    for (const drawn_case *c = cases; c->name; c++)
+        check_case(t, golden, c->name, c->family, steps, most);
+    vel_safetensors_close(golden);
 }

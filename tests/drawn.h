@@ -6,8 +6,12 @@
 #include "formats/formats.h"
 #include "test.h"
 
-/* Draws a case in so many steps; no value may be off by `most` or more. */
-void drawn_check(vel_test *t, const vel_safetensors *golden, const char *name, const char *family,
-                 int steps, double most);
+typedef struct drawn_case {
+    const char *name, *family;
+} drawn_case;
+
+/* Draws the cases of a file, up to a name of NULL, in so many steps; no value may be off by `most`
+ * or more. */
+void drawn_check(vel_test *t, const char *file, const drawn_case *cases, int steps, double most);
 
 #endif

@@ -58,7 +58,7 @@ void program_expect(vel_test *t, const char *words, int status, const char *cons
 /* format: of a command, of the folder and n in this order. */
 static void shell(vel_test *t, const char *format, const char *folder, int n)
 {
-    char command[8192];
+    char command[16384];
     snprintf(command, sizeof command, format, folder, n);
     CHECK_MSG(system(command) == 0, "failed: %s", command);
 }
@@ -91,6 +91,44 @@ void program_set(vel_test *t, vel_params *p, const char *settings)
     }
 }
 
+vel_params *program_train_settings(vel_test *t, const char *out, const char *settings)
+{
+    vel_params *p = vel_params_create(t->ctx, "train");
+    char path[4200];
+    if (!p)
+        return NULL;
+    program_set(t, p,
+                "model=models/emoji-sd resolution=64 rank=4 precision=no save_precision=float "
+                "steps=2 learning_rate=0.01 save_every=0 output_name=a");
+    snprintf(path, sizeof path, "%s/pictures", t->folder);
+    if (!vel_is_folder(path))
+        program_copy_pictures(t, path, 4);
+    CHECK_OK(vel_params_set(p, "data", path));
+    snprintf(path, sizeof path, "%s/%s", t->folder, out);
+    CHECK_OK(vel_params_set(p, "output_dir", path));
+    program_set(t, p, settings);
+    return p;
+}
+
+void program_hear(char said[PROGRAM_SAID], const vel_event *e)
+{
+    size_t at = strlen(said);
+    if (e->kind == VEL_EVENT_LOG)
+        snprintf(said + at, PROGRAM_SAID - at, "%s\n", e->text);
+}
+
+static void hear(void *user, const vel_event *e)
+{
+    program_hear(user, e);
+}
+
+void program_listen(vel_test *t, char said[PROGRAM_SAID])
+{
+    if (said)
+        said[0] = 0;
+    vel_ctx_on_event(t->ctx, said ? hear : NULL, said);
+}
+
 bool program_same_files(vel_test *t, const char *a, const char *b)
 {
     const char *names[] = {a, b};
@@ -106,6 +144,28 @@ bool program_same_files(vel_test *t, const char *a, const char *b)
     vel_map_close(&map[0]);
     vel_map_close(&map[1]);
     return same;
+}
+
+bool program_same_pictures(vel_test *t, const char *a, const char *b)
+{
+    vel_image x = {0}, y = {0};
+    bool same = program_read_pixels(t, a, &x) && program_read_pixels(t, b, &y) &&
+                x.width == y.width && x.height == y.height &&
+                memcmp(x.pixels, y.pixels, (size_t)x.width * (size_t)x.height * 3) == 0;
+    vel_image_finish(&x);
+    vel_image_finish(&y);
+    return same;
+}
+
+int program_tensors(vel_test *t, const char *name, const char *text)
+{
+    vel_safetensors *file = NULL;
+    int n = 0;
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, name), &file));
+    for (int i = 0; file && i < vel_safetensors_count(file); i++)
+        n += strstr(vel_safetensors_at(file, i)->name, text) != NULL;
+    vel_safetensors_close(file);
+    return n;
 }
 
 bool program_read_pixels(vel_test *t, const char *name, vel_image *out)

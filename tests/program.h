@@ -25,13 +25,24 @@ void program_expect(vel_test *t, const char *words, int status, const char *cons
 void program_copy_model(vel_test *t, const char *folder);
 /* A small model with all the modules of Stable Diffusion 1.5 (small_sd15.c); 64 x 64 pictures. */
 void program_make_sd15(vel_test *t, const char *folder);
-/* n pictures of the example with their captions, in a new folder. */
+/* n pictures of the example with their captions, in a folder that is made. */
 void program_copy_pictures(vel_test *t, const char *folder, int n);
 
 /* Settings by name, as "steps=2 class_prompt=a~cat": a blank in a value is written ~. */
 void program_set(vel_test *t, vel_params *p, const char *settings);
+/* Settings of a run of two steps on the embedded model: on <folder>/pictures, which are copied
+ * there if need be, into <folder>/OUT; those given stand above. NULL without memory. */
+vel_params *program_train_settings(vel_test *t, const char *out, const char *settings);
+/* From here on the context's messages are put into said, a line each; NULL: no longer. */
+enum { PROGRAM_SAID = 1 << 15 };
+void program_listen(vel_test *t, char said[PROGRAM_SAID]);
+void program_hear(char said[PROGRAM_SAID], const vel_event *e); /* one event, for own listeners */
 /* Whether two files, of the test's folder or "models/...", hold the same bytes. */
 bool program_same_files(vel_test *t, const char *a, const char *b);
+/* Whether two pictures of the test's folder have the same pixels. */
+bool program_same_pictures(vel_test *t, const char *a, const char *b);
+/* Tensors of a file of the test's folder whose names contain a text. */
+int program_tensors(vel_test *t, const char *name, const char *text);
 /* A picture of the test's folder as it is; false after a failed check. */
 bool program_read_pixels(vel_test *t, const char *name, vel_image *out);
 

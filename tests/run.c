@@ -101,6 +101,24 @@ char *vel_test_path(vel_test *t, const char *name)
     return vel_test_text(t, "%s/%s", t->folder, name);
 }
 
+const char *vel_test_in(vel_test *t, const char *name)
+{
+    static char paths[5][4200];
+    static int next;
+    char *path = paths[next++ % VEL_COUNT(paths)];
+    snprintf(path, sizeof paths[0], "%s/%s", t->folder, name);
+    return path;
+}
+
+int vel_test_entries(vel_test *t)
+{
+    char **names;
+    int n = -1;
+    if (vel_list_folder(t->ctx, t->folder, &names, &n) == VEL_OK)
+        vel_names_free(t->ctx, names, n);
+    return n;
+}
+
 static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at)
 {
     (void)st;

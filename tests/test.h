@@ -35,7 +35,9 @@ void vel_test_fail(vel_test *t, const char *file, int line, const char *format, 
 /* Allocations of the test's own, freed by vel_free: never those that are made to fail. */
 void *vel_test_alloc(vel_test *t, size_t bytes); /* zeroed */
 char *vel_test_text(vel_test *t, const char *format, ...) VEL_PRINTF(2, 3);
-char *vel_test_path(vel_test *t, const char *name); /* in the test's folder */
+char *vel_test_path(vel_test *t, const char *name);     /* in the test's folder */
+const char *vel_test_in(vel_test *t, const char *name); /* the same; gone after four more calls */
+int vel_test_entries(vel_test *t);                      /* files and folders in the test's folder */
 
 /* Fails the test with its context's message and ends it. */
 _Noreturn void vel_test_end(vel_test *t, const char *file, int line, const char *what);

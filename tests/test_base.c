@@ -301,56 +301,40 @@ TEST(utf8_is_checked)
 
 /* ---- files ---- */
 
-static char *in_folder(vel_test *t, const char *name)
-{
-    static char path[4200];
-    snprintf(path, sizeof path, "%s/%s", t->folder, name);
-    return path;
-}
-
-static int entries_in(vel_test *t)
-{
-    char **names;
-    int n = -1;
-    if (vel_list_folder(t->ctx, t->folder, &names, &n) == VEL_OK)
-        vel_names_free(t->ctx, names, n);
-    return n;
-}
-
 TEST(files_are_written_and_read)
 {
     char *bytes = NULL;
     size_t n = 0;
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "x.bin"), "one\0two", 7));
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "x.bin"), "two\0one", 7));
-    CHECK_OK(vel_read_file(t->ctx, in_folder(t, "x.bin"), 7, &bytes, &n));
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "x.bin"), "one\0two", 7));
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "x.bin"), "two\0one", 7));
+    CHECK_OK(vel_read_file(t->ctx, vel_test_in(t, "x.bin"), 7, &bytes, &n));
     CHECK(n == 7 && bytes && memcmp(bytes, "two\0one", 8) == 0);
     vel_free(t->ctx, bytes);
-    CHECK(vel_read_file(t->ctx, in_folder(t, "x.bin"), 6, &bytes, &n) != VEL_OK && !bytes);
-    CHECK(vel_read_file(t->ctx, in_folder(t, "none"), 6, &bytes, &n) != VEL_OK);
+    CHECK(vel_read_file(t->ctx, vel_test_in(t, "x.bin"), 6, &bytes, &n) != VEL_OK && !bytes);
+    CHECK(vel_read_file(t->ctx, vel_test_in(t, "none"), 6, &bytes, &n) != VEL_OK);
     CHECK(strstr(vel_ctx_error(t->ctx), "none"));
     CHECK(vel_read_file(t->ctx, t->folder, 6, &bytes, &n) == VEL_BAD_FILE);
-    CHECK(vel_file_size(in_folder(t, "x.bin")) == 7 && vel_file_size(t->folder) == -1);
-    CHECK(vel_is_file(in_folder(t, "x.bin")) && !vel_is_folder(in_folder(t, "x.bin")));
-    CHECK(entries_in(t) == 1);
+    CHECK(vel_file_size(vel_test_in(t, "x.bin")) == 7 && vel_file_size(t->folder) == -1);
+    CHECK(vel_is_file(vel_test_in(t, "x.bin")) && !vel_is_folder(vel_test_in(t, "x.bin")));
+    CHECK(vel_test_entries(t) == 1);
 }
 
 TEST(files_are_mapped)
 {
     vel_map map;
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "m"), "abc", 3));
-    if (vel_map_open(t->ctx, &map, in_folder(t, "m")) == VEL_OK) {
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "m"), "abc", 3));
+    if (vel_map_open(t->ctx, &map, vel_test_in(t, "m")) == VEL_OK) {
         CHECK(map.size == 3 && memcmp(map.bytes, "abc", 3) == 0);
         vel_map_close(&map);
     }
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "empty"), NULL, 0));
-    CHECK_OK(vel_map_open(t->ctx, &map, in_folder(t, "empty")));
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "empty"), NULL, 0));
+    CHECK_OK(vel_map_open(t->ctx, &map, vel_test_in(t, "empty")));
     CHECK(map.size == 0);
     vel_map_close(&map);
-    CHECK(vel_map_open(t->ctx, &map, in_folder(t, "none")) == VEL_NOT_FOUND);
+    CHECK(vel_map_open(t->ctx, &map, vel_test_in(t, "none")) == VEL_NOT_FOUND);
     CHECK(vel_map_open(t->ctx, &map, t->folder) == VEL_BAD_FILE);
-    CHECK(mkfifo(in_folder(t, "pipe"), 0600) == 0); /* opening it would wait for a writer */
-    CHECK(vel_map_open(t->ctx, &map, in_folder(t, "pipe")) == VEL_BAD_FILE);
+    CHECK(mkfifo(vel_test_in(t, "pipe"), 0600) == 0); /* opening it would wait for a writer */
+    CHECK(vel_map_open(t->ctx, &map, vel_test_in(t, "pipe")) == VEL_BAD_FILE);
     CHECK(vel_map_open(t->ctx, &map, "") == VEL_NOT_FOUND);
     CHECK(strstr(vel_ctx_error(t->ctx), "the path is empty"));
     vel_map_close(&map);
@@ -360,25 +344,25 @@ TEST(a_discarded_file_leaves_the_old_one)
 {
     vel_writer w;
     char *bytes = NULL;
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "x"), "old", 3));
-    if (vel_writer_open(t->ctx, &w, in_folder(t, "x")) == VEL_OK) {
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "x"), "old", 3));
+    if (vel_writer_open(t->ctx, &w, vel_test_in(t, "x")) == VEL_OK) {
         CHECK_OK(vel_writer_write(&w, "new", 3));
-        CHECK(entries_in(t) != 1);
+        CHECK(vel_test_entries(t) != 1);
         vel_writer_discard(&w);
         vel_writer_discard(&w);
     }
-    CHECK_OK(vel_read_file(t->ctx, in_folder(t, "x"), 100, &bytes, NULL));
+    CHECK_OK(vel_read_file(t->ctx, vel_test_in(t, "x"), 100, &bytes, NULL));
     CHECK(bytes && strcmp(bytes, "old") == 0);
     vel_free(t->ctx, bytes);
-    CHECK(entries_in(t) == 1);
+    CHECK(vel_test_entries(t) == 1);
 }
 
 TEST(failed_writes_say_where_and_leave_nothing)
 {
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "file"), "x", 1));
-    vel_status status = vel_write_file(t->ctx, in_folder(t, "file/below"), "x", 1);
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "file"), "x", 1));
+    vel_status status = vel_write_file(t->ctx, vel_test_in(t, "file/below"), "x", 1);
     CHECK(status == VEL_IO && strstr(vel_ctx_error(t->ctx), "file/below"));
-    status = vel_write_file(t->ctx, in_folder(t, "no/such"), "x", 1);
+    status = vel_write_file(t->ctx, vel_test_in(t, "no/such"), "x", 1);
     CHECK_MSG(status == VEL_IO, "missing folder: %s", vel_status_name(status));
     status = vel_write_file(t->ctx, t->folder, "x", 1);
     CHECK_MSG(status == VEL_IO, "a folder's name: %s", vel_status_name(status));
@@ -387,7 +371,7 @@ TEST(failed_writes_say_where_and_leave_nothing)
         CHECK_MSG(status == VEL_IO && strstr(vel_ctx_error(t->ctx), "/dev/full"), "full disk: %s",
                   vel_ctx_error(t->ctx));
     }
-    CHECK(entries_in(t) == 1);
+    CHECK(vel_test_entries(t) == 1);
 }
 
 /* A file size limit stands in for a disk that fills up on the way. */
@@ -402,12 +386,12 @@ TEST(a_disk_that_fills_up_leaves_nothing)
     small.rlim_cur = 1 << 16;
     void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_FSIZE, &small);
-    vel_status status = vel_write_file(t->ctx, in_folder(t, "large"), bytes, n);
+    vel_status status = vel_write_file(t->ctx, vel_test_in(t, "large"), bytes, n);
     setrlimit(RLIMIT_FSIZE, &old);
     signal(SIGXFSZ, handler);
     CHECK_MSG(status == VEL_IO && strstr(vel_ctx_error(t->ctx), "large"), "%s",
               vel_ctx_error(t->ctx));
-    CHECK(entries_in(t) == 0);
+    CHECK(vel_test_entries(t) == 0);
     vel_free(t->ctx, bytes);
 }
 
@@ -415,17 +399,17 @@ TEST(folders)
 {
     char **names = NULL;
     int n = 0;
-    CHECK_OK(vel_make_folder(t->ctx, in_folder(t, "a/b//c/")));
-    CHECK(vel_is_folder(in_folder(t, "a/b/c")));
-    CHECK_OK(vel_make_folder(t->ctx, in_folder(t, "a/b")));
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "a/Z"), "", 0));
-    CHECK(vel_make_folder(t->ctx, in_folder(t, "a/Z")) == VEL_IO);
-    CHECK(vel_make_folder(t->ctx, in_folder(t, "a/Z/y")) == VEL_IO);
-    CHECK_OK(vel_list_folder(t->ctx, in_folder(t, "a"), &names, &n));
+    CHECK_OK(vel_make_folder(t->ctx, vel_test_in(t, "a/b//c/")));
+    CHECK(vel_is_folder(vel_test_in(t, "a/b/c")));
+    CHECK_OK(vel_make_folder(t->ctx, vel_test_in(t, "a/b")));
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "a/Z"), "", 0));
+    CHECK(vel_make_folder(t->ctx, vel_test_in(t, "a/Z")) == VEL_IO);
+    CHECK(vel_make_folder(t->ctx, vel_test_in(t, "a/Z/y")) == VEL_IO);
+    CHECK_OK(vel_list_folder(t->ctx, vel_test_in(t, "a"), &names, &n));
     CHECK(n == 2 && strcmp(names[0], "Z") == 0 && strcmp(names[1], "b") == 0);
     vel_names_free(t->ctx, names, n);
-    CHECK(vel_list_folder(t->ctx, in_folder(t, "q"), &names, &n) != VEL_OK && n == 0);
-    CHECK(vel_free_space(in_folder(t, "not/yet/there")) > 0);
+    CHECK(vel_list_folder(t->ctx, vel_test_in(t, "q"), &names, &n) != VEL_OK && n == 0);
+    CHECK(vel_free_space(vel_test_in(t, "not/yet/there")) > 0);
     CHECK(vel_free_space("not-there") > 0);
     static const char *const joins[][3] = {
         {"a", "b", "a/b"}, {"a/", "b", "a/b"}, {"", "b", "b"}, {"a", "/b", "/b"}};
@@ -441,22 +425,22 @@ TEST(folders)
 TEST(folders_are_put_in_place)
 {
     vel_folder f;
-    CHECK_OK(vel_make_folder(t->ctx, in_folder(t, "a/notes")));
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "a/README.md"), "mine", 4));
-    CHECK_OK(vel_write_file(t->ctx, in_folder(t, "a/x"), "old", 3));
-    REQUIRE_OK(vel_folder_begin(t->ctx, &f, in_folder(t, "a//"))); /* as shells complete it */
+    CHECK_OK(vel_make_folder(t->ctx, vel_test_in(t, "a/notes")));
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "a/README.md"), "mine", 4));
+    CHECK_OK(vel_write_file(t->ctx, vel_test_in(t, "a/x"), "old", 3));
+    REQUIRE_OK(vel_folder_begin(t->ctx, &f, vel_test_in(t, "a//"))); /* as shells complete it */
     char *inner = vel_path_join(t->ctx, f.temporary, "x");
     REQUIRE(inner);
     CHECK_OK(vel_write_file(t->ctx, inner, "new", 3));
     vel_free(t->ctx, inner);
     CHECK_OK(vel_folder_commit(&f));
     char *bytes = NULL;
-    REQUIRE_OK(vel_read_file(t->ctx, in_folder(t, "a/x"), 9, &bytes, NULL));
+    REQUIRE_OK(vel_read_file(t->ctx, vel_test_in(t, "a/x"), 9, &bytes, NULL));
     CHECK(strcmp(bytes, "new") == 0);
     vel_free(t->ctx, bytes);
-    CHECK(vel_is_file(in_folder(t, "a/README.md")) && vel_is_folder(in_folder(t, "a/notes")));
-    CHECK(entries_in(t) == 1);
-    CHECK(vel_folder_begin(t->ctx, &f, in_folder(t, "a/x")) == VEL_IO);
+    CHECK(vel_is_file(vel_test_in(t, "a/README.md")) && vel_is_folder(vel_test_in(t, "a/notes")));
+    CHECK(vel_test_entries(t) == 1);
+    CHECK(vel_folder_begin(t->ctx, &f, vel_test_in(t, "a/x")) == VEL_IO);
     CHECK(strstr(vel_ctx_error(t->ctx), "is no folder"));
     CHECK(vel_folder_begin(t->ctx, &f, "") == VEL_BAD_VALUE);
 }

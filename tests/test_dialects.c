@@ -33,15 +33,7 @@ TEST(dialects_tables_hold)
 
 enum { MOST_WORDS = 64 };
 
-static char said[1 << 14]; /* messages of the last line */
-
-static void keep_said(void *user, const vel_event *e)
-{
-    (void)user;
-    size_t n = strlen(said);
-    if (e->kind == VEL_EVENT_LOG)
-        snprintf(said + n, sizeof said - n, "%s\n", e->text);
-}
+static char said[PROGRAM_SAID]; /* messages of the last line */
 
 /* A line's words, apart by spaces; '_' in quotes is not needed here. */
 static vel_status parse(vel_test *t, const char *line, vel_params **p)
@@ -52,10 +44,9 @@ static vel_status parse(vel_test *t, const char *line, vel_params **p)
     snprintf(copy, sizeof copy, "%s", line);
     for (char *word = strtok(copy, " "); word && n < MOST_WORDS; word = strtok(NULL, " "))
         words[n++] = word;
-    said[0] = 0;
-    vel_ctx_on_event(t->ctx, keep_said, NULL);
+    program_listen(t, said);
     vel_status st = vel_params_parse(t->ctx, n, words, p);
-    vel_ctx_on_event(t->ctx, NULL, NULL);
+    program_listen(t, NULL);
     return st;
 }
 

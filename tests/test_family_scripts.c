@@ -18,45 +18,19 @@
               "--gradient_checkpointing "
 #define BOOTH "--instance_data_dir \"$D/train/1_x\" --instance_prompt \"a sks icon\" "
 
-/* Tensors of a file in the test's folder whose names contain a text. */
-static int tensors(vel_test *t, const char *name, const char *text)
-{
-    vel_safetensors *file = NULL;
-    char *path = vel_test_text(t, "%s/%s", t->folder, name);
-    int n = 0;
-    CHECK_OK(vel_safetensors_open(t->ctx, path, &file));
-    for (int i = 0; file && i < vel_safetensors_count(file); i++)
-        n += strstr(vel_safetensors_at(file, i)->name, text) != NULL;
-    vel_safetensors_close(file);
-    vel_free(t->ctx, path);
-    return n;
-}
-
-static bool in_folder(vel_test *t, const char *name)
-{
-    char *path = vel_test_text(t, "%s/%s", t->folder, name);
-    bool there = vel_is_file(path);
-    vel_free(t->ctx, path);
-    return there;
-}
-
 /* A file's metadata entry holds a text. */
 static void check_said(vel_test *t, const char *name, const char *key, const char *wanted)
 {
     vel_safetensors *file = NULL;
-    char *path = vel_test_text(t, "%s/%s", t->folder, name);
-    REQUIRE_OK(vel_safetensors_open(t->ctx, path, &file));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, vel_test_in(t, name), &file));
     const char *said = vel_safetensors_meta(file, key);
     CHECK_MSG(said && strstr(said, wanted), "%s: %s is %s", name, key, said ? said : "not there");
     vel_safetensors_close(file);
-    vel_free(t->ctx, path);
 }
 
 static void place_pictures(vel_test *t)
 {
-    char *folder = vel_test_path(t, "train/1_x");
-    program_copy_pictures(t, folder, 1);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "train/1_x"), 1);
 }
 
 /* Runs a line; the program is to say all of the texts. */
@@ -68,7 +42,7 @@ static void run(vel_test *t, const char *line, const char *const *says)
 
 static void check_count(vel_test *t, const char *name, const char *text, int wanted)
 {
-    int n = tensors(t, name, text);
+    int n = program_tensors(t, name, text);
     CHECK_MSG(n == wanted, "%s: %d tensors with %s, not %d", name, n, text, wanted);
 }
 
@@ -279,7 +253,7 @@ TEST(scripts_sd3_train)
     check_count(t, "out/a_clip_l.safetensors", "text_projection.weight", 1);
     check_count(t, "out/a_t5xxl.safetensors", "shared.weight", 1);
     check_count(t, "out/a_t5xxl.safetensors", "encoder.embed_tokens.weight", 1);
-    CHECK(!in_folder(t, "out/a_clip_g.safetensors"));
+    CHECK(!vel_is_file(vel_test_in(t, "out/a_clip_g.safetensors")));
     check_said(t, RESULT, "modelspec.architecture", "stable-diffusion-3-medium");
     check_said(t, RESULT, "modelspec.implementation", "Stability-AI");
     check_said(t, RESULT, "modelspec.resolution", "64x64");
@@ -302,7 +276,7 @@ TEST(scripts_flux_train)
                                            "--cpu_offload_checkpointing --mem_eff_save",
         (const char *const[]){"trainable%: 100.0000", "--double_blocks_to_swap changes nothing",
                               "--cpu_offload_checkpointing: as --gradient_checkpointing", NULL});
-    int all = tensors(t, RESULT, "");
+    int all = program_tensors(t, RESULT, "");
     check_count(t, RESULT, "double_blocks.", 2 * 24);
     check_count(t, RESULT, "single_blocks.", 2 * 8);
     check_count(t, RESULT, "model.diffusion_model.", 0);
@@ -349,7 +323,7 @@ TEST(scripts_models_keep_their_form)
     vel_free(t->ctx, text);
     text = vel_test_text(t, "%s b --save_model_as diffusers", line);
     run(t, text, (const char *const[]){NULL});
-    CHECK(in_folder(t, "out/b/unet/config.json"));
+    CHECK(vel_is_file(vel_test_in(t, "out/b/unet/config.json")));
     vel_free(t->ctx, text);
 }
 
@@ -395,7 +369,8 @@ TEST(scripts_train_dreambooth_lora_sd3)
         "--weighting_scheme sigma_sqrt",
         (const char *const[]){"16 of the text encoders", NULL});
     check_count(t, WEIGHTS, "text_encoder_3.", 0);
-    check_count(t, WEIGHTS, "transformer.transformer_blocks.", tensors(t, WEIGHTS, "transformer."));
+    check_count(t, WEIGHTS, "transformer.transformer_blocks.",
+                program_tensors(t, WEIGHTS, "transformer."));
 }
 
 TEST(scripts_train_dreambooth_lora_flux)

@@ -11,43 +11,29 @@ static const char golden_file[] = "tests/golden/guidance.safetensors";
 
 /* ---- numbers ---- */
 
-static void check_case(vel_test *t, const vel_safetensors *golden, const char *name,
-                       const char *family)
-{
-    drawn_check(t, golden, name, family, 3, 1e-4);
-}
-
 TEST(guidance_beside_a_distilled_one_is_diffusers)
 {
-    vel_safetensors *golden = NULL;
-    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_file, &golden));
-    check_case(t, golden, "flux_alone", "flux-dev");
-    check_case(t, golden, "flux_true", "flux-dev");
-    check_case(t, golden, "flux_second", "flux-dev");
-    check_case(t, golden, "flux_empty", "flux-dev");
-    check_case(t, golden, "schnell_true", "flux-schnell");
-    vel_safetensors_close(golden);
+    static const drawn_case cases[] = {{"flux_alone", "flux-dev"},       {"flux_true", "flux-dev"},
+                                       {"flux_second", "flux-dev"},      {"flux_empty", "flux-dev"},
+                                       {"schnell_true", "flux-schnell"}, {0}};
+    drawn_check(t, golden_file, cases, 3, 1e-4);
 }
 
 TEST(guidance_of_a_share_of_the_steps_is_diffusers)
 {
-    vel_safetensors *golden = NULL;
-    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_file, &golden));
-    check_case(t, golden, "lumina", "lumina2");
-    check_case(t, golden, "lumina_cut", "lumina2");
-    check_case(t, golden, "lumina_plain", "lumina2");
-    check_case(t, golden, "lumina_both", "lumina2");
-    vel_safetensors_close(golden);
+    static const drawn_case cases[] = {{"lumina", "lumina2"},
+                                       {"lumina_cut", "lumina2"},
+                                       {"lumina_plain", "lumina2"},
+                                       {"lumina_both", "lumina2"},
+                                       {0}};
+    drawn_check(t, golden_file, cases, 3, 1e-4);
 }
 
 TEST(guidance_by_skipped_layers_is_diffusers)
 {
-    vel_safetensors *golden = NULL;
-    REQUIRE_OK(vel_safetensors_open(t->ctx, golden_file, &golden));
-    check_case(t, golden, "sd3_skip", "sd3");
-    check_case(t, golden, "sd3_never", "sd3");
-    check_case(t, golden, "sd35_skip", "sd35");
-    vel_safetensors_close(golden);
+    static const drawn_case cases[] = {
+        {"sd3_skip", "sd3"}, {"sd3_never", "sd3"}, {"sd35_skip", "sd35"}, {0}};
+    drawn_check(t, golden_file, cases, 3, 1e-4);
 }
 
 /* ---- commands ---- */

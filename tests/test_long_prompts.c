@@ -234,17 +234,10 @@ TEST(long_prompts_wrong_lengths_are_refused)
 
 /* ---- what is said ---- */
 
-static void keep_text(void *user, const vel_event *e)
-{
-    char *all = user;
-    if (e->kind == VEL_EVENT_LOG && e->text && strlen(all) + strlen(e->text) < 4000)
-        strcat(all, e->text);
-}
-
 TEST(long_prompts_say_what_is_left_out)
 {
-    char *said = vel_test_alloc(t, 4096), *text = vel_test_alloc(t, 1024);
-    vel_ctx_on_event(t->ctx, keep_text, said);
+    char *said = vel_test_alloc(t, PROGRAM_SAID), *text = vel_test_alloc(t, 1024);
+    program_listen(t, said);
     for (int i = 0; i < 80; i++)
         strcat(text, i == 76 ? "deer " : "fox ");
     vel_model_options o = {.device = "cpu", .precision = "no"};
@@ -268,7 +261,7 @@ TEST(long_prompts_say_what_is_left_out)
     CHECK_OK(vel_model_draw(m, &draw, 1, 1, NULL, NULL, latent));
     CHECK_MSG(!strstr(said, "left out"), "said: %s", said);
     vel_model_close(m);
-    vel_ctx_on_event(t->ctx, NULL, NULL);
+    program_listen(t, NULL);
     vel_free(t->ctx, said);
     vel_free(t->ctx, text);
 }
@@ -303,22 +296,12 @@ TEST(long_prompts_change_no_other_picture)
     vel_free(t->ctx, text);
 }
 
-static void check_drawn(vel_test *t, const vel_safetensors *golden, const char *name,
-                        const char *family)
-{
-    drawn_check(t, golden, name, family, 2, 1e-3);
-}
-
 TEST(prompts_for_each_encoder_are_diffusers)
 {
-    vel_safetensors *golden = NULL;
-    REQUIRE_OK(vel_safetensors_open(t->ctx, drawn_file, &golden));
-    check_drawn(t, golden, "sdxl", "sdxl");
-    check_drawn(t, golden, "sdxl_second", "sdxl");
-    check_drawn(t, golden, "sd3", "sd3");
-    check_drawn(t, golden, "sd3_third", "sd3");
-    check_drawn(t, golden, "flux-dev", "flux-dev");
-    vel_safetensors_close(golden);
+    static const drawn_case cases[] = {{"sdxl", "sdxl"},         {"sdxl_second", "sdxl"},
+                                       {"sd3", "sd3"},           {"sd3_third", "sd3"},
+                                       {"flux-dev", "flux-dev"}, {0}};
+    drawn_check(t, drawn_file, cases, 2, 1e-3);
 }
 
 TEST(prompts_for_encoders_that_are_not_there_are_refused)

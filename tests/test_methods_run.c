@@ -9,50 +9,20 @@
 #include "params.h"
 #include "program.h"
 
-static const char base_settings[] =
-    "model=models/emoji-sd resolution=64 rank=4 precision=no save_precision=float steps=2 "
-    "learning_rate=0.001 save_every=0 output_name=a";
-
-static char said[1 << 15]; /* messages of the last run */
-
-static void on_event(void *user, const vel_event *e)
-{
-    (void)user;
-    size_t at = strlen(said);
-    if (e->kind == VEL_EVENT_LOG)
-        snprintf(said + at, sizeof said - at, "%s\n", e->text);
-}
+static char said[PROGRAM_SAID]; /* messages of the last run */
 
 /* A run on the pictures in <folder>/pictures into <folder>/OUT. */
 static vel_status train(vel_test *t, const char *out, const char *settings)
 {
-    vel_params *p = vel_params_create(t->ctx, "train");
-    char path[4200];
+    vel_params *p = program_train_settings(t, out, "learning_rate=0.001");
     if (!p)
         return VEL_NO_MEMORY;
-    program_set(t, p, base_settings);
-    snprintf(path, sizeof path, "%s/pictures", t->folder);
-    if (!vel_is_folder(path))
-        program_copy_pictures(t, path, 4);
-    CHECK_OK(vel_params_set(p, "data", path));
-    snprintf(path, sizeof path, "%s/%s", t->folder, out);
-    CHECK_OK(vel_params_set(p, "output_dir", path));
     program_set(t, p, settings);
-    said[0] = 0;
-    vel_ctx_on_event(t->ctx, on_event, NULL);
+    program_listen(t, said);
     vel_status st = vel_train(t->ctx, p);
-    vel_ctx_on_event(t->ctx, NULL, NULL);
+    program_listen(t, NULL);
     vel_params_destroy(p);
     return st;
-}
-
-static const char *in(vel_test *t, const char *name)
-{
-    static char paths[4][4200];
-    static int next;
-    char *path = paths[next++ % VEL_COUNT(paths)];
-    snprintf(path, sizeof paths[0], "%s/%s", t->folder, name);
-    return path;
 }
 
 /* ---- all weights ---- */
@@ -75,17 +45,17 @@ TEST(methods_full_run_leaves_a_model)
     char path[4300];
     struct stat made = {0}, base = {0};
     for (int i = 0; i < VEL_COUNT(there); i++) {
-        snprintf(path, sizeof path, "%s/%s", in(t, "out/a"), there[i]);
+        snprintf(path, sizeof path, "%s/%s", vel_test_in(t, "out/a"), there[i]);
         CHECK_MSG(vel_is_file(path), "%s is missing", path);
     }
     CHECK(program_same_files(t, "out/a/text_encoder/model.safetensors",
                              "models/emoji-sd/text_encoder/model.safetensors"));
     /* A config is no link: it may be edited in place. */
-    CHECK(stat(in(t, "out/a/unet/config.json"), &made) == 0 &&
+    CHECK(stat(vel_test_in(t, "out/a/unet/config.json"), &made) == 0 &&
           stat("models/emoji-sd/unet/config.json", &base) == 0 && made.st_ino != base.st_ino);
     /* Only what was to be trained has changed. */
     vel_safetensors *a = NULL, *b = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "out/a" UNET), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "out/a" UNET), &a));
     CHECK_OK(vel_safetensors_open(t->ctx, "models/emoji-sd" UNET, &b));
     int changed = 0, n = a && b ? vel_safetensors_count(a) : 0;
     CHECK(a && b && n == vel_safetensors_count(b));
@@ -101,7 +71,7 @@ TEST(methods_full_run_leaves_a_model)
     vel_safetensors_close(a);
     vel_safetensors_close(b);
     /* The result is a model: training goes on from it. */
-    snprintf(path, sizeof path, "model=%s steps=1", in(t, "out/a"));
+    snprintf(path, sizeof path, "model=%s steps=1", vel_test_in(t, "out/a"));
     CHECK_OK(train(t, "next", path));
 }
 
@@ -109,7 +79,7 @@ static bool log_holds(vel_test *t, const char *name, const char *words)
 {
     char *log = NULL;
     size_t n;
-    CHECK_OK(vel_read_file(t->ctx, in(t, name), 1 << 20, &log, &n));
+    CHECK_OK(vel_read_file(t->ctx, vel_test_in(t, name), 1 << 20, &log, &n));
     bool held = log && strstr(log, words);
     vel_free(t->ctx, log);
     return held;
@@ -131,7 +101,7 @@ TEST(methods_full_resumed_equals_uninterrupted)
 {
     CHECK_OK(train(t, "whole", "method=full steps=3 use_ema=yes train_text_encoder=yes" SOME));
     CHECK_OK(train(t, "half", "method=full steps=1 use_ema=yes train_text_encoder=yes" SOME));
-    CHECK(vel_is_folder(in(t, "half/a")));
+    CHECK(vel_is_folder(vel_test_in(t, "half/a")));
     CHECK_OK(train(t, "half",
                    "method=full steps=3 use_ema=yes train_text_encoder=yes resume=latest" SOME));
     CHECK(program_same_files(t, "whole/a" UNET, "half/a" UNET));
@@ -149,12 +119,13 @@ TEST(methods_full_in_one_file)
 {
     char settings[4600];
     CHECK_OK(train(t, "out", "method=full steps=1 save_format=kohya save_precision=fp16" SOME));
-    CHECK(vel_is_file(in(t, "out/a.safetensors")) && !vel_is_folder(in(t, "out/a")));
+    CHECK(vel_is_file(vel_test_in(t, "out/a.safetensors")) &&
+          !vel_is_folder(vel_test_in(t, "out/a")));
     snprintf(settings, sizeof settings,
              "method=full steps=1 model=%s tokenizer=models/emoji-sd/tokenizer" SOME,
-             in(t, "out/a.safetensors"));
+             vel_test_in(t, "out/a.safetensors"));
     CHECK_OK(train(t, "next", settings));
-    CHECK(vel_is_file(in(t, "next/a/model_index.json")));
+    CHECK(vel_is_file(vel_test_in(t, "next/a/model_index.json")));
 }
 
 /* The same run in both forms, with a trained text encoder and an average: taken apart again, the
@@ -190,7 +161,7 @@ TEST(methods_full_in_bfloat16)
     CHECK_OK(train(t, "out",
                    "method=full trained_precision=bf16 learning_rate=1e-6 max_grad_norm=0 "
                    "trained_weights=*.attn2.to_k.weight"));
-    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "out/a" UNET), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "out/a" UNET), &a));
     CHECK_OK(vel_safetensors_open(t->ctx, "models/emoji-sd" UNET, &b));
     for (int i = 0; a && b && i < vel_safetensors_count(a); i++) {
         const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
@@ -229,15 +200,16 @@ TEST(methods_full_text_encoder_stops)
 TEST(methods_full_saves_on_the_way_and_states_its_memory)
 {
     CHECK_OK(train(t, "out", "method=full steps=4 save_every=1 keep_last=1" SOME));
-    CHECK(vel_is_folder(in(t, "out/a")) && vel_is_folder(in(t, "out/a-step00000003")));
-    CHECK(!vel_is_folder(in(t, "out/a-step00000002")));
+    CHECK(vel_is_folder(vel_test_in(t, "out/a")) &&
+          vel_is_folder(vel_test_in(t, "out/a-step00000003")));
+    CHECK(!vel_is_folder(vel_test_in(t, "out/a-step00000002")));
     CHECK(train(t, "out", "method=full" SOME) == VEL_BAD_VALUE &&
           strstr(vel_ctx_error(t->ctx), "--overwrite"));
     CHECK_OK(train(t, "out", "method=full overwrite=yes steps=1" SOME));
     /* The output folder itself, as diffusers' scripts leave it; and what was there before stays. */
     CHECK_OK(train(t, "out", "method=full output_name=. steps=2" SOME));
-    CHECK(vel_is_file(in(t, "out/model_index.json")) && vel_is_file(in(t, "out" UNET)) &&
-          vel_is_folder(in(t, "out/a")));
+    CHECK(vel_is_file(vel_test_in(t, "out/model_index.json")) &&
+          vel_is_file(vel_test_in(t, "out" UNET)) && vel_is_folder(vel_test_in(t, "out/a")));
     CHECK(train(t, "out", "method=full output_name=. steps=3" SOME) == VEL_BAD_VALUE);
     CHECK_OK(train(t, "out", "method=full output_name=. steps=3 resume=latest" SOME));
     CHECK(train(t, "none", "output_name=.") == VEL_BAD_VALUE);
@@ -254,7 +226,7 @@ static int pictures_in(vel_test *t, const char *name)
 {
     char **names;
     int n = 0, found = 0;
-    CHECK_OK(vel_list_folder(t->ctx, in(t, name), &names, &n));
+    CHECK_OK(vel_list_folder(t->ctx, vel_test_in(t, name), &names, &n));
     for (int i = 0; i < n; i++)
         found += vel_has_suffix(names[i], ".png");
     vel_names_free(t->ctx, names, n);
@@ -268,7 +240,7 @@ static const char *with_class(vel_test *t, const char *more)
     snprintf(text, sizeof text,
              "with_prior_preservation=yes class_data_dir=%s class_prompt=a~cat "
              "class_image_steps=1 sample_batch_size=2 min_bucket_reso=64 %s",
-             in(t, "class"), more);
+             vel_test_in(t, "class"), more);
     return text;
 }
 
@@ -276,7 +248,7 @@ TEST(methods_class_pictures_are_drawn_once)
 {
     CHECK_OK(train(t, "dry", with_class(t, "num_class_images=3 dry_run=yes")));
     CHECK_MSG(strstr(said, "0 of 3") && strstr(said, "would be drawn"), "%s", said);
-    CHECK(!vel_is_folder(in(t, "class")));
+    CHECK(!vel_is_folder(vel_test_in(t, "class")));
     CHECK_OK(train(t, "one", with_class(t, "num_class_images=1 steps=1")));
     CHECK(pictures_in(t, "class") == 1);
     CHECK_OK(train(t, "two", with_class(t, "num_class_images=3 steps=1")));
@@ -284,15 +256,15 @@ TEST(methods_class_pictures_are_drawn_once)
     /* More of the class than of the subject: the class counts. */
     CHECK_OK(train(t, "all", with_class(t, "num_class_images=3 dry_run=yes")));
     CHECK_MSG(!strstr(said, "drawn") && strstr(said, "4 batches of 1 an epoch"), "%s", said);
-    CHECK(rename(in(t, "class"), in(t, "kept")) == 0);
+    CHECK(rename(vel_test_in(t, "class"), vel_test_in(t, "kept")) == 0);
     CHECK_OK(train(t, "all", with_class(t, "num_class_images=7 dry_run=yes")));
     CHECK_MSG(strstr(said, "7 batches of 1 an epoch"), "%s", said);
     /* The seed of a picture is its number's: drawn at once or in two runs, they are the same. */
     CHECK_OK(train(t, "whole", with_class(t, "num_class_images=2 steps=1")));
     char **a, **b;
     int n, m;
-    CHECK_OK(vel_list_folder(t->ctx, in(t, "kept"), &a, &n));
-    CHECK_OK(vel_list_folder(t->ctx, in(t, "class"), &b, &m));
+    CHECK_OK(vel_list_folder(t->ctx, vel_test_in(t, "kept"), &a, &n));
+    CHECK_OK(vel_list_folder(t->ctx, vel_test_in(t, "class"), &b, &m));
     CHECK(n == 3 && m == 2 && strcmp(a[0], b[0]) == 0 && strcmp(a[1], b[1]) == 0 &&
           strncmp(a[0], "0-", 2) == 0 && strlen(a[0]) == 2 + 40 + 4);
     vel_names_free(t->ctx, a, n);
@@ -347,10 +319,10 @@ TEST(methods_words_run)
     CHECK_OK(train(t, "more", "method=textual_inversion steps=1 save_format=kohya " WORDS));
     vel_word *words;
     int n;
-    CHECK_OK(vel_words_read(t->ctx, in(t, "whole/a.safetensors"), false, &words, &n));
+    CHECK_OK(vel_words_read(t->ctx, vel_test_in(t, "whole/a.safetensors"), false, &words, &n));
     CHECK(n == 1 && strcmp(words[0].name, "<my-cat>") == 0 && words[0].n == 2);
     vel_words_free(t->ctx, words, n);
-    check_word(t, in(t, "more/a.safetensors"), "a");
+    check_word(t, vel_test_in(t, "more/a.safetensors"), "a");
     if (!program_shell(t,
                        "$V generate --model $M --steps 1 --width 64 --height 64 --seed 1 --output "
                        "$D/p.png --prompt 'a <my-cat> and a <dog>' --embedding "
@@ -394,8 +366,8 @@ TEST(methods_pivotal_run)
     /* What was stopped is as it was then; the denoiser went on. */
     CHECK_OK(train(t, "two", "steps=2 " PIVOTAL));
     vel_safetensors *a = NULL, *b = NULL;
-    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "whole/a.safetensors"), &a));
-    CHECK_OK(vel_safetensors_open(t->ctx, in(t, "two/a.safetensors"), &b));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "whole/a.safetensors"), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "two/a.safetensors"), &b));
     int words = 0;
     for (int i = 0; a && b && i < vel_safetensors_count(a); i++) {
         const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
@@ -408,8 +380,8 @@ TEST(methods_pivotal_run)
     vel_safetensors_close(a);
     vel_safetensors_close(b);
     CHECK_OK(train(t, "apart", "steps=1 save_format=diffusers " PIVOTAL));
-    CHECK(vel_is_file(in(t, "apart/a.safetensors")));
-    check_word(t, in(t, "apart/a_emb.safetensors"), "<my-cat>");
+    CHECK(vel_is_file(vel_test_in(t, "apart/a.safetensors")));
+    check_word(t, vel_test_in(t, "apart/a_emb.safetensors"), "<my-cat>");
     if (program_shell(t,
                       "$V generate --model $M --steps 1 --width 64 --height 64 --output $D/p.png "
                       "--prompt 'a <my-cat>' --lora $D/whole/a.safetensors",

@@ -14,29 +14,15 @@ static void on_event(void *user, const vel_event *e)
 
 static void train(vel_test *t, const char *model, const char *kind, double losses[STEPS])
 {
-    char pictures[4200], out[4200];
-    vel_params *p = vel_params_create(t->ctx, "train");
     bool twice = strcmp(kind, "nf4_double") == 0;
-    snprintf(pictures, sizeof pictures, "%s/pictures", t->folder);
-    snprintf(out, sizeof out, "%s/%s-%zu", t->folder, kind, strlen(model)); /* differ */
-    if (!vel_is_folder(pictures))
-        program_copy_pictures(t, pictures, 4);
-    const char *const settings[][2] = {
-        {"model", model},
-        {"resolution", "64"},
-        {"rank", "4"},
-        {"precision", "bf16"},
-        {"steps", "6"},
-        {"learning_rate", "0.001"},
-        {"save_every", "0"},
-        {"output_name", "a"},
-        {"train_text_encoder", vel_has_prefix(model, "models/") ? "yes" : "no"},
-        {"base_quant", twice ? "nf4" : kind},
-        {"double_quant", twice ? "yes" : "no"},
-        {"data", pictures},
-        {"output_dir", out}};
-    for (int i = 0; p && i < VEL_COUNT(settings); i++)
-        CHECK_OK(vel_params_set(p, settings[i][0], settings[i][1]));
+    char out[64], settings[512];
+    snprintf(out, sizeof out, "%s-%zu", kind, strlen(model)); /* differ */
+    snprintf(settings, sizeof settings,
+             "model=%s precision=bf16 steps=%d learning_rate=0.001 train_text_encoder=%s "
+             "base_quant=%s double_quant=%s",
+             model, STEPS, vel_has_prefix(model, "models/") ? "yes" : "no", twice ? "nf4" : kind,
+             twice ? "yes" : "no");
+    vel_params *p = program_train_settings(t, out, settings);
     vel_ctx_on_event(t->ctx, on_event, losses);
     CHECK_OK(p ? vel_train(t->ctx, p) : VEL_NO_MEMORY);
     vel_ctx_on_event(t->ctx, NULL, NULL);

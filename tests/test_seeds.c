@@ -28,13 +28,7 @@ static void place_model(vel_test *t, const char *name, void (*make)(vel_test *, 
 
 static void place_pictures(vel_test *t, const char *name, int n)
 {
-    char folder[512];
-    snprintf(folder, sizeof folder, "%s/%s", t->folder, name);
-    char *slash = strrchr(folder, '/');
-    *slash = 0;
-    CHECK_OK(vel_make_folder(t->ctx, folder));
-    *slash = '/';
-    program_copy_pictures(t, folder, n);
+    program_copy_pictures(t, vel_test_in(t, name), n);
 }
 
 /* Runs a script in bash; false after a message. */
@@ -48,40 +42,11 @@ static bool run(vel_test *t, const char *script, program_result *r)
     return r->status == 0;
 }
 
-/* Tensors in a file of <folder>, how many of them end with a text; -1: no such file. */
-static int tensors(vel_test *t, const char *name, const char *ending, int *with)
+/* A file of <folder> has n tensors, of which so many are named with a text. */
+static void check_tensors(vel_test *t, const char *file, int n, const char *text, int with)
 {
-    char path[4200];
-    vel_safetensors *file = NULL;
-    snprintf(path, sizeof path, "%s/%s", t->folder, name);
-    *with = 0;
-    CHECK_OK(vel_safetensors_open(t->ctx, path, &file));
-    if (!file)
-        return -1;
-    int n = vel_safetensors_count(file);
-    for (int i = 0; i < n; i++)
-        *with += vel_has_suffix(vel_safetensors_at(file, i)->name, ending);
-    vel_safetensors_close(file);
-    return n;
-}
-
-/* Do two pictures in the test's folder have the same pixels? */
-static bool same_picture(vel_test *t, const char *a, const char *b)
-{
-    static const vel_picture_load as_it_is = {.crop_x = 0.5, .crop_y = 0.5};
-    const char *names[] = {a, b};
-    vel_image images[2] = {{0}};
-    for (int i = 0; i < 2; i++) {
-        char path[4200];
-        snprintf(path, sizeof path, "%s/%s", t->folder, names[i]);
-        CHECK_OK(vel_picture_read(t->ctx, path, &as_it_is, &images[i]));
-    }
-    vel_image *x = &images[0], *y = &images[1];
-    bool same = x->pixels && y->pixels && x->width == y->width && x->height == y->height &&
-                memcmp(x->pixels, y->pixels, (size_t)x->width * (size_t)x->height * 3) == 0;
-    vel_image_finish(x);
-    vel_image_finish(y);
-    return same;
+    int all = program_tensors(t, file, ""), some = program_tensors(t, file, text);
+    CHECK_MSG(all == n && some == with, "%s: %d tensors, %d with %s", file, all, some, text);
 }
 
 /* Linear layers of all transformer blocks and of 12 layers of the text encoder: 192 and 72 modules
@@ -89,7 +54,6 @@ static bool same_picture(vel_test *t, const char *a, const char *b)
 TEST(seed_s1)
 {
     static program_result r;
-    int alphas = 0;
     place_model(t, "runwayml/stable-diffusion-v1-5", program_make_sd15);
     place_pictures(t, "train_data/10_sks_style", 2);
     if (!run(t,
@@ -104,8 +68,7 @@ TEST(seed_s1)
              "output/my_style_lora.safetensors:0.8,other.safetensors:0.5 --output b.png",
              &r))
         return;
-    int n = tensors(t, "output/my_style_lora.safetensors", ".alpha", &alphas);
-    CHECK_MSG(n == 792 && alphas == 264, "%d tensors, %d alphas", n, alphas);
+    check_tensors(t, "output/my_style_lora.safetensors", 792, ".alpha", 264);
     CHECK(strstr(r.text, "--optimizer AdamW8bit") && strstr(r.text, "--rank 32 --alpha 16"));
     CHECK(strstr(r.text, "--num_cpu_threads_per_process changes nothing") &&
           strstr(r.text, "text encoder is trained as well, at rate 1e-4") &&
@@ -118,7 +81,6 @@ TEST(seed_s1)
 TEST(seed_s0)
 {
     static program_result r;
-    int up = 0;
     place_model(t, "banana-ai/nano-banana-v1-base", program_make_sd15);
     place_pictures(t, "dataset/my_sketch_style", 2);
     if (!run(t,
@@ -128,9 +90,8 @@ TEST(seed_s0)
              "a.png",
              &r))
         return;
-    int n =
-        tensors(t, "output/sketch-lora/pytorch_lora_weights.safetensors", "lora.up.weight", &up);
-    CHECK_MSG(n == 256 && up == 128, "%d tensors, %d up", n, up);
+    check_tensors(t, "output/sketch-lora/pytorch_lora_weights.safetensors", 256, "lora.up.weight",
+                  128);
     CHECK(strstr(r.text, "--use_8bit_adam yes") && strstr(r.text, "4 batches a step"));
     CHECK(strstr(r.text, "picture: a.png"));
 }
@@ -151,7 +112,6 @@ static void copy_sana(vel_test *t, const char *folder)
 TEST(seed_s0_with_a_language_model)
 {
     static program_result r;
-    int up = 0, text = 0;
     place_model(t, "banana-ai/nano-banana-v1-base", copy_sana);
     place_pictures(t, "dataset/my_sketch_style", 2);
     if (!run(t,
@@ -167,17 +127,16 @@ TEST(seed_s0_with_a_language_model)
              &r))
         return;
     static const char file[] = "output/sketch-lora/pytorch_lora_weights.safetensors";
-    int n = tensors(t, file, "lora_B.weight", &up);
-    tensors(t, file, "lora_linear_layer.up.weight", &text);
-    CHECK_MSG(n == 56 && up == 16 && text == 12, "%d tensors, %d and %d up", n, up, text);
+    check_tensors(t, file, 56, "lora_B.weight", 16);
+    check_tensors(t, file, 56, "lora_linear_layer.up.weight", 12);
     CHECK(strstr(r.text, "--rank 32") && strstr(r.text, "--text_encoder_lr 5e-5"));
     CHECK(strstr(r.text, "it is trained as well, at rate 5e-5"));
     CHECK(strstr(r.text, "16 of the denoiser, 12 of the text encoder"));
     CHECK(strstr(r.text, "rank        32") && strstr(r.text, "4 batches a step"));
     CHECK_MSG(strstr(r.text, "\"lr\": 0.0001, \"text_encoder_lr\": 5e-05"), "%s", r.text);
     CHECK(strstr(r.text, "has:pytorch_lora_weights-report.html"));
-    CHECK(same_picture(t, "base.png", "off.png"));
-    CHECK(!same_picture(t, "base.png", "on.png"));
+    CHECK(program_same_pictures(t, "base.png", "off.png"));
+    CHECK(!program_same_pictures(t, "base.png", "on.png"));
 }
 
 /* The same three lines on the embedded model, which has learned to draw. It has 10 blocks with
@@ -188,7 +147,6 @@ static void on_embedded_model(vel_test *t, const char *line, const char *flags, 
                               const char *adapter, int n_tensors)
 {
     static program_result r;
-    int ignored = 0;
     static const char file[] = "pytorch_lora_weights.safetensors";
     char *script = vel_test_text(
         t,
@@ -200,10 +158,11 @@ static void on_embedded_model(vel_test *t, const char *line, const char *flags, 
     if (run(t, script, &r)) {
         bool folder = !vel_has_suffix(adapter, ".safetensors");
         char *path = vel_test_text(t, "%s%s%s", adapter, folder ? "/" : "", folder ? file : "");
-        int n = tensors(t, path, ".weight", &ignored);
+        int n = program_tensors(t, path, "");
         CHECK_MSG(n == n_tensors, "%s: %d tensors", line, n);
-        CHECK(same_picture(t, "base.png", "pndm.png") && same_picture(t, "base.png", "off.png"));
-        CHECK(!same_picture(t, "base.png", "on.png"));
+        CHECK(program_same_pictures(t, "base.png", "pndm.png") &&
+              program_same_pictures(t, "base.png", "off.png"));
+        CHECK(!program_same_pictures(t, "base.png", "on.png"));
         vel_free(t->ctx, path);
     }
     vel_free(t->ctx, script);
@@ -266,7 +225,6 @@ TEST(seed_epochs_and_samples)
 TEST(seed_s3)
 {
     static program_result r;
-    int up = 0;
     place_model(t, "runwayml/stable-diffusion-v1-5", program_make_sd15);
     place_pictures(t, "aawxbc", 2);
     if (!run(t,
@@ -279,13 +237,14 @@ TEST(seed_s3)
              "--output again.png; draw --sampler pndm --output pndm.png",
              &r))
         return;
-    int n = tensors(t, "dreambooth-lora/pytorch_lora_weights.safetensors", "lora.up.weight", &up);
-    CHECK_MSG(n == 256 && up == 128, "%d tensors, %d up", n, up);
+    check_tensors(t, "dreambooth-lora/pytorch_lora_weights.safetensors", 256, "lora.up.weight",
+                  128);
     CHECK(strstr(r.text, "has:0-") && strstr(r.text, "has:2-") && !strstr(r.text, "has:3-"));
     CHECK(strstr(r.text, "--enable_xformers_memory_efficient_attention changes nothing"));
     /* an epoch is as long as the class: 3 in batches of 2 */
     CHECK_MSG(strstr(r.text, "2 steps = 1.0 epochs"), "%s", r.text);
-    CHECK(same_picture(t, "base.png", "again.png") && same_picture(t, "base.png", "pndm.png"));
-    CHECK(!same_picture(t, "base.png", "adapted.png"));
-    CHECK(same_picture(t, "adapted.png", "by_name.png"));
+    CHECK(program_same_pictures(t, "base.png", "again.png") &&
+          program_same_pictures(t, "base.png", "pndm.png"));
+    CHECK(!program_same_pictures(t, "base.png", "adapted.png"));
+    CHECK(program_same_pictures(t, "adapted.png", "by_name.png"));
 }

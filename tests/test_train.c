@@ -23,16 +23,13 @@ typedef struct watch { /* what the events of a run said */
     int64_t interrupt_at; /* the step at whose loss to interrupt; 0 never */
     int64_t steps;
     double loss[MOST_STEPS], lr[MOST_STEPS], validation[MOST_STEPS];
-    char log[1 << 14];
+    char log[PROGRAM_SAID];
 } watch;
 
 static void on_event(void *user, const vel_event *e)
 {
     watch *w = user;
-    if (e->kind == VEL_EVENT_LOG) {
-        size_t at = strlen(w->log);
-        snprintf(w->log + at, sizeof w->log - at, "%s\n", e->text);
-    }
+    program_hear(w->log, e);
     if (e->kind != VEL_EVENT_METRIC || e->done < 1 || e->done > MOST_STEPS)
         return;
     double *list = strcmp(e->text, "loss") == 0              ? w->loss
@@ -48,32 +45,9 @@ static void on_event(void *user, const vel_event *e)
     }
 }
 
-static const char base_settings[] = "model=models/emoji-sd resolution=64 rank=4 precision=no "
-                                    "save_precision=float steps=2 learning_rate=0.01 "
-                                    "save_every=0 output_name=a";
-
-/* Settings of a run on the pictures in <folder>/pictures into <folder>/OUT; NULL when memory is
- * short. */
-static vel_params *settings_of(vel_test *t, const char *out, const char *settings)
-{
-    vel_params *p = vel_params_create(t->ctx, "train");
-    char path[4200];
-    if (!p)
-        return NULL;
-    program_set(t, p, base_settings);
-    snprintf(path, sizeof path, "%s/pictures", t->folder);
-    if (!vel_is_folder(path))
-        program_copy_pictures(t, path, 4);
-    CHECK_OK(vel_params_set(p, "data", path));
-    snprintf(path, sizeof path, "%s/%s", t->folder, out);
-    CHECK_OK(vel_params_set(p, "output_dir", path));
-    program_set(t, p, settings);
-    return p;
-}
-
 static vel_status train(vel_test *t, watch *w, const char *out, const char *settings)
 {
-    vel_params *p = settings_of(t, out, settings);
+    vel_params *p = program_train_settings(t, out, settings);
     if (!p)
         return VEL_NO_MEMORY;
     int64_t interrupt_at = w->interrupt_at;
@@ -139,6 +113,30 @@ static bool says(vel_test *t, const char *text)
 /* ---- resuming
  * -------------------------------------------------------------------------------------------- */
 
+/* A run in one go, and one that stops a step before its end and goes on: nothing is done twice, and
+ * the same file is left. */
+static void check_resumes(vel_test *t, const char *kind, int steps)
+{
+    static watch w;
+    static int runs;
+    char settings[512], whole[32], half[32], a[64], b[64];
+    snprintf(whole, sizeof whole, "whole%d", ++runs);
+    snprintf(half, sizeof half, "half%d", runs);
+    snprintf(settings, sizeof settings, "%s steps=%d", kind, steps);
+    CHECK_OK(train(t, &w, whole, settings));
+    double last = w.loss[steps - 1];
+    CHECK_MSG(last > 0 && last < 10, "%s: a loss of %g", kind, last);
+    snprintf(settings, sizeof settings, "%s steps=%d", kind, steps - 1);
+    CHECK_OK(train(t, &w, half, settings));
+    snprintf(settings, sizeof settings, "%s steps=%d resume=latest", kind, steps);
+    CHECK_OK(train(t, &w, half, settings));
+    CHECK_MSG(w.loss[steps - 2] == 0 && w.loss[steps - 1] == last,
+              "%s: resumed, the losses are %g, %g", kind, w.loss[steps - 2], w.loss[steps - 1]);
+    snprintf(a, sizeof a, "%s/a.safetensors", whole);
+    snprintf(b, sizeof b, "%s/a.safetensors", half);
+    CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter", kind);
+}
+
 TEST(train_resumed_equals_uninterrupted)
 {
     static const char *const kinds[] = {
@@ -148,24 +146,8 @@ TEST(train_resumed_equals_uninterrupted)
         "optimizer=AdamWScheduleFree optimizer_args=warmup_steps=2 save_every=1 "
         "targets=*mid_block*",
     };
-    static watch w;
-    char settings[512], whole[32], half[32], a[64], b[64];
-    for (int i = 0; i < VEL_COUNT(kinds); i++) {
-        snprintf(whole, sizeof whole, "whole%d", i);
-        snprintf(half, sizeof half, "half%d", i);
-        snprintf(settings, sizeof settings, "%s steps=3", kinds[i]);
-        CHECK_OK(train(t, &w, whole, settings));
-        double third = w.loss[2];
-        snprintf(settings, sizeof settings, "%s steps=2", kinds[i]);
-        CHECK_OK(train(t, &w, half, settings));
-        snprintf(settings, sizeof settings, "%s steps=3 resume=latest", kinds[i]);
-        CHECK_OK(train(t, &w, half, settings));
-        CHECK(w.loss[0] == 0 && w.loss[2] == third); /* steps 1 and 2 were not done again */
-        snprintf(a, sizeof a, "%s/a.safetensors", whole);
-        snprintf(b, sizeof b, "%s/a.safetensors", half);
-        CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter",
-                  kinds[i]);
-    }
+    for (int i = 0; i < VEL_COUNT(kinds); i++)
+        check_resumes(t, kinds[i], 3);
 }
 
 /* Threads that make batches ahead change nothing: pictures cut anew each epoch, mirrored, masked,
@@ -206,7 +188,7 @@ TEST(train_names_a_picture_that_a_thread_cannot_read)
     static watch w;
     char path[4200], *bytes = NULL;
     size_t n = 0;
-    vel_params *p = settings_of(t, "out", ""); /* makes the pictures */
+    vel_params *p = program_train_settings(t, "out", ""); /* makes the pictures */
     vel_params_destroy(p);
     snprintf(path, sizeof path, "%s/pictures", t->folder);
     char **names;
@@ -244,22 +226,8 @@ TEST(train_kinds_resume)
         "network=locon conv_rank=1 use_tucker=yes use_dora=yes rank_dropout=0.5 use_rslora=yes "
         "loraplus_lr_ratio=4 scale_weight_norms=0.1",
     };
-    static watch w;
-    char settings[512], whole[32], half[32], a[64], b[64];
-    for (int i = 0; i < VEL_COUNT(kinds); i++) {
-        snprintf(whole, sizeof whole, "whole%d", i);
-        snprintf(half, sizeof half, "half%d", i);
-        snprintf(settings, sizeof settings, "%s steps=2", kinds[i]);
-        CHECK_OK(train(t, &w, whole, settings));
-        snprintf(settings, sizeof settings, "%s steps=1", kinds[i]);
-        CHECK_OK(train(t, &w, half, settings));
-        snprintf(settings, sizeof settings, "%s steps=2 resume=latest", kinds[i]);
-        CHECK_OK(train(t, &w, half, settings));
-        snprintf(a, sizeof a, "%s/a.safetensors", whole);
-        snprintf(b, sizeof b, "%s/a.safetensors", half);
-        CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter",
-                  kinds[i]);
-    }
+    for (int i = 0; i < VEL_COUNT(kinds); i++)
+        check_resumes(t, kinds[i], 2);
 }
 
 /* Norms of the changes in a result, the largest one. */
@@ -429,22 +397,8 @@ TEST(train_objectives_run_and_resume)
         "train_text_encoder=yes shuffle_caption=yes keep_tokens=1 caption_dropout_every_n_epochs=2",
     };
     static watch w;
-    char settings[512], whole[32], half[32], a[64], b[64];
-    for (int i = 0; i < VEL_COUNT(kinds); i++) {
-        snprintf(whole, sizeof whole, "whole%d", i);
-        snprintf(half, sizeof half, "half%d", i);
-        snprintf(settings, sizeof settings, "%s steps=2", kinds[i]);
-        CHECK_OK(train(t, &w, whole, settings));
-        CHECK(w.steps == 2 && w.loss[1] > 0 && w.loss[1] < 10);
-        snprintf(settings, sizeof settings, "%s steps=1", kinds[i]);
-        CHECK_OK(train(t, &w, half, settings));
-        snprintf(settings, sizeof settings, "%s steps=2 resume=latest", kinds[i]);
-        CHECK_OK(train(t, &w, half, settings));
-        snprintf(a, sizeof a, "%s/a.safetensors", whole);
-        snprintf(b, sizeof b, "%s/a.safetensors", half);
-        CHECK_MSG(program_same_files(t, a, b), "%s: the resumed run gives another adapter",
-                  kinds[i]);
-    }
+    for (int i = 0; i < VEL_COUNT(kinds); i++)
+        check_resumes(t, kinds[i], 2);
     CHECK(train(t, &w, "no", "masked_loss=yes") == VEL_BAD_VALUE && says(t, "--masked_loss"));
     CHECK(train(t, &w, "no", "masked_loss=yes conditioning_data_dir=/none") == VEL_BAD_VALUE &&
           says(t, "has no mask"));
@@ -755,7 +709,7 @@ TEST(train_refuses_weights_that_are_not_finite)
 TEST(train_names_where_it_diverged)
 {
     static watch w;
-    vel_params *p = settings_of(t, "out", "steps=20 save_every=1 max_grad_norm=0");
+    vel_params *p = program_train_settings(t, "out", "steps=20 save_every=1 max_grad_norm=0");
     if (!p)
         return;
     p->o.train.lr = 1e10; /* beyond what the setting takes */

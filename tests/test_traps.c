@@ -9,12 +9,8 @@ static bool shell(vel_test *t, const char *script, program_result *r)
     static char words[6000];
     char folder[4200];
     snprintf(folder, sizeof folder, "%s/d/10_sks_style", t->folder);
-    if (!vel_is_folder(folder)) {
-        char above[4200];
-        snprintf(above, sizeof above, "%s/d", t->folder);
-        CHECK_OK(vel_make_folder(t->ctx, above));
+    if (!vel_is_folder(folder))
         program_copy_pictures(t, folder, 2);
-    }
     snprintf(words, sizeof words,
              "P=$(realpath $V); M=$(realpath $M); cd $D; kohya() { $P train_network.py "
              "--pretrained_model_name_or_path=$M --train_data_dir=d --output_dir=o --output_name=n "
