@@ -145,7 +145,7 @@ $(CUDA_OBJ)/kernels/%.o: src/backend/cuda/kernels/%.cu
 	@mkdir -p $(@D)
 	$(if $(findstring ccache,$(CC)),ccache) $(NVCC) -std=c++17 $(NVCCFLAGS) $(CUDA_GENCODE) -MMD -MP -MF $(@:.o=.d) -lineinfo \
 	    -Xcompiler -fPIC,-fvisibility=hidden -c -o $@ $<
-$(CUDA_OBJ)/kernels/attention_hopper.o: CUDA_GENCODE = $(HOPPER_GENCODE)
+$(CUDA_OBJ)/kernels/attention_hopper.o $(CUDA_OBJ)/kernels/attention_hopper_forward.o: CUDA_GENCODE = $(HOPPER_GENCODE)
 $(BUILD)/libvelatura-cuda.so: $(CUDA_OBJECTS) $(BUILD)/libvelatura.a
 	@printf '{ global: vel_backend_entry_0; local: *; };\n' >$(CUDA_OBJ)/exports.map
 	$(CC) $(ALL_CFLAGS) -shared -Wl,--no-undefined -Wl,--as-needed -Wl,-Bsymbolic \

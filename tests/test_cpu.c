@@ -256,17 +256,13 @@ typedef struct attention_case {
 } attention_case;
 
 static const attention_case attention_cases[] = {
-    {1, 130, 450, 2, 40, 0, false, 3},
-    {2, 77, 77, 3, 32, 0, true, 1},
-    {2, 33, 77, 2, 80, 2, false, 2},
-    {1, 5, 3, 1, 7, 1, false, 1},
-    {1, 65, 200, 1, 160, 0, false, 1},
-    {1, 70, 210, 1, 64, 0, true, 4},
-    {1, 40, 33, 1, 512, 0, false, 1},
-    {1, 35, 1300, 1, 32, 0, false, 1},
-    {1, 70, 150, 2, 200, 1, true, 2},
-    {2, 65, 130, 1, 384, 0, false, 3},
-    {2, 70, 100, 2, 40, 0, false, 1},
+    {1, 130, 450, 2, 40, 0, false, 3},  {2, 77, 77, 3, 32, 0, true, 1},
+    {2, 33, 77, 2, 80, 2, false, 2},    {1, 5, 3, 1, 7, 1, false, 1},
+    {1, 65, 200, 1, 160, 0, false, 1},  {1, 70, 210, 1, 64, 0, true, 4},
+    {1, 40, 33, 1, 512, 0, false, 1},   {1, 35, 1300, 1, 32, 0, false, 1},
+    {1, 70, 150, 2, 200, 1, true, 2},   {2, 65, 130, 1, 384, 0, false, 3},
+    {2, 70, 100, 2, 40, 0, false, 1},   {2, 130, 330, 2, 96, 2, false, 2},
+    {1, 200, 300, 1, 112, 1, false, 1}, {2, 150, 270, 2, 64, 1, false, 3},
     {1, 50, 400, 1, 40, 0, false, 12}, /* so sharp that rows must be scaled again on the way */
 };
 
@@ -302,7 +298,7 @@ static double probabilities(const attention_case *c, double *const *value, int64
 static void attention_inputs(bench *b, const attention_case *c)
 {
     int64_t width = c->heads * c->d;
-    double hidden[256];
+    double hidden[1024];
     for (int64_t i = 0; i < c->bias_rows * c->keys; i++)
         hidden[i] = i % 5 == 2 ? -1e30 : 0.25 * (double)(i % 3);
     begin(b);

@@ -150,6 +150,8 @@ static const vel_case linear_cases[] = {
      .a.linear = {VEL_ACT_GELU}},
     {.in = {{4, {1, 5, 7, 32}}, {2, {16, 32}}, {0}, {4, {1, 5, 7, 16}}}},
     {.in = {{2, {1, 32}}, {2, {128, 32}}, {1, {128}}}, .a.linear = {VEL_ACT_SILU}},
+    {.in = {{3, {2, 40, 48}}, {2, {64, 48}}, {1, {64}}}, .a.linear = {VEL_ACT_GELU_TANH}},
+    {.in = {{2, {24, 32}}, {2, {40, 32}}, {0}, {2, {24, 40}}}, .a.linear = {VEL_ACT_GELU_TANH}},
     {.in = {{0}}},
 };
 

@@ -4,8 +4,8 @@
  * cuBLASLt counts columns first. A row-major matrix [r, c] is the column-major one [c, r], so the
  * row-major product D = A B is asked for as D^T = B^T A^T: `first` is our right operand. A bias is
  * added per row of D^T, which is our last axis, and is wanted in D's type: a frozen one is packed
- * so; another is added afterwards, with the activation, by vel_cu_finish. A residual without an
- * activation before it is C of D = A B + C.
+ * so; another is added afterwards, with the activation, by vel_cu_finish. GELU by tanh, of 16 bits,
+ * cuBLASLt does itself. A residual without an activation before it is C of D = A B + C.
  *
  * The algorithm is the first of cuBLASLt's own ranking, which depends on the shapes and the card
  * alone: equal runs give equal bytes. */
@@ -24,7 +24,7 @@ typedef struct product_key {
     int64_t count;   /* products, one behind the other */
     int64_t flip_first, flip_second;
     int64_t in_type, out_type; /* vel_dtype */
-    int64_t bias, residual;
+    int64_t bias, residual, gelu;
 } product_key;
 
 typedef struct known_product { /* an algorithm that was chosen before */
@@ -124,7 +124,8 @@ static bool is_frozen(const vel_graph *g, vel_ref r)
 }
 
 /* Types that cuBLASLt multiplies on this card, and what is left for vel_cu_finish. */
-static bool plan_of(vel_device *d, const vel_graph *g, const vel_node *n, product *p)
+static bool plan_of(vel_device *d, const vel_graph *g, const vel_node *n, bool allow_gelu,
+                    product *p)
 {
     wish w;
     if (!wish_of(g, n, &w))
@@ -138,6 +139,7 @@ static bool plan_of(vel_device *d, const vel_graph *g, const vel_node *n, produc
     p->first_in = w.first_in, p->second_in = w.second_in;
     p->bias_in = p->residual_in = p->late_bias = p->late_residual = -1;
     p->act = w.act;
+    p->key = w.key;
     if (w.bias_in >= 0 && (out == VEL_F32 || is_frozen(g, n->in[w.bias_in])))
         p->bias_in = w.bias_in;
     else
@@ -148,8 +150,11 @@ static bool plan_of(vel_device *d, const vel_graph *g, const vel_node *n, produc
         p->residual_in = w.residual_in;
     else
         p->late_residual = w.residual_in;
+    /* its tanh is the unit's, good to 11 bits */
+    p->key.gelu = allow_gelu && w.act == VEL_ACT_GELU_TANH && p->late_bias < 0 && out != VEL_F32;
+    if (p->key.gelu)
+        p->act = VEL_ACT_NONE;
     p->half_bias = p->bias_in >= 0 && out != VEL_F32;
-    p->key = w.key;
     p->key.in_type = in;
     p->key.out_type = out;
     p->key.bias = p->bias_in >= 0;
@@ -193,10 +198,14 @@ static vel_status make_descriptors(vel_device *d, product *p)
     if (k->flip_second)
         VEL_CUBLAS(d, cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSB, &flip,
                                                      sizeof flip));
-    if (k->bias) {
-        cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    cublasLtEpilogue_t epilogue = k->gelu && k->bias ? CUBLASLT_EPILOGUE_GELU_BIAS
+                                  : k->gelu          ? CUBLASLT_EPILOGUE_GELU
+                                  : k->bias          ? CUBLASLT_EPILOGUE_BIAS
+                                                     : CUBLASLT_EPILOGUE_DEFAULT;
+    if (epilogue != CUBLASLT_EPILOGUE_DEFAULT)
         VEL_CUBLAS(d, cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_EPILOGUE,
                                                      &epilogue, sizeof epilogue));
+    if (k->bias) {
         cudaDataType_t type = type_of(k->out_type);
         VEL_CUBLAS(d, cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
                                                      &type, sizeof type));
@@ -330,21 +339,31 @@ static vel_status pack_bias(vel_device *d, const vel_kernel *k, const vel_node *
 
 static const vel_cuda_impl product_impl = {run_product, release_product, pack_bias};
 
+static vel_status make_product(vel_device *d, const vel_graph *g, const vel_node *n,
+                               bool allow_gelu, product **out)
+{
+    product *p = vel_alloc(d->ctx, sizeof *p);
+    if (!p)
+        return VEL_NO_MEMORY;
+    vel_status st = plan_of(d, g, n, allow_gelu, p) ? make_descriptors(d, p) : VEL_UNSUPPORTED;
+    if (st == VEL_OK)
+        st = choose_algorithm(d, p);
+    if (st) {
+        bool without = st == VEL_UNSUPPORTED && p->key.gelu;
+        discard(d, p);
+        return without ? make_product(d, g, n, false, out) : st;
+    }
+    *out = p;
+    return VEL_OK;
+}
+
 vel_status vel_cublaslt_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out)
 {
     static const char *const bias_layouts[] = {
         [VEL_BF16] = "bf16 vector", [VEL_F16] = "f16 vector"};
     const vel_node *n = vel_node_at(g, id);
-    product *p = vel_alloc(d->ctx, sizeof *p);
-    if (!p)
-        return VEL_NO_MEMORY;
-    vel_status st = plan_of(d, g, n, p) ? make_descriptors(d, p) : VEL_UNSUPPORTED;
-    if (st == VEL_OK)
-        st = choose_algorithm(d, p);
-    if (st) {
-        discard(d, p);
-        return st;
-    }
+    product *p;
+    VEL_TRY(make_product(d, g, n, true, &p));
     snprintf(p->name, sizeof p->name, "%s_%s_cublaslt", vel_op_name(n->op),
              vel_dtype_name((vel_dtype)p->key.in_type));
     *out = (vel_kernel){.name = p->name,

@@ -6,6 +6,8 @@
 #include "backend/cuda/cuda_kernels.h"
 #include "base/quantise.h"
 
+#include <stdlib.h>
+
 _Static_assert((int)VEL_CU_F32 == VEL_F32 && (int)VEL_CU_BF16 == VEL_BF16 &&
                    (int)VEL_CU_F16 == VEL_F16 && (int)VEL_CU_I32 == VEL_I32 &&
                    (int)VEL_CU_RANK == VEL_MAX_RANK,
@@ -540,10 +542,31 @@ static bool takes_attention(vel_device *d, const vel_graph *g, const vel_node *n
            a.batch < 4096 && (on_tensor_cores(d, q.dtype, &a) || a.width <= widest);
 }
 
+/* Until it has run on a card: where VELATURA_CUDA_TRIAL says so. */
+static bool on_hopper_forward(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
+{
+    const char *trial = getenv("VELATURA_CUDA_TRIAL");
+    return trial && *trial == '1' && type != VEL_F32 && d->capability == 90 &&
+           vel_cu_attention_hopper_forward_takes(*a);
+}
+
+static size_t scratch_attention(const own_job *j)
+{
+    vel_cu_attention a = attention_job(j);
+    return on_hopper_forward(j->d, j->l->in_type[0].dtype, &a)
+               ? vel_cu_attention_hopper_forward_scratch(a)
+               : 0;
+}
+
 static void run_attention(const own_job *j)
 {
     vel_cu_attention a = attention_job(j);
     vel_dtype type = j->n->out[0].dtype;
+    if (on_hopper_forward(j->d, type, &a)) {
+        vel_cu_attention_hopper_forward(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0),
+                                        OUT(1), j->l->scratch);
+        return;
+    }
     (on_tensor_cores(j->d, type, &a)        ? vel_cu_attention_run
      : on_wide_tensor_cores(j->d, type, &a) ? vel_cu_attention_wide
                                             : vel_cu_attention_plain)(
@@ -758,7 +781,7 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_modulated_norm_grad] = {run_modulated_norm_grad, .inplace = 5},
     [VEL_OP_gated_add] = {run_gated_add, .inplace = 1},
     [VEL_OP_softmax] = {run_softmax, .inplace = 1},
-    [VEL_OP_attention] = {run_attention, .takes = takes_attention},
+    [VEL_OP_attention] = {run_attention, scratch_attention, takes_attention},
     [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},
     [VEL_OP_linear_attention] = {run_linear_attention, scratch_linear_attention,
                                  takes_linear_attention},

@@ -5,7 +5,7 @@
  * A block is two groups of four warps that multiply, 64 rows of the result each, and one warp that
  * copies tiles ahead of them. Scores are made with keys (or queries) as rows, so that probabilities
  * go from one product to the next in registers; the tiles are read along and across their rows. */
-#include "hopper.cuh"
+#include "hopper_attention.cuh"
 
 static const float log2e = 1.44269504f;
 
@@ -151,55 +151,6 @@ __device__ __forceinline__ void make_barriers(const places<BLOCKS, TILE> &at)
     }
     __syncthreads();
 }
-
-/* c [64, TILE] = own rows times the other side's, both along; STEPS of 16. */
-template <typename T, int BLOCKS, int TILE, int STEPS>
-__device__ __forceinline__ void score_product(float (&c)[TILE / 8][4], uint32_t own, uint32_t other)
-{
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-        product<T, TILE, 0>(c, tile_along(own + (k >> 2) * ROWS * 128 + (k & 3) * 32),
-                            tile_along(other + (k >> 2) * TILE * 128 + (k & 3) * 32), k > 0);
-}
-template <typename T, int TILE, int STEPS>
-__device__ __forceinline__ void score_product(float (&c)[TILE / 8][4],
-                                              const uint32_t (&own)[STEPS][4], uint32_t other)
-{
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-        product<T, TILE, 0>(c, own[k], tile_along(other + (k >> 2) * TILE * 128 + (k & 3) * 32),
-                            k > 0);
-}
-
-/* c [64, 64 BLOCKS] += p [64, TILE] times the tile, which is read across. */
-template <typename T, int BLOCKS, int TILE>
-__device__ __forceinline__ void
-sum_product(float (&c)[8 * BLOCKS][4], const uint32_t (&p)[TILE / 16][4], uint32_t other, int add)
-{
-#pragma unroll
-    for (int k = 0; k < TILE / 16; k++)
-        product<T, 64 * BLOCKS, 1>(c, p[k], tile_across(other + k * 2048, TILE * 128), k ? 1 : add);
-}
-
-/* Rounds a result to the left operand of the next product. */
-template <typename T, int TILE>
-__device__ __forceinline__ void pack_result(uint32_t (&p)[TILE / 16][4],
-                                            const float (&s)[TILE / 8][4])
-{
-#pragma unroll
-    for (int k = 0; k < TILE / 16; k++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            p[k][i] =
-                pack_pair<T>(s[2 * k + i / 2][2 * (i & 1)], s[2 * k + i / 2][2 * (i & 1) + 1]);
-}
-
-__device__ __forceinline__ float2 shared_pair(uint32_t at)
-{
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
-    return v;
-}
 #endif
 
 /* dk and dv of ROWS keys. */
@@ -245,12 +196,12 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_keys_kernel(const __grid_co
             if constexpr (HELD)
                 score_product<T, TILE, STEPS>(s, k, q);
             else
-                score_product<T, BLOCKS, TILE, STEPS>(s, at.own(0) + group * 8192, q);
+                score_product<T, ROWS, TILE, STEPS>(s, at.own(0) + group * 8192, q);
             products_commit();
             if constexpr (HELD)
                 score_product<T, TILE, STEPS>(dp, v, d);
             else
-                score_product<T, BLOCKS, TILE, STEPS>(dp, at.own(1) + group * 8192, d);
+                score_product<T, ROWS, TILE, STEPS>(dp, at.own(1) + group * 8192, d);
             products_commit();
             uint32_t numbers = at.numbers(stage) + (lane & 3) * 8, p[TILE / 16][4];
             products_wait<1>();
@@ -380,41 +331,6 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_queries_kernel(const __grid
 }
 
 /* ---- launchers ---- */
-
-typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                           const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                           const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-static encode_fn *find_encode(void)
-{
-    static encode_fn *found;
-    void *p = NULL;
-    cudaDriverEntryPointQueryResult how;
-    if (!found &&
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault,
-                                         &how) == cudaSuccess &&
-        how == cudaDriverEntryPointSuccess)
-        found = (encode_fn *)p;
-    return found;
-}
-
-/* x [batch, rows, heads, d] in boxes of `box` rows and 64 columns of one head. */
-static int map_rows(CUtensorMap *map, int type, const void *x, int64_t batch, int64_t rows,
-                    int heads, int d, int box)
-{
-    encode_fn *encode = find_encode();
-    cuuint64_t size[4] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)batch};
-    cuuint64_t stride[3] = {(cuuint64_t)d * 2, (cuuint64_t)d * heads * 2,
-                            (cuuint64_t)(d * heads * 2 * rows)};
-    cuuint32_t part[4] = {64, 1, (cuuint32_t)box, 1}, one[4] = {1, 1, 1, 1};
-    return encode && encode(map,
-                            type == VEL_CU_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                            4, (void *)x, size, stride, part, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                            CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 static int64_t padded(int64_t n)
 {
