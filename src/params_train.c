@@ -145,6 +145,9 @@ const vel_option_row vel_train_rows[] = {
          "file of an earlier run that new words start from"),
     FLOAT("embedding_lr", NULL, embedding_lr, "0", 0, 10, "method",
           "of new words; 0: text_encoder_lr, or learning_rate"),
+    FLAG("words_apart", NULL, words_apart, "no", "method",
+         "words of a model with two CLIP encoders: a file for each of them, NAME and NAME_2, as "
+         "textual_inversion_sdxl.py leaves them, instead of one"),
     INT("stop_text_encoder_training", NULL, stop_text_encoder_training, "0", -1, 100000000,
         "method", "steps after which text encoder and new words stay; 0: never"),
     CHOICE("network", "network_type,algo", network, "lora", "lora,locon,loha,lokr", "adapter",

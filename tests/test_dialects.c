@@ -274,6 +274,23 @@ TEST(dialects_whole_models)
              "train_text_encoder=no save_format=kohya");
 }
 
+/* A script that is not known is named with the nearest that is. */
+TEST(dialects_other_scripts)
+{
+    static const struct {
+        const char *line, *says;
+    } lines[] = {
+        {"accelerate launch train_controlnet_sdxl.py --x", "networks that steer"},
+        {"examples/train_dreambooth_lora_flux_kontext.py", "train_dreambooth_lora_flux.py"},
+        {"train_dreambooth_lora_qwen_image.py", "no model of its family is known"},
+        {"networks/resize_lora.py", "velatura adapter"},
+        {"sdxl_trian.py", "the nearest: sdxl_train.py"},
+        {"my_own_training_program.py", "velatura help --dialects"},
+    };
+    for (int i = 0; i < VEL_COUNT(lines); i++)
+        is_refused(t, lines[i].line, lines[i].says);
+}
+
 /* Each flag that goes into a setting goes into one that there is. */
 TEST(dialects_settings_exist)
 {
@@ -416,7 +433,7 @@ TEST(dialects_refuse)
     is_refused(t, "accelerate launch --mixed_precison fp16 " BOOTH, "--mixed_precision");
     is_refused(t, "accelerate launch -m " BOOTH, "-m");
     is_refused(t, "accelerate launch", "no script");
-    is_refused(t, "accelerate launch train.py", "train_network.py");
+    is_refused(t, "accelerate launch train.py", "sdxl_train.py");
     is_refused(t, "accelerate config", "accelerate launch");
     is_refused(t, "accelerate launch --config_file /nonexistent/c.yaml " BOOTH, "c.yaml");
     is_refused(t, "python -c x", "-c");
@@ -536,7 +553,7 @@ TEST(cli_foreign_lines)
     EXPECT("train_network.py --help", 0, "--network_dim", "--max_train_steps [1600]");
     EXPECT("accelerate launch --help", 0, "train_dreambooth_lora.py");
     EXPECT("train_network.py --netwrok_dim 4", 2, "--network_dim");
-    EXPECT("python nothing.py", 2, "nothing.py", "train_network.py");
+    EXPECT("python nothing.py", 2, "nothing.py", "none of the known scripts");
     if (!program_shell(t,
                        "ln -s \"$(realpath \"$V\")\" \"$D/accelerate\" && \"$D/accelerate\" launch "
                        "train_network.py --netwrok_dim 4",

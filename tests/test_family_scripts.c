@@ -4,6 +4,7 @@
 #include "program.h"
 
 #define MODEL(name) "tests/golden/families/" name "/model "
+#define MODEL_FILE(name, file) "tests/golden/families/" name "/model/" file
 #define KOHYA(script, name)                                                                        \
     "accelerate launch --num_cpu_threads_per_process 1 " script                                    \
     " --pretrained_model_name_or_path " MODEL(                                                     \
@@ -411,4 +412,70 @@ TEST(scripts_train_text_to_image_lora_sdxl)
                           "--random_flip --snr_gamma 5",
         (const char *const[]){"16 of the text encoders", NULL});
     check_count(t, WEIGHTS, "text_encoder_2.", 8 * 2);
+}
+
+/* A file for each text encoder, as the script leaves them: at the end and on the way. */
+TEST(scripts_textual_inversion_sdxl)
+{
+    run(t,
+        DIFFUSERS("textual_inversion_sdxl.py",
+                  "sdxl") "--train_data_dir \"$D/train/1_x\" --placeholder_token '<x>' "
+                          "--initializer_token cat --num_vectors 2 --save_steps 1 --use_8bit_adam "
+                          "--max_train_steps 2",
+        (const char *const[]){"words: <x>, 2 vectors each in text_encoder and text_encoder_2",
+                              NULL});
+    static const char *const files[] = {"learned_embeds", "learned_embeds_2",
+                                        "learned_embeds-steps-1", "learned_embeds_2-steps-1"};
+    for (int i = 0; i < VEL_COUNT(files); i++) {
+        char *name = vel_test_text(t, "out/%s.safetensors", files[i]);
+        check_count(t, name, "", 1);
+        check_count(t, name, "<x>", 1);
+        vel_free(t->ctx, name);
+    }
+    program_expect(t,
+                   "generate --model " MODEL("sdxl") "--embedding "
+                                                     "\"$D/out/learned_embeds.safetensors\" "
+                                                     "--embedding "
+                                                     "\"$D/out/learned_embeds_2.safetensors\" "
+                                                     "--prompt \"a <x>\" --steps 1 --width 64 "
+                                                     "--height 64 --output \"$D/x.png\"",
+                   0, (const char *const[]){"x.png", NULL});
+}
+
+TEST(scripts_train_text_to_image_sdxl)
+{
+    run(t,
+        DIFFUSERS("train_text_to_image_sdxl.py",
+                  "sdxl") "--train_data_dir \"$D/train/1_x\" --use_ema --snr_gamma 5 "
+                          "--proportion_empty_prompts 0.2 --timestep_bias_strategy later "
+                          "--validation_prompt \"an icon\" --num_validation_images 1",
+        (const char *const[]){"trainable%: 100.0000", "float32", NULL});
+    check_count(t, "out/unet/diffusion_pytorch_model.safetensors", "conv_in.weight", 1);
+    CHECK(vel_is_file(vel_test_in(t, "out/text_encoder_2/model.safetensors")));
+}
+
+TEST(scripts_train_dreambooth_sd3)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_sd3.py", "sd3") BOOTH
+        "--train_text_encoder --max_sequence_length 32 --text_encoder_lr 1e-4",
+        (const char *const[]){"trainable%: 100.0000", NULL});
+    CHECK(vel_is_file(vel_test_in(t, "out/transformer/config.json")) &&
+          vel_is_file(vel_test_in(t, "out/text_encoder_3/model.safetensors")));
+    program_result r; /* T5 learns too */
+    CHECK(program_shell(t,
+                        "cmp -s \"$D/out/text_encoder_3/model.safetensors\" " MODEL_FILE(
+                            "sd3", "text_encoder_3/model.safetensors"),
+                        &r) &&
+          r.status == 1);
+}
+
+TEST(scripts_train_dreambooth_flux)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_flux.py", "flux-dev") BOOTH
+        "--max_sequence_length 32 --guidance_scale 1 --weighting_scheme logit_normal",
+        (const char *const[]){"trainable%: 100.0000", NULL});
+    CHECK(vel_is_file(vel_test_in(t, "out/transformer/config.json")) &&
+          vel_is_file(vel_test_in(t, "out/model_index.json")));
 }

@@ -8,11 +8,15 @@
 #define DB_SMALL (DREAMBOOTH_LORA | DREAMBOOTH)
 #define DB (DB_SMALL | DB_LARGE)
 #define T2I_LORA (TEXT_TO_IMAGE_LORA | TEXT_TO_IMAGE_LORA_SDXL)
-#define T2I (T2I_LORA | TEXT_TO_IMAGE | BANANA)
-#define LORA (DREAMBOOTH_LORA | DB_LARGE | T2I_LORA | BANANA)
-#define TI TEXTUAL_INVERSION
-#define LARGE_PICTURES (DREAMBOOTH_LORA_SDXL | TEXT_TO_IMAGE_LORA_SDXL)
-#define WITH_TEXT (DREAMBOOTH_LORA_SDXL | DREAMBOOTH_LORA_SD3 | DREAMBOOTH_LORA_FLUX)
+#define T2I_FULL (TEXT_TO_IMAGE | TEXT_TO_IMAGE_SDXL)
+#define T2I (T2I_LORA | T2I_FULL | BANANA)
+#define DB_LORA (DREAMBOOTH_LORA | DREAMBOOTH_LORA_SDXL | DREAMBOOTH_LORA_FLOWS)
+#define LORA (DB_LORA | T2I_LORA | BANANA)
+#define TI TEXTUAL_INVERSIONS
+#define SD3 (DREAMBOOTH_LORA_SD3 | DREAMBOOTH_SD3)
+#define FLUX (DREAMBOOTH_LORA_FLUX | DREAMBOOTH_FLUX)
+#define LARGE_PICTURES (DREAMBOOTH_LORA_SDXL | TEXT_TO_IMAGE_LORA_SDXL | TEXT_TO_IMAGE_SDXL)
+#define WITH_TEXT (DREAMBOOTH_LORA_SDXL | SD3 | FLUX)
 #define NOTHING_SENT "nothing is sent to or fetched from a network"
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define FILTERS "nearest,nearest_exact,bilinear,bicubic,box,hamming,lanczos"
@@ -22,7 +26,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(DIFFUSERS, "pretrained_model_name_or_path", KIND_TEXT, NULL, "model", .required = true),
     RULE(DIFFUSERS, "revision", KIND_TEXT, NULL, "main; others are given as a folder"),
     SET(DIFFUSERS, "variant", KIND_TEXT, NULL, "variant"),
-    SET(DB_SMALL | TI, "tokenizer_name", KIND_TEXT, NULL, "tokenizer"),
+    SET(DB_SMALL | TEXTUAL_INVERSION, "tokenizer_name", KIND_TEXT, NULL, "tokenizer"),
     REFUSED(TEXT_TO_IMAGE, "non_ema_revision", KIND_TEXT, NULL, NOTHING_SENT),
     /* data */
     SET(DB_SMALL, "instance_data_dir", KIND_TEXT, NULL, "data", .required = true),
@@ -53,18 +57,20 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(LARGE_PICTURES, "resolution", KIND_INT, "1024", "resolution"),
     RULE(DIFFUSERS, "center_crop", KIND_SWITCH, NULL, "without it another crop each time"),
     SET(T2I | DB_LARGE, "random_flip", KIND_SWITCH, NULL, "flip"),
-    RULE((LORA & ~FLOWS) | TEXT_TO_IMAGE | DREAMBOOTH_LORA_LUMINA2, "image_interpolation_mode",
-         KIND_TEXT, "lanczos", "resize_filter", FILTERS),
+    RULE((LORA & ~FLOWS) | T2I_FULL | DREAMBOOTH_LORA_LUMINA2 | DREAMBOOTH_FLUX,
+         "image_interpolation_mode", KIND_TEXT, "lanczos", "resize_filter", FILTERS),
     SET(TI, "repeats", KIND_INT, "100", "repeats"),
     IDLE(DIFFUSERS, "dataloader_num_workers", KIND_INT, "0",
          "threads of its own read ahead (--data_threads)"),
     /* output */
     SET(DREAMBOOTH_LORA | DREAMBOOTH_LORA_SDXL, "output_dir", KIND_TEXT, "lora-dreambooth-model",
         "output_dir"),
-    SET(DREAMBOOTH_LORA_SD3, "output_dir", KIND_TEXT, "sd3-dreambooth", "output_dir"),
+    SET(SD3, "output_dir", KIND_TEXT, "sd3-dreambooth", "output_dir"),
     SET(DREAMBOOTH_LORA_FLUX, "output_dir", KIND_TEXT, "flux-dreambooth-lora", "output_dir"),
     SET(DREAMBOOTH_LORA_SANA, "output_dir", KIND_TEXT, "sana-dreambooth-lora", "output_dir"),
     SET(DREAMBOOTH_LORA_LUMINA2, "output_dir", KIND_TEXT, "lumina2-dreambooth-lora", "output_dir"),
+    SET(DREAMBOOTH_FLUX, "output_dir", KIND_TEXT, "flux-dreambooth", "output_dir"),
+    SET(TEXT_TO_IMAGE_SDXL, "output_dir", KIND_TEXT, "sdxl-model-finetuned", "output_dir"),
     SET(DREAMBOOTH, "output_dir", KIND_TEXT, "dreambooth-model", "output_dir"),
     SET(T2I_LORA | BANANA, "output_dir", KIND_TEXT, "sd-model-finetuned-lora", "output_dir"),
     SET(TEXT_TO_IMAGE, "output_dir", KIND_TEXT, "sd-model-finetuned", "output_dir"),
@@ -75,7 +81,8 @@ const vel_dialect_row vel_diffusers_rows[] = {
          "keep_last; without it all are kept"),
     SET(DIFFUSERS, "resume_from_checkpoint", KIND_TEXT, NULL, "resume"),
     RULE(TI, "save_as_full_pipeline", KIND_SWITCH, NULL, "not available: only the word is saved"),
-    RULE(TI, "no_safe_serialization", KIND_SWITCH, NULL, "not available: files are safetensors"),
+    RULE(TEXTUAL_INVERSION, "no_safe_serialization", KIND_SWITCH, NULL,
+         "not available: files are safetensors"),
     IDLE(DREAMBOOTH, "skip_save_text_encoder", KIND_SWITCH, NULL,
          "parts that are not trained are links to the base model's files"),
     REFUSED(DIFFUSERS, "push_to_hub", KIND_SWITCH, NULL, NOTHING_SENT),
@@ -120,7 +127,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
     RULE(T2I, "prediction_type", KIND_TEXT, NULL, "the model folder's scheduler says it"),
     SET(TEXT_TO_IMAGE, "dream_training", KIND_SWITCH, NULL, "dream_training"),
     SET(TEXT_TO_IMAGE, "dream_detail_preservation", KIND_FLOAT, "1.0", "dream_detail_preservation"),
-    SET(TEXT_TO_IMAGE, "use_ema", KIND_SWITCH, NULL, "use_ema"),
+    SET(T2I_FULL, "use_ema", KIND_SWITCH, NULL, "use_ema"),
     IDLE(TEXT_TO_IMAGE, "offload_ema", KIND_SWITCH, NULL, "averages are kept where they are used"),
     IDLE(TEXT_TO_IMAGE, "foreach_ema", KIND_SWITCH, NULL, "averaging is one pass already"),
     /* optimizer */
@@ -134,7 +141,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
          "constant_with_warmup; --strict_compat: ignored with constant"),
     SET(DB | TI, "lr_num_cycles", KIND_INT, "1", "lr_scheduler_num_cycles"),
     SET(DB, "lr_power", KIND_FLOAT, "1.0", "lr_scheduler_power"),
-    SET(DB | T2I, "use_8bit_adam", KIND_SWITCH, NULL, "use_8bit_adam"),
+    SET(DB | T2I | TEXTUAL_INVERSION_SDXL, "use_8bit_adam", KIND_SWITCH, NULL, "use_8bit_adam"),
     SET(DIFFUSERS, "adam_beta1", KIND_FLOAT, "0.9", "adam_beta1"),
     SET(DIFFUSERS, "adam_beta2", KIND_FLOAT, "0.999", "adam_beta2"),
     SET(DIFFUSERS & ~DB_LARGE, "adam_weight_decay", KIND_FLOAT, "1e-2", "adam_weight_decay"),
@@ -142,13 +149,15 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(DIFFUSERS, "adam_epsilon", KIND_FLOAT, "1e-8", "adam_epsilon"),
     SET(DB | T2I, "max_grad_norm", KIND_FLOAT, "1.0", "max_grad_norm"),
     /* validation */
-    SET(DB | T2I_LORA | BANANA | TI, "validation_prompt", KIND_TEXT, NULL, "sample_prompts"),
+    SET(DB | (T2I & ~TEXT_TO_IMAGE) | TI, "validation_prompt", KIND_TEXT, NULL, "sample_prompts"),
     RULE(TEXT_TO_IMAGE, "validation_prompts", KIND_TEXTS, NULL, "sample_prompts"),
-    RULE(LORA | DREAMBOOTH | TI, "num_validation_images", KIND_INT, "4", "sample_count"),
+    RULE(LORA | DB | TEXT_TO_IMAGE_SDXL | TI, "num_validation_images", KIND_INT, "4",
+         "sample_count"),
     RULE(DREAMBOOTH_LORA | DB_LARGE, "validation_epochs", KIND_INT, "50", "sample_every_n_epochs"),
-    RULE(T2I_LORA | BANANA, "validation_epochs", KIND_INT, "1", "sample_every_n_epochs"),
+    RULE(T2I_LORA | BANANA | TEXT_TO_IMAGE_SDXL, "validation_epochs", KIND_INT, "1",
+         "sample_every_n_epochs"),
     RULE(TEXT_TO_IMAGE, "validation_epochs", KIND_INT, "5", "sample_every_n_epochs"),
-    RULE(TI, "validation_epochs", KIND_INT, NULL, "sample_every_n_epochs"),
+    RULE(TEXTUAL_INVERSION, "validation_epochs", KIND_INT, NULL, "sample_every_n_epochs"),
     RULE(DREAMBOOTH | TI, "validation_steps", KIND_INT, "100", "sample_every"),
     REFUSED(DB_SMALL, "validation_images", KIND_TEXTS, NULL,
             "it is for models that enlarge pictures, which are not offered"),
@@ -157,7 +166,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
          "DPMSolverMultistepScheduler,DDPMScheduler"),
     /* adapters */
     SET(LORA, "rank", KIND_INT, "4", "rank"),
-    SET(DREAMBOOTH_LORA | DB_LARGE, "lora_dropout", KIND_FLOAT, "0.0", "dropout"),
+    SET(DB_LORA, "lora_dropout", KIND_FLOAT, "0.0", "dropout"),
     SET(BANANA, "lora_rank", KIND_INT, NULL, "rank"),
     SET(BANANA, "lora_alpha", KIND_FLOAT, NULL, "alpha"),
     RULE(BANANA, "train_text_encoder", KIND_SWITCH, NULL, "train_text_encoder"),
@@ -169,8 +178,15 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(TI, "learnable_property", KIND_TEXT, "object", "learnable_property"),
     SET(TI, "num_vectors", KIND_INT, "1", "num_vectors"),
     /* larger families */
-    SET(DREAMBOOTH_LORA_SDXL | TEXT_TO_IMAGE_LORA_SDXL, "pretrained_vae_model_name_or_path",
-        KIND_TEXT, NULL, "vae"),
+    SET(LARGE_PICTURES, "pretrained_vae_model_name_or_path", KIND_TEXT, NULL, "vae"),
+    SET(TEXT_TO_IMAGE_SDXL, "proportion_empty_prompts", KIND_FLOAT, "0", "caption_dropout"),
+    SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_strategy", KIND_TEXT, "none", "timestep_bias_strategy",
+        NULL, "later,earlier,range,none"),
+    SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_multiplier", KIND_FLOAT, "1.0",
+        "timestep_bias_multiplier"),
+    SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_begin", KIND_INT, "0", "timestep_bias_begin"),
+    SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_end", KIND_INT, "1000", "timestep_bias_end"),
+    SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_portion", KIND_FLOAT, "0.25", "timestep_bias_portion"),
     REFUSED(DREAMBOOTH_LORA_SDXL, "do_edm_style_training", KIND_SWITCH, NULL,
             "this formulation is not offered"),
     SET(DREAMBOOTH_LORA_SDXL, "output_kohya_format", KIND_SWITCH, NULL, "also_kohya"),
@@ -183,24 +199,26 @@ const vel_dialect_row vel_diffusers_rows[] = {
     RULE(DB_LARGE, "prodigy_safeguard_warmup", KIND_TEXT, "True", "optimizer_args, of Prodigy"),
     RULE(DB_LARGE & ~DREAMBOOTH_LORA_LUMINA2, "adam_weight_decay_text_encoder", KIND_FLOAT, "1e-03",
          "one decay goes for all: --adam_weight_decay"),
-    SET(DREAMBOOTH_LORA_SD3, "max_sequence_length", KIND_INT, "77", "max_sequence_length"),
+    SET(SD3, "max_sequence_length", KIND_INT, "77", "max_sequence_length"),
     SET(DREAMBOOTH_LORA_FLUX, "max_sequence_length", KIND_INT, "512", "max_sequence_length"),
+    SET(DREAMBOOTH_FLUX, "max_sequence_length", KIND_INT, "77", "max_sequence_length"),
     SET(DREAMBOOTH_LORA_SANA, "max_sequence_length", KIND_INT, "300", "max_sequence_length"),
     SET(DREAMBOOTH_LORA_LUMINA2, "max_sequence_length", KIND_INT, "256", "max_sequence_length"),
     SET(DREAMBOOTH_LORA_FLUX | DREAMBOOTH_LORA_SANA, "lora_alpha", KIND_INT, "4", "alpha"),
-    SET(DREAMBOOTH_LORA_FLUX, "guidance_scale", KIND_FLOAT, "3.5", "guidance_scale"),
-    SET(DREAMBOOTH_LORA_SD3, "weighting_scheme", KIND_TEXT, "logit_normal", "weighting_scheme",
-        NULL, "sigma_sqrt,logit_normal,mode,cosmap,none"),
-    SET(FLOWS & ~DREAMBOOTH_LORA_SD3, "weighting_scheme", KIND_TEXT, "none", "weighting_scheme",
-        NULL, "sigma_sqrt,logit_normal,mode,cosmap,none"),
+    SET(FLUX, "guidance_scale", KIND_FLOAT, "3.5", "guidance_scale"),
+    SET(SD3, "weighting_scheme", KIND_TEXT, "logit_normal", "weighting_scheme", NULL,
+        "sigma_sqrt,logit_normal,mode,cosmap,none"),
+    SET(FLOWS & ~SD3, "weighting_scheme", KIND_TEXT, "none", "weighting_scheme", NULL,
+        "sigma_sqrt,logit_normal,mode,cosmap,none"),
     SET(FLOWS, "logit_mean", KIND_FLOAT, "0.0", "logit_mean"),
     SET(FLOWS, "logit_std", KIND_FLOAT, "1.0", "logit_std"),
     SET(FLOWS, "mode_scale", KIND_FLOAT, "1.29", "mode_scale"),
-    SET(DREAMBOOTH_LORA_SD3, "precondition_outputs", KIND_INT, "1", "precondition_outputs"),
-    RULE(FLOWS, "lora_layers", KIND_TEXT, NULL, "targets"),
+    SET(SD3, "precondition_outputs", KIND_INT, "1", "precondition_outputs"),
+    RULE(DREAMBOOTH_LORA_FLOWS, "lora_layers", KIND_TEXT, NULL, "targets"),
     RULE(DREAMBOOTH_LORA_SD3, "lora_blocks", KIND_TEXT, NULL, "targets, of these blocks"),
-    IDLE(FLOWS, "cache_latents", KIND_SWITCH, NULL, "pictures are encoded once and kept"),
-    IDLE(FLOWS, "upcast_before_saving", KIND_SWITCH, NULL,
+    IDLE(DREAMBOOTH_LORA_FLOWS, "cache_latents", KIND_SWITCH, NULL,
+         "pictures are encoded once and kept"),
+    IDLE(DREAMBOOTH_LORA_FLOWS, "upcast_before_saving", KIND_SWITCH, NULL,
          "trained values are float32, and so is the file"),
     SET(DREAMBOOTH_LORA_SANA, "complex_human_instruction", KIND_TEXT, NULL, "system_prompt"),
     SET(DREAMBOOTH_LORA_LUMINA2, "system_prompt", KIND_TEXT, NULL, "system_prompt"),
@@ -210,7 +228,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
          "parts rest when they are not used"),
     IDLE(DREAMBOOTH_LORA_SANA, "enable_vae_tiling", KIND_SWITCH, NULL,
          "--fit chooses what stays small"),
-    IDLE(DREAMBOOTH_LORA_FLUX | DREAMBOOTH_LORA_SANA | TEXT_TO_IMAGE_LORA_SDXL,
+    IDLE(FLUX | DREAMBOOTH_LORA_SANA | TEXT_TO_IMAGE_LORA_SDXL | TEXT_TO_IMAGE_SDXL,
          "enable_npu_flash_attention", KIND_SWITCH, NULL, "it is for other devices"),
     IDLE(TEXT_TO_IMAGE_LORA_SDXL, "debug_loss", KIND_SWITCH, NULL, OWN_LOG),
     {0}};

@@ -16,7 +16,7 @@ static vel_status data_rules(vel_line *l)
                *data = vel_line_value(l, "train_data_dir");
     const char *column = vel_line_value(l, "image_column");
     bool booth = l->script->bit & DREAMBOOTH_LARGE;
-    if (l->script->bit & (DREAMBOOTH | DREAMBOOTH_LORA | TEXTUAL_INVERSION))
+    if (l->script->bit & (DREAMBOOTH | DREAMBOOTH_LORA | TEXTUAL_INVERSIONS))
         return VEL_OK;
     if (booth)
         data = vel_line_value(l, "instance_data_dir");
@@ -178,7 +178,7 @@ static vel_status family_rules(vel_line *l)
 static vel_status save_rules(vel_line *l)
 {
     const char *limit = vel_line_value(l, "checkpoints_total_limit");
-    const char *every = l->script->bit == TEXTUAL_INVERSION ? "save_steps" : "checkpointing_steps";
+    const char *every = l->script->bit & TEXTUAL_INVERSIONS ? "save_steps" : "checkpointing_steps";
     static const char *const refused[] = {"save_as_full_pipeline", "no_safe_serialization"};
     static const char *const why[] = {"the word is saved, not the pipeline",
                                       "files are safetensors, which cannot run code"};
@@ -244,11 +244,19 @@ static vel_status kind_rules(vel_line *l)
     bool text = vel_line_on(l, "train_text_encoder");
     switch (l->script->bit) {
     case TEXTUAL_INVERSION:
+    case TEXTUAL_INVERSION_SDXL:
         VEL_TRY(vel_line_set(l, "placeholder_token", "method", "textual_inversion"));
         VEL_TRY(vel_line_set(l, "placeholder_token", "save_precision", "float"));
+        VEL_TRY(vel_line_set(l, "placeholder_token", "words_apart", "yes"));
         return vel_line_set(l, "output_dir", "output_name", "learned_embeds");
     case DREAMBOOTH:
     case TEXT_TO_IMAGE:
+    case TEXT_TO_IMAGE_SDXL:
+    case DREAMBOOTH_SD3:
+    case DREAMBOOTH_FLUX:
+        vel_line_say(l, "all weights are saved in float32, as the script does; --save_precision "
+                        "bf16 takes half the room");
+        VEL_TRY(vel_line_set(l, "output_dir", "save_precision", "float"));
         VEL_TRY(vel_line_set(l, "pretrained_model_name_or_path", "method", "full"));
         VEL_TRY(vel_line_set(l, "output_dir", "output_name", "."));
         break;
@@ -266,6 +274,8 @@ static vel_status kind_rules(vel_line *l)
     default:
         VEL_TRY(adapter_rules(l));
     }
+    if (text && l->script->bit == DREAMBOOTH_SD3) /* T5, too */
+        VEL_TRY(vel_line_set(l, "train_text_encoder", "text_encoders", "all"));
     return vel_line_set(l, "train_text_encoder", "train_text_encoder", text ? "yes" : "no");
 }
 

@@ -149,16 +149,43 @@ static vel_status take_option(vel_line *l, int n, const char *const *words, int 
     return strcmp(o->name, "config_file") == 0 ? read_config(l, value) : VEL_OK;
 }
 
+/* Scripts of the same peers that are not run here: what they train, and the nearest that is run. */
+static const struct {
+    const char *names, *what, *nearest;
+} others[] = {
+    {"*controlnet*,*control_net*,train_control_*,*t2i_adapter*,*lllite*",
+     "networks that steer a model are not trained", "train_dreambooth_lora_flux.py"},
+    {"*instruct_pix2pix*,*kontext*,*img2img*,*inpaint*",
+     "models that edit pictures are not trained", "train_dreambooth_lora_flux.py"},
+    {"*_lcm_*,*distill*,*turbo*", "models are not distilled", "train_text_to_image_lora_sdxl.py"},
+    {"*custom_diffusion*", "its method is not there", "train_dreambooth.py"},
+    {"*_XTI.py", "its method is not there", "train_textual_inversion.py"},
+    {"textual_inversion_flax.py", "the same flags without JAX", "textual_inversion.py"},
+    {"train_dreambooth_flax.py", "the same flags without JAX", "train_dreambooth.py"},
+    {"train_text_to_image_flax.py", "the same flags without JAX", "train_text_to_image.py"},
+    {"hunyuan_image_*,anima_*,*chroma*", "no model of its family is known",
+     "flux_train_network.py"},
+    {"train_dreambooth_lora_*", "no model of its family is known", "train_dreambooth_lora_flux.py"},
+    {"*gen_img*,*_inference.py", "pictures are drawn with `velatura generate`", NULL},
+    {"*extract_lora*,merge_*,*_merge_*,resize_lora.py,lora_interrogator.py",
+     "`velatura adapter` merges, extracts and resizes", NULL},
+    {"train_unconditional.py", "models without text are not trained", "train_text_to_image.py"},
+};
+
 static vel_status not_a_script(vel_line *l, const char *word)
 {
-    vel_text t;
-    vel_text_init(&t, l->ctx);
+    const char *slash = strrchr(word, '/'), *name = slash ? slash + 1 : word;
+    vel_nearest nearest = vel_nearest_to(name);
+    for (int i = 0; i < VEL_COUNT(others); i++)
+        if (vel_glob(others[i].names, name))
+            return vel_fail(l->ctx, VEL_UNSUPPORTED, "%s: is not run here: %s%s%s", word,
+                            others[i].what, others[i].nearest ? "; the nearest script is " : "",
+                            others[i].nearest ? others[i].nearest : "");
     for (const vel_script *s = vel_scripts; s->name; s++)
-        vel_text_addf(&t, "%s%s", s == vel_scripts ? "" : ", ", s->name);
-    vel_status st = vel_fail(l->ctx, VEL_UNSUPPORTED, "%s: is none of the known scripts: %s", word,
-                             t.s ? t.s : "");
-    vel_text_finish(&t);
-    return st;
+        vel_nearest_look(&nearest, s->name);
+    return vel_fail(l->ctx, VEL_UNSUPPORTED,
+                    "%s: is none of the known scripts, which `velatura help --dialects` lists%s",
+                    word, vel_nearest_text(&nearest, "").s);
 }
 
 static vel_status at_script(vel_line *l, int n, const char *const *words, int at, int *out)

@@ -48,7 +48,7 @@ const char *vel_keep_ending(const train_session *s)
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
 static const char may_differ[] =
     "variant,device,memory,data_threads,gradient_checkpointing,cache_to_disk,steps,epochs,resume,"
-    "overwrite,"
+    "overwrite,words_apart,"
     "dry_run,compare_images,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,"
     "sample_*,"
     "validation_every,validate_every_n_epochs,validation_times";
@@ -538,14 +538,47 @@ static const char *format_of(const train_session *s)
     return !any ? s->o->save_format : words ? "diffusers" : usual;
 }
 
+/* A file for each encoder, of its words under their own names: NAME..., NAME_2.... */
+static vel_status export_apart(train_session *s, const char *path, const vel_word *words, int n,
+                               json_t *meta)
+{
+    size_t stem = strlen(s->o->output_dir) + 1 + strlen(name_of(s));
+    vel_word *own = vel_arena_alloc(s->arena, (size_t)n * sizeof *own);
+    vel_status st = own ? VEL_OK : VEL_NO_MEMORY;
+    const char *seen[VEL_MAX_TEXTS];
+    int files = 0;
+    for (int i = 0; i < n && !st; i++) {
+        int count = 0, k = 0;
+        while (k < files && strcmp(seen[k], words[i].encoder) != 0)
+            k++;
+        if (k < files)
+            continue;
+        seen[files++] = words[i].encoder;
+        for (int j = i; j < n; j++)
+            if (strcmp(words[j].encoder, words[i].encoder) == 0) {
+                own[count] = words[j];
+                own[count++].encoder = NULL;
+            }
+        char *file =
+            files == 1 ? vel_arena_strdup(s->arena, path)
+                       : vel_arena_strf(s->arena, "%.*s_%d%s", (int)stem, path, files, path + stem);
+        st = file ? vel_words_write(s->ctx, file, own, count, "diffusers",
+                                    precision_of(s->o->save_precision), meta)
+                  : VEL_NO_MEMORY;
+    }
+    return st;
+}
+
 /* New words: a file of their own, or in the adapter's where its dialect has room for them. */
 static vel_status export_words(train_session *s, const char *path, const char *form, json_t *meta)
 {
     vel_word *words;
     int n;
     VEL_TRY(vel_words_trained(s, &words, &n));
-    vel_status st =
-        vel_words_write(s->ctx, path, words, n, form, precision_of(s->o->save_precision), meta);
+    bool apart = s->o->words_apart && n && words[0].encoder && strcmp(form, "diffusers") == 0;
+    vel_status st = apart ? export_apart(s, path, words, n, meta)
+                          : vel_words_write(s->ctx, path, words, n, form,
+                                            precision_of(s->o->save_precision), meta);
     vel_words_free(s->ctx, words, n);
     return st;
 }

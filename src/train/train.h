@@ -118,6 +118,7 @@ typedef struct vel_train_options {
     int save_every, save_every_n_epochs, keep_last;
     bool no_metadata;
     bool also_kohya;
+    bool words_apart;      /* a file of words for each text encoder */
     const char *thumbnail; /* a file or "data:..."; NULL: none */
     const char *metadata;  /* of all metadata_... settings; they are read from the settings */
     bool save_state, overwrite, dry_run;
