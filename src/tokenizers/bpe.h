@@ -28,6 +28,12 @@ typedef struct bpe_merge {
     int32_t rank, id;
 } bpe_merge;
 
+/* Of a piece; its hash is kept, so that another's text is hardly ever read. */
+typedef struct bpe_place {
+    uint32_t hash;
+    int32_t next_id; /* the piece's id + 1; 0: an empty slot */
+} bpe_place;
+
 /* A word recognised in running text before anything is split. */
 typedef struct bpe_added {
     const char *text; /* as it is looked for: normalised when normal is set */
@@ -90,8 +96,8 @@ struct vel_tokenizer {
     vel_arena *arena;    /* pieces and words */
     const char **pieces; /* by id; NULL where the vocabulary has a hole */
     int32_t n_pieces;
-    int32_t n_words; /* pieces that are not NULL */
-    int32_t *words;  /* open addressing: id + 1 by hash of the piece; 0 is empty */
+    int32_t n_words;  /* pieces that are not NULL */
+    bpe_place *words; /* open addressing by hash of the piece */
     uint32_t words_mask;
     bpe_merge *merges; /* open addressing by (left, right) */
     uint32_t merges_mask;

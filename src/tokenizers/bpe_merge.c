@@ -32,37 +32,37 @@ static bool same_piece(const char *piece, const char *s, size_t n)
 
 int32_t vel_bpe_find(const vel_tokenizer *t, const char *s, size_t n)
 {
-    if (!t->words || memchr(s, '\0', n))
+    if (!t->words || n > t->longest || memchr(s, '\0', n))
         return -1;
-    uint32_t i = word_hash(s, n) & t->words_mask;
-    for (; t->words[i]; i = (i + 1) & t->words_mask) {
-        if (same_piece(t->pieces[t->words[i] - 1], s, n))
-            return t->words[i] - 1;
+    uint32_t hash = word_hash(s, n), i = hash & t->words_mask;
+    for (const bpe_place *p; (p = &t->words[i])->next_id; i = (i + 1) & t->words_mask) {
+        if (p->hash == hash && same_piece(t->pieces[p->next_id - 1], s, n))
+            return p->next_id - 1;
     }
     return -1;
 }
 
-static void insert_word(vel_tokenizer *t, int32_t id)
+static void insert_word(vel_tokenizer *t, bpe_place place)
 {
-    uint32_t i = word_hash(t->pieces[id], strlen(t->pieces[id])) & t->words_mask;
-    while (t->words[i])
+    uint32_t i = place.hash & t->words_mask;
+    while (t->words[i].next_id)
         i = (i + 1) & t->words_mask;
-    t->words[i] = id + 1;
+    t->words[i] = place;
 }
 
 static vel_status grow_words(vel_tokenizer *t)
 {
-    uint32_t slots = t->words ? 2 * (t->words_mask + 1) : 1024;
-    int32_t *words = vel_alloc(t->ctx, slots * sizeof *words);
+    uint32_t before = t->words ? t->words_mask + 1 : 0, slots = before ? 2 * before : 1024;
+    bpe_place *old = t->words, *words = vel_alloc(t->ctx, slots * sizeof *words);
     if (!words)
         return VEL_NO_MEMORY;
-    vel_free(t->ctx, t->words);
     t->words = words;
     t->words_mask = slots - 1;
-    for (int32_t id = 0; id < t->n_pieces; id++) {
-        if (t->pieces[id])
-            insert_word(t, id);
+    for (uint32_t i = 0; i < before; i++) {
+        if (old[i].next_id)
+            insert_word(t, old[i]);
     }
+    vel_free(t->ctx, old);
     return VEL_OK;
 }
 
@@ -77,8 +77,9 @@ vel_status vel_bpe_set_piece(vel_tokenizer *t, int32_t id, const char *piece)
     t->pieces[id] = copy;
     t->n_pieces = VEL_MAX(t->n_pieces, id + 1);
     t->n_words++;
-    t->longest = VEL_MAX(t->longest, strlen(piece));
-    insert_word(t, id);
+    size_t n = strlen(piece);
+    t->longest = VEL_MAX(t->longest, n);
+    insert_word(t, (bpe_place){word_hash(piece, n), id + 1});
     return VEL_OK;
 }
 

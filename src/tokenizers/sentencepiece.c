@@ -192,11 +192,22 @@ static vel_status finish_t5(model *m)
     return vel_unigram_finish(t, m->path, T5_UNKNOWN);
 }
 
-/* The merges are all ways to part a piece into two, by the piece's id, then the first part's
- * length, as transformers' generate_merges. count: into *n only. */
-static void make_merges(vel_tokenizer *t, bool count, size_t *n)
+typedef struct merge_list {
+    bpe_merge *items;
+    size_t n;
+} merge_list;
+
+static vel_status keep_merge(vel_ctx *ctx, merge_list *list, bpe_merge m)
 {
-    int32_t rank = 0;
+    VEL_TRY(vel_grow(ctx, &list->items, list->n + 1));
+    list->items[list->n++] = m;
+    return VEL_OK;
+}
+
+/* The merges are all ways to part a piece into two, by the piece's id, then the first part's
+ * length, as transformers' generate_merges. */
+static vel_status make_merges(const vel_tokenizer *t, merge_list *out)
+{
     for (int32_t id = 0; id < t->n_pieces; id++) {
         const char *piece = t->pieces[id];
         size_t size = strlen(piece);
@@ -205,27 +216,27 @@ static void make_merges(vel_tokenizer *t, bool count, size_t *n)
                 continue;
             int32_t left = vel_bpe_find(t, piece, i);
             int32_t right = left < 0 ? -1 : vel_bpe_find(t, piece + i, size - i);
-            if (right < 0)
-                continue;
-            if (count)
-                ++*n;
-            else
-                vel_bpe_set_merge(t, (bpe_merge){left, right, rank++, id});
+            if (right >= 0)
+                VEL_TRY(keep_merge(t->ctx, out, (bpe_merge){left, right, (int32_t)out->n, id}));
         }
     }
+    return VEL_OK;
 }
 
 static vel_status finish_gemma(model *m)
 {
     vel_tokenizer *t = m->t;
-    size_t n = 0;
-    make_merges(t, true, &n);
-    VEL_TRY(vel_bpe_reserve_merges(t, n));
+    merge_list list = {0};
+    vel_status st = make_merges(t, &list);
+    if (st == VEL_OK)
+        st = vel_bpe_reserve_merges(t, list.n);
+    for (size_t i = 0; i < list.n && st == VEL_OK; i++)
+        vel_bpe_set_merge(t, list.items[i]);
+    vel_free(t->ctx, list.items);
     t->kind = BPE_PLAIN;
     t->byte_fallback = t->fuse_unknown = true;
     vel_way_gemma(&t->way);
-    make_merges(t, false, &n);
-    return VEL_OK;
+    return st;
 }
 
 vel_status vel_spm_read(vel_tokenizer *t, const char *path, spm_tokens *out)
