@@ -395,13 +395,30 @@ int vel_drawing_batch(const vel_drawing *d)
  * ------------------------------------------------------------------- */
 
 /* Our sampler names as A1111 shows them. */
-static const struct {
+typedef struct shown_name {
     const char *ours, *theirs;
-} sampler_titles[] = {
-    {"ddim", "DDIM"},       {"pndm", "PLMS"},         {"euler", "Euler"},
-    {"euler_a", "Euler a"}, {"heun", "Heun"},         {"lms", "LMS"},
-    {"unipc", "UniPC"},     {"dpmpp_2m", "DPM++ 2M"}, {"dpmpp_2m_sde", "DPM++ 2M SDE"},
+} shown_name;
+static const shown_name sampler_titles[] = {
+    {"ddim", "DDIM"},
+    {"pndm", "PLMS"},
+    {"euler", "Euler"},
+    {"euler_a", "Euler a"},
+    {"heun", "Heun"},
+    {"lms", "LMS"},
+    {"dpm2", "DPM2"},
+    {"dpm2_a", "DPM2 a"},
+    {"dpmpp_2s", "DPM++ 2S"},
+    {"dpmpp_2m", "DPM++ 2M"},
+    {"dpmpp_2m_sde", "DPM++ 2M SDE"},
+    {"dpmpp_3m", "DPM++ 3M"},
+    {"dpmpp_3m_sde", "DPM++ 3M SDE"},
+    {"unipc", "UniPC"},
+    {"deis", "DEIS"},
+    {"lcm", "LCM"},
+    {"tcd", "TCD"},
 };
+static const shown_name level_titles[] = {
+    {"_karras", " Karras"}, {"_exponential", " Exponential"}, {"_beta", " Beta"}};
 
 static const char *sampler_of(const vel_drawing *d, const vel_draw *draw)
 {
@@ -442,14 +459,17 @@ static const char *further_text(const vel_draw *draw, int i)
 
 static void add_sampler_title(vel_text *t, const char *sampler)
 {
-    static const char karras[] = "_karras";
-    bool spaced = vel_has_suffix(sampler, karras);
-    size_t n = strlen(sampler) - (spaced ? sizeof karras - 1 : 0);
-    const char *title = sampler;
+    const char *title = sampler, *levels = "";
+    size_t n = strlen(sampler);
+    for (int i = 0; i < VEL_COUNT(level_titles); i++)
+        if (vel_has_suffix(sampler, level_titles[i].ours)) {
+            n -= strlen(level_titles[i].ours);
+            levels = level_titles[i].theirs;
+        }
     for (int i = 0; i < VEL_COUNT(sampler_titles); i++)
         if (strlen(sampler_titles[i].ours) == n && strncmp(sampler, sampler_titles[i].ours, n) == 0)
             title = sampler_titles[i].theirs;
-    vel_text_addf(t, "%s%s", title, spaced && title != sampler ? " Karras" : "");
+    vel_text_addf(t, "%s%s", title, title != sampler ? levels : "");
 }
 
 /* The name under which people know the model: the last part of what was asked for. */

@@ -97,6 +97,22 @@ static vel_status keep_text(vel_params *p, const char *value, const char **field
     return VEL_OK;
 }
 
+static bool is_choice(const vel_option_row *r, const char *value)
+{
+    if (vel_list_has(r->choices, value))
+        return true;
+    for (const char *at = r->endings; at && *at;) {
+        size_t size = strcspn(at, ","), n = strlen(value);
+        char name[64];
+        if (n > size && n - size < sizeof name && strncmp(value + n - size, at, size) == 0) {
+            snprintf(name, sizeof name, "%.*s", (int)(n - size), value);
+            return vel_list_has(r->choices, name);
+        }
+        at += size + (at[size] == ',');
+    }
+    return false;
+}
+
 static vel_status set_row(vel_params *p, const vel_option_row *r, const char *value)
 {
     void *field = (char *)&p->o + r->offset;
@@ -113,9 +129,10 @@ static vel_status set_row(vel_params *p, const vel_option_row *r, const char *va
         *(bool *)field = flag;
         break;
     case OPT_CHOICE:
-        if (!vel_list_has(r->choices, value))
-            return vel_fail(p->ctx, VEL_BAD_VALUE, "--%s: '%s' is not one of %s", r->name, value,
-                            r->choices);
+        if (!is_choice(r, value))
+            return vel_fail(p->ctx, VEL_BAD_VALUE, "--%s: '%s' is not one of %s%s%s", r->name,
+                            value, r->choices, r->endings ? "; endings: " : "",
+                            r->endings ? r->endings : "");
         VEL_TRY(keep_text(p, value, field));
         break;
     case OPT_TEXT:

@@ -71,9 +71,10 @@
             "pictures drawn at once; 0: as suits their size"),                                     \
         INT("seed", NULL, at seed, first_seed, -1, 9e15, "picture",                                \
             "of the first picture; -1: a random one"),                                             \
-        CHOICE("sampler", "scheduler", at sampler, first_sampler, VEL_SAMPLERS, "picture",         \
-               "without it: the model folder's own"),                                              \
-        FLOAT("eta", NULL, at eta, "0", 0, 1, "picture", "noise of ddim"),                         \
+        SAMPLER("sampler", "scheduler", at sampler, first_sampler, "picture",                      \
+                "without it: the model folder's own"),                                             \
+        FLOAT("eta", NULL, at eta, "0", 0, 1, "picture",                                           \
+              "noise of ddim, and of tcd, for which 0.3 is usual"),                                \
         TEXT("lora", NULL, at lora, NULL, "adapters",                                              \
              "files with strengths: style.safetensors:0.8,other.safetensors"),                     \
         FLOAT("lora_scale", NULL, at lora_scale, "1", -10, 10, "adapters",                         \

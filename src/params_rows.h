@@ -19,6 +19,7 @@ typedef struct vel_option_row {
     double min, max;     /* of numbers; both 0: unbounded */
     const char *choices;
     const char *group, *help;
+    const char *endings; /* of a choice: what may be put behind each, as a list; NULL: nothing */
 } vel_option_row;
 
 /* Each ends with {0}. */
@@ -62,8 +63,14 @@ extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows
 
 #define VEL_PRECISIONS "auto,no,bf16,fp16"
 #define VEL_SAMPLERS                                                                               \
-    "ddim,pndm,euler,euler_a,heun,lms,dpmpp_2m,dpmpp_2m_sde,unipc,ddim_karras,pndm_karras,"        \
-    "euler_karras,euler_a_karras,heun_karras,lms_karras,dpmpp_2m_karras,dpmpp_2m_sde_karras,"      \
-    "unipc_karras"
+    "ddpm,ddim,pndm,euler,euler_a,heun,lms,dpm2,dpm2_a,dpmpp_2s,dpmpp_2m,dpmpp_2m_sde,dpmpp_3m,"   \
+    "dpmpp_3m_sde,unipc,deis,lcm,tcd"
+/* help: what is said before the list's own */
+#define SAMPLER(name, aliases, field, initial, group, help)                                        \
+    {                                                                                              \
+        name, aliases, OPT_CHOICE, FIELD(OPTIONS, field), initial, 0, 0, VEL_SAMPLERS, group,      \
+            help "; with _karras, _exponential or _beta behind it for other noise levels",         \
+            "_karras,_exponential,_beta"                                                           \
+    }
 
 #endif

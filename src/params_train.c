@@ -445,7 +445,7 @@ const vel_option_row vel_train_rows[] = {
           "classifier-free guidance of models that take the guidance as an input (FLUX.1), beside "
           "--sample_guidance; 1: off"),
     INT("sample_seed", NULL, sample_seed, "1", 0, 9e15, "samples", "seed of the first prompt"),
-    CHOICE("sample_sampler", NULL, sample_sampler, "ddim", VEL_SAMPLERS, "samples", "sampler"),
+    SAMPLER("sample_sampler", NULL, sample_sampler, "ddim", "samples", "sampler"),
     TEXT("sample_negative", NULL, sample_negative, NULL, "samples", "negative prompt"),
     INT("sample_max_token_length", NULL, sample_max_token_length, "0", 0, 750, "samples",
         "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of 75 as "

@@ -110,6 +110,25 @@ TEST(dialects_defaults)
              "rank=32 random_crop=no output_name=pytorch_lora_weights");
 }
 
+/* kohya's own names of samplers, all of them. */
+TEST(dialects_samplers)
+{
+    static const char *const names[][2] = {
+        {"ddim", "ddim"},          {"pndm", "pndm"},          {"lms", "lms"},
+        {"k_lms", "lms"},          {"euler", "euler"},        {"k_euler", "euler"},
+        {"euler_a", "euler_a"},    {"k_euler_a", "euler_a"},  {"heun", "heun"},
+        {"dpm_2", "dpm2"},         {"k_dpm_2", "dpm2"},       {"dpm_2_a", "dpm2_a"},
+        {"k_dpm_2_a", "dpm2_a"},   {"dpmsolver", "dpmpp_2m"}, {"dpmsolver++", "dpmpp_2m"},
+        {"dpmsingle", "dpmpp_2s"},
+    };
+    for (int i = 0; i < VEL_COUNT(names); i++) {
+        char line[256], settings[64];
+        snprintf(line, sizeof line, NETWORK "--sample_sampler %s", names[i][0]);
+        snprintf(settings, sizeof settings, "sample_sampler=%s", names[i][1]);
+        comes_to(t, line, settings);
+    }
+}
+
 TEST(dialects_other_methods)
 {
     comes_to(t,
@@ -422,7 +441,7 @@ TEST(dialects_refuse)
     is_refused(t, NETWORK "--deepspeed", "one process");
     is_refused(t, NETWORK "--huggingface_token secret", "network");
     CHECK(!strstr(vel_ctx_error(t->ctx), "secret"));
-    is_refused(t, NETWORK "--sample_sampler dpm_2", "dpm_2");
+    is_refused(t, NETWORK "--sample_sampler dpm_3", "dpm_3");
     is_refused(t, NETWORK "--text_encoder_lr 0 --unet_lr 0", "nothing is trained");
     is_refused(t, "train_network.py --network_module networks.lora", "--resolution");
     is_refused(t, "train_dreambooth_lora.py --instance_prompt p", "wants --");

@@ -379,6 +379,18 @@ TEST(models_noise_config)
         {"{\"_class_name\": \"UniPCMultistepScheduler\", \"disable_corrector\": [], "
          "\"solver_type\": \"bh2\"}",
          "unipc", "linspace", VEL_PREDICTS_NOISE, 0.02},
+        {"{\"_class_name\": \"DPMSolverMultistepScheduler\", \"algorithm_type\": "
+         "\"sde-dpmsolver++\", \"solver_order\": 3, \"use_beta_sigmas\": true}",
+         "dpmpp_3m_sde_beta", "linspace", VEL_PREDICTS_NOISE, 0.02},
+        {"{\"_class_name\": \"DPMSolverSinglestepScheduler\", \"lower_order_final\": false}",
+         "dpmpp_2s", "linspace", VEL_PREDICTS_NOISE, 0.02},
+        {"{\"_class_name\": \"DEISMultistepScheduler\", \"use_exponential_sigmas\": true}",
+         "deis_exponential", "linspace", VEL_PREDICTS_NOISE, 0.02},
+        {"{\"_class_name\": \"KDPM2AncestralDiscreteScheduler\"}", "dpm2_a", "linspace",
+         VEL_PREDICTS_NOISE, 0.012},
+        {"{\"_class_name\": \"LCMScheduler\", \"original_inference_steps\": 50}", "lcm", "leading",
+         VEL_PREDICTS_NOISE, 0.012},
+        {"{\"_class_name\": \"TCDScheduler\"}", "tcd", "leading", VEL_PREDICTS_NOISE, 0.012},
     };
     vel_noise_config c;
     for (int i = 0; i < VEL_COUNT(rows); i++) {
@@ -392,7 +404,11 @@ TEST(models_noise_config)
     }
     static const char *const refused[][2] = {
         {"{\"_class_name\": \"PNDMScheduler\", \"trained_betas\": [0.1]}", "trained_betas"},
-        {"{\"_class_name\": \"DEISMultistepScheduler\"}", "DEISMultistepScheduler"},
+        {"{\"_class_name\": \"EDMEulerScheduler\"}", "EDMEulerScheduler"},
+        {"{\"_class_name\": \"DPMSolverSinglestepScheduler\", \"solver_order\": 3}",
+         "solver_order"},
+        {"{\"_class_name\": \"LCMScheduler\", \"original_inference_steps\": 0}",
+         "original_inference_steps"},
         {"{\"_class_name\": \"DDIMScheduler\", \"thresholding\": true}", "thresholding"},
         {"{\"_class_name\": \"DDIMScheduler\", \"beta_schedule\": \"sigmoid\"}", "sigmoid"},
         {"{\"_class_name\": \"DDIMScheduler\", \"beta_end\": 2}", "beta_end"},

@@ -165,10 +165,12 @@ static vel_status sample_rules(vel_line *l)
 {
     static const struct {
         const char *peer, *ours;
-    } names[] = {{"ddim", "ddim"},          {"pndm", "pndm"},           {"lms", "lms"},
-                 {"k_lms", "lms"},          {"euler", "euler"},         {"k_euler", "euler"},
-                 {"euler_a", "euler_a"},    {"k_euler_a", "euler_a"},   {"heun", "heun"},
-                 {"dpmsolver", "dpmpp_2m"}, {"dpmsolver++", "dpmpp_2m"}};
+    } names[] = {{"ddim", "ddim"},         {"pndm", "pndm"},          {"lms", "lms"},
+                 {"k_lms", "lms"},         {"euler", "euler"},        {"k_euler", "euler"},
+                 {"euler_a", "euler_a"},   {"k_euler_a", "euler_a"},  {"heun", "heun"},
+                 {"dpm_2", "dpm2"},        {"k_dpm_2", "dpm2"},       {"dpm_2_a", "dpm2_a"},
+                 {"k_dpm_2_a", "dpm2_a"},  {"dpmsolver", "dpmpp_2m"}, {"dpmsolver++", "dpmpp_2m"},
+                 {"dpmsingle", "dpmpp_2s"}};
     const char *name = vel_line_value(l, "sample_sampler");
     if (vel_line_given(l, "sample_prompts") && !(l->script->bit & KOHYA_FLOWS)) {
         VEL_TRY(vel_line_set(l, "sample_prompts", "sample_max_token_length", "225"));
@@ -177,8 +179,7 @@ static vel_status sample_rules(vel_line *l)
     for (int i = 0; i < VEL_COUNT(names); i++)
         if (strcmp(names[i].peer, name) == 0)
             return vel_line_set(l, "sample_sampler", "sample_sampler", "%s", names[i].ours);
-    return vel_line_refuse(l, "sample_sampler", "there is no sampler %s; euler and heun are near",
-                           name);
+    return vel_line_refuse(l, "sample_sampler", "there is no sampler %s; euler is near", name);
 }
 
 /* ---- optimizer ---- */

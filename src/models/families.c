@@ -192,23 +192,28 @@ typedef struct scheduler {
     const char *class_name, *sampler, *spacing;
     double beta_start, beta_end;
     bool set_alpha_to_one, clip_sample;
+    int beta_schedule; /* of beta_schedules */
 } scheduler;
 static const scheduler schedulers[] = {
-    {"PNDMScheduler", "pndm", "leading", 0.0001, 0.02, false, false},
-    {"DDIMScheduler", "ddim", "leading", 0.0001, 0.02, true, true},
-    {"DDPMScheduler", "ddpm", "leading", 0.0001, 0.02, true, true},
-    {"EulerDiscreteScheduler", "euler", "linspace", 0.0001, 0.02, true, false},
-    {"EulerAncestralDiscreteScheduler", "euler_a", "linspace", 0.0001, 0.02, true, false},
-    {"LMSDiscreteScheduler", "lms", "linspace", 0.0001, 0.02, true, false},
-    {"HeunDiscreteScheduler", "heun", "linspace", 0.00085, 0.012, true, false},
-    {"DPMSolverMultistepScheduler", "dpmpp_2m", "linspace", 0.0001, 0.02, true, false},
-    {"UniPCMultistepScheduler", "unipc", "linspace", 0.0001, 0.02, true, false},
+    {"PNDMScheduler", "pndm", "leading", 0.0001, 0.02, false, false, 0},
+    {"DDIMScheduler", "ddim", "leading", 0.0001, 0.02, true, true, 0},
+    {"DDPMScheduler", "ddpm", "leading", 0.0001, 0.02, true, true, 0},
+    {"EulerDiscreteScheduler", "euler", "linspace", 0.0001, 0.02, true, false, 0},
+    {"EulerAncestralDiscreteScheduler", "euler_a", "linspace", 0.0001, 0.02, true, false, 0},
+    {"LMSDiscreteScheduler", "lms", "linspace", 0.0001, 0.02, true, false, 0},
+    {"HeunDiscreteScheduler", "heun", "linspace", 0.00085, 0.012, true, false, 0},
+    {"KDPM2DiscreteScheduler", "dpm2", "linspace", 0.00085, 0.012, true, false, 0},
+    {"KDPM2AncestralDiscreteScheduler", "dpm2_a", "linspace", 0.00085, 0.012, true, false, 0},
+    {"DPMSolverMultistepScheduler", "dpmpp_2m", "linspace", 0.0001, 0.02, true, false, 0},
+    {"DPMSolverSinglestepScheduler", "dpmpp_2s", "linspace", 0.0001, 0.02, true, false, 0},
+    {"UniPCMultistepScheduler", "unipc", "linspace", 0.0001, 0.02, true, false, 0},
+    {"DEISMultistepScheduler", "deis", "linspace", 0.0001, 0.02, true, false, 0},
+    {"LCMScheduler", "lcm", "leading", 0.00085, 0.012, true, false, 1},
+    {"TCDScheduler", "tcd", "leading", 0.00085, 0.012, true, false, 1},
 };
 static const vel_expected expected[] = {
     {"trained_betas", "null"},
     {"thresholding", "false|null"},
-    {"use_exponential_sigmas", "false|null"},
-    {"use_beta_sigmas", "false|null"},
     {"use_lu_lambdas", "false|null"},
     {"use_flow_sigmas", "false|null"},
     {"use_dynamic_shifting", "false|null"},
@@ -216,22 +221,29 @@ static const vel_expected expected[] = {
     {"timestep_type", "discrete"},
     {"final_sigmas_type", "zero"},
     {"predict_x0", "true"},
-    {"lower_order_final", "true"},
     {"euler_at_final", "false|null"},
     {"solver_p", "null"},
     {"disable_corrector", "[]|null"},
 };
-static const vel_expected dpm_expected[] = {{"solver_type", "midpoint"}};
-static const vel_expected unipc_expected[] = {{"solver_type", "bh2"}};
+/* What further settings of a sampler must be, where they are given. */
+static const struct {
+    const char *sampler;
+    vel_expected setting;
+} solvers_expected[] = {
+    {"dpmpp_2m", {"solver_type", "midpoint"}}, {"dpmpp_2m", {"lower_order_final", "true"}},
+    {"dpmpp_2s", {"solver_type", "midpoint"}}, {"dpmpp_2s", {"algorithm_type", "dpmsolver++"}},
+    {"dpmpp_2s", {"solver_order", "1|2"}},     {"unipc", {"solver_type", "bh2"}},
+    {"unipc", {"lower_order_final", "true"}},  {"deis", {"solver_type", "logrho"}},
+    {"deis", {"lower_order_final", "true"}},
+};
 static const char *const predictions[] = {"epsilon", "v_prediction", "sample",
                                           NULL}; /* as vel_prediction */
 static const char *const beta_schedules[] = {"linear", "scaled_linear", "squaredcos_cap_v2", NULL};
 static const char *const spacings[] = {"leading", "trailing", "linspace", NULL};
-static const char *const algorithms[] = {"dpmsolver++", "sde-dpmsolver++", NULL};
 
 static const scheduler *find_scheduler(vel_settings *s)
 {
-    char known[512] = "";
+    char known[640] = "";
     const char *name = vel_json_string(s->json, "_class_name", "missing");
     for (int i = 0; i < VEL_COUNT(schedulers); i++) {
         if (strcmp(schedulers[i].class_name, name) == 0)
@@ -242,23 +254,17 @@ static const scheduler *find_scheduler(vel_settings *s)
     }
     vel_settings_fail(s, "_class_name",
                       "is %s; known are: %s, FlowMatchEulerDiscreteScheduler, "
-                      "FlowMatchHeunDiscreteScheduler",
+                      "FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler",
                       name, known);
     return NULL;
 }
 
-/* "dpmpp_2m", "dpmpp_2m_sde_karras" ... */
 static void name_sampler(vel_settings *s, const scheduler *sort, vel_noise_config *out)
 {
-    const char *name = sort->sampler, *sde = "";
-    if (strcmp(name, "dpmpp_2m") == 0) {
-        vel_settings_expect(s, dpm_expected, VEL_COUNT(dpm_expected));
-        sde = vel_setting_choice(s, "algorithm_type", -1, algorithms, 0) ? "_sde" : "";
-    }
-    if (strcmp(name, "unipc") == 0)
-        vel_settings_expect(s, unipc_expected, VEL_COUNT(unipc_expected));
-    bool karras = vel_setting_bool(s, "use_karras_sigmas", false);
-    snprintf(out->sampler, sizeof out->sampler, "%s%s%s", name, sde, karras ? "_karras" : "");
+    for (int i = 0; i < VEL_COUNT(solvers_expected); i++)
+        if (strcmp(sort->sampler, solvers_expected[i].sampler) == 0)
+            vel_settings_expect(s, &solvers_expected[i].setting, 1);
+    vel_settings_sampler(s, sort->sampler, true, out);
 }
 
 vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *json, const char *file,
@@ -276,7 +282,7 @@ vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *json, const char *f
     vel_settings_expect(&s, expected, VEL_COUNT(expected));
     int at = vel_setting_choice(&s, "timestep_spacing", -1, spacings, -1);
     snprintf(out->spacing, sizeof out->spacing, "%s", at < 0 ? sort->spacing : spacings[at]);
-    at = vel_setting_choice(&s, "beta_schedule", -1, beta_schedules, 0);
+    at = vel_setting_choice(&s, "beta_schedule", -1, beta_schedules, sort->beta_schedule);
     snprintf(out->beta_schedule, sizeof out->beta_schedule, "%s", beta_schedules[at]);
     at = vel_setting_choice(&s, "prediction_type", -1, predictions, VEL_PREDICTS_NOISE);
     out->prediction = (vel_prediction)at;
@@ -290,6 +296,8 @@ vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *json, const char *f
     out->clip_range = vel_setting_number(&s, "clip_sample_range", 1);
     out->rescale_zero_snr = vel_setting_bool(&s, "rescale_betas_zero_snr", false);
     out->solver_order = vel_setting_int(&s, "solver_order", 2, 1, 3);
+    out->distilled_steps = vel_setting_int(&s, "original_inference_steps", 50, 1, out->train_steps);
+    out->timestep_scaling = vel_setting_number(&s, "timestep_scaling", 10);
     name_sampler(&s, sort, out);
     if (!(out->beta_start > 0 && out->beta_start <= out->beta_end && out->beta_end < 1))
         vel_settings_fail(&s, "beta_start",

@@ -4,27 +4,32 @@
 
 static const vel_expected expected[] = {
     {"invert_sigmas", "false|null"},
-    {"stochastic_sampling", "false|null"},
-    {"use_karras_sigmas", "false|null"},
-    {"use_beta_sigmas", "false|null"},
-    {"use_exponential_sigmas", "false|null"},
     {"use_lu_lambdas", "false|null"},
     {"thresholding", "false|null"},
-    {"solver_type", "midpoint"},
-    {"algorithm_type", "dpmsolver++"},
+    {"scale_factors", "null|[]"},
     {"final_sigmas_type", "zero"},
     {"lower_order_final", "true"},
     {"euler_at_final", "false|null"},
+    {"predict_x0", "true"},
+    {"solver_p", "null"},
+    {"disable_corrector", "[]|null"},
 };
+/* Of the solvers, whose levels are not laid anew here. */
+static const vel_expected solver_expected[] = {{"prediction_type", "flow_prediction"},
+                                               {"use_karras_sigmas", "false|null"},
+                                               {"use_exponential_sigmas", "false|null"},
+                                               {"use_beta_sigmas", "false|null"}};
 static const char *const shift_types[] = {"exponential", "linear", NULL};
 
-/* diffusers' classes; the multistep solver is of flow matching where its config says so. */
+/* diffusers' classes; those of solvers are of flow matching where their config says so. */
 static const struct {
-    const char *class_name, *sampler, *shift;
+    const char *class_name, *sampler, *shift, *solver_type;
 } classes[] = {
-    {"FlowMatchEulerDiscreteScheduler", "euler", "shift"},
-    {"FlowMatchHeunDiscreteScheduler", "heun", "shift"},
-    {"DPMSolverMultistepScheduler", "dpmpp_2m", "flow_shift"},
+    {"FlowMatchEulerDiscreteScheduler", "euler", "shift", NULL},
+    {"FlowMatchHeunDiscreteScheduler", "heun", "shift", NULL},
+    {"FlowMatchLCMScheduler", "lcm", "shift", NULL},
+    {"DPMSolverMultistepScheduler", "dpmpp_2m", "flow_shift", "midpoint"},
+    {"UniPCMultistepScheduler", "unipc", "flow_shift", "bh2"},
 };
 
 static int find(const json_t *json)
@@ -43,6 +48,24 @@ bool vel_flow_config_is(const json_t *json)
                       vel_json_bool(json, "use_flow_sigmas", false));
 }
 
+void vel_settings_sampler(vel_settings *s, const char *plain, bool may_lay_anew,
+                          vel_noise_config *out)
+{
+    static const char *const algorithms[] = {"dpmsolver++", "sde-dpmsolver++", NULL};
+    static const char *const rules[][2] = {{"use_karras_sigmas", "_karras"},
+                                           {"use_exponential_sigmas", "_exponential"},
+                                           {"use_beta_sigmas", "_beta"}};
+    const char *sde = "", *ending = "";
+    if (strcmp(plain, "dpmpp_2m") == 0) {
+        sde = vel_setting_choice(s, "algorithm_type", -1, algorithms, 0) ? "_sde" : "";
+        plain = out->solver_order == 3 ? "dpmpp_3m" : plain;
+    }
+    for (int i = 0; i < VEL_COUNT(rules) && may_lay_anew; i++)
+        if (vel_setting_bool(s, rules[i][0], false))
+            ending = rules[i][1];
+    snprintf(out->sampler, sizeof out->sampler, "%s%s%s", plain, sde, ending);
+}
+
 vel_status vel_flow_config_read(vel_ctx *ctx, const json_t *json, const char *file,
                                 vel_noise_config *out)
 {
@@ -51,11 +74,15 @@ vel_status vel_flow_config_read(vel_ctx *ctx, const json_t *json, const char *fi
     bool solver = strcmp(classes[i].shift, "flow_shift") == 0;
     *out = (vel_noise_config){.prediction = VEL_PREDICTS_FLOW, .set_alpha_to_one = true};
     vel_settings_expect(&s, expected, VEL_COUNT(expected));
-    if (solver)
-        vel_settings_expect(&s, &(vel_expected){"prediction_type", "flow_prediction"}, 1);
-    snprintf(out->sampler, sizeof out->sampler, "%s", classes[i].sampler);
+    if (solver) {
+        vel_settings_expect(&s, solver_expected, VEL_COUNT(solver_expected));
+        vel_settings_expect(&s, &(vel_expected){"solver_type", classes[i].solver_type}, 1);
+    }
     out->train_steps = vel_setting_int(&s, "num_train_timesteps", 1000, 2, 4096);
     out->solver_order = vel_setting_int(&s, "solver_order", 2, 1, 3);
+    /* Euler's steps with noise anew are those of LCM */
+    bool anew = i == 0 && vel_setting_bool(&s, "stochastic_sampling", false);
+    vel_settings_sampler(&s, anew ? "lcm" : classes[i].sampler, !solver, out);
     vel_flow_config *f = &out->flow;
     f->shift = vel_setting_number(&s, classes[i].shift, 1);
     f->dynamic = vel_setting_bool(&s, "use_dynamic_shifting", false);
@@ -65,8 +92,6 @@ vel_status vel_flow_config_read(vel_ctx *ctx, const json_t *json, const char *fi
     f->max_tokens = vel_setting_int(&s, "max_image_seq_len", 4096, 1, 1 << 24);
     f->terminal = vel_setting_number(&s, "shift_terminal", 0);
     f->linear = vel_setting_choice(&s, "time_shift_type", -1, shift_types, 0) == 1;
-    if (solver && f->dynamic)
-        vel_settings_fail(&s, "use_dynamic_shifting", "is true: only false is supported here");
     if (!(f->shift > 0) || !(f->terminal >= 0 && f->terminal < 1))
         vel_settings_fail(&s, f->shift > 0 ? "shift_terminal" : classes[i].shift,
                           "is out of its bounds");

@@ -40,6 +40,13 @@ void vel_setting_marks(vel_settings *s, const char *key, bool *out, int n);
 /* "stores the message unless there is one already"; file and key are put before it. */
 void vel_settings_fail(vel_settings *s, const char *key, const char *format, ...) VEL_PRINTF(3, 4);
 
+/* ---- scheduler_config.json (families.c, flow_config.c) ---- */
+
+/* Our name of a sampler, from that of its class' plainest form and what the config says of the
+ * solver's order, of noise and, where may_lay_anew, of noise levels: "dpmpp_3m_sde_karras". */
+void vel_settings_sampler(vel_settings *s, const char *plain, bool may_lay_anew,
+                          vel_noise_config *out);
+
 /* ---- UNet2DConditionModel (unet.c) ---- */
 
 enum { VEL_MAX_LEVELS = 8, VEL_UNET_SIZES = 6 };

@@ -71,6 +71,8 @@ typedef struct vel_noise_config {
     bool set_alpha_to_one, skip_prk_steps, clip_sample, rescale_zero_snr;
     double clip_range;
     int solver_order;
+    int distilled_steps; /* LCM, TCD: timesteps for which models are distilled */
+    double timestep_scaling;
     vel_flow_config flow; /* where prediction is VEL_PREDICTS_FLOW */
 } vel_noise_config;
 

@@ -38,15 +38,6 @@ static vel_status bad_option(vel_ctx *ctx, const char *file, const char *option,
     return vel_fail(ctx, VEL_BAD_VALUE, "%s: '--%s': %s", file, option, why);
 }
 
-static bool is_sampler(const char *name)
-{
-    const char *known;
-    for (int i = 0; (known = vel_sampler_name_at(i)); i++)
-        if (strcmp(known, name) == 0)
-            return true;
-    return false;
-}
-
 static bool is_text(int i)
 {
     return options[i].kind == TEXT || options[i].kind == SAMPLER;
@@ -79,7 +70,7 @@ static vel_status take_value(vel_ctx *ctx, const char *file, const char *option,
                              const char *value, vel_draw *draw, bool *seeded)
 {
     char *end;
-    if (options[i].kind == SAMPLER && !is_sampler(value))
+    if (options[i].kind == SAMPLER && !vel_sampler_known(value))
         return bad_option(ctx, file, option, "there is no such sampler");
     if (is_text(i)) {
         put_text(i, value, draw);
@@ -166,7 +157,7 @@ static vel_status take_member(vel_ctx *ctx, vel_arena *a, const char *file, cons
         return unknown_key(ctx, file, key);
     if (prompt || is_text(i)) {
         char *copy = text ? vel_arena_strdup(a, text) : NULL;
-        if (!text || (!prompt && options[i].kind == SAMPLER && !is_sampler(text)))
+        if (!text || (!prompt && options[i].kind == SAMPLER && !vel_sampler_known(text)))
             return vel_fail(ctx, VEL_BAD_VALUE, "%s: \"%s\" is no %s", file, key,
                             text ? "sampler that there is" : "text");
         if (!copy)

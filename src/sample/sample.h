@@ -23,18 +23,18 @@ double vel_schedule_snr(const vel_schedule *s, int t);
  */
 
 typedef struct vel_sampler vel_sampler;
-/* Of models that predict the flow: euler, heun, dpmpp_2m; of the others:
- * name: ddpm, ddim, pndm, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc; with "_karras"
- * for Karras spacing (Karras et al. 2022). NULL takes the model's own. rng: draws of ancestral
- * samplers. */
+/* name: of the table in samplers.c, where models that predict the flow have rows of their own; most
+ * also with an ending for other noise levels: "_karras", "_exponential", "_beta"
+ * (samplers_levels.c). NULL takes the model's own. rng: draws of those that add noise. */
 vel_status vel_sampler_create(vel_ctx *ctx, const char *name, const vel_schedule *schedule,
                               int steps, double eta, vel_torch_rng *rng, vel_sampler **out);
 /* Is there a sampler of this name for what the model predicts? */
 bool vel_sampler_fits(const char *name, const vel_schedule *schedule);
+bool vel_sampler_known(const char *name); /* for what any model predicts */
 void vel_sampler_destroy(vel_sampler *s);
 double vel_sampler_init_sigma(const vel_sampler *s); /* the first noise is multiplied by it */
 int vel_sampler_evaluations(
-    const vel_sampler *s); /* how often the model is asked (PNDM, Heun: more than steps) */
+    const vel_sampler *s); /* how often the model is asked (PNDM, Heun, DPM2: more than steps) */
 double vel_sampler_timestep(const vel_sampler *s, int i); /* of evaluation i */
 /* The model's input for evaluation i: out = x scaled (Euler and kin), n values. */
 void vel_sampler_scale(const vel_sampler *s, int i, const float *x, float *out, int64_t n);

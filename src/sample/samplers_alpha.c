@@ -12,11 +12,11 @@ static float alpha_of_sigma(float sigma)
     return 1 / (sigma * sigma + 1);
 }
 
-/* Ends of step k of the plain sequence: from timesteps where the model was trained, or, with Karras
- * spacing, from its noise levels. */
+/* Ends of step k of the plain sequence: from timesteps where the model was trained, or from its
+ * noise levels where they were laid anew. */
 static void step_ends(const vel_sampler *s, int k, float *from, float *to)
 {
-    if (s->karras) {
+    if (s->levels) {
         *from = alpha_of_sigma(s->sigmas[k]);
         *to = k + 1 < s->steps ? alpha_of_sigma(s->sigmas[k + 1]) : s->final_alpha;
         return;
@@ -138,7 +138,7 @@ vel_status vel_prepare_pndm(vel_sampler *s)
         return VEL_NO_MEMORY;
     memcpy(grid, s->timesteps, sizeof *grid * (size_t)n);
     vel_status st = VEL_OK;
-    if (!s->config.skip_prk_steps && !s->karras) {
+    if (!s->config.skip_prk_steps && !s->levels) {
         st = prepare_runge_kutta(s, grid);
         goto end;
     }
@@ -157,7 +157,7 @@ vel_status vel_prepare_pndm(vel_sampler *s)
         s->alpha_to[i] = s->alpha_to[i - 1];
     }
     s->timesteps[1] = grid[1];
-    if (s->karras) {
+    if (s->levels) {
         s->alpha_from[1] = s->alpha_from[0];
         s->alpha_to[1] = s->alpha_to[0];
     } else {

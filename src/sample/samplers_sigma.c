@@ -1,8 +1,10 @@
-/* samplers_sigma.c: Euler, Euler ancestral, Heun (Karras et al. 2022) and linear multistep
- * (k-diffusion), which integrate dx/dsigma = (x - x0) / sigma on x = x0 + sigma noise.
+/* samplers_sigma.c: Euler, Euler ancestral, Heun, DPM2 and DPM2 ancestral (Karras et al. 2022;
+ * k-diffusion) and linear multistep (k-diffusion), which integrate dx/dsigma = (x - x0) / sigma on
+ * x = x0 + sigma noise.
  *
- * Mirror EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler and
- * LMSDiscreteScheduler of diffusers, without churn. sigmas[steps] is 0. */
+ * Mirror EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler,
+ * KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler and LMSDiscreteScheduler of diffusers,
+ * without churn. sigmas[steps] is 0. */
 #include "sample/samplers.h"
 
 /* The clean picture that the prediction stands for. */
@@ -22,11 +24,18 @@ void vel_step_euler(vel_sampler *s, int i, const float *prediction, float *x, in
         x[k] = x[k] + (x[k] - clean(s, sigma, prediction[k], x[k])) / sigma * dt;
 }
 
+float vel_ancestral_down(float from, float to, float *up)
+{
+    float added = sqrtf(to * to * (from * from - to * to) / (from * from));
+    if (up)
+        *up = added;
+    return sqrtf(VEL_MAX(to * to - added * added, 0));
+}
+
 void vel_step_euler_a(vel_sampler *s, int i, const float *prediction, float *x, int64_t n)
 {
-    float from = s->sigmas[i], to = s->sigmas[i + 1];
-    float up = sqrtf(to * to * (from * from - to * to) / (from * from));
-    float down = sqrtf(VEL_MAX(to * to - up * up, 0));
+    float from = s->sigmas[i], to = s->sigmas[i + 1], up;
+    float down = vel_ancestral_down(from, to, &up);
     float dt = down - from, *fresh = s->buffer[0];
     vel_torch_randn(s->rng, fresh, n);
     for (int64_t k = 0; k < n; k++) {
@@ -65,6 +74,40 @@ void vel_step_heun(vel_sampler *s, int i, const float *prediction, float *x, int
         }
     }
 }
+
+/* ---- DPM2 ---- */
+
+/* Every step but the last, which ends at 0, is asked at its beginning and in its middle. */
+vel_status vel_prepare_middles(vel_sampler *s)
+{
+    VEL_TRY(vel_prepare_heun(s));
+    for (int k = 0; k + 1 < s->steps; k++)
+        s->timesteps[2 * k + 1] = s->middle_times[k];
+    return VEL_OK;
+}
+
+void vel_step_dpm2(vel_sampler *s, int i, const float *prediction, float *x, int64_t n)
+{
+    int step = i / 2;
+    bool middle = i % 2, last = step + 1 == s->steps;
+    float from = s->sigmas[step], to = s->sigmas[step + 1], up = 0;
+    float here = middle ? s->middles[step] : from, *start = s->buffer[0];
+    if (s->kind->random && !last)
+        to = vel_ancestral_down(from, to, &up);
+    float dt = (middle || last ? to : s->middles[step]) - from;
+    if (!middle)
+        memcpy(start, x, sizeof *x * (size_t)n);
+    for (int64_t k = 0; k < n; k++)
+        x[k] = start[k] + (x[k] - clean(s, here, prediction[k], x[k])) / here * dt;
+    if (!s->kind->random || !middle)
+        return;
+    float *fresh = s->buffer[1];
+    vel_torch_randn(s->rng, fresh, n);
+    for (int64_t k = 0; k < n; k++)
+        x[k] = x[k] + fresh[k] * up;
+}
+
+/* ---- linear multistep ---- */
 
 /* Integral over the step of the Lagrange polynomial of node `which` among the last `order` noise
  * levels: degree 3 at most, for which two Gauss points are exact. */

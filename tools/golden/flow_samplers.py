@@ -13,11 +13,13 @@ import sys
 
 import numpy as np
 import torch
-from diffusers import (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+from diffusers import (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler,
+                       FlowMatchLCMScheduler, UniPCMultistepScheduler)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import save_file
 
 EULER, HEUN, SOLVER = FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, DPMSolverMultistepScheduler
+LCM, UNIPC = FlowMatchLCMScheduler, UniPCMultistepScheduler
 SOLVES = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 DYNAMIC = dict(use_dynamic_shifting=True, shift=3.0)
 CONFIGS = {
@@ -34,7 +36,24 @@ CONFIGS = {
     "solver_plain": (SOLVER, SOLVES),
     "solver_shift": (SOLVER, dict(SOLVES, flow_shift=3.0)),
     "solver_first_order": (SOLVER, dict(SOLVES, flow_shift=3.0, solver_order=1)),
+    "solver_third_order": (SOLVER, dict(SOLVES, flow_shift=3.0, solver_order=3)),
+    "solver_dynamic": (SOLVER, dict(SOLVES, use_dynamic_shifting=True)),
+    "solver_noise": (SOLVER, dict(SOLVES, flow_shift=3.0, algorithm_type="sde-dpmsolver++")),
+    "solver_noise_third_order": (SOLVER, dict(SOLVES, algorithm_type="sde-dpmsolver++", solver_order=3)),
+    "unipc_plain": (UNIPC, SOLVES),
+    "unipc_shift": (UNIPC, dict(SOLVES, flow_shift=3.0)),
+    "unipc_third_order": (UNIPC, dict(SOLVES, flow_shift=3.0, solver_order=3)),
+    "unipc_dynamic_terminal": (UNIPC, dict(SOLVES, use_dynamic_shifting=True, shift_terminal=0.02)),
+    "lcm_shift": (LCM, dict(shift=3.0)),
+    "lcm_dynamic": (LCM, DYNAMIC),
+    "euler_noise": (EULER, dict(shift=3.0, stochastic_sampling=True)),
+    "euler_karras": (EULER, dict(shift=3.0, use_karras_sigmas=True)),
+    "euler_exponential": (EULER, dict(shift=3.0, use_exponential_sigmas=True)),
+    "euler_beta": (EULER, dict(shift=3.0, use_beta_sigmas=True)),
+    "euler_beta_dynamic": (EULER, dict(DYNAMIC, use_beta_sigmas=True)),
 }
+# as the pipelines take it where a class has no such settings
+LINE = dict(base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.5, max_shift=1.15)
 SHAPE = (1, 4, 2, 2)
 
 
@@ -45,14 +64,18 @@ def run(cls, config, steps, tokens, even, noise, bias):
         told["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if s.config.get("use_dynamic_shifting"):
         c = s.config
-        told["mu"] = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        line = [c.get(*pair) for pair in LINE.items()]
+        told["mu"] = calculate_shift(tokens, *line)
     known = inspect.signature(s.set_timesteps).parameters
     s.set_timesteps(**({} if "sigmas" in told and "sigmas" in known and cls is not EULER else
                        {"num_inference_steps": steps}), **{k: v for k, v in told.items() if k in known})
     x = noise
+    draws = {}
+    if "generator" in inspect.signature(s.step).parameters:
+        draws["generator"] = torch.Generator("cpu").manual_seed(7)
     for t in s.timesteps:
         at = t.to(torch.float32)
-        x = s.step(x * (0.3 + at / 2000) + bias * (1 - at / 1000), t, x).prev_sample
+        x = s.step(x * (0.3 + at / 2000) + bias * (1 - at / 1000), t, x, **draws).prev_sample
     return torch.cat([s.timesteps.to(torch.float32), x.flatten()]).to(torch.float32)
 
 

@@ -6,13 +6,15 @@ sampler/prediction/spacing/steps/variant and holds: init sigma, timesteps, the f
 
 usage: samplers.py [OUTPUT]
 """
+import inspect
 import sys
 
 import numpy as np
 import torch
-from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
-                       EulerDiscreteScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler, PNDMScheduler,
-                       UniPCMultistepScheduler)
+from diffusers import (DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler,
+                       DPMSolverSinglestepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+                       HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler,
+                       LMSDiscreteScheduler, PNDMScheduler, TCDScheduler, UniPCMultistepScheduler)
 from safetensors.torch import save_file
 
 CLASSES = {
@@ -26,8 +28,18 @@ CLASSES = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
     "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {}),
+    "dpm2": (KDPM2DiscreteScheduler, {}),
+    "dpm2_a": (KDPM2AncestralDiscreteScheduler, {}),
+    "dpmpp_2s": (DPMSolverSinglestepScheduler, {}),
+    "dpmpp_3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpmpp_3m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    "deis": (DEISMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+    "tcd": (TCDScheduler, {}),
 }
-KARRAS = ["euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
+KARRAS = ["euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "dpm2", "dpm2_a", "dpmpp_2s", "dpmpp_3m",
+          "dpmpp_3m_sde", "deis"]
+ENDINGS = {"_karras": "use_karras_sigmas", "_exponential": "use_exponential_sigmas", "_beta": "use_beta_sigmas"}
 PREDICTIONS = {"noise": "epsilon", "v": "v_prediction", "sample": "sample"}
 VARIANTS = {
     "plain": {},
@@ -38,6 +50,9 @@ VARIANTS = {
     "linear": {"beta_schedule": "linear"},
     "runge_kutta": {"skip_prk_steps": False},
     "eta": {},
+    "first": {"solver_order": 1},
+    "third": {"solver_order": 3},
+    "original": {"original_inference_steps": 40, "timestep_scaling": 2.0},
 }
 BASE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
             set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, clip_sample=False)
@@ -45,26 +60,27 @@ SHAPE = (1, 4, 2, 2)
 
 
 def run(name, prediction, spacing, steps, variant, noise, bias):
-    karras = name.endswith("_karras")
-    cls, extra = CLASSES[name.removesuffix("_karras")]
+    ending = next((e for e in ENDINGS if name.endswith(e)), "")
+    cls, extra = CLASSES[name.removesuffix(ending)]
     config = dict(BASE, prediction_type=PREDICTIONS[prediction], **extra)
     config.update(VARIANTS[variant])
     if spacing != "own":
         config["timestep_spacing"] = spacing
-    if karras:
-        config["use_karras_sigmas"] = True
+    if ending:
+        config[ENDINGS[ending]] = True
     accepted = set(cls.__init__.__wrapped__.__code__.co_varnames) if hasattr(cls.__init__, "__wrapped__") else None
     config = {k: v for k, v in config.items() if accepted is None or k in accepted}
     s = cls(**config)
     s.set_timesteps(steps)
+    if cls is DEISMultistepScheduler:  # its weights, differences of large terms, are off by 1e-6 in float32
+        s.sigmas, noise, bias = s.sigmas.double(), noise.double(), bias.double()
     generator = torch.Generator("cpu").manual_seed(7)
     x = noise * s.init_noise_sigma
     kwargs = {}
-    if cls in (EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler, DDIMScheduler,
-               DDPMScheduler):
+    if "generator" in inspect.signature(s.step).parameters:
         kwargs["generator"] = generator
-    if variant == "eta":
-        kwargs["eta"] = 0.6
+    if variant == "eta" or cls is TCDScheduler:
+        kwargs["eta"] = 0.6 if variant == "eta" else 0.0
     for t in s.timesteps:
         scaled = s.scale_model_input(x, t)
         tf = t.to(torch.float32)
@@ -77,9 +93,9 @@ def run(name, prediction, spacing, steps, variant, noise, bias):
 def cases():
     for name in CLASSES:
         for prediction in PREDICTIONS:
-            if prediction == "sample" and name in ("pndm", "euler_a"):
+            if prediction == "sample" and name in ("pndm", "euler_a", "dpm2", "dpm2_a"):
                 continue  # diffusers has none
-            for spacing in ("leading", "trailing", "linspace"):
+            for spacing in ("own",) if name in ("lcm", "tcd", "dpmpp_2s") else ("leading", "trailing", "linspace"):
                 for steps in (7, 20):
                     yield name, prediction, spacing, steps, "plain"
         yield name, "noise", "own", 30, "plain"
@@ -87,13 +103,31 @@ def cases():
         yield name, "noise", "leading", 2, "plain"
         yield name, "noise", "leading", 12, "linear"
         yield name, "noise", "leading", 12, "cosine"
-        if name not in ("pndm", "heun", "lms"):
+        if name not in ("pndm", "heun", "lms", "dpm2", "dpm2_a", "dpmpp_2s", "deis"):
             yield name, "v", "trailing", 9, "zero_snr"
     for name in KARRAS:
         for prediction in PREDICTIONS:
-            yield name + "_karras", prediction, "linspace", 12, "plain"
+            if prediction != "sample" or name not in ("dpm2", "dpm2_a"):
+                yield name + "_karras", prediction, "linspace", 12, "plain"
         yield name + "_karras", "noise", "leading", 20, "plain"
         yield name + "_karras", "noise", "own", 30, "plain"
+        for ending in ("_exponential", "_beta"):
+            for steps in (1, 12, 25):
+                yield name + ending, "noise", "own", steps, "plain"
+    for name in ("unipc", "deis"):
+        for steps in (3, 9, 20):
+            yield name, "noise", "own", steps, "third"
+    for name in ("dpmpp_2m", "dpmpp_2s", "unipc", "deis"):
+        yield name, "noise", "own", 9, "first"
+    for name in ("lcm", "tcd"):
+        for prediction in PREDICTIONS:
+            yield name, prediction, "own", 5, "original"
+    for prediction in PREDICTIONS:
+        yield "lcm", prediction, "own", 6, "clip"
+        for steps in (1, 4, 8):
+            yield "tcd", prediction, "own", steps, "eta"
+    for name in ("dpmpp_2s_karras", "unipc_karras", "dpm2_karras"):
+        yield name, "noise", "leading", 12, "cosine"
     yield "dpmpp_2m_karras", "noise", "leading", 12, "cosine"
     for steps in (1, 10):
         yield "ddim", "noise", "leading", steps, "alpha_one"
