@@ -108,21 +108,21 @@ typedef struct planned {
 /* The first published model of a family. */
 static bool open_known(vel_test *t, const char *family, planned *m)
 {
-    static const char *const files[] = {"unet", "text_encoder", "text_encoder_2", "vae"};
+    static const char *const files[] = {"1", "2", "3", "4", "5"}; /* for messages */
     const vel_known_model *k;
     for (int i = 0; (k = vel_known_model_at(i)) && strcmp(k->family, family) != 0; i++)
         continue;
     REQUIRE(k);
-    const json_t *configs[4] = {NULL};
+    const json_t *configs[VEL_COUNT(files)] = {NULL};
     *m = (planned){.arena = vel_arena_create(t->ctx)};
     for (int i = 0; (m->family = vel_family_at(i)); i++)
         if (strcmp(m->family->name, k->family) == 0)
             break;
     REQUIRE(m->arena && m->family);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < VEL_COUNT(files); i++)
         configs[i] = k->configs[i] ? json_loads(k->configs[i], 0, NULL) : NULL;
     vel_status st = m->family->read(t->ctx, m->arena, configs, files, NULL, &m->config);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < VEL_COUNT(files); i++)
         json_decref((json_t *)configs[i]);
     CHECK_OK(st);
     return st == VEL_OK;
@@ -232,6 +232,17 @@ TEST(cuda_plans_sd15)
     if (open_known(t, "sd", &m)) {
         check_plan(t, &m, 1, 512, true, 395, 425, 1640);
         check_plan(t, &m, 2, 512, false, 70, 90, 1640);
+    }
+    vel_arena_destroy(m.arena);
+}
+
+TEST(cuda_plans_sd3)
+{
+    planned m;
+    REQUIRE(read_rows(t) > 40);
+    if (open_known(t, "sd3", &m)) {
+        check_plan(t, &m, 1, 1024, true, 2100, 2150, 4086);
+        check_plan(t, &m, 2, 1024, false, 170, 190, 4098);
     }
     vel_arena_destroy(m.arena);
 }

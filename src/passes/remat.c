@@ -65,7 +65,6 @@ static bool is_cheap(vel_op op)
     case VEL_OP_layer_norm:
     case VEL_OP_rms_norm:
     case VEL_OP_modulated_norm:
-    case VEL_OP_gated_add:
     case VEL_OP_geglu:
     case VEL_OP_rope:
     case VEL_OP_permute:
@@ -103,8 +102,8 @@ static bool has_side_path(const vel_graph *g, const vel_node *n)
 static bool is_large_norm(const vel_node *n)
 {
     enum { LARGE_NORM = 1 << 20 }; /* bytes */
-    return n->op == VEL_OP_layer_norm &&
-           vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE_NORM;
+    bool norm = n->op == VEL_OP_layer_norm || n->op == VEL_OP_modulated_norm;
+    return norm && vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE_NORM;
 }
 
 static bool is_made_again(const remat *r, const vel_node *n)
