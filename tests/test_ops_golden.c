@@ -53,6 +53,8 @@ static const golden_row rows[] = {
     {"embed", VEL_OP_embed, {.embed = {}}},
     {"depthwise", VEL_OP_depthwise, {.depthwise = {}}},
     {"depthwise_wide", VEL_OP_depthwise, {.depthwise = {}}},
+    {"depthwise_glu", VEL_OP_depthwise_glu, {.depthwise_glu = {VEL_ACT_SILU}}},
+    {"linear_attention", VEL_OP_linear_attention, {.linear_attention = {2}}},
     /* the reference turns in float32 */
     {"rope_neighbours", VEL_OP_rope, {.rope = {2, false, false}}, 1e-6},
     {"rope_halves", VEL_OP_rope, {.rope = {2, true, false}}},

@@ -33,7 +33,11 @@ double vel_node_flops(const vel_graph *g, int32_t id)
                (double)(n->out[0].shape.dim[1] * n->out[0].shape.dim[2] * n->out[0].shape.dim[3]);
     case VEL_OP_depthwise:
     case VEL_OP_depthwise_grad_x:
+    case VEL_OP_depthwise_glu_grad:
+    case VEL_OP_depthwise_act_grad_x:
         return 2 * out * (double)(b.dim[2] * b.dim[3]);
+    case VEL_OP_depthwise_glu:
+        return 4 * out * (double)(b.dim[2] * b.dim[3]);
     case VEL_OP_depthwise_grad_w:
         return 2 * (double)vel_shape_count(a) *
                (double)(n->a.depthwise_grad_w.kernel_h * n->a.depthwise_grad_w.kernel_w);

@@ -131,6 +131,12 @@ vel_ref vel_depthwise(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias)
     return vel_build(g, VEL_OP_depthwise, (vel_ref[]){x, w, bias}, 3, &(vel_attr){0});
 }
 
+vel_ref vel_depthwise_glu(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_act_kind act)
+{
+    return vel_build(g, VEL_OP_depthwise_glu, (vel_ref[]){x, w, bias}, 3,
+                     &(vel_attr){.depthwise_glu = {act}});
+}
+
 vel_ref vel_kron(vel_graph *g, vel_ref a, vel_ref b)
 {
     return build2(g, VEL_OP_kron, a, b, (vel_attr){0});

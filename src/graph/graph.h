@@ -168,6 +168,7 @@ vel_ref vel_linear_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref 
 vel_ref vel_conv2d_op(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_ref residual,
                       int stride, const int pad[4], int act);
 vel_ref vel_depthwise(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias); /* bias may be {0} */
+vel_ref vel_depthwise_glu(vel_graph *g, vel_ref x, vel_ref w, vel_ref bias, vel_act_kind act);
 vel_ref vel_kron(vel_graph *g, vel_ref a, vel_ref b);
 /* d may have a gradient; constant: it gets none. bias may be {0}. */
 vel_ref vel_row_norm(vel_graph *g, vel_ref w, vel_ref d, bool columns, bool constant);

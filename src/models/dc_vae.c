@@ -179,12 +179,23 @@ static vel_ref residual_block(vel_graph *g, vel_ref x)
     return vel_add(g, nn_biased_rms_norm(g, "norm", h, eps), x);
 }
 
+/* A depthwise convolution without a bias. */
+static vel_ref own_channels(vel_graph *g, const char *name, vel_ref x, int kernel)
+{
+    vel_scope(g, "%s", name);
+    int64_t width = vel_shape_last(vel_shape_at(g, x));
+    vel_ref w = vel_weight(g, "weight", VEL_SHAPE(width, 1, kernel, kernel));
+    vel_ref y = vel_depthwise(g, x, w, (vel_ref){0});
+    vel_end(g);
+    return y;
+}
+
 /* Mirrors SanaMultiscaleAttentionProjection: qkv [N, H, W, 3 C], mixed inside groups of a head. */
 static vel_ref project_scale(vel_graph *g, const vel_dc_config *c, vel_ref qkv, int kernel)
 {
     vel_shape s = vel_shape_at(g, qkv);
     int64_t d = c->head_width, groups = s.dim[3] / d, pixels = s.dim[0] * s.dim[1] * s.dim[2];
-    vel_ref x = nn_depthwise(g, "proj_in", qkv, kernel, false);
+    vel_ref x = own_channels(g, "proj_in", qkv, kernel);
     vel_ref w = vel_weight(g, "proj_out.weight", VEL_SHAPE(s.dim[3], d, 1, 1));
     x = vel_permute(g, vel_reshape(g, x, VEL_SHAPE(pixels, groups, d)), (const int8_t[]){1, 0, 2});
     x = vel_matmul(g, x, vel_reshape(g, w, VEL_SHAPE(groups, d, d)), false, true);

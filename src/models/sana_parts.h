@@ -4,9 +4,8 @@
 
 #include "models/transformer.h"
 
-/* A convolution without bias that keeps the size; one of each channel alone. */
+/* A convolution without bias that keeps the size. */
 vel_ref nn_bare_conv(vel_graph *g, const char *name, vel_ref x, int64_t out, int kernel);
-vel_ref nn_depthwise(vel_graph *g, const char *name, vel_ref x, int kernel, bool bias);
 /* RMS norm with a weight and a bias. */
 vel_ref nn_biased_rms_norm(vel_graph *g, const char *name, vel_ref x, double eps);
 /* GLUMBConv inside its scope, without norm and residual: x [N, H, W, C]. */

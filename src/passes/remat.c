@@ -66,6 +66,7 @@ static bool is_cheap(vel_op op)
     case VEL_OP_rms_norm:
     case VEL_OP_modulated_norm:
     case VEL_OP_geglu:
+    case VEL_OP_depthwise_glu:
     case VEL_OP_rope:
     case VEL_OP_permute:
     case VEL_OP_dequant:

@@ -118,6 +118,16 @@ def attention(heads, causal):
     return run, log_sums
 
 
+def linear_attention(heads):  # as diffusers' SanaLinearAttnProcessor2_0: sums in float32 or more
+    def run(q, k, v):
+        narrow, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        q, k, v = F.relu(heads_apart(q, heads)), F.relu(heads_apart(k, heads)), heads_apart(v, heads)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        out = q @ (k.transpose(2, 3) @ v) / (q @ k.sum(2, keepdim=True).transpose(2, 3) + 1e-15)
+        return out.transpose(1, 2).flatten(2).to(narrow)
+    return run
+
+
 def geglu(x):
     module = GEGLU(x.shape[-1] // 2, x.shape[-1] // 2).to(x.dtype)
     module.proj = torch.nn.Identity()
@@ -235,6 +245,11 @@ def main():
          lambda x, w, scale: [torch.stack([0 * x[..., 0].flatten(), rms_stats(x, 1e-5)], -1)])
     case("gated_add", lambda x, gate, y: x + gate[:, None] * y, [values(2, 5, 12), values(2, 12), values(2, 5, 12)],
          [0, 1, 2])
+    def depthwise_glu(x, w, b):
+        value, gate = depthwise(F.silu(x), w, b).chunk(2, dim=-1)
+        return value * F.silu(gate)
+    case("depthwise_glu", depthwise_glu, [values(2, 4, 6, 8), values(8, 1, 3, 3), values(8)], [0, 1, 2])
+    case("linear_attention", linear_attention(2), [values(2, 5, 16), values(2, 7, 16), values(2, 7, 16)], [0, 1, 2])
     path = sys.argv[1] if len(sys.argv) > 1 else "tests/golden/ops.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path,
               {"made_by": "tools/golden/ops.py", "torch": torch.__version__})

@@ -99,10 +99,23 @@ void vel_cu_rms_norm(cudaStream_t s, int type, const void *x, const float *w, do
 void vel_cu_rms_norm_grad(cudaStream_t s, int type, const void *x, const float *w,
                           const float *stats, const void *dy, int one_plus, void *out, int64_t rows,
                           int64_t width);
-/* w [channels, kernel_h, kernel_w]; bias may be NULL; back: the kernel turned round. */
-void vel_cu_depthwise(cudaStream_t s, int type, const void *x, const float *w, const float *bias,
-                      int back, void *out, int64_t n, int64_t height, int64_t width,
-                      int64_t channels, int kernel_h, int kernel_w);
+
+/* ---- convolutions of each channel alone (depthwise.cu) ---- */
+
+typedef struct vel_cu_depthwise_job { /* x [n, height, width, channels], w [channels, kernel] */
+    int64_t n, height, width, channels;
+    int kernel_h, kernel_w, act;
+} vel_cu_depthwise_job;
+/* bias may be NULL; back: the kernel turned round. */
+void vel_cu_depthwise(cudaStream_t s, int type, vel_cu_depthwise_job j, const void *x,
+                      const float *w, const float *bias, int back, void *out);
+/* Whether the next two take it. */
+int vel_cu_depthwise_fuses(vel_cu_depthwise_job j);
+/* ops depthwise_glu, out [.., channels / 2], and, with dy, depthwise_glu_grad. */
+void vel_cu_depthwise_glu(cudaStream_t s, int type, vel_cu_depthwise_job j, const void *x,
+                          const float *w, const float *bias, const void *dy, void *out);
+void vel_cu_depthwise_act_grad_x(cudaStream_t s, int type, vel_cu_depthwise_job j, const void *dy,
+                                 const float *w, const void *x, void *out);
 
 /* ---- reductions (reduce.cu) ---- */
 
@@ -236,6 +249,14 @@ void vel_cu_linear_attention_run(cudaStream_t s, int type, vel_cu_linear_attenti
 void vel_cu_linear_attention_grad(cudaStream_t s, int type, vel_cu_linear_attention a,
                                   const void *q, const void *k, const void *v, const void *dout,
                                   void *dq, void *dk, void *dv, void *scratch);
+/* On tensor cores (linear_attention_tensor.cu): bfloat16, width 32, capability 80 up, all pointers
+ * at multiples of 16 bytes. */
+size_t vel_cu_linear_attention_tensor_scratch(vel_cu_linear_attention a);
+void vel_cu_linear_attention_tensor(cudaStream_t s, vel_cu_linear_attention a, const void *q,
+                                    const void *k, const void *v, void *out, void *scratch);
+void vel_cu_linear_attention_tensor_grad(cudaStream_t s, vel_cu_linear_attention a, const void *q,
+                                         const void *k, const void *v, const void *dout, void *dq,
+                                         void *dk, void *dv, void *scratch);
 
 /* ---- products (product.cu): plain loops over tiles, the truth behind the libraries ---- */
 

@@ -310,12 +310,60 @@ static void run_rms_norm_grad(const own_job *j)
                          vel_shape_last(s));
 }
 
+/* x: the input of the convolution, or its shape; w: its weight. */
+static vel_cu_depthwise_job depthwise_of(vel_shape x, vel_shape w, int act)
+{
+    return (vel_cu_depthwise_job){.n = x.dim[0],
+                                  .height = x.dim[1],
+                                  .width = x.dim[2],
+                                  .channels = x.dim[3],
+                                  .kernel_h = (int)w.dim[2],
+                                  .kernel_w = (int)w.dim[3],
+                                  .act = act};
+}
+
+static int depthwise_act(const vel_node *n)
+{
+    switch (n->op) {
+    case VEL_OP_depthwise_glu:
+        return n->a.depthwise_glu.act;
+    case VEL_OP_depthwise_glu_grad:
+        return n->a.depthwise_glu_grad.act;
+    case VEL_OP_depthwise_act_grad_x:
+        return n->a.depthwise_act_grad_x.act;
+    default:
+        return VEL_ACT_NONE;
+    }
+}
+
+static vel_cu_depthwise_job depthwise_job(const own_job *j)
+{
+    return depthwise_of(in_shape(j, 0), in_shape(j, 1), depthwise_act(j->n));
+}
+
 static void run_depthwise(const own_job *j)
 {
-    vel_shape s = out_shape(j), w = in_shape(j, 1);
     bool back = j->n->op == VEL_OP_depthwise_grad_x;
-    vel_cu_depthwise(j->s, out_type(j), IN(0), IN(1), back ? NULL : IN(2), back, OUT(0), s.dim[0],
-                     s.dim[1], s.dim[2], s.dim[3], (int)w.dim[2], (int)w.dim[3]);
+    vel_cu_depthwise(j->s, out_type(j), depthwise_job(j), IN(0), IN(1), back ? NULL : IN(2), back,
+                     OUT(0));
+}
+
+static bool takes_fused_depthwise(vel_device *d, const vel_graph *g, const vel_node *n)
+{
+    (void)d;
+    return vel_cu_depthwise_fuses(
+        depthwise_of(vel_shape_at(g, n->in[0]), vel_shape_at(g, n->in[1]), depthwise_act(n)));
+}
+
+static void run_depthwise_glu(const own_job *j)
+{
+    vel_cu_depthwise_glu(j->s, out_type(j), depthwise_job(j), IN(0), IN(1), IN(2),
+                         j->n->op == VEL_OP_depthwise_glu_grad ? IN(3) : NULL, OUT(0));
+}
+
+static void run_depthwise_act_grad_x(const own_job *j)
+{
+    vel_cu_depthwise_act_grad_x(j->s, out_type(j), depthwise_job(j), IN(0), IN(1), IN(2), OUT(0));
 }
 
 /* ---- reductions ---- */
@@ -621,21 +669,38 @@ static vel_cu_linear_attention linear_attention_job(const own_job *j)
     return linear_attention_of(j->n, in_shape(j, 0), in_shape(j, 1));
 }
 
+static bool linear_on_tensor_cores(const own_job *j)
+{
+    return in_type(j, 0) == VEL_CU_BF16 && linear_attention_job(j).width == 32 &&
+           j->d->capability >= 80;
+}
+
 static size_t scratch_linear_attention(const own_job *j)
 {
-    return vel_cu_linear_attention_scratch(linear_attention_job(j));
+    return linear_on_tensor_cores(j)
+               ? vel_cu_linear_attention_tensor_scratch(linear_attention_job(j))
+               : vel_cu_linear_attention_scratch(linear_attention_job(j));
 }
 
 static void run_linear_attention(const own_job *j)
 {
-    vel_cu_linear_attention_run(j->s, out_type(j), linear_attention_job(j), IN(0), IN(1), IN(2),
-                                OUT(0), j->l->scratch);
+    vel_cu_linear_attention a = linear_attention_job(j);
+    if (linear_on_tensor_cores(j))
+        vel_cu_linear_attention_tensor(j->s, a, IN(0), IN(1), IN(2), OUT(0), j->l->scratch);
+    else
+        vel_cu_linear_attention_run(j->s, out_type(j), a, IN(0), IN(1), IN(2), OUT(0),
+                                    j->l->scratch);
 }
 
 static void run_linear_attention_grad(const own_job *j)
 {
-    vel_cu_linear_attention_grad(j->s, out_type(j), linear_attention_job(j), IN(0), IN(1), IN(2),
-                                 IN(3), OUT(0), OUT(1), OUT(2), j->l->scratch);
+    vel_cu_linear_attention a = linear_attention_job(j);
+    if (linear_on_tensor_cores(j))
+        vel_cu_linear_attention_tensor_grad(j->s, a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1),
+                                            OUT(2), j->l->scratch);
+    else
+        vel_cu_linear_attention_grad(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0),
+                                     OUT(1), OUT(2), j->l->scratch);
 }
 
 /* ---- products ---- */
@@ -800,6 +865,9 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_rms_norm_grad_w] = {run_rms_norm_grad_w, scratch_layer_norm_grad_w},
     [VEL_OP_depthwise] = {run_depthwise},
     [VEL_OP_depthwise_grad_x] = {run_depthwise},
+    [VEL_OP_depthwise_glu] = {run_depthwise_glu, .takes = takes_fused_depthwise},
+    [VEL_OP_depthwise_glu_grad] = {run_depthwise_glu, .takes = takes_fused_depthwise},
+    [VEL_OP_depthwise_act_grad_x] = {run_depthwise_act_grad_x, .takes = takes_fused_depthwise},
     [VEL_OP_mse] = {run_mse, scratch_mse},
     [VEL_OP_mse_grad] = {run_mse_grad},
 };

@@ -1,5 +1,5 @@
-/* transformer.cu: what transformers ask for beside products: counting, rotary embeddings, RMS norms
- * (also of single heads, which are many short rows), and convolutions of each channel alone. */
+/* transformer.cu: what transformers ask for beside products: counting, rotary embeddings, and RMS
+ * norms (also of single heads, which are many short rows). */
 #include "common.cuh"
 
 enum { THREADS = 256 };
@@ -243,77 +243,4 @@ extern "C" void vel_cu_rms_norm_grad(cudaStream_t s, int type, const void *x, co
 {
     VEL_CU_EACH_TYPE(type, rms_norm_grad<T>(s, (const T *)x, w, stats, (const T *)dy,
                                             one_plus ? 1.0f : 0.0f, (T *)out, rows, width));
-}
-
-/* ---- depthwise convolutions: a thread has V channels of STRIP pixels beside each other ---- */
-
-enum { STRIP = 4 };
-
-typedef struct depthwise_sizes {
-    int64_t height, width, channels;
-    int kernel_h, kernel_w;
-} depthwise_sizes;
-
-template <typename T, int V>
-__global__ void __launch_bounds__(THREADS)
-    depthwise_kernel(depthwise_sizes z, const T *x, const float *w, const float *bias, int back,
-                     T *out)
-{
-    int64_t c = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * V;
-    if (c >= z.channels)
-        return;
-    int64_t strips = (z.width + STRIP - 1) / STRIP;
-    int64_t left = blockIdx.x % strips * STRIP, rest = blockIdx.x / strips;
-    int64_t y = rest % z.height, image = rest / z.height;
-    int taps = z.kernel_h * z.kernel_w, down = z.kernel_h / 2, right = z.kernel_w / 2;
-    float sum[STRIP][V], v[V];
-#pragma unroll
-    for (int i = 0; i < STRIP; i++)
-#pragma unroll
-        for (int k = 0; k < V; k++)
-            sum[i][k] = bias ? bias[c + k] : 0.0f;
-    for (int a = 0; a < z.kernel_h; a++) {
-        int64_t from_y = y + a - down;
-        if (from_y < 0 || from_y >= z.height)
-            continue;
-        const T *row = x + (image * z.height + from_y) * z.width * z.channels + c;
-        for (int b = 0; b < z.kernel_w; b++) {
-            int tap = a * z.kernel_w + b;
-            float weight[V];
-#pragma unroll
-            for (int k = 0; k < V; k++)
-                weight[k] = __ldg(w + (c + k) * taps + (back ? taps - 1 - tap : tap));
-#pragma unroll
-            for (int i = 0; i < STRIP; i++) {
-                int64_t from_x = left + i + b - right;
-                if (from_x < 0 || from_x >= z.width)
-                    continue;
-                load<T, V>(row + from_x * z.channels, v);
-#pragma unroll
-                for (int k = 0; k < V; k++)
-                    sum[i][k] += weight[k] * v[k];
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < STRIP; i++)
-        if (left + i < z.width)
-            store<T, V>(out + ((image * z.height + y) * z.width + left + i) * z.channels + c,
-                        sum[i]);
-}
-
-extern "C" void vel_cu_depthwise(cudaStream_t s, int type, const void *x, const float *w,
-                                 const float *bias, int back, void *out, int64_t n, int64_t height,
-                                 int64_t width, int64_t channels, int kernel_h, int kernel_w)
-{
-    depthwise_sizes z = {height, width, channels, kernel_h, kernel_w};
-    int v = channels % 2 == 0 && aligned(x) && aligned(out) ? 2 : 1;
-    dim3 grid((unsigned)(n * height * ((width + STRIP - 1) / STRIP)),
-              blocks_for(channels / v, THREADS));
-    if (v == 2)
-        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 2>
-                         <<<grid, THREADS, 0, s>>>(z, (const T *)x, w, bias, back, (T *)out));
-    else
-        VEL_CU_EACH_TYPE(type, depthwise_kernel<T, 1>
-                         <<<grid, THREADS, 0, s>>>(z, (const T *)x, w, bias, back, (T *)out));
 }
