@@ -85,6 +85,10 @@ static void linear_attention_grad(vel_graph *g, const vel_node *n, vel_ref self,
                     {3, {2, 150, 48}},                                                             \
                     {3, {2, 150, 48}} __VA_ARGS__(2, 300, 48)},                                    \
              .a.field = {3}},                                                                      \
+            {.in = {{3, {1, 1100, 32}},                                                            \
+                    {3, {1, 1300, 32}},                                                            \
+                    {3, {1, 1300, 32}} __VA_ARGS__(1, 1100, 32)},                                  \
+             .a.field = {1}},                                                                      \
             {.in = {{0}}},                                                                         \
     }
 #define NOTHING(...)
