@@ -2,11 +2,12 @@
 
     python bench/compare_gpu.py --models FOLDER [--velatura build/release/velatura]
 
-Each model's cases run ours, PyTorch's, ours, PyTorch's ... Each turn of ours is a process of its own, PyTorch's cases share one a turn (it is slow to start). Medians,
-ranges and ratios are printed and kept in bench/results/<gpu>-<date>.json with the driver, the versions and
-the commands. The folders with the models' true shapes and random values are made in --models, SD 1.5's and
-SDXL's by tools/make_sd15.py, the others' by tools/make_shapes.py; PyTorch's models need no file. The cases are
-those of gpu_families.py.
+Each model's cases run ours, PyTorch's, ours, PyTorch's ... Each turn of ours is a process of its own, PyTorch's
+cases share one a turn, and all of these the imports (peer_gpu.py --serve). Medians, ranges and ratios are kept
+in bench/results/<gpu>-<date>.json with the driver, the versions and the commands, anew after each case, so a run
+that is stopped leaves what it has; the table is printed at the end, and when it is told to stop. The folders with
+the models' true shapes and random values are made in --models, SD 1.5's and SDXL's by tools/make_sd15.py, the
+others' by tools/make_shapes.py; PyTorch's models need no file. The cases are those of gpu_families.py.
 
 --compile adds torch.compile(unet) after that: the chosen cases compile side by side, each in a process of its
 own, as that is minutes of a processor's work, and are timed one by one when all have compiled or --compile_limit
@@ -15,8 +16,9 @@ same for the transformer blocks alone, one for all of a kind.
 
 "peak" is the most memory of the card in use, each program's context and libraries included: ours as
 nvidia-smi sees it while the process runs, less what was in use before; PyTorch's as it stands at the end of
-a case, when its allocator still holds all that it took. Its max_memory_allocated is kept beside it. "first" is the time to the end of the first run: ours from the start of the process,
-PyTorch's from the start of making the model in a process that has its imports done, plus these imports.
+a case, when its allocator still holds all that it took. Its max_memory_allocated is kept beside it. "first" is
+the time to the end of the first run: ours from the start of the process, PyTorch's from the start of making the
+model in a process that has its imports done, plus these imports.
 """
 import argparse
 import datetime
@@ -105,23 +107,82 @@ def run_ours(args, model, c):
             "peak": peak, "memory": memory[0] if memory else "", "engine": text.splitlines()[0]}
 
 
-def run_peer(args, model, cases, mode):
-    """{case: turn}, all in one process."""
-    found, ready = {}, 0
-    spec = {"model": model, "cases": cases, "modes": [mode], "repeats": args.repeats}
-    text, _ = run_child(args, [args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), json.dumps(spec)])
-    for line in text.splitlines():
-        if not line.startswith("{"):
-            continue
-        turn = json.loads(line)
-        ready = turn.get("ready", ready)
-        if "failed" in turn:
-            print(f"PyTorch, {turn['case']}, {mode}: {turn['failed']}", flush=True)
-        elif "case" in turn:
-            turn["first"] += ready
-            turn["peak"] = turn["used"]
-            found[turn["case"]] = turn
-    return found
+class Peer:
+    """PyTorch with its imports done, which makes a process for each turn."""
+
+    def __init__(self, args):
+        self.args, self.child, self.versions = args, None, ""
+        self.forks = True
+
+    def open(self, argument):
+        # a count of cards by NVML leaves the driver alone, so that processes made from this one can open it
+        env = dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1",
+                   TRANSFORMERS_VERBOSITY="error", PYTORCH_NVML_BASED_CUDA_CHECK="1")
+        self.child = subprocess.Popen([self.args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), argument],
+                                      env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                      start_new_session=True)
+
+    def start(self):
+        self.open("--serve")
+        for line in self.lines("imports"):
+            self.versions = line.get("versions", "")
+
+    def stop(self):
+        if self.child:
+            stop_group(self.child)
+        self.child = None
+
+    def late(self):
+        print(f"PyTorch: ended after {self.args.timeout} s", flush=True)
+        stop_group(self.child)
+
+    def lines(self, last):
+        """Its lines of JSON up to the one with this key; it is ended when that takes too long."""
+        late = threading.Timer(self.args.timeout, self.late)
+        late.start()
+        try:
+            for text in self.child.stdout:
+                line = json.loads(text) if text.startswith("{") else {}
+                yield line
+                if last in line:
+                    return
+            self.stop()
+        finally:
+            late.cancel()
+
+    def turn(self, model, cases, mode):
+        """Yields (case, turn) of each that ends."""
+        spec = json.dumps({"model": model, "cases": cases, "modes": [mode], "repeats": self.args.repeats})
+        if self.forks and not self.child:
+            self.start()
+        if self.forks and self.child:
+            self.child.stdin.write(spec + "\n")
+            self.child.stdin.flush()
+        else:
+            self.open(spec)
+        ready, ended = None, 0
+        for turn in self.lines("ended"):
+            ready = turn.get("ready", ready)
+            ended = turn.get("ended", ended)
+            if "failed" in turn:
+                print(f"PyTorch, {turn['case']}, {mode}: {turn['failed']}", flush=True)
+            elif "case" in turn:
+                yield turn["case"], dict(turn, first=turn["first"] + ready, peak=turn["used"])
+        if ended or ready is None:
+            print(f"PyTorch, {model}: ended with {ended}", flush=True)
+        if self.forks and ready is None:  # it can not be forked here: one process with imports of its own a turn
+            self.forks = False
+            self.stop()
+            yield from self.turn(model, cases, mode)
+
+
+def stop_group(child):
+    """With the processes that it made."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
 
 
 def summary(turns):
@@ -165,15 +226,10 @@ def first_line(*command):
         return ""
 
 
-VERSIONS = ("import torch, diffusers, peft, transformers; print('torch', torch.__version__, 'diffusers', "
-            "diffusers.__version__, 'peft', peft.__version__, 'transformers', transformers.__version__, 'cuDNN', "
-            "torch.backends.cudnn.version())")
-
-
-def machine(args):
+def machine(args, versions):
     return {"gpu": first_line("nvidia-smi", "-i", str(args.gpu),
                               "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"),
-            "python": first_line(args.python, "-c", VERSIONS), "velatura": first_line(args.velatura, "--version")}
+            "python": versions, "velatura": first_line(args.velatura, "--version")}
 
 
 class Compiling:
@@ -198,12 +254,7 @@ class Compiling:
         return self.child.poll() is not None
 
     def stop(self):
-        """With the compiler's own processes."""
-        try:
-            os.killpg(self.child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.child.wait()
+        stop_group(self.child)
 
     def time(self):
         """The turn, or None."""
@@ -259,27 +310,28 @@ def compile_cases(args, chosen, kept, save):
     save()
 
 
-def run_model(args, model, cases, kept, save):
-    ours, peer = {c["name"]: [] for c in cases}, {c["name"]: [] for c in cases}
+def run_model(args, peer, model, cases, kept, save):
+    ours, theirs = {c["name"]: [] for c in cases}, {c["name"]: [] for c in cases}
 
-    def keep():
-        for c in cases:
-            r = {"case": c, "commands": [ours_command(args, model, c)]}
-            for key, turns in (("velatura", ours[c["name"]]), ("eager", peer[c["name"]])):
-                if turns:
-                    r[key] = summary(turns)
-            if "velatura" in r:
-                kept["cases"][c["name"]] = r
+    def keep(c):
+        r = {"case": c, "commands": [ours_command(args, model, c)]}
+        for key, turns in (("velatura", ours[c["name"]]), ("eager", theirs[c["name"]])):
+            if turns:
+                r[key] = summary(turns)
+        if "velatura" in r:
+            kept["cases"][c["name"]] = r
         save()
 
     for _ in range(args.rounds):
         for c in cases:
             turn = run_ours(args, model, c)
             ours[c["name"]] += [turn] if turn else []
-        if not args.no_peer:
-            for name, turn in run_peer(args, model, cases, "eager").items():
-                peer[name].append(turn)
-        keep()
+            keep(c)
+        if args.no_peer:
+            continue
+        for name, turn in peer.turn(model, cases, "eager"):
+            theirs[name].append(turn)
+            keep(next(c for c in cases if c["name"] == name))
 
 
 def parse():
@@ -288,7 +340,8 @@ def parse():
     parser.add_argument("--velatura", default=os.path.join(ROOT, "build", "release", "velatura"))
     parser.add_argument("--models", default=os.path.join(ROOT, "build", "gpu-models"),
                         help="folder for the models; made when missing")
-    parser.add_argument("--cases", default="", help="words with commas between them; a case whose name has one is run; =NAME")
+    parser.add_argument("--cases", default="", help="words with commas between them; a case whose name "
+                        "has one is run; =NAME")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each turn")
     parser.add_argument("--rounds", type=int, default=2, help="2: A B A B")
     parser.add_argument("--compile", nargs="?", const="", metavar="CASES", help="torch.compile too, once, at the "
@@ -302,22 +355,20 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    args = parse()
-    chosen = {m: [c for c in cases if picked(args.cases, c)] for m, cases in gpu_families.CASES.items()}
-    info = machine(args)
-    name = "-".join(re.sub(r"[^a-z0-9 ]", "", info["gpu"].split(",")[0].lower()).split()) or "gpu"
-    path = args.output or os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
-    kept = {"machine": info, "cases": {}}
+def write(path, kept):
+    """Whole or not at all."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(kept, file, indent=1)
+        file.write("\n")
+    os.replace(path + ".part", path)
 
-    def save():
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(kept, file, indent=1)
-            file.write("\n")
-        print_table([row(r["case"], r) for r in kept["cases"].values()])
 
-    print(info, flush=True)
+def end_politely(number, _):
+    sys.exit(128 + number)
+
+
+def run_all(args, peer, chosen, kept, save):
     for model, cases in chosen.items():
         if not cases:
             continue
@@ -325,9 +376,28 @@ def main():
         if not os.path.exists(os.path.join(folder, "model_index.json")):
             subprocess.run(gpu_families.folder_command(args.python, os.path.join(ROOT, "tools"), folder, model),
                            check=True)
-        run_model(args, model, cases, kept, save)
+        run_model(args, peer, model, cases, kept, save)
+    peer.stop()
     if args.compile is not None or args.blocks is not None:
         compile_cases(args, chosen, kept, save)
+
+
+def main():
+    args = parse()
+    signal.signal(signal.SIGTERM, end_politely)
+    chosen = {m: [c for c in cases if picked(args.cases, c)] for m, cases in gpu_families.CASES.items()}
+    peer, kept = Peer(args), {"machine": {}, "cases": {}}
+    try:
+        if not args.no_peer:
+            peer.start()
+        info = kept["machine"] = machine(args, peer.versions)
+        print(info, flush=True)
+        name = "-".join(re.sub(r"[^a-z0-9 ]", "", info["gpu"].split(",")[0].lower()).split()) or "gpu"
+        path = args.output or os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
+        run_all(args, peer, chosen, kept, lambda: write(path, kept))
+    finally:
+        peer.stop()
+        print_table([row(r["case"], r) for r in kept["cases"].values()])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ a gradient scaler; evaluations are in that type throughout. compile is torch.com
 the autoencoder's part), with its default settings; blocks compiles the transformer blocks alone, one for all of
 a kind: diffusers' compile_repeated_blocks where the model names them.
 
+--serve instead of the object: imports are done once, without touching the card, and printed with the versions;
+then each line of input is such an object, for a process of its own that has the imports already (a fork), and
+{"ended": its exit status} is printed behind its lines.
+
 With a folder as gate the process waits after a case's first run until it has its turn (peer_gate.py): cases
 that take minutes to compile do so side by side and are timed one by one.
 """
@@ -133,9 +137,8 @@ def measure(model, case, mode, spec):
             "allocated": torch.cuda.max_memory_allocated(), "used": total - free}
 
 
-def main():
-    started = float(os.environ.get("BENCH_START", time.monotonic()))
-    spec = json.loads(sys.argv[1])
+def run(spec, started):
+    """Every case in every mode, a line for each."""
     torch.zeros(1, device="cuda")
     print(json.dumps({"ready": time.monotonic() - started, "gpu": torch.cuda.get_device_name()}), flush=True)
     for mode in spec["modes"]:
@@ -146,6 +149,44 @@ def main():
                 print(json.dumps({"case": case["name"], "mode": mode, "failed": repr(error)[:400]}), flush=True)
             if mode != "eager":
                 torch._dynamo.reset()
+
+
+def versions():
+    import diffusers
+    import peft
+    import transformers
+    return (f"torch {torch.__version__} diffusers {diffusers.__version__} peft {peft.__version__} "
+            f"transformers {transformers.__version__} cuDNN {torch.backends.cudnn.version()}")
+
+
+def serve(started):
+    """A process for each line. It counts as started when the imports would have begun."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401 (imports are lazy)
+    from peft import LoraConfig  # noqa: F401
+    about = versions()
+    imports = time.monotonic() - started
+    print(json.dumps({"imports": imports, "versions": about}), flush=True)
+    for line in sys.stdin:
+        begun = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                run(json.loads(line), begun - imports)
+                status = 0
+            except BaseException as error:
+                print(repr(error)[:400], file=sys.stderr)
+            sys.stdout.flush()
+            os._exit(status)
+        print(json.dumps({"ended": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+
+
+def main():
+    started = float(os.environ.get("BENCH_START", time.monotonic()))
+    if sys.argv[1] == "--serve":
+        serve(started)
+    else:
+        run(json.loads(sys.argv[1]), started)
 
 
 if __name__ == "__main__":
