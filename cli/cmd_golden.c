@@ -12,6 +12,10 @@ int vel_cli_golden(cli *c, int n, char **words)
             model = words[++i];
         else if (strncmp(words[i], "--model=", 8) == 0)
             model = words[i] + 8;
+        else if (strcmp(words[i], "--device") == 0 && i + 1 < n)
+            i++; /* the context has it */
+        else if (strncmp(words[i], "--device=", 9) == 0)
+            continue;
         else if (words[i][0] == '-' || folder)
             wrong = true;
         else

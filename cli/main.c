@@ -24,7 +24,7 @@ const cli_command vel_cli_commands[] = {
      "work on adapter files: dialects, ranks, merging, comparing", "what,input,second,third"},
     {"checkpoint", vel_cli_checkpoint, "checkpoint", "convert MODEL OUTPUT [settings]",
      "a model from a folder to a single file and back", "what,input,output"},
-    {"check-golden", vel_cli_golden, NULL, "--model FOLDER FOLDER",
+    {"check-golden", vel_cli_golden, NULL, "--model FOLDER [--device NAME] FOLDER",
      "compare with reference values, file by file", NULL},
     {"bench", vel_cli_bench, "bench",
      "step | unet | text | vae_decode | vae_encode | op NAME [settings]",

@@ -510,7 +510,7 @@ static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
 /* A family's file says with which length and instruction its pipeline was run. */
 vel_status vel_golden_open_model(golden *k, const char *folder)
 {
-    vel_model_options o = {.precision = "no", .clip_skip = 1};
+    vel_model_options o = {.device = k->ctx->device, .precision = "no", .clip_skip = 1};
     const char *text = vel_safetensors_meta(k->file, "pipeline");
     json_decref(k->pipeline);
     k->pipeline = text ? json_loads(text, 0, NULL) : NULL;

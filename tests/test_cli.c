@@ -52,6 +52,9 @@ TEST(cli_wrong_command_lines)
     EXPECT("generate -x", 2, "-x");
     EXPECT("inspect", 2, "usage");
     EXPECT("check-golden only-a-folder", 2, "usage");
+    EXPECT("check-golden --model tests/golden/families/sd3/model tests/golden/families/sd3 "
+           "--device=abacus",
+           1, "'abacus'");
     EXPECT("help train generate", 2, "usage");
 }
 
