@@ -135,13 +135,14 @@ static void prepare_group(const backward *b, const vel_launch *l, const item_spa
     vel_matrix v_rows = {matrix_at(&v, key, 0), v.stride, rows, s->d, s->source_half};
     pack_rows(w->k, &k_rows, rows_padded, s->depth, s->half);
     pack_rows(w->v, &v_rows, rows_padded, s->depth, s->half);
-    for (int64_t c = 0; c < b->rows_d; c++)
-        for (int64_t r = 0; r < rows_padded; r++) {
-            float value = matrix_value(&k_rows, r, c);
-            if (s->half)
-                ((uint16_t *)w->k_t)[c * b->group + r] = vel_f32_bf16(value);
-            else
-                ((float *)w->k_t)[c * b->group + r] = value;
+    for (int64_t c = 0; c < b->rows_d; c += VL)
+        for (int64_t r = 0; r < rows_padded; r += VL) {
+            vf block[VL];
+            for (int64_t i = 0; i < VL; i++)
+                block[i] = c < s->d ? matrix_vector(&k_rows, r + i, c) : vset(0.0f);
+            vturn(block);
+            for (int64_t i = 0; i < VL; i++)
+                vput(w->k_t, (c + i) * b->group + r, s->half, block[i]);
         }
     memset(w->dk, 0, (size_t)(rows_padded * s->width) * sizeof(float));
     memset(w->dv, 0, (size_t)(rows_padded * s->width) * sizeof(float));
@@ -197,7 +198,7 @@ static void pointwise_full(const backward *b, const item_space *w, const strip *
 #if VEL_HAS_HALF
 /* As above for bfloat16, two rows and 32 queries at a time. ds_across wants the two rows
  * interleaved; unpacking does that within 128-bit lanes, so its panels hold the 32 queries in the
- * order of unpacked_place, which write_dq undoes. */
+ * order of query_at, which write_dq undoes. */
 static void pointwise_half(const backward *b, const item_space *w, const strip *t)
 {
     for (int64_t r = 0; r < t->rows; r += 2) {
@@ -227,11 +228,11 @@ static void pointwise_half(const backward *b, const item_space *w, const strip *
 }
 #endif
 
-/* Where the panels of ds_across hold query t. */
-VEL_INLINE int64_t unpacked_place(int64_t t)
+/* The query that place i of the panels of ds_across holds. */
+VEL_INLINE int64_t query_at(int64_t i)
 {
-    int64_t lane = t % 32 / 8, word = t % 8;
-    return t / 32 * 32 + word / 4 * 16 + lane * 4 + word % 4;
+    int64_t half = i % 32 / 16, lane = i % 16 / 4;
+    return i / 32 * 32 + lane * 8 + half * 4 + i % 4;
 }
 
 static void strip_step(const backward *b, const item_space *w, const strip *t, int64_t row)
@@ -321,17 +322,23 @@ static void write_dq(const backward *b, void *to, int64_t head, const float *fro
 {
     const attention_shape *s = &b->s;
     vel_matrix m = head_of(s, to, s->queries, head);
-    for (int64_t t = 0; t < s->queries; t++) {
-        int64_t place = s->half ? unpacked_place(t) : t;
+    for (int64_t place = 0; place < b->queries_padded; place += VL)
         for (int64_t c = 0; c < s->d; c += VL) {
-            int64_t left = VEL_MIN(VL, s->d - c);
-            vf column = {0};
-            for (int64_t i = 0; i < left; i++)
-                for (int64_t k = 0; k < n; k++)
-                    column[i] += from[k * b->dq_floats + (c + i) * b->queries_padded + place];
-            vput_part((void *)matrix_at(&m, t, c), 0, left, s->source_half, column * s->scale);
+            vf block[VL];
+            for (int64_t i = 0; i < VL; i++) {
+                const float *row = from + (c + i) * b->queries_padded + place;
+                block[i] = vload(row);
+                for (int64_t k = 1; k < n; k++)
+                    block[i] += vload(row + k * b->dq_floats);
+            }
+            vturn(block);
+            for (int64_t i = 0; i < VL; i++) {
+                int64_t t = s->half ? query_at(place + i) : place + i;
+                if (t < s->queries)
+                    vput_part((void *)matrix_at(&m, t, c), 0, s->d - c, s->source_half,
+                              block[i] * s->scale);
+            }
         }
-    }
 }
 
 static void run_item(const backward *b, const vel_launch *l, const item_space *w, int64_t head,

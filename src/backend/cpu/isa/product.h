@@ -388,7 +388,7 @@ VEL_INLINE float matrix_value(const vel_matrix *m, int64_t r, int64_t c)
 VEL_INLINE int64_t transpose_panel(void *panel, const vel_matrix *m, int64_t r0, bool half)
 {
 #if VEL_HAS_TRANSPOSE
-    if (m->half != half || r0 >= m->rows)
+    if (m->half != half)
         return 0;
     int64_t units = m->columns / (half ? 2 : 1);
     for (int64_t k = 0; k < units; k += 16) {
@@ -410,6 +410,19 @@ VEL_INLINE int64_t transpose_panel(void *panel, const vel_matrix *m, int64_t r0,
 #endif
 }
 
+/* The same in float32, whatever m's type. */
+VEL_INLINE void turn_panel(float *panel, const vel_matrix *m, int64_t r0)
+{
+    for (int64_t k = 0; k < m->columns; k += VL) {
+        vf block[VL];
+        for (int64_t i = 0; i < VL; i++)
+            block[i] = matrix_vector(m, r0 + i, k);
+        vturn(block);
+        for (int64_t i = 0; i < VL && k + i < m->columns; i++)
+            vstore(panel + (k + i) * VL, block[i]);
+    }
+}
+
 /* B with m's rows r0 .. r0+rows-1 as columns and m's columns as depth (zeros beyond m in both). */
 static __attribute__((unused)) void pack_across(void *dst, int64_t b_panel, const vel_matrix *m,
                                                 int64_t r0, int64_t rows, int64_t depth, bool half)
@@ -417,7 +430,15 @@ static __attribute__((unused)) void pack_across(void *dst, int64_t b_panel, cons
     int64_t used = padded(m->columns, half ? 2 : 1);
     for (int64_t r = 0; r < rows; r += VL) {
         char *panel = (char *)dst + r / VL * b_panel * (half ? 2 : 4);
+        if (r0 + r >= m->rows) {
+            memset(panel, 0, (size_t)(depth * VL * (half ? 2 : 4)));
+            continue;
+        }
         int64_t done = transpose_panel(panel, m, r0 + r, half) * (half ? 2 : 1);
+        if (done == 0 && !half) {
+            turn_panel((float *)panel, m, r0 + r);
+            done = used;
+        }
         for (int64_t k = done; k < used; k++)
             for (int64_t lane = 0; lane < VL; lane++) {
                 float v = matrix_value(m, r0 + r + lane, k);

@@ -274,6 +274,36 @@ VEL_INLINE void vtranspose(__m512i row[16])
 #define VEL_HAS_TRANSPOSE 0
 #endif
 
+/* VL rows of VL values become columns. */
+VEL_INLINE void vturn(vf row[VL])
+{
+#if defined(__AVX512F__)
+    vtranspose((__m512i *)row);
+#elif defined(__AVX2__)
+    __m256 *r = (__m256 *)row, t[8];
+    for (int i = 0; i < 8; i += 4) { /* 4 x 4 blocks within 128-bit lanes */
+        __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+        __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]);
+        __m256 d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+        t[i] = _mm256_shuffle_ps(a, c, 0x44);
+        t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int i = 0; i < 4; i++) { /* then the lanes */
+        r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+#else
+    for (int i = 0; i < VL; i++)
+        for (int k = 0; k < i; k++) {
+            float x = row[i][k];
+            row[i][k] = row[k][i];
+            row[k][i] = x;
+        }
+#endif
+}
+
 /* ---- functions ---------------------------------------------------------------------------------
  */
 
