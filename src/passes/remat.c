@@ -107,6 +107,8 @@ static bool is_large_norm(const vel_node *n)
     return norm && vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE_NORM;
 }
 
+/* A sum of a layer and a side path is as large as its residual: where that is kept, so is the sum.
+ */
 static bool is_made_again(const remat *r, const vel_node *n)
 {
     const vel_graph *g = r->c.src;
@@ -115,8 +117,9 @@ static bool is_made_again(const remat *r, const vel_node *n)
         return (levels[r->level].cheap && is_cheap(n->op)) ||
                (levels[r->level].norms && is_large_norm(n));
     bool wide = vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
-    return depth <= (wide ? levels[r->level].wide : levels[r->level].depth) &&
-           (!has_residual(n) || has_side_path(g, n));
+    if (depth > (wide ? levels[r->level].wide : levels[r->level].depth))
+        return false;
+    return !has_residual(n) || (has_side_path(g, n) && is_made_again(r, vel_at(g, n->in[3])));
 }
 
 /* Elementwise, or a product whose sums are far shorter than its sides. */
