@@ -189,8 +189,10 @@ typedef struct vel_backend {
     /* One step of the optimizer, or one phase of it. VEL_UNSUPPORTED (no message kept): exec then
      * does it on the host. */
     vel_status (*update)(vel_device *d, const vel_update *u);
-    /* n float32 values in another type; NULL: exec casts tensor by tensor. */
+    /* n float32 values in another type; NULL: exec casts tensor by tensor, and so it does where
+     * more than convert_most values are trained (0: however many), to save their memory. */
     vel_status (*convert)(vel_device *d, vel_dtype to, void *dst, const float *x, int64_t n);
+    int64_t convert_most;
     /* dst = x * by + dst * keep, over n float32 values. */
     void (*add)(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n);
     double (*sum_squares)(vel_device *d, const float *x,

@@ -143,7 +143,9 @@ static vel_status find_shadows(vel_plan *p)
     if (!p->shadow_at)
         return VEL_NO_MEMORY;
     memset(p->shadowed, 0, sizeof p->shadowed);
-    for (int32_t id = 1; id < n && p->backend->convert; id++) {
+    int64_t most = p->backend->convert_most;
+    bool whole = p->backend->convert && (most == 0 || p->engine->trainable_count <= most);
+    for (int32_t id = 1; id < n && whole; id++) {
         const vel_node *node = vel_node_at(p->g, id), *of = vel_at(p->g, node->in[0]);
         while (of->op == VEL_OP_reshape)
             of = vel_at(p->g, of->in[0]);

@@ -242,6 +242,19 @@ static vel_status cpu_run(vel_device *d, const vel_launch *launch)
     return row->run(d, launch);
 }
 
+static vel_status cpu_convert(vel_device *d, vel_dtype to, void *dst, const float *x, int64_t n)
+{
+    vel_shape all = {.rank = 1, .dim = {n}};
+    vel_node node = {.op = VEL_OP_cast, .out = {{.dtype = to, .shape = all}}};
+    vel_launch launch = {.node = &node,
+                         .in_type = {{.dtype = VEL_F32, .shape = all}},
+                         .in = {(void *)x},
+                         .out = {dst}};
+    vel_cpu_job job = {.launch = &launch, .node = &node, .threads = d->threads};
+    vel_cpu_own_table(d)->entry[VEL_OP_cast].run(&job);
+    return VEL_OK;
+}
+
 static void cpu_add(vel_device *d, float *dst, const float *x, float by, float keep, int64_t n)
 {
     (void)d;
@@ -288,6 +301,8 @@ const vel_backend vel_backend_cpu = {
     .pack = cpu_pack,
     .run = cpu_run,
     .update = vel_cpu_own_update,
+    .convert = cpu_convert,
+    .convert_most = 64 << 20, /* adapters: one call instead of hundreds, for at most 128 MiB */
     .add = cpu_add,
     .sum_squares = vel_cpu_own_sum_squares,
 };
