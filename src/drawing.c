@@ -192,30 +192,6 @@ static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
     return VEL_OK;
 }
 
-static vel_length length_of(const char *asked)
-{
-    if (!asked || strcmp(asked, "auto") == 0)
-        return VEL_LENGTH_USUAL;
-    return strcmp(asked, "yes") == 0 ? VEL_LENGTH_KEPT : VEL_LENGTH_FREE;
-}
-
-/* "7,8,9": a bit each. */
-static vel_status read_layers(vel_ctx *ctx, const char *list, uint64_t *out)
-{
-    *out = 0;
-    for (const char *at = list; at && *at;) {
-        char *end;
-        long layer = strtol(at, &end, 10);
-        if (end == at || (*end && *end != ',') || layer < 0 || layer > 63)
-            return vel_fail(ctx, VEL_BAD_VALUE,
-                            "--skip_guidance_layers: '%s' is not a list of layers such as 7,8,9",
-                            list);
-        *out |= (uint64_t)1 << layer;
-        at = end + (*end == ',');
-    }
-    return VEL_OK;
-}
-
 /* written: the prompt; NULL: it is the entry's of the file of prompts. */
 static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw_entry *entry)
 {
@@ -229,17 +205,12 @@ static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw
                                      .negative_3 = o->negative_3,
                                      .guidance = -1,
                                      .distilled_guidance = -1,
-                                     .guided_share = o->cfg_trunc_ratio,
-                                     .skip_scale = o->skip_layer_guidance_scale,
-                                     .skip_start = o->skip_layer_guidance_start,
-                                     .skip_stop = o->skip_layer_guidance_stop,
-                                     .length = length_of(o->cfg_normalization),
                                      .width = o->width,
                                      .height = o->height,
                                      .steps = o->steps,
                                      .sampler = o->sampler,
                                      .eta = o->eta}};
-    VEL_TRY(read_layers(d->ctx, o->skip_guidance_layers, &p.draw.skip_layers));
+    VEL_TRY(vel_draw_guide_further(d->ctx, &o->guide, &p.draw));
     if (entry)
         VEL_TRY(vel_draw_take(d->ctx, d->arena, o->prompt_file, entry, &p.draw, &p.seeded));
     if (!vel_utf8_valid(p.draw.prompt, strlen(p.draw.prompt)))
@@ -338,6 +309,9 @@ vel_status vel_drawing_load(vel_drawing *d)
                            .vae_tile = o->vae_tile,
                            .base_quant = o->base_quant,
                            .text_length = o->max_sequence_length,
+                           .t5_masked = o->apply_t5_attn_mask,
+                           .clip_masked = o->apply_lg_attn_mask,
+                           .instruction = o->system_prompt,
                            .max_tokens = o->max_token_length,
                            .weighted = o->weighted_prompts};
     memcpy(m.part_files, o->part_files, sizeof m.part_files);
@@ -541,17 +515,26 @@ static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_d
         json_object_set_new(out, "cfg_trunc_ratio", json_real(draw.guided_share));
     if (out && draw.skip_layers)
         json_object_set_new(out, "skip_layer_guidance",
-                            json_pack("{s:s, s:f, s:f, s:f}", "layers", o->skip_guidance_layers,
+                            json_pack("{s:s, s:f, s:f, s:f}", "layers", o->guide.skip_layers,
                                       "scale", draw.skip_scale, "start", draw.skip_start, "stop",
                                       draw.skip_stop));
     if (out && draw.length)
-        json_object_set_new(out, "cfg_normalization", json_string(o->cfg_normalization));
+        json_object_set_new(out, "cfg_normalization", json_string(o->guide.cfg_normalization));
     if (out && o->max_token_length)
         json_object_set_new(out, "max_token_length", json_integer(o->max_token_length));
     if (out && o->max_sequence_length)
         json_object_set_new(out, "max_sequence_length", json_integer(o->max_sequence_length));
-    if (out && o->weighted_prompts)
-        json_object_set_new(out, "weighted_prompts", json_true());
+    const struct {
+        const char *key;
+        bool set;
+    } flags[] = {{"weighted_prompts", o->weighted_prompts},
+                 {"apply_t5_attn_mask", o->apply_t5_attn_mask},
+                 {"apply_lg_attn_mask", o->apply_lg_attn_mask}};
+    for (int i = 0; out && i < VEL_COUNT(flags); i++)
+        if (flags[i].set)
+            json_object_set_new(out, flags[i].key, json_true());
+    if (out && o->system_prompt)
+        json_object_set_new(out, "system_prompt", json_string(o->system_prompt));
     return out;
 }
 

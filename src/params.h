@@ -15,11 +15,10 @@ typedef struct vel_generate_options {
     bool weighted_prompts;                                     /* (word:1.2) is a weight */
     double guidance;                                           /* < 0: the family's usual one */
     double true_guidance; /* classifier-free, of models that take the guidance as an input */
-    double cfg_trunc_ratio;
-    const char *skip_guidance_layers; /* "7,8,9" */
-    double skip_layer_guidance_scale, skip_layer_guidance_start, skip_layer_guidance_stop;
-    const char *cfg_normalization;          /* of VEL_LENGTHS */
-    int width, height, steps, count, batch; /* 0: the model's and the family's own */
+    vel_guide_settings guide;
+    bool apply_t5_attn_mask, apply_lg_attn_mask; /* padding is hidden from T5, from SD 3's CLIP */
+    const char *system_prompt;                   /* NULL: the family's own */
+    int width, height, steps, count, batch;      /* 0: the model's and the family's own */
     int64_t seed; /* -1: a random one, which is then printed and written into the file */
     const char *sampler;
     double eta;

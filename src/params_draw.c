@@ -39,6 +39,7 @@
         INT("max_sequence_length", NULL, at max_sequence_length, "0", 0, 4096, "picture",          \
             "tokens of a prompt, for text encoders without a length of their own (T5, Gemma-2); "  \
             "0: the model's"),                                                                     \
+        READING_ROWS(at, "picture"),                                                               \
         FLAG("weighted_prompts", NULL, at weighted_prompts, "no", "picture",                       \
              "(word:1.2), (word) and [word] are weights, as other programs read them"),            \
         FLOAT("guidance", "guidance_scale,scale", at guidance, first_guidance, -1, 100, "picture", \
@@ -47,20 +48,7 @@
             "true_guidance", "true_cfg_scale", at true_guidance, "1", 0, 100, "picture",           \
             "classifier-free guidance of models that take the guidance as an input or know none "  \
             "(FLUX.1), beside --guidance; 1: off, and the negative prompt is not used"),           \
-        FLOAT("cfg_trunc_ratio", NULL, at cfg_trunc_ratio, "1", 0.001, 1, "picture",               \
-              "share of the steps, the first, that have classifier-free guidance"),                \
-        CHOICE("cfg_normalization", NULL, at cfg_normalization, "auto", VEL_LENGTHS, "picture",    \
-               "does what is guided get the length of the prompt's own; auto: as is usual (with "  \
-               "Lumina-Image 2.0 it does)"),                                                       \
-        TEXT("skip_guidance_layers", NULL, at skip_guidance_layers, NULL, "picture",               \
-             "skip-layer guidance of Stable Diffusion 3: away from what the model says without "   \
-             "these layers, such as 7,8,9"),                                                       \
-        FLOAT("skip_layer_guidance_scale", NULL, at skip_layer_guidance_scale, "2.8", 0, 100,      \
-              "picture", "how far away"),                                                          \
-        FLOAT("skip_layer_guidance_start", NULL, at skip_layer_guidance_start, "0.01", -1, 1,      \
-              "picture", "after this share of the steps"),                                         \
-        FLOAT("skip_layer_guidance_stop", NULL, at skip_layer_guidance_stop, "0.2", 0, 1,          \
-              "picture", "and before this one"),                                                   \
+        GUIDE_ROWS("", at guide., "picture"),                                                      \
         INT("width", NULL, at width, "0", 0, 8192, "picture", "pixels; 0: the model's own"),       \
         INT("height", NULL, at height, "0", 0, 8192, "picture", "pixels; 0: the model's own"),     \
         INT("steps", "num_inference_steps", at steps, first_steps, 0, 1000, "picture",             \

@@ -65,6 +65,31 @@ extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows
 #define VEL_SAMPLERS                                                                               \
     "ddpm,ddim,pndm,euler,euler_a,heun,lms,dpm2,dpm2_a,dpmpp_2s,dpmpp_2m,dpmpp_2m_sde,dpmpp_3m,"   \
     "dpmpp_3m_sde,unipc,deis,lcm,tcd"
+/* Of how texts are read, alike in training and drawing. */
+#define READING_ROWS(at, group)                                                                    \
+    FLAG("apply_t5_attn_mask", NULL, at apply_t5_attn_mask, "no", group,                           \
+         "hide padding from T5, and behind it from FLUX.1's transformer; the published models "    \
+         "were made without"),                                                                     \
+        FLAG("apply_lg_attn_mask", NULL, at apply_lg_attn_mask, "no", group,                       \
+             "hide padding from SD 3's CLIP encoders"),                                            \
+        TEXT("system_prompt", "complex_human_instruction", at system_prompt, NULL, group,          \
+             "put before each text, for text encoders that are language models")
+/* vel_guide_settings, of pictures and, with a prefix, of samples. */
+#define GUIDE_ROWS(prefix, at, group)                                                              \
+    FLOAT(prefix "cfg_trunc_ratio", NULL, at cfg_trunc_ratio, "1", 0.001, 1, group,                \
+          "share of the steps, the first, that have classifier-free guidance"),                    \
+        CHOICE(prefix "cfg_normalization", NULL, at cfg_normalization, "auto", VEL_LENGTHS, group, \
+               "does what is guided get the length of the prompt's own; auto: as is usual (with "  \
+               "Lumina-Image 2.0 it does)"),                                                       \
+        TEXT(prefix "skip_guidance_layers", NULL, at skip_layers, NULL, group,                     \
+             "skip-layer guidance of Stable Diffusion 3: away from what the model says without "   \
+             "these layers, such as 7,8,9"),                                                       \
+        FLOAT(prefix "skip_layer_guidance_scale", NULL, at skip_scale, "2.8", 0, 100, group,       \
+              "how far away"),                                                                     \
+        FLOAT(prefix "skip_layer_guidance_start", NULL, at skip_start, "0.01", -1, 1, group,       \
+              "after this share of the steps"),                                                    \
+        FLOAT(prefix "skip_layer_guidance_stop", NULL, at skip_stop, "0.2", 0, 1, group,           \
+              "and before this one")
 /* help: what is said before the list's own */
 #define SAMPLER(name, aliases, field, initial, group, help)                                        \
     {                                                                                              \

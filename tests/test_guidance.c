@@ -153,3 +153,63 @@ TEST(guidance_of_samples)
               "%s", r.text);
     CHECK_MSG(strstr(r.text, "--sample_true_guidance"), "%s", r.text);
 }
+
+/* What a family's pictures have, its samples have: its own guidance where none is said, skipped
+ * layers, a share of the steps, the length. */
+TEST(guidance_of_samples_is_that_of_pictures)
+{
+    program_result r;
+    char *folder = vel_test_text(t, "%s/p", t->folder);
+    program_copy_pictures(t, folder, 1);
+    vel_free(t->ctx, folder);
+    if (!program_shell(
+            t,
+            "t() { F=$1 O=$2; shift 2; \"$V\" train --model tests/golden/families/$F/model "
+            "--device "
+            "cpu --precision no --steps 1 --resolution 64 --rank 2 --seed 1 --output_name a "
+            "--sample_every 1 --sample_steps 2 --sample_prompts 'a cat' --data \"$D/p\" "
+            "--output_dir \"$D/$O\" \"$@\"; }; same() { cmp -s "
+            "\"$D/$1/a-samples-step00000000.png\" "
+            "\"$D/$2/a-samples-step00000000.png\" && echo $1=$2 || echo $1/$2; }; "
+            "t flux-dev f1 && t flux-dev f2 --sample_guidance 3.5 && same f1 f2; "
+            "t sd3 s1 && t sd3 s2 --sample_skip_guidance_layers 0 "
+            "--sample_skip_layer_guidance_stop 1 && same s1 s2; "
+            "t lumina2 l1 && t lumina2 l2 --sample_cfg_trunc_ratio 0.5 && same l1 l2; "
+            "t lumina2 l3 --sample_cfg_normalization no && same l1 l3; "
+            "t sd3 s3 --sample_skip_guidance_layers x; t sana n --sample_skip_guidance_layers 1",
+            &r))
+        return;
+    static const char *const says[] = {
+        "f1=f2",       "s1/s2", "l1/l2", "l1/l3", "skip_guidance_layers: 'x' is not a list",
+        "not for Sana"};
+    for (int i = 0; i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+}
+
+/* Padding that is hidden, and another system prompt, change the picture and are written into it. */
+TEST(guidance_of_texts_that_are_read_otherwise)
+{
+    program_result r;
+    if (!program_shell(
+            t,
+            "g() { O=$1 F=$2; shift 2; \"$V\" generate 'a cat' --device cpu --precision no --width "
+            "64 --height 64 --steps 1 --seed 1 --output \"$D/$O.png\" --model "
+            "tests/golden/families/$F/model \"$@\"; }; "
+            "same() { cmp -s \"$D/$1.png\" \"$D/$2.png\" && echo $1=$2 || echo $1/$2; LC_ALL=C tr "
+            "-cd ' -~' <\"$D/$2.png\"; }; "
+            "g f1 flux-dev && g f2 flux-dev --apply_t5_attn_mask && same f1 f2; "
+            "g s1 sd3 && g s2 sd3 --apply_lg_attn_mask && same s1 s2; "
+            "g l1 lumina2 && g l2 lumina2 --system_prompt 'Be brief.' && same l1 l2; "
+            "g x sdxl --apply_t5_attn_mask",
+            &r))
+        return;
+    static const char *const says[] = {"f1/f2",
+                                       "\"apply_t5_attn_mask\":true",
+                                       "s1/s2",
+                                       "\"apply_lg_attn_mask\":true",
+                                       "l1/l2",
+                                       "\"system_prompt\":\"Be brief.\"",
+                                       "--apply_t5_attn_mask: Stable Diffusion XL has no such"};
+    for (int i = 0; i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+}

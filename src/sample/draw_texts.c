@@ -44,6 +44,39 @@ vel_status vel_draw_guide(vel_model *m, double guidance, double further, vel_dra
     return VEL_OK;
 }
 
+/* "7,8,9": a bit each. */
+static vel_status read_layers(vel_ctx *ctx, const char *list, uint64_t *out)
+{
+    for (const char *at = list; at && *at;) {
+        char *end;
+        long layer = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || layer < 0 || layer > 63)
+            return vel_fail(ctx, VEL_BAD_VALUE,
+                            "skip_guidance_layers: '%s' is not a list of layers such as 7,8,9",
+                            list);
+        *out |= (uint64_t)1 << layer;
+        at = end + (*end == ',');
+    }
+    return VEL_OK;
+}
+
+static vel_length length_of(const char *asked)
+{
+    if (!asked || strcmp(asked, "auto") == 0)
+        return VEL_LENGTH_USUAL;
+    return strcmp(asked, "yes") == 0 ? VEL_LENGTH_KEPT : VEL_LENGTH_FREE;
+}
+
+vel_status vel_draw_guide_further(vel_ctx *ctx, const vel_guide_settings *settings, vel_draw *d)
+{
+    d->guided_share = settings->cfg_trunc_ratio;
+    d->length = length_of(settings->cfg_normalization);
+    d->skip_scale = settings->skip_scale;
+    d->skip_start = settings->skip_start;
+    d->skip_stop = settings->skip_stop;
+    return read_layers(ctx, settings->skip_layers, &d->skip_layers);
+}
+
 bool vel_draw_is_guided(const vel_draw *d)
 {
     return d->guidance > 1;

@@ -363,6 +363,14 @@ vel_status vel_draw_line(vel_ctx *ctx, const char *file, char *line, vel_draw *d
  * others have the latter alone, and it is `guidance`. VEL_BAD_VALUE: further is above 1 and there
  * is no such. */
 vel_status vel_draw_guide(vel_model *m, double guidance, double further, vel_draw *d);
+/* Further settings of classifier-free guidance: fields of the same meaning in vel_draw. */
+typedef struct vel_guide_settings {
+    double cfg_trunc_ratio;        /* guided_share */
+    const char *cfg_normalization; /* length: auto, yes, no */
+    const char *skip_layers;       /* "7,8,9"; NULL, "": none */
+    double skip_scale, skip_start, skip_stop;
+} vel_guide_settings;
+vel_status vel_draw_guide_further(vel_ctx *ctx, const vel_guide_settings *settings, vel_draw *d);
 /* Whether drawing it asks the denoiser for the negative prompt, too. */
 bool vel_draw_is_guided(const vel_draw *d);
 /* In how many pieces the draw's texts are read. */

@@ -18,9 +18,13 @@ static vel_status add_prompt(train_session *s, const char *text, const vel_draw_
                      .steps = o->sample_steps,
                      .seed = (uint64_t)o->sample_seed + (uint64_t)s->n_prompts,
                      .sampler = o->sample_sampler};
+    VEL_TRY(vel_draw_guide_further(s->ctx, &o->sample_guide, &draw));
     if (entry)
         VEL_TRY(vel_draw_take(s->ctx, s->arena, o->sample_prompts, entry, &draw, &seeded));
-    VEL_TRY(vel_draw_guide(s->model, o->sample_guidance, o->sample_true_guidance, &draw));
+    double guidance = o->sample_guidance;
+    if (guidance < 0)
+        guidance = vel_model_guidance(s->model)->usual;
+    VEL_TRY(vel_draw_guide(s->model, guidance, o->sample_true_guidance, &draw));
     char *copy = vel_arena_strdup(s->arena, draw.prompt);
     if (!copy)
         return VEL_NO_MEMORY;

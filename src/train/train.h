@@ -126,7 +126,9 @@ typedef struct vel_train_options {
     const char
         *sample_prompts; /* a file, a prompt a line (# and empty lines skipped), or a prompt */
     int sample_every, sample_every_n_epochs, sample_steps, sample_count;
-    double sample_guidance, sample_true_guidance; /* as vel_draw_guide takes them */
+    double sample_guidance;      /* < 0: the family's usual one */
+    double sample_true_guidance; /* as vel_draw_guide takes it */
+    vel_guide_settings sample_guide;
     int64_t sample_seed;
     const char *sample_sampler, *sample_negative;
     int validation_every, validate_every_n_epochs;
