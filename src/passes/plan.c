@@ -148,12 +148,13 @@ static int by_size(const void *a, const void *b)
     return x->begin < y->begin ? -1 : x->begin > y->begin;
 }
 
-/* Lowest offset for b among placed, which is sorted by offset. */
-static int64_t lowest_gap(const block *b, block *const *placed, int32_t n)
+/* Lowest offset for b among placed, which is sorted by offset. Here a plan spends most of its time,
+ * so the blocks are copies, one behind the other. */
+static int64_t lowest_gap(const block *b, const block *placed, int32_t n)
 {
     int64_t at = 0;
     for (int32_t i = 0; i < n; i++) {
-        const block *o = placed[i];
+        const block *o = &placed[i];
         if (o->end < b->begin || o->begin > b->end)
             continue;
         if (o->offset - at >= b->bytes)
@@ -166,7 +167,7 @@ static int64_t lowest_gap(const block *b, block *const *placed, int32_t n)
 static bool place_blocks(planner *p, int64_t *total)
 {
     block **order = vel_arena_alloc(p->arena, (size_t)(p->n_blocks + 1) * sizeof *order);
-    block **placed = vel_arena_alloc(p->arena, (size_t)(p->n_blocks + 1) * sizeof *placed);
+    block *placed = vel_arena_alloc(p->arena, (size_t)(p->n_blocks + 1) * sizeof *placed);
     if (!order || !placed)
         return false;
     for (int32_t i = 0; i < p->n_blocks; i++)
@@ -180,9 +181,10 @@ static bool place_blocks(planner *p, int64_t *total)
         b->offset = lowest_gap(b, placed, i);
         *total = VEL_MAX(*total, b->offset + b->bytes);
         int32_t k = i;
-        for (; k > 0 && placed[k - 1]->offset > b->offset; k--)
-            placed[k] = placed[k - 1];
-        placed[k] = b;
+        while (k > 0 && placed[k - 1].offset > b->offset)
+            k--;
+        memmove(&placed[k + 1], &placed[k], (size_t)(i - k) * sizeof *placed);
+        placed[k] = *b;
     }
     return true;
 }
