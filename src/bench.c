@@ -224,12 +224,15 @@ static vel_status plan_memory(step_bench *s, int h, int w)
         (double)f.size.arena / (1 << 20), (double)f.trained / (1 << 20),
         (double)f.size.overhead / (1 << 20));
     if (b->o->fit)
-        vel_text_addf(
-            b->out,
-            "--fit %s: level %d, %.0f %% more operations, batch in %d parts, %d/8 of the weights "
-            "from the host, %s a run: %s\n",
-            b->o->fit, f.level, 100 * f.more, f.parts, f.streamed,
-            vel_bytes_text(f.size.streamed, bytes), vel_bytes_text(f.bytes, text));
+        vel_text_addf(b->out,
+                      "--fit %s: level %d, %.0f %% more operations, batch in %d parts, %.0f %% of "
+                      "the weights "
+                      "from the host, %s a run: %s\n",
+                      b->o->fit, f.level, 100 * f.more, f.parts,
+                      100.0 * f.streamed / VEL_STREAM_ALL, vel_bytes_text(f.size.streamed, bytes),
+                      vel_bytes_text(f.bytes, text));
+    if (f.size.seconds > 0)
+        vel_text_addf(b->out, "estimated: %.1f ms a step\n", 1e3 * f.parts * f.size.seconds);
     return VEL_OK;
 }
 

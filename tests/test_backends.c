@@ -466,7 +466,7 @@ typedef struct streamed {
     int64_t weights, arena, bytes;
 } streamed;
 
-static void run_streamed(vel_test *t, int eighths, streamed *o)
+static void run_streamed(vel_test *t, int share, streamed *o)
 {
     static float x[ROWS * WIDE], weight[ROWS];
     vel_backend b = far_backend();
@@ -481,7 +481,7 @@ static void run_streamed(vel_test *t, int eighths, streamed *o)
     CHECK(!vel_engine_can_stream(e));
     e->backend = &b;
     CHECK(vel_engine_can_stream(e));
-    vel_engine_stream(e, eighths);
+    vel_engine_stream(e, share);
     REQUIRE_OK(vel_engine_add_source(e, find_square, NULL));
     vel_graph *g = deep_model(t);
     REQUIRE_OK(vel_engine_add_trainables(e, g));
@@ -510,8 +510,8 @@ TEST(backends_streamed_weights_give_the_same)
     const int64_t each = WIDE * WIDE * 4;
     run_streamed(t, 0, &plain);
     CHECK(plain.bytes == 0 && fetches_seen == 0 && plain.weights >= DEEP * each);
-    run_streamed(t, 4, &some);
-    run_streamed(t, 8, &all);
+    run_streamed(t, VEL_STREAM_ALL / 2, &some);
+    run_streamed(t, VEL_STREAM_ALL, &all);
     CHECK(memcmp(&plain.loss, &all.loss, sizeof plain.loss) == 0 && plain.loss > 0);
     CHECK(memcmp(plain.gradient, all.gradient, sizeof plain.gradient) == 0);
     CHECK(memcmp(plain.gradient, some.gradient, sizeof plain.gradient) == 0);

@@ -89,6 +89,21 @@ static vel_status prepare_row(vel_device *d, const vel_graph *g, int32_t id, vel
                                            : VEL_UNSUPPORTED;
 }
 
+/* As measured: a product of 8192 x 4096 x 8192, an addition of 200 MB, weights from pinned memory.
+ */
+static vel_status h100_rates(vel_device *d, vel_dtype compute, vel_rates *out)
+{
+    (void)d, (void)compute;
+    *out = (vel_rates){.flops = 775e12, .bytes = 2.83e12, .host_bytes = 51.1e9, .kernel = 2e-6};
+    return VEL_OK;
+}
+
+static vel_status no_fetch(vel_device *d, void *dst, const void *host, size_t bytes)
+{
+    (void)d, (void)dst, (void)host, (void)bytes;
+    return VEL_OK;
+}
+
 /* The NULL device with what exec asks the CUDA backend for. */
 static vel_backend planning_backend(void)
 {
@@ -96,6 +111,8 @@ static vel_backend planning_backend(void)
     b.side_by_side = true;
     b.roomy = (int64_t)2304 << 20;
     b.prepare = prepare_row;
+    b.rates = h100_rates;
+    b.fetch = no_fetch;
     return b;
 }
 
@@ -164,12 +181,15 @@ static vel_graph *denoiser(vel_test *t, const planned *m, int n, int size, bool 
     m->family->latent(m->config, &latent);
     int n_texts = m->family->texts(m->config, texts);
     for (int i = 0; i < n_texts; i++)
-        length[i] = texts[i].length;
+        length[i] = texts[i].length                        ? texts[i].length
+                    : strcmp(m->family->name, "flux") == 0 ? 512
+                                                           : 256;
     m->family->states(m->config, length, states);
     for (int i = 0; i < n_texts; i++) {
         const char name[2] = {(char)('0' + i), 0};
-        each[i].context =
-            vel_input(g, name, VEL_F32, VEL_SHAPE(n, states[i].length, states[i].width));
+        if (states[i].length)
+            each[i].context =
+                vel_input(g, name, VEL_F32, VEL_SHAPE(n, states[i].length, states[i].width));
         if (states[i].pooled)
             each[i].pooled = vel_input(g, "pooled", VEL_F32, VEL_SHAPE(n, states[i].pooled));
     }
@@ -256,4 +276,76 @@ TEST(cuda_plans_sdxl)
         check_plan(t, &m, 2, 1024, false, 200, 230, 4900);
     }
     vel_arena_destroy(m.arena);
+}
+
+/* ---- how long a step will take ---- */
+
+/* Milliseconds that were measured on an H100 (docs/speed.md; FLUX.1 with checkpointing), and by how
+ * much the estimate may be off. */
+static const struct {
+    const char *family;
+    int size, level, streamed; /* level as vel_plan_options has it; of VEL_STREAM_ALL */
+    double measured, off;
+} steps[] = {
+    {"sd", 512, VEL_LEVEL_AUTO, 0, 12.6, 0.25},
+    {"sdxl", 1024, VEL_LEVEL_AUTO, 0, 60.4, 0.2},
+    {"sd3", 1024, VEL_LEVEL_AUTO, 0, 67.4, 0.2},
+    {"sana", 1024, VEL_LEVEL_AUTO, 0, 26.5, 0.2},
+    {"flux", 512, 6, 0, 144, 0.2},
+    {"flux", 1024, 6, 0, 486, 0.2},
+    {"flux", 512, 5, 40, 660 * 27.6 / 31.4, 0.2},
+};
+
+static vel_plan *planned_step(vel_test *t, vel_engine *e, const planned *m, int i, int streamed)
+{
+    const vel_plan_options o = {
+        .compute = VEL_BF16, .gradient = true, .measure = true, .level = steps[i].level};
+    vel_plan *p = NULL;
+    vel_graph *g = denoiser(t, m, 1, steps[i].size, true);
+    vel_engine_stream(e, streamed);
+    vel_status st = g ? vel_engine_add_trainables(e, g) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = vel_plan_create(e, g, &o, &p);
+    else
+        vel_graph_destroy(g);
+    CHECK_OK(st);
+    return p;
+}
+
+TEST(cuda_estimates_of_steps)
+{
+    vel_backend b = planning_backend();
+    REQUIRE(read_rows(t) > 40);
+    for (int i = 0; i < VEL_COUNT(steps); i++) {
+        planned m;
+        vel_engine *e = NULL;
+        if (!open_known(t, steps[i].family, &m))
+            continue;
+        REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+        e->backend->close(e->device);
+        e->device = NULL;
+        e->backend = &b;
+        REQUIRE_OK(b.open(t->ctx, "null", &e->device));
+        vel_plan *p = planned_step(t, e, &m, i, steps[i].streamed);
+        double ms = p ? 1e3 * vel_plan_estimate(p) : 0;
+        CHECK_MSG(!p || fabs(ms / steps[i].measured - 1) < steps[i].off,
+                  "%s at %d: %.1f ms, measured %.1f", steps[i].family, steps[i].size, ms,
+                  steps[i].measured);
+        if (p && steps[i].streamed) { /* it is little but copies: each weight comes twice */
+            double copies = 1e3 * (double)vel_plan_streamed_bytes(p) / 51.1e9;
+            int64_t there = vel_plan_weight_bytes(p);
+            vel_plan_destroy(p);
+            CHECK_MSG(ms > copies && ms < 1.1 * copies, "%.1f ms, copies alone %.1f", ms, copies);
+            p = planned_step(t, e, &m, i, 0);
+            int64_t away = p ? vel_plan_weight_bytes(p) - there : 0;
+            double share = p ? (double)away / (double)vel_plan_weight_bytes(p) : 0;
+            CHECK_MSG(!p || fabs(copies / 1e3 * 51.1e9 / (double)away - 2) < 0.03,
+                      "%.0f bytes away, %.0f copied", (double)away, copies / 1e3 * 51.1e9);
+            CHECK_MSG(!p || fabs(share - (double)steps[i].streamed / VEL_STREAM_ALL) < 0.01,
+                      "%.3f of the weights are away", share);
+        }
+        vel_plan_destroy(p);
+        vel_engine_destroy(e);
+        vel_arena_destroy(m.arena);
+    }
 }

@@ -645,6 +645,41 @@ TEST(train_fit_chooses_the_cheapest_way_that_fits)
     fit(t, "-1GB", VEL_BAD_VALUE);
 }
 
+typedef struct asked { /* bytes that fall with the share, a step or a bend here and there */
+    int64_t all, least;
+    int times, last;
+} asked;
+
+static vel_status falling(void *user, int share, int64_t *bytes)
+{
+    asked *a = user;
+    a->times++;
+    a->last = share;
+    *bytes = a->least + (a->all - a->least) * (VEL_STREAM_ALL - share) / VEL_STREAM_ALL +
+             (share > 20 ? 0 : 7 * (20 - share));
+    return VEL_OK;
+}
+
+TEST(train_fit_leaves_the_least_share_with_the_host)
+{
+    for (int limit = 90; limit <= 1300; limit += 11)
+        for (int from = 0; from <= VEL_STREAM_ALL; from += 16) {
+            asked a = {.all = 1000, .least = 100};
+            int share = -1, least = from;
+            int64_t bytes = 0, needed = 0;
+            REQUIRE_OK(vel_least_share(&a, falling, from, limit, &share, &bytes));
+            CHECK(a.last == share && a.times <= 9);
+            for (; least < VEL_STREAM_ALL; least++) {
+                REQUIRE_OK(falling(&a, least, &needed));
+                if (needed <= limit)
+                    break;
+            }
+            REQUIRE_OK(falling(&a, least, &needed));
+            CHECK_MSG(share == least && bytes == needed, "limit %d: %d, not %d", limit, share,
+                      least);
+        }
+}
+
 /* ---- values that are not finite
  * ------------------------------------------------------------------------------ */
 

@@ -123,6 +123,15 @@ static inline uint32_t vel_rounding_bits(uint64_t key, int64_t index)
  * float32, so that its last bits depend on the machine; here each value is rounded once. */
 void vel_dynamic_map(bool is_signed, float out[256]);
 
+/* What a device reaches, a second, for estimates of the time that a plan takes (exec/estimate.c).
+ */
+typedef struct vel_rates {
+    double flops;      /* in products of the compute type that fill it */
+    double bytes;      /* of its memory, in sums that fit no cache */
+    double host_bytes; /* from the host's memory to it */
+    double kernel; /* seconds, not a rate: what one of a recording takes that has little to do */
+} vel_rates;
+
 typedef struct vel_copy { /* from the device's memory to the device's memory */
     void *dst;
     const void *src;
@@ -148,7 +157,8 @@ typedef struct vel_backend {
     int64_t (*in_use)(vel_device *d);
     vel_status (*open)(vel_ctx *ctx, const char *device, vel_device **out);
     void (*close)(vel_device *d);
-    const char *(*describe)(vel_device *d);   /* "2 threads, AMX" */
+    const char *(*describe)(vel_device *d);                                /* "2 threads, AMX" */
+    vel_status (*rates)(vel_device *d, vel_dtype compute, vel_rates *out); /* NULL: not known */
     vel_dtype (*best_compute)(vel_device *d); /* bf16 where the hardware multiplies it */
     bool (*computes)(vel_device *d,
                      vel_dtype t); /* whether it is fast in t; NULL: in the best one */

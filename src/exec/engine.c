@@ -74,16 +74,9 @@ bool vel_engine_can_stream(const vel_engine *e)
     return e->backend->fetch;
 }
 
-void vel_engine_stream(vel_engine *e, int eighths)
+void vel_engine_stream(vel_engine *e, int share)
 {
-    e->streamed = eighths;
-}
-
-bool vel_engine_streams(const vel_engine *e, const char *path, int64_t bytes)
-{
-    enum { SMALLEST = 64 << 10 }; /* below, a copy costs more than its bytes */
-    return e->streamed > 0 && bytes >= SMALLEST &&
-           (int)(vel_hash64(path, strlen(path), 1) % 8) < e->streamed;
+    e->streamed = share;
 }
 
 const char *vel_engine_describe(vel_engine *e)

@@ -37,7 +37,7 @@ struct vel_engine {
     struct weight_pool *pools; /* blocks that weights of one plan lie in */
     void *packing;             /* device: where streamed weights are packed, one after the other */
     size_t packing_bytes;
-    int streamed; /* eighths of the large weights that stay with the host */
+    int streamed; /* of VEL_STREAM_ALL: the large weights that stay with the host */
     vel_trainable *trainables;
     int n_trainables;
     int64_t trainable_count, trainable_room; /* values */
@@ -147,6 +147,7 @@ typedef struct weight_fetch {
     int input;            /* of the first */
     int64_t bytes;
     const void *host; /* once it is loaded */
+    double arrives;   /* estimate.c's, in seconds of a run */
 } weight_fetch;
 /* What a plan whose kernels are chosen fetches; in arena a. */
 vel_status vel_find_fetches(const vel_engine *e, const vel_graph *g, const vel_kernel *kernels,
@@ -158,6 +159,11 @@ const vel_node *vel_weight_behind(const vel_graph *g, vel_ref r);
 /* The weight that input i of node id reads, and in which form; NULL: it reads none. */
 const vel_node *vel_weight_read(const vel_graph *g, const vel_kernel *kernels, int32_t id, int i,
                                 weight_use *use);
+
+/* ---- cost.c, estimate.c: seconds on paper, of a node and of a run ---- */
+double vel_node_estimate(const vel_graph *g, int32_t id, const vel_rates *r);
+double vel_estimate_run(const vel_graph *g, const bool *prepared, const vel_layout *layout,
+                        const vel_fetches *f, const vel_rates *r);
 
 vel_status vel_engine_need_shadow(vel_engine *e, vel_dtype type);
 vel_status vel_engine_reserve(vel_engine *e, int64_t arena_bytes);

@@ -57,10 +57,12 @@ int vel_engine_quant(const vel_engine *e); /* vel_quant; 0: as they are */
 void vel_engine_drop_weights(vel_engine *e, const char *prefix);
 int64_t vel_engine_weight_bytes(const vel_engine *e);
 int64_t vel_engine_arena_bytes(const vel_engine *e); /* of working memory, as it is now */
-/* Streaming, for models larger than the device: so many eighths (0 to 8) of the large weights stay
- * in the host's memory, and plans fetch them beside the computing, shortly before they are read.
- * For plans that are made from now on; weights that are on the device already stay there. */
-void vel_engine_stream(vel_engine *e, int eighths);
+/* Streaming, for models larger than the device: so many of VEL_STREAM_ALL parts of the large
+ * weights stay in the host's memory, and plans fetch them beside the computing, shortly before they
+ * are read. For plans that are made from now on; weights that are on the device already stay there.
+ */
+enum { VEL_STREAM_ALL = 64 };
+void vel_engine_stream(vel_engine *e, int share);
 bool vel_engine_can_stream(const vel_engine *e);
 
 /* ---- trainable values: one flat float32 vector, one for the gradient ------------------------- */
@@ -187,6 +189,9 @@ int64_t vel_plan_weight_bytes(const vel_plan *p);
 int64_t vel_plan_streamed_bytes(const vel_plan *p); /* fetched from the host in one run */
 /* Device memory that the driver, the vendor's libraries and the recording of a run keep. */
 int64_t vel_plan_overhead(const vel_plan *p);
+/* Seconds that one run will take, by what the device reaches (cost.c, estimate.c); 0: not known.
+ * Within some 15 % of what the larger families' steps take on an H100. */
+double vel_plan_estimate(const vel_plan *p);
 int vel_plan_remat_level(const vel_plan *p);
 int vel_plan_levels(void);                          /* of recomputation that there are */
 const vel_graph *vel_plan_graph(const vel_plan *p); /* as it is executed */

@@ -35,7 +35,8 @@ struct vel_plan {
     int32_t n_uses;
     int64_t weight_bytes;
     vel_fetches fetches; /* of streamed weights */
-    bool apart;          /* vel_plan_query's */
+    vel_dtype compute;
+    bool apart; /* vel_plan_query's */
     int level;
     bool dry, profiling;
     int bound_runs;  /* since the launches were bound */
@@ -568,6 +569,7 @@ vel_status vel_plan_create(vel_engine *e, vel_graph *g, const vel_plan_options *
     p->dry = o->dry || o->measure;
     p->apart = p->backend->side_by_side && o->gradient && !o->smallest;
     p->steady_inputs = o->steady;
+    p->compute = o->compute;
     p->g = g;
     p->arena = vel_arena_create(e->ctx);
     vel_status st = p->arena ? make_plan(p, o) : VEL_NO_MEMORY;
@@ -902,6 +904,13 @@ int64_t vel_plan_overhead(const vel_plan *p)
         n += p->prepared[id];
     loading += p->waiting.bytes;
     return p->backend->overhead ? p->backend->overhead(p->device, n, p->apart) + loading : 0;
+}
+
+double vel_plan_estimate(const vel_plan *p)
+{
+    vel_rates r;
+    bool known = p->backend->rates && p->backend->rates(p->device, p->compute, &r) == VEL_OK;
+    return known ? vel_estimate_run(p->g, p->prepared, &p->layout, &p->fetches, &r) : 0;
 }
 
 int vel_plan_levels(void)

@@ -1,9 +1,9 @@
 /* fit.c: what a training run takes of the device's memory, and --fit 8GB: the way to train that
  * stays within so much and costs the least time. In this order: nothing computed again, then more
  * and more of it, then the batch in parts whose gradients are added up, and last, frozen weights
- * that stay with the host and are fetched in each step, as few as will do. Sizes are those of plans
- * made for the device, before anything is allocated; what the driver, the libraries and the
- * recording of a step take is counted too. */
+ * that stay with the host and are fetched in each step, as few as will do, at the level with which
+ * the step is estimated to end first. Sizes are those of plans made for the device, before anything
+ * is allocated; what the driver, the libraries and the recording of a step take is counted too. */
 #include "train/session.h"
 
 /* Bytes; 0 when it is not a size. A GB is 10^9 bytes, as on the box of a card and in the SI; the
@@ -119,16 +119,21 @@ static vel_status measure(vel_fit *f, int level, int parts, int streamed)
     return VEL_OK;
 }
 
-/* The cheapest level that fits, of one number of parts and so much streaming; *found. The level
- * that needs least is kept in *least. */
+/* What a way costs: the time of the whole batch where the device's rates are known, else what is
+ * copied in it. */
+static double cost_of(const vel_fit *f)
+{
+    return f->parts * (f->size.seconds > 0 ? f->size.seconds : (double)f->size.streamed);
+}
+
+/* The first level that fits, of one number of parts and so much streaming; *found. The level that
+ * needs least is kept in *least. */
 static vel_status try_levels(vel_fit *f, int64_t limit, int parts, int streamed, vel_fit *least,
                              bool *found)
 {
-    double plain = 0;
     for (int level = 0; level < vel_trainer_levels() && !*found; level++) {
         VEL_TRY(measure(f, level, parts, streamed));
-        plain = level ? plain : f->size.operations;
-        f->more = f->size.operations / plain - 1;
+        f->more = f->size.operations * parts / f->plain.operations - 1;
         if (!least->bytes || f->bytes < least->bytes)
             *least = *f;
         *found = f->bytes <= limit;
@@ -136,19 +141,62 @@ static vel_status try_levels(vel_fit *f, int64_t limit, int parts, int streamed,
     return VEL_OK;
 }
 
-/* As few weights as will do, with the batch in the parts and at the level that need least. */
+vel_status vel_least_share(void *user,
+                           vel_status (*bytes_at)(void *user, int share, int64_t *bytes), int from,
+                           int64_t limit, int *share, int64_t *bytes)
+{
+    int low = from, high = VEL_STREAM_ALL;
+    int64_t at_low, at_high;
+    *share = low;
+    VEL_TRY(bytes_at(user, low, bytes));
+    if (*bytes <= limit || low == high)
+        return VEL_OK;
+    at_low = *bytes;
+    *share = high;
+    VEL_TRY(bytes_at(user, high, bytes));
+    at_high = *bytes;
+    while (at_high <= limit && high - low > 1) { /* bytes fall nearly as a line does */
+        double part = (double)(at_low - limit) / (double)(at_low - at_high);
+        int middle = low + (int)ceil(part * (high - low));
+        middle = VEL_MAX(low + 1, VEL_MIN(middle, high - 1));
+        VEL_TRY(bytes_at(user, middle, bytes));
+        bool fits = *bytes <= limit;
+        *(fits ? &high : &low) = middle;
+        *(fits ? &at_high : &at_low) = *bytes;
+    }
+    *share = high;
+    return *bytes == at_high ? VEL_OK : bytes_at(user, high, bytes);
+}
+
+static vel_status bytes_of_share(void *user, int share, int64_t *bytes)
+{
+    vel_fit *f = user;
+    VEL_TRY(measure(f, f->level, f->parts, share));
+    *bytes = f->bytes;
+    return VEL_OK;
+}
+
+/* As few weights as will do, at the level that costs least with them; the batch in the parts that
+ * need least. */
 static vel_status try_streaming(vel_fit *f, int64_t limit, vel_fit *least, bool *found)
 {
-    enum { ALL = 8 };
     const vel_fit smallest = *least;
-    VEL_TRY(measure(f, smallest.level, smallest.parts, ALL));
-    *least = f->bytes < least->bytes ? *f : *least;
-    for (int streamed = f->at_least + 1; streamed <= ALL && least->bytes <= limit && !*found;
-         streamed++) {
-        VEL_TRY(measure(f, smallest.level, smallest.parts, streamed));
-        if (f->bytes <= limit)
-            VEL_TRY(try_levels(f, limit, smallest.parts, streamed, least, found));
+    vel_fit best = {0};
+    for (int i = 0; i < vel_trainer_levels(); i++) {
+        int level = vel_trainer_levels() - 1 - i;
+        vel_fit at = smallest;
+        at.level = level;
+        VEL_TRY(vel_least_share(&at, bytes_of_share, at.at_least, limit, &at.streamed, &at.bytes));
+        if (at.bytes < least->bytes)
+            *least = at;
+        if (at.bytes > limit || (*found && cost_of(&at) > cost_of(&best)))
+            continue;
+        *found = true;
+        best = at;
+        best.more = at.size.operations * at.parts / at.plain.operations - 1;
     }
+    *f = *found ? best : *f;
+    vel_engine_stream(vel_model_engine(f->model), f->streamed);
     return VEL_OK;
 }
 
@@ -162,24 +210,58 @@ static vel_status does_not_fit(const vel_fit *f, const char *text, int64_t limit
                     vel_engine_quant(vel_model_engine(f->model)) ? "," : " or --base_quant nf4");
 }
 
+/* "about 0.25 s a step, 1.4 times as long as one that keeps everything"; nothing where the device's
+ * rates are not known. */
+static void say_time(const vel_fit *f, vel_text *t)
+{
+    double seconds = f->parts * f->size.seconds, plain = f->plain.seconds;
+    if (!(seconds > 0))
+        return;
+    vel_text_addf(t, "; a step is estimated at %.*f s", seconds < 0.1 ? 3 : 2, seconds);
+    if (f->level || f->parts > 1 || f->streamed)
+        vel_text_addf(t, ", %.1f times as long as one that keeps everything on the device",
+                      seconds / plain);
+}
+
+void vel_fit_how(const vel_fit *f, vel_text *t)
+{
+    char bytes[32];
+    if (f->level)
+        vel_text_addf(t, "some is computed again (level %d of %d, %.0f %% more operations)",
+                      f->level, vel_trainer_levels() - 1, 100 * f->more);
+    else
+        vel_text_addf(t, "nothing is computed again");
+    if (f->parts > 1)
+        vel_text_addf(t, ", each batch in %d parts of %d, one after the other", f->parts,
+                      f->batch / f->parts);
+    if (f->streamed)
+        vel_text_addf(
+            t, ", %.0f %% of the frozen weights stay in the host's memory (%s of copies a step)",
+            100.0 * f->streamed / VEL_STREAM_ALL,
+            vel_bytes_text(f->parts * f->size.streamed, bytes));
+}
+
 static void say(const vel_fit *f, const char *text, int64_t limit)
 {
-    char bytes[32], most[32], weights[32], how[160] = "nothing is computed again", parts[96] = "",
-                                           streamed[160] = "";
-    if (f->level)
-        snprintf(how, sizeof how,
-                 "some is computed again (level %d of %d, %.0f %% more operations)", f->level,
-                 vel_trainer_levels() - 1, 100 * f->more);
-    if (f->parts > 1)
-        snprintf(parts, sizeof parts, ", each batch in %d parts of %d, one after the other",
-                 f->parts, f->batch / f->parts);
-    if (f->streamed)
-        snprintf(
-            streamed, sizeof streamed,
-            ", %d/8 of the frozen weights stay in the host's memory: %s are copied in each run",
-            f->streamed, vel_bytes_text(f->size.streamed, weights));
-    vel_log(vel_model_ctx(f->model), 2, "--fit %s: %s%s%s: %s of %s", text, how, parts, streamed,
-            vel_bytes_text(f->bytes, bytes), vel_bytes_text(limit, most));
+    char bytes[32], most[32];
+    vel_text t;
+    vel_text_init(&t, vel_model_ctx(f->model));
+    vel_fit_how(f, &t);
+    vel_text_addf(&t, ": %s of %s", vel_bytes_text(f->bytes, bytes), vel_bytes_text(limit, most));
+    say_time(f, &t);
+    vel_log(vel_model_ctx(f->model), 2, "--fit %s: %s", text, t.s ? t.s : "");
+    vel_text_finish(&t);
+}
+
+static void say_quant(const vel_fit *f, const char *kind)
+{
+    char bytes[32], time[64] = "";
+    if (f->size.seconds > 0)
+        snprintf(time, sizeof time, ", a step estimated at %.*f s", f->size.seconds < 0.1 ? 3 : 2,
+                 f->parts * f->size.seconds);
+    vel_log(vel_model_ctx(f->model), 2,
+            "--base_quant %s would keep all weights on the device: %s%s", kind,
+            vel_bytes_text(f->bytes, bytes), time);
 }
 
 /* What would do without copies from the host: the first kind that does, at the chosen level. */
@@ -189,7 +271,6 @@ static vel_status propose_quant(const vel_fit *f, int64_t limit)
     vel_engine *e = vel_model_engine(f->model);
     vel_fit other = *f;
     vel_status st = VEL_OK;
-    char bytes[32];
     bool found = false;
     for (int i = 0; i < VEL_COUNT(kinds) && !found && !st; i++) {
         st = vel_engine_quantise(e, kinds[i]);
@@ -197,9 +278,7 @@ static vel_status propose_quant(const vel_fit *f, int64_t limit)
             st = measure(&other, f->level, f->parts, 0);
         found = !st && other.bytes <= limit;
         if (found)
-            vel_log(vel_model_ctx(f->model), 2,
-                    "--base_quant %s would keep all weights on the device: %s", kinds[i],
-                    vel_bytes_text(other.bytes, bytes));
+            say_quant(&other, kinds[i]);
     }
     vel_engine_stream(e, f->streamed);
     vel_status back = vel_engine_quantise(e, "none");
@@ -215,6 +294,8 @@ vel_status vel_fit_choose(vel_fit *f, const char *text)
                         "--fit: '%s' is not a size such as 8GB", text);
     vel_fit least = {0};
     bool found = false;
+    VEL_TRY(measure(f, 0, 1, 0));
+    f->plain = f->size;
     for (int parts = 1; parts <= (f->models > 1 ? 1 : f->batch) && !found; parts++)
         if (f->batch % parts == 0)
             VEL_TRY(try_levels(f, limit, parts, f->at_least, &least, &found));

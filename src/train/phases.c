@@ -6,8 +6,6 @@
  * denoiser has let its memory go, where it would not do otherwise. */
 #include "train/session.h"
 
-enum { ALL = 8 }; /* eighths of the weights */
-
 static int64_t bytes_of(train_session *s, const vel_run_size *size, int64_t trained)
 {
     return size->arena + size->weights + size->recorded + trained +
@@ -19,7 +17,7 @@ static bool on_paper(train_session *s)
     return vel_engine_in_use(vel_model_engine(s->model)) <= 0;
 }
 
-/* Of encoder k, with so many eighths of its weights at the host. */
+/* Of encoder k, with so much of its weights at the host. */
 static vel_status measure_text(train_session *s, int k, int streamed, vel_run_size *out)
 {
     vel_engine *e = vel_model_engine(s->model);
@@ -47,21 +45,30 @@ static vel_status measure_encoding(train_session *s, vel_run_size *out)
     return VEL_OK;
 }
 
-/* The least streaming with which encoder k stays within the limit (0: any size). */
-static vel_status fit_text(train_session *s, int k, int64_t trained, int64_t limit, run_phase *p)
+typedef struct asked_size { /* of an encoder, or of the samples */
+    train_session *s;
+    const vel_fit *fit;
+    int k;
+    bool apart;
+} asked_size;
+
+static vel_status text_bytes(void *user, int share, int64_t *bytes)
 {
-    vel_engine *e = vel_model_engine(s->model);
-    int most = limit && vel_engine_can_stream(e) ? ALL : 0;
+    const asked_size *a = user;
     vel_run_size size;
-    *p = (run_phase){.part = vel_model_text(s->model, k)->part};
-    for (; p->streamed <= most; p->streamed++) {
-        VEL_TRY(measure_text(s, k, p->streamed, &size));
-        p->bytes = bytes_of(s, &size, trained);
-        if (!limit || p->bytes <= limit)
-            return VEL_OK;
-    }
-    p->streamed--;
+    VEL_TRY(measure_text(a->s, a->k, share, &size));
+    *bytes = bytes_of(a->s, &size, a->fit->trained);
     return VEL_OK;
+}
+
+/* The least streaming with which encoder k stays within the limit (0: any size). */
+static vel_status fit_text(train_session *s, int k, const vel_fit *f, int64_t limit, run_phase *p)
+{
+    asked_size a = {.s = s, .fit = f, .k = k};
+    *p = (run_phase){.part = vel_model_text(s->model, k)->part};
+    if (!limit || !vel_engine_can_stream(vel_model_engine(s->model)))
+        return text_bytes(&a, 0, &p->bytes);
+    return vel_least_share(&a, text_bytes, 0, limit, &p->streamed, &p->bytes);
 }
 
 /* ---- samples ---- */
@@ -111,7 +118,7 @@ static vel_status measure_drawing(train_session *s, sample_sizes *out)
     return VEL_OK;
 }
 
-/* With so many eighths of the weights at the host. Without --fit the step's plan stays beside; with
+/* With so much of the weights at the host. Without --fit the step's plan stays beside; with
  * it the driver still keeps the memory of the step's recording, and takes that for the next ones.
  */
 static vel_status measure_samples(train_session *s, const vel_fit *f, int streamed, bool apart,
@@ -147,25 +154,38 @@ static vel_status measure_samples(train_session *s, const vel_fit *f, int stream
     return VEL_OK;
 }
 
+static vel_status sample_bytes(void *user, int share, int64_t *bytes)
+{
+    const asked_size *a = user;
+    run_phase p;
+    VEL_TRY(measure_samples(a->s, a->fit, share, a->apart, &p));
+    *bytes = p.bytes;
+    return VEL_OK;
+}
+
 vel_status vel_phases_fit_samples(train_session *s, const vel_fit *f, int64_t limit, int *streamed)
 {
-    run_phase p;
     char have[32], need[32];
-    int most = vel_engine_can_stream(vel_model_engine(s->model)) ? ALL : 0;
+    bool streams = vel_engine_can_stream(vel_model_engine(s->model));
+    int64_t bytes = 0;
+    asked_size a = {.s = s, .fit = f};
     *streamed = 0;
     if (!s->n_prompts)
         return VEL_OK;
-    for (; *streamed <= most; ++*streamed)
-        for (int apart = 0; apart < 2; apart++) {
-            VEL_TRY(measure_samples(s, f, *streamed, apart, &p));
-            s->decodes_apart = apart;
-            if (p.bytes <= limit)
-                return VEL_OK;
-        }
+    VEL_TRY(sample_bytes(&a, 0, &bytes));
+    s->decodes_apart = a.apart = bytes > limit;
+    if (!a.apart)
+        return VEL_OK;
+    if (streams)
+        VEL_TRY(vel_least_share(&a, sample_bytes, 0, limit, streamed, &bytes));
+    else
+        VEL_TRY(sample_bytes(&a, 0, &bytes));
+    if (bytes <= limit)
+        return VEL_OK;
     return vel_fail(s->ctx, VEL_BAD_VALUE,
                     "--fit %s: the samples take %s (%s were asked for): smaller ones ('--w 512 --h "
                     "512' behind a prompt in a file) or none make it smaller",
-                    s->o->fit, vel_bytes_text(p.bytes, need), vel_bytes_text(limit, have));
+                    s->o->fit, vel_bytes_text(bytes, need), vel_bytes_text(limit, have));
 }
 
 /* ---- all ---- */
@@ -206,7 +226,7 @@ vel_status vel_phases_plan(train_session *s, const vel_fit *f, int64_t limit)
     for (int k = 0; k < vel_model_texts(s->model); k++) {
         if (s->texts >> k & 1 || !vel_text_values(&vel_model_states(s->model)[k]))
             continue;
-        VEL_TRY(fit_text(s, k, f->trained, limit, &s->phases[s->n_phases++]));
+        VEL_TRY(fit_text(s, k, f, limit, &s->phases[s->n_phases++]));
     }
     VEL_TRY(measure_encoding(s, &size));
     s->phases[s->n_phases++] = (run_phase){.part = "vae", .bytes = bytes_of(s, &size, f->trained)};
@@ -233,10 +253,11 @@ static void describe_phase(const run_phase *p, bool first, vel_text *t)
     char bytes[32];
     vel_text_addf(t, "%s %s %s", first ? "" : ",", p->part, vel_bytes_text(p->bytes, bytes));
     if (p->streamed)
-        vel_text_addf(t, " (%d/8 of the weights from the host)", p->streamed);
+        vel_text_addf(t, " (%.0f %% of the weights from the host)",
+                      100.0 * p->streamed / VEL_STREAM_ALL);
 }
 
-void vel_phases_describe(const train_session *s, vel_text *t)
+void vel_phases_describe(const train_session *s, int64_t steps, vel_text *t)
 {
     vel_text_addf(t, "before the steps, one after the other:");
     for (int i = 0; i < s->n_before; i++)
@@ -245,7 +266,14 @@ void vel_phases_describe(const train_session *s, vel_text *t)
         vel_text_addf(t, "; between them:");
     for (int i = s->n_before; i < s->n_phases; i++)
         describe_phase(&s->phases[i], i == s->n_before, t);
-    vel_text_addf(t, "%s\n", s->decodes_apart ? ", decoded without the denoiser in memory" : "");
+    vel_text_addf(t, "%s", s->decodes_apart ? ", decoded without the denoiser in memory" : "");
+    const run_phase *most = &s->phases[0];
+    for (int i = 1; i < s->n_phases; i++)
+        most = s->phases[i].bytes > most->bytes ? &s->phases[i] : most;
+    char bytes[32];
+    bool before = s->n_phases && most->bytes > steps;
+    vel_text_addf(t, "; most is needed by %s: %s\n", before ? most->part : "the steps",
+                  vel_bytes_text(before ? most->bytes : steps, bytes));
 }
 
 void vel_phases_note(train_session *s, const char *when)

@@ -407,7 +407,7 @@ static vel_status describe_memory(train_session *s, vel_text *t)
     if (!s->n_phases)
         VEL_TRY(vel_phases_plan(s, &f, 0));
     s->planned = vel_phases_most(s, f.bytes);
-    vel_phases_describe(s, t);
+    vel_phases_describe(s, f.bytes, t);
     return VEL_OK;
 }
 
@@ -797,7 +797,7 @@ static vel_status run_session(train_session *s, vel_train_options *own)
         s->scaler.scale = o->loss_scale;
     VEL_TRY(register_trainables(s));
     if (!o->fit && vel_engine_can_stream(vel_model_engine(s->model))) {
-        s->streamed = o->stream;
+        s->streamed = o->stream * VEL_STREAM_ALL / 8;
         vel_engine_stream(vel_model_engine(s->model), s->streamed);
     }
     if (o->fit) {

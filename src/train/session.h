@@ -64,7 +64,7 @@ typedef struct known_values {
 typedef struct run_phase {
     const char *part;
     int64_t bytes; /* of the device in all */
-    int streamed;  /* eighths of its weights that stay with the host */
+    int streamed;  /* of VEL_STREAM_ALL: its weights that stay with the host */
 } run_phase;
 
 typedef struct train_session {
@@ -102,7 +102,7 @@ typedef struct train_session {
     vel_lr_course course;
     run_phase phases[VEL_MAX_TEXTS + 3];
     int n_phases, n_before; /* n_before of them come before the steps */
-    int streamed;           /* eighths of the denoiser's weights, by --fit */
+    int streamed;           /* of VEL_STREAM_ALL: of the denoiser's weights */
     int64_t most_in_use;    /* of the device's memory, as far as it was noted */
     int64_t planned;        /* of the device's memory; 0: not known */
     bool decodes_apart;     /* samples are decoded without the denoiser in memory */
@@ -276,12 +276,12 @@ vel_status vel_look_draw(train_session *s);   /* a sheet of samples at this step
 vel_status vel_look_report(train_session *s); /* before/after sheet and report.html */
 
 /* phases.c: plans what is not a step, within a limit (0: any size); f: of the steps. fit_samples
- * comes before, and says how many eighths of the weights must stay with the host for the samples'
- * sake. */
+ * comes before, and says how much of the weights, of VEL_STREAM_ALL, must stay with the host for
+ * the samples' sake. */
 vel_status vel_phases_fit_samples(train_session *s, const vel_fit *f, int64_t limit, int *streamed);
 vel_status vel_phases_plan(train_session *s, const vel_fit *f, int64_t limit);
 int64_t vel_phases_most(const train_session *s, int64_t steps); /* of them and the steps */
-void vel_phases_describe(const train_session *s, vel_text *t);
+void vel_phases_describe(const train_session *s, int64_t steps, vel_text *t); /* steps: bytes */
 /* What is in use now, for the log (level 4) and for the most that was seen. */
 void vel_phases_note(train_session *s, const char *when);
 void vel_phases_tell(train_session *s); /* at the end: planned and seen */

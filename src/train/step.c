@@ -174,6 +174,7 @@ static vel_status size_of(vel_trainer *t, int n, int h, int w, const vel_plan_op
                            .weights = vel_plan_weight_bytes(p),
                            .streamed = vel_plan_streamed_bytes(p),
                            .overhead = vel_plan_overhead(p),
+                           .seconds = vel_plan_estimate(p),
                            .level = vel_plan_remat_level(p)};
     const vel_graph *planned = vel_plan_graph(p);
     for (int32_t id = 1; id < vel_graph_size(planned); id++)

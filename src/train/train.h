@@ -253,7 +253,8 @@ typedef struct vel_step_size {
     int64_t streamed;       /* of other weights, fetched from the host in one step */
     int64_t overhead;       /* of the driver, the libraries and a recorded step */
     double operations;
-    int level; /* of recomputation */
+    double seconds; /* as estimated; 0: not known */
+    int level;      /* of recomputation */
 } vel_step_size;
 /* on_paper: without the device's own kernels, whose working memory is then left out. */
 vel_status vel_trainer_size(vel_trainer *t, int n, int h, int w, bool on_paper, vel_step_size *out);
@@ -276,11 +277,12 @@ typedef struct vel_fit {
     bool average;                 /* of the trained values is kept */
     bool held_out;                /* plans without gradient come beside the steps' */
     int64_t beside, beside_arena; /* of parts that are asked between steps, in bytes */
-    int at_least;                 /* eighths of the weights that stay with the host in any case */
-    int recordings;               /* that the engine keeps at a time; 0: one of each plan */
+    int at_least;   /* of VEL_STREAM_ALL: the weights that stay with the host in any case */
+    int recordings; /* that the engine keeps at a time; 0: one of each plan */
     /* what was found */
-    int level, parts, streamed; /* recomputation; of a batch; eighths of the weights */
+    int level, parts, streamed; /* recomputation; of a batch; of VEL_STREAM_ALL */
     vel_step_size size;         /* of the largest bucket */
+    vel_step_size plain;        /* the same with nothing computed again and no part, to compare */
     double more;                /* operations, as a share */
     int64_t trained;            /* values, gradient, optimizer */
     int64_t bytes;              /* in all */
@@ -292,6 +294,13 @@ vel_status vel_fit_describe(vel_fit *f, bool on_paper);
 /* Chooses level, parts and streamed for a size such as "8GB", sets them for trainer and engine and
  * says so. When it cannot fit, the error names the smallest that would. */
 vel_status vel_fit_choose(vel_fit *f, const char *text);
+/* The least share from `from` on, of VEL_STREAM_ALL, with which bytes_at is within the limit, and
+ * its bytes; the most that there is where none is. What it asked last is what it gives. */
+vel_status vel_least_share(void *user,
+                           vel_status (*bytes_at)(void *user, int share, int64_t *bytes), int from,
+                           int64_t limit, int *share, int64_t *bytes);
+/* "nothing is computed again", and so on: what was chosen. */
+void vel_fit_how(const vel_fit *f, vel_text *t);
 void vel_trainer_set_level(vel_trainer *t, int level);
 /* Registers the trainables of a bucket's graph with the engine without making its plan. */
 vel_status vel_trainer_register(vel_trainer *t, int n, int h, int w);

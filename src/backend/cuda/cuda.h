@@ -23,12 +23,13 @@ typedef struct vel_cuda_ahead vel_cuda_ahead;
 struct vel_device {
     vel_ctx *ctx;
     int ordinal;
-    int capability; /* 10 * major + minor: 90 for a Hopper */
-    int processors; /* multiprocessors */
-    size_t memory;  /* bytes of the whole card */
-    size_t before;  /* of it in use before the device was opened */
-    size_t taken;   /* by the driver and the libraries, once it was open */
-    bool tf32;      /* float32 products may round their inputs to tf32: VELATURA_TF32=1 */
+    int capability;   /* 10 * major + minor: 90 for a Hopper */
+    int processors;   /* multiprocessors */
+    double host_rate; /* bytes a second from pinned memory; 0: not timed yet */
+    size_t memory;    /* bytes of the whole card */
+    size_t before;    /* of it in use before the device was opened */
+    size_t taken;     /* by the driver and the libraries, once it was open */
+    bool tf32;        /* float32 products may round their inputs to tf32: VELATURA_TF32=1 */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     cudnnHandle_t cudnn;   /* bound to the stream */

@@ -500,6 +500,71 @@ static vel_status cuda_sync(vel_device *d)
     return vel_cuda_check(d, cudaStreamSynchronize(d->stream), "a kernel");
 }
 
+/* ---- rates ---- */
+
+/* Operations that a multiprocessor ends in a clock, from this capability on: products of 16-bit
+ * values summed in float32 (the makers' figures, without sparsity; the smaller one where cards of
+ * one capability differ), and float32's. */
+static const struct {
+    int capability, half, single;
+} per_clock[] = {{60, 128, 128},   {61, 256, 256}, {70, 1024, 128}, {75, 512, 128},
+                 {80, 2048, 128},  {86, 512, 256}, {90, 4096, 256}, {100, 8192, 256},
+                 {110, 1024, 256}, {120, 512, 256}};
+
+/* Bytes a second from pinned memory to the card: the best of some copies, the first of which wakes
+ * the bus. Once for a device, while nothing runs on it. */
+static vel_status time_copies(vel_device *d)
+{
+    enum { BYTES = 2 * STAGING_PART, COPIES = 4 };
+    const staging *ring = d->staging;
+    void *to = NULL;
+    cudaEvent_t at[COPIES + 1] = {NULL};
+    float best = 0;
+    cudaError_t s = cudaMalloc(&to, BYTES);
+    for (int i = 0; i <= COPIES && !s; i++)
+        s = cudaEventCreate(&at[i]);
+    for (int i = 0; i <= COPIES && !s; i++) {
+        s = cudaEventRecord(at[i], d->stream);
+        if (i < COPIES && !s)
+            s = cudaMemcpyAsync(to, ring->bytes, BYTES, cudaMemcpyHostToDevice, d->stream);
+    }
+    if (!s)
+        s = cudaStreamSynchronize(d->stream);
+    for (int i = 0; i < COPIES && !s; i++) {
+        float ms = 0;
+        s = cudaEventElapsedTime(&ms, at[i], at[i + 1]);
+        best = best > 0 ? VEL_MIN(best, ms) : ms;
+    }
+    for (int i = 0; i <= COPIES; i++)
+        if (at[i])
+            cudaEventDestroy(at[i]);
+    cudaFree(to);
+    VEL_CUDA(d, s);
+    d->host_rate = best > 0 ? BYTES / (1e-3 * (double)best) : 0;
+    return VEL_OK;
+}
+
+/* Of what is on paper a large product reaches 72 % and an addition 85 %, on an H100. */
+static vel_status cuda_rates(vel_device *d, vel_dtype compute, vel_rates *out)
+{
+    enum { PRODUCT = 72, MEMORY = 85 }; /* per cent */
+    int clock = 0, memory_clock = 0, width = 0, row = 0;
+    VEL_CUDA(d, cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, d->ordinal)); /* kHz */
+    VEL_CUDA(d, cudaDeviceGetAttribute(&memory_clock, cudaDevAttrMemoryClockRate, d->ordinal));
+    VEL_CUDA(d, cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, d->ordinal));
+    if (!(d->host_rate > 0))
+        VEL_TRY(time_copies(d));
+    for (int i = 0; i < VEL_COUNT(per_clock); i++)
+        row = per_clock[i].capability <= d->capability ? i : row;
+    int each = compute == VEL_F32 ? per_clock[row].single : per_clock[row].half;
+    *out = (vel_rates){.flops = 1e3 * clock * each * d->processors * PRODUCT / 100,
+                       .bytes = 1e3 * memory_clock * 2 * width / 8 * MEMORY / 100,
+                       .host_bytes = d->host_rate,
+                       .kernel = 2e-6};
+    bool known = out->flops > 0 && out->bytes > 0 && out->host_bytes > 0;
+    return known ? VEL_OK : VEL_UNSUPPORTED;
+}
+
 /* ---- kernels ---- */
 
 static const vel_cuda_prepare_fn vel_cuda_providers[] = {
@@ -601,6 +666,7 @@ static const vel_backend vel_backend_cuda = {
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,
+    .rates = cuda_rates,
     .best_compute = cuda_best_compute,
     .computes = cuda_computes,
     .alloc = cuda_alloc,
