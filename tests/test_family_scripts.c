@@ -166,7 +166,11 @@ TEST(scripts_flux_train_network)
                           "--timestep_sampling shift --discrete_flow_shift 3.1582 "
                           "--model_prediction_type raw --t5xxl_max_token_length 32 "
                           "--network_args train_t5xxl=True --text_encoder_lr 1e-3 1e-4",
-        (const char *const[]){"26 of the text encoders", NULL});
+        (const char *const[]){"26 of the text encoders", "one layer of three times their rank",
+                              NULL});
+    check_rank(t, RESULT, "img_attn_qkv", 3 * 4);
+    check_said(t, RESULT, "ss_network_args", "\"split_qkv\":\"True\"");
+    check_said(t, RESULT, "ss_network_module", "networks.lora_flux");
     check_stems(t, RESULT,
                 (const stem_row[]){{"lora_te1_", 12},
                                    {"lora_te3_", 14}, /* T5, as in SD 3 */

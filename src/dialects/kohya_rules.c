@@ -355,8 +355,6 @@ static vel_status network_rules(vel_line *l)
                             vel_rule_pair(l, "network_args", "conv_block_dims");
         if (l->script->bit & FLOW_NETWORKS) {
             VEL_TRY(vel_kohya_blocks(l));
-            vel_line_say(l, "q, k and v learn apart, as with split_qkv=True: in the file they are "
-                            "one layer of three times the rank");
             VEL_TRY(vel_rule_pairs(l, "network_args", flow_keys));
             return vel_kohya_ranks(l);
         }

@@ -347,11 +347,36 @@ static void put_spec(train_session *s, json_t *meta)
         put(meta, "modelspec.encoder_layer", "%d", o->clip_skip);
 }
 
-/* kohya's module for plain LoRA, LyCORIS' for the rest, with the arguments that make them. */
-static void put_network(const vel_train_options *o, const vel_family *family, json_t *meta)
+/* The dialect of the result: kohya's for adapters and diffusers' for words, unless one is named. Of
+ * words only these two forms are there. */
+static const char *format_of(const train_session *s)
 {
-    bool plain =
-        strcmp(o->network, "lora") == 0 && !o->use_dora && !o->use_rslora && !o->use_tucker;
+    bool words = vel_method_is_words(s->o);
+    bool any = strcmp(s->o->save_format, "auto") == 0 ||
+               (words && !vel_glob("kohya,diffusers", s->o->save_format));
+    const char *own = vel_model_family(s->model)->dialect, *usual = own ? own : "kohya";
+    return !any ? s->o->save_format : words ? "diffusers" : usual;
+}
+
+static bool is_plain(const vel_train_options *o)
+{
+    return strcmp(o->network, "lora") == 0 && !o->use_dora && !o->use_rslora && !o->use_tucker;
+}
+
+bool vel_keep_joins(const train_session *s)
+{
+    bool kohya = s->o->also_kohya || strcmp(format_of(s), "kohya") == 0, any = false;
+    for (int i = 0; i < s->n_sites; i++)
+        any |= vel_glob("transformer.*.to_?,transformer.*.add_?_proj", s->sites[i].path);
+    return any && kohya && is_plain(s->o) && vel_model_family(s->model)->network;
+}
+
+/* kohya's module for plain LoRA, LyCORIS' for the rest, with the arguments that make them. */
+static void put_network(const train_session *s, json_t *meta)
+{
+    const vel_train_options *o = s->o;
+    const vel_family *family = vel_model_family(s->model);
+    bool plain = is_plain(o);
     bool lokr = strcmp(o->network, "lokr") == 0;
     json_t *args = json_object();
     if (!plain)
@@ -385,7 +410,8 @@ static void put_network(const vel_train_options *o, const vel_family *family, js
                  {"use_tucker", o->use_tucker},
                  {"decompose_both", lokr && o->decompose_both},
                  {"full_matrix", lokr && o->full_matrix},
-                 {"unbalanced_factorization", lokr && o->unbalanced_factorization}};
+                 {"unbalanced_factorization", lokr && o->unbalanced_factorization},
+                 {"split_qkv", vel_keep_joins(s)}};
     for (int i = 0; i < VEL_COUNT(flags); i++)
         if (flags[i].on)
             put(args, flags[i].name, "True");
@@ -422,7 +448,7 @@ json_t *vel_keep_metadata(train_session *s)
     const vel_train_options *o = s->o;
     json_t *meta = json_object();
     put(meta, "ss_output_name", "%s", o->output_name);
-    put_network(o, vel_model_family(s->model), meta);
+    put_network(s, meta);
     put(meta, "ss_network_dim", "%d", o->rank);
     put(meta, "ss_network_alpha", "%g", o->alpha > 0 ? o->alpha : (double)o->rank);
     put(meta, "ss_network_dropout", "%g", o->dropout);
@@ -526,17 +552,6 @@ static void forget_checkpoints(train_session *s, int keep)
 }
 
 static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adapters */
-
-/* The dialect of the result: kohya's for adapters and diffusers' for words, unless one is named. Of
- * words only these two forms are there. */
-static const char *format_of(const train_session *s)
-{
-    bool words = vel_method_is_words(s->o);
-    bool any = strcmp(s->o->save_format, "auto") == 0 ||
-               (words && !vel_glob("kohya,diffusers", s->o->save_format));
-    const char *own = vel_model_family(s->model)->dialect, *usual = own ? own : "kohya";
-    return !any ? s->o->save_format : words ? "diffusers" : usual;
-}
 
 /* A file for each encoder, of its words under their own names: NAME..., NAME_2.... */
 static vel_status export_apart(train_session *s, const char *path, const vel_word *words, int n,

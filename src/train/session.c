@@ -384,6 +384,9 @@ static void describe_trainables(train_session *s, vel_text *t)
                       "adapter: %s on %d modules: %d of the denoiser, %d of the text encoder%s\n",
                       s->o->network, s->n_sites, s->n_sites - text, text,
                       s->texts & (s->texts - 1) ? "s" : "");
+    if (vel_keep_joins(s))
+        vel_text_addf(t, "q, k and v learn apart, as with sd-scripts' split_qkv=True: in the file "
+                         "they are one layer of three times their rank\n");
 }
 
 /* Exact where the device has memory of its own: the plan of the step is made for it. */

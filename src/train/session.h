@@ -266,6 +266,9 @@ char *vel_keep_result(train_session *s);             /* where the result goes */
 char *vel_keep_path(train_session *s,
                     const char *ending); /* OUTPUT_DIR/NAME + ending; in the arena */
 json_t *vel_keep_metadata(train_session *s);
+/* The adapter's file has q, k and v, which learn apart, as one layer: of sd-scripts' names for
+ * models whose blocks have them joined. */
+bool vel_keep_joins(const train_session *s);
 
 /* prompts.c */
 vel_status vel_look_prepare(train_session *s); /* reads the prompts */
