@@ -16,7 +16,7 @@ typedef struct vel_generate_options {
     double guidance;                                           /* < 0: the family's usual one */
     double true_guidance; /* classifier-free, of models that take the guidance as an input */
     vel_guide_settings guide;
-    bool apply_t5_attn_mask, apply_lg_attn_mask; /* padding is hidden from T5, from SD 3's CLIP */
+    bool apply_t5_attn_mask, apply_lg_attn_mask; /* padding is hidden from T5, from CLIP */
     const char *system_prompt;                   /* NULL: the family's own */
     int width, height, steps, count, batch;      /* 0: the model's and the family's own */
     int64_t seed; /* -1: a random one, which is then printed and written into the file */

@@ -71,7 +71,7 @@ extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows
          "hide padding from T5, and behind it from FLUX.1's transformer; the published models "    \
          "were made without"),                                                                     \
         FLAG("apply_lg_attn_mask", NULL, at apply_lg_attn_mask, "no", group,                       \
-             "hide padding from SD 3's CLIP encoders"),                                            \
+             "hide padding from the CLIP encoders of Stable Diffusion 1.x, 2.x and 3"),            \
         TEXT("system_prompt", "complex_human_instruction", at system_prompt, NULL, group,          \
              "put before each text, for text encoders that are language models")
 /* vel_guide_settings, of pictures and, with a prefix, of samples. */

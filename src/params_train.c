@@ -298,6 +298,9 @@ const vel_option_row vel_train_rows[] = {
          "weight by the root of the noise-to-signal ratio"),
     FLAG("scale_v_pred_loss_like_noise_pred", NULL, objective.scale_v_pred_loss_like_noise_pred,
          "no", "loss", "weight v prediction as noise prediction is"),
+    FLAG("edm_style_loss", NULL, objective.edm, "no", "loss",
+         "the picture that the prediction means is compared, weighted by sigma^-2: for noise the "
+         "usual loss, for v weighted as noise prediction is"),
     FLOAT("v_pred_like_loss", NULL, objective.v_pred_like_loss, "0", 0, 100, "loss",
           "add this share of a loss weighted as v prediction is"),
     FLAG("dream_training", NULL, objective.dream, "no", "loss",

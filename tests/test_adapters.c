@@ -22,9 +22,9 @@ static vel_graph *build_sd15(vel_ctx *ctx, bool text)
     }
     vel_scope(g, text ? "text_encoder" : "unet");
     if (text) {
-        vel_output(
-            g, "out",
-            vel_clip_build(g, &clip, vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, 77)), 12, true));
+        vel_output(g, "out",
+                   vel_clip_build(g, &clip, vel_input(g, "ids", VEL_I32, VEL_SHAPE(1, 77)),
+                                  (vel_ref){0}, 12, true));
     } else {
         vel_condition c = {.context = vel_input(g, "context", VEL_F32, VEL_SHAPE(1, 77, 768))};
         vel_ref x = vel_input(g, "latent", VEL_F32, VEL_SHAPE(1, 8, 8, 4));

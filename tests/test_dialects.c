@@ -247,7 +247,11 @@ TEST(dialects_families)
         "train_text_to_image_lora_sdxl.py --pretrained_model_name_or_path m --train_data_dir d "
         "--train_text_encoder --pretrained_vae_model_name_or_path v",
         "resolution=1024 train_text_encoder=yes vae=v epochs=100");
-    is_refused(t, LARGE("train_dreambooth_lora_sdxl.py") "--do_edm_style_training", "formulation");
+    comes_to(t, LARGE("train_dreambooth_lora_sdxl.py") "--do_edm_style_training",
+             "edm_style_loss=yes");
+    comes_to(t, BOOTH "--text_encoder_use_attention_mask", "apply_lg_attn_mask=yes");
+    comes_to(t, FAMILY("train_db.py") "--no_token_padding", "method=full");
+    CHECK(strstr(said, "nor does it in the script any more"));
     comes_to(t,
              LARGE("train_dreambooth_lora_sdxl.py") "--caption_column words --output_kohya_format",
              "instance_prompt= caption_column=words also_kohya=yes");

@@ -418,7 +418,8 @@ static void check_states(vel_test *t, const vel_safetensors *file, const char *f
     vel_free(t->ctx, name);
 }
 
-/* As sd-scripts' --apply_t5_attn_mask and --apply_lg_attn_mask; FLUX.1's transformer gets the mask,
+/* As sd-scripts' --apply_t5_attn_mask and --apply_lg_attn_mask and, of Stable Diffusion, diffusers'
+ * --text_encoder_use_attention_mask; FLUX.1's transformer gets the mask,
  * SD 3's has none. Values: tools/golden/text_masks.py. */
 TEST(families_run_hide_padding)
 {
@@ -426,7 +427,7 @@ TEST(families_run_hide_padding)
         const char *family;
         int text;
         bool mask; /* behind the states */
-    } rows[] = {{"sd3", 0}, {"sd3", 1}, {"sd3", 2}, {"flux-dev", 1, true}};
+    } rows[] = {{"sd3", 0}, {"sd3", 1}, {"sd3", 2}, {"flux-dev", 1, true}, {"sd", 0}};
     vel_safetensors *file = NULL;
     REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/text_masks.safetensors", &file));
     const char *text = vel_safetensors_meta(file, "text");
@@ -438,8 +439,10 @@ TEST(families_run_hide_padding)
                                      .clip_skip = 1,
                                      .text_length = 32,
                                      .t5_masked = true,
-                                     .clip_masked = strcmp(rows[i].family, "sd3") == 0};
-        char *path = vel_test_text(t, "tests/golden/families/%s/model", rows[i].family);
+                                     .clip_masked = vel_has_prefix(rows[i].family, "sd")};
+        char *path = strcmp(rows[i].family, "sd") == 0
+                         ? vel_test_text(t, "models/emoji-sd")
+                         : vel_test_text(t, "tests/golden/families/%s/model", rows[i].family);
         REQUIRE_OK(vel_model_open(t->ctx, path, &o, &m));
         const vel_text_states *s = &vel_model_states(m)[rows[i].text];
         int64_t states = (int64_t)s->length * s->width;

@@ -56,6 +56,8 @@ static const case_row rows[] = {
     {"v_disturbed", {.ip_noise_gamma = 0.2}, V},
     {"v_zero", {.min_snr_gamma = 5}, V, .zero = true},
     {"zero", .zero = true},
+    {"edm", {.edm = true}},
+    {"v_edm", {.edm = true}, V},
 };
 
 typedef struct lesson {
@@ -237,12 +239,12 @@ static void check_rows(vel_test *t, const char *prediction, bool zero, int wante
 
 TEST(losses_of_noise_are_the_peers)
 {
-    check_rows(t, NULL, false, 19);
+    check_rows(t, NULL, false, 20);
 }
 
 TEST(losses_of_v_are_the_peers)
 {
-    check_rows(t, "v_prediction", false, 5);
+    check_rows(t, "v_prediction", false, 6);
     check_rows(t, "sample", false, 1);
 }
 

@@ -100,8 +100,8 @@ const vel_dialect_row vel_kohya_rows[] = {
             "not in sd-scripts either: a new word stands in sentences without weights"),
     REFUSED(FLOWS, "weighted_captions", KIND_SWITCH, NULL,
             "(word:1.2) is read for no model of this family, in sd-scripts neither"),
-    REFUSED(TRAIN_DB, "no_token_padding", KIND_SWITCH, NULL,
-            "a caption always fills the model's length, as in every other tool"),
+    IDLE(TRAIN_DB, "no_token_padding", KIND_SWITCH, NULL,
+         "nor does it in the script any more: a caption always fills the model's length"),
     /* output */
     SET(KOHYA, "output_dir", KIND_TEXT, NULL, "output_dir"),
     RULE(KOHYA, "output_name", KIND_TEXT, NULL, "without it: last"),

@@ -114,9 +114,10 @@ vel_ref vel_clip_pool(vel_graph *g, const vel_clip_config *c, vel_ref last, vel_
     return projected ? nn_linear(g, "text_projection", pooled, c->projection, false) : pooled;
 }
 
-vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
-                       bool final_norm)
+vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, vel_ref mask,
+                       int layers, bool final_norm)
 {
+    vel_ref bias = mask.id ? vel_mask_bias(g, mask) : (vel_ref){0};
     if (layers < 0 || layers > c->layers)
         return nn_bad(g,
                       "the text encoder has %d layers; clip skip must leave at least one of them",
@@ -124,7 +125,7 @@ vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int 
     vel_ref x = embeddings(g, c, ids);
     for (int i = 0; i < layers; i++) {
         vel_layer(g, "text_model.encoder.layers.%d", i);
-        x = encoder_layer(g, c, x, (vel_ref){0});
+        x = encoder_layer(g, c, x, bias);
         vel_end(g);
     }
     return final_norm ? nn_layer_norm(g, "text_model.final_layer_norm", x, c->eps) : x;

@@ -91,8 +91,8 @@ vel_status vel_clip_read(vel_ctx *ctx, const json_t *json, const char *file, vel
 /* How a family describes it; part: "text_encoder_2". */
 vel_text_info vel_clip_text(const vel_clip_config *c, const char *part);
 /* Inside the part's scope: the states after `layers` layers, through the final norm where asked. */
-vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, int layers,
-                       bool final_norm);
+vel_ref vel_clip_build(vel_graph *g, const vel_clip_config *c, vel_ref ids, vel_ref mask,
+                       int layers, bool final_norm);
 /* Both at once, mask [N, S] or {0}: the states after `layers` layers without the final norm, and
  * those after all layers through it. */
 void vel_clip_states(vel_graph *g, const vel_clip_config *c, vel_ref ids, vel_ref mask, int layers,

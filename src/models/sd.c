@@ -51,7 +51,7 @@ void vel_sd_latent(const vel_config *c, vel_latent_info *out)
 static int texts(const vel_config *c, vel_text_info *out)
 {
     out[0] = vel_clip_text(&c->clip[0], parts[TEXT]);
-    out[0].long_texts = true;
+    out[0].long_texts = out[0].may_mask = true;
     return 1;
 }
 
@@ -60,11 +60,11 @@ static void states(const vel_config *c, const int *length, vel_text_states *out)
     out[0] = (vel_text_states){.length = length[0], .width = c->clip[0].width};
 }
 
-static vel_ref text_state(vel_graph *g, const vel_config *c, vel_ref ids, int layers,
+static vel_ref text_state(vel_graph *g, const vel_config *c, vel_ref ids, vel_ref mask, int layers,
                           bool final_norm)
 {
     vel_scope(g, "%s", parts[TEXT]);
-    vel_ref x = vel_clip_build(g, &c->clip[0], ids, layers, final_norm);
+    vel_ref x = vel_clip_build(g, &c->clip[0], ids, mask, layers, final_norm);
     vel_end(g);
     return x;
 }
@@ -76,12 +76,12 @@ static vel_condition encode_text(vel_graph *g, const vel_config *c, int k, const
     int layers = c->clip[0].layers - (VEL_MAX(clip_skip, 1) - 1);
     if (layers < 1)
         layers = -1; /* refused with its message */
-    return (vel_condition){.context = text_state(g, c, in->ids, layers, true)};
+    return (vel_condition){.context = text_state(g, c, in->ids, in->mask, layers, true)};
 }
 
 vel_ref vel_clip_text_state(vel_graph *g, const vel_config *c, vel_ref ids, int which)
 {
-    return text_state(g, c, ids, c->clip[0].layers - which, which == 0);
+    return text_state(g, c, ids, (vel_ref){0}, c->clip[0].layers - which, which == 0);
 }
 
 vel_ref vel_sd_denoise(vel_graph *g, const vel_config *c, vel_ref x, vel_ref time,

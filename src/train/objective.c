@@ -27,6 +27,10 @@ vel_status vel_objective_check(vel_ctx *ctx, const vel_objective *o, const vel_s
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "--scale_v_pred_loss_like_noise_pred: the model does not predict v; "
                         "--prediction_type v_prediction says that it is to");
+    if (o->edm && (flow || o->min_snr_gamma > 0 || (o->loss_type && !is_type(o, "l2"))))
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--edm_style_loss: is of models that predict noise or v, by squares, and "
+                        "without --min_snr_gamma");
     if (ends && ((!v && o->debiased_estimation) || o->v_pred_like_loss > 0))
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "--zero_terminal_snr: the last timestep is pure noise, where %s has no "
@@ -298,6 +302,8 @@ double vel_objective_weight(const vel_objective *o, const vel_schedule *s, int t
     double share = capped / (capped + 1);
     if (o->scale_v_pred_loss_like_noise_pred)
         weight *= share;
+    if (o->edm && v) /* x' - x = sigma alpha (v - v'), alpha^2 = snr / (snr + 1) */
+        weight *= snr / (snr + 1);
     if (o->v_pred_like_loss > 0)
         weight *= 1 + o->v_pred_like_loss / share;
     if (o->debiased_estimation)

@@ -18,6 +18,7 @@ typedef struct vel_objective {
     /* loss */
     double min_snr_gamma, v_pred_like_loss; /* 0 off */
     bool debiased_estimation, scale_v_pred_loss_like_noise_pred;
+    bool edm; /* the picture that a prediction means, weighted by sigma^-2, is compared */
     const char *loss_type;      /* "l2", "l1", "huber", "smooth_l1" */
     const char *huber_schedule; /* "snr", "exponential", "constant" */
     double huber_c, huber_scale;

@@ -17,7 +17,7 @@ import types
 import typing
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_dream_and_update_latents
 from safetensors.torch import load_file, save_file
 
@@ -129,6 +129,22 @@ def run(name, times=(250, 700), prediction="epsilon", zero=False, weight=(1.0, 1
     out[f"{name}.answer"] = torch.cat([loss.detach().view(1), each.detach(), *[g.view(-1) for g in gradients]])
 
 
+def run_edm(name, prediction, times=(250, 700)):
+    """--do_edm_style_training of train_dreambooth_lora_sdxl.py: the picture that the prediction means, by sigma^-2."""
+    s, t = EulerDiscreteScheduler.from_pretrained(MODEL, subfolder="scheduler", prediction_type=prediction), torch.tensor(times)
+    sigmas = torch.stack([s.sigmas[(s.timesteps == i).nonzero().item()] for i in times]).view(2, 1, 1, 1)
+    noisy = s.add_noise(latents, noise, s.timesteps[[(s.timesteps == i).nonzero().item() for i in times]])
+    said = unet(noisy / ((sigmas**2 + 1) ** 0.5), t, context).sample
+    v = prediction == "v_prediction"
+    meant = said * (-sigmas / (sigmas**2 + 1) ** 0.5) + noisy / (sigmas**2 + 1) if v else said * -sigmas + noisy
+    loss = (sigmas**-2.0 * (meant - latents) ** 2).mean()
+    wanted = scheduler(prediction, False).get_velocity(latents, noise, t) if v else noise
+    gradients = torch.autograd.grad(loss, watched, retain_graph=True)
+    out[f"{name}.times"] = t.int()
+    out[f"{name}.answer"] = torch.cat([loss.detach().view(1), ((said - wanted) ** 2).mean(dim=(1, 2, 3)).detach(),
+                                       *[g.view(-1) for g in gradients]])
+
+
 run("plain")
 run("weights", weight=(0.5, 2.0))
 run("ends", times=(0, 999))
@@ -156,6 +172,8 @@ run("v_disturbed", prediction="v_prediction", ip_noise_gamma=0.2)
 run("all", pyramid=5, discount=0.6, noise_offset=0.1, ip_noise_gamma=0.1, min_snr_gamma=5.0, loss_type="huber", masked=True)
 run("dream", dream=1.0)
 run("dream_detail", dream=10.0, min_snr_gamma=5.0, times=(600, 950))
+run_edm("edm", "epsilon")
+run_edm("v_edm", "v_prediction")
 output = sys.argv[2] if len(sys.argv) > 2 else "tests/golden/losses.safetensors"
 out = {k: (v if v.dtype == torch.int32 else v.detach().float()).contiguous() for k, v in out.items()}
 save_file(out, output, {"torch": torch.__version__, "watched": json.dumps(WATCHED)})

@@ -4,7 +4,8 @@
 
 As sd-scripts' --apply_t5_attn_mask and --apply_lg_attn_mask have it, from the small models in
 tests/golden/families: transformers' encoders with the tokenizer's mask (SD 3: states of both CLIP encoders
-before the last layer, pooled, and T5's; FLUX.1: T5's), and diffusers' FLUX.1 transformer with a mask over
+before the last layer, pooled, and T5's; FLUX.1: T5's; Stable Diffusion, the embedded model: the last layer's,
+as --text_encoder_use_attention_mask of diffusers' scripts has it), and diffusers' FLUX.1 transformer with a mask over
 words (joint_attention_kwargs), its output and gradients for the golden inputs of that family.
 """
 import os
@@ -20,12 +21,16 @@ TEXT, LENGTH = "a red cat on a mat!", 32
 out = {}
 
 
+def folder_of(family):
+    return f"{HERE}/../../models/emoji-sd" if family == "sd" else f"{HERE}/families/{family}/model"
+
+
 def load(cls, family, part):
-    return cls.from_pretrained(f"{HERE}/families/{family}/model/{part}", torch_dtype=torch.float32).eval()
+    return cls.from_pretrained(f"{folder_of(family)}/{part}", torch_dtype=torch.float32).eval()
 
 
 def tokens(family, folder, length):
-    tokenizer = AutoTokenizer.from_pretrained(f"{HERE}/families/{family}/model/{folder}")
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder_of(family)}/{folder}")
     told = tokenizer(TEXT, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return told.input_ids, told.attention_mask
 
@@ -36,6 +41,11 @@ with torch.no_grad():
         said = load(CLIPTextModelWithProjection, "sd3", part)(ids, mask, output_hidden_states=True)
         out[f"sd3.{part}.context"], out[f"sd3.{part}.pooled"] = said.hidden_states[-2], said[0]
         out[f"sd3.{part}.mask"] = mask.float()
+    ids, mask = tokens("sd", "tokenizer", 77)
+    encoder = load(CLIPTextModel, "sd", "text_encoder")
+    said = encoder(ids, mask)[0]
+    out["sd.text_encoder.context"] = said[:, :16]  # words, their end and the first paddings
+    assert (said - encoder(ids)[0])[:, :16].abs().max() > 0.01, "the mask changes nothing"
     for family, part, folder in (("sd3", "text_encoder_3", "tokenizer_3"), ("flux-dev", "text_encoder_2", "tokenizer_2")):
         ids, mask = tokens(family, folder, LENGTH)
         out[f"{family}.{part}.context"] = load(T5EncoderModel, family, part)(ids, mask)[0]
