@@ -68,6 +68,14 @@ void program_copy_model(vel_test *t, const char *folder)
     shell(t, "cp -rs \"$PWD/models/emoji-sd\" '%s'", folder, 0);
 }
 
+void program_copy_part(vel_test *t, const char *part, const char *folder)
+{
+    char command[16384];
+    snprintf(command, sizeof command,
+             "rm -rf '%2$s'/$(basename %1$s) && cp -rs \"$PWD/%1$s\" '%2$s/'", part, folder);
+    CHECK_MSG(system(command) == 0, "failed: %s", command);
+}
+
 void program_copy_pictures(vel_test *t, const char *folder, int n)
 {
     shell(t,
@@ -98,8 +106,12 @@ vel_params *program_train_settings(vel_test *t, const char *out, const char *set
     if (!p)
         return NULL;
     program_set(t, p,
-                "model=models/emoji-sd resolution=64 rank=4 precision=no save_precision=float "
-                "steps=2 learning_rate=0.01 save_every=0 output_name=a");
+                "resolution=64 rank=4 precision=no save_precision=float steps=2 "
+                "learning_rate=0.01 save_every=0 output_name=a");
+    snprintf(path, sizeof path, "%s/model", t->folder);
+    if (!strstr(settings, "model=") && !vel_is_folder(path))
+        program_make_small(t, path);
+    CHECK_OK(vel_params_set(p, "model", path));
     snprintf(path, sizeof path, "%s/pictures", t->folder);
     if (!vel_is_folder(path))
         program_copy_pictures(t, path, 4);

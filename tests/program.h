@@ -23,15 +23,19 @@ void program_expect(vel_test *t, const char *words, int status, const char *cons
 
 /* A folder like the embedded model's, whose files are links to it: replace what should differ. */
 void program_copy_model(vel_test *t, const char *folder);
+/* Links to the files of one folder, such as a model's vae, in place of another's of its name. */
+void program_copy_part(vel_test *t, const char *part, const char *folder);
 /* A small model with all the modules of Stable Diffusion 1.5 (small_sd15.c); 64 x 64 pictures. */
 void program_make_sd15(vel_test *t, const char *folder);
+/* A smaller one of the embedded model's form: a run costs a quarter of one on that. */
+void program_make_small(vel_test *t, const char *folder);
 /* n pictures of the example with their captions, in a folder that is made. */
 void program_copy_pictures(vel_test *t, const char *folder, int n);
 
 /* Settings by name, as "steps=2 class_prompt=a~cat": a blank in a value is written ~. */
 void program_set(vel_test *t, vel_params *p, const char *settings);
-/* Settings of a run of two steps on the embedded model: on <folder>/pictures, which are copied
- * there if need be, into <folder>/OUT; those given stand above. NULL without memory. */
+/* Settings of a run of two steps with <folder>/model, a small one, and <folder>/pictures, which are
+ * put there if need be, into <folder>/OUT; those given stand above. NULL without memory. */
 vel_params *program_train_settings(vel_test *t, const char *out, const char *settings);
 /* From here on the context's messages are put into said, a line each; NULL: no longer. */
 enum { PROGRAM_SAID = 1 << 15 };

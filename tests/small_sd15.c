@@ -1,17 +1,20 @@
-/* small_sd15.c: a model with the modules of Stable Diffusion 1.5, name for name, in a few hundred
- * kilobytes: its widths are 32, its values random. What adapters of lessons count, they count here
- * as they would there. Tokenizer, scheduler and autoencoder are the embedded model's. */
+/* small_sd15.c: models of Stable Diffusion's form in a few hundred kilobytes: widths are 32, values
+ * random. One has the modules of 1.5, name for name: what adapters of lessons count, they count
+ * here as they would there; its autoencoder is the embedded model's. The other has as few as the
+ * embedded model and the smallest autoencoder, for runs that are not asked what they learn.
+ * Tokenizer and scheduler are the embedded model's. */
 #include "program.h"
 
 #include "formats/formats.h"
 
-enum { WIDTH = 32, LEVELS = 4, RESNETS = 2, TEXT_LAYERS = 12, MOST = 1024 };
+enum { WIDTH = 32, LEVELS = 4, WORDS = 4514, MOST = 1024 };
 
 typedef struct weights { /* of one file */
     vel_test *t;
     vel_arena *arena;
     vel_save_tensor tensor[MOST];
     int n;
+    int resnets, text_layers; /* of each level; of the text encoder */
 } weights;
 
 /* Normal with the deviation 1 / sqrt(inputs); what is added to nothing, 0; scales of norms, 1. */
@@ -107,12 +110,12 @@ static void unet(weights *w)
     layer(w, "time_embedding.linear_1", 4 * WIDTH, WIDTH, 0, true);
     layer(w, "time_embedding.linear_2", 4 * WIDTH, 4 * WIDTH, 0, true);
     for (int level = 0; level < LEVELS; level++) {
-        for (int i = 0; i < RESNETS; i++) {
+        for (int i = 0; i < w->resnets; i++) {
             resnet(w, part(w, "down", level, "resnets", i), WIDTH);
             if (level < LEVELS - 1)
                 transformer(w, part(w, "down", level, "attentions", i));
         }
-        for (int i = 0; i <= RESNETS; i++) { /* each takes an output of the way down as well */
+        for (int i = 0; i <= w->resnets; i++) { /* each takes an output of the way down as well */
             resnet(w, part(w, "up", level, "resnets", i), 2 * WIDTH);
             if (level > 0)
                 transformer(w, part(w, "up", level, "attentions", i));
@@ -130,12 +133,12 @@ static void unet(weights *w)
     layer(w, "conv_out", 4, WIDTH, 3, true);
 }
 
-static void text_encoder(weights *w, int64_t words)
+static void text_encoder(weights *w)
 {
     static const char *const attention[] = {"q_proj", "k_proj", "v_proj", "out_proj"};
-    layer(w, "text_model.embeddings.token_embedding", words, WIDTH, 0, false);
+    layer(w, "text_model.embeddings.token_embedding", WORDS, WIDTH, 0, false);
     layer(w, "text_model.embeddings.position_embedding", 77, WIDTH, 0, false);
-    for (int i = 0; i < TEXT_LAYERS; i++) {
+    for (int i = 0; i < w->text_layers; i++) {
         const char *path = vel_arena_strf(w->arena, "text_model.encoder.layers.%d", i);
         for (int k = 0; k < VEL_COUNT(attention); k++)
             layer(w, in(w, in(w, path, "self_attn"), attention[k]), WIDTH, WIDTH, 0, true);
@@ -163,31 +166,46 @@ static void put_config(vel_test *t, const char *folder, const char *name, const 
     json_decref(other);
 }
 
-static void put_weights(vel_test *t, const char *folder, const char *name, int64_t words)
+static void put_weights(vel_test *t, const char *folder, const char *name, void (*make)(weights *),
+                        int resnets, int text_layers)
 {
     static weights w;
     char path[512];
-    w = (weights){.t = t, .arena = vel_arena_create(t->ctx)};
+    w = (weights){
+        .t = t, .arena = vel_arena_create(t->ctx), .resnets = resnets, .text_layers = text_layers};
     snprintf(path, sizeof path, "%s/%s", folder, name);
-    if (words)
-        text_encoder(&w, words);
-    else
-        unet(&w);
+    make(&w);
     CHECK(remove(path) == 0);
     CHECK_OK(vel_safetensors_save(t->ctx, path, w.tensor, w.n, NULL));
     vel_arena_destroy(w.arena);
 }
 
+static void make_model(vel_test *t, const char *folder, int resnets, int text_layers)
+{
+    char values[512];
+    program_copy_model(t, folder);
+    snprintf(values, sizeof values,
+             "{\"attention_head_dim\": 2, \"block_out_channels\": [32, 32, 32, 32], "
+             "\"cross_attention_dim\": 32, \"layers_per_block\": %d, \"norm_num_groups\": 8, "
+             "\"sample_size\": 8}",
+             resnets);
+    put_config(t, folder, "unet/config.json", values);
+    snprintf(values, sizeof values,
+             "{\"hidden_size\": 32, \"intermediate_size\": 128, \"num_attention_heads\": 2, "
+             "\"num_hidden_layers\": %d, \"projection_dim\": 32}",
+             text_layers);
+    put_config(t, folder, "text_encoder/config.json", values);
+    put_weights(t, folder, "unet/diffusion_pytorch_model.safetensors", unet, resnets, text_layers);
+    put_weights(t, folder, "text_encoder/model.safetensors", text_encoder, resnets, text_layers);
+}
+
 void program_make_sd15(vel_test *t, const char *folder)
 {
-    program_copy_model(t, folder);
-    put_config(t, folder, "unet/config.json",
-               "{\"attention_head_dim\": 2, \"block_out_channels\": [32, 32, 32, 32], "
-               "\"cross_attention_dim\": 32, \"layers_per_block\": 2, \"norm_num_groups\": 8, "
-               "\"sample_size\": 8}");
-    put_config(t, folder, "text_encoder/config.json",
-               "{\"hidden_size\": 32, \"intermediate_size\": 128, \"num_attention_heads\": 2, "
-               "\"num_hidden_layers\": 12, \"projection_dim\": 32}");
-    put_weights(t, folder, "unet/diffusion_pytorch_model.safetensors", 0);
-    put_weights(t, folder, "text_encoder/model.safetensors", 4514);
+    make_model(t, folder, 2, 12);
+}
+
+void program_make_small(vel_test *t, const char *folder)
+{
+    make_model(t, folder, 1, 2);
+    program_copy_part(t, "tests/golden/families/sdxl/model/vae", folder);
 }

@@ -49,14 +49,14 @@ TEST(methods_full_run_leaves_a_model)
         CHECK_MSG(vel_is_file(path), "%s is missing", path);
     }
     CHECK(program_same_files(t, "out/a/text_encoder/model.safetensors",
-                             "models/emoji-sd/text_encoder/model.safetensors"));
+                             "model/text_encoder/model.safetensors"));
     /* A config is no link: it may be edited in place. */
     CHECK(stat(vel_test_in(t, "out/a/unet/config.json"), &made) == 0 &&
-          stat("models/emoji-sd/unet/config.json", &base) == 0 && made.st_ino != base.st_ino);
+          stat(vel_test_in(t, "model/unet/config.json"), &base) == 0 && made.st_ino != base.st_ino);
     /* Only what was to be trained has changed. */
     vel_safetensors *a = NULL, *b = NULL;
     CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "out/a" UNET), &a));
-    CHECK_OK(vel_safetensors_open(t->ctx, "models/emoji-sd" UNET, &b));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "model" UNET), &b));
     int changed = 0, n = a && b ? vel_safetensors_count(a) : 0;
     CHECK(a && b && n == vel_safetensors_count(b));
     for (int i = 0; i < n; i++) {
@@ -108,7 +108,7 @@ TEST(methods_full_resumed_equals_uninterrupted)
     CHECK(program_same_files(t, "whole/a/text_encoder/model.safetensors",
                              "half/a/text_encoder/model.safetensors"));
     CHECK(!program_same_files(t, "whole/a/text_encoder/model.safetensors",
-                              "models/emoji-sd/text_encoder/model.safetensors"));
+                              "model/text_encoder/model.safetensors"));
     /* Without the average the result is another. */
     CHECK_OK(train(t, "plain", "method=full steps=3 train_text_encoder=yes" SOME));
     CHECK(!program_same_files(t, "whole/a" UNET, "plain/a" UNET));
@@ -148,7 +148,7 @@ TEST(methods_full_forms_are_the_same_model)
     CHECK(program_same_files(t, "folder/a/text_encoder/model.safetensors",
                              "back/text_encoder/model.safetensors"));
     CHECK(!program_same_files(t, "folder/a/text_encoder/model.safetensors",
-                              "models/emoji-sd/text_encoder/model.safetensors"));
+                              "model/text_encoder/model.safetensors"));
 }
 
 /* Values that are trained in bfloat16 are rounded by lot, so steps below the grid are not lost:
@@ -162,7 +162,7 @@ TEST(methods_full_in_bfloat16)
                    "method=full trained_precision=bf16 learning_rate=1e-6 max_grad_norm=0 "
                    "trained_weights=*.attn2.to_k.weight"));
     CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "out/a" UNET), &a));
-    CHECK_OK(vel_safetensors_open(t->ctx, "models/emoji-sd" UNET, &b));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "model" UNET), &b));
     for (int i = 0; a && b && i < vel_safetensors_count(a); i++) {
         const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
         for (int64_t k = 0; vel_glob("*.attn2.to_k.weight", x->name) && k < x->count; k++) {
@@ -175,7 +175,7 @@ TEST(methods_full_in_bfloat16)
     }
     vel_safetensors_close(a);
     vel_safetensors_close(b);
-    CHECK_MSG(off == 0 && moved > 100, "%d off the grid, %d moved", off, moved);
+    CHECK_MSG(off == 0 && moved > 20, "%d off the grid, %d moved", off, moved);
 }
 
 /* The text encoder in full, at a rate of its own, until step 1 of 3. */
@@ -216,8 +216,7 @@ TEST(methods_full_saves_on_the_way_and_states_its_memory)
     CHECK(train(t, "none", "method=full trained_weights=*.nothing") == VEL_BAD_VALUE &&
           strstr(vel_ctx_error(t->ctx), "matches no weight"));
     CHECK_OK(train(t, "dry", "method=full dry_run=yes use_ema=yes"));
-    CHECK_MSG(strstr(said, "trainable params: 16,216,068") && strstr(said, "and average"), "%s",
-              said);
+    CHECK_MSG(strstr(said, "trainable params: 720,036") && strstr(said, "and average"), "%s", said);
 }
 
 /* ---- DreamBooth ---- */
@@ -323,11 +322,12 @@ TEST(methods_words_run)
     CHECK(n == 1 && strcmp(words[0].name, "<my-cat>") == 0 && words[0].n == 2);
     vel_words_free(t->ctx, words, n);
     check_word(t, vel_test_in(t, "more/a.safetensors"), "a");
-    if (!program_shell(t,
-                       "$V generate --model $M --steps 1 --width 64 --height 64 --seed 1 --output "
-                       "$D/p.png --prompt 'a <my-cat> and a <dog>' --embedding "
-                       "$D/whole/a.safetensors,'<cow>='$D/more/a.safetensors",
-                       &r))
+    if (!program_shell(
+            t,
+            "$V generate --model $D/model --steps 1 --width 64 --height 64 --seed 1 --output "
+            "$D/p.png --prompt 'a <my-cat> and a <dog>' --embedding "
+            "$D/whole/a.safetensors,'<cow>='$D/more/a.safetensors",
+            &r))
         return;
     CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)") &&
                   strstr(r.text, "word: <cow>") && strstr(r.text, "<dog> is no word"),
@@ -382,9 +382,10 @@ TEST(methods_pivotal_run)
     CHECK_OK(train(t, "apart", "steps=1 save_format=diffusers " PIVOTAL));
     CHECK(vel_is_file(vel_test_in(t, "apart/a.safetensors")));
     check_word(t, vel_test_in(t, "apart/a_emb.safetensors"), "<my-cat>");
-    if (program_shell(t,
-                      "$V generate --model $M --steps 1 --width 64 --height 64 --output $D/p.png "
-                      "--prompt 'a <my-cat>' --lora $D/whole/a.safetensors",
-                      &r))
+    if (program_shell(
+            t,
+            "$V generate --model $D/model --steps 1 --width 64 --height 64 --output $D/p.png "
+            "--prompt 'a <my-cat>' --lora $D/whole/a.safetensors",
+            &r))
         CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)"), "%s", r.text);
 }

@@ -239,7 +239,7 @@ static double largest_change(vel_test *t, const char *name)
     vel_engine *e = NULL;
     snprintf(path, sizeof path, "%s/%s", t->folder, name);
     vel_model *m = NULL;
-    REQUIRE_OK(vel_model_open(t->ctx, "models/emoji-sd", &(vel_model_options){0}, &m));
+    REQUIRE_OK(vel_model_open(t->ctx, vel_test_in(t, "model"), &(vel_model_options){0}, &m));
     int n_known;
     const vel_known_module *known = vel_model_modules(m, &n_known);
     REQUIRE_OK(vel_adapter_file_read(t->ctx, path, known, n_known, &f));
@@ -372,8 +372,9 @@ TEST(train_adamw8bit_follows_adamw)
     double losses[2][STEPS];
     for (int k = 0; k < 2; k++) {
         char settings[128];
-        snprintf(settings, sizeof settings, "rank=32 steps=%d learning_rate=0.001 optimizer=%s",
-                 STEPS, k ? "AdamW8bit" : "AdamW");
+        snprintf(settings, sizeof settings,
+                 "model=models/emoji-sd rank=32 steps=%d learning_rate=0.001 optimizer=%s", STEPS,
+                 k ? "AdamW8bit" : "AdamW");
         CHECK_OK(train(t, &w, k ? "eight" : "plain", settings));
         memcpy(losses[k], w.loss, sizeof losses[k]);
     }
@@ -580,7 +581,8 @@ TEST(train_full_disk)
 {
     static watch w;
     static program_result r;
-    CHECK_OK(train(t, &w, "whole", "steps=4 rank=16 save_precision=fp16 learning_rate=1e-4"));
+    CHECK_OK(train(t, &w, "whole",
+                   "model=models/emoji-sd steps=4 rank=16 save_precision=fp16 learning_rate=1e-4"));
     /* A bound on the size of files, whose signal is ignored: writes then fail as on a full disk. */
     check_full_disk(
         t, "sh", "$D/out",
