@@ -108,49 +108,81 @@ template <int BLOCKS, int TILE> struct places {
     }
 };
 
-/* The warp that copies: own tiles once, the other side's as places become free. first: a pair of
- * numbers for each row of the other side, or NULL; second may be NULL. */
-template <int BLOCKS, int TILE>
-__device__ __forceinline__ void copy_tiles(const places<BLOCKS, TILE> &at, const walk &w, int tiles,
-                                           int first_row, int head, int item, const float *first,
-                                           const float *second)
-{
+/* A thread's work in a walk: of one head of one item, rows first to first + ROWS of its own side,
+ * of which its warp has 16 from `mine` on. */
+template <int BLOCKS, int TILE> struct seat {
     typedef room<BLOCKS, TILE> R;
-    barrier_expect(at.loaded(), 2 * R::OWN);
-    for (int i = 0; i < 2; i++)
-        for (int b = 0; b < BLOCKS; b++)
-            copy_box(at.own(i) + b * ROWS * 128, &w.own[i], at.loaded(), b * 64, head, first_row,
-                     item);
-    int numbers = (first ? TILE * 4 : 0) + (second ? TILE * 4 : 0);
-    for (int j = 0; j < tiles; j++) {
-        int stage = j % R::STAGES, turn = j / R::STAGES;
-        if (turn)
-            barrier_wait(at.empty(stage), (turn - 1) & 1);
-        barrier_expect(at.full(stage), 2 * R::OTHER + numbers);
+    places<BLOCKS, TILE> at;
+    int head, item, first, tiles, group, lane, mine;
+
+    /* With the barriers made. */
+    __device__ __forceinline__ seat(const walk &w, const void *memory)
+        : at(memory), head(blockIdx.y), item(blockIdx.z), first(blockIdx.x * ROWS),
+          tiles((w.other_rows + TILE - 1) / TILE), group(threadIdx.x >> 7), lane(threadIdx.x & 31),
+          mine(group * 64 + ((threadIdx.x >> 5) & 3) * 16)
+    {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < R::STAGES; i++) {
+                barrier_init(at.full(i), 1);
+                barrier_init(at.empty(i), 4 * GROUPS);
+            }
+            barrier_init(at.loaded(), 1);
+            barriers_made();
+        }
+        __syncthreads();
+    }
+
+    /* Whether the thread's group copies and does not multiply; registers go to those that do. */
+    __device__ __forceinline__ bool copies() const
+    {
+        if (group == GROUPS)
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        else
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        return group == GROUPS;
+    }
+
+    /* The warp that copies: own tiles once, the other side's as places become free. numbers: one
+     * for each row of the other side, or NULL; more may be NULL. */
+    __device__ __forceinline__ void copy_tiles(const walk &w, const float *numbers,
+                                               const float *more) const
+    {
+        if (threadIdx.x != 128 * GROUPS)
+            return;
+        barrier_expect(at.loaded(), 2 * R::OWN);
         for (int i = 0; i < 2; i++)
             for (int b = 0; b < BLOCKS; b++)
-                copy_box(at.other(stage, i) + b * TILE * 128, &w.other[i], at.full(stage), b * 64,
-                         head, j * TILE, item);
-        if (first)
-            copy_bytes(at.numbers(stage), first + j * TILE, TILE * 4, at.full(stage));
-        if (second)
-            copy_bytes(at.numbers(stage) + TILE * 4, second + j * TILE, TILE * 4, at.full(stage));
-    }
-}
-
-template <int BLOCKS, int TILE>
-__device__ __forceinline__ void make_barriers(const places<BLOCKS, TILE> &at)
-{
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < room<BLOCKS, TILE>::STAGES; i++) {
-            barrier_init(at.full(i), 1);
-            barrier_init(at.empty(i), 4 * GROUPS);
+                copy_box(at.own(i) + b * ROWS * 128, &w.own[i], at.loaded(), b * 64, head, first,
+                         item);
+        int bytes = 2 * R::OTHER + (numbers ? TILE * 4 : 0) + (more ? TILE * 4 : 0);
+        for (int j = 0; j < tiles; j++) {
+            int stage = j % R::STAGES, turn = j / R::STAGES;
+            if (turn)
+                barrier_wait(at.empty(stage), (turn - 1) & 1);
+            barrier_expect(at.full(stage), bytes);
+            for (int i = 0; i < 2; i++)
+                for (int b = 0; b < BLOCKS; b++)
+                    copy_box(at.other(stage, i) + b * TILE * 128, &w.other[i], at.full(stage),
+                             b * 64, head, j * TILE, item);
+            if (numbers)
+                copy_bytes(at.numbers(stage), numbers + j * TILE, TILE * 4, at.full(stage));
+            if (more)
+                copy_bytes(at.numbers(stage) + TILE * 4, more + j * TILE, TILE * 4, at.full(stage));
         }
-        barrier_init(at.loaded(), 1);
-        barriers_made();
     }
-    __syncthreads();
-}
+
+    /* Result i, times by. */
+    template <typename T>
+    __device__ __forceinline__ void store(const walk &w, int i, const float (&c)[8 * BLOCKS][4],
+                                          float by) const
+    {
+        const float scales[2] = {by, by};
+        int64_t row = (int64_t)w.heads * w.d;
+        int64_t to = ((int64_t)item * w.own_rows + first + mine) * row + head * w.d;
+        store_result<T, 64 * BLOCKS>((T *)w.out[i] + to, row, w.own_rows - first - mine, w.d, true,
+                                     c, scales);
+    }
+};
 #endif
 
 /* dk and dv of ROWS keys. */
@@ -159,174 +191,151 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_keys_kernel(const __grid_co
 {
 #ifdef VEL_CU_HOPPER
     extern __shared__ char memory[];
-    places<BLOCKS, TILE> at(memory);
-    int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * ROWS;
-    int group = threadIdx.x >> 7, tiles = (w.other_rows + TILE - 1) / TILE;
-    make_barriers(at);
-    if (group == GROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 128 * GROUPS) {
-            int64_t numbers = ((int64_t)item * w.heads + head) * w.padded_q;
-            copy_tiles(at, w, tiles, first, head, item, w.sums + numbers, w.deltas + numbers);
-        }
-    } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        typedef room<BLOCKS, TILE> R;
-        int lane = threadIdx.x & 31, mine = group * 64 + ((threadIdx.x >> 5) & 3) * 16;
-        float add[2] = {0, 0};
-        if (w.bias)
-            for (int i = 0; i < 2; i++)
-                add[i] =
-                    w.bias[(item % w.bias_rows) * w.padded_k + first + mine + (lane >> 2) + i * 8];
-        float ak[8 * BLOCKS][4], av[8 * BLOCKS][4];
-        uint32_t k[HELD ? STEPS : 1][4], v[HELD ? STEPS : 1][4];
-        barrier_wait(at.loaded(), 0);
-        if constexpr (HELD)
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) {
-                load_left<ROWS>(k[i], at.own(0), mine, i);
-                load_left<ROWS>(v[i], at.own(1), mine, i);
-            }
-        for (int j = 0; j < tiles; j++) {
-            int stage = j % R::STAGES;
-            uint32_t q = at.other(stage, 0), d = at.other(stage, 1);
-            float s[TILE / 8][4], dp[TILE / 8][4];
-            barrier_wait(at.full(stage), (j / R::STAGES) & 1);
-            products_begin();
-            if constexpr (HELD)
-                score_product<T, TILE, STEPS>(s, k, q);
-            else
-                score_product<T, ROWS, TILE, STEPS>(s, at.own(0) + group * 8192, q);
-            products_commit();
-            if constexpr (HELD)
-                score_product<T, TILE, STEPS>(dp, v, d);
-            else
-                score_product<T, ROWS, TILE, STEPS>(dp, at.own(1) + group * 8192, d);
-            products_commit();
-            uint32_t numbers = at.numbers(stage) + (lane & 3) * 8, p[TILE / 16][4];
-            products_wait<1>();
-            pin(s);
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                float2 sum = shared_pair(numbers + n * 32);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[n][i] =
-                        power_of_two(fmaf(s[n][i], w.scale, (i & 1 ? sum.y : sum.x)) + add[i >> 1]);
-            }
-            pack_result<T, TILE>(p, s);
-            products_begin();
-            sum_product<T, BLOCKS, TILE>(av, p, d, j > 0);
-            products_commit();
-            products_wait<1>();
-            pin(dp);
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                float2 delta = shared_pair(numbers + TILE * 4 + n * 32);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[n][i] *= dp[n][i] - (i & 1 ? delta.y : delta.x);
-            }
-            uint32_t ds[TILE / 16][4];
-            pack_result<T, TILE>(ds, s);
-            products_begin();
-            sum_product<T, BLOCKS, TILE>(ak, ds, q, j > 0);
-            products_commit();
-            products_wait<0>();
-            pin(ak);
-            pin(av);
-            if (lane == 0)
-                barrier_arrive(at.empty(stage));
-        }
-        float one[2] = {1, 1}, scales[2] = {w.out_scale, w.out_scale};
-        int64_t row = (int64_t)w.heads * w.d;
-        int64_t to = ((int64_t)item * w.own_rows + first + mine) * row + head * w.d;
-        store_result<T, 64 * BLOCKS>((T *)w.out[0] + to, row, w.own_rows - first - mine, w.d, true,
-                                     ak, scales);
-        store_result<T, 64 * BLOCKS>((T *)w.out[1] + to, row, w.own_rows - first - mine, w.d, true,
-                                     av, one);
+    typedef room<BLOCKS, TILE> R;
+    const seat<BLOCKS, TILE> me(w, memory);
+    const places<BLOCKS, TILE> &at = me.at;
+    if (me.copies()) {
+        int64_t rows = ((int64_t)me.item * w.heads + me.head) * w.padded_q;
+        me.copy_tiles(w, w.sums + rows, w.deltas + rows);
+        return;
     }
+    float add[2] = {0, 0};
+    if (w.bias)
+        for (int i = 0; i < 2; i++)
+            add[i] = w.bias[(me.item % w.bias_rows) * w.padded_k + me.first + me.mine +
+                            (me.lane >> 2) + i * 8];
+    float ak[8 * BLOCKS][4], av[8 * BLOCKS][4];
+    uint32_t k[HELD ? STEPS : 1][4], v[HELD ? STEPS : 1][4];
+    barrier_wait(at.loaded(), 0);
+    if constexpr (HELD)
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            load_left<ROWS>(k[i], at.own(0), me.mine, i);
+            load_left<ROWS>(v[i], at.own(1), me.mine, i);
+        }
+    for (int j = 0; j < me.tiles; j++) {
+        int stage = j % R::STAGES;
+        uint32_t q = at.other(stage, 0), d = at.other(stage, 1);
+        float s[TILE / 8][4], dp[TILE / 8][4];
+        barrier_wait(at.full(stage), (j / R::STAGES) & 1);
+        products_begin();
+        if constexpr (HELD)
+            score_product<T, TILE, STEPS>(s, k, q);
+        else
+            score_product<T, ROWS, TILE, STEPS>(s, at.own(0) + me.group * 8192, q);
+        products_commit();
+        if constexpr (HELD)
+            score_product<T, TILE, STEPS>(dp, v, d);
+        else
+            score_product<T, ROWS, TILE, STEPS>(dp, at.own(1) + me.group * 8192, d);
+        products_commit();
+        uint32_t numbers = at.numbers(stage) + (me.lane & 3) * 8, p[TILE / 16][4];
+        products_wait<1>();
+        pin(s);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+            float2 sum = shared_pair(numbers + n * 32);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[n][i] =
+                    power_of_two(fmaf(s[n][i], w.scale, (i & 1 ? sum.y : sum.x)) + add[i >> 1]);
+        }
+        pack_result<T, TILE>(p, s);
+        products_begin();
+        sum_product<T, BLOCKS, TILE>(av, p, d, j > 0);
+        products_commit();
+        products_wait<1>();
+        pin(dp);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+            float2 delta = shared_pair(numbers + TILE * 4 + n * 32);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[n][i] *= dp[n][i] - (i & 1 ? delta.y : delta.x);
+        }
+        uint32_t ds[TILE / 16][4];
+        pack_result<T, TILE>(ds, s);
+        products_begin();
+        sum_product<T, BLOCKS, TILE>(ak, ds, q, j > 0);
+        products_commit();
+        products_wait<0>();
+        pin(ak);
+        pin(av);
+        if (me.lane == 0)
+            barrier_arrive(at.empty(stage));
+    }
+    me.template store<T>(w, 0, ak, w.out_scale);
+    me.template store<T>(w, 1, av, 1);
 #endif
 }
 
-/* dq of ROWS queries; the own tiles, q and dout, are held in registers. */
+/* dq of ROWS queries; the own me.tiles, q and dout, are held in registers. */
 template <typename T, int BLOCKS, int TILE, int STEPS>
 __global__ void __launch_bounds__(THREADS, 1) hopper_queries_kernel(const __grid_constant__ walk w)
 {
 #ifdef VEL_CU_HOPPER
     extern __shared__ char memory[];
-    places<BLOCKS, TILE> at(memory);
-    int head = blockIdx.y, item = blockIdx.z, first = blockIdx.x * ROWS;
-    int group = threadIdx.x >> 7, tiles = (w.other_rows + TILE - 1) / TILE;
-    make_barriers(at);
-    if (group == GROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 128 * GROUPS)
-            copy_tiles(at, w, tiles, first, head, item,
-                       w.bias ? w.bias + (item % w.bias_rows) * w.padded_k : NULL, NULL);
-    } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        typedef room<BLOCKS, TILE> R;
-        int lane = threadIdx.x & 31, mine = group * 64 + ((threadIdx.x >> 5) & 3) * 16;
-        float sum[2], delta[2];
-        for (int i = 0; i < 2; i++) {
-            int64_t row =
-                ((int64_t)item * w.heads + head) * w.padded_q + first + mine + (lane >> 2) + i * 8;
-            sum[i] = w.sums[row];
-            delta[i] = w.deltas[row];
-        }
-        float aq[8 * BLOCKS][4];
-        uint32_t q[STEPS][4], d[STEPS][4];
-        barrier_wait(at.loaded(), 0);
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            load_left<ROWS>(q[i], at.own(0), mine, i);
-            load_left<ROWS>(d[i], at.own(1), mine, i);
-        }
-        for (int j = 0; j < tiles; j++) {
-            int stage = j % R::STAGES;
-            uint32_t k = at.other(stage, 0), v = at.other(stage, 1);
-            float s[TILE / 8][4], dp[TILE / 8][4];
-            barrier_wait(at.full(stage), (j / R::STAGES) & 1);
-            products_begin();
-            score_product<T, TILE, STEPS>(s, q, k);
-            products_commit();
-            score_product<T, TILE, STEPS>(dp, d, v);
-            products_commit();
-            uint32_t numbers = at.numbers(stage) + (lane & 3) * 8;
-            products_wait<1>();
-            pin(s);
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                float2 add = w.bias ? shared_pair(numbers + n * 32) : float2{0, 0};
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[n][i] =
-                        power_of_two(fmaf(s[n][i], w.scale, sum[i >> 1]) + (i & 1 ? add.y : add.x));
-            }
-            products_wait<0>();
-            pin(dp);
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[n][i] *= dp[n][i] - delta[i >> 1];
-            uint32_t ds[TILE / 16][4];
-            pack_result<T, TILE>(ds, s);
-            products_begin();
-            sum_product<T, BLOCKS, TILE>(aq, ds, k, j > 0);
-            products_commit();
-            products_wait<0>();
-            pin(aq);
-            if (lane == 0)
-                barrier_arrive(at.empty(stage));
-        }
-        float scales[2] = {w.out_scale, w.out_scale};
-        int64_t row = (int64_t)w.heads * w.d;
-        int64_t to = ((int64_t)item * w.own_rows + first + mine) * row + head * w.d;
-        store_result<T, 64 * BLOCKS>((T *)w.out[0] + to, row, w.own_rows - first - mine, w.d, true,
-                                     aq, scales);
+    typedef room<BLOCKS, TILE> R;
+    const seat<BLOCKS, TILE> me(w, memory);
+    const places<BLOCKS, TILE> &at = me.at;
+    if (me.copies()) {
+        me.copy_tiles(w, w.bias ? w.bias + (me.item % w.bias_rows) * w.padded_k : NULL, NULL);
+        return;
     }
+    float sum[2], delta[2];
+    for (int i = 0; i < 2; i++) {
+        int64_t row = ((int64_t)me.item * w.heads + me.head) * w.padded_q + me.first + me.mine +
+                      (me.lane >> 2) + i * 8;
+        sum[i] = w.sums[row];
+        delta[i] = w.deltas[row];
+    }
+    float aq[8 * BLOCKS][4];
+    uint32_t q[STEPS][4], d[STEPS][4];
+    barrier_wait(at.loaded(), 0);
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        load_left<ROWS>(q[i], at.own(0), me.mine, i);
+        load_left<ROWS>(d[i], at.own(1), me.mine, i);
+    }
+    for (int j = 0; j < me.tiles; j++) {
+        int stage = j % R::STAGES;
+        uint32_t k = at.other(stage, 0), v = at.other(stage, 1);
+        float s[TILE / 8][4], dp[TILE / 8][4];
+        barrier_wait(at.full(stage), (j / R::STAGES) & 1);
+        products_begin();
+        score_product<T, TILE, STEPS>(s, q, k);
+        products_commit();
+        score_product<T, TILE, STEPS>(dp, d, v);
+        products_commit();
+        uint32_t numbers = at.numbers(stage) + (me.lane & 3) * 8;
+        products_wait<1>();
+        pin(s);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+            float2 add = w.bias ? shared_pair(numbers + n * 32) : float2{0, 0};
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[n][i] =
+                    power_of_two(fmaf(s[n][i], w.scale, sum[i >> 1]) + (i & 1 ? add.y : add.x));
+        }
+        products_wait<0>();
+        pin(dp);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[n][i] *= dp[n][i] - delta[i >> 1];
+        uint32_t ds[TILE / 16][4];
+        pack_result<T, TILE>(ds, s);
+        products_begin();
+        sum_product<T, BLOCKS, TILE>(aq, ds, k, j > 0);
+        products_commit();
+        products_wait<0>();
+        pin(aq);
+        if (me.lane == 0)
+            barrier_arrive(at.empty(stage));
+    }
+    me.template store<T>(w, 0, aq, w.out_scale);
 #endif
 }
 
