@@ -93,6 +93,8 @@ def ours_command(args, model, c):
         command += ["--rank", str(c["rank"])]
     if c["checkpointing"]:
         command += ["--gradient_checkpointing"]
+    if c["fit"]:
+        command += ["--fit", c["fit"]]
     return command
 
 

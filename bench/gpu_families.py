@@ -12,9 +12,11 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 
 
-def case(name, kind, batch, size, precision="bf16", rank=0, checkpointing=False, goal=0, peak_goal=0.6):
+def case(name, kind, batch, size, precision="bf16", rank=0, checkpointing=False, goal=0, peak_goal=0.6,
+         fit=None):
+    """fit: ours stays within so much memory (--fit), the other side is as without it."""
     return {"name": name, "kind": kind, "batch": batch, "size": size, "precision": precision, "rank": rank,
-            "checkpointing": checkpointing, "goal": goal, "peak_goal": peak_goal}
+            "checkpointing": checkpointing, "goal": goal, "peak_goal": peak_goal, "fit": fit}
 
 
 CASES = {
@@ -37,15 +39,18 @@ CASES = {
     "sd3": [
         case("sd3 step", "step", 1, 1024, "bf16", 16, goal=2),
         case("sd3 step checkpointing", "step", 1, 1024, "bf16", 16, True, goal=2),
+        case("sd3 step checkpointing, fit 3.4 GiB", "step", 1, 1024, "bf16", 16, True, goal=2, fit="3.42GiB"),
         case("sd3 unet", "unet", 2, 1024, goal=2),
     ],
     "sana": [
         case("sana step", "step", 1, 1024, "bf16", 16, goal=6),
+        case("sana step, fit 4.65 GiB", "step", 1, 1024, "bf16", 16, goal=6, fit="4.65GiB"),
         case("sana step batch 4", "step", 4, 1024, "bf16", 16),
         case("sana unet", "unet", 2, 1024, goal=6),
     ],
     "flux-dev": [
         case("flux step 512 checkpointing", "step", 1, 512, "bf16", 16, True, goal=1.4),
+        case("flux step 512 checkpointing, fit 14.6 GiB", "step", 1, 512, "bf16", 16, True, goal=1.4, fit="14.6GiB"),
         case("flux step 1024 checkpointing", "step", 1, 1024, "bf16", 16, True, goal=1.4),
         case("flux unet 512", "unet", 1, 512, goal=1.4),
         case("flux unet 1024", "unet", 1, 1024, goal=1.4),

@@ -209,6 +209,8 @@ static vel_status plan_memory(step_bench *s, int h, int w)
                  .models = 1,
                  .accumulation = 1};
     char bytes[32], text[32];
+    if (b->o->stream && !b->o->fit && vel_engine_can_stream(e))
+        vel_engine_stream(e, b->o->stream * VEL_STREAM_ALL / 8);
     if (b->o->fit)
         VEL_TRY(vel_fit_choose(&f, b->o->fit));
     else if (vel_engine_in_use(e) == 0)
@@ -231,8 +233,11 @@ static vel_status plan_memory(step_bench *s, int h, int w)
                       b->o->fit, f.level, 100 * f.more, f.parts,
                       100.0 * f.streamed / VEL_STREAM_ALL, vel_bytes_text(f.size.streamed, bytes),
                       vel_bytes_text(f.bytes, text));
+    else if (f.size.streamed)
+        vel_text_addf(b->out, "--stream %d: %s a run from the host\n", b->o->stream,
+                      vel_bytes_text(f.size.streamed, bytes));
     if (f.size.seconds > 0)
-        vel_text_addf(b->out, "estimated: %.1f ms a step\n", 1e3 * f.parts * f.size.seconds);
+        vel_text_addf(b->out, "estimated: %.1f ms a step\n", 1e3 * s->parts * f.size.seconds);
     return VEL_OK;
 }
 
@@ -507,8 +512,11 @@ vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out
         return vel_fail(ctx, VEL_BAD_VALUE, "bench %s needs --model", o->what);
     bool text = strcmp(o->what, "text") == 0 || o->train_text_encoder;
     bool word = strcmp(o->method, "textual_inversion") == 0; /* which the tokenizer is taught */
-    vel_model_options m = {
-        .device = o->device, .precision = o->precision, .clip_skip = 1, .no_text = !text && !word};
+    vel_model_options m = {.device = o->device,
+                           .precision = o->precision,
+                           .base_quant = o->base_quant,
+                           .clip_skip = 1,
+                           .no_text = !text && !word};
     VEL_TRY(vel_model_open(ctx, o->model, &m, &b.model));
     vel_text_addf(out, "%s on %s, %s\n", o->what, vel_engine_describe(vel_model_engine(b.model)),
                   vel_model_compute(b.model) == VEL_F32   ? "float32"

@@ -46,6 +46,8 @@ typedef struct vel_bench_options {
     const char *model, *device, *precision, *shapes, *targets, *adapter;
     int batch, width, height, rank, repeats, length, factor;
     const char *fit; /* memory of the device that a step is to stay within; NULL: no limit */
+    const char *base_quant;
+    int stream; /* eighths of the frozen weights, without fit */
     bool gradient_checkpointing, profile, train_text_encoder, dora, dora_norm_gradient;
 } vel_bench_options;
 
