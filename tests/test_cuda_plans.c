@@ -278,6 +278,19 @@ TEST(cuda_plans_sdxl)
     vel_arena_destroy(m.arena);
 }
 
+/* Four pictures: layers are kept, though that is more than half of what could be. */
+TEST(cuda_plans_sana)
+{
+    planned m;
+    REQUIRE(read_rows(t) > 40);
+    if (open_known(t, "sana", &m)) {
+        check_plan(t, &m, 1, 1024, true, 1350, 1420, 3065);
+        check_plan(t, &m, 4, 1024, true, 3650, 3850, 3065);
+        check_plan(t, &m, 2, 1024, false, 170, 220, 3065);
+    }
+    vel_arena_destroy(m.arena);
+}
+
 /* ---- how long a step will take ---- */
 
 /* Milliseconds that were measured on an H100 (docs/speed.md; FLUX.1 with checkpointing), and by how

@@ -146,7 +146,8 @@ typedef struct vel_backend {
     bool side_by_side;
     /* Working memory of a training step, in bytes, from which on computing values again is worth
      * its time where nobody says otherwise; 0: never. Steps that would have more than small keep a
-     * little over half of what they could, however much that is. With float32_whole, steps in
+     * little over half of what they could, however much that is, and up to three quarters where
+     * less would make whole layers again. With float32_whole, steps in
      * float32 keep everything: frozen weights of 16 bits are as small there, and time is dearer. */
     int64_t roomy, small;
     bool float32_whole;

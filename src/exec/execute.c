@@ -347,14 +347,16 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
     return st;
 }
 
-/* Small steps keep what the device finds roomy, larger ones some more than half of everything. */
-static vel_status roomy_budget(const vel_plan *p, int64_t *budget)
+/* Small steps keep what the device finds roomy, larger ones some more than half of everything, or
+ * three quarters (*most) before whole layers are made again: those cost a third of a step. */
+static vel_status roomy_budget(const vel_plan *p, int64_t *budget, int64_t *most)
 {
     int64_t everything;
     VEL_TRY(measure_level(p->engine, p->g, 0, &everything));
     *budget = p->engine->backend->roomy;
     if (everything > p->engine->backend->small)
         *budget = VEL_MAX(*budget, everything / 20 * 11);
+    *most = VEL_MAX(*budget, everything / 4 * 3);
     return VEL_OK;
 }
 
@@ -366,7 +368,7 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
     if (o->gradient && !o->smallest && o->memory_budget <= 0 && !o->measure && o->level <= 0)
         p->level = vel_graph_size(p->g) % vel_remat_levels(p->g); /* any must give the same */
 #endif
-    int64_t budget = o->memory_budget, best = INT64_MAX;
+    int64_t budget = o->memory_budget, best = INT64_MAX, most = 0;
     if (!o->gradient)
         return VEL_OK;
     if (o->level > 0)
@@ -376,10 +378,12 @@ static vel_status choose_level(vel_plan *p, const vel_plan_options *o)
     if (!o->smallest && budget <= 0 && (o->level != VEL_LEVEL_AUTO || !habit))
         return VEL_OK;
     if (!o->smallest && budget <= 0)
-        VEL_TRY(roomy_budget(p, &budget));
+        VEL_TRY(roomy_budget(p, &budget, &most));
     bool asked = o->smallest || o->memory_budget > 0; /* else the first level is a GPU's least */
     for (int level = asked ? 0 : 1; level < vel_remat_levels(p->g); level++) {
         int64_t bytes;
+        if (level == vel_remat_whole_layers() && best <= most)
+            break;
         VEL_TRY(measure_level(p->engine, p->g, level, &bytes));
         if (bytes < best) {
             best = bytes;

@@ -32,11 +32,13 @@ int vel_quant_find(const char *name);
 /* Is the path a leaf of a coded weight? The weight's own path is its first *base bytes. */
 bool vel_quant_leaf(const char *path, size_t *base, int *kind, bool *scales);
 
-/* Recomputes forward values in the backward part instead of keeping them. level 0: nothing; 1: what
- * is cheap (elementwise, norms, activations); 2: whole layers whose inputs are kept; higher levels
- * group layers, up to vel_remat_levels, the smallest memory. */
+/* Recomputes forward values in the backward part instead of keeping them. level 0: nothing; then
+ * wide products, what is cheap (elementwise, norms, activations), products of short sums; from
+ * vel_remat_whole_layers on whole layers whose inputs are kept; higher levels group layers, up to
+ * vel_remat_levels, the smallest memory. */
 vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out);
 int vel_remat_levels(const vel_graph *g);
+int vel_remat_whole_layers(void);
 
 /* What depends on nothing but weights, trained values and inputs that match the patterns comes
  * first (it is the same from run to run), all else behind it in its old order. */

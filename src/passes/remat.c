@@ -44,6 +44,14 @@ int vel_remat_levels(const vel_graph *g)
     return VEL_COUNT(levels);
 }
 
+int vel_remat_whole_layers(void)
+{
+    int level = 0;
+    while (!levels[level].layers)
+        level++;
+    return level;
+}
+
 static bool is_cheap(vel_op op)
 {
     switch (op) {
