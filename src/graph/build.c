@@ -227,6 +227,12 @@ vel_ref vel_rope(vel_graph *g, vel_ref x, vel_ref table, int heads, bool half)
     return build2(g, VEL_OP_rope, x, table, (vel_attr){.rope = {heads, half, false}});
 }
 
+vel_ref vel_head_norm(vel_graph *g, vel_ref x, vel_ref w, vel_ref table, int heads, double eps)
+{
+    vel_attr a = {.head_norm = {heads, eps}};
+    return vel_build(g, VEL_OP_head_norm, (vel_ref[]){x, w, table}, 3, &a);
+}
+
 vel_ref vel_mse(vel_graph *g, vel_ref pred, vel_ref target, vel_ref weight)
 {
     return vel_build(g, VEL_OP_mse, (vel_ref[]){pred, target, weight}, 3, &(vel_attr){0});

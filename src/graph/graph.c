@@ -396,6 +396,9 @@ static void print_attributes(const vel_node *n, vel_text *out)
     case VEL_OP_rms_norm:
         vel_text_addf(out, "  eps=%g one_plus=%d", a->rms_norm.eps, a->rms_norm.one_plus);
         break;
+    case VEL_OP_head_norm:
+        vel_text_addf(out, "  heads=%d eps=%g", a->head_norm.heads, a->head_norm.eps);
+        break;
     case VEL_OP_modulated_norm:
         vel_text_addf(out, "  rms=%d eps=%g", a->modulated_norm.rms, a->modulated_norm.eps);
         break;

@@ -192,6 +192,8 @@ vel_ref vel_embed(vel_graph *g, vel_ref table, vel_ref ids);
 vel_ref vel_time_embed(vel_graph *g, vel_ref t, int dim, bool flip, double shift, double period);
 /* table: of vel_time_embed with flip, of the places [T]; see ops.def. */
 vel_ref vel_rope(vel_graph *g, vel_ref x, vel_ref table, int heads, bool half);
+/* table may be {0}. */
+vel_ref vel_head_norm(vel_graph *g, vel_ref x, vel_ref w, vel_ref table, int heads, double eps);
 vel_ref vel_mse(vel_graph *g, vel_ref pred, vel_ref target, vel_ref weight);
 
 /* ---- the op table (implemented by src/ops) ----------------------------------------------------

@@ -39,14 +39,13 @@ vel_status vel_flux_read(vel_ctx *ctx, const json_t *json, const char *file, vel
     return s.status;
 }
 
-/* Queries or keys: projected, and normalised by heads. */
+/* Queries or keys: projected, normalised by heads, and turned. */
 static vel_ref project(vel_graph *g, const vel_flux_config *c, const char *name, const char *norm,
-                       vel_ref x)
+                       vel_ref x, vel_ref table)
 {
-    return nn_head_norm(g, norm, nn_linear(g, name, x, c->width, true), c->heads, eps);
+    return nn_head_norm(g, norm, nn_linear(g, name, x, c->width, true), table, c->heads, eps);
 }
 
-/* q, k, v [N, T, D], q and k not turned yet. */
 /* What all blocks know of places: the table that turns the heads, and what hides words [N, S + T]
  * ({0}: nothing). */
 typedef struct places {
@@ -56,8 +55,6 @@ typedef struct places {
 static vel_ref attend(vel_graph *g, const vel_flux_config *c, vel_ref q, vel_ref k, vel_ref v,
                       places at)
 {
-    q = vel_rope(g, q, at.table, c->heads, false);
-    k = vel_rope(g, k, at.table, c->heads, false);
     double scale = 1 / sqrt((double)c->head_width);
     return vel_attention(g, q, k, v, at.bias, c->heads, false, scale);
 }
@@ -65,12 +62,14 @@ static vel_ref attend(vel_graph *g, const vel_flux_config *c, vel_ref q, vel_ref
 /* Mirrors FluxAttention of both streams, the text in front. */
 static nn_streams joint_attention(vel_graph *g, const vel_flux_config *c, nn_streams x, places at)
 {
-    int64_t words = vel_shape_at(g, x.text).dim[1];
+    int64_t words = vel_shape_at(g, x.text).dim[1], all = vel_shape_at(g, at.table).dim[1];
+    vel_ref text = vel_slice(g, at.table, 1, 0, words);
+    vel_ref image = vel_slice(g, at.table, 1, words, all);
     vel_scope(g, "attn");
-    vel_ref q = vel_concat(g, project(g, c, "add_q_proj", "norm_added_q", x.text),
-                           project(g, c, "to_q", "norm_q", x.image), 1);
-    vel_ref k = vel_concat(g, project(g, c, "add_k_proj", "norm_added_k", x.text),
-                           project(g, c, "to_k", "norm_k", x.image), 1);
+    vel_ref q = vel_concat(g, project(g, c, "add_q_proj", "norm_added_q", x.text, text),
+                           project(g, c, "to_q", "norm_q", x.image, image), 1);
+    vel_ref k = vel_concat(g, project(g, c, "add_k_proj", "norm_added_k", x.text, text),
+                           project(g, c, "to_k", "norm_k", x.image, image), 1);
     vel_ref v = vel_concat(g, nn_linear(g, "add_v_proj", x.text, c->width, true),
                            nn_linear(g, "to_v", x.image, c->width, true), 1);
     vel_ref o = attend(g, c, q, k, v, at);
@@ -110,7 +109,8 @@ static vel_ref single_block(vel_graph *g, const vel_flux_config *c, vel_ref x, v
     vel_ref h = modulated_norm(g, x, m, 3);
     vel_ref inner = nn_linear(g, "proj_mlp", h, 4 * (int64_t)c->width, true);
     vel_scope(g, "attn");
-    vel_ref q = project(g, c, "to_q", "norm_q", h), k = project(g, c, "to_k", "norm_k", h);
+    vel_ref q = project(g, c, "to_q", "norm_q", h, at.table);
+    vel_ref k = project(g, c, "to_k", "norm_k", h, at.table);
     vel_ref o = attend(g, c, q, k, nn_linear(g, "to_v", h, c->width, true), at);
     vel_end(g);
     o = vel_concat(g, o, vel_act(g, inner, VEL_ACT_GELU_TANH), 2); /* [N, S + T, 5 D] */

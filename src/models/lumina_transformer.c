@@ -75,10 +75,8 @@ static vel_ref attend(vel_graph *g, const vel_lumina_config *c, vel_ref x, place
     vel_ref q = nn_linear(g, "to_q", x, c->width, false);
     vel_ref k = nn_linear(g, "to_k", x, shared, false);
     vel_ref v = nn_linear(g, "to_v", x, shared, false);
-    q = nn_head_norm(g, "norm_q", q, c->heads, head_eps);
-    k = nn_head_norm(g, "norm_k", k, c->groups, head_eps);
-    q = vel_rope(g, q, at.table, c->heads, false);
-    k = vel_rope(g, k, at.table, c->groups, false);
+    q = nn_head_norm(g, "norm_q", q, at.table, c->heads, head_eps);
+    k = nn_head_norm(g, "norm_k", k, at.table, c->groups, head_eps);
     vel_ref o = vel_attention(g, q, for_heads(g, c, k), for_heads(g, c, v), at.bias, c->heads,
                               false, 1 / sqrt((double)d));
     o = nn_linear(g, "to_out.0", o, c->width, false);

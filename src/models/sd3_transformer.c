@@ -42,7 +42,7 @@ static vel_ref project(vel_graph *g, const vel_sd3_config *c, const char *name, 
                        vel_ref x)
 {
     x = nn_linear(g, name, x, c->width, true);
-    return norm && c->head_norms ? nn_head_norm(g, norm, x, c->heads, eps) : x;
+    return norm && c->head_norms ? nn_head_norm(g, norm, x, (vel_ref){0}, c->heads, eps) : x;
 }
 
 /* Mirrors Attention with JointAttnProcessor2_0; without text it is plain self-attention. last: the

@@ -31,11 +31,14 @@ vel_ref nn_time_embedding(vel_graph *g, const char *name, vel_ref time, int64_t 
     return nn_two_layers(g, name, "linear_1", "linear_2", t, width, width, VEL_ACT_SILU);
 }
 
-vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, double eps)
+vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, vel_ref table, int heads,
+                     double eps)
 {
-    vel_shape s = vel_shape_at(g, x);
-    x = vel_reshape(g, x, VEL_SHAPE(s.dim[0], s.dim[1], heads, s.dim[2] / heads));
-    return vel_reshape(g, nn_rms_norm(g, name, x, eps, false), s);
+    vel_scope(g, "%s", name);
+    vel_ref w = vel_weight(g, "weight", VEL_SHAPE(vel_shape_last(vel_shape_at(g, x)) / heads));
+    vel_ref y = vel_head_norm(g, x, w, table, heads, eps);
+    vel_end(g);
+    return y;
 }
 
 vel_ref nn_modulation(vel_graph *g, const char *norm, vel_ref condition, int64_t width)

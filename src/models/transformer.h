@@ -15,8 +15,10 @@ vel_ref nn_two_layers(vel_graph *g, const char *name, const char *first, const c
                       vel_ref x, int64_t inner, int64_t out, vel_act_kind act);
 /* Timesteps of 256 and TimestepEmbedding: time [N] -> [N, width]. */
 vel_ref nn_time_embedding(vel_graph *g, const char *name, vel_ref time, int64_t width);
-/* RMS norm of each head alone, with one weight [d] for all: x [N, T, heads * d]. */
-vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, int heads, double eps);
+/* RMS norm of each head alone, with one weight [d] for all, turned by the table's angles where
+ * there is one: x [N, T, heads * d]. */
+vel_ref nn_head_norm(vel_graph *g, const char *name, vel_ref x, vel_ref table, int heads,
+                     double eps);
 
 typedef struct nn_streams { /* a value of the picture and one of the text: [N, T, D], [N, S, D] */
     vel_ref image, text;

@@ -73,6 +73,7 @@ static bool is_cheap(vel_op op)
     case VEL_OP_layer_norm:
     case VEL_OP_rms_norm:
     case VEL_OP_modulated_norm:
+    case VEL_OP_head_norm:
     case VEL_OP_geglu:
     case VEL_OP_depthwise_glu:
     case VEL_OP_rope:

@@ -250,6 +250,14 @@ def main():
         return value * F.silu(gate)
     case("depthwise_glu", depthwise_glu, [values(2, 4, 6, 8), values(8, 1, 3, 3), values(8)], [0, 1, 2])
     case("linear_attention", linear_attention(2), [values(2, 5, 16), values(2, 7, 16), values(2, 7, 16)], [0, 1, 2])
+    def head_norm(heads):
+        def run(x, w, table):
+            y = F.rms_norm(x.unflatten(-1, (heads, -1)), w.shape, w, 1e-6).flatten(2)
+            return y if table is None else rope_neighbours(heads)(y, table)
+        return run, lambda x, w, table: [rms_stats(x.unflatten(-1, (heads, -1)), 1e-6)]
+    case("head_norm", head_norm(2)[0], [values(2, 5, 16), values(8), None], [0, 1], head_norm(2)[1])
+    table = rope_table(torch.tensor([0.0, 1, 2, 40, 300]), 8)
+    case("head_norm_rope", head_norm(3)[0], [values(2, 5, 24), values(8), table[None]], [0, 1], head_norm(3)[1])
     path = sys.argv[1] if len(sys.argv) > 1 else "tests/golden/ops.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path,
               {"made_by": "tools/golden/ops.py", "torch": torch.__version__})

@@ -174,6 +174,20 @@ void vel_cu_group_norm_grad_w(cudaStream_t s, int type, vel_cu_group g, const vo
                               const float *w, const float *b, const float *stats, const void *dy,
                               float *dw, float *db, void *scratch);
 
+/* ---- norms of heads (head_norm.cu): x [rows, width], `heads` rows a place; table [period, width],
+ * cosines before sines, or NULL ---- */
+
+typedef struct vel_cu_heads {
+    int64_t rows, period;
+    int heads, width;
+    float eps;
+} vel_cu_heads;
+int vel_cu_head_norm_takes(int type, int width);
+void vel_cu_head_norm(cudaStream_t s, int type, vel_cu_heads h, const void *x, const float *w,
+                      const float *table, void *out, float *stats);
+void vel_cu_head_norm_grad(cudaStream_t s, int type, vel_cu_heads h, const void *x, const float *w,
+                           const float *table, const float *stats, const void *dy, void *out);
+
 /* ---- what a condition does to tokens (modulated.cu): scale, shift and gate are rows of width
  * values of the type, one for `places` rows of x; w, shift and residual may be NULL ---- */
 

@@ -495,6 +495,37 @@ static void run_modulated_norm_grad(const own_job *j)
                                IN(4), IN(5), OUT(0));
 }
 
+static vel_cu_heads heads_of(const own_job *j)
+{
+    bool grad = j->n->op == VEL_OP_head_norm_grad;
+    vel_shape s = out_shape(j), table = in_shape(j, 2);
+    vel_cu_heads h = {.heads = grad ? j->n->a.head_norm_grad.heads : j->n->a.head_norm.heads,
+                      .eps = (float)(grad ? j->n->a.head_norm_grad.eps : j->n->a.head_norm.eps)};
+    h.rows = s.dim[0] * s.dim[1] * h.heads;
+    h.width = (int)(s.dim[2] / h.heads);
+    h.period = table.rank ? table.dim[0] * table.dim[1] : 1;
+    return h;
+}
+
+static bool takes_head_norm(vel_device *d, const vel_graph *g, const vel_node *n)
+{
+    (void)d, (void)g;
+    int heads = n->op == VEL_OP_head_norm ? n->a.head_norm.heads : n->a.head_norm_grad.heads;
+    vel_shape s = n->out[0].shape;
+    return vel_cu_head_norm_takes((int)n->out[0].dtype, (int)(s.dim[2] / heads));
+}
+
+static void run_head_norm(const own_job *j)
+{
+    vel_cu_head_norm(j->s, out_type(j), heads_of(j), IN(0), IN(1), IN(2), OUT(0), OUT(1));
+}
+
+static void run_head_norm_grad(const own_job *j)
+{
+    vel_cu_head_norm_grad(j->s, out_type(j), heads_of(j), IN(0), IN(1), IN(2), IN(3), IN(4),
+                          OUT(0));
+}
+
 static void run_gated_add(const own_job *j)
 {
     vel_shape s = out_shape(j);
@@ -590,11 +621,11 @@ static bool takes_attention(vel_device *d, const vel_graph *g, const vel_node *n
            a.batch < 4096 && (on_tensor_cores(d, q.dtype, &a) || a.width <= widest);
 }
 
-/* Until it has run on a card: where VELATURA_CUDA_TRIAL says so. */
+/* Until it has run on a card: where VELATURA_CUDA_TRIAL is set. */
 static bool on_hopper_forward(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
 {
     const char *trial = getenv("VELATURA_CUDA_TRIAL");
-    return trial && *trial == '1' && type != VEL_F32 && d->capability == 90 &&
+    return trial && *trial && type != VEL_F32 && d->capability == 90 &&
            vel_cu_attention_hopper_forward_takes(*a);
 }
 
@@ -845,6 +876,8 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_modulated_norm] = {run_modulated_norm, .inplace = 1},
     [VEL_OP_modulated_norm_grad] = {run_modulated_norm_grad, .inplace = 5},
     [VEL_OP_gated_add] = {run_gated_add, .inplace = 1},
+    [VEL_OP_head_norm] = {run_head_norm, .takes = takes_head_norm, .inplace = 1},
+    [VEL_OP_head_norm_grad] = {run_head_norm_grad, .takes = takes_head_norm, .inplace = 5},
     [VEL_OP_softmax] = {run_softmax, .inplace = 1},
     [VEL_OP_attention] = {run_attention, scratch_attention, takes_attention},
     [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},

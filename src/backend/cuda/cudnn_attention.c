@@ -3,6 +3,8 @@
  * strides. Equal attentions share a plan. */
 #include "backend/cuda/cudnn_graph.h"
 
+#include <stdlib.h>
+
 enum { MAX_WORKSPACE = 512 << 20, WIDEST_HEAD = 256 };
 enum { ID_Q = 1, ID_K, ID_V, ID_O, ID_STATS, ID_SCALE, ID_DO, ID_DQ, ID_DK, ID_DV };
 
@@ -174,6 +176,9 @@ vel_status vel_cudnn_attention_prepare(vel_device *d, const vel_graph *g, int32_
 {
     const vel_node *n = vel_node_at(g, id);
     attention_shape s;
+    const char *trial = getenv("VELATURA_CUDA_TRIAL");
+    if (trial && *trial == '2' && n->op == VEL_OP_attention)
+        return VEL_UNSUPPORTED; /* to time the own kernel beside */
     if ((n->op != VEL_OP_attention && n->op != VEL_OP_attention_grad) || d->capability < 80 ||
         !shape_of(g, n, &s))
         return VEL_UNSUPPORTED;
