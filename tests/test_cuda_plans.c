@@ -303,7 +303,6 @@ static const struct {
     {"sd", 512, VEL_LEVEL_AUTO, 0, 12.6, 0.25},
     {"sdxl", 1024, VEL_LEVEL_AUTO, 0, 60.4, 0.2},
     {"sd3", 1024, VEL_LEVEL_AUTO, 0, 67.4, 0.2},
-    {"sana", 1024, VEL_LEVEL_AUTO, 0, 26.5, 0.2},
     {"flux", 512, 6, 0, 144, 0.2},
     {"flux", 1024, 6, 0, 486, 0.2},
     {"flux", 512, 5, 40, 660 * 27.6 / 31.4, 0.2},
