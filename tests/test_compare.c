@@ -16,12 +16,14 @@ TEST(compare_images_runs)
     char folder[4200];
     snprintf(folder, sizeof folder, "%s/p", t->folder);
     program_copy_pictures(t, folder, 3);
-    if (!program_shell(t,
-                       "$V train --model $M --data $D/p --instance_prompt 'a cup' --resolution 64 "
-                       "--steps 1 --precision no --rank 2 --learning_rate 0.1 --sample_steps 1 "
-                       "--sample_guidance 1 --save_every 0 --output_dir $D/o --output_name n "
-                       "--compare_images 1,3; ls $D/o | sed s/^/has:/; grep -c href $D/o/*.html",
-                       &r))
+    program_make_small(t, vel_test_in(t, "model"));
+    if (!program_shell(
+            t,
+            "$V train --model $D/model --data $D/p --instance_prompt 'a cup' --resolution 64 "
+            "--steps 1 --precision no --rank 2 --learning_rate 0.1 --sample_steps 1 "
+            "--sample_guidance 1 --save_every 0 --output_dir $D/o --output_name n "
+            "--compare_images 1,3; ls $D/o | sed s/^/has:/; grep -c href $D/o/*.html",
+            &r))
         return;
     static const char *const says[] = {
         "has:n-1.safetensors", "has:n-3.safetensors", "has:n-compare.png",  "has:n-compare.html",
@@ -40,9 +42,10 @@ TEST(compare_images_shares)
     char folder[4200];
     snprintf(folder, sizeof folder, "%s/aawxbc", t->folder);
     program_copy_pictures(t, folder, 3);
+    program_make_small(t, vel_test_in(t, "model"));
     if (!program_shell(
             t,
-            "P=$(realpath $V); M=$(realpath $M); cd $D; $P accelerate launch "
+            "P=$(realpath $V); M=$D/model; cd $D; $P accelerate launch "
             "train_dreambooth_lora.py --pretrained_model_name_or_path=$M "
             "--instance_data_dir=aawxbc "
             "--instance_prompt='a photo of aawxbc figurine' --class_data_dir=figurine "

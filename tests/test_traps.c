@@ -3,7 +3,7 @@
  * names those that they do. */
 #include "program.h"
 
-/* A shell in $D with the program as $P, the model as $M and two pictures in d/10_sks_style. */
+/* A shell in $D with the program as $P, a small model as $M and two pictures in d/10_sks_style. */
 static bool shell(vel_test *t, const char *script, program_result *r)
 {
     static char words[6000];
@@ -11,8 +11,10 @@ static bool shell(vel_test *t, const char *script, program_result *r)
     snprintf(folder, sizeof folder, "%s/d/10_sks_style", t->folder);
     if (!vel_is_folder(folder))
         program_copy_pictures(t, folder, 2);
+    if (!vel_is_folder(vel_test_in(t, "model")))
+        program_make_small(t, vel_test_in(t, "model"));
     snprintf(words, sizeof words,
-             "P=$(realpath $V); M=$(realpath $M); cd $D; kohya() { $P train_network.py "
+             "P=$(realpath $V); M=$D/model; cd $D; kohya() { $P train_network.py "
              "--pretrained_model_name_or_path=$M --train_data_dir=d --output_dir=o --output_name=n "
              "--network_module=networks.lora --resolution=64 --max_train_steps=1 \"$@\"; }; %s",
              script);
