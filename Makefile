@@ -241,7 +241,10 @@ uninstall:
 	    share/zsh/site-functions/_velatura share/fish/vendor_completions.d/velatura.fish) \
 	    $(addprefix $(DESTDIR)$(LIBDIR)/,libvelatura.a libvelatura.so $(SONAME) libvelatura.so.$(VERSION) \
 	    pkgconfig/velatura.pc)
-# tests/test_api.c looks at the library beside the program
-test: $(BUILD)/libvelatura.so
+# tests/test_api.c looks at the library beside the program, and runs the example with it
+test: $(BUILD)/libvelatura.so $(BUILD)/tiny
+$(BUILD)/tiny: examples/tiny.c $(BUILD)/libvelatura.so
+	ln -sf libvelatura.so $(BUILD)/$(SONAME)
+	$(CC) -std=c11 $(CFLAGS) $(WARN) $(SANFLAGS) -Iinclude -o $@ $< -L$(BUILD) -lvelatura -Wl,-rpath,'$$ORIGIN'
 
 -include $(CUDA_OBJECTS:.o=.d) $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(TEST_OBJ:.o=.d)

@@ -2,9 +2,9 @@
  *
  *     make && ./tiny ../models/emoji-sd flat-style tiny-output
  *
- * Trains a LoRA for 80 steps at the size of the small model, then draws one prompt with the model
- * as it was and with the adapter, from the same seed. All that the library has to say arrives at
- * on_event. */
+ * Trains a LoRA for 80 steps (or as many as a fourth argument says) at the size of the small model,
+ * then draws one prompt with the model as it was and with the adapter, from the same seed. All that
+ * the library has to say arrives at on_event. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -75,11 +75,12 @@ static vel_status run(vel_ctx *ctx, const char *command, command_fn work, const 
     return status;
 }
 
-static vel_status teach(vel_ctx *ctx, const char *model, const char *data, const char *folder)
+static vel_status teach(vel_ctx *ctx, const char *model, const char *data, const char *folder,
+                        const char *steps)
 {
     const setting settings[] = {
         {"model", model},       {"data", data},          {"resolution", "256"},     {"rank", "8"},
-        {"batch", "4"},         {"steps", "80"},         {"learning_rate", "5e-4"}, {"seed", "7"},
+        {"batch", "4"},         {"steps", steps},        {"learning_rate", "5e-4"}, {"seed", "7"},
         {"output_dir", folder}, {"output_name", "tiny"}, {"overwrite", "yes"},      {NULL, NULL}};
     return run(ctx, "train", vel_train, settings);
 }
@@ -98,8 +99,8 @@ static vel_status draw(vel_ctx *ctx, const char *model, const char *lora, const 
 
 int main(int argc, char **argv)
 {
-    if (argc != 4) {
-        fprintf(stderr, "usage: %s MODEL_FOLDER DATA_FOLDER OUTPUT_FOLDER\n", argv[0]);
+    if (argc != 4 && argc != 5) {
+        fprintf(stderr, "usage: %s MODEL_FOLDER DATA_FOLDER OUTPUT_FOLDER [STEPS]\n", argv[0]);
         return 2;
     }
     char adapter[4096], before[4096], after[4096];
@@ -112,7 +113,7 @@ int main(int argc, char **argv)
     if (!ctx)
         return 1;
     vel_ctx_on_event(ctx, on_event, &w);
-    vel_status status = teach(ctx, argv[1], argv[2], argv[3]);
+    vel_status status = teach(ctx, argv[1], argv[2], argv[3], argc == 5 ? argv[4] : "80");
     if (status == VEL_OK)
         status = draw(ctx, argv[1], NULL, before);
     if (status == VEL_OK)

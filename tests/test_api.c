@@ -1,7 +1,8 @@
 /* test_api.c: the public interface is velatura.h and nothing else: the declarations marked VEL_API,
  * the version script velatura.map and the symbols that libvelatura.so exports are the same list.
- * Reads the sources from the current folder and the library beside the program; runs neither. */
-#include "test.h"
+ * Reads the sources from the current folder and the library beside the program, and runs the
+ * example that was built with it. */
+#include "program.h"
 
 #include <ctype.h>
 #include <stdlib.h>
@@ -121,4 +122,26 @@ TEST(api_exports_are_the_header)
         return;
     read_header(t, &header);
     check_equal(t, &header, "velatura.h", &library, "libvelatura.so");
+}
+
+/* examples/tiny.c, which knows the header and the library and nothing else. */
+TEST(api_example_trains_and_draws)
+{
+    static program_result r;
+    program_make_small(t, vel_test_in(t, "model"));
+    program_copy_pictures(t, vel_test_in(t, "p"), 4);
+    if (!program_shell(t,
+                       "tiny=$(dirname \"$V\")/tiny; [ -x \"$tiny\" ] || exit 77; \"$tiny\" "
+                       "\"$D/model\" \"$D/p\" \"$D/out\" 1 && ls \"$D/out\"",
+                       &r))
+        return;
+    t->skipped = r.status == 77; /* make test builds it */
+    if (t->skipped)
+        return;
+    CHECK_MSG(r.status == 0 && strstr(r.text, "2 pictures drawn") &&
+                  strstr(r.text, "tiny.safetensors") && strstr(r.text, "after.png"),
+              "%d: %s", r.status, r.text);
+    CHECK(!program_same_pictures(t, "out/before.png", "out/after.png"));
+    if (program_shell(t, "\"$(dirname \"$V\")/tiny\" \"$D/none\" \"$D/p\" \"$D/out\" 1", &r))
+        CHECK_MSG(r.status == 1 && strstr(r.text, "none"), "%d: %s", r.status, r.text);
 }

@@ -356,6 +356,45 @@ TEST(gpu_golden_f16)
 }
 
 /* A case that nobody reads would be a gap that looks closed. */
+/* A wrong meaning passes every test that compares with the meaning. So each op stands in a row, in
+ * the gradient of one, or in what one of these is lowered to; else here, with where it is held to
+ * values from outside. */
+static const vel_op elsewhere[] = {
+    VEL_OP_weight,    VEL_OP_param,         VEL_OP_cast, /* halves_are_rounded_as_by_the_compiler */
+    VEL_OP_dequant,                                      /* quantise_is_bitsandbytes */
+    VEL_OP_row_norm,  VEL_OP_channel_scale, VEL_OP_channel_scale_grad_w,
+    VEL_OP_kron, /* test_adapter_golden.c, as the three before it: PEFT's and LyCORIS' layers */
+    VEL_OP_kron_grad, VEL_OP_dropout, /* what is kept and by how much it grows: ops_cpu_f32; which,
+                                         is our own */
+    VEL_OP_range,                     /* ops_range_counts */
+};
+
+TEST(ops_have_golden_values)
+{
+    golden gd = {0};
+    bool seen[VEL_OP_COUNT] = {false};
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/ops.safetensors", &gd.file));
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        vel_graph *g = vel_graph_create(t->ctx);
+        gd.row = rows[i].name;
+        if (g)
+            build_row(&gd, &rows[i], g);
+        for (int32_t id = 1; g && id < vel_graph_size(g); id++) {
+            const vel_node *n = vel_node_at(g, id);
+            vel_ref out[VEL_MAX_OUT];
+            if (!seen[n->op] && vel_op_entry(n->op)->lower)
+                vel_op_entry(n->op)->lower(g, n, out); /* behind the others */
+            seen[n->op] = true;
+        }
+        vel_graph_destroy(g);
+    }
+    for (int i = 0; i < VEL_COUNT(elsewhere); i++)
+        seen[elsewhere[i]] = true;
+    for (int op = 1; op < VEL_OP_COUNT; op++)
+        CHECK_MSG(seen[op], "%s: no row of this file", vel_op_name((vel_op)op));
+    vel_safetensors_close(gd.file);
+}
+
 TEST(ops_golden_file_is_used)
 {
     vel_safetensors *file = NULL;
