@@ -78,6 +78,8 @@ const vel_option_row vel_train_rows[] = {
          "{a|b} is one of them, and one of a file's lines is taken"),
     TEXT("trigger_word", NULL, captions.trigger, NULL, "captions",
          "stands for [trigger]; put first where a caption does not have it"),
+    TEXT("caption_swap", NULL, captions.swap, NULL, "captions",
+         "WORD=OTHER: the first becomes the second wherever it stands, such as TOK=<s0><s1>"),
     CHOICE("caption_style", NULL, captions.style, "tags", "tags,text,auto", "captions",
            "text: captions are left whole; auto: those whose parts are longer than tags"),
     INT("token_warmup_min", NULL, captions.warmup_min, "1", 0, 255, "captions",
@@ -148,6 +150,15 @@ const vel_option_row vel_train_rows[] = {
     FLAG("words_apart", NULL, words_apart, "no", "method",
          "words of a model with two CLIP encoders: a file for each of them, NAME and NAME_2, as "
          "textual_inversion_sdxl.py leaves them, instead of one"),
+    FLAG("words_spread", NULL, words_spread, "no", "method",
+         "new words without initializer_token begin as noise of the table's deviation, and each "
+         "step draws them to it, as diffusers' advanced scripts do"),
+    FLAG("words_by_encoder", NULL, words_by_encoder, "no", "method",
+         "in the file a word goes by its text encoder, clip_l or clip_g, where there is one, too"),
+    TEXT("words_name", NULL, words_name, NULL, "method",
+         "first part of the name of the words' file beside an adapter; default: NAME_emb"),
+    FLOAT("text_encoder_share", NULL, text_encoder_share, "1", 0, 1, "method",
+          "share of the epochs after which text encoder and new words stay; 1: never"),
     INT("stop_text_encoder_training", NULL, stop_text_encoder_training, "0", -1, 100000000,
         "method", "steps after which text encoder and new words stay; 0: never"),
     CHOICE("network", "network_type,algo", network, "lora", "lora,locon,loha,lokr", "adapter",
@@ -396,6 +407,8 @@ const vel_option_row vel_train_rows[] = {
         "save_parts", NULL, save_parts, "all", "all,denoiser", "output",
         "of a model in a single file: denoiser is the file that sd-scripts writes for SD 3 (with "
         "the autoencoder), FLUX.1 and Lumina, and each trained text encoder lies beside it"),
+    TEXT("also_kohya_name", NULL, also_kohya_name, NULL, "output",
+         "of also_kohya: the first part of that file's name"),
     CHOICE("save_layout", NULL, save_layout, "files", "files,checkpoints", "output",
            "of saves on the way: NAME-stepN beside the result, or folders checkpoint-N as the "
            "scripts of diffusers leave them"),

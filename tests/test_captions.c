@@ -32,6 +32,7 @@ TEST(caption_rules_that_are_not_random)
         {{.trigger = "sks"}, "a photo of SKS dog", "a photo of SKS dog"},
         {{.trigger = "sks"}, "asks a cat", "sks, asks a cat"}, /* not a word of its own */
         {{.trigger = "sks"}, "a [trigger] cat", "a sks cat"},
+        {{.swap = "TOK=<s0><s1>"}, "a TOK, by TOK", "a <s0><s1>, by <s0><s1>"},
         {{.secondary_separator = ";;;"}, "a;;;b, c", "a,b, c"},
         {{.keep_separator = "|||"},
          "one, two ||| three,, four ||| five",

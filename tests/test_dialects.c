@@ -297,6 +297,36 @@ TEST(dialects_whole_models)
              "train_text_encoder=no save_format=kohya");
 }
 
+#define PIVOT(script) LARGE(script) "--instance_prompt TOK,thing --train_text_encoder_ti "
+
+TEST(dialects_advanced)
+{
+    comes_to(t, PIVOT("train_dreambooth_lora_sd15_advanced.py") "--output_dir x/y/",
+             "placeholder_token=<s0><s1> num_vectors=2 words_spread=yes words_name=y_emb "
+             "also_kohya=yes also_kohya_name=y instance_prompt=<s0><s1>,thing "
+             "text_encoder_share=0.5 train_text_encoder=no resolution=512 targets=attn "
+             "output_name=pytorch_lora_weights");
+    comes_to(t,
+             PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--caption_column text "
+                                                             "--token_abstraction X "
+                                                             "--num_new_tokens_per_abstraction 3",
+             "caption_swap=X=<s0><s1><s2> instance_prompt= num_vectors=3 resolution=1024");
+    comes_to(t,
+             PIVOT("train_dreambooth_lora_flux_advanced.py") "--train_transformer_frac 0 "
+                                                             "--output_dir o",
+             "method=textual_inversion output_name=o_emb text_encoder_share=1 also_kohya=no");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder "
+                                                             "--train_text_encoder_frac 0.3",
+             "train_text_encoder=yes text_encoder_share=0.3 placeholder_token=");
+    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder",
+               "exclude");
+    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--use_blora", "--targets");
+    is_refused(t, PIVOT("train_dreambooth_lora_flux_advanced.py") "--enable_t5_ti", "T5 learns no");
+    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction A,B",
+               "one word");
+}
+
 /* A script that is not known is named with the nearest that is. */
 TEST(dialects_other_scripts)
 {

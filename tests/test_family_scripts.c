@@ -483,3 +483,78 @@ TEST(scripts_train_dreambooth_flux)
     CHECK(vel_is_file(vel_test_in(t, "out/transformer/config.json")) &&
           vel_is_file(vel_test_in(t, "out/model_index.json")));
 }
+
+/* The deviation of a file's tensor whose name ends so. */
+static double spread_of(vel_test *t, const char *path, const char *name)
+{
+    vel_safetensors *file = NULL;
+    double spread = 0;
+    CHECK_OK(vel_safetensors_open(t->ctx, path, &file));
+    const vel_file_tensor *f = NULL;
+    for (int i = 0; file && i < vel_safetensors_count(file); i++)
+        if (vel_has_suffix(vel_safetensors_at(file, i)->name, name))
+            f = vel_safetensors_at(file, i);
+    CHECK_MSG(f, "%s has no %s", path, name);
+    float *values = f ? vel_test_alloc(t, (size_t)f->count * sizeof *values) : NULL;
+    if (values) {
+        vel_file_tensor_floats(f, 0, f->count, values);
+        spread = vel_spread(values, f->count);
+    }
+    vel_free(t->ctx, values);
+    vel_safetensors_close(file);
+    return spread;
+}
+
+/* A word beside an adapter, in the files of the script; at a rate of next to nothing its values
+ * only come nearer to the table's deviation S: d becomes d (S / d)^0.1 with each step. */
+TEST(scripts_train_dreambooth_lora_sdxl_advanced)
+{
+    static const char *const keys[] = {"clip_l", "clip_g"};
+    CHECK(fabs(vel_spread((const float[]){1, 2, 3, 4}, 4) - 1.2909944487358056) < 1e-12);
+    static const char *const parts[] = {MODEL_FILE("sdxl", "text_encoder/model.safetensors"),
+                                        MODEL_FILE("sdxl", "text_encoder_2/model.safetensors")};
+    for (int steps = 1; steps <= 2; steps++) {
+        char *line = vel_test_text(
+            t,
+            DIFFUSERS("train_dreambooth_lora_sdxl_advanced.py",
+                      "sdxl") "--instance_data_dir "
+                              "\"$D/train/1_x\" --instance_prompt \"a photo of TOK icon\" "
+                              "--train_text_encoder_ti --text_encoder_lr 1e-12 "
+                              "--train_text_encoder_ti_frac 1 "
+                              "--rank 2 --max_train_steps %d --output_dir \"$D/%d\" --no_metadata",
+            steps, steps);
+        run(t, line, (const char *const[]){"words: <s0><s1>, 2 vectors each", NULL});
+        vel_free(t->ctx, line);
+    }
+    check_count(t, "1/1_emb.safetensors", "clip_", 2);
+    check_count(t, "1/1.safetensors", "lora_unet_", program_tensors(t, "1/1.safetensors", ""));
+    check_count(t, "1/pytorch_lora_weights.safetensors", "text_encoder", 0);
+    for (int k = 0; k < 2; k++) {
+        double first = spread_of(t, vel_test_in(t, "1/1_emb.safetensors"), keys[k]);
+        double second = spread_of(t, vel_test_in(t, "2/2_emb.safetensors"), keys[k]);
+        double table = spread_of(t, parts[k], "token_embedding.weight");
+        CHECK_MSG(fabs(second / (first * pow(table / first, 0.1)) - 1) < 1e-4,
+                  "%s: %g, then %g, the table's %g", keys[k], first, second, table);
+    }
+    program_expect(
+        t,
+        "generate --model " MODEL("sdxl") "--embedding \"<s0><s1>=$D/1/1_emb.safetensors\" "
+                                          "--prompt \"a <s0><s1> icon\" --steps 1 "
+                                          "--width 64 --height 64 --output "
+                                          "\"$D/x.png\"",
+        0, (const char *const[]){"x.png", NULL});
+}
+
+TEST(scripts_train_dreambooth_lora_flux_advanced)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_flux_advanced.py",
+                  "flux-dev") "--instance_data_dir "
+                              "\"$D/train/1_x\" --instance_prompt \"a photo of TOK\" --rank 2 "
+                              "--train_text_encoder_ti --initializer_concept cat "
+                              "--num_new_tokens_per_abstraction 1 "
+                              "--max_sequence_length 32 --guidance_scale 1 --max_train_steps 2",
+        (const char *const[]){"words: <s0>, 1 vector each", "is learned and stays", NULL});
+    check_count(t, "out/out_emb.safetensors", "clip_l", 1);
+    check_count(t, "out/pytorch_lora_weights.safetensors", "text_encoder", 0);
+}

@@ -306,6 +306,8 @@ void vel_bf16_floats(const void *from, float *out, int64_t n);
 void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n);
 void vel_floats_f16(const float *from, vel_f16 *out, int64_t n);
 bool vel_all_finite(const float *x, int64_t n);
+/* torch.std: the standard deviation, by n - 1; 0 of fewer than two. */
+double vel_spread(const float *x, int64_t n);
 bool vel_f16_all_finite(const vel_f16 *x, int64_t n);
 bool vel_bf16_all_finite(const vel_bf16 *x, int64_t n);
 

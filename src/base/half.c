@@ -115,6 +115,16 @@ EACH_WIDTH void vel_floats_f16(const float *from, vel_f16 *out, int64_t n)
     }
 }
 
+double vel_spread(const float *x, int64_t n)
+{
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; i < n; i++)
+        mean += (double)x[i] / (double)VEL_MAX(n, 1);
+    for (int64_t i = 0; i < n; i++)
+        squares += ((double)x[i] - mean) * ((double)x[i] - mean);
+    return n > 1 ? sqrt(squares / (double)(n - 1)) : 0;
+}
+
 EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
 {
     uint32_t bad = 0;

@@ -265,6 +265,18 @@ static void insert_trigger(caption_use *u)
     take(u);
 }
 
+/* "TOK=<s0>" */
+static void swap_word(caption_use *u)
+{
+    const char *equals = strchr(u->r->swap, '=');
+    char *word = equals ? vel_strf(u->ctx, "%.*s", (int)(equals - u->r->swap), u->r->swap) : NULL;
+    if (word)
+        replace_all(u, word, equals + 1);
+    else
+        u->a.failed = true;
+    vel_free(u->ctx, word);
+}
+
 bool vel_caption_varies(const vel_caption_rules *r)
 {
     return r->shuffle || r->wildcard || r->tag_dropout > 0 || r->warmup_step > 0;
@@ -280,6 +292,9 @@ vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r)
     if (given(r->trigger) && strchr(r->trigger, ','))
         return vel_fail(ctx, VEL_BAD_VALUE, "--trigger_word: '%s' is more than one word or phrase",
                         r->trigger);
+    if (given(r->swap) && (!strchr(r->swap, '=') || r->swap[0] == '='))
+        return vel_fail(ctx, VEL_BAD_VALUE,
+                        "--caption_swap: '%s' is not WORD=OTHER, such as TOK=<s0><s1>", r->swap);
     return VEL_OK;
 }
 
@@ -300,6 +315,8 @@ vel_status vel_caption_use(vel_ctx *ctx, const vel_caption_rules *r, const char 
     }
     if (given(r->trigger))
         replace_all(&u, "[trigger]", r->trigger);
+    if (given(r->swap))
+        swap_word(&u);
     vel_status st = arrange_tags(&u);
     insert_trigger(&u);
     if (given(r->secondary_separator))

@@ -12,6 +12,7 @@
 typedef struct vel_caption_rules {
     const char *prefix, *suffix;
     const char *trigger;   /* stands for "[trigger]", and is put first where a caption lacks it */
+    const char *swap;      /* "TOK=<s0>": the first becomes the second, wherever it stands */
     const char *style;     /* "tags"; "text": left whole; "auto": tags where parts are short */
     const char *separator; /* of tags; NULL: "," */
     const char *secondary_separator; /* becomes the separator after all else */

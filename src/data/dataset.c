@@ -714,8 +714,9 @@ static vel_status check_options(vel_ctx *ctx, const vel_data_options *o)
 static vel_status keep_how(vel_dataset_inner *d, vel_data_how *how)
 {
     vel_caption_rules *c = &how->captions;
-    const char **texts[] = {&how->filter,      &how->masks, &c->prefix,    &c->suffix,
-                            &c->trigger,       &c->style,   &c->separator, &c->secondary_separator,
+    const char **texts[] = {&how->filter,      &how->masks,   &c->prefix,
+                            &c->suffix,        &c->trigger,   &c->swap,
+                            &c->style,         &c->separator, &c->secondary_separator,
                             &c->keep_separator};
     for (int k = 0; k < VEL_COUNT(texts); k++)
         if (*texts[k] && !(*texts[k] = vel_arena_strdup(d->arena, *texts[k])))

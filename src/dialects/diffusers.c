@@ -10,13 +10,15 @@
 #define T2I_LORA (TEXT_TO_IMAGE_LORA | TEXT_TO_IMAGE_LORA_SDXL)
 #define T2I_FULL (TEXT_TO_IMAGE | TEXT_TO_IMAGE_SDXL)
 #define T2I (T2I_LORA | T2I_FULL | BANANA)
-#define DB_LORA (DREAMBOOTH_LORA | DREAMBOOTH_LORA_SDXL | DREAMBOOTH_LORA_FLOWS)
+#define XL (DREAMBOOTH_LORA_SDXL | ADVANCED_SDXL)
+#define DB_LORA (DREAMBOOTH_LORA | XL | ADVANCED_SD15 | DREAMBOOTH_LORA_FLOWS)
 #define LORA (DB_LORA | T2I_LORA | BANANA)
 #define TI TEXTUAL_INVERSIONS
 #define SD3 (DREAMBOOTH_LORA_SD3 | DREAMBOOTH_SD3)
-#define FLUX (DREAMBOOTH_LORA_FLUX | DREAMBOOTH_FLUX)
-#define LARGE_PICTURES (DREAMBOOTH_LORA_SDXL | TEXT_TO_IMAGE_LORA_SDXL | TEXT_TO_IMAGE_SDXL)
-#define WITH_TEXT (DREAMBOOTH_LORA_SDXL | SD3 | FLUX)
+#define FLUX_LORA (DREAMBOOTH_LORA_FLUX | ADVANCED_FLUX)
+#define FLUX (FLUX_LORA | DREAMBOOTH_FLUX)
+#define LARGE_PICTURES (XL | TEXT_TO_IMAGE_LORA_SDXL | TEXT_TO_IMAGE_SDXL)
+#define WITH_TEXT (XL | ADVANCED_SD15 | SD3 | FLUX)
 #define NOTHING_SENT "nothing is sent to or fetched from a network"
 #define OWN_LOG "OUTPUT_DIR/NAME.log.jsonl has a line a step, and a report is written at the end"
 #define FILTERS "nearest,nearest_exact,bilinear,bicubic,box,hamming,lanczos"
@@ -56,17 +58,17 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(DIFFUSERS & ~LARGE_PICTURES, "resolution", KIND_INT, "512", "resolution"),
     SET(LARGE_PICTURES, "resolution", KIND_INT, "1024", "resolution"),
     RULE(DIFFUSERS, "center_crop", KIND_SWITCH, NULL, "without it another crop each time"),
-    SET(T2I | DB_LARGE, "random_flip", KIND_SWITCH, NULL, "flip"),
-    RULE((LORA & ~FLOWS) | T2I_FULL | DREAMBOOTH_LORA_LUMINA2 | DREAMBOOTH_FLUX,
+    SET((T2I | DB_LARGE) & ~ADVANCED_SD15, "random_flip", KIND_SWITCH, NULL, "flip"),
+    RULE((LORA & ~FLOWS) | T2I_FULL | DREAMBOOTH_LORA_LUMINA2 | DREAMBOOTH_FLUX | ADVANCED_FLUX,
          "image_interpolation_mode", KIND_TEXT, "lanczos", "resize_filter", FILTERS),
     SET(TI, "repeats", KIND_INT, "100", "repeats"),
     IDLE(DIFFUSERS, "dataloader_num_workers", KIND_INT, "0",
          "threads of its own read ahead (--data_threads)"),
     /* output */
-    SET(DREAMBOOTH_LORA | DREAMBOOTH_LORA_SDXL, "output_dir", KIND_TEXT, "lora-dreambooth-model",
+    SET(DREAMBOOTH_LORA | XL | ADVANCED_SD15, "output_dir", KIND_TEXT, "lora-dreambooth-model",
         "output_dir"),
     SET(SD3, "output_dir", KIND_TEXT, "sd3-dreambooth", "output_dir"),
-    SET(DREAMBOOTH_LORA_FLUX, "output_dir", KIND_TEXT, "flux-dreambooth-lora", "output_dir"),
+    SET(FLUX_LORA, "output_dir", KIND_TEXT, "flux-dreambooth-lora", "output_dir"),
     SET(DREAMBOOTH_LORA_SANA, "output_dir", KIND_TEXT, "sana-dreambooth-lora", "output_dir"),
     SET(DREAMBOOTH_LORA_LUMINA2, "output_dir", KIND_TEXT, "lumina2-dreambooth-lora", "output_dir"),
     SET(DREAMBOOTH_FLUX, "output_dir", KIND_TEXT, "flux-dreambooth", "output_dir"),
@@ -120,9 +122,9 @@ const vel_dialect_row vel_diffusers_rows[] = {
     RULE(DB_SMALL | WITH_TEXT | TEXT_TO_IMAGE_LORA_SDXL, "train_text_encoder", KIND_SWITCH, NULL,
          "train_text_encoder"),
     /* loss */
-    SET(DREAMBOOTH | T2I | DREAMBOOTH_LORA_SDXL, "snr_gamma", KIND_FLOAT, NULL, "min_snr_gamma"),
+    SET(DREAMBOOTH | T2I | XL | ADVANCED_SD15, "snr_gamma", KIND_FLOAT, NULL, "min_snr_gamma"),
     RULE(DREAMBOOTH, "offset_noise", KIND_SWITCH, NULL, "noise_offset 0.1"),
-    SET(T2I, "noise_offset", KIND_FLOAT, "0", "noise_offset"),
+    SET(T2I | ADVANCED_SDXL | ADVANCED_SD15, "noise_offset", KIND_FLOAT, "0", "noise_offset"),
     SET(TEXT_TO_IMAGE, "input_perturbation", KIND_FLOAT, "0", "ip_noise_gamma"),
     RULE(T2I, "prediction_type", KIND_TEXT, NULL, "the model folder's scheduler says it"),
     SET(TEXT_TO_IMAGE, "dream_training", KIND_SWITCH, NULL, "dream_training"),
@@ -178,7 +180,8 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(TI, "learnable_property", KIND_TEXT, "object", "learnable_property"),
     SET(TI, "num_vectors", KIND_INT, "1", "num_vectors"),
     /* larger families */
-    SET(LARGE_PICTURES, "pretrained_vae_model_name_or_path", KIND_TEXT, NULL, "vae"),
+    SET(LARGE_PICTURES | ADVANCED_SD15, "pretrained_vae_model_name_or_path", KIND_TEXT, NULL,
+        "vae"),
     SET(TEXT_TO_IMAGE_SDXL, "proportion_empty_prompts", KIND_FLOAT, "0", "caption_dropout"),
     SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_strategy", KIND_TEXT, "none", "timestep_bias_strategy",
         NULL, "later,earlier,range,none"),
@@ -187,24 +190,28 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_begin", KIND_INT, "0", "timestep_bias_begin"),
     SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_end", KIND_INT, "1000", "timestep_bias_end"),
     SET(TEXT_TO_IMAGE_SDXL, "timestep_bias_portion", KIND_FLOAT, "0.25", "timestep_bias_portion"),
-    SET(DREAMBOOTH_LORA_SDXL, "do_edm_style_training", KIND_SWITCH, NULL, "edm_style_loss",
+    SET(XL, "do_edm_style_training", KIND_SWITCH, NULL, "edm_style_loss",
         "of models that predict noise the loss is the usual one; EDM's own scheduler is not read"),
     SET(DREAMBOOTH_LORA_SDXL, "output_kohya_format", KIND_SWITCH, NULL, "also_kohya"),
-    SET(DREAMBOOTH_LORA_SDXL, "use_dora", KIND_SWITCH, NULL, "use_dora"),
+    SET(XL | ADVANCED_SD15, "use_dora", KIND_SWITCH, NULL, "use_dora"),
     SET(WITH_TEXT, "text_encoder_lr", KIND_FLOAT, "5e-6", "text_encoder_lr"),
-    RULE(DB_LARGE, "optimizer", KIND_TEXT, "AdamW", "optimizer: AdamW or Prodigy"),
+    RULE(DB_LARGE & ~ADVANCED_SD15, "optimizer", KIND_TEXT, "AdamW", "optimizer: AdamW or Prodigy"),
+    RULE(ADVANCED_SD15, "optimizer", KIND_TEXT, "adamW", "optimizer: AdamW or Prodigy"),
     RULE(DB_LARGE, "prodigy_beta3", KIND_FLOAT, NULL, "optimizer_args, of Prodigy"),
     RULE(DB_LARGE, "prodigy_decouple", KIND_TEXT, "True", "optimizer_args, of Prodigy"),
     RULE(DB_LARGE, "prodigy_use_bias_correction", KIND_TEXT, "True", "optimizer_args, of Prodigy"),
     RULE(DB_LARGE, "prodigy_safeguard_warmup", KIND_TEXT, "True", "optimizer_args, of Prodigy"),
-    RULE(DB_LARGE & ~DREAMBOOTH_LORA_LUMINA2, "adam_weight_decay_text_encoder", KIND_FLOAT, "1e-03",
+    RULE(ADVANCED_SDXL | ADVANCED_SD15, "adam_weight_decay_text_encoder", KIND_FLOAT, NULL,
+         "one decay goes for all: --adam_weight_decay"),
+    RULE(DB_LARGE & ~DREAMBOOTH_LORA_LUMINA2 & ~ADVANCED_SDXL & ~ADVANCED_SD15,
+         "adam_weight_decay_text_encoder", KIND_FLOAT, "1e-03",
          "one decay goes for all: --adam_weight_decay"),
     SET(SD3, "max_sequence_length", KIND_INT, "77", "max_sequence_length"),
-    SET(DREAMBOOTH_LORA_FLUX, "max_sequence_length", KIND_INT, "512", "max_sequence_length"),
+    SET(FLUX_LORA, "max_sequence_length", KIND_INT, "512", "max_sequence_length"),
     SET(DREAMBOOTH_FLUX, "max_sequence_length", KIND_INT, "77", "max_sequence_length"),
     SET(DREAMBOOTH_LORA_SANA, "max_sequence_length", KIND_INT, "300", "max_sequence_length"),
     SET(DREAMBOOTH_LORA_LUMINA2, "max_sequence_length", KIND_INT, "256", "max_sequence_length"),
-    SET(DREAMBOOTH_LORA_FLUX | DREAMBOOTH_LORA_SANA, "lora_alpha", KIND_INT, "4", "alpha"),
+    SET(FLUX_LORA | DREAMBOOTH_LORA_SANA, "lora_alpha", KIND_INT, "4", "alpha"),
     SET(FLUX, "guidance_scale", KIND_FLOAT, "3.5", "guidance_scale"),
     SET(SD3, "weighting_scheme", KIND_TEXT, "logit_normal", "weighting_scheme", NULL,
         "sigma_sqrt,logit_normal,mode,cosmap,none"),
@@ -216,7 +223,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
     SET(SD3, "precondition_outputs", KIND_INT, "1", "precondition_outputs"),
     RULE(DREAMBOOTH_LORA_FLOWS, "lora_layers", KIND_TEXT, NULL, "targets"),
     RULE(DREAMBOOTH_LORA_SD3, "lora_blocks", KIND_TEXT, NULL, "targets, of these blocks"),
-    IDLE(DREAMBOOTH_LORA_FLOWS, "cache_latents", KIND_SWITCH, NULL,
+    IDLE(DREAMBOOTH_LORA_FLOWS | ADVANCED, "cache_latents", KIND_SWITCH, NULL,
          "pictures are encoded once and kept"),
     IDLE(DREAMBOOTH_LORA_FLOWS, "upcast_before_saving", KIND_SWITCH, NULL,
          "trained values are float32, and so is the file"),
@@ -228,7 +235,32 @@ const vel_dialect_row vel_diffusers_rows[] = {
          "parts rest when they are not used"),
     IDLE(DREAMBOOTH_LORA_SANA, "enable_vae_tiling", KIND_SWITCH, NULL,
          "--fit chooses what stays small"),
-    IDLE(FLUX | DREAMBOOTH_LORA_SANA | TEXT_TO_IMAGE_LORA_SDXL | TEXT_TO_IMAGE_SDXL,
+    IDLE((FLUX & ~ADVANCED_FLUX) | DREAMBOOTH_LORA_SANA | TEXT_TO_IMAGE_LORA_SDXL |
+             TEXT_TO_IMAGE_SDXL,
          "enable_npu_flash_attention", KIND_SWITCH, NULL, "it is for other devices"),
     IDLE(TEXT_TO_IMAGE_LORA_SDXL, "debug_loss", KIND_SWITCH, NULL, OWN_LOG),
+    /* words beside an adapter */
+    RULE(ADVANCED, "train_text_encoder_ti", KIND_SWITCH, NULL,
+         "placeholder_token, words_spread: a new word is learned beside the adapter"),
+    RULE(ADVANCED, "token_abstraction", KIND_TEXT, "TOK",
+         "one word; it becomes <s0><s1> in the prompts, and caption_swap in captions"),
+    RULE(ADVANCED_SDXL | ADVANCED_SD15, "num_new_tokens_per_abstraction", KIND_INT, "2",
+         "num_vectors"),
+    RULE(ADVANCED_FLUX, "num_new_tokens_per_abstraction", KIND_INT, NULL,
+         "num_vectors; without it 2"),
+    RULE(ADVANCED_FLUX, "initializer_concept", KIND_TEXT, NULL,
+         "initializer_token; --num_new_tokens_per_abstraction counts here"),
+    RULE(ADVANCED, "train_text_encoder_ti_frac", KIND_FLOAT, "0.5", "text_encoder_share"),
+    RULE(ADVANCED, "train_text_encoder_frac", KIND_FLOAT, "1.0", "text_encoder_share"),
+    RULE(ADVANCED_FLUX, "train_transformer_frac", KIND_FLOAT, "1.0",
+         "1; 0: the word alone is learned"),
+    REFUSED(ADVANCED_FLUX, "enable_t5_ti", KIND_SWITCH, NULL,
+            "T5 learns no words here: CLIP does, without the flag"),
+    IDLE(ADVANCED_SDXL, "clip_skip", KIND_INT, NULL,
+         "SDXL's own layer is taken; --clip_skip of velatura train counts from the last one"),
+    REFUSED(ADVANCED_SDXL, "lora_unet_blocks", KIND_TEXT, NULL,
+            "--targets takes patterns, such as '*up_blocks.0.attentions.0.*.to_?'"),
+    REFUSED(ADVANCED_SDXL, "use_blora", KIND_SWITCH, NULL,
+            "--targets takes patterns: its blocks are '*up_blocks.0.attentions.0.*' and "
+            "'*up_blocks.0.attentions.1.*'"),
     {0}};

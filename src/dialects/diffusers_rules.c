@@ -165,7 +165,8 @@ static vel_status family_rules(vel_line *l)
         return VEL_OK;
     if (optimizer && (strcmp(optimizer, "prodigy") == 0 || strcmp(optimizer, "Prodigy") == 0))
         VEL_TRY(prodigy_rules(l));
-    else if (optimizer && strcmp(optimizer, "AdamW") != 0 && strcmp(optimizer, "adamw") != 0)
+    else if (optimizer && strcmp(optimizer, "AdamW") != 0 && strcmp(optimizer, "adamw") != 0 &&
+             strcmp(optimizer, "adamW") != 0)
         return vel_line_refuse(l, "optimizer", "%s; AdamW and prodigy are", optimizer);
     if (vel_line_given(l, "adam_weight_decay_text_encoder"))
         return vel_line_refuse(l, "adam_weight_decay_text_encoder",
@@ -222,9 +223,9 @@ static vel_status adapter_rules(vel_line *l)
         const char *targets;
     } own[] = {
         {DREAMBOOTH_LORA_SD3, "*.attn.to_?,*.attn.to_out.0,*.attn.add_?_proj,*.attn.to_add_out"},
-        {DREAMBOOTH_LORA_FLUX, "*.attn.to_?,*.attn.to_out.0,*.attn.add_?_proj,"
-                               "*.attn.to_add_out,*.ff.net.0.proj,*.ff.net.2,"
-                               "*.ff_context.net.0.proj,*.ff_context.net.2"},
+        {DREAMBOOTH_LORA_FLUX | ADVANCED_FLUX, "*.attn.to_?,*.attn.to_out.0,*.attn.add_?_proj,"
+                                               "*.attn.to_add_out,*.ff.net.0.proj,*.ff.net.2,"
+                                               "*.ff_context.net.0.proj,*.ff_context.net.2"},
         {DREAMBOOTH_LORA_SANA | DREAMBOOTH_LORA_LUMINA2, "*.to_k,*.to_q,*.to_v"}};
     const char *targets = "attn";
     for (int i = 0; i < VEL_COUNT(own); i++)
@@ -237,6 +238,98 @@ static vel_status adapter_rules(vel_line *l)
     VEL_TRY(vel_line_set(l, "output_dir", "output_name", "pytorch_lora_weights"));
     VEL_TRY(vel_line_set(l, "output_dir", "save_format", "diffusers"));
     return vel_line_set(l, "output_dir", "save_precision", "float");
+}
+
+/* A flag's text with a word become another, into a setting; nothing where it is not given. */
+static vel_status swap_in(vel_line *l, const char *flag, const char *setting, const char *word,
+                          const char *other)
+{
+    const char *text = vel_line_value(l, flag), *at;
+    vel_text t;
+    if (!text)
+        return VEL_OK;
+    vel_text_init(&t, l->ctx);
+    for (; (at = strstr(text, word)); text = at + strlen(word))
+        vel_text_addf(&t, "%.*s%s", (int)(at - text), text, other);
+    vel_text_add(&t, text);
+    vel_status st = t.failed ? VEL_NO_MEMORY : vel_line_set(l, flag, setting, "%s", t.s ? t.s : "");
+    vel_text_finish(&t);
+    return st;
+}
+
+/* The advanced scripts' new word: TOK of the prompts and captions is <s0><s1>..., a word of so many
+ * vectors here, of which each is a token there. */
+static vel_status pivot_rules(vel_line *l)
+{
+    const char *word = vel_line_value(l, "token_abstraction");
+    const char *number = vel_line_value(l, "num_new_tokens_per_abstraction");
+    const char *concept = vel_line_value(l, "initializer_concept");
+    int n = number ? atoi(number) : 2;
+    char token[1024] = "", swap[1200];
+    if (!*word || strpbrk(word, ", ="))
+        return vel_line_refuse(l, "token_abstraction", "'%s'; one word such as TOK is", word);
+    if (n < 1 || n > 64)
+        return vel_line_refuse(l, "num_new_tokens_per_abstraction", "%d; 1 to 64 are", n);
+    for (int i = 0; i < n; i++)
+        snprintf(token + strlen(token), sizeof token - strlen(token), "<s%d>", i);
+    snprintf(swap, sizeof swap, "%s=%s", word, token);
+    VEL_TRY(vel_line_set(l, "token_abstraction", "placeholder_token", "%s", token));
+    VEL_TRY(vel_line_set(l, "token_abstraction", "num_vectors", "%d", n));
+    VEL_TRY(vel_line_set(l, "token_abstraction", "words_spread", "yes"));
+    VEL_TRY(vel_line_set(l, "token_abstraction", "words_by_encoder", "yes"));
+    VEL_TRY(vel_line_set(l, "token_abstraction", "learnable_property", "captions"));
+    if (concept)
+        VEL_TRY(vel_line_set(l, "initializer_concept", "initializer_token", "%s", concept));
+    if (vel_line_given(l, "caption_column"))
+        VEL_TRY(vel_line_set(l, "token_abstraction", "caption_swap", "%s", swap));
+    else
+        VEL_TRY(swap_in(l, "instance_prompt", "instance_prompt", word, token));
+    VEL_TRY(swap_in(l, "class_prompt", "class_prompt", word, token));
+    return swap_in(l, "validation_prompt", "sample_prompts", word, token);
+}
+
+/* OUTPUT_DIR's own name, which the advanced scripts give to files in it. */
+static const char *folder_name(vel_line *l)
+{
+    char *path = vel_arena_strdup(l->arena, vel_line_value(l, "output_dir"));
+    for (size_t n = path ? strlen(path) : 0; n > 1 && path[n - 1] == '/'; n--)
+        path[n - 1] = 0;
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    return slash && slash[1] ? slash + 1 : path;
+}
+
+static vel_status advanced_rules(vel_line *l)
+{
+    bool words = vel_line_on(l, "train_text_encoder_ti"),
+         text = vel_line_on(l, "train_text_encoder");
+    double transformer = vel_line_number(l, "train_transformer_frac", 1);
+    const char *name = folder_name(l);
+    const char *share = words ? "train_text_encoder_ti_frac" : "train_text_encoder_frac";
+    if (!name)
+        return VEL_NO_MEMORY;
+    if (words && text)
+        return vel_fail(l->ctx, VEL_BAD_VALUE,
+                        "%s: --train_text_encoder and --train_text_encoder_ti exclude each other",
+                        l->script->name);
+    if (transformer != 1 && !(words && transformer == 0))
+        return vel_line_refuse(l, "train_transformer_frac",
+                               "1 is, and 0 with --train_text_encoder_ti");
+    VEL_TRY(adapter_rules(l));
+    if (l->script->bit != ADVANCED_FLUX) {
+        VEL_TRY(vel_line_set(l, "output_dir", "also_kohya", "yes"));
+        VEL_TRY(vel_line_set(l, "output_dir", "also_kohya_name", "%s", name));
+    }
+    if (words || text)
+        VEL_TRY(vel_line_set(l, share, "text_encoder_share", "%s", vel_line_value(l, share)));
+    if (!words)
+        return VEL_OK;
+    VEL_TRY(pivot_rules(l));
+    if (transformer == 0) {
+        VEL_TRY(vel_line_set(l, "output_dir", "output_name", "%s_emb", name));
+        VEL_TRY(vel_line_set(l, "train_transformer_frac", "text_encoder_share", "1"));
+        return vel_line_set(l, "train_transformer_frac", "method", "textual_inversion");
+    }
+    return vel_line_set(l, "output_dir", "words_name", "%s_emb", name);
 }
 
 static vel_status kind_rules(vel_line *l)
@@ -259,6 +352,11 @@ static vel_status kind_rules(vel_line *l)
         VEL_TRY(vel_line_set(l, "output_dir", "save_precision", "float"));
         VEL_TRY(vel_line_set(l, "pretrained_model_name_or_path", "method", "full"));
         VEL_TRY(vel_line_set(l, "output_dir", "output_name", "."));
+        break;
+    case ADVANCED_SD15:
+    case ADVANCED_SDXL:
+    case ADVANCED_FLUX:
+        VEL_TRY(advanced_rules(l));
         break;
     case BANANA:
         VEL_TRY(adapter_rules(l));

@@ -73,6 +73,12 @@ const vel_script vel_scripts[] = {
      vel_diffusers_rules, "all weights of SD 3, by DreamBooth"},
     {"train_dreambooth_flux.py", "diffusers", DREAMBOOTH_FLUX, vel_diffusers_rows,
      vel_diffusers_rules, "all weights of FLUX.1, by DreamBooth"},
+    {"train_dreambooth_lora_sdxl_advanced.py", "diffusers", ADVANCED_SDXL, vel_diffusers_rows,
+     vel_diffusers_rules, "an adapter of SDXL and a new word"},
+    {"train_dreambooth_lora_sd15_advanced.py", "diffusers", ADVANCED_SD15, vel_diffusers_rows,
+     vel_diffusers_rules, "an adapter and a new word"},
+    {"train_dreambooth_lora_flux_advanced.py", "diffusers", ADVANCED_FLUX, vel_diffusers_rows,
+     vel_diffusers_rules, "an adapter of FLUX.1 and a new word"},
     {"train_banana_lora.py", "the style lesson", BANANA, vel_diffusers_rows, vel_diffusers_rules,
      "an adapter"},
     {0}};

@@ -198,6 +198,19 @@ vel_status vel_model_embedding(vel_model *m, int k, int32_t id, float *out)
     return there ? VEL_OK : vel_fail(m->ctx, VEL_BUG, "the table has no row %d", id);
 }
 
+vel_status vel_model_embedding_spread(vel_model *m, int k, double *out)
+{
+    float *table = NULL;
+    int64_t n = 0;
+    char *path = path_in(m, k, table_name);
+    if (!path)
+        return VEL_NO_MEMORY;
+    VEL_TRY(vel_model_read_weight(m, path, &table, &n));
+    *out = vel_spread(table, n);
+    vel_free(m->ctx, table);
+    return VEL_OK;
+}
+
 vel_status vel_model_set_worded_ids(vel_model *m, vel_plan *p, int k, const char *name,
                                     const int32_t *ids, int count)
 {

@@ -202,6 +202,8 @@ vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, cons
 vel_status vel_model_add_words(vel_model *m, const char *path, const char *name);
 /* The row of text encoder k's table for an id of its tokenizer's own: out [width]. */
 vel_status vel_model_embedding(vel_model *m, int k, int32_t id, float *out);
+/* The standard deviation of all its values. */
+vel_status vel_model_embedding_spread(vel_model *m, int k, double *out);
 /* How graphs get the words; NULL: there are none. */
 struct vel_words;
 const struct vel_words *vel_model_words(const vel_model *m);

@@ -48,7 +48,7 @@ const char *vel_keep_ending(const train_session *s)
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
 static const char may_differ[] =
     "variant,device,memory,data_threads,gradient_checkpointing,cache_to_disk,steps,epochs,resume,"
-    "overwrite,words_apart,"
+    "overwrite,words_apart,words_by_encoder,words_name,also_kohya*,"
     "dry_run,compare_images,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,"
     "sample_*,"
     "validation_every,validate_every_n_epochs,validation_times";
@@ -590,6 +590,8 @@ static vel_status export_words(train_session *s, const char *path, const char *f
     vel_word *words;
     int n;
     VEL_TRY(vel_words_trained(s, &words, &n));
+    for (int i = 0; i < n && s->o->words_by_encoder; i++)
+        words[i].encoder = words[i].encoder ? words[i].encoder : vel_words_encoder_name(0);
     bool apart = s->o->words_apart && n && words[0].encoder && strcmp(form, "diffusers") == 0;
     vel_status st = apart ? export_apart(s, path, words, n, meta)
                           : vel_words_write(s->ctx, path, words, n, form,
@@ -611,7 +613,10 @@ static vel_status export_adapter(train_session *s, const char *path, json_t *met
     if (!s->n_words || bundle)
         return VEL_OK;
     int stem = (int)(strlen(path) - strlen(".safetensors"));
-    char *beside = vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
+    const char *slash = strrchr(path, '/'), *name = s->o->words_name;
+    char *beside =
+        name ? vel_arena_strf(s->arena, "%.*s/%s.safetensors", (int)(slash - path), path, name)
+             : vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
     return beside ? export_words(s, beside, "diffusers", meta) : VEL_NO_MEMORY;
 }
 
@@ -621,7 +626,9 @@ static vel_status export_kohya(train_session *s, const char *path)
     int stem = (int)(strlen(path) - strlen(".safetensors"));
     if (!s->o->also_kohya || !s->n_sites || strcmp(format_of(s), "kohya") == 0)
         return VEL_OK;
-    char *beside = vel_arena_strf(s->arena, "%.*s_kohya.safetensors", stem, path);
+    const char *name = s->o->also_kohya_name;
+    char *beside = name ? vel_arena_strf(s->arena, "%s/%s.safetensors", s->o->output_dir, name)
+                        : vel_arena_strf(s->arena, "%.*s_kohya.safetensors", stem, path);
     if (!beside)
         return VEL_NO_MEMORY;
     json_t *meta = s->o->no_metadata ? json_object() : vel_keep_metadata(s);

@@ -151,6 +151,17 @@ static vel_status start_from_file(train_session *s, int k, const char *word, int
     return st;
 }
 
+/* Normal noise of the table's deviation. */
+static vel_status start_random(train_session *s, int k, const char *word, int n, float *out)
+{
+    int64_t count = (int64_t)n * width_of(s, k);
+    vel_random_normal((uint64_t)s->o->seed, vel_hash64(word, strlen(word), (uint64_t)k), 0, out,
+                      count);
+    for (int64_t i = 0; i < count; i++)
+        out[i] = (float)(out[i] * s->word_spread[k]);
+    return VEL_OK;
+}
+
 /* In text encoder k. */
 static vel_status add_word_in(train_session *s, int k, const char *word, const char *start)
 {
@@ -161,6 +172,8 @@ static vel_status add_word_in(train_session *s, int k, const char *word, const c
         return VEL_NO_MEMORY;
     if (o->embedding_weights && o->embedding_weights[0])
         VEL_TRY(start_from_file(s, k, word, o->num_vectors, values));
+    else if (o->words_spread && !(start && start[0]))
+        VEL_TRY(start_random(s, k, word, o->num_vectors, values));
     else if (start && start[0])
         VEL_TRY(start_from(s, k, start, o->num_vectors, values));
     else
@@ -190,11 +203,14 @@ static vel_status add_word(train_session *s, int i)
 /* Where no template is asked for, the words must stand in the captions. */
 static vel_status check_captions(train_session *s)
 {
+    const char *swap = s->o->captions.swap, *equals = swap ? strchr(swap, '=') : NULL;
+    char *word = equals ? vel_arena_strf(s->arena, "%.*s", (int)(equals - swap), swap) : NULL;
     int without = 0;
     for (int i = 0; i < s->data->n; i++) {
         bool found = false;
         for (int k = 0; k < s->n_words; k++)
             found |= strstr(s->data->samples[i].caption, s->word_names[k]) != NULL;
+        found |= word && strstr(s->data->samples[i].caption, word);
         without += !found;
     }
     if (without == s->data->n)
@@ -204,6 +220,19 @@ static vel_status check_captions(train_session *s)
                         s->word_names[0]);
     if (without)
         vel_log(s->ctx, 2, "%d of %d captions have no new word", without, s->data->n);
+    return VEL_OK;
+}
+
+static vel_status read_spreads(train_session *s)
+{
+    if (!s->o->words_spread)
+        return VEL_OK;
+    s->word_spread = vel_arena_alloc(s->arena, VEL_MAX_TEXTS * sizeof *s->word_spread);
+    if (!s->word_spread)
+        return VEL_NO_MEMORY;
+    for (int k = 0; k < vel_model_texts(s->model); k++)
+        if (s->word_texts >> k & 1)
+            VEL_TRY(vel_model_embedding_spread(s->model, k, &s->word_spread[k]));
     return VEL_OK;
 }
 
@@ -220,6 +249,7 @@ vel_status vel_words_prepare(train_session *s)
                         "CLIP's",
                         vel_model_family(s->model)->title);
     s->texts |= s->word_texts;
+    VEL_TRY(read_spreads(s));
     for (int i = 0; i < MOST_WORDS; i++) {
         const char *word = item_of(s->arena, o->placeholder_token, i);
         if (word)
@@ -283,6 +313,29 @@ static const vel_trainable *rows_of(const train_session *s, int k)
         if (strcmp(vel_engine_trainable_at(e, i)->path, s->words.of[k].path) == 0)
             return vel_engine_trainable_at(e, i);
     return NULL;
+}
+
+/* As TokenEmbeddingsHandler.retract_embeddings of diffusers' advanced scripts: times the tenth root
+ * of the table's deviation over theirs. */
+vel_status vel_words_draw_to_spread(train_session *s)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    for (int k = 0; s->word_spread && !s->text_frozen && k < vel_model_texts(s->model); k++) {
+        const vel_trainable *rows = s->word_texts >> k & 1 ? rows_of(s, k) : NULL;
+        if (!rows)
+            continue;
+        float *values = vel_alloc(s->ctx, (size_t)rows->count * sizeof *values);
+        if (!values)
+            return VEL_NO_MEMORY;
+        vel_engine_read_trainables(e, 'v', rows->offset, rows->count, values);
+        double own = vel_spread(values, rows->count);
+        double by = own > 0 ? pow(s->word_spread[k] / own, 0.1) : 1;
+        for (int64_t i = 0; i < rows->count; i++)
+            values[i] = (float)(values[i] * by);
+        vel_engine_write_trainables(e, 'v', rows->offset, rows->count, values);
+        vel_free(s->ctx, values);
+    }
+    return VEL_OK;
 }
 
 /* Word i as text encoder k has it. */

@@ -307,6 +307,13 @@ static vel_status count_steps(train_session *s)
     vel_epoch_destroy(first);
     s->steps_per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
     s->steps = s->o->epochs > 0 ? s->o->epochs * s->steps_per_epoch : s->o->steps;
+    s->stop_text = s->o->stop_text_encoder_training;
+    if (s->o->text_encoder_share < 1) { /* whole epochs, as the scripts count; of few, steps */
+        int64_t epochs = (s->steps + s->steps_per_epoch - 1) / s->steps_per_epoch;
+        int64_t whole = (int64_t)(s->o->text_encoder_share * (double)epochs);
+        s->stop_text = whole ? whole * s->steps_per_epoch
+                             : VEL_MAX(1, (int64_t)(s->o->text_encoder_share * (double)s->steps));
+    }
     s->initial_step = s->o->initial_step > 0
                           ? s->o->initial_step
                           : VEL_MAX(0, s->o->initial_epoch - 1) * s->steps_per_epoch;
@@ -596,6 +603,7 @@ static vel_status one_step(train_session *s, double *loss, double *norm)
     VEL_TRY(vel_engine_update(e, clip / factor, rate_of, s));
     if (o->scale_weight_norms > 0 && s->trained.n_adaptions)
         VEL_TRY(limit_norms(s));
+    VEL_TRY(vel_words_draw_to_spread(s));
     return o->use_ema ? vel_engine_average(e, vel_average_decay(o, s->step + 1)) : VEL_OK;
 }
 
@@ -679,7 +687,7 @@ static vel_status step_until_done(train_session *s)
     double smooth = NAN;
     for (s->step = s->first_step; s->step < s->steps;) {
         double start = vel_now(), waited = s->feed_wait, loss = NAN, norm = NAN;
-        if (o->stop_text_encoder_training > 0 && s->step >= o->stop_text_encoder_training)
+        if (s->stop_text > 0 && s->step >= s->stop_text)
             VEL_TRY(freeze_text(s));
         VEL_TRY(one_step(s, &loss, &norm));
         s->step++;

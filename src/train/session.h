@@ -83,6 +83,8 @@ typedef struct train_session {
     vel_words words;
     char **word_names;
     int n_words;
+    double *word_spread;                 /* [text encoder] deviation of its table; NULL: none */
+    int64_t stop_text;                   /* steps after which text encoder and words stay; 0 */
     unsigned word_texts;                 /* text encoders that learn them, a bit each */
     const char *property;                /* learnable_property, resolved */
     unsigned texts;                      /* bit k: text encoder k runs in each step */
@@ -205,6 +207,7 @@ bool vel_words_in_sentences(const vel_train_options *o); /* so that no captions 
 vel_status vel_words_prepare(train_session *s);          /* after the model is open */
 const char *vel_words_sentence(train_session *s, int i); /* NULL: no more, or none wanted */
 void vel_words_describe(const train_session *s, vel_text *t);
+vel_status vel_words_draw_to_spread(train_session *s);
 bool vel_words_are_at(const train_session *s, const char *path); /* is the trained value theirs? */
 /* An entry for each word and text encoder that learns it; vel_words_free. */
 vel_status vel_words_trained(train_session *s, vel_word **out, int *n);

@@ -118,6 +118,9 @@ typedef struct vel_train_options {
     int save_every, save_every_n_epochs, keep_last;
     bool no_metadata;
     bool also_kohya;
+    const char *also_kohya_name, *words_name;
+    bool words_spread, words_by_encoder;
+    double text_encoder_share;
     bool words_apart;      /* a file of words for each text encoder */
     const char *thumbnail; /* a file or "data:..."; NULL: none */
     const char *metadata;  /* of all metadata_... settings; they are read from the settings */

@@ -73,7 +73,9 @@ def peers(kohya, diffusers):
                  "train_text_to_image", "textual_inversion", "train_dreambooth_lora_sdxl",
                  "train_dreambooth_lora_sd3", "train_dreambooth_lora_flux", "train_dreambooth_lora_sana",
                  "train_dreambooth_lora_lumina2", "train_text_to_image_lora_sdxl", "textual_inversion_sdxl",
-                 "train_text_to_image_sdxl", "train_dreambooth_sd3", "train_dreambooth_flux"):
+                 "train_text_to_image_sdxl", "train_dreambooth_sd3", "train_dreambooth_flux",
+                 "train_dreambooth_lora_sdxl_advanced", "train_dreambooth_lora_sd15_advanced",
+                 "train_dreambooth_lora_flux_advanced"):
         tree = ast.parse(find(diffusers, name + ".py").read_text())
         parse = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "parse_args"][0]
         out[name + ".py"] = arguments(parse, {}, {})
