@@ -20,6 +20,7 @@ typedef struct three_sizes {
 /* What is done with V channels of each half at one place: sums of the convolution (bias included)
  * in, at the picture's element that they belong to. channels: as in three_sizes. */
 template <typename T> struct write_plainly {
+    static constexpr int BLOCKS = 4; /* of a multiprocessor, for which registers suffice */
     T *out;
     template <int V>
     __device__ __forceinline__ void operator()(int64_t place, int c, int channels,
@@ -31,6 +32,7 @@ template <typename T> struct write_plainly {
 
 /* times the slope of the activation at x: the gradient to what came before it */
 template <typename T, int ACT> struct write_with_slope {
+    static constexpr int BLOCKS = 4;
     const T *x;
     T *out;
     template <int V>
@@ -48,6 +50,7 @@ template <typename T, int ACT> struct write_with_slope {
 
 /* first half * act(second half) */
 template <typename T, int ACT> struct write_gated {
+    static constexpr int BLOCKS = 4;
     T *out;
     template <int V>
     __device__ __forceinline__ void operator()(int64_t place, int c, int channels,
@@ -63,6 +66,7 @@ template <typename T, int ACT> struct write_gated {
 
 /* the gradient to both halves */
 template <typename T, int ACT> struct write_gate_grad {
+    static constexpr int BLOCKS = 3;
     const T *dy;
     T *out;
     template <int V>
@@ -124,38 +128,54 @@ __device__ __forceinline__ void add_row(float (&sum)[STRIP][HALVES][V],
                         fmaf(taps[h][kernel_row * 3 + b][k], row[i + b][h][k], sum[i][h][k]);
 }
 
-/* Grid: channels, strips of columns and rows, images. BACK: the kernel turned round. */
+/* Row y of a thread's columns, as it lies in memory; zeros outside of the picture. x is at the
+ * thread's channels of the image. */
+template <typename T, int V, int HALVES>
+__device__ __forceinline__ void read_row(pack<T, V> (&row)[STRIP + 2][HALVES], const T *x,
+                                         const three_sizes &z, int y, int left, int half)
+{
+#pragma unroll
+    for (int i = 0; i < STRIP + 2; i++) {
+        int at = left + i - 1;
+        bool inside = y >= 0 && y < z.height && at >= 0 && at < z.width;
+        const T *from = x + (int64_t)(y * z.width + at) * z.channels;
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+            row[i][h] = inside ? *(const pack<T, V> *)(from + h * half) : pack<T, V>{};
+    }
+}
+
+/* Grid: channels, strips of columns and rows, images. BACK: the kernel turned round. While a row is
+ * computed with, the next one is on its way. */
 template <typename T, int V, int HALVES, int ACT, bool BACK, typename F>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, F::BLOCKS)
     three_by_three_kernel(three_sizes z, const T *x, const float *w, const float *bias, F write)
 {
     int half = z.channels / HALVES, first = blockIdx.x * THREADS * V;
     int c = first + threadIdx.x * V;
-    float taps[HALVES][9][V], start[HALVES][V];
-    load_taps<V, HALVES>(w, first, c, half, half, BACK, taps);
-    if (c >= half)
-        return;
-#pragma unroll
-    for (int h = 0; h < HALVES; h++)
-#pragma unroll
-        for (int k = 0; k < V; k++)
-            start[h][k] = bias ? bias[h * half + c + k] : 0.0f;
     int strips = (z.width + STRIP - 1) / STRIP;
     int left = blockIdx.y % strips * STRIP, top = blockIdx.y / strips * z.rows;
     int end = min(top + z.rows, z.height);
     int64_t image = (int64_t)blockIdx.z * z.height * z.width;
+    float taps[HALVES][9][V];
+    pack<T, V> next[STRIP + 2][HALVES];
+    x += image * z.channels + min(c, half - V);
+    read_row<T, V, HALVES>(next, x, z, top - 1, left, half);
+    load_taps<V, HALVES>(w, first, c, half, half, BACK, taps);
+    if (c >= half)
+        return;
     float above[STRIP][HALVES][V] = {}, at[STRIP][HALVES][V] = {}, below[STRIP][HALVES][V];
     for (int y = top - 1; y <= end; y++) {
-        float row[STRIP + 2][HALVES][V] = {};
-        if (y >= 0 && y < z.height)
+        float row[STRIP + 2][HALVES][V];
 #pragma unroll
-            for (int i = 0; i < STRIP + 2; i++)
-                if (left + i - 1 >= 0 && left + i - 1 < z.width)
+        for (int i = 0; i < STRIP + 2; i++)
 #pragma unroll
-                    for (int h = 0; h < HALVES; h++)
-                        load<T, V>(x + (image + (int64_t)y * z.width + left + i - 1) * z.channels +
-                                       h * half + c,
-                                   row[i][h]);
+            for (int h = 0; h < HALVES; h++)
+#pragma unroll
+                for (int k = 0; k < V; k++)
+                    row[i][h][k] = to_float(next[i][h].v[k]);
+        if (y < end)
+            read_row<T, V, HALVES>(next, x, z, y + 1, left, half);
 #pragma unroll
         for (int i = 0; i < STRIP + 2; i++)
 #pragma unroll
@@ -169,7 +189,7 @@ __global__ void __launch_bounds__(THREADS)
             for (int h = 0; h < HALVES; h++)
 #pragma unroll
                 for (int k = 0; k < V; k++)
-                    below[i][h][k] = start[h][k];
+                    below[i][h][k] = bias ? __ldg(bias + h * half + c + k) : 0.0f;
         add_row<V, HALVES>(above, row, taps, 2);
         add_row<V, HALVES>(at, row, taps, 1);
         add_row<V, HALVES>(below, row, taps, 0);
@@ -198,7 +218,7 @@ static int rows_of_thread(int64_t blocks, int height)
     int device = 0, processors = 132, best = height;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    int64_t at_once = (int64_t)processors * BLOCKS, least = INT64_MAX;
+    int64_t at_once = (int64_t)processors * most, least = INT64_MAX;
     for (int parts = 1; parts <= height && parts <= 64; parts++) {
         int rows = (height + parts - 1) / parts;
         int64_t time = (blocks * parts + at_once - 1) / at_once * (rows + 2);
@@ -217,7 +237,7 @@ static void three_by_three(cudaStream_t s, vel_cu_depthwise_job j, const void *x
     three_sizes z = {(int)j.height, (int)j.width, (int)j.channels, 1};
     unsigned strips = blocks_for(j.width, STRIP);
     dim3 grid(blocks_for(j.channels / HALVES, THREADS * V), strips, (unsigned)j.n);
-    z.rows = rows_of_thread((int64_t)grid.x * grid.y * grid.z, z.height);
+    z.rows = rows_of_thread((int64_t)grid.x * grid.y * grid.z, z.height, F::BLOCKS);
     grid.y *= blocks_for(j.height, z.rows);
     three_by_three_kernel<T, V, HALVES, ACT, BACK, F>
         <<<grid, THREADS, 0, s>>>(z, (const T *)x, w, bias, write);
