@@ -286,7 +286,7 @@ TEST(cuda_plans_sana)
     if (open_known(t, "sana", &m)) {
         check_plan(t, &m, 1, 1024, true, 1350, 1420, 3065);
         check_plan(t, &m, 4, 1024, true, 3650, 3850, 3065);
-        check_plan(t, &m, 2, 1024, false, 170, 220, 3065);
+        check_plan(t, &m, 2, 1024, false, 70, 90, 3066);
     }
     vel_arena_destroy(m.arena);
 }
