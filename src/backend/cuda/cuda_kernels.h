@@ -247,10 +247,9 @@ void vel_cu_attention_hopper_grad(cudaStream_t s, int type, vel_cu_attention a, 
 
 /* Forward on capability 9.0 (attention_hopper_forward.cu) where it takes the shape; as above. */
 int vel_cu_attention_hopper_forward_takes(vel_cu_attention a);
-size_t vel_cu_attention_hopper_forward_scratch(vel_cu_attention a);
 void vel_cu_attention_hopper_forward(cudaStream_t s, int type, vel_cu_attention a, const void *q,
                                      const void *k, const void *v, const float *bias, void *out,
-                                     float *lse, void *scratch);
+                                     float *lse);
 
 /* Linear attention (linear_attention.cu): width 8, 16 or 32; one scratch for both. */
 typedef struct vel_cu_linear_attention {

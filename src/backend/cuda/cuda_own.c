@@ -621,32 +621,17 @@ static bool takes_attention(vel_device *d, const vel_graph *g, const vel_node *n
            a.batch < 4096 && (on_tensor_cores(d, q.dtype, &a) || a.width <= widest);
 }
 
-/* Until it has run on a card: where VELATURA_CUDA_TRIAL is set. */
 static bool on_hopper_forward(const vel_device *d, vel_dtype type, const vel_cu_attention *a)
 {
-    const char *trial = getenv("VELATURA_CUDA_TRIAL");
-    return trial && *trial && type != VEL_F32 && d->capability == 90 &&
-           vel_cu_attention_hopper_forward_takes(*a);
-}
-
-static size_t scratch_attention(const own_job *j)
-{
-    vel_cu_attention a = attention_job(j);
-    return on_hopper_forward(j->d, j->l->in_type[0].dtype, &a)
-               ? vel_cu_attention_hopper_forward_scratch(a)
-               : 0;
+    return type != VEL_F32 && d->capability == 90 && vel_cu_attention_hopper_forward_takes(*a);
 }
 
 static void run_attention(const own_job *j)
 {
     vel_cu_attention a = attention_job(j);
     vel_dtype type = j->n->out[0].dtype;
-    if (on_hopper_forward(j->d, type, &a)) {
-        vel_cu_attention_hopper_forward(j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0),
-                                        OUT(1), j->l->scratch);
-        return;
-    }
-    (on_tensor_cores(j->d, type, &a)        ? vel_cu_attention_run
+    (on_hopper_forward(j->d, type, &a)      ? vel_cu_attention_hopper_forward
+     : on_tensor_cores(j->d, type, &a)      ? vel_cu_attention_run
      : on_wide_tensor_cores(j->d, type, &a) ? vel_cu_attention_wide
                                             : vel_cu_attention_plain)(
         j->s, out_type(j), a, IN(0), IN(1), IN(2), IN(3), OUT(0), OUT(1));
@@ -879,7 +864,7 @@ static const own_row rows[VEL_OP_COUNT] = {
     [VEL_OP_head_norm] = {run_head_norm, .takes = takes_head_norm, .inplace = 1},
     [VEL_OP_head_norm_grad] = {run_head_norm_grad, .takes = takes_head_norm, .inplace = 5},
     [VEL_OP_softmax] = {run_softmax, .inplace = 1},
-    [VEL_OP_attention] = {run_attention, scratch_attention, takes_attention},
+    [VEL_OP_attention] = {run_attention, .takes = takes_attention},
     [VEL_OP_attention_grad] = {run_attention_grad, scratch_attention_grad, takes_attention},
     [VEL_OP_linear_attention] = {run_linear_attention, scratch_linear_attention,
                                  takes_linear_attention},

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_keys_kernel(const __grid_co
         }
         pack_result<T, TILE>(p, s);
         products_begin();
-        sum_product<T, BLOCKS, TILE>(av, p, d, j > 0);
+        sum_product<T, 64 * BLOCKS, TILE>(av, p, d, j > 0);
         products_commit();
         products_wait<1>();
         pin(dp);
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_keys_kernel(const __grid_co
         uint32_t ds[TILE / 16][4];
         pack_result<T, TILE>(ds, s);
         products_begin();
-        sum_product<T, BLOCKS, TILE>(ak, ds, q, j > 0);
+        sum_product<T, 64 * BLOCKS, TILE>(ak, ds, q, j > 0);
         products_commit();
         products_wait<0>();
         pin(ak);
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_queries_kernel(const __grid
         uint32_t ds[TILE / 16][4];
         pack_result<T, TILE>(ds, s);
         products_begin();
-        sum_product<T, BLOCKS, TILE>(aq, ds, k, j > 0);
+        sum_product<T, 64 * BLOCKS, TILE>(aq, ds, k, j > 0);
         products_commit();
         products_wait<0>();
         pin(aq);

@@ -25,14 +25,14 @@ __device__ __forceinline__ void score_product(float (&c)[TILE / 8][4],
                             k > 0);
 }
 
-/* c [64, 64 BLOCKS] += p [64, TILE] times the tile, which is read across. */
-template <typename T, int BLOCKS, int TILE>
-__device__ __forceinline__ void
-sum_product(float (&c)[8 * BLOCKS][4], const uint32_t (&p)[TILE / 16][4], uint32_t other, int add)
+/* c [64, N] += p [64, TILE] times N columns of the tile, which is read across. */
+template <typename T, int N, int TILE>
+__device__ __forceinline__ void sum_product(float (&c)[N / 8][4], const uint32_t (&p)[TILE / 16][4],
+                                            uint32_t other, int add)
 {
 #pragma unroll
     for (int k = 0; k < TILE / 16; k++)
-        product<T, 64 * BLOCKS, 1>(c, p[k], tile_across(other + k * 2048, TILE * 128), k ? 1 : add);
+        product<T, N, 1>(c, p[k], tile_across(other + k * 2048, TILE * 128), k ? 1 : add);
 }
 
 /* Rounds a result to the left operand of the next product. */
