@@ -300,9 +300,10 @@ static const struct {
     int size, level, streamed; /* level as vel_plan_options has it; of VEL_STREAM_ALL */
     double measured, off;
 } steps[] = {
-    {"sd", 512, VEL_LEVEL_AUTO, 0, 12.6, 0.25},
+    {"sd", 512, VEL_LEVEL_AUTO, 0, 12.1, 0.25},
     {"sdxl", 1024, VEL_LEVEL_AUTO, 0, 60.4, 0.2},
-    {"sd3", 1024, VEL_LEVEL_AUTO, 0, 67.4, 0.2},
+    {"sd3", 1024, VEL_LEVEL_AUTO, 0, 63.5, 0.2},
+    {"sana", 1024, VEL_LEVEL_AUTO, 0, 20.8, 0.2},
     {"flux", 512, 6, 0, 144, 0.2},
     {"flux", 1024, 6, 0, 486, 0.2},
     {"flux", 512, 5, 40, 660 * 27.6 / 31.4, 0.2},

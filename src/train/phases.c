@@ -165,7 +165,7 @@ static vel_status sample_bytes(void *user, int share, int64_t *bytes)
 
 vel_status vel_phases_fit_samples(train_session *s, const vel_fit *f, int64_t limit, int *streamed)
 {
-    char have[32], need[32];
+    char need[32];
     bool streams = vel_engine_can_stream(vel_model_engine(s->model));
     int64_t bytes = 0;
     asked_size a = {.s = s, .fit = f};
@@ -182,20 +182,21 @@ vel_status vel_phases_fit_samples(train_session *s, const vel_fit *f, int64_t li
         VEL_TRY(sample_bytes(&a, 0, &bytes));
     if (bytes <= limit)
         return VEL_OK;
-    return vel_fail(s->ctx, VEL_BAD_VALUE,
-                    "--fit %s: the samples take %s (%s were asked for): smaller ones ('--w 512 --h "
-                    "512' behind a prompt in a file) or none make it smaller",
-                    s->o->fit, vel_bytes_text(bytes, need), vel_bytes_text(limit, have));
+    return vel_fail(
+        s->ctx, VEL_BAD_VALUE,
+        "--fit %s: the samples need %s: smaller ones ('--w 512 --h 512' behind a prompt in "
+        "a file) or none make it smaller",
+        s->o->fit, vel_fit_wanted(vel_model_engine(s->model), bytes, need));
 }
 
 /* ---- all ---- */
 
-static vel_status does_not_fit(train_session *s, const run_phase *p, int64_t limit)
+static vel_status does_not_fit(train_session *s, const run_phase *p)
 {
-    char have[32], need[32];
+    char need[32];
     bool smaller = strcmp(p->part, "vae") == 0 || strcmp(p->part, "held-out pictures") == 0;
-    return vel_fail(s->ctx, VEL_BAD_VALUE, "--fit %s: %s alone takes %s (%s were asked for); %s",
-                    s->o->fit, p->part, vel_bytes_text(p->bytes, need), vel_bytes_text(limit, have),
+    return vel_fail(s->ctx, VEL_BAD_VALUE, "--fit %s: %s alone needs %s; %s", s->o->fit, p->part,
+                    vel_fit_wanted(vel_model_engine(s->model), p->bytes, need),
                     smaller ? "a lower --resolution makes it smaller"
                             : "--base_quant nf4 makes it smaller");
 }
@@ -237,7 +238,7 @@ vel_status vel_phases_plan(train_session *s, const vel_fit *f, int64_t limit)
         VEL_TRY(measure_held_out(s, f->trained, &s->phases[s->n_phases++]));
     for (int i = 0; i < s->n_phases && limit; i++)
         if (s->phases[i].bytes > limit)
-            return does_not_fit(s, &s->phases[i], limit);
+            return does_not_fit(s, &s->phases[i]);
     return VEL_OK;
 }
 

@@ -302,6 +302,8 @@ vel_status vel_fit_choose(vel_fit *f, const char *text);
 vel_status vel_least_share(void *user,
                            vel_status (*bytes_at)(void *user, int share, int64_t *bytes), int from,
                            int64_t limit, int *share, int64_t *bytes);
+/* The size to ask --fit for that so many planned bytes fit in, rounded up. */
+const char *vel_fit_wanted(vel_engine *e, int64_t bytes, char out[32]);
 /* "nothing is computed again", and so on: what was chosen. */
 void vel_fit_how(const vel_fit *f, vel_text *t);
 void vel_trainer_set_level(vel_trainer *t, int level);
