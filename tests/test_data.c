@@ -603,6 +603,7 @@ TEST(data_pixels)
 TEST(data_random_crop_and_flip)
 {
     put_picture(t, "a.png", 96, 64, 200);
+    put_picture(t, "b.png", 128, 128, 200);
     vel_data_options o = options_of(t);
     o.instance_prompt = "x";
     o.how.flip = true;
@@ -622,6 +623,7 @@ TEST(data_random_crop_and_flip)
     if (d && pixels) {
         CHECK(lowest >= 0 && lowest < 4 && highest > 28 && highest <= 32);
         CHECK(flipped > 15 && flipped < 45);
+        CHECK(!vel_sample_stays(d, 0) && vel_sample_stays(d, 1)); /* b.png has one crop */
         float *again = pixels + 64 * 64 * 3;
         CHECK_OK(vel_sample_pixels(d, 0, 5, 3, pixels));
         CHECK_OK(vel_sample_pixels(d, 0, 5, 3, again));

@@ -4,7 +4,8 @@
 # processes (as many as there are cores). Each part prints its own count; the last line is the sum:
 # "N passed, N failed".
 #
-#   build, layers     the program, and what each folder may touch
+#   build, layers,    the program, what each folder may touch, how long files are, and that the tests
+#   sizes, docs       and pages that docs name exist
 #   tests             all of them, and the reference values of the embedded model
 #   hostile           once more under AddressSanitizer and UBSan, in a build that poisons freed memory,
 #                     spoils every output before it is written and recomputes at random. Left out there:
@@ -59,6 +60,7 @@ slow='pipeline_*,train_survives*,train_sigint*,train_loss_falls,train_draws*,tra
 part "build" make -s -j"$jobs" build/release/velatura build/release/run-tests build/release/libvelatura.so
 part "layers" tools/layers.sh
 part "sizes" tools/size.sh
+part "docs" tools/docs.sh
 part "tests" make -s test
 part "reference values of emoji-sd" build/release/velatura check-golden --model models/emoji-sd tests/golden/emoji-sd
 part "hostile build" make -s -j"$jobs" "${hostile[@]}" $hostile_build/velatura $hostile_build/run-tests \
