@@ -9,6 +9,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
 
+DEVICE = "cuda"  # families_cpu.py sets another
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 
 
@@ -71,7 +72,7 @@ CASES = {
 
 def times(n):
     import torch
-    return torch.tensor([(100 + 200 * i) % 1000 for i in range(n)], device="cuda")
+    return torch.tensor([(100 + 200 * i) % 1000 for i in range(n)], device=DEVICE)
 
 
 def sd_inputs(config, n, size, random):
@@ -81,9 +82,10 @@ def sd_inputs(config, n, size, random):
 
 def sdxl_inputs(config, n, size, random):
     import torch
-    ids = torch.tensor([[size, size, 0, 0, size, size]] * n).to("cuda", random(1).dtype)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    ids = torch.tensor([[size, size, 0, 0, size, size]] * n).to(DEVICE, random(1).dtype)
     return {**sd_inputs(config, n, size, random),
-            "added_cond_kwargs": {"text_embeds": random(n, 1280), "time_ids": ids}}
+            "added_cond_kwargs": {"text_embeds": random(n, pooled), "time_ids": ids}}
 
 
 def sd3_inputs(config, n, size, random):
@@ -95,28 +97,28 @@ def sd3_inputs(config, n, size, random):
 def flux_inputs(config, n, size, random):
     import torch
     side, words = size // 16, 512
-    places = torch.zeros(side, side, 3, device="cuda")
-    places[..., 1] = torch.arange(side, device="cuda")[:, None]
-    places[..., 2] = torch.arange(side, device="cuda")[None]
+    places = torch.zeros(side, side, 3, device=DEVICE)
+    places[..., 1] = torch.arange(side, device=DEVICE)[:, None]
+    places[..., 2] = torch.arange(side, device=DEVICE)[None]
     return {"hidden_states": random(n, side * side, config.in_channels), "timestep": times(n) / 1000,
             "encoder_hidden_states": random(n, words, config.joint_attention_dim),
             "pooled_projections": random(n, config.pooled_projection_dim),
-            "guidance": torch.ones(n, device="cuda") if config.guidance_embeds else None,
-            "img_ids": places.reshape(side * side, 3), "txt_ids": torch.zeros(words, 3, device="cuda")}
+            "guidance": torch.ones(n, device=DEVICE) if config.guidance_embeds else None,
+            "img_ids": places.reshape(side * side, 3), "txt_ids": torch.zeros(words, 3, device=DEVICE)}
 
 
 def sana_inputs(config, n, size, random):
     import torch
     return {"hidden_states": random(n, config.in_channels, size // 32, size // 32), "timestep": times(n),
             "encoder_hidden_states": random(n, 300, config.caption_channels),
-            "encoder_attention_mask": torch.ones(n, 300, dtype=torch.int64, device="cuda")}
+            "encoder_attention_mask": torch.ones(n, 300, dtype=torch.int64, device=DEVICE)}
 
 
 def lumina_inputs(config, n, size, random):
     import torch
     return {"hidden_states": random(n, config.in_channels, size // 8, size // 8), "timestep": times(n) / 1000,
             "encoder_hidden_states": random(n, 256, config.cap_feat_dim),
-            "encoder_attention_mask": torch.ones(n, 256, dtype=torch.bool, device="cuda")}
+            "encoder_attention_mask": torch.ones(n, 256, dtype=torch.bool, device=DEVICE)}
 
 
 INPUTS = {"sd15": sd_inputs, "sdxl": sdxl_inputs, "sd3": sd3_inputs, "sd35-medium": sd3_inputs,
@@ -141,7 +143,7 @@ def make(model, kind, dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # 12 billion values are not made in float32 first
     try:
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             return maker(model, kind)().to(dtype).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)

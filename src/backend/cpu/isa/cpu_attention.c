@@ -97,13 +97,15 @@ VEL_INLINE vf hide_from(vf v, int n)
 static void mask_scores(const attention_shape *s, float *score, int64_t query, int64_t rows,
                         int64_t key, int64_t columns, const float *bias)
 {
+    vf plus[KEY_BLOCK / VL];
+    for (int64_t c = 0; bias && c < columns; c += VL)
+        plus[c / VL] = key + c < s->keys
+                           ? vget_part(bias, key + c, s->keys - key - c, false) / s->scale
+                           : vset(0.0f);
     for (int64_t r = 0; r < rows; r++) {
         float *row = score + r * KEY_BLOCK;
-        if (bias)
-            for (int64_t c = 0; c < columns && key + c < s->keys; c++) {
-                float v = row[c] + bias[key + c] / s->scale;
-                row[c] = v < HIDDEN ? HIDDEN : v;
-            }
+        for (int64_t c = 0; bias && c < columns; c += VL)
+            vstore(row + c, vmax(vset(HIDDEN), vload(row + c) + plus[c / VL]));
         int64_t seen = s->causal ? VEL_MIN(s->keys, query + r + 1) : s->keys;
         int64_t hidden = VEL_MAX(seen - key, 0), whole = padded(hidden, VL);
         if (hidden < VEL_MIN(whole, columns)) /* as a whole: it is read so at once */

@@ -46,30 +46,49 @@ typedef struct forward {
     void *out;
 } forward;
 
-/* Row y of image i, channels c .. c + BLOCK - 1. */
-VEL_INLINE void forward_row(const forward *f, int64_t i, int64_t y, int64_t c, bool half)
+/* A pixel's channels are few lines, and those of the next pixel far behind: what the next row will
+ * need and write is fetched a row ahead. at: of the pixel in this row, in elements. */
+VEL_INLINE void fetch_next_row(const forward *f, int64_t y, int64_t at, bool half)
 {
     const geometry *s = &f->s;
-    int64_t padded = padded_channels(s->channels);
+    int64_t size = half ? 2 : 4, row = s->width * s->channels * size, below = s->kernel_h / 2 + 1;
+    for (int64_t line = 0; line < BLOCK * size; line += 64) {
+        if (y + below < s->height)
+            __builtin_prefetch((const char *)f->x + at * size + below * row + line);
+        if (y + 1 < s->height)
+            __builtin_prefetch((char *)f->out + at * size + row + line, 1);
+    }
+}
+
+/* Row y of image i, channels c .. c + BLOCK - 1; whole: there are so many. */
+VEL_INLINE void forward_row(const forward *f, int64_t i, int64_t y, int64_t c, bool half,
+                            const bool whole)
+{
+    const geometry *s = &f->s;
+    int64_t padded = padded_channels(s->channels), room = whole ? BLOCK : s->channels - c;
     int64_t row0 = first_tap(y, s->kernel_h), row1 = end_tap(y, s->height, s->kernel_h);
-    int vectors = (int)VEL_MIN(VECTORS, (s->channels - c + VL - 1) / VL);
+    const int vectors = whole ? VECTORS : (int)((room + VL - 1) / VL);
     for (int64_t x = 0; x < s->width; x++) {
         vf sum[VECTORS] = {{0}};
         int64_t column0 = first_tap(x, s->kernel_w), column1 = end_tap(x, s->width, s->kernel_w);
         for (int v = 0; v < vectors && f->bias; v++)
-            sum[v] = vget_part(f->bias, c + v * VL, s->channels - c - v * VL, false);
+            sum[v] = vget_part(f->bias, c + v * VL, room - v * VL, false);
         for (int64_t a = row0; a < row1; a++)
             for (int64_t b = column0; b < column1; b++) {
                 int64_t from = (i * s->height + y + a - s->kernel_h / 2) * s->width;
                 from = (from + x + b - s->kernel_w / 2) * s->channels + c;
                 const float *tap = f->taps + (a * s->kernel_w + b) * padded + c;
+#pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++)
-                    sum[v] += vget_part(f->x, from + v * VL, s->channels - c - v * VL, half) *
-                              vload(tap + v * VL);
+                    sum[v] +=
+                        vget_part(f->x, from + v * VL, room - v * VL, half) * vload(tap + v * VL);
             }
         int64_t to = ((i * s->height + y) * s->width + x) * s->channels + c;
+        if (whole)
+            fetch_next_row(f, y, to, half);
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
-            vput_part(f->out, to + v * VL, s->channels - c - v * VL, half, sum[v]);
+            vput_part(f->out, to + v * VL, room - v * VL, half, sum[v]);
     }
 }
 
@@ -78,8 +97,10 @@ VEL_INLINE void forward_rows(const forward *f, int64_t begin, int64_t end, bool 
     int64_t blocks = (f->s.channels + BLOCK - 1) / BLOCK;
     for (int64_t at = begin; at < end; at++) {
         int64_t row = at % (f->s.n * f->s.height), block = at / (f->s.n * f->s.height);
-        if (block < blocks)
-            forward_row(f, row / f->s.height, row % f->s.height, block * BLOCK, half);
+        if ((block + 1) * BLOCK <= f->s.channels)
+            forward_row(f, row / f->s.height, row % f->s.height, block * BLOCK, half, true);
+        else if (block < blocks)
+            forward_row(f, row / f->s.height, row % f->s.height, block * BLOCK, half, false);
     }
 }
 

@@ -110,8 +110,6 @@ static float unary_value(int kind, float x)
         return sqrtf(x);
     case VEL_UNARY_RSQRT:
         return 1.0f / sqrtf(x);
-    case VEL_UNARY_ABS:
-        return fabsf(x);
     case VEL_UNARY_SIN:
         return sinf(x);
     default:
@@ -119,12 +117,16 @@ static float unary_value(int kind, float x)
     }
 }
 
-/* Rare, and on small tensors: the C library's own functions, through vectors for the storage type.
- */
+/* All but the first are rare, and on small tensors: the C library's own functions, through vectors
+ * for the storage type. */
 static void unary_piece(const void *x, void *out, int kind, int64_t begin, int64_t end, bool half)
 {
     for (int64_t i = begin; i < end; i += VL) {
         vf v = vget_part(x, i, end - i, half);
+        if (kind == VEL_UNARY_ABS) {
+            vput_part(out, i, end - i, half, vabs(v));
+            continue;
+        }
         for (int lane = 0; lane < VL; lane++)
             v[lane] = unary_value(kind, v[lane]);
         vput_part(out, i, end - i, half, v);
@@ -144,8 +146,10 @@ void VEL_ISA_NAME(unary)(const vel_cpu_job *job)
 
 VEL_INLINE void act_piece(const void *x, void *out, int kind, int64_t begin, int64_t end, bool half)
 {
-    for (int64_t i = begin; i < end; i += VL)
-        vput_part(out, i, end - i, half, vact(kind, vget_part(x, i, end - i, half)));
+    for (int64_t i = begin; i < end; i += VL) {
+        vf v = vget_part(x, i, end - i, half);
+        vput_part(out, i, end - i, half, half ? vact_rough(kind, v) : vact(kind, v));
+    }
 }
 
 void VEL_ISA_NAME(act)(const vel_cpu_job *job)
