@@ -27,6 +27,9 @@ typedef struct vel_cu_shape {
 
 /* ---- each element alone (elementwise.cu) ---- */
 
+/* cudaSuccess where this build has code for the card that is set; all files of kernels are built
+ * for the same ones, but for Hopper's. */
+cudaError_t vel_cu_find_code(void);
 void vel_cu_fill(cudaStream_t s, int type, void *out, int64_t n, double value);
 void vel_cu_cast(cudaStream_t s, int from, int to, const void *x, void *out, int64_t n);
 void vel_cu_affine(cudaStream_t s, int type, const void *x, void *out, int64_t n, double by,
