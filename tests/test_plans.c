@@ -248,6 +248,108 @@ TEST(plans_memory_is_what_is_allocated)
     check_memory(t, "sd35", false, VEL_LEVEL_AUTO);
 }
 
+/* ---- --fit on a device that copies from the host ---- */
+
+static double host_bytes; /* a second */
+
+static vel_status pretended_rates(vel_device *d, vel_dtype compute, vel_rates *out)
+{
+    (void)d, (void)compute;
+    *out = (vel_rates){.flops = 1e11, .bytes = 1e11, .host_bytes = host_bytes, .kernel = 1e-6};
+    return VEL_OK;
+}
+
+static vel_status pretended_fetch(vel_device *d, void *dst, const void *host, size_t bytes)
+{
+    (void)d;
+    memcpy(dst, host, bytes);
+    return VEL_OK;
+}
+
+typedef struct fitted {
+    vel_model *model;
+    vel_arena *arena;
+    vel_trainer *trainer;
+    vel_adaption adaption;
+    int sizes[1][2];
+} fitted;
+
+static void open_fitted(vel_test *t, const vel_backend *b, fitted *f)
+{
+    const vel_model_options o = {.device = "cpu", .precision = "no", .clip_skip = 1};
+    const vel_train_options how = {
+        .targets = "attn", .rank = 4, .network = "lora", .train_unet = true};
+    const vel_optimizer adamw = {.rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
+    vel_adapter_site *sites = NULL;
+    int n = 0;
+    *f = (fitted){.sizes = {{16, 16}}, .arena = vel_arena_create(t->ctx)};
+    REQUIRE(f->arena);
+    REQUIRE_OK(vel_model_open(t->ctx, "models/emoji-sd", &o, &f->model));
+    vel_engine *e = vel_model_engine(f->model);
+    e->backend = b;
+    REQUIRE_OK(vel_train_sites(t->ctx, f->arena, f->model, &how, &sites, &n));
+    f->adaption = (vel_adaption){sites, n};
+    const vel_trainer_options trained = {.compute = VEL_F32,
+                                         .clip_skip = 1,
+                                         .trained = {.adaptions = &f->adaption, .n_adaptions = 1}};
+    REQUIRE_OK(vel_engine_set_optimizer(e, &adamw));
+    REQUIRE_OK(vel_trainer_create(f->model, &trained, &f->trainer));
+    REQUIRE_OK(vel_trainer_register(f->trainer, 1, 16, 16));
+}
+
+/* What --fit chooses of so many bytes. */
+static vel_fit chosen(vel_test *t, fitted *f, int64_t bytes, vel_status expected)
+{
+    vel_fit fit = {.model = f->model,
+                   .trainer = f->trainer,
+                   .sizes = f->sizes,
+                   .n_sizes = 1,
+                   .batch = 1,
+                   .models = 1,
+                   .accumulation = 1};
+    char text[32];
+    snprintf(text, sizeof text, "%.6fMiB", (double)bytes / (1 << 20));
+    vel_status st = vel_fit_choose(&fit, text);
+    CHECK_MSG(st == expected, "%s: %s", text, vel_ctx_error(t->ctx));
+    CHECK(st || fit.bytes <= bytes + 1);
+    return fit;
+}
+
+TEST(plans_fit_by_what_a_step_is_estimated_to_take)
+{
+    vel_backend b = vel_backend_cpu;
+    fitted f;
+    b.rates = pretended_rates;
+    b.fetch = pretended_fetch;
+    b.prepare = vel_backend_null.prepare; /* nothing runs */
+    b.release = vel_backend_null.release;
+    host_bytes = 1e8; /* copies cost more than anything that is computed again */
+    open_fitted(t, &b, &f);
+    vel_fit whole = chosen(t, &f, (int64_t)4 << 30, VEL_OK);
+    CHECK(whole.level == 0 && whole.streamed == 0 && whole.size.seconds > 0 && whole.more == 0);
+    vel_fit again = chosen(t, &f, whole.bytes - 4096, VEL_OK);
+    CHECK(again.level > 0 && again.streamed == 0 && again.size.seconds >= whole.size.seconds);
+    host_bytes = 1e15; /* nothing is computed again for what costs nothing to copy */
+    vel_fit copied = chosen(t, &f, again.bytes, VEL_OK);
+    CHECK_MSG(copied.level < again.level || copied.size.seconds >= 0.95 * again.size.seconds,
+              "level %d in %.3g s, level %d in %.3g s", copied.level, copied.size.seconds,
+              again.level, again.size.seconds);
+    vel_fit half = chosen(t, &f, whole.bytes / 2, VEL_OK);
+    CHECK_MSG(half.streamed > 0 && half.streamed < VEL_STREAM_ALL && half.size.streamed > 0,
+              "%d of the weights", half.streamed);
+    host_bytes = 1e8;
+    vel_fit slow = chosen(t, &f, whole.bytes / 2, VEL_OK);
+    double copies = (double)slow.size.streamed / host_bytes;
+    CHECK_MSG(slow.size.seconds >= copies && slow.size.seconds < 1.5 * copies + whole.size.seconds,
+              "%.3g s, copies alone %.3g", slow.size.seconds, copies);
+    CHECK(slow.size.streamed <= half.size.streamed);
+    chosen(t, &f, whole.bytes / 50, VEL_BAD_VALUE);
+    CHECK(strstr(vel_ctx_error(t->ctx), "the smallest that this run fits in is "));
+    vel_trainer_destroy(f.trainer);
+    vel_model_close(f.model);
+    vel_arena_destroy(f.arena);
+}
+
 /* ---- what is not a step ---- */
 
 static int64_t counting_in_use(vel_device *d)
