@@ -366,6 +366,9 @@ const vel_option_row vel_train_rows[] = {
     FLOAT("sigmoid_scale", NULL, flow.sigmoid_scale, "1", 0, 100, "flow", "of sigmoid and shift"),
     FLOAT("discrete_flow_shift", "training_shift", flow.shift, "0", 0, 100, "flow",
           "shift of the times; 0: the model's own"),
+    FLAG("enable_scaled_pos_embed", NULL, scaled_places, "no", "flow",
+         "SD 3.5: places are computed for the resolutions of the data instead of cut from the "
+         "model's table; samples are drawn so, too"),
     FLAG("precondition_outputs", NULL, flow.precondition_outputs, "no", "flow",
          "measure the picture that the prediction means, not the velocity"),
     INT("max_token_length", NULL, max_token_length, "0", 0, 750, "captions",

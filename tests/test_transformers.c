@@ -206,6 +206,38 @@ TEST(transformers_sd35)
     check_denoiser(t, "sd35", build_sd3);
 }
 
+/* Places for the sizes that are trained (tools/golden/scaled_places.py): one of two sizes, a larger
+ * one, and one that is too small for the picture. */
+TEST(transformers_sd35_scaled_places)
+{
+    static const struct {
+        int sides[VEL_MOST_SIDES + 1]; /* in patches */
+        const char *name;
+    } cases[] = {{{6, 10}, "out.12_20"}, {{8}, "out.16"}, {{3}, "out.6"}};
+    part p;
+    REQUIRE_OK(open_part(t->ctx, "sd35", "transformer", &p));
+    vel_safetensors_close(p.golden);
+    p.golden = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/scaled_places.safetensors", &p.golden));
+    for (int i = 0; p.engine && i < VEL_COUNT(cases); i++) {
+        vel_sd3_config c;
+        vel_graph *g = vel_graph_create(t->ctx);
+        REQUIRE(g);
+        vel_ref latent = golden_input(g, &p, in_latent);
+        vel_condition condition = {.context = golden_input(g, &p, in_text),
+                                   .pooled = golden_input(g, &p, "in.pooled_projections")};
+        REQUIRE_OK(vel_sd3_read(t->ctx, p.config, "transformer/config.json", &c));
+        memcpy(c.sides, cases[i].sides, sizeof c.sides);
+        vel_scope(g, "%s", p.name);
+        vel_ref out = vel_sd3_build(g, &c, unpack(g, &p, latent),
+                                    golden_input(g, &p, "in.timestep"), &condition);
+        vel_output(g, cases[i].name, pack(g, &p, out));
+        vel_end(g);
+        check_values(t, &p, g, VEL_F32, 1e-4);
+    }
+    close_part(&p);
+}
+
 static vel_ref build_flux(vel_graph *g, const part *p, vel_ref latent)
 {
     vel_flux_config c;

@@ -19,8 +19,13 @@ static vel_ref mapped(const thawing *r, vel_ref old)
     return old.id ? (vel_ref){r->map[old.id].id, r->map[old.id].out + old.out} : old;
 }
 
+/* Tables that the reference computes and keeps as buffers: SD 3's places. */
+static const char computed[] = "*.pos_embed.pos_embed";
+
 bool vel_is_thawed(const vel_thaw *t, const char *path)
 {
+    if (vel_glob(computed, path))
+        return false;
     size_t part = strcspn(path, ".");
     for (int i = 0; t && i < VEL_COUNT(t->parts) && t->parts[i]; i++)
         if (strlen(t->parts[i]) == part && strncmp(t->parts[i], path, part) == 0)

@@ -189,8 +189,11 @@ typedef struct vel_sd3_config {
     int heads, head_width, width; /* width is their product */
     int context, pooled;          /* widths of the text states and of the pooled text */
     int places;                   /* the table of places has this many patches on a side */
-    bool head_norms;              /* SD 3.5 */
-    bool dual[VEL_MAX_BLOCKS];    /* these layers attend over the picture a second time */
+    /* Instead of the table: places computed for pictures of these sides, in patches, ascending; 0
+     * ends. */
+    int sides[VEL_MOST_SIDES + 1];
+    bool head_norms;           /* SD 3.5 */
+    bool dual[VEL_MAX_BLOCKS]; /* these layers attend over the picture a second time */
 } vel_sd3_config;
 vel_status vel_sd3_read(vel_ctx *ctx, const json_t *json, const char *file, vel_sd3_config *out);
 /* Inside the part's scope; time [N] is 0 to 1000. */

@@ -133,6 +133,7 @@ typedef struct vel_model_names {
     bool v2;                    /* ss_v2: Stable Diffusion 2.x */
 } vel_model_names;
 
+enum { VEL_MOST_SIDES = 16 };
 typedef struct vel_config vel_config; /* a family's parsed configs, in an arena */
 
 typedef struct vel_family {
@@ -171,6 +172,9 @@ typedef struct vel_family {
     int (*skippable)(const vel_config *c);
     /* NULL: classifier-free guidance, 7.5, 30 steps. */
     void (*guidance)(const vel_config *c, vel_guidance_info *out);
+    /* Places are computed for latents with these sides (0 ends; VEL_MOST_SIDES at most) instead of
+     * taken from the model's table, as sd-scripts' --enable_scaled_pos_embed. NULL: it has none. */
+    void (*scale_places)(vel_config *c, const int *sides);
     /* What adapter files say of the model. */
     void (*names)(const vel_config *c, vel_prediction predicts, vel_model_names *out);
     /* The extra inputs of a picture into out[VEL_MAX_EXTRA] (NULL: only counted); returns E. NULL:

@@ -146,6 +146,22 @@ static void names(const vel_config *c, vel_prediction predicts, vel_model_names 
                           : (vel_model_names){"3-5-large", "stable-diffusion-3-5-large"};
 }
 
+static void scale_places(vel_config *c, const int *sides)
+{
+    vel_sd3_config *t = &((sd3_config *)c->own)->transformer;
+    int n = 0;
+    for (int i = 0; i < VEL_MOST_SIDES && sides[i] > 0; i++) {
+        int side = VEL_MAX(1, sides[i] / t->patch), at = n;
+        for (; at > 0 && t->sides[at - 1] >= side; at--)
+            ;
+        if (at < n && t->sides[at] == side)
+            continue;
+        memmove(t->sides + at + 1, t->sides + at, sizeof *t->sides * (size_t)(n - at));
+        t->sides[at] = side;
+        n++;
+    }
+}
+
 static int skippable(const vel_config *c)
 {
     return ((const sd3_config *)c->own)->transformer.layers;
@@ -170,6 +186,7 @@ const vel_family vel_family_sd3 = {
     .texts = texts,
     .states = states,
     .names = names,
+    .scale_places = scale_places,
     .skippable = skippable,
     .guidance = guidance,
     .encode_text = encode_text,

@@ -106,12 +106,44 @@ static nn_streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, 
     return x;
 }
 
+/* As sd-scripts' cropped_scaled_pos_embed: sinusoids of places of which so many on a side fill the
+ * range that the base size of 16 has, the side being that of the trained sizes which is nearest by
+ * area; the middle of a grid half as large again. [1, h, w, D] */
+static vel_ref scaled_places(vel_graph *g, const vel_sd3_config *c, int64_t h, int64_t w)
+{
+    static const double base = 16, margin = 1.5, period = 10000;
+    int side = 0, i = 0;
+    for (; c->sides[i]; i++) {
+        int next = c->sides[i + 1], now = c->sides[i];
+        side = now;
+        if (h * w <= (next ? ((int64_t)now * now + (int64_t)next * next) / 2
+                           : (int64_t)(now * margin * now * margin)))
+            break;
+    }
+    if (VEL_MAX(h, w) > (int64_t)(side * margin))
+        side = (int)VEL_MAX(h, w);
+    int64_t grid = (int64_t)(side * margin);
+    vel_ref half[2] = {nn_grid_columns(g, h, w), nn_grid_rows(g, h, w)};
+    for (int k = 0; k < 2; k++) {
+        int64_t first = (grid - (k ? h : w)) / 2;
+        half[k] = vel_affine(g, vel_reshape(g, half[k], VEL_SHAPE(h * w)), base / side,
+                             ((double)first - (double)(grid - side) / 2) * base / side);
+        half[k] = vel_time_embed(g, half[k], c->width / 2, false, 0, period);
+    }
+    return vel_reshape(g, vel_concat(g, half[0], half[1], 1), VEL_SHAPE(1, h, w, c->width));
+}
+
 /* Mirrors PatchEmbed: patches as tokens, plus the middle of the table of places. */
 static vel_ref patch_embedding(vel_graph *g, const vel_sd3_config *c, vel_ref latent)
 {
     vel_scope(g, "pos_embed");
     vel_ref x = nn_conv(g, "proj", latent, c->width, c->patch, c->patch, 0); /* [N, h, w, D] */
     vel_shape s = vel_shape_at(g, x);
+    if (c->sides[0]) {
+        x = vel_add(g, x, scaled_places(g, c, s.dim[1], s.dim[2]));
+        vel_end(g);
+        return nn_to_sequence(g, x);
+    }
     int64_t most = c->places, top = (most - s.dim[1]) / 2, left = (most - s.dim[2]) / 2;
     vel_ref table = vel_weight(g, "pos_embed", VEL_SHAPE(1, most * most, c->width));
     if (s.dim[1] > most || s.dim[2] > most)

@@ -297,7 +297,7 @@ static vel_status place_parts(vel_model *m, const vel_model_options *o)
     return VEL_OK;
 }
 
-static vel_status read_configs(vel_model *m)
+static vel_status read_configs(vel_model *m, const vel_model_options *o)
 {
     const json_t *json[VEL_MAX_PARTS] = {0};
     char *files[VEL_MAX_PARTS] = {0};
@@ -318,6 +318,13 @@ static vel_status read_configs(vel_model *m)
     if (!st)
         st = m->family->read(m->ctx, m->arena, json, (const char *const *)files, m->index,
                              &m->config);
+    if (!st && o->place_sides[0] && !m->family->scale_places)
+        st = vel_fail(
+            m->ctx, VEL_UNSUPPORTED,
+            "--enable_scaled_pos_embed: is for SD 3.5, whose places it scales; %s has none",
+            m->family->title);
+    else if (!st && o->place_sides[0])
+        m->family->scale_places(m->config, o->place_sides);
     for (int i = 0; i < m->n_parts; i++)
         vel_free(m->ctx, files[i]);
     return st;
@@ -426,7 +433,7 @@ static vel_status open_all(vel_model *m, const char *name, const vel_model_optio
                         m->folder);
     VEL_TRY(single ? open_single(m, o->averaged) : find_family(m));
     VEL_TRY(place_parts(m, o));
-    VEL_TRY(read_configs(m));
+    VEL_TRY(read_configs(m, o));
     VEL_TRY(read_schedule(m));
     VEL_TRY(change_schedule(m, o));
     m->family->latent(m->config, &m->latent);

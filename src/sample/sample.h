@@ -72,7 +72,8 @@ typedef struct vel_model_options {
     bool averaged;          /* of a single file: the running average that it keeps (model_ema.*) */
     bool t5_masked;         /* T5 does not see padding, nor does a denoiser that takes a mask */
     bool clip_masked;       /* CLIP encoders that give states of a text do not see padding (SD 3) */
-    int text_length;        /* tokens of a text where the encoder leaves a choice; 0: as usual */
+    int place_sides[VEL_MOST_SIDES + 1]; /* of latents: places are computed for them; {0}: not */
+    int text_length;         /* tokens of a text where the encoder leaves a choice; 0: as usual */
     const char *instruction; /* put before prompts instead of the family's own; "": nothing */
     int vae_tile; /* larger pictures are decoded in pieces of this many pixels; 0: whole */
     const char *base_quant; /* "nf4", "int8", "fp8": how frozen linear layers are kept */

@@ -153,6 +153,23 @@ static vel_status take_dropouts(train_session *s)
     return VEL_OK;
 }
 
+/* --enable_scaled_pos_embed: a latent's side for each resolution of the data, of the same area. */
+static void take_sides(const train_session *s, int *sides)
+{
+    const vel_data_options *d = &s->data->options;
+    int n = 0;
+    for (int i = 0; i < VEL_MAX(1, d->n_subsets) && n < VEL_MOST_SIDES; i++) {
+        const vel_data_subset *u = d->n_subsets ? &d->subsets[i] : NULL;
+        int width = u && u->width ? u->width : d->width,
+            height = u && u->height ? u->height : d->height, known = 0;
+        int side = (int)lrint(sqrt((double)width * height)) / 8;
+        while (known < n && sides[known] != side)
+            known++;
+        if (known == n)
+            sides[n++] = side;
+    }
+}
+
 static vel_status open_model(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -177,6 +194,8 @@ static vel_status open_model(train_session *s)
                                o->v_parameterization ? "v_prediction" : o->prediction_type,
                            .zero_snr = o->zero_terminal_snr};
     memcpy(m.part_files, o->part_files, sizeof m.part_files);
+    if (o->scaled_places)
+        take_sides(s, m.place_sides);
     VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
     VEL_TRY(check_flow(s));
     VEL_TRY(vel_objective_check(s->ctx, &o->objective, vel_model_schedule(s->model)));

@@ -119,6 +119,7 @@ typedef struct vel_train_options {
     bool no_metadata;
     bool also_kohya;
     const char *also_kohya_name, *words_name;
+    bool scaled_places;
     bool words_spread, words_by_encoder;
     double text_encoder_share;
     bool words_apart;      /* a file of words for each text encoder */
