@@ -114,6 +114,41 @@ TEST(tokenizer_kinds_refuse_by_name)
     check_refused(t, "tokenizer.json", none, strlen(none), "unknown piece");
 }
 
+/* Merges that could not be followed, or pieces that are not one each. */
+TEST(tokenizer_kinds_hostile_vocabularies)
+{
+    static const char *const rows[][2] = {
+        {"\"a\":0,\"b\":1}, \"merges\": [\"a b\"]", "result 'ab'"},
+        {"\"a\":0,\"ab\":1}, \"merges\": [[\"a\", \"b\"]]", "'b' is not in the vocabulary"},
+        {"\"a\":0,\"aa\":1}, \"merges\": [[\"a\", \"\"]]", "is not in the vocabulary"},
+        {"\"a\":0,\"aa\":1}, \"merges\": [\"a a a\"]", "not two pieces"},
+        {"\"a\":0,\"aa\":1}, \"merges\": [7]", "merge 1"},
+        {"\"a\":0,\"b\":0}, \"merges\": []", "also that of 'a'"},
+        {"\"a\":1048576}, \"merges\": []", "its id is not"},
+        {"\"a\":NaN}, \"merges\": []", "JSON"},
+    };
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        char *text =
+            vel_strf(t->ctx, "{\"model\": {\"type\": \"BPE\", \"vocab\": {%s}}", rows[i][0]);
+        if (text)
+            check_refused(t, "tokenizer.json", text, strlen(text), rows[i][1]);
+        vel_free(t->ctx, text);
+    }
+    char *path = vel_test_path(t, "tokenizer.json");
+    remove(path);
+    vel_free(t->ctx, path);
+    /* pieces of sentencepiece: with the score NaN, and twice */
+    check_refused(t, "tokenizer.model",
+                  "\x0a\x08\x0a\x01"
+                  "a\x15\x00\x00\xc0\x7f",
+                  10, "is no number");
+    check_refused(t, "tokenizer.model",
+                  "\x0a\x03\x0a\x01"
+                  "a\x0a\x03\x0a\x01"
+                  "a",
+                  10, "is there twice");
+}
+
 /* A sentencepiece model that was cut, or claims what is not there. */
 TEST(tokenizer_kinds_damaged_models)
 {
