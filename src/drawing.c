@@ -373,23 +373,15 @@ typedef struct shown_name {
     const char *ours, *theirs;
 } shown_name;
 static const shown_name sampler_titles[] = {
-    {"ddim", "DDIM"},
-    {"pndm", "PLMS"},
-    {"euler", "Euler"},
-    {"euler_a", "Euler a"},
-    {"heun", "Heun"},
-    {"lms", "LMS"},
-    {"dpm2", "DPM2"},
-    {"dpm2_a", "DPM2 a"},
-    {"dpmpp_2s", "DPM++ 2S"},
-    {"dpmpp_2m", "DPM++ 2M"},
-    {"dpmpp_2m_sde", "DPM++ 2M SDE"},
-    {"dpmpp_3m", "DPM++ 3M"},
-    {"dpmpp_3m_sde", "DPM++ 3M SDE"},
-    {"unipc", "UniPC"},
-    {"deis", "DEIS"},
-    {"lcm", "LCM"},
-    {"tcd", "TCD"},
+    {"ddpm", "DDPM"},         {"ddim", "DDIM"},
+    {"pndm", "PLMS"},         {"euler", "Euler"},
+    {"euler_a", "Euler a"},   {"heun", "Heun"},
+    {"lms", "LMS"},           {"dpm2", "DPM2"},
+    {"dpm2_a", "DPM2 a"},     {"dpmpp_2s", "DPM++ 2S"},
+    {"dpmpp_2m", "DPM++ 2M"}, {"dpmpp_2m_sde", "DPM++ 2M SDE"},
+    {"dpmpp_3m", "DPM++ 3M"}, {"dpmpp_3m_sde", "DPM++ 3M SDE"},
+    {"unipc", "UniPC"},       {"deis", "DEIS"},
+    {"lcm", "LCM"},           {"tcd", "TCD"},
 };
 static const shown_name level_titles[] = {
     {"_karras", " Karras"}, {"_exponential", " Exponential"}, {"_beta", " Beta"}};
