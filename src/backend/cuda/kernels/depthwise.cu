@@ -20,7 +20,8 @@ typedef struct three_sizes {
 /* What is done with V channels of each half at one place: sums of the convolution (bias included)
  * in, at the picture's element that they belong to. channels: as in three_sizes. */
 template <typename T> struct write_plainly {
-    static constexpr int BLOCKS = 4; /* of a multiprocessor, for which registers suffice */
+    static constexpr int BLOCKS =
+        sizeof(T) == 4 ? 3 : 4; /* of a multiprocessor, for which registers suffice */
     T *out;
     template <int V>
     __device__ __forceinline__ void operator()(int64_t place, int c, int channels,
@@ -32,7 +33,7 @@ template <typename T> struct write_plainly {
 
 /* times the slope of the activation at x: the gradient to what came before it */
 template <typename T, int ACT> struct write_with_slope {
-    static constexpr int BLOCKS = 4;
+    static constexpr int BLOCKS = sizeof(T) == 4 ? 3 : 4;
     const T *x;
     T *out;
     template <int V>
@@ -50,7 +51,7 @@ template <typename T, int ACT> struct write_with_slope {
 
 /* first half * act(second half) */
 template <typename T, int ACT> struct write_gated {
-    static constexpr int BLOCKS = 4;
+    static constexpr int BLOCKS = sizeof(T) == 4 ? 3 : 4;
     T *out;
     template <int V>
     __device__ __forceinline__ void operator()(int64_t place, int c, int channels,
@@ -212,9 +213,8 @@ __global__ void __launch_bounds__(THREADS, F::BLOCKS)
 
 /* Fewest rounds of blocks, each as long as its rows: a multiprocessor has BLOCKS of them at once.
  */
-static int rows_of_thread(int64_t blocks, int height)
+static int rows_of_thread(int64_t blocks, int height, int most)
 {
-    enum { BLOCKS = 4 };
     int device = 0, processors = 132, best = height;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
