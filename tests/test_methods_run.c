@@ -389,3 +389,27 @@ TEST(methods_pivotal_run)
             &r))
         CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)"), "%s", r.text);
 }
+
+/* As diffusers' advanced scripts: a word that begins as noise, is drawn to the table's deviation
+ * and stays after half of the run; resumed it is the same, byte for byte. */
+TEST(methods_words_of_the_tables_spread)
+{
+#define SPREAD                                                                                     \
+    "instance_prompt=a~photo~of~<s0><s1> placeholder_token=<s0><s1> num_vectors=2 "                \
+    "words_spread=yes words_by_encoder=yes words_name=w text_encoder_share=0.5 "                   \
+    "save_format=diffusers "
+    vel_safetensors *file = NULL;
+    CHECK_OK(train(t, "whole", "steps=4 " SPREAD));
+    CHECK_MSG(strstr(said, "step 2: the text encoder is learned"), "%s", said);
+    CHECK_OK(train(t, "half", "steps=4 save_every=1 keep_last=0 " SPREAD));
+    CHECK(unlink(vel_test_in(t, "half/a-step00000004.state")) == 0);
+    CHECK_OK(train(t, "half", "steps=4 resume=latest overwrite=yes " SPREAD));
+    CHECK(program_same_files(t, "whole/w.safetensors", "half/w.safetensors"));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "whole/w.safetensors"), &file));
+    const vel_file_tensor *word = file ? vel_safetensors_find(file, "clip_l") : NULL;
+    CHECK(word && word->dim[0] == 2);
+    vel_safetensors_close(file);
+    CHECK(train(t, "bare",
+                "instance_prompt=a~<x> placeholder_token=<x> steps=1 save_format=diffusers") ==
+          VEL_BAD_VALUE);
+}
