@@ -181,8 +181,9 @@ static vel_status save_rules(vel_line *l)
     const char *limit = vel_line_value(l, "checkpoints_total_limit");
     const char *every = l->script->bit & TEXTUAL_INVERSIONS ? "save_steps" : "checkpointing_steps";
     static const char *const refused[] = {"save_as_full_pipeline", "no_safe_serialization"};
-    static const char *const why[] = {"the word is saved, not the pipeline",
-                                      "files are safetensors, which cannot run code"};
+    static const char *const why[] = {
+        "the word is saved, which --embedding gives to the model; the pipeline is not",
+        "files are safetensors, which cannot run code"};
     for (int i = 0; i < VEL_COUNT(refused); i++)
         if (vel_line_on(l, refused[i]))
             return vel_line_refuse(l, refused[i], "%s", why[i]);
