@@ -676,6 +676,75 @@ TEST(plans_make_changes_of_weights_again)
               "4 layers take %" PRId64 " bytes, 8 %" PRId64, bytes[0], bytes[1]);
 }
 
+/* Two values that are joined one behind the other are made where their join lies: it needs no
+ * memory of its own. One of them may be read again later (late), and what writes in place over the
+ * join leaves it alone. apart: the parts lie in turns, so that the join is a copy. */
+static int64_t join_two(vel_test *t, vel_engine *e, bool apart, bool late)
+{
+    enum { WIDTH = 1024 };
+    static float x[2 * WIDTH], got[4 * WIDTH];
+    vel_plan *p = NULL;
+    vel_graph *g = vel_graph_create(t->ctx);
+    if (!g)
+        return 0;
+    vel_shape half = apart ? VEL_SHAPE(2, 1, WIDTH) : VEL_SHAPE(1, 2, WIDTH);
+    vel_random_normal(3, 0, 0, x, VEL_COUNT(x));
+    vel_ref in = vel_input(g, "x", VEL_F32, half), y;
+    vel_ref a = vel_affine(g, vel_unary(g, in, VEL_UNARY_SIN), 2, 0);
+    vel_ref b = vel_unary(g, in, VEL_UNARY_COS);
+    y = vel_affine(g, vel_concat(g, a, b, 1), 3, 1);
+    if (late)
+        y = vel_sub(g, y, vel_concat(g, b, a, 1));
+    vel_output(g, "out", y);
+    vel_status st = vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32}, &p);
+    if (st == VEL_OK)
+        st = vel_plan_set(p, "x", x, sizeof x);
+    if (st == VEL_OK)
+        st = vel_plan_run(p);
+    if (st == VEL_OK)
+        st = vel_plan_get(p, "out", got, VEL_COUNT(got));
+    CHECK_OK(st);
+    for (int i = 0; i < VEL_COUNT(got) && st == VEL_OK; i++) {
+        int row = i / WIDTH, from = apart ? row / 2 : row % 2;
+        bool second = apart ? row % 2 : row >= 2;
+        double v = x[from * WIDTH + i % WIDTH], part[2] = {2 * sin(v), cos(v)};
+        double want = 3 * part[second] + 1 - (late ? part[!second] : 0);
+        CHECK(fabs(got[i] - want) < 1e-5);
+    }
+    int64_t bytes = p ? vel_plan_arena_bytes(p) : 0;
+    vel_plan_destroy(p);
+    return bytes;
+}
+
+TEST(plans_make_values_where_they_are_joined)
+{
+    vel_engine *e = NULL;
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+    int64_t together = join_two(t, e, false, false), apart = join_two(t, e, true, false);
+    CHECK_MSG(together < apart, "%" PRId64 " bytes where parts lie together, %" PRId64 " else",
+              together, apart);
+    join_two(t, e, false, true);
+    join_two(t, e, true, true);
+    vel_engine_destroy(e);
+}
+
+/* What the slices of a value give back is joined, not added to zeros. */
+TEST(plans_join_the_gradients_of_slices)
+{
+    vel_graph *g = vel_graph_create(t->ctx), *out = NULL;
+    REQUIRE(g);
+    vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(1, 5, 16)), dx = {0};
+    vel_ref y = vel_add(g, vel_sum(g, vel_act(g, vel_slice(g, x, 1, 0, 3), VEL_ACT_SILU), 7),
+                        vel_sum(g, vel_act(g, vel_slice(g, x, 1, 3, 5), VEL_ACT_TANH), 7));
+    vel_ref one = vel_fill(g, VEL_SHAPE(1, 1, 1), 1);
+    vel_vjp(g, &y, &one, 1, &x, &dx, 1);
+    vel_output(g, "out", dx);
+    REQUIRE_OK(vel_pass_simplify(g, &out));
+    CHECK(vel_at(out, vel_output_find(out, "out"))->op == VEL_OP_concat);
+    vel_graph_destroy(out);
+    vel_graph_destroy(g);
+}
+
 /* A slice along the first axis longer than 1 is one piece of its input: it needs no memory, and an
  * op that writes in place over one leaves the other alone. */
 TEST(plans_leave_slices_in_their_input)

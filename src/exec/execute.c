@@ -724,17 +724,23 @@ static vel_status fetch_until(vel_plan *p, int32_t id, int32_t *at, bool all)
     return VEL_OK;
 }
 
-/* A slice that the planner left where it lies in its input. */
+/* A slice that the planner left where it lies in its input, or a join of what was made there. */
 static bool is_in_its_input(const vel_plan *p, int32_t id)
 {
     const vel_node *n = vel_node_at(p->g, id);
+    const vel_launch *l = &p->launches[id];
+    if (n->op == VEL_OP_concat) {
+        int64_t first = vel_shape_count(l->in_type[0].shape);
+        return l->out[0] == l->in[0] &&
+               l->in[1] == (char *)l->in[0] + first * vel_dtype_bytes(n->out[0].dtype);
+    }
     if (n->op != VEL_OP_slice)
         return false;
     vel_shape s = vel_shape_at(p->g, n->in[0]);
     int64_t bytes = n->a.slice.begin * vel_dtype_bytes(n->out[0].dtype);
     for (int i = n->a.slice.axis + 1; i < s.rank; i++)
         bytes *= s.dim[i];
-    return p->launches[id].out[0] == (char *)p->launches[id].in[0] + bytes;
+    return l->out[0] == (char *)l->in[0] + bytes;
 }
 
 static vel_status run_node(vel_plan *p, int32_t id)

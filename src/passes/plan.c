@@ -5,7 +5,8 @@
  * within a few percent of the lower bound for networks like these.
  *
  * A reshape shares its input's block, and so do a slice that is one piece of it and an output that
- * a kernel may write in place over an input read for the last time. */
+ * a kernel may write in place over an input read for the last time. Two values that are joined one
+ * behind the other are made where their join lies, unless one would wait long for the other. */
 #include <stdlib.h>
 
 #include "passes/copy.h"
@@ -14,6 +15,8 @@ typedef struct block { /* memory shared by one or several values */
     int64_t bytes;
     int32_t begin, end; /* first and last node, inclusive */
     int64_t offset;     /* -1: not placed */
+    int32_t into; /* the block that this one is a part of since a join, at byte `at`; -1 none */
+    int64_t at;
 } block;
 
 typedef struct planner {
@@ -68,7 +71,7 @@ static void keep_apart(block *b)
 
 static int32_t new_block(planner *p, int64_t bytes, int32_t begin, int32_t end)
 {
-    p->blocks[p->n_blocks] = (block){bytes, begin, end, -1};
+    p->blocks[p->n_blocks] = (block){bytes, begin, end, -1, -1, 0};
     return p->n_blocks++;
 }
 
@@ -88,6 +91,47 @@ static int64_t piece_at(const planner *p, const vel_node *n)
     return bytes % 64 ? -1 : bytes;
 }
 
+/* The block that a value lies in, and where; -1: outside. */
+static int32_t block_at(const planner *p, vel_ref r, int64_t *within)
+{
+    int32_t b = p->block_of[r.id][r.out];
+    *within = r.out ? 0 : p->within[r.id];
+    for (; b >= 0 && p->blocks[b].into >= 0; b = p->blocks[b].into)
+        *within += p->blocks[b].at;
+    return b;
+}
+
+/* Makes the block of a join out of those of its two parts, each of which has one for itself; false:
+ * the join is a copy. A part that waits long would keep the other's place: so do the ends of the
+ * connections across a U-Net. */
+static bool join_blocks(planner *p, int32_t id, const vel_node *n)
+{
+    enum { NEAR = 128 }; /* nodes */
+    if (n->op != VEL_OP_concat || p->q->outside(p->q->user, id, 0))
+        return false;
+    for (int i = 0; i < n->a.concat.axis; i++)
+        if (n->out[0].shape.dim[i] != 1)
+            return false;
+    int32_t part[2], end = p->last_use[id * VEL_MAX_OUT];
+    for (int i = 0; i < 2; i++) {
+        vel_type t = vel_type_of(p->g, n->in[i]);
+        int64_t within;
+        part[i] = block_at(p, n->in[i], &within);
+        if (part[i] < 0 || within || t.dtype != n->out[0].dtype ||
+            p->blocks[part[i]].bytes != vel_shape_count(t.shape) * vel_dtype_bytes(t.dtype))
+            return false;
+        end = VEL_MAX(end, p->blocks[part[i]].end);
+    }
+    block *a = &p->blocks[part[0]], *b = &p->blocks[part[1]];
+    if (part[0] == part[1] || abs(a->begin - b->begin) > NEAR)
+        return false;
+    int32_t whole = new_block(p, a->bytes + b->bytes, VEL_MIN(a->begin, b->begin), end);
+    a->into = b->into = whole;
+    b->at = a->bytes;
+    p->block_of[id][0] = whole;
+    return true;
+}
+
 /* The input whose block output 0 of node id can have; -1 none. */
 static int shared_input(const planner *p, int32_t id, const vel_node *n)
 {
@@ -98,7 +142,8 @@ static int shared_input(const planner *p, int32_t id, const vel_node *n)
     if (i < 0 || i >= n->n_in || !n->in[i].id)
         return -1;
     vel_ref r = n->in[i];
-    int32_t b = p->block_of[r.id][r.out];
+    int64_t within;
+    int32_t b = block_at(p, r, &within);
     if (b < 0)
         return -1;
     if (part)
@@ -107,7 +152,7 @@ static int shared_input(const planner *p, int32_t id, const vel_node *n)
     if (p->blocks[b].end > id || value_bytes(vel_type_of(p->g, r)) != value_bytes(n->out[0]))
         return -1;
     for (int k = 0; k < n->n_in; k++)
-        if (k != i && n->in[k].id && p->block_of[n->in[k].id][n->in[k].out] == b)
+        if (k != i && n->in[k].id && block_at(p, n->in[k], &within) == b)
             return -1;
     return i;
 }
@@ -120,13 +165,13 @@ static void make_blocks(planner *p)
         for (int o = 0; o < VEL_MAX_OUT; o++)
             p->block_of[id][o] = -1;
         int shared = shared_input(p, id, n);
-        for (int o = 0; o < n->n_out; o++) {
+        bool joined = shared < 0 && join_blocks(p, id, n);
+        for (int o = joined; o < n->n_out; o++) {
             int32_t end = p->last_use[id * VEL_MAX_OUT + o];
             if (o == 0 && shared >= 0) {
-                int32_t b = p->block_of[n->in[shared].id][n->in[shared].out];
+                int32_t b = block_at(p, n->in[shared], &p->within[id]);
                 p->blocks[b].end = VEL_MAX(p->blocks[b].end, end);
                 p->block_of[id][0] = b;
-                p->within[id] = n->in[shared].out ? 0 : p->within[n->in[shared].id];
                 p->within[id] += VEL_MAX(0, piece_at(p, n));
             } else if (!p->q->outside(p->q->user, id, o)) {
                 /* inputs are written before the first node runs */
@@ -170,13 +215,15 @@ static bool place_blocks(planner *p, int64_t *total)
     block *placed = vel_arena_alloc(p->arena, (size_t)(p->n_blocks + 1) * sizeof *placed);
     if (!order || !placed)
         return false;
+    int32_t n = 0;
     for (int32_t i = 0; i < p->n_blocks; i++)
-        order[i] = &p->blocks[i];
-    qsort(order, (size_t)p->n_blocks, sizeof *order, by_size);
+        if (p->blocks[i].into < 0)
+            order[n++] = &p->blocks[i];
+    qsort(order, (size_t)n, sizeof *order, by_size);
     for (int32_t i = 0; i < p->n_blocks && p->q->apart; i++)
         keep_apart(&p->blocks[i]);
     *total = 0;
-    for (int32_t i = 0; i < p->n_blocks; i++) {
+    for (int32_t i = 0; i < n; i++) {
         block *b = order[i];
         b->offset = lowest_gap(b, placed, i);
         *total = VEL_MAX(*total, b->offset + b->bytes);
@@ -217,8 +264,9 @@ vel_status vel_pass_plan(const vel_graph *g, const vel_plan_query *q, vel_arena 
     for (int32_t id = 1; id < n; id++) {
         const vel_node *node = vel_node_at(g, id);
         for (int o = 0; o < VEL_MAX_OUT; o++) {
-            int32_t b = o < node->n_out ? p.block_of[id][o] : -1;
-            int64_t at = b < 0 ? -1 : p.blocks[b].offset + (o ? 0 : p.within[id]);
+            int64_t at = -1;
+            int32_t b = o < node->n_out ? block_at(&p, (vel_ref){id, o}, &at) : -1;
+            at = b < 0 ? -1 : at + p.blocks[b].offset;
             out->place[id][o] = (vel_place){at, o < node->n_out ? value_bytes(node->out[o]) : 0};
         }
         int32_t s = p.scratch_block[id];

@@ -116,6 +116,15 @@ static bool is_large_norm(const vel_node *n)
     return norm && vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE_NORM;
 }
 
+/* Of parts that lie one behind the other: they are made there (plan.c), and it is no copy. */
+static bool is_join(const vel_node *n)
+{
+    int axis = 0;
+    while (n->op == VEL_OP_concat && axis < n->a.concat.axis && n->out[0].shape.dim[axis] == 1)
+        axis++;
+    return n->op == VEL_OP_concat && axis == n->a.concat.axis;
+}
+
 /* A sum of a layer and a side path is as large as its residual: where that is kept, so is the sum.
  */
 static bool is_made_again(const remat *r, const vel_node *n)
@@ -123,7 +132,7 @@ static bool is_made_again(const remat *r, const vel_node *n)
     const vel_graph *g = r->c.src;
     int64_t depth = product_depth(g, n);
     if (!depth)
-        return (levels[r->level].cheap && is_cheap(n->op)) ||
+        return (levels[r->level].cheap && is_cheap(n->op) && !is_join(n)) ||
                (levels[r->level].norms && is_large_norm(n));
     bool wide = vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
     if (depth > (wide ? levels[r->level].wide : levels[r->level].depth))

@@ -58,6 +58,31 @@ static vel_ref identity(const vel_graph *dst, const vel_node *n, const vel_ref *
     }
 }
 
+/* Zeros around a, plus zeros around b, that together are a and b one behind the other: what slices
+ * give back that share out a value. */
+static bool is_join(const vel_graph *dst, vel_node *n)
+{
+    if (n->op != VEL_OP_add)
+        return false;
+    for (int first = 0; first < 2; first++) {
+        const vel_node *a = vel_at(dst, n->in[first]), *b = vel_at(dst, n->in[1 - first]);
+        if (a->op != VEL_OP_unslice || b->op != VEL_OP_unslice || a->a.unslice.begin)
+            continue;
+        int axis = a->a.unslice.axis;
+        int64_t size = vel_shape_at(dst, a->in[0]).dim[axis];
+        if (b->a.unslice.axis != axis || b->a.unslice.begin != size ||
+            size + vel_shape_at(dst, b->in[0]).dim[axis] != a->a.unslice.total ||
+            vel_type_of(dst, a->in[0]).dtype != n->out[0].dtype)
+            continue;
+        n->op = VEL_OP_concat;
+        n->in[0] = a->in[0];
+        n->in[1] = b->in[0];
+        n->a = (vel_attr){.concat = {axis}};
+        return true;
+    }
+    return false;
+}
+
 static void mark_live(const vel_graph *g, bool *live)
 {
     for (int i = 0; i < vel_graph_outputs(g); i++)
@@ -108,7 +133,7 @@ vel_status vel_pass_simplify(const vel_graph *g, vel_graph **out)
         vel_node probe = *vel_node_at(g, id);
         for (int i = 0; i < probe.n_in; i++)
             probe.in[i] = vel_copier_ref(&c, probe.in[i]);
-        vel_ref known = identity(c.dst, &probe, probe.in);
+        vel_ref known = is_join(c.dst, &probe) ? (vel_ref){0} : identity(c.dst, &probe, probe.in);
         if (!known.id) {
             int32_t *slot = table_slot(&seen, c.dst, &probe);
             if (*slot == 0)
