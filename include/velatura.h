@@ -1,11 +1,14 @@
 /* velatura.h: fine-tune text-to-image diffusion models and make images with them.
  *
  * This is the whole stable interface. One vel_ctx per thread of control; objects made from a
- * context are used only with it. Functions that can fail return a vel_status; the message is
- * vel_ctx_error(ctx). The library never prints, exits or aborts: progress, metrics, images and
- * messages arrive as events.
+ * context are used only with it, and end before it. Functions that can fail return a vel_status;
+ * the message, which names the file or setting and the remedy, is vel_ctx_error(ctx). The library
+ * never prints, exits or aborts: progress, metrics, images and messages arrive as events.
  *
- * Settings go by name (vel_params_set), so a new option never changes a struct. */
+ * Settings go by name (vel_params_set), so a new option never changes a struct. Names, bounds and
+ * units are those of the command line: `velatura train --help`, or vel_params_describe. Texts are
+ * UTF-8. What is borrowed is the library's, what is owned is the caller's; NULL may be destroyed,
+ * finished and freed. examples/tiny.c is a whole program. */
 #ifndef VELATURA_H
 #define VELATURA_H
 
@@ -44,10 +47,11 @@ typedef enum vel_status {
 typedef struct vel_ctx vel_ctx;
 typedef struct vel_params vel_params; /* named settings of one command */
 
-/* 8-bit RGB, rows from the top, no padding. */
+/* 8-bit RGB, rows from the top, no padding: pixels [height][width][channels]. */
 typedef struct vel_image {
-    int width, height, channels;
-    uint8_t *pixels; /* owned; vel_image_finish frees it */
+    int width, height; /* pixels */
+    int channels;      /* 3 */
+    uint8_t *pixels;   /* owned; vel_image_finish frees it */
 } vel_image;
 
 /* ---- events ------------------------------------------------------------------------------ */
@@ -63,7 +67,7 @@ typedef struct vel_event {
     vel_event_kind kind;
     int level;           /* LOG */
     const char *text;    /* LOG: the message; PROGRESS: the phase; METRIC: the name; IMAGE: path */
-    int64_t done, total; /* PROGRESS: units; METRIC: done is the step */
+    int64_t done, total; /* PROGRESS: units; METRIC: done is the step; IMAGE: done counts from 1 */
     double value;        /* METRIC; PROGRESS: last loss where there is one, else NaN */
     double seconds, eta; /* PROGRESS */
     double rate;         /* PROGRESS: units a second */
@@ -75,33 +79,45 @@ typedef void (*vel_event_fn)(void *user, const vel_event *event);
 
 /* ---- contexts ---------------------------------------------------------------------------- */
 
-/* device: "cpu", "cuda", "cuda:1"; NULL picks the best there is. NULL when memory is short. */
+/* device: "cpu", "cuda", "cuda:1"; NULL picks the best there is. It is opened by the first call
+ * that computes, which also tells of a device that is not there. NULL when memory is short. */
 VEL_API vel_ctx *vel_ctx_create(const char *device);
 VEL_API void vel_ctx_destroy(vel_ctx *ctx);
-VEL_API const char *vel_ctx_error(const vel_ctx *ctx); /* borrowed, until the next call on ctx */
+/* What the last call that failed said; "" where none did. Borrowed, until the next call on ctx. */
+VEL_API const char *vel_ctx_error(const vel_ctx *ctx);
+/* fn is called by the thread that called into the library, in the course of that call; what an
+ * event points to is gone afterwards. NULL: no events. */
 VEL_API void vel_ctx_on_event(vel_ctx *ctx, vel_event_fn fn, void *user);
-VEL_API void vel_ctx_interrupt(vel_ctx *ctx); /* async-signal-safe: stop at the next step */
-VEL_API const char *vel_status_name(vel_status status);
-VEL_API const char *vel_version(void);
+/* The work under way stops at its next step and returns VEL_INTERRUPTED. Async-signal-safe, and may
+ * be called by another thread. */
+VEL_API void vel_ctx_interrupt(vel_ctx *ctx);
+VEL_API const char *vel_status_name(vel_status status); /* "bad file"; never NULL */
+VEL_API const char *vel_version(void);                  /* "0.1.0" */
 
-VEL_API void vel_image_finish(vel_image *image);
+VEL_API void vel_image_finish(vel_image *image); /* frees the pixels, not the struct */
 
 /* ---- settings ---------------------------------------------------------------------------- */
 
-/* command: "train", "generate", "grid", "score". NULL with an error in ctx when it is unknown. */
+/* command: "train", "generate", "grid", "score", "bench", "checkpoint", "adapter". Owned, with all
+ * settings at their defaults; NULL with an error in ctx when the command is unknown or memory is
+ * short. */
 VEL_API vel_params *vel_params_create(vel_ctx *ctx, const char *command);
 VEL_API void vel_params_destroy(vel_params *p);
+/* name: a setting's, an alias or a unique beginning, without --; '-' and '_' are the same. value:
+ * as on the command line, flags "yes" or "no"; NULL is "". Both are copied. VEL_BAD_VALUE, with the
+ * nearest names or the bounds, leaves the setting as it was. */
 VEL_API vel_status vel_params_set(vel_params *p, const char *name, const char *value);
-VEL_API const char *vel_params_get(const vel_params *p,
-                                   const char *name); /* borrowed; NULL unset */
+/* As it was set, or the default; borrowed, until it is set again. NULL: neither, or no such name.
+ */
+VEL_API const char *vel_params_get(const vel_params *p, const char *name);
 
 /* Settings of a TOML or (by its ending) JSON file: keys are names as in --name, tables are headings
- * only. What is set later stands above it. */
+ * only. What is set later stands above it. VEL_NOT_FOUND, VEL_BAD_FILE, or as vel_params_set. */
 VEL_API vel_status vel_params_load(vel_params *p, const char *path);
 
 typedef struct vel_param_info {
     const char *name;    /* as in --name */
-    const char *type;    /* "int", "float", "text", "flag", "choice", "list" */
+    const char *type;    /* "int", "float", "text", "flag", "choice" */
     const char *initial; /* default, as text; NULL when there is none */
     const char *choices; /* comma separated; NULL unless a choice */
     const char *group;   /* heading in the help */
@@ -121,8 +137,9 @@ VEL_API bool vel_params_find(const char *command, const char *name, vel_param_in
 VEL_API bool vel_params_is_foreign(const char *word);
 /* A line written for kohya's sd-scripts or for diffusers' example scripts, as it stands:
  * "accelerate launch ... script.py --flags", "python script.py --flags" or "script.py --flags",
- * word by word. *out: settings for vel_train; NULL where the line asks for nothing more to be done.
- * What was understood arrives as messages. */
+ * word by word. *out: settings for vel_train, owned; NULL where the line asks for nothing more to
+ * be done, and on failure. What was understood arrives as messages. VEL_BAD_VALUE: an unknown flag
+ * or value, with the nearest names; VEL_UNSUPPORTED: one that is known and refused. */
 VEL_API vel_status vel_params_parse(vel_ctx *ctx, int n, const char *const *words,
                                     vel_params **out);
 
@@ -141,7 +158,14 @@ VEL_API bool vel_script_describe(int script, int i, vel_flag_info *out);
 
 /* ---- the work ---------------------------------------------------------------------------- */
 
-/* Trains as the settings say; files are left in --output_dir. */
+/* p: settings of the function's own command. Each runs to its end in the calling thread. Besides
+ * VEL_NO_MEMORY: VEL_NOT_FOUND, VEL_BAD_FILE, VEL_BAD_GRAPH and VEL_UNSUPPORTED for models,
+ * pictures and adapters; VEL_BAD_VALUE for settings that are missing or do not go together; VEL_IO;
+ * and VEL_INTERRUPTED. Nothing half-written is left behind. A *text is owned (vel_text_free), and
+ * NULL on failure. */
+
+/* Trains as the settings say; files are left in --output_dir. Interrupted, it saves, and the same
+ * settings with resume=latest go on. VEL_DIVERGED: a loss, gradient or weight is not finite. */
 VEL_API vel_status vel_train(vel_ctx *ctx, const vel_params *p);
 /* Draws; files are left where --output says. On IMAGE events the pixels can be taken. */
 VEL_API vel_status vel_generate(vel_ctx *ctx, const vel_params *p);
@@ -149,12 +173,13 @@ VEL_API vel_status vel_generate(vel_ctx *ctx, const vel_params *p);
 VEL_API vel_status vel_grid(vel_ctx *ctx, const vel_params *p);
 /* Draws the prompts of a folder with true pictures and measures the distances to them. */
 VEL_API vel_status vel_score(vel_ctx *ctx, const vel_params *p);
-/* Describes a model folder, checkpoint or adapter; *text is owned, vel_text_free. */
+/* Describes a model folder, checkpoint or adapter. */
 VEL_API vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text);
-/* Runs every reference file of a folder against a model; *passed and *failed count values. */
+/* Runs every reference file of a folder against a model; *passed and *failed count values. VEL_OK
+ * where values failed: look at *failed. */
 VEL_API vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder,
                                     int *passed, int *failed);
-/* Checks and times one op or one training step; *text is owned, vel_text_free. */
+/* Checks and times one op, one part of a model or one training step. */
 VEL_API vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text);
 /* Converts a model between a diffusers folder and a single file; *text says what was written. */
 VEL_API vel_status vel_checkpoint_command(vel_ctx *ctx, const vel_params *p, char **text);
