@@ -20,8 +20,8 @@ typedef struct three_sizes {
 /* What is done with V channels of each half at one place: sums of the convolution (bias included)
  * in, at the picture's element that they belong to. channels: as in three_sizes. */
 template <typename T> struct write_plainly {
-    static constexpr int BLOCKS =
-        sizeof(T) == 4 ? 3 : 4; /* of a multiprocessor, for which registers suffice */
+    /* of a multiprocessor, for which registers suffice */
+    static constexpr int BLOCKS = sizeof(T) == 4 ? 3 : 4;
     T *out;
     template <int V>
     __device__ __forceinline__ void operator()(int64_t place, int c, int channels,
@@ -97,8 +97,12 @@ __device__ __forceinline__ void load_taps(const float *w, int first, int mine, i
     int n = min(THREADS * V, count - first) * 9;
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
-        for (int i = threadIdx.x; i < n; i += THREADS)
-            shared[h][i] = w[(int64_t)(h * half + first) * 9 + i];
+#pragma unroll
+        for (int k = 0; k < V * 9; k++) { /* all on their way at once */
+            int i = threadIdx.x + k * THREADS;
+            if (i < n)
+                shared[h][i] = w[(int64_t)(h * half + first) * 9 + i];
+        }
     __syncthreads();
     if (mine >= count)
         return;
