@@ -33,7 +33,7 @@ static void cut_rows(vel_tiles *t)
     t->span = t->all_steps;
     if (fit < VEL_MIN(t->out_height, LEAST_ROWS)) {
         t->span = even_size(t->all_steps, MOST_SPAN, 1);
-        fit = BLOCK_BYTES / (t->span * TILES_SIDE * 2);
+        fit = BLOCK_BYTES / 2 / (t->span * TILES_SIDE * 2); /* sums are as large */
     }
     t->block_images = 1;
     t->block_rows = even_size(t->out_height, fit, TILES_SIDE);

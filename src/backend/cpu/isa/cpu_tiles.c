@@ -228,8 +228,8 @@ static __attribute__((noinline)) void write_parts(const vel_tiles *t, const vel_
 {
     int64_t at = w->at, left = w->columns, n = VEL_MIN(left, VL);
     if (t->act != VEL_ACT_NONE) {
-        low = vact(t->act, low);
-        high = vact(t->act, high);
+        low = vact_rough(t->act, low);
+        high = vact_rough(t->act, high);
     }
     if (d->residual) {
         low += vget_part(d->residual + at, 0, n, true);

@@ -525,13 +525,14 @@ VEL_INLINE vf vact(int kind, vf x)
     }
 }
 
-/* The same for values that become bfloat16: SiLU, which follows most norms and convolutions, to
- * 2e-4. */
+/* The same for values that become bfloat16: the activations that follow norms, convolutions and
+ * layers, to 2e-4. With tanh, GELU is x / (1 + e^-2u). */
 VEL_INLINE vf vact_rough(int kind, vf x)
 {
 #if defined(__AVX512F__)
-    if (kind == VEL_ACT_SILU) {
-        vf e = vexp2_rough(vmax(vset(-1e30f), x * -1.44269504f));
+    if (kind == VEL_ACT_SILU || kind == VEL_ACT_GELU_TANH) {
+        vf t = kind == VEL_ACT_SILU ? x : 1.59576912f * (x + 0.044715f * x * x * x);
+        vf e = vexp2_rough(vmax(vset(-1e30f), t * -1.44269504f));
         return x * (vf)_mm512_rcp14_ps((__m512)(1.0f + e));
     }
 #endif
