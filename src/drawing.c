@@ -209,6 +209,7 @@ static vel_status add_prompt(vel_drawing *d, const char *written, const vel_draw
                                      .height = o->height,
                                      .steps = o->steps,
                                      .sampler = o->sampler,
+                                     .spacing = o->timestep_spacing,
                                      .eta = o->eta}};
     VEL_TRY(vel_draw_guide_further(d->ctx, &o->guide, &p.draw));
     if (entry)
@@ -525,6 +526,8 @@ static json_t *settings_json(vel_drawing *d, const vel_image *image, const vel_d
     for (int i = 0; out && i < VEL_COUNT(flags); i++)
         if (flags[i].set)
             json_object_set_new(out, flags[i].key, json_true());
+    if (out && o->timestep_spacing)
+        json_object_set_new(out, "timestep_spacing", json_string(o->timestep_spacing));
     if (out && o->system_prompt)
         json_object_set_new(out, "system_prompt", json_string(o->system_prompt));
     return out;

@@ -20,7 +20,7 @@ typedef struct vel_generate_options {
     const char *system_prompt;                   /* NULL: the family's own */
     int width, height, steps, count, batch;      /* 0: the model's and the family's own */
     int64_t seed; /* -1: a random one, which is then printed and written into the file */
-    const char *sampler;
+    const char *sampler, *timestep_spacing;
     double eta;
     const char *lora;      /* "file:0.8,other.safetensors" */
     double lora_scale;     /* multiplies every strength */

@@ -61,6 +61,10 @@
             "of the first picture; -1: a random one"),                                             \
         SAMPLER("sampler", "scheduler", at sampler, first_sampler, "picture",                      \
                 "without it: the model folder's own"),                                             \
+        CHOICE("timestep_spacing", NULL, at timestep_spacing, NULL, VEL_SPACINGS, "picture",       \
+               "how timesteps lie over the schedule, but of flow matching; distilled models such " \
+               "as SDXL Lightning want trailing; without it: the model folder's, own: the "        \
+               "sampler's"),                                                                       \
         FLOAT("eta", NULL, at eta, "0", 0, 1, "picture",                                           \
               "noise of ddim, and of tcd, for which 0.3 is usual"),                                \
         TEXT("lora", NULL, at lora, NULL, "adapters",                                              \

@@ -90,6 +90,7 @@ extern const vel_option_row vel_train_rows[], vel_generate_rows[], vel_grid_rows
               "after this share of the steps"),                                                    \
         FLOAT(prefix "skip_layer_guidance_stop", NULL, at skip_stop, "0.2", 0, 1, group,           \
               "and before this one")
+#define VEL_SPACINGS "leading,trailing,linspace,own"
 /* help: what is said before the list's own */
 #define SAMPLER(name, aliases, field, initial, group, help)                                        \
     {                                                                                              \

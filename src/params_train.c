@@ -460,6 +460,8 @@ const vel_option_row vel_train_rows[] = {
     GUIDE_ROWS("sample_", sample_guide., "samples"),
     INT("sample_seed", NULL, sample_seed, "1", 0, 9e15, "samples", "seed of the first prompt"),
     SAMPLER("sample_sampler", NULL, sample_sampler, "ddim", "samples", "sampler"),
+    CHOICE("sample_timestep_spacing", NULL, sample_spacing, NULL, VEL_SPACINGS, "samples",
+           "as --timestep_spacing of velatura generate"),
     TEXT("sample_negative", NULL, sample_negative, NULL, "samples", "negative prompt"),
     INT("sample_max_token_length", NULL, sample_max_token_length, "0", 0, 750, "samples",
         "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of 75 as "

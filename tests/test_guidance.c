@@ -213,3 +213,23 @@ TEST(guidance_of_texts_that_are_read_otherwise)
     for (int i = 0; i < VEL_COUNT(says); i++)
         CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
 }
+
+/* The folder's scheduler says how timesteps lie; a setting stands above it. SDXL's says leading. */
+TEST(guidance_of_timesteps)
+{
+    program_result r;
+    if (!program_shell(
+            t,
+            "g() { O=$1; shift; \"$V\" generate 'a cat' --device cpu --precision no --width 64 "
+            "--height 64 --steps 2 --seed 1 --output \"$D/$O.png\" --model "
+            "tests/golden/families/sdxl/model --sampler euler \"$@\"; }; "
+            "same() { cmp -s \"$D/$1.png\" \"$D/$2.png\" && echo $1=$2 || echo $1/$2; }; "
+            "g a && g b --timestep_spacing trailing && same a b; g c --timestep_spacing own && "
+            "same b c; g d --timestep_spacing late; LC_ALL=C tr -cd ' -~' <\"$D/b.png\"",
+            &r))
+        return;
+    static const char *const says[] = {"a/b", "b/c", "--timestep_spacing: 'late' is not one of",
+                                       "\"timestep_spacing\":\"trailing\""};
+    for (int i = 0; i < VEL_COUNT(says); i++)
+        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+}

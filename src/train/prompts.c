@@ -17,7 +17,8 @@ static vel_status add_prompt(train_session *s, const char *text, const vel_draw_
                      .height = s->data->options.height,
                      .steps = o->sample_steps,
                      .seed = (uint64_t)o->sample_seed + (uint64_t)s->n_prompts,
-                     .sampler = o->sample_sampler};
+                     .sampler = o->sample_sampler,
+                     .spacing = o->sample_spacing};
     VEL_TRY(vel_draw_guide_further(s->ctx, &o->sample_guide, &draw));
     if (entry)
         VEL_TRY(vel_draw_take(s->ctx, s->arena, o->sample_prompts, entry, &draw, &seeded));

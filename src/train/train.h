@@ -134,7 +134,7 @@ typedef struct vel_train_options {
     double sample_true_guidance; /* as vel_draw_guide takes it */
     vel_guide_settings sample_guide;
     int64_t sample_seed;
-    const char *sample_sampler, *sample_negative;
+    const char *sample_sampler, *sample_negative, *sample_spacing;
     int validation_every, validate_every_n_epochs;
     int validation_times; /* timesteps at which a held-out picture is measured */
     const char *comment;
