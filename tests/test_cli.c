@@ -207,9 +207,13 @@ TEST(params_refuse)
         {"comment", "\xff\xfe", "UTF-8"},
         {"precision", "", "auto"},
         {"batch", "99999999999", "--batch"},
+        {"sample_sampler", "euler_gamma", "endings: _karras"},
+        {"sample_sampler", "_beta", "ddim"},
     };
     vel_params *p = vel_params_create(t->ctx, "train");
     CHECK(p);
+    if (p)
+        CHECK_OK(vel_params_set(p, "sample_sampler", "dpmpp_3m_sde_exponential"));
     for (int i = 0; p && i < VEL_COUNT(cases); i++) {
         CHECK_MSG(vel_params_set(p, cases[i].name, cases[i].value) == VEL_BAD_VALUE,
                   "--%s '%s' was taken", cases[i].name, cases[i].value);
