@@ -183,7 +183,7 @@ static bool own_is_faster(const vel_device *d, const vel_node *n, const attentio
                           .width = (int)s->width};
     const char *trial = getenv("VELATURA_CUDA_TRIAL");
     return n->op == VEL_OP_attention && d->capability == 90 && s->width <= 96 && s->keys >= 256 &&
-           vel_cu_attention_hopper_forward_takes(a) && !(trial && *trial == '1');
+           vel_cu_attention_hopper_forward_takes(a) && !(trial && *trial == '3');
 }
 
 vel_status vel_cudnn_attention_prepare(vel_device *d, const vel_graph *g, int32_t id,
