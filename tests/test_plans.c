@@ -446,8 +446,8 @@ TEST(plans_samples_may_be_decoded_apart)
     for (int i = 0; i < N; i++)
         draws[i] = (vel_draw){.prompt = i ? "a dog" : "a cat",
                               .guidance = 4,
-                              .width = 128,
-                              .height = i == 2 ? 128 : 64,
+                              .width = 192,
+                              .height = i == 2 ? 192 : 128,
                               .steps = 2,
                               .seed = (uint64_t)i};
     for (int apart = 0; apart < 2; apart++) {
