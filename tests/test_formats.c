@@ -514,6 +514,8 @@ static VipsImage *even_image(int bands, VipsBandFormat format, VipsInterpretatio
     return out;
 }
 
+#define U8(meaning) VIPS_FORMAT_UCHAR, VIPS_INTERPRETATION_##meaning
+#define U16(meaning) VIPS_FORMAT_USHORT, VIPS_INTERPRETATION_##meaning
 TEST(every_kind_of_pixel_becomes_rgb)
 {
     static const uint16_t deep[] = {0x8080, 0x4040, 0xffff}, deep_grey[] = {0x3333};
@@ -527,58 +529,17 @@ TEST(every_kind_of_pixel_becomes_rgb)
         uint8_t rgb[3];
         int has_alpha; /* -1: up to libvips */
     } rows[] = {
-        {"g.png", 1, VIPS_FORMAT_UCHAR, VIPS_INTERPRETATION_B_W, "\x64", 1, {100, 100, 100}, false},
-        {"d.png", 3, VIPS_FORMAT_USHORT, VIPS_INTERPRETATION_RGB16, deep, 6, {128, 64, 255}, false},
-        {"e.png",
-         1,
-         VIPS_FORMAT_USHORT,
-         VIPS_INTERPRETATION_GREY16,
-         deep_grey,
-         2,
-         {51, 51, 51},
-         false},
-        {"a.png",
-         4,
-         VIPS_FORMAT_UCHAR,
-         VIPS_INTERPRETATION_sRGB,
-         "\x0a\x14\x1e\x66",
-         4,
-         {50, 110, 105},
-         true}, /* 0.4 of (10, 20, 30) over (77, 170, 155) */
-        {"a.tif",
-         4,
-         VIPS_FORMAT_UCHAR,
-         VIPS_INTERPRETATION_sRGB,
-         "\x0a\x14\x1e\x66",
-         4,
-         {50, 110, 105},
-         true},
-        {"a.webp",
-         4,
-         VIPS_FORMAT_UCHAR,
-         VIPS_INTERPRETATION_sRGB,
-         "\x0a\x14\x1e\0",
-         4,
-         {77, 170, 155},
-         true},
-        {"l.png", 2, VIPS_FORMAT_UCHAR, VIPS_INTERPRETATION_B_W, "\x0a\xff", 2, {10, 10, 10}, true},
-        {"c.jpg",
-         4,
-         VIPS_FORMAT_UCHAR,
-         VIPS_INTERPRETATION_CMYK,
-         "\0\0\0\0",
-         4,
-         {255, 255, 255},
-         false},
-        {"x.gif",
-         3,
-         VIPS_FORMAT_UCHAR,
-         VIPS_INTERPRETATION_sRGB,
-         "\xff\0\xff",
-         3,
-         {255, 0, 255},
-         -1},
-        {"x.ppm", 3, VIPS_FORMAT_UCHAR, VIPS_INTERPRETATION_sRGB, "\1\2\3", 3, {1, 2, 3}, false},
+        {"g.png", 1, U8(B_W), "\x64", 1, {100, 100, 100}, false},
+        {"d.png", 3, U16(RGB16), deep, 6, {128, 64, 255}, false},
+        {"e.png", 1, U16(GREY16), deep_grey, 2, {51, 51, 51}, false},
+        /* 0.4 of (10, 20, 30) over (77, 170, 155) */
+        {"a.png", 4, U8(sRGB), "\x0a\x14\x1e\x66", 4, {50, 110, 105}, true},
+        {"a.tif", 4, U8(sRGB), "\x0a\x14\x1e\x66", 4, {50, 110, 105}, true},
+        {"a.webp", 4, U8(sRGB), "\x0a\x14\x1e\0", 4, {77, 170, 155}, true},
+        {"l.png", 2, U8(B_W), "\x0a\xff", 2, {10, 10, 10}, true},
+        {"c.jpg", 4, U8(CMYK), "\0\0\0\0", 4, {255, 255, 255}, false},
+        {"x.gif", 3, U8(sRGB), "\xff\0\xff", 3, {255, 0, 255}, -1},
+        {"x.ppm", 3, U8(sRGB), "\1\2\3", 3, {1, 2, 3}, false},
     };
     vel_picture_load how = plainly;
     vel_picture_info info = {0};

@@ -7,50 +7,85 @@
 /* ---- what will be trained
  * ---------------------------------------------------------------------------- */
 
-/* own: s->o, to be changed. */
-static vel_status open_data(train_session *s, vel_train_options *own)
+/* The settings of pictures and captions that all data sets have unless they say otherwise. */
+static vel_status data_settings(train_session *s, vel_data_options *out)
 {
     const vel_train_options *o = s->o;
-    vel_data_options d = {.folder = o->data,
-                          .instance_prompt = o->instance_prompt && *o->instance_prompt
-                                                 ? o->instance_prompt
-                                                 : NULL, /* "": captions from files */
-                          .caption_extension = o->caption_extension,
-                          .caption_column = o->caption_column,
-                          .image_column = o->image_column,
-                          .buckets = o->enable_bucket,
-                          .bucket_min = o->min_bucket,
-                          .bucket_max = o->max_bucket,
-                          .bucket_step = o->bucket_step,
-                          .no_upscale = o->bucket_no_upscale,
-                          .repeats = o->repeats,
-                          .most_pictures = o->max_train_samples,
-                          .validation_split = o->validation_split,
-                          .strict_peer = o->strict_compat,
-                          .size_multiple = 8,
-                          .reg_folder = o->reg_data,
-                          .reg_weight = o->prior_loss_weight,
-                          .how = {.captions = o->captions,
-                                  .caption_dropout = o->caption_dropout,
-                                  .flip = o->flip,
-                                  .random_crop = o->random_crop,
-                                  .color_aug = o->color_aug,
-                                  .filter = o->resize_filter,
-                                  .alpha_mask = o->alpha_mask,
-                                  .masks = o->conditioning_data_dir,
-                                  .weight = o->loss_weight}};
+    *out = (vel_data_options){.folder = o->data,
+                              .instance_prompt = o->instance_prompt && *o->instance_prompt
+                                                     ? o->instance_prompt
+                                                     : NULL, /* "": captions from files */
+                              .caption_extension = o->caption_extension,
+                              .caption_column = o->caption_column,
+                              .image_column = o->image_column,
+                              .buckets = o->enable_bucket,
+                              .bucket_min = o->min_bucket,
+                              .bucket_max = o->max_bucket,
+                              .bucket_step = o->bucket_step,
+                              .no_upscale = o->bucket_no_upscale,
+                              .repeats = o->repeats,
+                              .most_pictures = o->max_train_samples,
+                              .validation_split = o->validation_split,
+                              .strict_peer = o->strict_compat,
+                              .size_multiple = 8,
+                              .reg_folder = o->reg_data,
+                              .reg_weight = o->prior_loss_weight,
+                              .how = {.captions = o->captions,
+                                      .caption_dropout = o->caption_dropout,
+                                      .flip = o->flip,
+                                      .random_crop = o->random_crop,
+                                      .color_aug = o->color_aug,
+                                      .filter = o->resize_filter,
+                                      .alpha_mask = o->alpha_mask,
+                                      .masks = o->conditioning_data_dir,
+                                      .weight = o->loss_weight}};
     if (vel_words_in_sentences(o))
-        d.instance_prompt = o->placeholder_token;
-    VEL_TRY(vel_face_range_parse(s->ctx, o->face_crop_range, d.how.face_range));
+        out->instance_prompt = o->placeholder_token;
+    VEL_TRY(vel_face_range_parse(s->ctx, o->face_crop_range, out->how.face_range));
     VEL_TRY(vel_caption_check(s->ctx, &o->captions));
-    int got = sscanf(o->resolution, "%d,%d", &d.width, &d.height);
+    int got = sscanf(o->resolution, "%d,%d", &out->width, &out->height);
     if (got == 1)
-        d.height = d.width;
-    if (got < 1 || d.width < 64 || d.height < 64 || d.width % 8 || d.height % 8)
+        out->height = out->width;
+    if (got < 1 || out->width < 64 || out->height < 64 || out->width % 8 || out->height % 8)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "--resolution: '%s' is not a size in pixels divisible by 8, such "
                         "as 512 or 512,768",
                         o->resolution);
+    return VEL_OK;
+}
+
+/* What subsets with settings of their own go with. own: s->o, to be changed. */
+static vel_status check_subsets(train_session *s, const vel_data_options *d, vel_train_options *own)
+{
+    const vel_train_options *o = s->o;
+    bool preserve = false;
+    int largest = 0; /* of batches that subsets state; all of them do, or none */
+    for (int i = 0; i < d->n_subsets; i++) {
+        VEL_TRY(vel_caption_check(s->ctx, &d->subsets[i].how.captions));
+        largest = VEL_MAX(largest, d->subsets[i].batch);
+        preserve |= d->subsets[i].how.preserve;
+    }
+    if (largest && (o->fit || o->with_prior_preservation || o->class_data))
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "%s: batch_size differs between data sets, which neither --fit nor "
+                        "--with_prior_preservation can have",
+                        o->dataset_config);
+    own->batch = largest ? largest : own->batch;
+    const char *wrong = o->train_text_encoder ? "train_text_encoder" : o->fit ? "fit" : NULL;
+    if (preserve && wrong)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "%s: diff_output_preservation: not with --%s: the unchanged model is asked "
+                        "beside the trained one, with the same text states",
+                        o->dataset_config, wrong);
+    return VEL_OK;
+}
+
+/* own: s->o, to be changed. */
+static vel_status open_data(train_session *s, vel_train_options *own)
+{
+    const vel_train_options *o = s->o;
+    vel_data_options d;
+    VEL_TRY(data_settings(s, &d));
     vel_data_subset listed = {.folder = o->data,
                               .list = o->in_json,
                               .repeats = o->repeats,
@@ -73,27 +108,7 @@ static vel_status open_data(train_session *s, vel_train_options *own)
         d.n_subsets = 1;
     }
     VEL_TRY(vel_dataset_open(s->ctx, &d, &s->data));
-    int largest = 0; /* of batches that subsets state; all of them do, or none */
-    for (int i = 0; i < d.n_subsets; i++) {
-        VEL_TRY(vel_caption_check(s->ctx, &d.subsets[i].how.captions));
-        largest = VEL_MAX(largest, d.subsets[i].batch);
-    }
-    if (largest && (o->fit || o->with_prior_preservation || o->class_data))
-        return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                        "%s: batch_size differs between data sets, which neither --fit nor "
-                        "--with_prior_preservation can have",
-                        o->dataset_config);
-    own->batch = largest ? largest : own->batch;
-    bool preserve = false;
-    for (int i = 0; i < d.n_subsets; i++)
-        preserve |= d.subsets[i].how.preserve;
-    const char *wrong = o->train_text_encoder ? "train_text_encoder" : o->fit ? "fit" : NULL;
-    if (preserve && wrong)
-        return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                        "%s: diff_output_preservation: not with --%s: the unchanged model is asked "
-                        "beside the trained one, with the same text states",
-                        o->dataset_config, wrong);
-    return VEL_OK;
+    return check_subsets(s, &d, own);
 }
 
 /* Settings of flows, for a model that predicts noise: they would change nothing. */
