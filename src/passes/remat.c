@@ -116,7 +116,7 @@ static bool is_large_norm(const vel_node *n)
     return norm && vel_shape_count(n->out[0].shape) * vel_dtype_bytes(n->out[0].dtype) > LARGE_NORM;
 }
 
-/* Of parts that lie one behind the other: they are made there (plan.c), and it is no copy. */
+/* Of parts that lie one behind the other: where they are kept it is no copy (plan.c). */
 static bool is_join(const vel_node *n)
 {
     int axis = 0;
@@ -132,8 +132,10 @@ static bool is_made_again(const remat *r, const vel_node *n)
     const vel_graph *g = r->c.src;
     int64_t depth = product_depth(g, n);
     if (!depth)
-        return (levels[r->level].cheap && is_cheap(n->op) && !is_join(n)) ||
-               (levels[r->level].norms && is_large_norm(n));
+        return (levels[r->level].norms && is_large_norm(n)) ||
+               (levels[r->level].cheap && is_cheap(n->op) &&
+                (!is_join(n) ||
+                 (is_made_again(r, vel_at(g, n->in[0])) && is_made_again(r, vel_at(g, n->in[1])))));
     bool wide = vel_shape_at(g, n->in[1]).dim[0] >= 4 * depth;
     if (depth > (wide ? levels[r->level].wide : levels[r->level].depth))
         return false;
