@@ -557,7 +557,10 @@ static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adap
 static vel_status export_apart(train_session *s, const char *path, const vel_word *words, int n,
                                json_t *meta)
 {
-    size_t stem = strlen(s->o->output_dir) + 1 + strlen(name_of(s));
+    const char *slash = strrchr(path, '/'), *file_name = slash ? slash + 1 : path;
+    size_t stem = vel_has_prefix(file_name, name_of(s)) /* "-steps-100" comes behind the number */
+                      ? (size_t)(file_name - path) + strlen(name_of(s))
+                      : strlen(path) - strlen(".safetensors");
     vel_word *own = vel_arena_alloc(s->arena, (size_t)n * sizeof *own);
     vel_status st = own ? VEL_OK : VEL_NO_MEMORY;
     const char *seen[VEL_MAX_TEXTS];
