@@ -55,9 +55,8 @@ typedef struct wish {
     int first_in, second_in, bias_in, residual_in, act;
 } wish;
 
-static bool is_pixel(const vel_node *n, const int *pad, int stride, vel_shape w)
+static bool is_pixel(const int *pad, int stride, vel_shape w)
 {
-    (void)n;
     return stride == 1 && w.dim[2] == 1 && w.dim[3] == 1 && !pad[0] && !pad[1] && !pad[2] &&
            !pad[3];
 }
@@ -77,7 +76,7 @@ static bool wish_of(const vel_graph *g, const vel_node *n, wish *w)
     w->bias_in = w->residual_in = -1;
     switch (n->op) {
     case VEL_OP_conv2d:
-        if (!is_pixel(n, n->a.conv2d.pad, n->a.conv2d.stride, b))
+        if (!is_pixel(n->a.conv2d.pad, n->a.conv2d.stride, b))
             return false;
         /* fall through */
     case VEL_OP_linear: /* x [M, K], w [N, K] */
@@ -88,7 +87,7 @@ static bool wish_of(const vel_graph *g, const vel_node *n, wish *w)
         w->act = n->op == VEL_OP_linear ? n->a.linear.act : n->a.conv2d.act;
         return true;
     case VEL_OP_conv2d_grad_x:
-        if (!is_pixel(n, n->a.conv2d_grad_x.pad, n->a.conv2d_grad_x.stride, b))
+        if (!is_pixel(n->a.conv2d_grad_x.pad, n->a.conv2d_grad_x.stride, b))
             return false;
         /* fall through */
     case VEL_OP_linear_grad_x: /* dy [M, N], w [N, K] */
@@ -97,7 +96,7 @@ static bool wish_of(const vel_graph *g, const vel_node *n, wish *w)
         w->residual_in = present(n, 2);
         return true;
     case VEL_OP_conv2d_grad_w:
-        if (!is_pixel(n, n->a.conv2d_grad_w.pad, n->a.conv2d_grad_w.stride, d))
+        if (!is_pixel(n->a.conv2d_grad_w.pad, n->a.conv2d_grad_w.stride, d))
             return false;
         /* fall through */
     case VEL_OP_linear_grad_w: /* x [M, K], dy [M, N] -> [N, K] */

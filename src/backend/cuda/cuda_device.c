@@ -236,9 +236,9 @@ static size_t used_before(int ordinal)
 }
 
 /* Frames of our kernels and the libraries' lie in registers; the default stack of 1 KiB for each
- * thread that the card can have at once would take 200 MB. A kernel with a frame or local arrays
- * makes the driver set aside as much for all threads: 104 bytes are 28 MB of an H100, so ours have
- * none where they are used in each step (cuobjdump -res-usage tells: STACK). */
+ * thread that the card can have at once would take 250 MB. A kernel with a frame or local arrays
+ * makes the driver set aside as much for all threads (an H100: nothing up to 32 bytes, 16 MB for
+ * 104), so those of each step have none (cuobjdump -res-usage tells: STACK). */
 enum { STACK_BYTES = 0 };
 
 /* A build has code for the cards it was made for, and PTX for newer ones. */
@@ -681,7 +681,7 @@ static double cuda_sum_squares(vel_device *d, const float *x, int64_t n)
 static const vel_backend vel_backend_cuda = {
     .name = "cuda",
     .side_by_side = true,
-    .roomy = (int64_t)2304 << 20,
+    .roomy = (int64_t)2304 << 20, /* SDXL at 1024 x 1024 then makes no product but GEGLU's again */
     .overhead = cuda_overhead,
     .in_use = cuda_in_use,
     .open = cuda_open,
