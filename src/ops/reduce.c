@@ -34,9 +34,13 @@ static void sum_grad(vel_graph *g, const vel_node *n, vel_ref self, const vel_re
 }
 
 static const vel_case sum_cases[] = {
-    {.in = {{1, {3}}}, .a.sum = {1}},           {.in = {{3, {2, 5, 7}}}, .a.sum = {2}},
-    {.in = {{4, {2, 5, 7, 16}}}, .a.sum = {6}}, {.in = {{4, {3, 9, 4, 8}}}, .a.sum = {10}},
-    {.in = {{2, {33, 40}}}, .a.sum = {3}},      {.in = {{0}}},
+    {.in = {{1, {3}}}, .a.sum = {1}},
+    {.in = {{3, {2, 5, 7}}}, .a.sum = {2}},
+    {.in = {{4, {2, 5, 7, 16}}}, .a.sum = {6}},
+    {.in = {{4, {3, 9, 4, 8}}}, .a.sum = {10}},
+    {.in = {{2, {33, 40}}}, .a.sum = {3}},
+    {.in = {{4, {2, 6, 3, 24}}}, .a.sum = {4}},
+    {.in = {{0}}},
 };
 
 const vel_opdef vel_op_sum = {

@@ -117,6 +117,38 @@ __global__ void __launch_bounds__(THREADS)
     out[r * gridDim.y + blockIdx.y] = sum;
 }
 
+/* Few terms, as of heads that share a key: a thread makes PACK neighbours of the last axis. */
+enum { FEW = 16, PACK = 4 };
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    reduce_few_kernel(const T *x, float *out, axes_of a, int largest)
+{
+    uint32_t r = (blockIdx.x * THREADS + threadIdx.x) * PACK;
+    if (r >= a.results)
+        return;
+    uint32_t last = a.kept[a.n_kept - 1], before = r / last;
+    const T *from = x + place(before, a.n_kept - 1, a.kept, a.kept_stride) + (r - before * last);
+    float sum[PACK], v[PACK];
+    load<T, PACK>(from, sum);
+    for (int i = 1; i < (int)a.length; i++) {
+        load<T, PACK>(from + i * a.reduced_stride[0], v);
+#pragma unroll
+        for (int k = 0; k < PACK; k++)
+            sum[k] = join(sum[k], v[k], largest);
+    }
+    store<float, PACK>(out + r, sum);
+}
+
+static bool few_terms(const axes_of *a, const void *x, const float *out)
+{
+    bool packs = columns(a) && a->kept[a->n_kept - 1] % PACK == 0 && aligned(x) && aligned(out);
+    for (int i = 0; i + 1 < a->n_kept; i++)
+        packs = packs && a->kept_stride[i] % PACK == 0;
+    return packs && a->n_reduced == 1 && a->length <= FEW && a->reduced_stride[0] % PACK == 0 &&
+           a->results <= INT32_MAX;
+}
+
 __global__ void __launch_bounds__(THREADS)
     join_parts_kernel(const float *parts, int64_t results, int splits, int largest, float *out)
 {
@@ -141,7 +173,11 @@ extern "C" void vel_cu_reduce(cudaStream_t s, int type, const void *x, vel_cu_sh
     axes_of a = split_axes(shape, axes);
     int64_t splits = splits_of(&a), each = (a.length + splits - 1) / splits;
     float *parts = splits == 1 ? out : (float *)scratch;
-    if (columns(&a)) {
+    if (splits == 1 && few_terms(&a, x, out)) {
+        VEL_CU_EACH_TYPE(type, reduce_few_kernel<T>
+                         <<<blocks_for(a.results, THREADS * PACK), THREADS, 0, s>>>(
+                             (const T *)x, out, a, largest));
+    } else if (columns(&a)) {
         dim3 grid(blocks_for(a.results, 32), (unsigned)splits), block(32, 8);
         VEL_CU_EACH_TYPE(type, reduce_columns_kernel<T>
                          <<<grid, block, 0, s>>>((const T *)x, parts, a, largest, each));
