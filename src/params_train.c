@@ -392,8 +392,8 @@ const vel_option_row vel_train_rows[] = {
     FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "run",
          "the smallest working memory, by computing again"),
     TEXT("fit", NULL, fit, NULL, "run",
-         "memory of the device for the whole run, such as 8GB: chooses what is computed again and "
-         "how a batch is split"),
+         "memory of the device for the whole run, such as 8GB: chooses what is computed again, how "
+         "a batch is split and how much of the weights stays with the host"),
     INT("stream", NULL, stream, "0", 0, 8, "run",
         "so many eighths of the frozen weights stay in the host's memory, from where a GPU copies "
         "them "
