@@ -1,8 +1,7 @@
 /* cuda.h: inside the CUDA backend: the device, how a failed call becomes a status, and the
- * providers of kernels, asked in the order of vel_cuda_providers: own ones for an adapter's thin
- * products (cuda_thin.c), cuBLASLt for products (cublaslt.c), cuDNN for convolutions and attention
- * (cudnn.c), and the own kernels for every op (cuda_own.c: the glue from nodes to the launchers of
- * kernels/, which cuda_kernels.h declares).
+ * providers of kernels, asked in the order of vel_cuda_providers: cuBLASLt for products
+ * (cublaslt.c), cuDNN for convolutions and attention (cudnn.c), and the own kernels for every op
+ * (cuda_own.c: the glue from nodes to the launchers of kernels/, which cuda_kernels.h declares).
  *
  * All work of a device is put on one stream, in order, and nothing but read() and sync() waits for
  * it; write_ahead() alone has another. A run may be captured into a graph, so a kernel's run() must
@@ -66,7 +65,6 @@ void vel_cu_finish(cudaStream_t s, int type, int act, const float *bias, const v
  * VEL_UNSUPPORTED and leaves nothing behind: the next one is asked. */
 typedef vel_status (*vel_cuda_prepare_fn)(vel_device *d, const vel_graph *g, int32_t id,
                                           vel_kernel *out);
-vel_status vel_cuda_thin_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 vel_status vel_cublaslt_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 vel_status vel_cudnn_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out);
 vel_status vel_cudnn_attention_prepare(vel_device *d, const vel_graph *g, int32_t id,

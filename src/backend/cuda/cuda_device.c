@@ -588,8 +588,7 @@ static vel_status cuda_rates(vel_device *d, vel_dtype compute, vel_rates *out)
 /* ---- kernels ---- */
 
 static const vel_cuda_prepare_fn vel_cuda_providers[] = {
-    vel_cuda_thin_prepare, vel_cublaslt_prepare, vel_cudnn_prepare, vel_cudnn_attention_prepare,
-    vel_cuda_own_prepare};
+    vel_cublaslt_prepare, vel_cudnn_prepare, vel_cudnn_attention_prepare, vel_cuda_own_prepare};
 
 static vel_status cuda_prepare(vel_device *d, const vel_graph *g, int32_t id, vel_kernel *out)
 {

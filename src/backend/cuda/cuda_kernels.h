@@ -274,26 +274,6 @@ void vel_cu_linear_attention_tensor_grad(cudaStream_t s, vel_cu_linear_attention
                                          const void *k, const void *v, const void *dout, void *dq,
                                          void *dk, void *dv, void *scratch);
 
-/* ---- products with a thin side (thin.cu): 16-bit types, capability 80 up, all pointers at
- * multiples of 16 bytes ---- */
-
-typedef struct vel_cu_thin {
-    int64_t rows, wide; /* of tokens; of the wide side */
-    int rank;           /* of the thin side */
-    int down; /* the sums lie along the first axis of w; of the sums: the result is turned */
-} vel_cu_thin;
-int vel_cu_thin_takes(vel_cu_thin t);
-/* y [rows, wide] = x [rows, rank] w + residual (NULL: none; may be y); w [rank, wide] when down,
- * else [wide, rank]. */
-void vel_cu_thin_up(cudaStream_t s, int type, vel_cu_thin t, const void *x, const void *w,
-                    const void *residual, void *y);
-/* y [rows, rank] = x [rows, wide] w; w [wide, rank] when down, else [rank, wide]. */
-void vel_cu_thin_down(cudaStream_t s, int type, vel_cu_thin t, const void *x, const void *w,
-                      void *y);
-/* out float32 = thin [rows, rank]^T wide [rows, wide]: [rank, wide], or [wide, rank] when down. */
-void vel_cu_thin_sums(cudaStream_t s, int type, vel_cu_thin t, const void *thin, const void *wide,
-                      float *out);
-
 /* ---- products (product.cu): plain loops over tiles, the truth behind the libraries ---- */
 
 /* c[p] = act(op(a[p]) op(b[p]) + bias) + residual for p < count: c [m, n], of c_type; a and b of
