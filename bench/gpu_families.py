@@ -25,6 +25,7 @@ CASES = {
         case("sd15 step bf16", "step", 1, 512, "bf16", 32, goal=7),
         case("sd15 step fp16", "step", 1, 512, "fp16", 32, goal=7),
         case("sd15 step fp16 checkpointing", "step", 1, 512, "fp16", 32, True, goal=7),
+        case("sd15 step fp16 checkpointing, fit 1.7 GiB", "step", 1, 512, "fp16", 32, True, goal=7, fit="1.7GiB"),
         case("sd15 step batch 4", "step", 4, 512, "bf16", 32, goal=3),
         case("sd15 unet", "unet", 2, 512, goal=5),
         case("sd15 vae_decode", "vae_decode", 1, 512),
@@ -33,6 +34,7 @@ CASES = {
     "sdxl": [
         case("sdxl step", "step", 1, 1024, "bf16", 32, goal=5),
         case("sdxl step checkpointing", "step", 1, 1024, "bf16", 32, True, goal=5),
+        case("sdxl step checkpointing, fit 4.5 GiB", "step", 1, 1024, "bf16", 32, True, goal=5, fit="4.5GiB"),
         case("sdxl step batch 4 checkpointing", "step", 4, 1024, "bf16", 32, True),
         case("sdxl unet", "unet", 2, 1024),
         case("sdxl vae_decode", "vae_decode", 1, 1024),

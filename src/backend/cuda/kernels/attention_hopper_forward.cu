@@ -334,7 +334,7 @@ static bool in_threes(vel_cu_attention a)
         int groups = 2 + i;
         time[i] = blocks_for(heads * blocks_for(a.queries, 64 * groups), cores) * groups;
     }
-    return time[1] * 10 <= time[0] * 11;
+    return time[1] * 10 <= time[0] * 12;
 }
 
 template <typename T, int STEPS, int GROUPS, bool BIAS>
