@@ -56,6 +56,14 @@ static void latent_size(const bench *b, int *h, int *w)
 
 typedef vel_bench_run_fn run_fn;
 
+/* One run, unless the user would rather end. */
+static vel_status run_once(const bench *b, run_fn run, void *user)
+{
+    if (b->ctx->interrupted)
+        return vel_fail(b->ctx, VEL_INTERRUPTED, "interrupted");
+    return run(user);
+}
+
 vel_status vel_bench_time(vel_bench_state *b, const char *what, run_fn run, void *user)
 {
     int n = VEL_MIN(b->o->repeats, MOST_REPEATS);
@@ -63,12 +71,12 @@ vel_status vel_bench_time(vel_bench_state *b, const char *what, run_fn run, void
     if (!seconds)
         return VEL_NO_MEMORY;
     double start = vel_now();
-    vel_status st = run(user);
+    vel_status st = run_once(b, run, user);
     vel_text_addf(b->out, "first run ends %.2f s after the start, itself %.2f s\n",
                   vel_now() - b->started, vel_now() - start);
     for (int i = 0; i < n && st == VEL_OK; i++) {
         start = vel_now();
-        st = run(user);
+        st = run_once(b, run, user);
         seconds[i] = vel_now() - start;
     }
     if (st == VEL_OK)
@@ -339,7 +347,7 @@ static vel_status check_step(step_bench *s)
     double first = s->loss;
     vel_text_addf(b->out, "first step ends %.2f s after the start\n", vel_now() - b->started);
     tell_in_use(b, " after it"); /* the next one is recorded */
-    VEL_TRY(run_step(s));
+    VEL_TRY(run_once(b, run_step, s));
     if (!isfinite(s->loss) || s->loss != first)
         return vel_fail(b->ctx, VEL_BUG, "bench: the loss was %.9g, then %.9g", first, s->loss);
     vel_text_addf(b->out, "check: loss %.6f twice, equal bits\n", first);
@@ -487,7 +495,7 @@ static vel_status profile(bench *b, vel_plan *plan, run_fn run, void *user)
     VEL_TRY(find_ceilings(b, &ceilings));
     vel_plan_profile(plan, true);
     for (int i = 0; i < PROFILED_RUNS; i++)
-        VEL_TRY(run(user));
+        VEL_TRY(run_once(b, run, user));
     return vel_plan_profile_text(b->ctx, plan, &ceilings, b->out);
 }
 

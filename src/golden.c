@@ -833,7 +833,9 @@ vel_status vel_golden_run(vel_ctx *ctx, const char *model, const char *folder, i
     vel_status st = VEL_OK;
     int known = 0;
     for (int i = 0; i < n && st == VEL_OK; i++)
-        if (vel_has_suffix(names[i], ".safetensors")) {
+        if (ctx->interrupted) {
+            st = vel_fail(ctx, VEL_INTERRUPTED, "interrupted");
+        } else if (vel_has_suffix(names[i], ".safetensors")) {
             known++;
             st = check_file(&k, names[i], model);
         }

@@ -1,5 +1,6 @@
 /* test_pipeline.c: from prompt to picture on the embedded model, against diffusers' final latents
  * (tests/golden/emoji-sd), and what the pipeline refuses. Float32 throughout. */
+#include "params.h"
 #include "sample/sample.h"
 #include "test.h"
 
@@ -111,6 +112,25 @@ TEST(pipeline_refuses_what_it_cannot_draw)
     CHECK(vel_model_draw(m, &draw, 1, 1, NULL, &image, NULL) == VEL_INTERRUPTED);
     CHECK(image.pixels == NULL);
     vel_model_close(m);
+}
+
+TEST(model_comparisons_and_timings_are_interrupted)
+{
+    vel_bench_options o = {.what = "unet",
+                           .method = "adapter",
+                           .model = "models/emoji-sd",
+                           .batch = 1,
+                           .width = 64,
+                           .height = 64,
+                           .repeats = 1};
+    vel_text out;
+    int passed, failed;
+    vel_text_init(&out, t->ctx);
+    vel_ctx_interrupt(t->ctx);
+    CHECK(vel_bench_run(t->ctx, &o, &out) == VEL_INTERRUPTED);
+    CHECK(vel_golden_run(t->ctx, o.model, "tests/golden/emoji-sd", &passed, &failed) ==
+          VEL_INTERRUPTED);
+    vel_text_finish(&out);
 }
 
 TEST(model_folders_that_do_not_open)
