@@ -6,8 +6,6 @@
 #include "backend/cuda/cuda_kernels.h"
 #include "base/quantise.h"
 
-#include <stdlib.h>
-
 _Static_assert((int)VEL_CU_F32 == VEL_F32 && (int)VEL_CU_BF16 == VEL_BF16 &&
                    (int)VEL_CU_F16 == VEL_F16 && (int)VEL_CU_I32 == VEL_I32 &&
                    (int)VEL_CU_RANK == VEL_MAX_RANK,

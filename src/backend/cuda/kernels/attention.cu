@@ -25,15 +25,6 @@ struct geometry {
 
 #ifdef VEL_CU_TENSOR
 
-/* 2^x by the unit's own instruction: exp2f mends what lies below 2^-126, which is no probability.
- */
-__device__ __forceinline__ float power_of_two(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* Adds the bias and hides what is not to be seen: scores s [16, N] of queries from q (this lane's
  * first) and keys from k on. bias is in units of log2. */
 template <int N>

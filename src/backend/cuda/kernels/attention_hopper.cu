@@ -151,9 +151,7 @@ template <int BLOCKS, int TILE> struct seat {
             return;
         barrier_expect(at.loaded(), 2 * R::OWN);
         for (int i = 0; i < 2; i++)
-            for (int b = 0; b < BLOCKS; b++)
-                copy_box(at.own(i) + b * ROWS * 128, &w.own[i], at.loaded(), b * 64, head, first,
-                         item);
+            copy_tile<BLOCKS>(at.own(i), &w.own[i], at.loaded(), ROWS, head, first, item);
         int bytes = 2 * R::OTHER + (numbers ? TILE * 4 : 0) + (more ? TILE * 4 : 0);
         for (int j = 0; j < tiles; j++) {
             int stage = j % R::STAGES, turn = j / R::STAGES;
@@ -161,9 +159,8 @@ template <int BLOCKS, int TILE> struct seat {
                 barrier_wait(at.empty(stage), (turn - 1) & 1);
             barrier_expect(at.full(stage), bytes);
             for (int i = 0; i < 2; i++)
-                for (int b = 0; b < BLOCKS; b++)
-                    copy_box(at.other(stage, i) + b * TILE * 128, &w.other[i], at.full(stage),
-                             b * 64, head, j * TILE, item);
+                copy_tile<BLOCKS>(at.other(stage, i), &w.other[i], at.full(stage), TILE, head,
+                                  j * TILE, item);
             if (numbers)
                 copy_bytes(at.numbers(stage), numbers + j * TILE, TILE * 4, at.full(stage));
             if (more)

@@ -83,15 +83,6 @@ __device__ __forceinline__ void make_barriers(const places<STEPS, GROUPS> &at)
 
 /* ---- the warp that copies ---- */
 
-template <int BLOCKS>
-__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, uint32_t barrier,
-                                          int rows, int head, int row, int item)
-{
-    barrier_expect(barrier, BLOCKS * rows * 128);
-    for (int b = 0; b < BLOCKS; b++)
-        copy_box(to + b * rows * 128, map, barrier, b * 64, head, row, item);
-}
-
 /* The tile's part of the bias in units of log2; keys that are not there are hidden. */
 __device__ __forceinline__ void copy_bias(uint32_t to, const float *bias, int first, int keys)
 {
@@ -109,8 +100,10 @@ __device__ __forceinline__ void copy_tiles(const places<STEPS, GROUPS> &at, cons
     typedef form<STEPS, GROUPS> H;
     bool leads = (threadIdx.x & 31) == 0;
     const float *bias = w.bias ? w.bias + (int64_t)(item % w.bias_rows) * w.keys : NULL;
-    if (leads)
+    if (leads) {
+        barrier_expect(at.loaded(), H::OWN);
         copy_tile<H::BLOCKS>(at.own(), &w.q, at.loaded(), H::ROWS, head, first, item);
+    }
     for (int j = 0; j * TILE < w.keys; j++) {
         int stage = j % H::STAGES, turn = j / H::STAGES;
         for (int which = 0; which < 2; which++) {
@@ -118,9 +111,11 @@ __device__ __forceinline__ void copy_tiles(const places<STEPS, GROUPS> &at, cons
                 barrier_wait(at.empty(stage, which), (turn - 1) & 1);
             if (bias && which == 0)
                 copy_bias(at.bias(stage), bias, j * TILE, w.keys);
-            if (leads)
+            if (leads) {
+                barrier_expect(at.full(stage, which), H::OTHER);
                 copy_tile<H::BLOCKS>(at.tile(stage, which), which ? &w.v : &w.k,
                                      at.full(stage, which), TILE, head, j * TILE, item);
+            }
         }
     }
 }

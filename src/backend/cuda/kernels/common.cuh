@@ -160,12 +160,18 @@ static __device__ __forceinline__ float act_slope(int kind, float x)
 
 /* ---- sums: always in the same order ---- */
 
-__device__ __forceinline__ float warp_sum(float x)
+/* Over LANES neighbours of a warp, all of which are there. */
+template <int LANES> __device__ __forceinline__ float lanes_sum(float x)
 {
 #pragma unroll
-    for (int step = 16; step; step >>= 1)
+    for (int step = LANES / 2; step; step >>= 1)
         x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x)
+{
+    return lanes_sum<32>(x);
 }
 
 __device__ __forceinline__ float larger(float a, float b) /* NaN wins */

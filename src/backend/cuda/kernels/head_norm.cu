@@ -4,14 +4,6 @@
 
 enum { THREADS = 256 };
 
-template <int LANES> __device__ __forceinline__ float lanes_sum(float x)
-{
-#pragma unroll
-    for (int step = LANES / 2; step; step >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
 /* Pairs of neighbours turned by the angles of the pack's pairs; sign -1: back. */
 template <int V>
 __device__ __forceinline__ void turn(float (&v)[V], const float *table, int d, int at, float sign)

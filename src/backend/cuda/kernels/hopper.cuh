@@ -135,27 +135,33 @@ template <int N> __device__ __forceinline__ void pin(float (&c)[N][4])
     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list ", {%" a0 ",%" a1     \
     ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, %" across ";\n}\n"
 
+#define PRODUCT_SHARED(n, list, results, ...)                                                      \
+    if constexpr (std::is_same<T, bf16>::value)                                                    \
+        asm volatile(WGMMA_SHARED(n, "bf16", list, __VA_ARGS__)                                    \
+                     : results                                                                     \
+                     : "l"(a), "l"(b), "r"(add), "n"(ACROSS));                                     \
+    else                                                                                           \
+        asm volatile(WGMMA_SHARED(n, "f16", list, __VA_ARGS__)                                     \
+                     : results                                                                     \
+                     : "l"(a), "l"(b), "r"(add), "n"(ACROSS))
+#define PRODUCT_REGISTERS(n, list, results, ...)                                                   \
+    if constexpr (std::is_same<T, bf16>::value)                                                    \
+        asm volatile(WGMMA_REGISTERS(n, "bf16", list, __VA_ARGS__)                                 \
+                     : results                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS)); \
+    else                                                                                           \
+        asm volatile(WGMMA_REGISTERS(n, "f16", list, __VA_ARGS__)                                  \
+                     : results                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS))
+
 /* c [64, N] (+)= a [64, 16] b [16, N], both tiles; a is along. */
 template <typename T, int N, int ACROSS>
 __device__ __forceinline__ void product(float (&c)[N / 8][4], uint64_t a, uint64_t b, int add)
 {
-    constexpr bool brain = std::is_same<T, bf16>::value;
-    if constexpr (N == 64 && brain)
-        asm volatile(WGMMA_SHARED(64, "bf16", LIST32, "32", "33", "34", "35")
-                     : C32
-                     : "l"(a), "l"(b), "r"(add), "n"(ACROSS));
-    else if constexpr (N == 64)
-        asm volatile(WGMMA_SHARED(64, "f16", LIST32, "32", "33", "34", "35")
-                     : C32
-                     : "l"(a), "l"(b), "r"(add), "n"(ACROSS));
-    else if constexpr (brain)
-        asm volatile(WGMMA_SHARED(128, "bf16", LIST64, "64", "65", "66", "67")
-                     : C64
-                     : "l"(a), "l"(b), "r"(add), "n"(ACROSS));
+    if constexpr (N == 64)
+        PRODUCT_SHARED(64, LIST32, C32, "32", "33", "34", "35");
     else
-        asm volatile(WGMMA_SHARED(128, "f16", LIST64, "64", "65", "66", "67")
-                     : C64
-                     : "l"(a), "l"(b), "r"(add), "n"(ACROSS));
+        PRODUCT_SHARED(128, LIST64, C64, "64", "65", "66", "67");
 }
 
 /* The same with a in registers, in mma.sync's order. */
@@ -163,31 +169,12 @@ template <typename T, int N, int ACROSS>
 __device__ __forceinline__ void product(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b,
                                         int add)
 {
-    constexpr bool brain = std::is_same<T, bf16>::value;
-    if constexpr (N == 64 && brain)
-        asm volatile(WGMMA_REGISTERS(64, "bf16", LIST32, "32", "33", "34", "35", "36", "37", "38")
-                     : C32
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
-    else if constexpr (N == 64)
-        asm volatile(WGMMA_REGISTERS(64, "f16", LIST32, "32", "33", "34", "35", "36", "37", "38")
-                     : C32
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
-    else if constexpr (N == 96 && brain)
-        asm volatile(WGMMA_REGISTERS(96, "bf16", LIST48, "48", "49", "50", "51", "52", "53", "54")
-                     : C48
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+    if constexpr (N == 64)
+        PRODUCT_REGISTERS(64, LIST32, C32, "32", "33", "34", "35", "36", "37", "38");
     else if constexpr (N == 96)
-        asm volatile(WGMMA_REGISTERS(96, "f16", LIST48, "48", "49", "50", "51", "52", "53", "54")
-                     : C48
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
-    else if constexpr (brain)
-        asm volatile(WGMMA_REGISTERS(128, "bf16", LIST64, "64", "65", "66", "67", "68", "69", "70")
-                     : C64
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+        PRODUCT_REGISTERS(96, LIST48, C48, "48", "49", "50", "51", "52", "53", "54");
     else
-        asm volatile(WGMMA_REGISTERS(128, "f16", LIST64, "64", "65", "66", "67", "68", "69", "70")
-                     : C64
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(ACROSS));
+        PRODUCT_REGISTERS(128, LIST64, C64, "64", "65", "66", "67", "68", "69", "70");
 }
 
 /* The lane's part of a warp's 16 rows x 16 columns (step k of 16) of a tile, for `product`. */
@@ -199,13 +186,6 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[4], uint32_t tile, int r
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                  : "r"(at));
-}
-
-__device__ __forceinline__ float power_of_two(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 #endif
 

@@ -6,6 +6,15 @@
 #include "hopper.cuh"
 
 #ifdef VEL_CU_HOPPER
+/* A tile of `rows` rows of one head, BLOCKS blocks of 64 columns, from `row` on. */
+template <int BLOCKS>
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                          int rows, int head, int row, int item)
+{
+    for (int b = 0; b < BLOCKS; b++)
+        copy_box(to + b * rows * 128, map, barrier, b * 64, head, row, item);
+}
+
 /* c [64, TILE] = own rows times the other side's, both along; STEPS of 16. */
 template <typename T, int ROWS, int TILE, int STEPS>
 __device__ __forceinline__ void score_product(float (&c)[TILE / 8][4], uint32_t own, uint32_t other)

@@ -69,35 +69,32 @@ __device__ __forceinline__ float high_of(uint32_t pair)
     return __uint_as_float(pair & 0xffff0000u);
 }
 
-/* Left operand of rows: piece (m, k) of 16 x 16. */
-__device__ __forceinline__ void rows_left(uint32_t (&a)[2][2][4], const tile &t, bool relu)
+/* The tile as left operand, piece (m, k) of 16 x 16: its rows, or its columns, a[m][k] then having
+ * columns m 16.. as its rows and tokens k 16.. as its columns. relu: what is below zero is zero. */
+__device__ __forceinline__ void left(uint32_t (&a)[2][2][4], const tile &t, bool columns, bool relu)
 {
-    const bf16 *place = left_place<bf16, STEP>(&t[0][0]);
+    const bf16 *place =
+        columns ? right_place<bf16, STEP>(&t[0][0]) : left_place<bf16, STEP>(&t[0][0]);
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            load_matrices(a[m][k], place + m * 16 * STEP + k * 16);
+            if (columns)
+                load_matrices_transposed(a[m][k], place + k * 16 * STEP + m * 16);
+            else
+                load_matrices(a[m][k], place + m * 16 * STEP + k * 16);
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 a[m][k][i] = relu ? positive(a[m][k][i]) : a[m][k][i];
         }
 }
-
-/* Left operand of columns: a[m][k] has columns m 16.. as its rows and tokens k 16.. as its columns.
- */
+__device__ __forceinline__ void rows_left(uint32_t (&a)[2][2][4], const tile &t, bool relu)
+{
+    left(a, t, false, relu);
+}
 __device__ __forceinline__ void columns_left(uint32_t (&a)[2][2][4], const tile &t, bool relu)
 {
-    const bf16 *place = right_place<bf16, STEP>(&t[0][0]);
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            load_matrices_transposed(a[m][k], place + k * 16 * STEP + m * 16);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                a[m][k][i] = relu ? positive(a[m][k][i]) : a[m][k][i];
-        }
+    left(a, t, true, relu);
 }
 
 /* c += a b, b's rows being what is summed over (down), or b's columns. */

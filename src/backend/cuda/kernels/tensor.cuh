@@ -74,6 +74,15 @@ __device__ __forceinline__ void multiply_add_half(float (&c)[4], const uint32_t 
                      : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
+/* 2^x by the unit's own instruction: exp2f mends what lies below 2^-126, which is no probability.
+ */
+__device__ __forceinline__ float power_of_two(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 template <typename T> __device__ __forceinline__ uint32_t pack_pair(float low, float high)
 {
     if constexpr (std::is_same<T, bf16>::value) {

@@ -109,14 +109,6 @@ extern "C" void vel_cu_dequant(cudaStream_t s, int type, const void *codes, cons
 
 /* ---- RMS norm: LANES lanes of a warp share a row ---- */
 
-template <int LANES> __device__ __forceinline__ float lanes_sum(float x)
-{
-#pragma unroll
-    for (int step = LANES / 2; step; step >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
 template <int V>
 __device__ __forceinline__ void load_gain(const float *w, int64_t at, float one, float (&gain)[V])
 {
