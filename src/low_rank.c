@@ -11,20 +11,13 @@ void dsyevr_(const char *jobz, const char *range, const char *uplo, const int *n
              double *work, const int *lwork, int *iwork, const int *liwork, int *info, size_t,
              size_t, size_t);
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&                             \
-    !defined(__SANITIZE_ADDRESS__)
-#define EACH_WIDTH __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
-#else
-#define EACH_WIDTH
-#endif
-
 enum { TILE = 32, DEPTH = 1024 };
 
 /* ---- sums ---- */
 
 /* g[i, j] += a[i] a[j] over `depth` columns, for a tile of rows i and one of rows j. */
-EACH_WIDTH static void gram_tile(const float *a, int64_t stride, int64_t i0, int64_t i1, int64_t j0,
-                                 int64_t j1, int64_t depth, double *g, int64_t n)
+VEL_EACH_WIDTH static void gram_tile(const float *a, int64_t stride, int64_t i0, int64_t i1,
+                                     int64_t j0, int64_t j1, int64_t depth, double *g, int64_t n)
 {
     for (int64_t i = i0; i < i1; i++)
         for (int64_t j = j0; j < VEL_MIN(j1, i + 1); j++) {
@@ -48,8 +41,8 @@ static void gram(const float *a, int64_t m, int64_t n, double *g)
 }
 
 /* out[n] = sum over i of x[i] a[i, :]. */
-EACH_WIDTH static void combine_rows(const double *x, const float *a, int64_t m, int64_t n,
-                                    double *out)
+VEL_EACH_WIDTH static void combine_rows(const double *x, const float *a, int64_t m, int64_t n,
+                                        double *out)
 {
     memset(out, 0, sizeof *out * (size_t)n);
     for (int64_t i = 0; i < m; i++) {
@@ -60,7 +53,7 @@ EACH_WIDTH static void combine_rows(const double *x, const float *a, int64_t m, 
     }
 }
 
-EACH_WIDTH static double dot(const double *x, const double *y, int64_t n)
+VEL_EACH_WIDTH static double dot(const double *x, const double *y, int64_t n)
 {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -69,7 +62,7 @@ EACH_WIDTH static double dot(const double *x, const double *y, int64_t n)
     return sum;
 }
 
-EACH_WIDTH static void add_scaled(double *x, double by, const double *y, int64_t n)
+VEL_EACH_WIDTH static void add_scaled(double *x, double by, const double *y, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         x[i] += by * y[i];

@@ -21,6 +21,15 @@
 #define VEL_PRINTF(f, a)
 #endif
 
+/* Compiled for each vector width and chosen when the program starts; not under a sanitizer, whose
+ * runtime is not there yet when that choice is made. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&                             \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define VEL_EACH_WIDTH __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
+#else
+#define VEL_EACH_WIDTH
+#endif
+
 #define VEL_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 #define VEL_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VEL_MAX(a, b) ((a) > (b) ? (a) : (b))

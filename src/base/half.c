@@ -2,14 +2,6 @@
  * subnormals on a thread that flushes them to zero. bfloat16 is in the header. */
 #include "base/base.h"
 
-/* Bulk conversions are compiled for each vector width and chosen when the program starts. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&                             \
-    !defined(__SANITIZE_ADDRESS__)
-#define EACH_WIDTH __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
-#else
-#define EACH_WIDTH
-#endif
-
 float vel_f16_f32(vel_f16 h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
@@ -56,7 +48,7 @@ vel_f16 vel_f32_f16(float f)
 
 /* The exponent is moved into float32's place and put right by a product with 2^112, which is exact,
  * also for subnormals; infinity and NaN get their exponent back. */
-EACH_WIDTH void vel_f16_floats(const void *from, float *out, int64_t n)
+VEL_EACH_WIDTH void vel_f16_floats(const void *from, float *out, int64_t n)
 {
     const uint8_t *bytes = from; /* may be unaligned */
     for (int64_t i = 0; i < n; i++) {
@@ -73,7 +65,7 @@ EACH_WIDTH void vel_f16_floats(const void *from, float *out, int64_t n)
     }
 }
 
-EACH_WIDTH void vel_bf16_floats(const void *from, float *out, int64_t n)
+VEL_EACH_WIDTH void vel_bf16_floats(const void *from, float *out, int64_t n)
 {
     const uint8_t *bytes = from;
     for (int64_t i = 0; i < n; i++) {
@@ -84,7 +76,7 @@ EACH_WIDTH void vel_bf16_floats(const void *from, float *out, int64_t n)
     }
 }
 
-EACH_WIDTH void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n)
+VEL_EACH_WIDTH void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
         uint32_t u;
@@ -96,7 +88,7 @@ EACH_WIDTH void vel_floats_bf16(const float *from, vel_bf16 *out, int64_t n)
 
 /* As vel_f32_f16, without branches. Normal values are rounded with integers; what is below 2^-14 by
  * adding 0.5, whose last bit is the unit of half's subnormals. */
-EACH_WIDTH void vel_floats_f16(const float *from, vel_f16 *out, int64_t n)
+VEL_EACH_WIDTH void vel_floats_f16(const float *from, vel_f16 *out, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
         uint32_t u, tiny;
@@ -125,7 +117,7 @@ double vel_spread(const float *x, int64_t n)
     return n > 1 ? sqrt(squares / (double)(n - 1)) : 0;
 }
 
-EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
+VEL_EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
 {
     uint32_t bad = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -137,7 +129,7 @@ EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)
 }
 
 /* Is any exponent all ones? */
-EACH_WIDTH static bool has_special(const uint16_t *x, int64_t n, uint16_t exponent)
+VEL_EACH_WIDTH static bool has_special(const uint16_t *x, int64_t n, uint16_t exponent)
 {
     uint16_t bad = 0;
     for (int64_t i = 0; i < n; i++)
