@@ -320,8 +320,11 @@ static void run_jobs(const options *o, counts *c)
     for (int i = 0; i < n; i++) {
         if (waitpid(job[i], &status, 0) == job[i] && status == 0)
             continue;
-        printf("%s: its process ended with status %d\n", c->at[i] ? c->at[i]->name : "none",
-               status);
+        const char *name = c->at[i] ? c->at[i]->name : "none";
+        if (WIFSIGNALED(status))
+            printf("%s: its process was ended by signal %d\n", name, WTERMSIG(status));
+        else
+            printf("%s: its process ended with exit status %d\n", name, WEXITSTATUS(status));
         c->failed++;
     }
     run_share(o, c, 0); /* what is left if all have ended so, or none began */

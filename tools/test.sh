@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # test.sh: the whole test suite, as ./bootstrap test runs it: 13 minutes on two cores with CUDA's
 # sources, of which the hostile tests take 4 and a half. Tests, parsers and files to compile are shared by JOBS
-# processes (as many as there are cores). Each part prints its own count; the last line is the sum:
-# "N passed, N failed".
+# processes (as many as there are cores). Each part prints its own count; the last lines say what failed
+# and the sum: "N passed, N failed".
 #
 #   build, layers,    the program, what each folder may touch, how long files are, and that the tests
 #   sizes, docs       and pages that docs name exist
@@ -19,6 +19,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 passed=0
 failed=0
+why=$(mktemp) # what the parts that failed said of it, for the end
+trap 'rm -f "$why"' EXIT
 jobs=${JOBS:-$(nproc)}
 export OMP_WAIT_POLICY=passive # tests start many short runs; spinning threads would wait for each other
 
@@ -42,9 +44,11 @@ part() {
     failed=$((failed + f))
     printf '%-44s %5d passed %4d failed %5d s\n' "$name" "$p" "$f" $((SECONDS - start))
     if [ "$f" != 0 ]; then
-        grep -E 'FAIL|failed|error|ERROR|Sanitizer|tests/' "$log" | head -n 40
-        echo "--- end of the output:"
         tail -n 25 "$log"
+        {
+            echo "--- $name:"
+            grep -E 'FAIL|failed|[Ee]rror|ERROR|Sanitizer|status|^ +#[0-9]+ .* (src|tests)/' "$log" | cut -c 1-200 | head -n 40
+        } >>"$why"
     fi
     rm -f "$log"
 }
@@ -84,5 +88,6 @@ fi
 if command -v nvcc >/dev/null && [ -d src/backend/cuda ]; then
     part "CUDA sources compile" make -s -j"$jobs" cuda
 fi
+cat "$why"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
