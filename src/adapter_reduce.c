@@ -265,13 +265,14 @@ static vel_status do_all(work *w, const char *phase)
 #pragma omp parallel for schedule(dynamic, 1)
     for (int i = 0; i < w->n; i++) {
         job *j = &w->jobs[i];
-        if (status || w->h->ctx->interrupted)
+        if (__atomic_load_n(&status, __ATOMIC_RELAXED) || w->h->ctx->interrupted)
             continue;
         vel_status st = do_job(w, j);
         finish_job(w->h->ctx, j);
 #pragma omp critical(one_counts)
         {
-            status = st ? st : status;
+            if (st)
+                __atomic_store_n(&status, st, __ATOMIC_RELAXED);
             vel_progress_at(&progress, ++done, NAN);
         }
     }

@@ -381,8 +381,8 @@ static void run_stream(stream *s)
 #pragma omp parallel num_threads(s->threads)
     {
         int thread = omp_get_thread_num(), last = omp_get_num_threads() - 1;
-        if (thread == 0)
-            s->alone = last == 0;
+        if (last == 0) /* before others could ask */
+            s->alone = true;
         if (thread == 0 || (thread < last && !s->first_makes_all))
             make_entries(s, &s->rooms[thread]);
         else if (thread == last)
