@@ -2,12 +2,12 @@
 
     python bench/compare_gpu.py --models FOLDER [--velatura build/release/velatura]
 
-Each model's cases run ours, PyTorch's, ours, PyTorch's ... Each turn of ours is a process of its own, PyTorch's
-cases share one a turn, and all of these the imports (peer_gpu.py --serve). Medians, ranges and ratios are kept
-in bench/results/<gpu>-<date>.json with the driver, the versions and the commands, anew after each case, so a run
-that is stopped leaves what it has; the table is printed at the end, and when it is told to stop. The folders with
-the models' true shapes and random values are made in --models, SD 1.5's and SDXL's by tools/make_sd15.py, the
-others' by tools/make_shapes.py; PyTorch's models need no file. The cases are those of gpu_families.py.
+Each model's cases run ours, PyTorch's, ours, PyTorch's ... Each case of ours is a process of its own, PyTorch's
+cases of a model share one a turn (peer_gpu.py). Medians, ranges and ratios are kept in
+bench/results/<gpu>-<date>.json with the driver, the versions and the commands, anew after each case, so a run
+that is stopped leaves what it has; the table is printed at the end, and when it is told to stop. The folders
+with the models' true shapes and random values are made in --models, SD 1.5's and SDXL's by tools/make_sd15.py,
+the others' by tools/make_shapes.py; PyTorch's models need no file. The cases are those of gpu_families.py.
 
 --compile adds torch.compile(unet) after that: the chosen cases compile side by side, each in a process of its
 own, as that is minutes of a processor's work, and are timed one by one when all have compiled or --compile_limit
@@ -17,10 +17,11 @@ same for the transformer blocks alone, one for all of a kind.
 "peak" is the most memory of the card in use, each program's context and libraries included: ours as
 nvidia-smi sees it while the process runs, less what was in use before; PyTorch's as it stands at the end of
 a case, when its allocator still holds all that it took. Its max_memory_allocated is kept beside it. "first" is
-the time to the end of the first run: ours from the start of the process, PyTorch's from the start of making the
-model in a process that has its imports done, plus these imports.
+the time to the end of the first run: ours from the start of the process, PyTorch's the time to make the model and
+run it once, plus what its process takes before its first case (imports, the card's context).
 """
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -37,19 +38,45 @@ import gpu_families
 import peer_gate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PEER = os.path.join(ROOT, "bench", "peer_gpu.py")
 GIB = 1 << 30
 
 
+def environment(**more):
+    """Of a process that is timed: when it was started, and nothing from the network."""
+    return dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
+                **more)
+
+
+def stop_group(child):
+    """With the processes that it made."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+# ---- ours ----
+
+
 class Memory:
-    """The most memory of the card in use, sampled by nvidia-smi."""
+    """The most memory of the card in use while a block runs, sampled by nvidia-smi."""
 
     def __init__(self, gpu):
         self.command = ["nvidia-smi", "-i", str(gpu), "--query-gpu=memory.used",
                         "--format=csv,noheader,nounits"]
         self.most = 0
-        self.base = self.now()
+
+    def __enter__(self):
+        self.before = self.now()
         self.child = subprocess.Popen(self.command + ["-lms", "20"], stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self.read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.child.terminate()
+        self.child.wait()
 
     def now(self):
         try:
@@ -62,129 +89,150 @@ class Memory:
             if line.strip().isdigit():
                 self.most = max(self.most, int(line))
 
-    def end(self):
-        self.child.terminate()
-        self.child.wait()
-        return max(self.most - self.base, 0) << 20
+    def peak(self):
+        return max(self.most - self.before, 0) << 20
 
 
-def run_child(args, command):
-    memory = Memory(args.gpu)
-    env = dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1",
-               TRANSFORMERS_VERBOSITY="error")
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=args.timeout,
-                              check=False)
-        code, text, errors = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        text = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        code, errors = -1, f"ended after {args.timeout} s"
-    peak = memory.end()
-    if code:
-        print(f"{' '.join(command)}\nended with {code}:\n{errors[-1500:]}", flush=True)
-    return text, peak
-
-
-def ours_command(args, model, c):
-    command = [args.velatura, "bench", c["kind"], "--model", os.path.join(args.models, model), "--batch",
-               str(c["batch"]), "--width", str(c["size"]), "--height", str(c["size"]), "--precision",
-               c["precision"], "--repeats", str(args.repeats), "--device", f"cuda:{args.gpu}"]
-    if c["kind"] == "step":
-        command += ["--rank", str(c["rank"])]
-    if c["checkpointing"]:
+def ours_command(args, model, case):
+    size = str(case["size"])
+    command = [args.velatura, "bench", case["kind"], "--model", os.path.join(args.models, model),
+               "--batch", str(case["batch"]), "--width", size, "--height", size, "--precision", case["precision"],
+               "--repeats", str(args.repeats), "--device", f"cuda:{args.gpu}"]
+    if case["kind"] == "step":
+        command += ["--rank", str(case["rank"])]
+    if case["checkpointing"]:
         command += ["--gradient_checkpointing"]
-    if c["fit"]:
-        command += ["--fit", c["fit"]]
+    if case["fit"]:
+        command += ["--fit", case["fit"]]
     return command
 
 
-def run_ours(args, model, c):
-    text, peak = run_child(args, ours_command(args, model, c))
+def output_of(command, timeout):
+    """What it prints; why it failed is printed."""
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"{' '.join(command)}\nended after {timeout} s", flush=True)
+        return ""
+    if done.returncode:
+        print(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-1500:]}", flush=True)
+    return done.stdout
+
+
+def run_ours(args, model, case):
+    with Memory(args.gpu) as memory:
+        text = output_of(ours_command(args, model, case), args.timeout)
     times = re.search(r"^times ms:([ 0-9.]+)$", text, re.M)
     first = re.search(r"^first (?:run|step) ends ([0-9.]+) s after the start", text, re.M)
     if not times:
         return None
-    memory = re.search(r"^working memory.*$", text, re.M)
+    working = re.search(r"^working memory.*$", text, re.M)
     return {"times": [float(t) / 1e3 for t in times[1].split()], "first": float(first[1]) if first else 0,
-            "peak": peak, "memory": memory[0] if memory else "", "engine": text.splitlines()[0]}
+            "peak": memory.peak(), "memory": working[0] if working else "", "engine": text.splitlines()[0]}
 
 
-class Peer:
-    """PyTorch with its imports done, which makes a process for each turn."""
+# ---- PyTorch's ----
 
-    def __init__(self, args):
-        self.args, self.child, self.versions = args, None, ""
-        self.forks = True
 
-    def open(self, argument):
-        # a count of cards by NVML leaves the driver alone, so that processes made from this one can open it
-        env = dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1",
-                   TRANSFORMERS_VERBOSITY="error", PYTORCH_NVML_BASED_CUDA_CHECK="1")
-        self.child = subprocess.Popen([self.args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), argument],
-                                      env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                      start_new_session=True)
+def start_peer(args, spec, env, output, errors=None):
+    """A process of peer_gpu.py in a group of its own."""
+    return subprocess.Popen([args.python, PEER, json.dumps({"repeats": args.repeats, **spec})], env=env,
+                            stdin=subprocess.DEVNULL, stdout=output, stderr=errors, text=True,
+                            start_new_session=True)
 
-    def start(self):
-        self.open("--serve")
-        for line in self.lines("imports"):
-            self.versions = line.get("versions", "")
+
+def peer_turns(lines):
+    """A turn for each case that a process of PyTorch's has timed; why another has not is printed."""
+    ready = 0
+    for text in lines:
+        line = json.loads(text) if text.startswith("{") else {}
+        ready = line.get("ready", ready)
+        if "failed" in line:
+            print(f"PyTorch, {line['case']}, {line['mode']}: {line['failed']}", flush=True)
+        elif "case" in line:
+            yield dict(line, first=line["first"] + ready, peak=line["used"])
+
+
+def run_peer(args, model, cases):
+    """A turn for each case that ends, as soon as it has."""
+    child = start_peer(args, {"model": model, "cases": cases, "mode": "eager"}, environment(), subprocess.PIPE)
+
+    def end_late():
+        print(f"PyTorch, {model}: ended after {args.timeout} s", flush=True)
+        stop_group(child)
+
+    late = threading.Timer(args.timeout, end_late)
+    late.start()
+    try:
+        yield from peer_turns(child.stdout)
+        child.wait()
+    finally:
+        late.cancel()
+        stop_group(child)
+    if child.returncode:
+        print(f"PyTorch, {model}: ended with {child.returncode}", flush=True)
+
+
+class Compiling:
+    """A case of torch.compile in a process of its own, which waits for its turn at the gate."""
+
+    def __init__(self, args, gate, threads, model, case, mode):
+        self.case, self.mode, self.gate = case, mode, gate
+        self.output, self.errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.child = start_peer(args, {"model": model, "cases": [case], "mode": mode, "gate": gate},
+                                environment(TORCHINDUCTOR_COMPILE_THREADS=str(threads)), self.output, self.errors)
+
+    def compiles(self):
+        return self.child.poll() is None and not peer_gate.is_ready(self.gate, peer_gate.name(self.case, self.mode))
+
+    def say(self, what):
+        print(f"PyTorch, {self.case['name']}, {self.mode}: {what}", flush=True)
 
     def stop(self):
-        if self.child:
-            stop_group(self.child)
-        self.child = None
-
-    def late(self):
-        print(f"PyTorch: ended after {self.args.timeout} s", flush=True)
         stop_group(self.child)
 
-    def lines(self, last):
-        """Its lines of JSON up to the one with this key; it is ended when that takes too long."""
-        late = threading.Timer(self.args.timeout, self.late)
-        late.start()
+    def turn(self):
+        """It runs alone now. None where nothing was timed."""
+        peer_gate.let_go(self.gate, peer_gate.name(self.case, self.mode))
         try:
-            for text in self.child.stdout:
-                line = json.loads(text) if text.startswith("{") else {}
-                yield line
-                if last in line:
-                    return
-            self.stop()
-        finally:
-            late.cancel()
-
-    def turn(self, model, cases, mode):
-        """Yields (case, turn) of each that ends."""
-        spec = json.dumps({"model": model, "cases": cases, "modes": [mode], "repeats": self.args.repeats})
-        if self.forks and not self.child:
-            self.start()
-        if self.forks and self.child:
-            self.child.stdin.write(spec + "\n")
-            self.child.stdin.flush()
-        else:
-            self.open(spec)
-        ready, ended = None, 0
-        for turn in self.lines("ended"):
-            ready = turn.get("ready", ready)
-            ended = turn.get("ended", ended)
-            if "failed" in turn:
-                print(f"PyTorch, {turn['case']}, {mode}: {turn['failed']}", flush=True)
-            elif "case" in turn:
-                yield turn["case"], dict(turn, first=turn["first"] + ready, peak=turn["used"])
-        if ended or ready is None:
-            print(f"PyTorch, {model}: ended with {ended}", flush=True)
-        if self.forks and ready is None:  # it can not be forked here: one process with imports of its own a turn
-            self.forks = False
-            self.stop()
-            yield from self.turn(model, cases, mode)
+            self.child.wait(120)
+        except subprocess.TimeoutExpired:
+            pass
+        self.stop()
+        self.output.seek(0)
+        for turn in peer_turns(self.output):
+            return turn
+        self.errors.seek(0)
+        self.say(f"nothing was timed; {self.errors.read()[-600:]}")
+        return None
 
 
-def stop_group(child):
-    """With the processes that it made."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
+def compiled_turns(args, chosen):
+    """(case, mode, turn) of each case that is to be compiled and was in time."""
+    modes = {mode: words for mode, words in (("compile", args.compile), ("blocks", args.blocks))
+             if words is not None}
+    wanted = [(model, case, mode) for model in reversed(chosen) for case in chosen[model]
+              for mode, words in modes.items() if picked(words, case) and not case["kind"].startswith("vae")]
+    threads = max(2, (os.cpu_count() or 2) // max(len(wanted), 1))
+    with tempfile.TemporaryDirectory() as gate, contextlib.ExitStack() as at_the_end:
+        jobs = []
+        for job in wanted:
+            jobs.append(Compiling(args, gate, threads, *job))
+            at_the_end.callback(jobs[-1].stop)
+        end = time.monotonic() + args.compile_limit
+        while time.monotonic() < end and any(job.compiles() for job in jobs):
+            time.sleep(0.2)
+        late = [job for job in jobs if job.compiles()]
+        for job in late:  # all before the first is timed
+            job.say(f"compiled for {args.compile_limit} s without an end")
+            job.stop()
+        for job in jobs:
+            turn = job.turn() if job not in late else None
+            if turn:
+                yield job.case, job.mode, turn
+
+
+# ---- results ----
 
 
 def summary(turns):
@@ -197,18 +245,29 @@ HEADER = ("case", "ours ms", "min..max", "PyTorch ms", "min..max", "ratio", "goa
           "blocks ms", "first s", "peer's", "peak GiB", "peer's", "allocated", "share")
 
 
-def row(c, r):
-    a, b, m, k = r["velatura"], r.get("eager"), r.get("compile"), r.get("blocks")
-    out = [c["name"], f"{a['median'] * 1e3:.2f}", f"{a['min'] * 1e3:.2f}..{a['max'] * 1e3:.2f}"]
-    out += [f"{b['median'] * 1e3:.2f}", f"{b['min'] * 1e3:.2f}..{b['max'] * 1e3:.2f}",
-            f"{b['median'] / a['median']:.2f}x"] if b else ["", "", ""]
-    out += [f"{c['goal']}x" if c["goal"] else ""]
-    out += [f"{m['median'] * 1e3:.2f}", f"{m['median'] / a['median']:.2f}x"] if m else ["", ""]
-    out += [f"{k['median'] * 1e3:.2f}" if k else ""]
-    out += [f"{a['first']:.1f}", f"{b['first']:.1f}" if b else "", f"{a['peak'] / GIB:.2f}"]
-    if b:
-        allocated = max(t["allocated"] for t in b["turns"])
-        out += [f"{b['peak'] / GIB:.2f}", f"{allocated / GIB:.2f}", f"{100 * a['peak'] / b['peak']:.0f} %"]
+def row(result):
+    """As in HEADER."""
+    case, ours, eager = result["case"], result["velatura"], result.get("eager")
+    whole, blocks = result.get("compile"), result.get("blocks")
+
+    def ms(summed):
+        return f"{summed['median'] * 1e3:.2f}"
+
+    def spread(summed):
+        return f"{summed['min'] * 1e3:.2f}..{summed['max'] * 1e3:.2f}"
+
+    def ratio(summed):
+        return f"{summed['median'] / ours['median']:.2f}x"
+
+    out = [case["name"], ms(ours), spread(ours)]
+    out += [ms(eager), spread(eager), ratio(eager)] if eager else ["", "", ""]
+    out += [f"{case['goal']}x" if case["goal"] else ""]
+    out += [ms(whole), ratio(whole)] if whole else ["", ""]
+    out += [ms(blocks) if blocks else ""]
+    out += [f"{ours['first']:.1f}", f"{eager['first']:.1f}" if eager else "", f"{ours['peak'] / GIB:.2f}"]
+    if eager:
+        allocated = max(turn["allocated"] for turn in eager["turns"])
+        out += [f"{eager['peak'] / GIB:.2f}", f"{allocated / GIB:.2f}", f"{100 * ours['peak'] / eager['peak']:.0f} %"]
     return out + [""] * (len(HEADER) - len(out))
 
 
@@ -228,112 +287,55 @@ def first_line(*command):
         return ""
 
 
-def machine(args, versions):
+def machine(args):
     return {"gpu": first_line("nvidia-smi", "-i", str(args.gpu),
                               "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"),
-            "python": versions, "velatura": first_line(args.velatura, "--version")}
+            "python": "" if args.no_peer else first_line(args.python, PEER, "--versions"),
+            "velatura": first_line(args.velatura, "--version")}
 
 
-class Compiling:
-    """A case of torch.compile in a process of its own, which waits for its turn at the gate."""
-
-    def __init__(self, args, gate, model, c, mode, threads):
-        self.c, self.mode = c, mode
-        self.name = peer_gate.name(c, mode)
-        self.gate = gate
-        spec = {"model": model, "cases": [c], "modes": [mode], "repeats": args.repeats, "gate": gate}
-        env = dict(os.environ, BENCH_START=repr(time.monotonic()), HF_HUB_OFFLINE="1",
-                   TRANSFORMERS_VERBOSITY="error", TORCHINDUCTOR_COMPILE_THREADS=str(threads))
-        self.output = tempfile.TemporaryFile("w+")
-        self.errors = tempfile.TemporaryFile("w+")
-        self.child = subprocess.Popen([args.python, os.path.join(ROOT, "bench", "peer_gpu.py"), json.dumps(spec)],
-                                      env=env, stdout=self.output, stderr=self.errors, start_new_session=True)
-
-    def waits(self):
-        return peer_gate.is_ready(self.gate, self.name)
-
-    def ended(self):
-        return self.child.poll() is not None
-
-    def stop(self):
-        stop_group(self.child)
-
-    def time(self):
-        """The turn, or None."""
-        peer_gate.let_go(self.gate, self.name)
-        try:
-            self.child.wait(120)
-        except subprocess.TimeoutExpired:
-            self.stop()
-        self.output.seek(0)
-        for line in self.output.read().splitlines():
-            turn = json.loads(line) if line.startswith("{") else {}
-            if "failed" in turn:
-                print(f"PyTorch, {self.c['name']}, {self.mode}: {turn['failed']}", flush=True)
-                return None
-            if "case" in turn:
-                return dict(turn, peak=turn["used"])
-        self.errors.seek(0)
-        print(f"PyTorch, {self.c['name']}, {self.mode}: nothing; {self.errors.read()[-600:]}", flush=True)
-        return None
+def results_path(gpu):
+    name = "-".join(re.sub(r"[^a-z0-9 ]", "", gpu.split(",")[0].lower()).split()) or "gpu"
+    return os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
 
 
-def picked(words, c):
+class Results:
+    """What was timed, in a file that is written anew after each turn, whole or not at all."""
+
+    def __init__(self, args):
+        self.machine, self.cases = machine(args), {}
+        self.path = args.output or results_path(self.machine["gpu"])
+
+    def keep(self, case, command, ours, eager):
+        if not ours:
+            return
+        self.cases[case["name"]] = {"case": case, "commands": [command], "velatura": summary(ours)}
+        if eager:
+            self.cases[case["name"]]["eager"] = summary(eager)
+        self.write()
+
+    def keep_compiled(self, case, mode, turn):
+        if case["name"] in self.cases:
+            self.cases[case["name"]][mode] = summary([turn])
+            self.write()
+        else:
+            print(json.dumps(turn), flush=True)
+
+    def write(self):
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        with open(self.path + ".part", "w", encoding="utf-8") as file:
+            json.dump({"machine": self.machine, "cases": self.cases}, file, indent=1)
+            file.write("\n")
+        os.replace(self.path + ".part", self.path)
+
+
+# ---- the run ----
+
+
+def picked(words, case):
     """Whether a list of words with commas between them picks the case: one is in its name, or =NAME is it."""
-    return any(w == "=" + c["name"] if w.startswith("=") else w in c["name"] for w in words.split(","))
-
-
-def compile_cases(args, chosen, kept, save):
-    """torch.compile's times of the U-Net's cases, under their mode's name beside the other programs'."""
-    modes = [(mode, words) for mode, words in (("compile", args.compile), ("blocks", args.blocks))
-             if words is not None]
-    wanted = [(model, c, mode) for model in reversed(list(chosen)) for c in chosen[model]
-              for mode, words in modes if picked(words, c) and not c["kind"].startswith("vae")]
-    with tempfile.TemporaryDirectory() as gate:
-        threads = max(2, (os.cpu_count() or 2) // max(len(wanted), 1))
-        jobs = [Compiling(args, gate, *w, threads) for w in wanted]
-        end = time.monotonic() + args.compile_limit
-        while time.monotonic() < end and not all(j.waits() or j.ended() for j in jobs):
-            time.sleep(0.2)
-        for j in jobs:
-            if not j.waits() and not j.ended():
-                print(f"PyTorch, {j.c['name']}, {j.mode}: compiled for {args.compile_limit} s without an end",
-                      flush=True)
-                j.stop()
-        for j in jobs:
-            if not j.waits() and j.child.returncode == -signal.SIGKILL:
-                continue
-            turn = j.time()
-            j.stop()
-            if turn and j.c["name"] in kept["cases"]:
-                kept["cases"][j.c["name"]][j.mode] = summary([turn])
-            elif turn:
-                print(json.dumps(turn), flush=True)
-    save()
-
-
-def run_model(args, peer, model, cases, kept, save):
-    ours, theirs = {c["name"]: [] for c in cases}, {c["name"]: [] for c in cases}
-
-    def keep(c):
-        r = {"case": c, "commands": [ours_command(args, model, c)]}
-        for key, turns in (("velatura", ours[c["name"]]), ("eager", theirs[c["name"]])):
-            if turns:
-                r[key] = summary(turns)
-        if "velatura" in r:
-            kept["cases"][c["name"]] = r
-        save()
-
-    for _ in range(args.rounds):
-        for c in cases:
-            turn = run_ours(args, model, c)
-            ours[c["name"]] += [turn] if turn else []
-            keep(c)
-        if args.no_peer:
-            continue
-        for name, turn in peer.turn(model, cases, "eager"):
-            theirs[name].append(turn)
-            keep(next(c for c in cases if c["name"] == name))
+    name = case["name"]
+    return any(word == "=" + name if word.startswith("=") else word in name for word in words.split(","))
 
 
 def parse():
@@ -357,49 +359,51 @@ def parse():
     return parser.parse_args()
 
 
-def write(path, kept):
-    """Whole or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(kept, file, indent=1)
-        file.write("\n")
-    os.replace(path + ".part", path)
+def run_model(args, model, cases, results):
+    folder = os.path.join(args.models, model)
+    if not os.path.exists(os.path.join(folder, "model_index.json")):
+        subprocess.run(gpu_families.folder_command(args.python, os.path.join(ROOT, "tools"), folder, model),
+                       check=True)
+    turns = {case["name"]: {"ours": [], "eager": []} for case in cases}
+
+    def add(case, side, turn):
+        of_case = turns[case["name"]]
+        of_case[side].append(turn)
+        results.keep(case, ours_command(args, model, case), **of_case)
+
+    for _ in range(args.rounds):
+        for case in cases:
+            turn = run_ours(args, model, case)
+            if turn:
+                add(case, "ours", turn)
+        if args.no_peer:
+            continue
+        with contextlib.closing(run_peer(args, model, cases)) as peer:
+            for turn in peer:
+                add(next(case for case in cases if case["name"] == turn["case"]), "eager", turn)
 
 
 def end_politely(number, _):
     sys.exit(128 + number)
 
 
-def run_all(args, peer, chosen, kept, save):
-    for model, cases in chosen.items():
-        if not cases:
-            continue
-        folder = os.path.join(args.models, model)
-        if not os.path.exists(os.path.join(folder, "model_index.json")):
-            subprocess.run(gpu_families.folder_command(args.python, os.path.join(ROOT, "tools"), folder, model),
-                           check=True)
-        run_model(args, peer, model, cases, kept, save)
-    peer.stop()
-    if args.compile is not None or args.blocks is not None:
-        compile_cases(args, chosen, kept, save)
-
-
 def main():
     args = parse()
     signal.signal(signal.SIGTERM, end_politely)
-    chosen = {m: [c for c in cases if picked(args.cases, c)] for m, cases in gpu_families.CASES.items()}
-    peer, kept = Peer(args), {"machine": {}, "cases": {}}
+    chosen = {model: [case for case in cases if picked(args.cases, case)]
+              for model, cases in gpu_families.CASES.items()}
+    results = Results(args)
+    print(results.machine, flush=True)
     try:
-        if not args.no_peer:
-            peer.start()
-        info = kept["machine"] = machine(args, peer.versions)
-        print(info, flush=True)
-        name = "-".join(re.sub(r"[^a-z0-9 ]", "", info["gpu"].split(",")[0].lower()).split()) or "gpu"
-        path = args.output or os.path.join(ROOT, "bench", "results", f"{name}-{datetime.date.today()}.json")
-        run_all(args, peer, chosen, kept, lambda: write(path, kept))
+        for model, cases in chosen.items():
+            if cases:
+                run_model(args, model, cases, results)
+        if args.compile is not None or args.blocks is not None:
+            with contextlib.closing(compiled_turns(args, chosen)) as compiled:
+                for case, mode, turn in compiled:
+                    results.keep_compiled(case, mode, turn)
     finally:
-        peer.stop()
-        print_table([row(r["case"], r) for r in kept["cases"].values()])
+        print_table([row(result) for result in results.cases.values()])
 
 
 if __name__ == "__main__":

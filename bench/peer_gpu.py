@@ -1,22 +1,18 @@
 """peer_gpu.py: cases on PyTorch (diffusers, PEFT) on a GPU, in a process of its own; compare_gpu.py starts it.
 
 The argument is a JSON object: model (of gpu_families.py), cases (a list of name, kind, batch, size, rank,
-precision, checkpointing), modes (of eager, compile, blocks), repeats. Every case is run in every mode, eager
-first, and one line of JSON is printed for each: the times of `repeats` runs after some to warm up, the
-seconds from BENCH_START (the parent's monotonic clock when it started this process) to the end of the
-case's first run, the most memory that PyTorch's allocator gave out, and the memory of the card in use
-when the case ends, the context included (all that the allocator ever held for it; nothing else may run
-on the card).
+precision, checkpointing), mode (eager, compile or blocks), repeats; or --versions, which prints them and ends.
+Lines of JSON are printed. The first has the seconds from BENCH_START (the parent's monotonic clock when it
+started this process) to when imports are done and the card is open. Then each case has one: the times of
+`repeats` runs after some to warm up, the seconds to make the model and run it once, the most memory that
+PyTorch's allocator gave out, and the memory of the card in use when the case ends, the context included (all
+that the allocator ever held for it; nothing else may run on the card).
 
 The models have the true shapes and random values, made on the GPU. fp16 and bf16 are done as the training
 scripts of diffusers do them: frozen weights in that type, the adapter in float32 under autocast, fp16 with
 a gradient scaler; evaluations are in that type throughout. compile is torch.compile of the U-Net (or of
 the autoencoder's part), with its default settings; blocks compiles the transformer blocks alone, one for all of
 a kind: diffusers' compile_repeated_blocks where the model names them.
-
---serve instead of the object: imports are done once, without touching the card, and printed with the versions;
-then each line of input is such an object, for a process of its own that has the imports already (a fork), and
-{"ended": its exit status} is printed behind its lines.
 
 With a folder as gate the process waits after a case's first run until it has its turn (peer_gate.py): cases
 that take minutes to compile do so side by side and are timed one by one.
@@ -51,25 +47,36 @@ class Run:
 
     def __init__(self, model, case, mode):
         self.case, self.dtype = case, TYPES[case["precision"]]
-        self.is_step, kind = case["kind"] == "step", case["kind"]
+        self.is_step = case["kind"] == "step"
         torch.backends.cuda.enable_cudnn_sdp(
             not (self.is_step and model in gpu_families.STEPS_WITHOUT_CUDNN_ATTENTION))
-        self.model = gpu_families.make(model, kind, self.dtype)
+        self.model = gpu_families.make(model, case["kind"], self.dtype)
         if self.is_step:
             self.adapt()
         torch.manual_seed(7)
-        if kind.startswith("vae"):
-            side, channels = (case["size"], 3) if kind == "vae_encode" else (case["size"] // 8, 4)
-            self.inputs = {"picture": self.random(case["batch"], channels, side, side)}
+        if case["kind"].startswith("vae"):
+            self.call, self.inputs = self.autoencoder()
         else:
-            self.inputs = gpu_families.INPUTS[model](self.model.config, case["batch"], case["size"], self.random)
+            self.call, self.inputs = self.model, self.denoiser_inputs(model)
+        if self.is_step:
             self.noise = torch.randn_like(next(iter(self.inputs.values())), dtype=torch.float32)
-            self.inputs["return_dict"] = False
-        self.call = self.pick()
         if mode == "compile":
             self.call = torch.compile(self.call)
         if mode == "blocks":
             compile_blocks(self.model)
+
+    def autoencoder(self):
+        """The half of it that is timed, and its input."""
+        batch, size = self.case["batch"], self.case["size"]
+        if self.case["kind"] == "vae_encode":
+            return (lambda picture: (self.model.encode(picture).latent_dist.mode(),),
+                    {"picture": self.random(batch, 3, size, size)})
+        return (lambda picture: self.model.decode(picture, return_dict=False),
+                {"picture": self.random(batch, 4, size // 8, size // 8)})
+
+    def denoiser_inputs(self, model):
+        inputs = gpu_families.INPUTS[model](self.model.config, self.case["batch"], self.case["size"], self.random)
+        return {**inputs, "return_dict": False}
 
     def random(self, *shape):
         return torch.randn(*shape, device="cuda").to(self.dtype)
@@ -86,13 +93,6 @@ class Run:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
-
-    def pick(self):
-        if self.case["kind"] == "vae_encode":
-            return lambda picture: (self.model.encode(picture).latent_dist.mode(),)
-        if self.case["kind"] == "vae_decode":
-            return lambda picture: self.model.decode(picture, return_dict=False)
-        return self.model
 
     def step(self):
         autocast = torch.autocast("cuda", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
@@ -119,36 +119,38 @@ class Run:
         return time.monotonic() - start
 
 
-def measure(model, case, mode, spec):
+def measure(spec, case):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = time.monotonic()
-    run = Run(model, case, mode)
+    start = time.monotonic()
+    run = Run(spec["model"], case, spec["mode"])
     run.timed()
-    first = time.monotonic()
+    first = time.monotonic() - start
     if spec.get("gate"):
         torch.cuda.empty_cache()
-        peer_gate.wait(spec["gate"], peer_gate.name(case, mode))
+        peer_gate.wait(spec["gate"], peer_gate.name(case, spec["mode"]))
     for _ in range(3):
         run.timed()
     times = [run.timed() for _ in range(spec["repeats"])]
     free, total = torch.cuda.mem_get_info()  # what the allocator holds stays held: this is the peak
-    return {"case": case["name"], "mode": mode, "times": times, "first": first - before,
-            "allocated": torch.cuda.max_memory_allocated(), "used": total - free}
+    return {"times": times, "first": first, "allocated": torch.cuda.max_memory_allocated(), "used": total - free}
 
 
-def run(spec, started):
-    """Every case in every mode, a line for each."""
+def say(**line):
+    print(json.dumps(line), flush=True)
+
+
+def run_cases(spec):
+    started = float(os.environ.get("BENCH_START", time.monotonic()))
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401 (only the first case would import them)
+    from peft import LoraConfig  # noqa: F401
     torch.zeros(1, device="cuda")
-    print(json.dumps({"ready": time.monotonic() - started, "gpu": torch.cuda.get_device_name()}), flush=True)
-    for mode in spec["modes"]:
-        for case in spec["cases"]:
-            try:
-                print(json.dumps(measure(spec["model"], case, mode, spec)), flush=True)
-            except Exception as error:  # the others are still of use
-                print(json.dumps({"case": case["name"], "mode": mode, "failed": repr(error)[:400]}), flush=True)
-            if mode != "eager":
-                torch._dynamo.reset()
+    say(ready=time.monotonic() - started, gpu=torch.cuda.get_device_name())
+    for case in spec["cases"]:
+        try:
+            say(case=case["name"], mode=spec["mode"], **measure(spec, case))
+        except Exception as error:  # the others are still of use
+            say(case=case["name"], mode=spec["mode"], failed=repr(error)[:400])
 
 
 def versions():
@@ -159,35 +161,8 @@ def versions():
             f"transformers {transformers.__version__} cuDNN {torch.backends.cudnn.version()}")
 
 
-def serve(started):
-    """A process for each line. It counts as started when the imports would have begun."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401 (imports are lazy)
-    from peft import LoraConfig  # noqa: F401
-    about = versions()
-    imports = time.monotonic() - started
-    print(json.dumps({"imports": imports, "versions": about}), flush=True)
-    for line in sys.stdin:
-        begun = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                run(json.loads(line), begun - imports)
-                status = 0
-            except BaseException as error:
-                print(repr(error)[:400], file=sys.stderr)
-            sys.stdout.flush()
-            os._exit(status)
-        print(json.dumps({"ended": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
-
-
-def main():
-    started = float(os.environ.get("BENCH_START", time.monotonic()))
-    if sys.argv[1] == "--serve":
-        serve(started)
-    else:
-        run(json.loads(sys.argv[1]), started)
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "--versions":
+        print(versions())
+    else:
+        run_cases(json.loads(sys.argv[1]))
