@@ -321,10 +321,30 @@ TEST(dialects_advanced)
              "train_text_encoder=yes text_encoder_share=0.3 placeholder_token=");
     is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder",
                "exclude");
-    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--use_blora", "--targets");
     is_refused(t, PIVOT("train_dreambooth_lora_flux_advanced.py") "--enable_t5_ti", "T5 learns no");
     is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction A,B",
                "one word");
+}
+
+/* Blocks of the U-Net: names behind their first part, wherever in a path; the counts of modules are
+ * in scripts_unet_blocks. */
+TEST(dialects_unet_blocks)
+{
+#define BLOCKS LARGE("train_dreambooth_lora_sdxl_advanced.py")
+    comes_to(t, BLOCKS "--use_blora",
+             "targets=*up_blocks.0.attentions.0*to_?,*up_blocks.0.attentions.0*to_out.0,"
+             "*up_blocks.0.attentions.1*to_?,*up_blocks.0.attentions.1*to_out.0");
+    comes_to(t, BLOCKS "--lora_unet_blocks unet.mid_block,unet.down_blocks.2.attn1.processor",
+             "targets=*mid_block*to_?,*mid_block*to_out.0,"
+             "*down_blocks.2.attn1*to_?,*down_blocks.2.attn1*to_out.0");
+    comes_to(t, BLOCKS "--use_blora --lora_unet_blocks unet.mid_block --use_dora --rank 64",
+             "targets=*up_blocks.0.attentions.0*to_?,*up_blocks.0.attentions.0*to_out.0,"
+             "*up_blocks.0.attentions.1*to_?,*up_blocks.0.attentions.1*to_out.0 rank=64");
+    CHECK(strstr(said, "--use_blora stands above --lora_unet_blocks"));
+    comes_to(t, BLOCKS "--lora_unet_blocks mid_block", "targets=*.to_?,*.to_out.0");
+    CHECK(strstr(said, "'mid_block' names no block"));
+    is_refused(t, BLOCKS "--lora_unet_blocks unet.up_blocks.*", "'unet.up_blocks.*'");
+#undef BLOCKS
 }
 
 /* A script that is not known is named with the nearest that is. */

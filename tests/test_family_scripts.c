@@ -568,6 +568,36 @@ TEST(scripts_train_dreambooth_lora_sdxl_advanced)
         0, (const char *const[]){"x.png", NULL});
 }
 
+/* As many modules as the script's own functions and PEFT choose on the same U-Net; a block that is
+ * not there is refused by both. */
+TEST(scripts_unet_blocks)
+{
+#define LINE                                                                                       \
+    DIFFUSERS("train_dreambooth_lora_sdxl_advanced.py", "sdxl") BOOTH "--cache_latents --rank 2 "
+    static const struct {
+        const char *flags, *says;
+    } lines[] = {
+        {"--lora_unet_blocks unet.mid_block", "on 16 modules: 16 of the denoiser"},
+        {"--lora_unet_blocks 'unet.up_blocks.0.attentions.0, unet.down_blocks.1'", "on 32 modules"},
+        {"--lora_unet_blocks up_blocks.0.attentions.1", "on 16 modules"},
+        {"--lora_unet_blocks unet.mid_block,", "on 136 modules"},
+        {"--lora_unet_blocks unet.attn2", "on 68 modules"},
+        {"--lora_unet_blocks unet.up_blocks.0.attentions.1.", "on 16 modules"},
+    };
+    run(t, LINE "--use_blora", (const char *const[]){"on 32 modules: 32 of the denoiser", NULL});
+    check_count(t, WEIGHTS, "", 64);
+    check_count(t, WEIGHTS, "unet.up_blocks.0.attentions.0.transformer_blocks.", 32);
+    check_count(t, WEIGHTS, "unet.up_blocks.0.attentions.1.transformer_blocks.", 32);
+    for (int i = 0; i < VEL_COUNT(lines); i++) {
+        char *line = vel_test_text(t, LINE "%s --dry_run --overwrite", lines[i].flags);
+        program_expect(t, line, 0, (const char *const[]){lines[i].says, NULL});
+        vel_free(t->ctx, line);
+    }
+    program_expect(t, LINE "--lora_unet_blocks unet.x --overwrite", 1,
+                   (const char *const[]){"matches no module", NULL});
+#undef LINE
+}
+
 TEST(scripts_train_dreambooth_lora_flux_advanced)
 {
     run(t,

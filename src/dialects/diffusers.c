@@ -259,9 +259,8 @@ const vel_dialect_row vel_diffusers_rows[] = {
             "T5 learns no words here: CLIP does, without the flag"),
     IDLE(ADVANCED_SDXL, "clip_skip", KIND_INT, NULL,
          "SDXL's own layer is taken; --clip_skip of velatura train counts from the last one"),
-    REFUSED(ADVANCED_SDXL, "lora_unet_blocks", KIND_TEXT, NULL,
-            "--targets takes patterns, such as '*up_blocks.0.attentions.0.*.to_?'"),
-    REFUSED(ADVANCED_SDXL, "use_blora", KIND_SWITCH, NULL,
-            "--targets takes patterns: its blocks are '*up_blocks.0.attentions.0.*' and "
-            "'*up_blocks.0.attentions.1.*'"),
+    RULE(ADVANCED_SDXL, "lora_unet_blocks", KIND_TEXT, NULL, "targets: attention in these blocks"),
+    RULE(ADVANCED_SDXL, "use_blora", KIND_SWITCH, NULL,
+         "targets: attention in up_blocks.0.attentions.0 and .1, B-LoRA's blocks of content and of "
+         "style"),
     {0}};

@@ -1,6 +1,7 @@
 /* diffusers_rules.c: what diffusers' example scripts do with several flags together. */
 #include "dialects/rules.h"
 
+#include <ctype.h>
 #include <stdlib.h>
 
 /* ---- data ---- */
@@ -158,6 +159,65 @@ static vel_status layer_rules(vel_line *l)
     return st;
 }
 
+/* Attention layers of the U-Net whose path, behind its first part, holds the rest of a name behind
+ * its own first part: what train_dreambooth_lora_sdxl_advanced.py looks for. A name without a '.'
+ * has no rest, which every path holds. */
+static vel_status add_unet_block(vel_line *l, const char *name, size_t n, vel_text *out)
+{
+    static const char processor[] = ".processor"; /* the script's names end so */
+    static const char *const layers[] = {"to_?", "to_out.0"};
+    const char *dot = memchr(name, '.', n), *rest = dot ? dot + 1 : name + n;
+    size_t length = (size_t)(name + n - rest), ending = sizeof processor - 1;
+    if (memchr(rest, '*', length) || memchr(rest, '?', length))
+        return vel_line_refuse(l, "lora_unet_blocks",
+                               "'%.*s'; names of blocks such as unet.up_blocks.0.attentions.0 are, "
+                               "and patterns with --targets",
+                               (int)n, name);
+    if (length == 0)
+        vel_line_say(l,
+                     "--lora_unet_blocks: '%.*s' names no block behind a '.', so attention in all "
+                     "blocks is trained, as in the script",
+                     (int)n, name);
+    if (length >= ending && memcmp(rest + length - ending, processor, ending) == 0)
+        length -= ending;
+    for (int i = 0; i < VEL_COUNT(layers); i++)
+        vel_text_addf(out, "%s*%.*s%s%s", out->n ? "," : "", (int)length, rest, length ? "*" : ".",
+                      layers[i]);
+    return VEL_OK;
+}
+
+/* B-LoRA (Frenkel et al. 2024) trains the block of a picture's content and that of its style. */
+static vel_status unet_block_rules(vel_line *l)
+{
+    const char *blocks = vel_line_value(l, "lora_unet_blocks"), *flag = "lora_unet_blocks";
+    if (vel_line_on(l, "use_blora")) {
+        if (blocks && *blocks)
+            vel_line_say(l, "--use_blora stands above --lora_unet_blocks");
+        flag = "use_blora";
+        blocks = "unet.up_blocks.0.attentions.0,unet.up_blocks.0.attentions.1";
+    }
+    if (!blocks || !*blocks)
+        return VEL_OK;
+    char *names = vel_arena_strdup(l->arena, blocks), *end = names;
+    if (!names)
+        return VEL_NO_MEMORY;
+    for (const char *at = blocks; *at; at++) /* without spaces, wherever they are */
+        if (!isspace((unsigned char)*at))
+            *end++ = *at;
+    *end = 0;
+    vel_text t;
+    vel_text_init(&t, l->ctx);
+    vel_status st = VEL_OK;
+    for (const char *at = names; at && !st; at = strchr(at, ',')) {
+        at += at != names;
+        st = add_unet_block(l, at, strcspn(at, ","), &t);
+    }
+    if (!st)
+        st = t.failed ? VEL_NO_MEMORY : vel_line_set(l, flag, "targets", "%s", t.s);
+    vel_text_finish(&t);
+    return st;
+}
+
 static vel_status family_rules(vel_line *l)
 {
     const char *optimizer = vel_line_value(l, "optimizer");
@@ -171,6 +231,7 @@ static vel_status family_rules(vel_line *l)
     if (vel_line_given(l, "adam_weight_decay_text_encoder"))
         return vel_line_refuse(l, "adam_weight_decay_text_encoder",
                                "one decay goes for all: --adam_weight_decay");
+    VEL_TRY(unet_block_rules(l));
     return layer_rules(l);
 }
 
