@@ -107,6 +107,9 @@ const vel_option_row vel_train_rows[] = {
            "what is trained: an adapter, the model's own weights, or new words alone"),
     TEXT("trained_weights", NULL, weights, NULL, "method",
          "full: patterns of the weights that are trained, such as '*.attn2.*'; default: all"),
+    INT("freeze_last", "num_last_block_to_freeze", freeze_last, "0", 0, 100000, "method",
+        "full, of SD 3: the last N tensors of the picture's side of the blocks stay as they are, "
+        "counted as in sd-scripts (to_q, to_k and to_v are one)"),
     FLAG("use_ema", NULL, use_ema, "no", "method",
          "keep a running average of the trained values; it is what is drawn and saved"),
     FLOAT("ema_decay", NULL, ema_decay, "0.9999", 0, 1, "method", "largest decay of the average"),

@@ -278,7 +278,7 @@ TEST(dialects_whole_models)
              "text_encoder_3_lr=1e-6 save_precision=fp16");
     comes_to(t, FAMILY("sd3_train.py") "--train_text_encoder", "text_encoders=1,2");
     is_refused(t, FAMILY("sd3_train.py") "--train_t5xxl", "--train_text_encoder");
-    is_refused(t, FAMILY("sd3_train.py") "--num_last_block_to_freeze 2", "--trained_weights");
+    comes_to(t, FAMILY("sd3_train.py") "--num_last_block_to_freeze 2", "freeze_last=2");
     comes_to(t, FAMILY("flux_train.py") "--ae v --cpu_offload_checkpointing --blocks_to_swap 9",
              "method=full train_text_encoder=no gradient_checkpointing=yes vae=v stream=0 "
              "save_parts=denoiser save_precision=float guidance_scale=3.5 timestep_sampling=sigma "

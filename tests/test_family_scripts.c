@@ -294,6 +294,60 @@ TEST(scripts_sd3_train)
                    0, (const char *const[]){"x.png", NULL});
 }
 
+/* Of a trained part just the tensors that the globs name are those of the base. */
+static void check_staying(vel_test *t, const char *name, const char *base, const char *stay)
+{
+    vel_safetensors *a = NULL, *b = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, vel_test_in(t, name), &a));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, base, &b));
+    for (int i = 0; i < vel_safetensors_count(a); i++) {
+        const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_find(b, x->name);
+        bool same = y && x->count == y->count;
+        for (int64_t k = 0; k < x->count && same; k++) {
+            float v, w;
+            vel_file_tensor_floats(x, k, 1, &v);
+            vel_file_tensor_floats(y, k, 1, &w);
+            same = v == w;
+        }
+        CHECK_MSG(same == vel_glob(stay, x->name), "%s %s", x->name, same ? "stayed" : "changed");
+    }
+    vel_safetensors_close(a);
+    vel_safetensors_close(b);
+}
+
+/* The tensors that stay are the last ones of the script's MMDiT.named_parameters() with "x_block"
+ * in their names, here in diffusers' names; the table of places is never trained. SD 3.5 has norms
+ * of q and k, and here a block with two attentions. */
+TEST(scripts_sd3_num_last_block_to_freeze)
+{
+#define BLOCK(i)                                                                                   \
+    "pos_embed.pos_embed,transformer_blocks." i ".attn.to_?.*,transformer_blocks." i               \
+    ".attn.to_out.0.*,transformer_blocks." i ".attn.norm_?.*,transformer_blocks." i                \
+    ".ff.net.*,transformer_blocks." i ".norm1.linear.*,"
+#define LINE(model, n)                                                                             \
+    KOHYA("sd3_train.py", model)                                                                   \
+    "--t5xxl_max_token_length 16 --save_model_as diffusers --num_last_block_to_freeze " n
+#define FIRST "transformer_blocks.0."
+#define PART "transformer/diffusion_pytorch_model.safetensors"
+    run(t, LINE("sd3", "13"), (const char *const[]){"13 tensors of the blocks stay", NULL});
+    check_staying(
+        t, "out/a/" PART, MODEL_FILE("sd3", PART),
+        BLOCK("2") "transformer_blocks.1.norm1.linear.*,transformer_blocks.1.ff.net.2.bias");
+    run(t, LINE("sd35", "37 --overwrite"),
+        (const char *const[]){"37 tensors of the blocks stay", NULL});
+    check_staying(t, "out/a/" PART, MODEL_FILE("sd35", PART),
+                  BLOCK("1") BLOCK("2") FIRST "norm1.linear.*," FIRST "ff.net.*," FIRST
+                                              "attn2.*," FIRST "attn.norm_k.*");
+    program_expect(t,
+                   "train --model " MODEL("sdxl") "--data \"$D/train/1_x\" --output_dir \"$D/o\" "
+                                                  "--method full --freeze_last 2 --dry_run",
+                   1, (const char *const[]){"counts tensors of Stable Diffusion 3", NULL});
+#undef PART
+#undef FIRST
+#undef LINE
+#undef BLOCK
+}
+
 /* FLUX.1's file holds its transformer alone, in the published file's names. */
 TEST(scripts_flux_train)
 {

@@ -101,6 +101,7 @@ void vel_adapter_kaiming(const vel_adapter_site *s, vel_adapter_leaf leaf, uint6
 typedef struct vel_thaw {
     const char *parts[5]; /* "unet", "text_encoder"; NULL ends */
     const char *patterns; /* globs over paths; NULL: every weight of the parts */
+    const char *stays;    /* globs of those that stay all the same; NULL: none */
 } vel_thaw;
 bool vel_is_thawed(const vel_thaw *t, const char *path);
 

@@ -24,7 +24,7 @@ static const char computed[] = "*.pos_embed.pos_embed";
 
 bool vel_is_thawed(const vel_thaw *t, const char *path)
 {
-    if (vel_glob(computed, path))
+    if (vel_glob(computed, path) || (t && t->stays && vel_glob(t->stays, path)))
         return false;
     size_t part = strcspn(path, ".");
     for (int i = 0; t && i < VEL_COUNT(t->parts) && t->parts[i]; i++)

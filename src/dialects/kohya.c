@@ -302,9 +302,8 @@ const vel_dialect_row vel_kohya_rows[] = {
     RULE(SD3_TRAIN, "train_t5xxl", KIND_SWITCH, NULL, "text_encoders"),
     IDLE(SD3_TRAIN, "use_t5xxl_cache_only", KIND_SWITCH, NULL,
          "the states of every encoder that is not trained are kept"),
-    REFUSED(SD3_TRAIN, "num_last_block_to_freeze", KIND_INT, NULL,
-            "the script leaves so many tensors as they are, not blocks; --trained_weights takes "
-            "patterns of what is trained"),
+    SET(SD3_TRAIN, "num_last_block_to_freeze", KIND_INT, NULL, "freeze_last",
+        "so many tensors, not blocks, as in the script"),
     RULE(SDXL_TRAIN, "block_lr", KIND_TEXT, NULL,
          "module_lr: a rate for each of the U-Net's 23 blocks"),
     IDLE(SDXL_TRAIN, "fused_optimizer_groups", KIND_INT, NULL, FUSED),

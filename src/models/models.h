@@ -154,6 +154,10 @@ typedef struct vel_family {
     /* The parts in the single file that sd-scripts writes of a model it trained, between commas;
      * a denoiser alone has no prefix there. NULL: all of them. */
     const char *trained_file;
+    /* What sd-scripts' num_last_block_to_freeze counts: the modules of the picture's side of a
+     * block, in the order of its parameters; names between commas are one module there. {0} ends.
+     * counted_blocks: what stands before a block's number. NULL: nothing. */
+    const char *counted_blocks, *const *counted;
     bool hides_words; /* the denoiser takes a mask where an encoder is asked to read with one */
     bool even_sigmas; /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
     const char *const

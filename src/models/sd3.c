@@ -167,6 +167,21 @@ static int skippable(const vel_config *c)
     return ((const sd3_config *)c->own)->transformer.layers;
 }
 
+static const char *const counted[] = {
+    "attn.to_q,attn.to_k,attn.to_v",
+    "attn.to_out.0",
+    "attn.norm_q",
+    "attn.norm_k",
+    "attn2.to_q,attn2.to_k,attn2.to_v",
+    "attn2.to_out.0",
+    "attn2.norm_q",
+    "attn2.norm_k",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    NULL,
+};
+
 const vel_family vel_family_sd3 = {
     .name = "sd3",
     .title = "Stable Diffusion 3 and 3.5",
@@ -177,6 +192,8 @@ const vel_family vel_family_sd3 = {
     .dialect = "diffusers",
     .network = "networks.lora_sd3",
     .trained_file = "transformer,vae",
+    .counted_blocks = "transformer.transformer_blocks.",
+    .counted = counted,
     .adapter_marks =
         "*joint_blocks*,transformer.transformer_blocks.*.attn.*,"
         "base_model.model.transformer_blocks.*.attn.*,lycoris_transformer_blocks_*_attn_*",

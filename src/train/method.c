@@ -37,6 +37,55 @@ vel_status vel_train_texts(vel_model *m, const vel_train_options *o, unsigned *o
     return VEL_OK;
 }
 
+/* A module's tensor, of which row's names are one: is it there? Then its paths go to the globs. */
+static bool add_counted(train_session *s, int block, const char *row, const char *ending,
+                        vel_text *globs)
+{
+    const char *blocks = vel_model_family(s->model)->counted_blocks;
+    for (const char *at = row; *at;) {
+        size_t n = strcspn(at, ",");
+        char path[256];
+        snprintf(path, sizeof path, "%s%d.%.*s.%s", blocks, block, (int)n, at, ending);
+        if (!vel_model_tensor(s->model, path))
+            return false;
+        vel_text_addf(globs, "%s%s", globs->n ? "," : "", path);
+        at += n + (at[n] == ',');
+    }
+    return true;
+}
+
+/* --freeze_last: the last so many tensors, as globs in the arena. */
+static vel_status choose_staying(train_session *s)
+{
+    static const char *const endings[] = {"weight", "bias"};
+    const vel_family *family = vel_model_family(s->model);
+    int left = s->o->freeze_last, block = 0, rows = 0;
+    char path[256];
+    if (!left)
+        return VEL_OK;
+    if (!family->counted)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--freeze_last: counts tensors of Stable Diffusion 3, and %s is %s; "
+                        "--trained_weights takes patterns of what is trained",
+                        vel_model_folder(s->model), family->title);
+    while (family->counted[rows])
+        rows++;
+    do
+        snprintf(path, sizeof path, "%s%d.%s.weight", family->counted_blocks, block++,
+                 family->counted[rows - 1]);
+    while (vel_model_tensor(s->model, path));
+    vel_text t;
+    vel_text_init(&t, s->ctx);
+    for (block -= 2; block >= 0 && left; block--)
+        for (int i = 2 * rows - 1; i >= 0 && left; i--)
+            left -= add_counted(s, block, family->counted[i / 2], endings[i % 2], &t);
+    vel_log(s->ctx, 2, "--freeze_last: %d tensors of the blocks stay as they are",
+            s->o->freeze_last - left);
+    s->thaw.stays = t.failed ? NULL : vel_arena_strdup(s->arena, t.s ? t.s : "");
+    vel_text_finish(&t);
+    return s->thaw.stays ? VEL_OK : VEL_NO_MEMORY;
+}
+
 static vel_status choose(train_session *s)
 {
     const vel_train_options *o = s->o;
@@ -65,6 +114,7 @@ static vel_status choose(train_session *s)
             if (s->texts >> k & 1)
                 s->thaw.parts[n++] = vel_model_text(s->model, k)->part;
         s->thaw.patterns = o->weights;
+        VEL_TRY(choose_staying(s));
         s->trained.thaw = &s->thaw;
         return n ? VEL_OK
                  : vel_fail(s->ctx, VEL_BAD_VALUE,
@@ -104,7 +154,7 @@ void vel_method_without_text(train_session *s)
     while (s->stepped_adaption.n_sites &&
            vel_has_prefix(s->sites[s->stepped_adaption.n_sites - 1].path, text))
         s->stepped_adaption.n_sites--;
-    s->stepped_thaw = (vel_thaw){.patterns = s->thaw.patterns};
+    s->stepped_thaw = (vel_thaw){.patterns = s->thaw.patterns, .stays = s->thaw.stays};
     for (int i = 0, n = 0; i < VEL_COUNT(s->thaw.parts) && s->thaw.parts[i]; i++)
         if (!vel_has_prefix(s->thaw.parts[i], text))
             s->stepped_thaw.parts[n++] = s->thaw.parts[i];

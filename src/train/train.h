@@ -38,6 +38,7 @@ typedef struct vel_train_options {
     bool freeze_latents; /* draw once for each picture */
     const char *method;  /* "adapter", "full", "textual_inversion" */
     const char *weights; /* full: patterns of the weights that are trained; NULL: all */
+    int freeze_last;     /* full: so many tensors of the blocks, from the last, are not */
     /* prior preservation */
     bool with_prior_preservation;
     const char *class_data, *class_prompt; /* class_data NULL: the base model's own predictions */
