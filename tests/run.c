@@ -62,6 +62,15 @@ void vel_test_fail(vel_test *t, const char *file, int line, const char *format, 
     fflush(stdout);
 }
 
+void vel_test_says(vel_test *t, const char *file, int line, const char *text,
+                   const char *const *parts)
+{
+    for (int i = 0; parts[i]; i++)
+        if (!text || !strstr(text, parts[i]))
+            vel_test_fail(t, file, line, "does not say '%s': %s", parts[i],
+                          text ? text : "(nothing)");
+}
+
 _Noreturn void vel_test_end(vel_test *t, const char *file, int line, const char *what)
 {
     vel_test_fail(t, file, line, "%s: %s", what, vel_ctx_error(t->ctx));

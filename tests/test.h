@@ -32,6 +32,10 @@ void vel_test_register(vel_test *t);
 void vel_test_fail(vel_test *t, const char *file, int line, const char *format, ...)
     VEL_PRINTF(4, 5);
 
+/* Fails for each of the parts (NULL-terminated) that text does not hold. */
+void vel_test_says(vel_test *t, const char *file, int line, const char *text,
+                   const char *const *parts);
+
 /* Allocations of the test's own, freed by vel_free: never those that are made to fail. */
 void *vel_test_alloc(vel_test *t, size_t bytes); /* zeroed */
 char *vel_test_text(vel_test *t, const char *format, ...) VEL_PRINTF(2, 3);
@@ -53,6 +57,9 @@ _Noreturn void vel_test_end(vel_test *t, const char *file, int line, const char 
 
 #define CHECK(x) ((x) ? (void)0 : vel_test_fail(t, __FILE__, __LINE__, "%s", #x))
 #define CHECK_MSG(x, ...) ((x) ? (void)0 : vel_test_fail(t, __FILE__, __LINE__, __VA_ARGS__))
+/* text holds each of the parts that follow it. */
+#define CHECK_SAYS(text, ...)                                                                      \
+    vel_test_says(t, __FILE__, __LINE__, text, (const char *const[]){__VA_ARGS__, NULL})
 /* A call that must succeed; prints the context's message when it does not. */
 #define CHECK_OK(x)                                                                                \
     do {                                                                                           \

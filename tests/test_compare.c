@@ -25,11 +25,9 @@ TEST(compare_images_runs)
             "--compare_images 1,3; ls $D/o | sed s/^/has:/; grep -c href $D/o/*.html",
             &r))
         return;
-    static const char *const says[] = {
-        "has:n-1.safetensors", "has:n-3.safetensors", "has:n-compare.png",  "has:n-compare.html",
-        "has:n-3-report.html", "1 of 2: 1 pictures",  "2 of 2: 3 pictures", "has:cache"};
-    for (int i = 0; i < VEL_COUNT(says); i++)
-        CHECK_MSG(strstr(r.text, says[i]), "no '%s': %s", says[i], r.text);
+    CHECK_SAYS(r.text, "has:n-1.safetensors", "has:n-3.safetensors", "has:n-compare.png",
+               "has:n-compare.html", "has:n-3-report.html", "1 of 2: 1 pictures",
+               "2 of 2: 3 pictures", "has:cache");
     EXPECT("train --model x --data y --compare_images 5,3", 1, "growing numbers");
     EXPECT("train --model x --data y --compare_images 5x", 1, "growing numbers");
 }

@@ -116,6 +116,30 @@ static vel_backend planning_backend(void)
     return b;
 }
 
+static vel_engine *planning_engine(vel_test *t, const vel_backend *b)
+{
+    vel_engine *e = NULL;
+    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+    e->backend->close(e->device);
+    e->device = NULL;
+    e->backend = b;
+    REQUIRE_OK(b->open(t->ctx, "null", &e->device));
+    return e;
+}
+
+/* Takes g over. NULL where there is no plan. */
+static vel_plan *plan_of(vel_test *t, vel_engine *e, vel_graph *g, const vel_plan_options *o)
+{
+    vel_plan *p = NULL;
+    vel_status st = g ? vel_engine_add_trainables(e, g) : VEL_NO_MEMORY;
+    if (st == VEL_OK)
+        st = vel_plan_create(e, g, o, &p);
+    else
+        vel_graph_destroy(g);
+    CHECK_OK(st);
+    return p;
+}
+
 typedef struct planned {
     vel_arena *arena;
     const vel_family *family;
@@ -217,22 +241,10 @@ static void check_plan(vel_test *t, const planned *m, int n, int size, bool step
                        int64_t most, int64_t weights)
 {
     const vel_backend b = planning_backend();
-    vel_engine *e = NULL;
-    vel_plan *p = NULL;
     const vel_plan_options o = {
         .compute = VEL_BF16, .gradient = step, .measure = true, .level = step ? VEL_LEVEL_AUTO : 0};
-    REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
-    e->backend->close(e->device);
-    e->device = NULL;
-    e->backend = &b;
-    REQUIRE_OK(b.open(t->ctx, "null", &e->device));
-    vel_graph *g = denoiser(t, m, n, size, step);
-    vel_status st = g ? vel_engine_add_trainables(e, g) : VEL_NO_MEMORY;
-    if (st == VEL_OK)
-        st = vel_plan_create(e, g, &o, &p);
-    else
-        vel_graph_destroy(g);
-    CHECK_OK(st);
+    vel_engine *e = planning_engine(t, &b);
+    vel_plan *p = plan_of(t, e, denoiser(t, m, n, size, step), &o);
     for (int32_t id = 1; p && id < vel_graph_size(vel_plan_graph(p)); id++) {
         vel_op op = vel_node_at(vel_plan_graph(p), id)->op;
         CHECK_MSG(!vel_plan_kernel(p, id) || has_row[op], "a plan has %s", vel_op_name(op));
@@ -315,16 +327,8 @@ static vel_plan *planned_step(vel_test *t, vel_engine *e, const planned *m, int 
 {
     const vel_plan_options o = {
         .compute = VEL_BF16, .gradient = true, .measure = true, .level = steps[i].level};
-    vel_plan *p = NULL;
-    vel_graph *g = denoiser(t, m, 1, steps[i].size, true);
     vel_engine_stream(e, streamed);
-    vel_status st = g ? vel_engine_add_trainables(e, g) : VEL_NO_MEMORY;
-    if (st == VEL_OK)
-        st = vel_plan_create(e, g, &o, &p);
-    else
-        vel_graph_destroy(g);
-    CHECK_OK(st);
-    return p;
+    return plan_of(t, e, denoiser(t, m, 1, steps[i].size, true), &o);
 }
 
 TEST(cuda_estimates_of_steps)
@@ -333,14 +337,9 @@ TEST(cuda_estimates_of_steps)
     REQUIRE(read_rows(t) > 40);
     for (int i = 0; i < VEL_COUNT(steps); i++) {
         planned m;
-        vel_engine *e = NULL;
         if (!open_known(t, steps[i].family, &m))
             continue;
-        REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
-        e->backend->close(e->device);
-        e->device = NULL;
-        e->backend = &b;
-        REQUIRE_OK(b.open(t->ctx, "null", &e->device));
+        vel_engine *e = planning_engine(t, &b);
         vel_plan *p = planned_step(t, e, &m, i, steps[i].streamed);
         double ms = p ? 1e3 * vel_plan_estimate(p) : 0;
         CHECK_MSG(!p || fabs(ms / steps[i].measured - 1) < steps[i].off,

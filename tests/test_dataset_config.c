@@ -160,7 +160,7 @@ TEST(dataset_config_own_settings)
         vel_text said;
         vel_text_init(&said, t->ctx);
         vel_dataset_describe(d, &said);
-        CHECK_MSG(strstr(said.s, "\"one, ") && strstr(said.s, " end\""), "%s", said.s);
+        CHECK_SAYS(said.s, "\"one, ", " end\"");
         vel_text_finish(&said);
     }
     REQUIRE(d && d->n == 8);
@@ -258,9 +258,8 @@ TEST(regular_pictures_are_weighed)
             "o/n.safetensors",
             &r))
         return;
-    CHECK_MSG(strstr(r.text, "\n2\n") && strstr(r.text, "1 of them are of the class"), "%s",
-              r.text);
-    CHECK(strstr(r.text, "ss_num_train_images") && strstr(r.text, "ss_num_reg_images"));
+    CHECK_SAYS(r.text, "\n2\n", "1 of them are of the class", "ss_num_train_images",
+               "ss_num_reg_images");
 }
 
 TEST(dataset_config_refuses)

@@ -94,14 +94,11 @@ TEST(guidance_on_lines_is_that_of_settings)
             "LC_ALL=C tr -cd ' -~' <\"$i\"; done",
             &r))
         return;
-    static const char *const says[] = {
-        "as-settings",
-        "CFG scale: 2.5, Seed: 3, Size: 64x64, Model: model, Distilled CFG Scale: 3,",
-        "\"distilled_guidance\":3.5", "CFG scale: 3.5, Seed: 5",
-        "negative prompt: it is not used, for FLUX.1"};
     CHECK_MSG(r.status == 0, "%s", r.text);
-    for (int i = 0; i < VEL_COUNT(says); i++)
-        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+    CHECK_SAYS(r.text, "as-settings",
+               "CFG scale: 2.5, Seed: 3, Size: 64x64, Model: model, Distilled CFG Scale: 3,",
+               "\"distilled_guidance\":3.5", "CFG scale: 3.5, Seed: 5",
+               "negative prompt: it is not used, for FLUX.1");
 }
 
 TEST(guidance_that_is_not_used_is_said)
@@ -148,10 +145,8 @@ TEST(guidance_of_samples)
             "cmp x/$F y/$F && echo as-settings; cmp y/$F z/$F",
             &r))
         return;
-    CHECK_MSG(strstr(r.text, "as-settings") && strstr(r.text, "differ: byte") &&
-                  !strstr(r.text, "EOF"),
-              "%s", r.text);
-    CHECK_MSG(strstr(r.text, "--sample_true_guidance"), "%s", r.text);
+    CHECK_SAYS(r.text, "as-settings", "differ: byte", "--sample_true_guidance");
+    CHECK_MSG(!strstr(r.text, "EOF"), "%s", r.text);
 }
 
 /* What a family's pictures have, its samples have: its own guidance where none is said, skipped
@@ -179,11 +174,8 @@ TEST(guidance_of_samples_is_that_of_pictures)
             "t sd3 s3 --sample_skip_guidance_layers x; t sana n --sample_skip_guidance_layers 1",
             &r))
         return;
-    static const char *const says[] = {
-        "f1=f2",       "s1/s2", "l1/l2", "l1/l3", "skip_guidance_layers: 'x' is not a list",
-        "not for Sana"};
-    for (int i = 0; i < VEL_COUNT(says); i++)
-        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+    CHECK_SAYS(r.text, "f1=f2", "s1/s2", "l1/l2", "l1/l3",
+               "skip_guidance_layers: 'x' is not a list", "not for Sana");
 }
 
 /* Padding that is hidden, and another system prompt, change the picture and are written into it. */
@@ -203,15 +195,9 @@ TEST(guidance_of_texts_that_are_read_otherwise)
             "g x sdxl --apply_t5_attn_mask",
             &r))
         return;
-    static const char *const says[] = {"f1/f2",
-                                       "\"apply_t5_attn_mask\":true",
-                                       "s1/s2",
-                                       "\"apply_lg_attn_mask\":true",
-                                       "l1/l2",
-                                       "\"system_prompt\":\"Be brief.\"",
-                                       "--apply_t5_attn_mask: Stable Diffusion XL has no such"};
-    for (int i = 0; i < VEL_COUNT(says); i++)
-        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+    CHECK_SAYS(r.text, "f1/f2", "\"apply_t5_attn_mask\":true", "s1/s2",
+               "\"apply_lg_attn_mask\":true", "l1/l2", "\"system_prompt\":\"Be brief.\"",
+               "--apply_t5_attn_mask: Stable Diffusion XL has no such");
 }
 
 /* The folder's scheduler says how timesteps lie; a setting stands above it. SDXL's says leading. */
@@ -228,8 +214,6 @@ TEST(guidance_of_timesteps)
             "same b c; g d --timestep_spacing late; LC_ALL=C tr -cd ' -~' <\"$D/b.png\"",
             &r))
         return;
-    static const char *const says[] = {"a/b", "b/c", "--timestep_spacing: 'late' is not one of",
-                                       "\"timestep_spacing\":\"trailing\""};
-    for (int i = 0; i < VEL_COUNT(says); i++)
-        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+    CHECK_SAYS(r.text, "a/b", "b/c", "--timestep_spacing: 'late' is not one of",
+               "\"timestep_spacing\":\"trailing\"");
 }

@@ -417,12 +417,9 @@ TEST(prompt_lines_are_drawn)
             "LC_ALL=C tr -cd ' -~'",
             &r))
         return;
-    static const char *const says[] = {
-        "Size: 64x128", "Negative prompt: old",      "Prompt 2: \"thin\"",
-        "a (fox:1.2)",  "\"weighted_prompts\":true", "\"max_token_length\":150"};
     CHECK_MSG(r.status == 0, "%s", r.text);
-    for (int i = 0; i < VEL_COUNT(says); i++)
-        CHECK_MSG(strstr(r.text, says[i]), "does not say '%s': %s", says[i], r.text);
+    CHECK_SAYS(r.text, "Size: 64x128", "Negative prompt: old", "Prompt 2: \"thin\"", "a (fox:1.2)",
+               "\"weighted_prompts\":true", "\"max_token_length\":150");
 }
 
 /* ---- training ---- */
@@ -519,8 +516,8 @@ TEST(long_captions_and_samples_are_read_apart)
                        &r))
         return;
     CHECK_MSG(r.status == 0, "%s", r.text);
-    CHECK(strstr(r.text, "--sample_max_token_length 225 --sample_weighted_prompts yes"));
-    CHECK_MSG(strstr(r.text, "captions: 1 of 1 are too long"), "%s", r.text);
+    CHECK_SAYS(r.text, "--sample_max_token_length 225 --sample_weighted_prompts yes",
+               "captions: 1 of 1 are too long");
     CHECK_MSG(!strstr(r.text, "left out"), "%s", r.text);
 }
 

@@ -69,12 +69,10 @@ TEST(seed_s1)
              &r))
         return;
     check_tensors(t, "output/my_style_lora.safetensors", 792, ".alpha", 264);
-    CHECK(strstr(r.text, "--optimizer AdamW8bit") && strstr(r.text, "--rank 32 --alpha 16"));
-    CHECK(strstr(r.text, "--num_cpu_threads_per_process changes nothing") &&
-          strstr(r.text, "text encoder is trained as well, at rate 1e-4") &&
-          strstr(r.text, "each 10 times") &&
-          strstr(r.text, "192 of the denoiser, 72 of the text encoder"));
-    CHECK(strstr(r.text, "picture: a.png") && strstr(r.text, "picture: b.png"));
+    CHECK_SAYS(r.text, "--optimizer AdamW8bit", "--rank 32 --alpha 16",
+               "--num_cpu_threads_per_process changes nothing",
+               "text encoder is trained as well, at rate 1e-4", "each 10 times",
+               "192 of the denoiser, 72 of the text encoder", "picture: a.png", "picture: b.png");
 }
 
 /* Attention of the U-Net only: 128 modules of two tensors, in a folder that is an adapter. */
@@ -92,8 +90,7 @@ TEST(seed_s0)
         return;
     check_tensors(t, "output/sketch-lora/pytorch_lora_weights.safetensors", 256, "lora.up.weight",
                   128);
-    CHECK(strstr(r.text, "--use_8bit_adam yes") && strstr(r.text, "4 batches a step"));
-    CHECK(strstr(r.text, "picture: a.png"));
+    CHECK_SAYS(r.text, "--use_8bit_adam yes", "4 batches a step", "picture: a.png");
 }
 
 static void copy_sana(vel_test *t, const char *folder)
@@ -129,12 +126,10 @@ TEST(seed_s0_with_a_language_model)
     static const char file[] = "output/sketch-lora/pytorch_lora_weights.safetensors";
     check_tensors(t, file, 56, "lora_B.weight", 16);
     check_tensors(t, file, 56, "lora_linear_layer.up.weight", 12);
-    CHECK(strstr(r.text, "--rank 32") && strstr(r.text, "--text_encoder_lr 5e-5"));
-    CHECK(strstr(r.text, "it is trained as well, at rate 5e-5"));
-    CHECK(strstr(r.text, "16 of the denoiser, 12 of the text encoder"));
-    CHECK(strstr(r.text, "rank        32") && strstr(r.text, "4 batches a step"));
-    CHECK_MSG(strstr(r.text, "\"lr\": 0.0001, \"text_encoder_lr\": 5e-05"), "%s", r.text);
-    CHECK(strstr(r.text, "has:pytorch_lora_weights-report.html"));
+    CHECK_SAYS(r.text, "--rank 32", "--text_encoder_lr 5e-5", "it is trained as well, at rate 5e-5",
+               "16 of the denoiser, 12 of the text encoder", "rank        32", "4 batches a step",
+               "\"lr\": 0.0001, \"text_encoder_lr\": 5e-05",
+               "has:pytorch_lora_weights-report.html");
     CHECK(program_same_pictures(t, "base.png", "off.png"));
     CHECK(!program_same_pictures(t, "base.png", "on.png"));
 }
@@ -215,9 +210,9 @@ TEST(seed_epochs_and_samples)
              "\"$P\" inspect o/n.safetensors",
              &r))
         return;
-    CHECK(strstr(r.text, "has:n-000002.safetensors") && !strstr(r.text, "has:n-000001.safe"));
-    CHECK(strstr(r.text, "n-samples-step00000004.png") && strstr(r.text, "n-before-after.png"));
-    CHECK(strstr(r.text, "modelspec.author") && strstr(r.text, "A title"));
+    CHECK_SAYS(r.text, "has:n-000002.safetensors", "n-samples-step00000004.png",
+               "n-before-after.png", "modelspec.author", "A title");
+    CHECK_MSG(!strstr(r.text, "has:n-000001.safe"), "%s", r.text);
 }
 
 /* The baseline; class pictures, which are drawn first and kept; the subject, seen beside them; then
@@ -239,8 +234,9 @@ TEST(seed_s3)
         return;
     check_tensors(t, "dreambooth-lora/pytorch_lora_weights.safetensors", 256, "lora.up.weight",
                   128);
-    CHECK(strstr(r.text, "has:0-") && strstr(r.text, "has:2-") && !strstr(r.text, "has:3-"));
-    CHECK(strstr(r.text, "--enable_xformers_memory_efficient_attention changes nothing"));
+    CHECK_SAYS(r.text, "has:0-", "has:2-",
+               "--enable_xformers_memory_efficient_attention changes nothing");
+    CHECK_MSG(!strstr(r.text, "has:3-"), "%s", r.text);
     /* an epoch is as long as the class: 3 in batches of 2 */
     CHECK_MSG(strstr(r.text, "2 steps = 1.0 epochs"), "%s", r.text);
     CHECK(program_same_pictures(t, "base.png", "again.png") &&

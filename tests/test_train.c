@@ -640,7 +640,7 @@ TEST(train_fit_chooses_the_cheapest_way_that_fits)
     CHECK(strstr(fit(t, size, VEL_OK), "some is computed again (level "));
     snprintf(size, sizeof size, "%.1fMiB", least); /* what it names, fits */
     said = fit(t, size, VEL_OK);
-    CHECK(strstr(said, "one after the other") && strstr(said, " batches a step"));
+    CHECK_SAYS(said, "one after the other", " batches a step");
     snprintf(size, sizeof size, "%.1fMiB", least - 0.1);
     fit(t, size, VEL_BAD_VALUE);
     CHECK(strstr(fit(t, "8", VEL_BAD_VALUE), "'8' is not a size such as 8GB"));
