@@ -372,6 +372,10 @@ const vel_option_row vel_train_rows[] = {
     FLAG("enable_scaled_pos_embed", NULL, scaled_places, "no", "flow",
          "SD 3.5: places are computed for the resolutions of the data instead of cut from the "
          "model's table; samples are drawn so, too"),
+    FLOAT("pos_emb_random_crop_rate", NULL, place_cut_rate, "0", 0, 1, "flow",
+          "SD 3: share of the batches whose places are cut from the grid anywhere instead of from "
+          "its "
+          "middle"),
     FLAG("precondition_outputs", NULL, flow.precondition_outputs, "no", "flow",
          "measure the picture that the prediction means, not the velocity"),
     INT("max_token_length", NULL, max_token_length, "0", 0, 750, "captions",

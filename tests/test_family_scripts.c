@@ -264,6 +264,7 @@ TEST(scripts_sd3_train)
                      "--learning_rate_te2 0 --train_t5xxl --learning_rate_te3 1e-3 "
                      "--t5xxl_max_token_length 32 --training_shift 3 "
                      "--blocks_to_swap 8 --enable_scaled_pos_embed --blockwise_fused_optimizers "
+                     "--pos_emb_random_crop_rate 0.5 "
                      "--optimizer_type adafactor --optimizer_args "
                      "relative_step=False scale_parameter=False "
                      "warmup_init=False --save_every_n_steps 1",

@@ -196,6 +196,9 @@ typedef struct vel_sd3_config {
     bool dual[VEL_MAX_BLOCKS]; /* these layers attend over the picture a second time */
 } vel_sd3_config;
 vel_status vel_sd3_read(vel_ctx *ctx, const json_t *json, const char *file, vel_sd3_config *out);
+/* vel_family's cut_places: the rows of the table, h w / patch^2 of them, or with sides where the
+ * cut begins, top and left. */
+int64_t vel_sd3_cut(const vel_sd3_config *c, int64_t h, int64_t w, const double *at, int32_t *out);
 /* Inside the part's scope; time [N] is 0 to 1000. */
 vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel_ref time,
                       const vel_condition *condition);

@@ -17,6 +17,7 @@ typedef struct vel_condition {
     vel_ref pooled;   /* [N, P] */
     vel_ref extra;    /* [N, E]: size and crop, guidance */
     vel_ref mask;     /* [N, S]: 1 for a token, 0 for padding */
+    vel_ref places;   /* int32: where the picture's places are cut; vel_family's cut_places */
     uint64_t skipped; /* layers that are left out, a bit each; vel_family's skippable */
 } vel_condition;
 
@@ -179,6 +180,12 @@ typedef struct vel_family {
     /* Places are computed for latents with these sides (0 ends; VEL_MOST_SIDES at most) instead of
      * taken from the model's table, as sd-scripts' --enable_scaled_pos_embed. NULL: it has none. */
     void (*scale_places)(vel_config *c, const int *sides);
+    /* For the denoiser's condition->places: the cut of a latent [h, w] out of the grid of places
+     * that begins at the parts at[0] (top) and at[1] (left), 0 to below 1, of the beginnings that
+     * there are; at NULL: in the middle, as without the input. Returns how many values there are, 0
+     * where the latent does not fit; out NULL: only counted. NULL: the family cuts none. */
+    int64_t (*cut_places)(const vel_config *c, int64_t h, int64_t w, const double *at,
+                          int32_t *out);
     /* What adapter files say of the model. */
     void (*names)(const vel_config *c, vel_prediction predicts, vel_model_names *out);
     /* The extra inputs of a picture into out[VEL_MAX_EXTRA] (NULL: only counted); returns E. NULL:

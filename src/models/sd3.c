@@ -162,6 +162,11 @@ static void scale_places(vel_config *c, const int *sides)
     }
 }
 
+static int64_t cut_places(const vel_config *c, int64_t h, int64_t w, const double *at, int32_t *out)
+{
+    return vel_sd3_cut(&((const sd3_config *)c->own)->transformer, h, w, at, out);
+}
+
 static int skippable(const vel_config *c)
 {
     return ((const sd3_config *)c->own)->transformer.layers;
@@ -204,6 +209,7 @@ const vel_family vel_family_sd3 = {
     .states = states,
     .names = names,
     .scale_places = scale_places,
+    .cut_places = cut_places,
     .skippable = skippable,
     .guidance = guidance,
     .encode_text = encode_text,

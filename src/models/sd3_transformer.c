@@ -106,53 +106,100 @@ static nn_streams joint_block(vel_graph *g, const vel_sd3_config *c, int index, 
     return x;
 }
 
-/* As sd-scripts' cropped_scaled_pos_embed: sinusoids of places of which so many on a side fill the
- * range that the base size of 16 has, the side being that of the trained sizes which is nearest by
- * area; the middle of a grid half as large again. [1, h, w, D] */
-static vel_ref scaled_places(vel_graph *g, const vel_sd3_config *c, int64_t h, int64_t w)
+/* A grid of places, and where a picture's cut of it begins. */
+typedef struct grid {
+    int64_t side, first[2]; /* top, left: in the middle */
+    int trained;            /* of computed places: the side that the range is spread over */
+} grid;
+
+static const double margin = 1.5; /* the grid is so much larger than the size it is computed for */
+
+/* As sd-scripts' cropped_scaled_pos_embed: the side is that of the trained sizes which is nearest
+ * by area. */
+static grid grid_for(const vel_sd3_config *c, int64_t h, int64_t w)
 {
-    static const double base = 16, margin = 1.5, period = 10000;
-    int side = 0, i = 0;
-    for (; c->sides[i]; i++) {
+    int side = 0;
+    for (int i = 0; c->sides[i]; i++) {
         int next = c->sides[i + 1], now = c->sides[i];
         side = now;
         if (h * w <= (next ? ((int64_t)now * now + (int64_t)next * next) / 2
                            : (int64_t)(now * margin * now * margin)))
             break;
     }
-    if (VEL_MAX(h, w) > (int64_t)(side * margin))
+    if (side && VEL_MAX(h, w) > (int64_t)(side * margin))
         side = (int)VEL_MAX(h, w);
-    int64_t grid = (int64_t)(side * margin);
+    int64_t all = side ? (int64_t)(side * margin) : c->places;
+    return (grid){all, {(all - h) / 2, (all - w) / 2}, side};
+}
+
+int64_t vel_sd3_cut(const vel_sd3_config *c, int64_t h, int64_t w, const double *at, int32_t *out)
+{
+    h /= c->patch;
+    w /= c->patch;
+    grid all = grid_for(c, h, w);
+    if (h > all.side || w > all.side)
+        return 0;
+    int64_t top = at ? (int64_t)(at[0] * (double)(all.side - h + 1)) : all.first[0];
+    int64_t left = at ? (int64_t)(at[1] * (double)(all.side - w + 1)) : all.first[1];
+    if (out && c->sides[0]) {
+        out[0] = (int32_t)top;
+        out[1] = (int32_t)left;
+    }
+    for (int64_t i = 0; out && !c->sides[0] && i < h * w; i++)
+        out[i] = (int32_t)((top + i / w) * all.side + left + i % w);
+    return c->sides[0] ? 2 : h * w;
+}
+
+/* Sinusoids of places of which so many on a side fill the range that the base size of 16 has.
+ * first [2] int32: where the cut begins, {0}: in the middle. [1, h, w, D] */
+static vel_ref scaled_places(vel_graph *g, const vel_sd3_config *c, int64_t h, int64_t w,
+                             vel_ref first)
+{
+    static const double base = 16, period = 10000;
+    grid all = grid_for(c, h, w);
     vel_ref half[2] = {nn_grid_columns(g, h, w), nn_grid_rows(g, h, w)};
+    if (first.id)
+        first = vel_cast(g, first, VEL_F32);
     for (int k = 0; k < 2; k++) {
-        int64_t first = (grid - (k ? h : w)) / 2;
-        half[k] = vel_affine(g, vel_reshape(g, half[k], VEL_SHAPE(h * w)), base / side,
-                             ((double)first - (double)(grid - side) / 2) * base / side);
+        int axis = 1 - k; /* columns, then rows */
+        double begin = first.id ? 0 : (double)all.first[axis];
+        half[k] = vel_reshape(g, half[k], VEL_SHAPE(h * w));
+        if (first.id)
+            half[k] = vel_add(g, half[k], vel_slice(g, first, 0, axis, axis + 1));
+        half[k] = vel_affine(g, half[k], base / all.trained,
+                             (begin - (double)(all.side - all.trained) / 2) * base / all.trained);
         half[k] = vel_time_embed(g, half[k], c->width / 2, false, 0, period);
     }
     return vel_reshape(g, vel_concat(g, half[0], half[1], 1), VEL_SHAPE(1, h, w, c->width));
 }
 
-/* Mirrors PatchEmbed: patches as tokens, plus the middle of the table of places. */
-static vel_ref patch_embedding(vel_graph *g, const vel_sd3_config *c, vel_ref latent)
+/* The middle of the table of places, or its rows [h w] int32. [1, h, w, D] */
+static vel_ref table_places(vel_graph *g, const vel_sd3_config *c, int64_t h, int64_t w,
+                            vel_ref rows)
+{
+    int64_t most = c->places, top = (most - h) / 2, left = (most - w) / 2;
+    vel_ref table = vel_weight(g, "pos_embed", VEL_SHAPE(1, most * most, c->width));
+    if (h > most || w > most)
+        nn_bad(g, "%" PRId64 " x %" PRId64 " patches; the model has places for %d x %d", h, w,
+               c->places, c->places);
+    if (rows.id) {
+        table = vel_embed(g, vel_reshape(g, table, VEL_SHAPE(most * most, c->width)), rows);
+        return vel_reshape(g, table, VEL_SHAPE(1, h, w, c->width));
+    }
+    table = vel_reshape(g, table, VEL_SHAPE(1, most, most, c->width));
+    table = vel_slice(g, table, 1, top, top + h);
+    return vel_slice(g, table, 2, left, left + w);
+}
+
+/* Mirrors PatchEmbed: patches as tokens, plus their places. */
+static vel_ref patch_embedding(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel_ref cut)
 {
     vel_scope(g, "pos_embed");
     vel_ref x = nn_conv(g, "proj", latent, c->width, c->patch, c->patch, 0); /* [N, h, w, D] */
     vel_shape s = vel_shape_at(g, x);
-    if (c->sides[0]) {
-        x = vel_add(g, x, scaled_places(g, c, s.dim[1], s.dim[2]));
-        vel_end(g);
-        return nn_to_sequence(g, x);
-    }
-    int64_t most = c->places, top = (most - s.dim[1]) / 2, left = (most - s.dim[2]) / 2;
-    vel_ref table = vel_weight(g, "pos_embed", VEL_SHAPE(1, most * most, c->width));
-    if (s.dim[1] > most || s.dim[2] > most)
-        nn_bad(g, "%" PRId64 " x %" PRId64 " patches; the model has places for %d x %d", s.dim[1],
-               s.dim[2], c->places, c->places);
-    table = vel_reshape(g, table, VEL_SHAPE(1, most, most, c->width));
-    table = vel_slice(g, table, 1, top, top + s.dim[1]);
-    table = vel_slice(g, table, 2, left, left + s.dim[2]);
-    x = vel_add(g, x, table);
+    x = vel_add(g, x,
+                c->sides[0] ? scaled_places(g, c, s.dim[1], s.dim[2], cut)
+                            : table_places(g, c, s.dim[1], s.dim[2], cut));
     vel_end(g);
     return nn_to_sequence(g, x);
 }
@@ -165,7 +212,7 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
         !nn_context_fits(g, condition->context, image.dim[0], c->context) ||
         !nn_pooled_fits(g, condition->pooled, image.dim[0], c->pooled))
         return (vel_ref){0};
-    nn_streams x = {.image = patch_embedding(g, c, latent)};
+    nn_streams x = {.image = patch_embedding(g, c, latent, condition->places)};
     vel_scope(g, "time_text_embed");
     vel_ref t = nn_time_embedding(g, "timestep_embedder", time, c->width);
     t = vel_add(g, t,

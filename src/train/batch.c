@@ -13,7 +13,8 @@ enum {
     STREAM_CAPTION,
     STREAM_DROPOUT,
     STREAM_VALIDATION,
-    STREAM_KEPT
+    STREAM_KEPT,
+    STREAM_PLACES
 };
 enum { MOST_SAMPLES = 1024 }; /* of a batch: what tells the showings of a picture apart */
 
@@ -379,6 +380,14 @@ static void describe(train_session *s, train_batch *t, int n, const vel_sample *
                        .seed = {(int32_t)mask, (int32_t)(mask >> 32)}};
 }
 
+bool vel_batch_place(uint64_t seed, int64_t micro, double rate, double place[2])
+{
+    uint64_t stream = stream_of(STREAM_PLACES, micro, 0);
+    for (int k = 0; k < 2; k++)
+        place[k] = vel_random_uniform(seed, stream, 1 + (uint64_t)k);
+    return vel_random_uniform(seed, stream, 0) < rate;
+}
+
 vel_status vel_batch_make(batch_maker *m, int64_t micro, train_batch *t)
 {
     train_session *s = m->s;
@@ -388,6 +397,7 @@ vel_status vel_batch_make(batch_maker *m, int64_t micro, train_batch *t)
     int begin = m->epoch->begin[at], n = m->epoch->begin[at + 1] - begin;
     const vel_sample *first = &s->data->samples[m->epoch->sample[begin]];
     describe(s, t, n, first, micro);
+    t->b.cut = vel_batch_place((uint64_t)s->o->seed, micro, s->o->place_cut_rate, t->b.place);
     t->n_items = s->prior == PRIOR_IMAGES ? 2 * n : n;
     for (int i = 0; i < n; i++)
         VEL_TRY(put_sample(m, t, i, m->epoch->sample[begin + i], number));

@@ -230,6 +230,11 @@ static vel_status open_model(train_session *s)
     s->n_extra = vel_model_extra_count(s->model);
     s->channels = vel_model_latent(s->model)->channels;
     VEL_TRY(take_dropouts(s));
+    if (o->place_cut_rate > 0 && !vel_model_family(s->model)->cut_places)
+        return vel_fail(
+            s->ctx, VEL_UNSUPPORTED,
+            "--pos_emb_random_crop_rate: is for SD 3, whose places it cuts; %s has none",
+            vel_model_family(s->model)->title);
     if (o->base_weights)
         VEL_TRY(vel_train_merge_base(s->model, o->base_weights, o->base_weights_multiplier));
     VEL_TRY(vel_method_prepare(s));
@@ -249,6 +254,7 @@ static vel_status make_trainer(train_session *s)
                              .flow = o->flow,
                              .masked = s->masks,
                              .drops = s->drops,
+                             .cuts = o->place_cut_rate > 0,
                              .trained = s->stepped};
     if (o->memory) {
         double amount = 0;

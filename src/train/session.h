@@ -232,6 +232,9 @@ vel_status vel_maker_create(train_session *s, batch_maker *m);
 void vel_maker_finish(batch_maker *m);
 /* Batch `micro` of the run, but for pixels that are not encoded and captions' states. */
 vel_status vel_batch_make(batch_maker *m, int64_t micro, train_batch *t);
+/* Where the places of batch `micro` are cut (vel_family's cut_places; as sd-scripts draws it, once
+ * for the whole batch); true: they are, at that rate, else they stay in the middle. */
+bool vel_batch_place(uint64_t seed, int64_t micro, double rate, double place[2]);
 /* A held-out picture at timesteps first ... first + n - 1 of validation_times. */
 vel_status vel_batch_held_out(train_session *s, int sample, const float *moments, int first, int n,
                               train_batch *t);

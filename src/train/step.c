@@ -61,6 +61,16 @@ void vel_trainer_destroy(vel_trainer *t)
     vel_free(t->ctx, t);
 }
 
+/* Where the places of a picture are cut, as an input of the graph. */
+static vel_ref places_input(vel_trainer *t, vel_graph *g, int h, int w)
+{
+    if (!t->o.cuts)
+        return (vel_ref){0};
+    int64_t n =
+        vel_model_family(t->model)->cut_places(vel_model_config(t->model), h, w, NULL, NULL);
+    return n ? vel_input(g, "places", VEL_I32, VEL_SHAPE(n)) : (vel_ref){0};
+}
+
 /* Inputs, prediction, loss; *out is the adapted graph. */
 static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **out)
 {
@@ -76,6 +86,7 @@ static vel_status build_graph(vel_trainer *t, int n, int h, int w, vel_graph **o
     vel_ref weight = vel_input(g, "weight", VEL_F32, VEL_SHAPE(n));
     vel_condition condition =
         vel_model_condition_inputs(t->model, g, n, t->o.texts, t->o.clip_skip, t->o.drops);
+    condition.places = places_input(t, g, h, w);
     vel_ref prediction = vel_family_denoise(g, family, config, x, time, &condition);
     vel_ref huber = {0}, mask = {0}, per_sample;
     if (vel_objective_has_huber(&t->o.objective))
@@ -259,6 +270,7 @@ static vel_status base_plan(vel_trainer *t, int n, int h, int w)
     vel_ref x = vel_input(g, "latent", VEL_F32, VEL_SHAPE(n, h, w, t->channels));
     vel_ref time = vel_input(g, "time", VEL_F32, VEL_SHAPE(n));
     vel_condition c = vel_model_condition_inputs(t->model, g, n, 0, 1, 0);
+    c.places = places_input(t, g, h, w);
     const vel_family *family = vel_model_family(t->model);
     vel_output(g, "out", vel_family_denoise(g, family, vel_model_config(t->model), x, time, &c));
     vel_plan_options o = {.compute = t->o.compute, .steady = "context*"};
@@ -267,6 +279,22 @@ static vel_status base_plan(vel_trainer *t, int n, int h, int w)
     t->base_h = h;
     t->base_w = w;
     return VEL_OK;
+}
+
+static vel_status set_places(vel_trainer *t, vel_plan *p, const vel_batch *b)
+{
+    const vel_family *family = vel_model_family(t->model);
+    const vel_config *config = vel_model_config(t->model);
+    if (!vel_plan_has_input(p, "places"))
+        return VEL_OK;
+    size_t bytes = (size_t)family->cut_places(config, b->h, b->w, NULL, NULL) * sizeof(int32_t);
+    int32_t *places = vel_alloc(t->ctx, bytes);
+    if (!places)
+        return VEL_NO_MEMORY;
+    family->cut_places(config, b->h, b->w, b->cut ? b->place : NULL, places);
+    vel_status st = vel_plan_set(p, "places", places, bytes);
+    vel_free(t->ctx, places);
+    return st;
 }
 
 /* Targets of the last samples of a batch: what the model said before it was changed. */
@@ -281,6 +309,7 @@ static vel_status base_targets(vel_trainer *t, const vel_batch *b, const float *
     VEL_TRY(vel_plan_set(t->base, "time", time + first, (size_t)n * sizeof(float)));
     VEL_TRY(vel_model_set_condition(t->model, t->base, b->base_context,
                                     extra ? b->extra + first * extra : NULL, n));
+    VEL_TRY(set_places(t, t->base, b));
     VEL_TRY(vel_plan_run(t->base));
     return vel_plan_get(t->base, "out", t->target + first * each, n * each);
 }
@@ -295,6 +324,7 @@ static vel_status preserved_targets(vel_trainer *t, const vel_batch *b, const fl
     VEL_TRY(vel_plan_set(t->base, "time", time, (size_t)b->n * sizeof(float)));
     VEL_TRY(vel_model_set_condition(t->model, t->base, b->context,
                                     vel_model_extra_count(t->model) ? b->extra : NULL, b->n));
+    VEL_TRY(set_places(t, t->base, b));
     VEL_TRY(vel_plan_run(t->base));
     float *said = vel_alloc(t->ctx, (size_t)count * sizeof *said);
     vel_status st = said ? vel_plan_get(t->base, "out", said, count) : VEL_NO_MEMORY;
@@ -367,6 +397,7 @@ static vel_status put_inputs(vel_trainer *t, vel_plan *p, const vel_batch *b)
     if (t->o.drops)
         VEL_TRY(vel_model_set_kept(t->model, p, b->kept, b->n));
     VEL_TRY(vel_model_set_condition(t->model, p, b->context, b->extra, b->n));
+    VEL_TRY(set_places(t, p, b));
     return vel_plan_has_input(p, "seed") ? vel_plan_set(p, "seed", b->seed, sizeof b->seed)
                                          : VEL_OK;
 }

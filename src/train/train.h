@@ -121,6 +121,7 @@ typedef struct vel_train_options {
     bool also_kohya;
     const char *also_kohya_name, *words_name;
     bool scaled_places;
+    double place_cut_rate;
     bool words_spread, words_by_encoder;
     double text_encoder_share;
     bool words_apart;      /* a file of words for each text encoder */
@@ -211,6 +212,8 @@ typedef struct vel_batch {      /* what a step learns from, host memory */
     const float *weight; /* [n] weight of each sample's loss */
     double scale;        /* of the gradient: loss scaling; 0: 1 */
     int32_t seed[2];     /* of dropout */
+    bool cut;            /* places are cut at place, as vel_family's cut_places; else the middle */
+    double place[2];
     /* The last n_base samples are to get what the unchanged model predicts for their noisy latent
      * under base_context [n_base, values of a text]. */
     int n_base;
@@ -231,6 +234,7 @@ typedef struct vel_trainer_options {
     vel_flow_options flow;   /* zeros: of the velocity */
     bool masked;             /* batches have a mask */
     unsigned drops;          /* bit k: the states of text encoder k may be dropped */
+    bool cuts;               /* batches may say where places are cut; the family has cut_places */
     vel_trained trained;     /* what it points at is borrowed */
 } vel_trainer_options;
 
