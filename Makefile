@@ -2,6 +2,7 @@
 #   make            release program and library        make test        all tests
 #   make test PATTERN='cli_*,train_*'                   only those tests; JOBS=1: one after the other
 #   make SAN=address,undefined test                     make HOSTILE=1 test
+#   make GUARD=1 test            a page that stops who reads too far behind each block and mapped file
 #   make ONEDNN=build/onednn3 test                      with another oneDNN (tools/onednn3.sh gets one)
 #   make fault      tests with each allocation failing  make fuzz        parsers on hostile bytes
 #   make aarch64    compiles for it                     make layers size format
@@ -9,6 +10,7 @@
 SAN ?=
 HOSTILE ?=
 DEBUG ?=
+GUARD ?=
 comma := ,
 CONFIG := release
 ifneq ($(DEBUG),)
@@ -19,6 +21,10 @@ CONFIG := san-$(subst $(comma),-,$(SAN))
 endif
 ifneq ($(HOSTILE),)
 CONFIG := $(CONFIG)-hostile
+endif
+
+ifneq ($(GUARD),)
+CONFIG := $(CONFIG)-guard
 endif
 
 CC ?= cc
@@ -54,6 +60,9 @@ SANFLAGS := -g1 -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=
 endif
 ifneq ($(HOSTILE),)
 OPT += -DVEL_HOSTILE=1
+endif
+ifneq ($(GUARD),)
+OPT += -DVEL_GUARD=1
 endif
 CFLAGS ?= -g
 ALL_CFLAGS := -std=gnu11 $(CFLAGS) $(OPT) $(WARN) $(SANFLAGS) -fopenmp -fPIC -fvisibility=hidden \

@@ -12,6 +12,7 @@
 #include "base/base.h"
 
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
@@ -128,11 +129,40 @@ static void count_out(block_head *head)
     head->owner = NULL;
 }
 
-/* Room for a head and bytes of zeros; *raw is what free() takes. */
+#ifdef VEL_GUARD
+/* In such builds a page that cannot be touched lies behind each larger block and mapped file: who
+ * reads too far is stopped, also in code that no sanitizer sees. */
+enum { GUARDED_FROM = 4096, PAGE = 4096 };
+
+static size_t guarded_bytes(size_t bytes)
+{
+    return (bytes + 2 * ALIGNMENT + PAGE - 1) / PAGE * PAGE + PAGE;
+}
+
+static void *get_guarded(size_t bytes, void **raw)
+{
+    size_t all = guarded_bytes(bytes);
+    *raw = mmap(NULL, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*raw == MAP_FAILED)
+        return NULL;
+    char *end = (char *)*raw + all - PAGE;
+    if (mprotect(end, PAGE, PROT_NONE)) {
+        munmap(*raw, all);
+        return NULL;
+    }
+    return end - (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+#endif
+
+/* Room for a head and bytes of zeros; *raw is what give_back() takes. */
 static void *get_block(size_t bytes, void **raw)
 {
     if (bytes > SIZE_MAX / 2)
         return NULL;
+#ifdef VEL_GUARD
+    if (bytes >= GUARDED_FROM)
+        return get_guarded(bytes, raw);
+#endif
     if (bytes >= LAZY_FROM) {
         *raw = calloc(1, bytes + 2 * ALIGNMENT);
         if (!*raw)
@@ -144,6 +174,18 @@ static void *get_block(size_t bytes, void **raw)
         return NULL;
     memset(*raw, 0, bytes + ALIGNMENT);
     return (char *)*raw + ALIGNMENT;
+}
+
+static void give_back(void *raw, size_t bytes)
+{
+#ifdef VEL_GUARD
+    if (bytes >= GUARDED_FROM) {
+        munmap(raw, guarded_bytes(bytes));
+        return;
+    }
+#endif
+    (void)bytes;
+    free(raw);
 }
 
 void *vel_alloc(vel_ctx *ctx, size_t bytes)
@@ -172,10 +214,11 @@ void vel_free(vel_ctx *ctx, void *p)
     count_out(head);
     head->magic = 0;
     void *raw = head->raw;
+    size_t bytes = head->size;
 #ifdef VEL_HOSTILE
-    memset(p, POISON, head->size);
+    memset(p, POISON, bytes);
 #endif
-    free(raw);
+    give_back(raw, bytes);
 }
 
 /* Always a new block: blocks are aligned more strictly than realloc() promises. */

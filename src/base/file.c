@@ -79,6 +79,25 @@ static vel_status open_to_read(vel_ctx *ctx, const char *path, int flags, int *f
     return VEL_OK;
 }
 
+#ifdef VEL_GUARD
+enum { GUARD_BYTES = 4096 }; /* a page */
+#else
+enum { GUARD_BYTES = 0 };
+#endif
+
+static void *map_file(int fd, size_t bytes)
+{
+    int fixed = 0;
+    void *room = NULL;
+#ifdef VEL_GUARD /* as in ctx.c: the room's last page stays as it is */
+    room = mmap(NULL, bytes + GUARD_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (room == MAP_FAILED)
+        return room;
+    fixed = MAP_FIXED;
+#endif
+    return mmap(room, bytes, PROT_READ, MAP_PRIVATE | fixed, fd, 0);
+}
+
 vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path)
 {
     *map = (vel_map){0};
@@ -94,7 +113,7 @@ vel_status vel_map_open(vel_ctx *ctx, vel_map *map, const char *path)
         map->bytes = (const uint8_t *)"";
         return VEL_OK;
     }
-    void *base = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *base = map_file(fd, (size_t)st.st_size);
     int error = errno;
     close(fd);
     if (base == MAP_FAILED)
@@ -115,7 +134,7 @@ void vel_map_forget(const void *bytes, size_t n)
 void vel_map_close(vel_map *map)
 {
     if (map->base)
-        munmap(map->base, map->size);
+        munmap(map->base, map->size + GUARD_BYTES);
     *map = (vel_map){0};
 }
 

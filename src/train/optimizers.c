@@ -343,7 +343,7 @@ static void take(double *field, double wish)
 vel_status vel_optimizer_choose(vel_ctx *ctx, const vel_optimizer_wish *wish,
                                 vel_optimizer_choice *out)
 {
-    const struct optimizer_row *row;
+    const struct optimizer_row *row = NULL;
     VEL_TRY(find_row(ctx, wish->name && wish->name[0] ? wish->name : rows[0].name, &row));
     *out =
         (vel_optimizer_choice){.settings = row->defaults, .name = row->name, .title = row->title};
