@@ -149,6 +149,26 @@ TEST(guidance_of_samples)
     CHECK_MSG(!strstr(r.text, "EOF"), "%s", r.text);
 }
 
+TEST(samples_take_as_few_steps_as_their_family)
+{
+    program_result r;
+    char *folder = vel_test_text(t, "%s/p", t->folder);
+    program_copy_pictures(t, folder, 1);
+    vel_free(t->ctx, folder);
+    if (!program_shell(
+            t,
+            "for S in '' '--sample_steps 4' '--sample_steps 3'; do \"$V\" train --device "
+            "cpu --model tests/golden/families/flux-schnell/model --steps 1 --precision "
+            "no --resolution 64 --rank 2 --seed 1 --output_name a --data \"$D/p\" "
+            "--sample_prompts 'a cat' $S --output_dir \"$D/x$S\" || exit 1; done; "
+            "cd \"$D\" && F=a-samples-step00000000.png && "
+            "cmp x/$F 'x--sample_steps 4'/$F && echo four; "
+            "cmp x/$F 'x--sample_steps 3'/$F || echo not-three",
+            &r))
+        return;
+    CHECK_SAYS(r.text, "four\n", "not-three");
+}
+
 /* What a family's pictures have, its samples have: its own guidance where none is said, skipped
  * layers, a share of the steps, the length. */
 TEST(guidance_of_samples_is_that_of_pictures)

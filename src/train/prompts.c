@@ -2,7 +2,13 @@
  * setting itself, a line each. */
 #include "train/session.h"
 
-enum { MOST_PROMPTS = 64 };
+enum { MOST_PROMPTS = 64, USUAL_STEPS = 25 };
+
+static int usual_steps(const train_session *s)
+{
+    return s->o->sample_steps ? s->o->sample_steps
+                              : VEL_MIN(USUAL_STEPS, vel_model_guidance(s->model)->steps);
+}
 
 /* text: the prompt; NULL: it is the entry's of the file. */
 static vel_status add_prompt(train_session *s, const char *text, const vel_draw_entry *entry)
@@ -15,7 +21,7 @@ static vel_status add_prompt(train_session *s, const char *text, const vel_draw_
                      .distilled_guidance = -1,
                      .width = s->data->options.width,
                      .height = s->data->options.height,
-                     .steps = o->sample_steps,
+                     .steps = usual_steps(s),
                      .seed = (uint64_t)o->sample_seed + (uint64_t)s->n_prompts,
                      .sampler = o->sample_sampler,
                      .spacing = o->sample_spacing};
