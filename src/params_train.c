@@ -419,6 +419,9 @@ const vel_option_row vel_train_rows[] = {
         "the autoencoder), FLUX.1 and Lumina, and each trained text encoder lies beside it"),
     TEXT("also_kohya_name", NULL, also_kohya_name, NULL, "output",
          "of also_kohya: the first part of that file's name"),
+    FLAG("save_pipeline", "save_as_full_pipeline", save_pipeline, "no", "output",
+         "new words alone: at the end also the whole model that knows them, in diffusers' form, in "
+         "OUTPUT_DIR itself"),
     CHOICE("save_layout", NULL, save_layout, "files", "files,checkpoints", "output",
            "of saves on the way: NAME-stepN beside the result, or folders checkpoint-N as the "
            "scripts of diffusers leave them"),

@@ -496,14 +496,27 @@ TEST(scripts_train_text_to_image_lora_sdxl)
     check_count(t, WEIGHTS, "text_encoder_2.", 8 * 2);
 }
 
-/* A file for each text encoder, as the script leaves them: at the end and on the way. */
+static void check_rows(vel_test *t, const char *name, int64_t rows)
+{
+    vel_safetensors *file = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, vel_test_in(t, name), &file));
+    const vel_file_tensor *table = NULL;
+    for (int i = 0; i < vel_safetensors_count(file); i++)
+        if (vel_has_suffix(vel_safetensors_at(file, i)->name, "token_embedding.weight"))
+            table = vel_safetensors_at(file, i);
+    CHECK_MSG(table && table->dim[0] == rows, "%s: %d rows", name, table ? (int)table->dim[0] : 0);
+    vel_safetensors_close(file);
+}
+
+/* A file for each text encoder, as the script leaves them: at the end and on the way; and the whole
+ * pipeline, which draws what the files bring to the model. */
 TEST(scripts_textual_inversion_sdxl)
 {
     run(t,
         DIFFUSERS("textual_inversion_sdxl.py",
                   "sdxl") "--train_data_dir \"$D/train/1_x\" --placeholder_token '<x>' "
                           "--initializer_token cat --num_vectors 2 --save_steps 1 --use_8bit_adam "
-                          "--max_train_steps 2",
+                          "--max_train_steps 2 --save_as_full_pipeline",
         (const char *const[]){"words: <x>, 2 vectors each in text_encoder and text_encoder_2",
                               NULL});
     static const char *const files[] = {"learned_embeds", "learned_embeds_2",
@@ -514,14 +527,18 @@ TEST(scripts_textual_inversion_sdxl)
         check_count(t, name, "<x>", 1);
         vel_free(t->ctx, name);
     }
+#define DRAW "--prompt \"a <x>\" --steps 1 --width 64 --height 64 --precision no --seed 1 --output "
     program_expect(t,
-                   "generate --model " MODEL("sdxl") "--embedding "
-                                                     "\"$D/out/learned_embeds.safetensors\" "
-                                                     "--embedding "
-                                                     "\"$D/out/learned_embeds_2.safetensors\" "
-                                                     "--prompt \"a <x>\" --steps 1 --width 64 "
-                                                     "--height 64 --output \"$D/x.png\"",
+                   "generate --model " MODEL(
+                       "sdxl") "--embedding \"$D/out/learned_embeds.safetensors,"
+                               "$D/out/learned_embeds_2.safetensors\" " DRAW "\"$D/x.png\"",
                    0, (const char *const[]){"x.png", NULL});
+    program_expect(t, "generate --model \"$D/out\" " DRAW "\"$D/y.png\"", 0,
+                   (const char *const[]){"y.png", NULL});
+    CHECK(program_same_pictures(t, "x.png", "y.png"));
+    check_rows(t, "out/text_encoder/model.safetensors", 4514 + 2);
+    check_rows(t, "out/text_encoder_2/model.safetensors", 4514 + 2);
+#undef DRAW
 }
 
 TEST(scripts_train_text_to_image_sdxl)

@@ -333,6 +333,57 @@ TEST(methods_words_run)
     CHECK_SAYS(r.text, "word: <my-cat> (2 vectors)", "word: <cow>", "<dog> is no word");
 }
 
+/* A tokenizer that states its added tokens in tokenizer_config.json, where nothing else counts. */
+static void state_decoder(vel_test *t)
+{
+    const char *path = vel_test_in(t, "model/tokenizer/tokenizer_config.json");
+    json_t *config = NULL, *decoder = json_object(), *ends = NULL;
+    REQUIRE_OK(vel_json_load(t->ctx, path, &config));
+    for (int i = 0; i < 2; i++) {
+        static const char *const names[] = {"<|startoftext|>", "<|endoftext|>"};
+        static const char *const ids[] = {"4512", "4513"};
+        ends = json_pack("{s:s, s:b, s:b, s:b, s:b}", "content", names[i], "lstrip", 0, "rstrip", 0,
+                         "normalized", 0, "special", 1);
+        json_object_set_new(decoder, ids[i], ends);
+    }
+    json_object_set_new(config, "added_tokens_decoder", decoder);
+    CHECK_OK(vel_json_save(t->ctx, path, config));
+    json_decref(config);
+}
+
+/* The whole model with the word in it: a picture is the one that the word's file gives, also where
+ * the word is written in other letters. */
+TEST(methods_words_pipeline)
+{
+#define PIPELINE "method=textual_inversion save_pipeline=yes save_precision=float steps=2 " WORDS
+    static program_result r;
+    static const char draw[] = "$V generate --steps 1 --width 64 --height 64 --seed 1 "
+                               "--precision no --prompt 'a <My-cat>' ";
+    for (int stated = 0; stated < 2; stated++) {
+        CHECK_OK(train(t, "out", stated ? PIPELINE "overwrite=yes" : PIPELINE));
+        char *line = vel_test_text(t,
+                                   "%s --model $D/out --output $D/a.png && %s --model $D/model "
+                                   "--embedding $D/out/a.safetensors --output $D/b.png",
+                                   draw, draw);
+        bool ran = program_shell(t, line, &r);
+        vel_free(t->ctx, line);
+        REQUIRE(ran);
+        CHECK_MSG(r.status == 0 && !strstr(r.text, "is no word"), "%s", r.text);
+        CHECK(program_same_pictures(t, "a.png", "b.png"));
+        json_t *config = NULL;
+        REQUIRE_OK(
+            vel_json_load(t->ctx, vel_test_in(t, "out/tokenizer/tokenizer_config.json"), &config));
+        json_t *decoder = json_object_get(config, "added_tokens_decoder");
+        CHECK(stated ? json_object_size(decoder) == 4 : !decoder);
+        json_decref(config);
+        state_decoder(t);
+    }
+    CHECK(train(t, "out", PIPELINE "output_name=b") == VEL_BAD_VALUE &&
+          strstr(vel_ctx_error(t->ctx), "model_index.json exists"));
+    CHECK(train(t, "none", "save_pipeline=yes") == VEL_UNSUPPORTED);
+#undef PIPELINE
+}
+
 TEST(methods_words_refusals)
 {
     static const struct {

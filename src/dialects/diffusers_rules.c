@@ -241,13 +241,10 @@ static vel_status save_rules(vel_line *l)
 {
     const char *limit = vel_line_value(l, "checkpoints_total_limit");
     const char *every = l->script->bit & TEXTUAL_INVERSIONS ? "save_steps" : "checkpointing_steps";
-    static const char *const refused[] = {"save_as_full_pipeline", "no_safe_serialization"};
-    static const char *const why[] = {
-        "the word is saved, which --embedding gives to the model; the pipeline is not",
-        "files are safetensors, which cannot run code"};
-    for (int i = 0; i < VEL_COUNT(refused); i++)
-        if (vel_line_on(l, refused[i]))
-            return vel_line_refuse(l, refused[i], "%s", why[i]);
+    if (vel_line_on(l, "no_safe_serialization"))
+        return vel_line_refuse(l, "no_safe_serialization",
+                               "leave it away: learned_embeds.safetensors is written, which "
+                               "diffusers loads as it loads .bin, and which cannot run code");
     VEL_TRY(vel_line_set(l, every, "save_every", "%s", vel_line_value(l, every)));
     VEL_TRY(vel_line_set(l, every, "save_layout", "checkpoints"));
     return vel_line_set(l, "checkpoints_total_limit", "keep_last", "%s", limit ? limit : "0");

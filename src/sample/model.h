@@ -109,6 +109,11 @@ vel_dtype vel_model_computes_in(const vel_model *m, plan_kind kind, int k);
 /* An existing folder or single file for a name that a user gave: itself, or where the hub's name is
  * kept on this machine. *out is owned. */
 vel_status vel_model_find_folder(vel_ctx *ctx, const char *name, char **out);
+/* model_save.c: the files of a folder but for weights (with `weights` those too), with its folders;
+ * and the model's folder with new values into a folder that is there. */
+vel_status vel_model_copy_files(vel_ctx *ctx, const char *from, const char *to, bool weights);
+vel_status vel_model_save_folder(vel_model *m, const char *to, const vel_new_weight *news, int n,
+                                 vel_file_type type);
 /* The folder with the files of encoder k's tokenizer for a model in a single file, which brings
  * none: in the folder that the user names (or, where there is but one encoder, itself), beside the
  * file, in VELATURA_MODEL_ROOT, in a full model on this machine. *out is owned. */

@@ -13,8 +13,7 @@ static bool is_weights(const char *name)
                     name);
 }
 
-/* The files of a folder but for weights (and, with weights, those too), with its folders. */
-static vel_status copy_files(vel_ctx *ctx, const char *from, const char *to, bool weights)
+vel_status vel_model_copy_files(vel_ctx *ctx, const char *from, const char *to, bool weights)
 {
     char **names;
     int n;
@@ -29,7 +28,7 @@ static vel_status copy_files(vel_ctx *ctx, const char *from, const char *to, boo
         if (!source || !target)
             st = VEL_NO_MEMORY;
         else if (vel_is_folder(source))
-            st = names[i][0] == '.' ? VEL_OK : copy_files(ctx, source, target, weights);
+            st = names[i][0] == '.' ? VEL_OK : vel_model_copy_files(ctx, source, target, weights);
         else
             st = vel_link_or_copy(ctx, source, target);
         vel_free(ctx, source);
@@ -58,7 +57,7 @@ static vel_status copy_weights(vel_ctx *ctx, const model_part *part, const char 
         target = vel_path_join(ctx, to, name);
         st = target ? vel_link_or_copy(ctx, path, target) : VEL_NO_MEMORY;
     } else if (!st) {
-        st = copy_files(ctx, part->folder, to, true);
+        st = vel_model_copy_files(ctx, part->folder, to, true);
     }
     vel_free(ctx, target);
     vel_free(ctx, name);
@@ -112,11 +111,15 @@ static vel_status write_weights(vel_ctx *ctx, const model_part *part, const char
         if (strncmp(news[i].path, part->name, length) != 0 || news[i].path[length] != '.')
             continue;
         const vel_file_tensor *t = tensor_of(part, news[i].path);
-        if (!t || t->count != news[i].count) {
+        bool grown = t && news[i].rows && t->dim[0] > 0 &&
+                     news[i].rows * (t->count / t->dim[0]) == news[i].count;
+        if (!t || (t->count != news[i].count && !grown)) {
             st = vel_fail(ctx, VEL_BUG, "%s: has no place for '%s'",
                           vel_safetensors_path(part->file), news[i].path);
             break;
         }
+        if (grown)
+            tensors[t - first].dim[0] = news[i].rows;
         tensors[t - first].type = type;
         tensors[t - first].read = news[i].read;
         tensors[t - first].read_anywhere = false;
@@ -157,7 +160,7 @@ static vel_status save_component(vel_model *m, const char *name, const char *to,
     char *from = part ? vel_strdup(m->ctx, part->folder) : vel_path_join(m->ctx, m->folder, name);
     vel_status st = from ? VEL_OK : VEL_NO_MEMORY;
     if (!st && vel_is_folder(from)) {
-        st = copy_files(m->ctx, from, to, !part);
+        st = vel_model_copy_files(m->ctx, from, to, !part);
         if (!st && part)
             st = is_changed(part, news, n) ? write_weights(m->ctx, part, to, news, n, type)
                                            : copy_weights(m->ctx, part, to);
@@ -166,8 +169,8 @@ static vel_status save_component(vel_model *m, const char *name, const char *to,
     return st;
 }
 
-static vel_status save_all(vel_model *m, const char *to, const vel_new_weight *news, int n,
-                           vel_file_type type)
+vel_status vel_model_save_folder(vel_model *m, const char *to, const vel_new_weight *news, int n,
+                                 vel_file_type type)
 {
     static const char index_name[] = "model_index.json";
     json_t *index = NULL;
@@ -226,7 +229,7 @@ vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *
     }
     vel_folder f;
     VEL_TRY(vel_folder_begin(m->ctx, &f, path));
-    vel_status st = save_all(m, f.temporary, news, n, how->type);
+    vel_status st = vel_model_save_folder(m, f.temporary, news, n, how->type);
     if (st == VEL_OK)
         return vel_has_suffix(path, "/.") ? vel_folder_spread(&f) : vel_folder_commit(&f);
     vel_folder_discard(&f);

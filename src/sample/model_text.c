@@ -85,6 +85,8 @@ static vel_status open_tokenizer(vel_model *m, int k, const char *named)
         st = vel_fail(m->ctx, VEL_BAD_FILE,
                       "%s: has %d words, the text encoder %d: they belong to different models",
                       folder, vel_tokenizer_size(m->tokenizers[k]), text->vocabulary);
+    if (!st)
+        vel_tokenizer_join_numbered(m->tokenizers[k]);
     vel_free(m->ctx, folder);
     return st;
 }

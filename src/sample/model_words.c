@@ -3,6 +3,8 @@
  * stay as they are. Where such an id stands in a text, the table is asked for some row of its own
  * and the mask takes the word's instead (adapters/thaw.c). Each of SDXL's two encoders, and each
  * CLIP of SD 3, has rows of its own for a word. */
+#include <strings.h>
+
 #include "sample/model.h"
 
 _Static_assert((int)VEL_WORD_TABLES >= (int)VEL_MAX_TEXTS, "a table for each text encoder");
@@ -257,6 +259,8 @@ static bool knows_word(vel_model *m, const char *word, bool *split)
             continue;
         for (int i = 0; i < count; i++)
             learned |= m->words.of[k].n && ids[i] >= m->first_word[k];
+        const char *piece = count ? vel_tokenizer_piece(m->tokenizers[k], ids[0]) : NULL;
+        learned |= piece && strcasecmp(piece, word) == 0; /* the model's own, of several vectors */
         vel_free(m->ctx, ids);
         *split |= k == 0 && count > 1;
         if (learned)

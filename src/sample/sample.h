@@ -177,6 +177,7 @@ typedef struct vel_new_weight {
     int64_t count;
     void (*read)(void *user, int64_t first, int64_t n, float *out);
     void *user;
+    int64_t rows; /* of a folder: another first dimension; 0: the file's */
 } vel_new_weight;
 /* Writes the model with n new weights: as a single file when path ends with .safetensors (all in
  * the type: F32, F16, BF16), else as a diffusers folder, where parts that have none are linked or
@@ -184,6 +185,13 @@ typedef struct vel_new_weight {
  * single file metadata and parts. */
 vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *news, int n,
                           const vel_export_options *how);
+/* Writes a model that was opened from a folder with its learned words as a diffusers folder, as
+ * vel_model_save: tables of embeddings grow by rows[k] [words of encoder k, width] (NULL: none),
+ * and each vector is an added token, word, word_1, word_2, as textual_inversion.py names them.
+ * how: type, and tokenizer. VEL_UNSUPPORTED: the model is a single file. */
+vel_status vel_model_save_words(vel_model *m, const char *path,
+                                const float *const rows[VEL_MAX_TEXTS],
+                                const vel_export_options *how);
 
 /* A file's values for this model; one of another family is refused with both families' names. */
 vel_status vel_model_read_adapter(vel_model *m, const char *path, struct vel_adapter_file **out);

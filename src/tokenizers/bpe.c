@@ -409,3 +409,14 @@ int32_t vel_tokenizer_add_word(vel_tokenizer *t, const char *word, int n_ids)
         st = vel_bpe_add(t, word, first, n_ids, true, (const bool[2]){false, false});
     return st == VEL_OK ? first : -1;
 }
+
+void vel_tokenizer_join_numbered(vel_tokenizer *t)
+{
+    for (bpe_added *a = t->added; a < t->added + t->n_added; a++)
+        for (bool more = a->n_ids == 1; more; a->n_ids += more) {
+            char name[256];
+            const char *next = vel_tokenizer_piece(t, a->id + a->n_ids);
+            snprintf(name, sizeof name, "%s_%d", a->name, a->n_ids);
+            more = next && strcmp(next, name) == 0;
+        }
+}

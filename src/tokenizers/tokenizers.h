@@ -45,6 +45,9 @@ vel_status vel_text_weights(vel_ctx *ctx, const char *text, vel_weighted_text **
 void vel_weighted_texts_free(vel_ctx *ctx, vel_weighted_text *list, int n); /* NULL is fine */
 /* The text of one id, for reports; borrowed; NULL when out of range. */
 const char *vel_tokenizer_piece(const vel_tokenizer *t, int32_t id);
+/* An added word W beside which there are W_1, W_2, ... with the next ids stands for all of them
+ * from here on: so do pipelines of diffusers read a prompt (TextualInversionLoaderMixin). */
+void vel_tokenizer_join_numbered(vel_tokenizer *t);
 /* Adds a new word as one or several new ids (textual inversion): returns the first id, or -1. */
 int32_t vel_tokenizer_add_word(vel_tokenizer *t, const char *word, int n_ids);
 

@@ -160,6 +160,10 @@ vel_status vel_keep_check_folder(train_session *s)
     unlink(probe);
     bool resumes = s->o->resume && s->o->resume[0];
     bool exists = vel_keep_ending(s)[0] ? vel_is_file(result) : is_model(s, result);
+    if (s->o->save_pipeline && is_model(s, s->o->output_dir)) {
+        exists = true;
+        result = vel_arena_strf(s->arena, "%s/model_index.json", s->o->output_dir);
+    }
     if (exists && !resumes && !s->o->overwrite)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "%s exists: add --resume latest to go on from its last state, "
@@ -743,6 +747,10 @@ vel_status vel_keep_save(train_session *s, bool last)
     vel_status st = export_result(s, file);
     if (st == VEL_OK && last)
         st = export_kohya(s, file);
+    if (st == VEL_OK && last && s->o->save_pipeline)
+        st = vel_words_save_pipeline(
+            s, &(vel_export_options){.type = precision_of(s->o->save_precision),
+                                     .tokenizer = s->o->tokenizer});
     bool again =
         last && in_checkpoints(s) && s->o->save_every > 0 && s->step % s->o->save_every == 0;
     if (st == VEL_OK && again) { /* at the end there is a checkpoint, too, where one is due */

@@ -89,6 +89,15 @@ static vel_status choose_staying(train_session *s)
 static vel_status choose(train_session *s)
 {
     const vel_train_options *o = s->o;
+    if (o->save_pipeline && !vel_method_is_words(o))
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--save_pipeline: is for --method textual_inversion; --method full writes "
+                        "the whole model, and `velatura adapter merge` one with an adapter in it");
+    if (o->save_pipeline && !vel_is_folder(vel_model_folder(s->model)))
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--save_pipeline: %s is a single file; `velatura checkpoint convert` makes "
+                        "a folder of it, which can be trained and written",
+                        vel_model_folder(s->model));
     if (vel_method_is_full(o) && vel_words_wanted(o))
         return vel_fail(
             s->ctx, VEL_UNSUPPORTED,

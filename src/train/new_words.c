@@ -374,3 +374,27 @@ vel_status vel_words_trained(train_session *s, vel_word **out, int *n)
     }
     return st;
 }
+
+vel_status vel_words_save_pipeline(train_session *s, const vel_export_options *how)
+{
+    float *rows[VEL_MAX_TEXTS] = {NULL};
+    vel_status st = VEL_OK;
+    for (int k = 0; k < vel_model_texts(s->model) && !st; k++) {
+        const vel_trainable *t = s->word_texts >> k & 1 ? rows_of(s, k) : NULL;
+        if (!t)
+            continue;
+        rows[k] = vel_alloc(s->ctx, (size_t)t->count * sizeof *rows[k]);
+        if (rows[k])
+            vel_engine_read_trainables(vel_model_engine(s->model), 'v', t->offset, t->count,
+                                       rows[k]);
+        else
+            st = VEL_NO_MEMORY;
+    }
+    char *path = vel_arena_strf(s->arena, "%s/.", s->o->output_dir);
+    if (!st)
+        st = path ? vel_model_save_words(s->model, path, (const float *const *)rows, how)
+                  : VEL_NO_MEMORY;
+    for (int k = 0; k < VEL_MAX_TEXTS; k++)
+        vel_free(s->ctx, rows[k]);
+    return st ? vel_fail_in(s->ctx, st, "--save_pipeline") : VEL_OK;
+}

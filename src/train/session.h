@@ -211,6 +211,8 @@ vel_status vel_words_draw_to_spread(train_session *s);
 bool vel_words_are_at(const train_session *s, const char *path); /* is the trained value theirs? */
 /* An entry for each word and text encoder that learns it; vel_words_free. */
 vel_status vel_words_trained(train_session *s, vel_word **out, int *n);
+/* --save_pipeline: the model with its new words into the output folder. */
+vel_status vel_words_save_pipeline(train_session *s, const vel_export_options *how);
 
 /* feed.c */
 /* The captions' states by encoders that do not run in the steps, one after the other. */

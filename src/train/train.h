@@ -125,6 +125,7 @@ typedef struct vel_train_options {
     bool words_spread, words_by_encoder;
     double text_encoder_share;
     bool words_apart;      /* a file of words for each text encoder */
+    bool save_pipeline;    /* at the end the model with its new words in output_dir */
     const char *thumbnail; /* a file or "data:..."; NULL: none */
     const char *metadata;  /* of all metadata_... settings; they are read from the settings */
     bool save_state, overwrite, dry_run;

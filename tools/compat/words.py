@@ -7,7 +7,8 @@ MODEL is a small SDXL (tests/golden/families/sdxl/model). A word of two vectors 
 (`velatura train --method textual_inversion`) and diffusers reads the file as its documentation says: clip_l
 with the first tokenizer and text encoder, clip_g with the second ones. Both programs draw one prompt with one
 seed in float32, and the 8-bit pictures are compared: LIMIT is the largest difference allowed in any value of
-any pixel. The text encoders' configs must name the end token's id: with 2, as SDXL's published one has it,
+any pixel. Then the same for the whole pipeline that a line of textual_inversion_sdxl.py leaves with
+--save_as_full_pipeline: diffusers loads the folder, and its new rows are those of learned_embeds*.safetensors. The text encoders' configs must name the end token's id: with 2, as SDXL's published one has it,
 transformers pools where the largest id stands, which is the new word's. "effect" is the mean of how far the word moves the picture. Needs torch, diffusers, transformers,
 safetensors, Pillow.
 """
@@ -46,9 +47,9 @@ def main():
                      generator=torch.Generator("cpu").manual_seed(SEED)).images[0]
         return np.asarray(image.convert("RGB")).astype(int)
 
-    def here(prompt, more):
+    def here(prompt, more, of=model):
         path = folder / "here.png"
-        run([program, "generate", prompt, "--model", model, "--precision", "no", "--device", "cpu", "--steps",
+        run([program, "generate", prompt, "--model", of, "--precision", "no", "--device", "cpu", "--steps",
              STEPS, "--width", SIDE, "--height", SIDE, "--seed", SEED, "--output", path, "--quiet"] + more)
         return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
@@ -70,6 +71,26 @@ def main():
         fine = worst <= LIMIT and (effect > 0.5) == bool(more)
         wrong += not fine
         print(f"{prompt}: largest difference {worst}, effect {effect:.2f}: {'same' if fine else 'NOT THE SAME'}")
+
+    out, prompt = folder / "out", "a photo of a <cat> on a table"
+    run([program, "textual_inversion_sdxl.py", "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
+         "--placeholder_token", "<cat>", "--initializer_token", "cat", "--num_vectors", 2, "--max_train_steps", 8,
+         "--learning_rate", 0.1, "--lr_scheduler", "constant", "--resolution", 64, "--train_batch_size", 1,
+         "--output_dir", out, "--save_as_full_pipeline", "--seed", 1])
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for name, tokenizer, encoder in (("learned_embeds", pipe.tokenizer, pipe.text_encoder),
+                                     ("learned_embeds_2", pipe.tokenizer_2, pipe.text_encoder_2)):
+        ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1"])
+        table = encoder.get_input_embeddings().weight
+        same = torch.equal(table[ids], load_file(out / f"{name}.safetensors")["<cat>"]) and len(tokenizer) == len(table)
+        wrong += not same
+        print(f"pipeline: {name}, ids {ids}, table {list(table.shape)}: {'same rows' if same else 'NOT THE SAME'}")
+    one, two = there(prompt), here(prompt, [], out)
+    worst, effect = abs(one - two).max(), abs(one - plain).mean()
+    fine = worst <= LIMIT and effect > 0.5
+    wrong += not fine
+    print(f"pipeline: {prompt}: largest difference {worst}, effect {effect:.2f}: {'same' if fine else 'NOT THE SAME'}")
     return wrong > 0
 
 
