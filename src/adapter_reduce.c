@@ -267,12 +267,14 @@ static vel_status do_all(work *w, const char *phase)
         job *j = &w->jobs[i];
         if (__atomic_load_n(&status, __ATOMIC_RELAXED) || w->h->ctx->interrupted)
             continue;
+        char error[VEL_LONGEST_ERROR] = "", *before = vel_keep_errors(error);
         vel_status st = do_job(w, j);
+        vel_keep_errors(before);
         finish_job(w->h->ctx, j);
 #pragma omp critical(one_counts)
         {
-            if (st)
-                __atomic_store_n(&status, st, __ATOMIC_RELAXED);
+            if (st && !status)
+                __atomic_store_n(&status, vel_fail(w->h->ctx, st, "%s", error), __ATOMIC_RELAXED);
             vel_progress_at(&progress, ++done, NAN);
         }
     }

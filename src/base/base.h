@@ -87,8 +87,8 @@ vel_status vel_fail(vel_ctx *ctx, vel_status status, const char *format, ...) VE
 vel_status vel_fail_in(vel_ctx *ctx, vel_status status, const char *format, ...) VEL_PRINTF(3, 4);
 /* From here on the calling thread's messages go to room [VEL_LONGEST_ERROR], not to the context;
  * NULL: to the context again. For threads that work beside the one which called into the library.
- */
-void vel_keep_errors(char *room);
+ * Returns where they went before, to be given back at the end. */
+char *vel_keep_errors(char *room);
 
 void vel_log(vel_ctx *ctx, int level, const char *format, ...) VEL_PRINTF(3, 4);
 void vel_metric(vel_ctx *ctx, const char *name, int64_t step, double value);

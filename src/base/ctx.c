@@ -292,9 +292,11 @@ void vel_make_printable(char *s)
 /* Through a copy, because the arguments may point into the stored message. */
 static _Thread_local char *own_error; /* of a thread that keeps its own */
 
-void vel_keep_errors(char *room)
+char *vel_keep_errors(char *room)
 {
+    char *before = own_error;
     own_error = room;
+    return before;
 }
 
 static char *error_of(vel_ctx *ctx)

@@ -151,10 +151,12 @@ static vel_status check_values(vel_ctx *ctx, const char *path, const vel_save_te
     return VEL_OK;
 }
 
-/* A thread's room for float32 values on their way, kept from tensor to tensor. */
+/* A thread's room for float32 values on their way, kept from tensor to tensor, and what went wrong.
+ */
 typedef struct room {
     float *v, *near; /* near: [NEAR] */
     int64_t n;
+    char error[VEL_LONGEST_ERROR];
 } room;
 
 static float *room_for(vel_ctx *ctx, room *r, int64_t n)
@@ -192,6 +194,7 @@ typedef struct stream {
     int next;                        /* the first entry that is not taken; -1: the header */
     int64_t written, started, shown; /* bytes */
     vel_status status;
+    int failed; /* the thread whose status it is */
 } stream;
 
 static int64_t block_at(const stream *s, int64_t place)
@@ -199,12 +202,14 @@ static int64_t block_at(const stream *s, int64_t place)
     return place / BLOCK % s->blocks;
 }
 
+/* Under the lock. The first failure is the one that is told. */
 static void set_status(stream *s, vel_status status)
 {
-    pthread_mutex_lock(&s->lock);
-    s->status = s->status ? s->status : status;
+    if (status && !s->status) {
+        s->status = status;
+        s->failed = omp_get_thread_num();
+    }
     pthread_cond_broadcast(&s->changed);
-    pthread_mutex_unlock(&s->lock);
 }
 
 /* Writes the next block, which must be full, and gives its memory free. */
@@ -219,8 +224,7 @@ static void write_block(stream *s)
     pthread_mutex_lock(&s->lock);
     s->filled[at] = 0;
     s->written += n;
-    s->status = s->status ? s->status : status;
-    pthread_cond_broadcast(&s->changed);
+    set_status(s, status);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -371,8 +375,11 @@ static void make_entries(stream *s, room *own)
             put_header(s);
         else
             status = make_entry(s, i, own);
-        if (status)
+        if (status) {
+            pthread_mutex_lock(&s->lock);
             set_status(s, status);
+            pthread_mutex_unlock(&s->lock);
+        }
     }
 }
 
@@ -383,11 +390,15 @@ static void run_stream(stream *s)
         int thread = omp_get_thread_num(), last = omp_get_num_threads() - 1;
         if (last == 0) /* before others could ask */
             s->alone = true;
+        char *before = vel_keep_errors(s->rooms[thread].error);
         if (thread == 0 || (thread < last && !s->first_makes_all))
             make_entries(s, &s->rooms[thread]);
         else if (thread == last)
             write_blocks(s);
+        vel_keep_errors(before);
     }
+    if (s->status)
+        vel_fail(s->w->ctx, s->status, "%s", s->rooms[s->failed].error);
 }
 
 /* ---- the file ---- */
