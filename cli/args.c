@@ -14,8 +14,7 @@ static bool is_name(const char *word)
     return strncmp(word, "--", 2) == 0 && word[2];
 }
 
-/* ---- options of the program itself
- * ----------------------------------------------------------------- */
+/* ---- options of the program itself ----------------------------------------------------------- */
 
 /* The value of an option at words[*i], which it moves past; NULL when it is another option. */
 static const char *value_of(const char *name, int n, char **words, int *i)
@@ -66,8 +65,7 @@ int vel_cli_take_globals(cli *c, int n, char **words, bool *help)
     return kept;
 }
 
-/* ---- settings
- * -------------------------------------------------------------------------------------- */
+/* ---- settings -------------------------------------------------------------------------------- */
 
 static int refuse_word(cli *c, const char *word)
 {

@@ -41,8 +41,7 @@ void vel_cli_clear_line(cli_display *d)
     fflush(stderr);
 }
 
-/* ---- the line
- * --------------------------------------------------------------------------------------- */
+/* ---- the line -------------------------------------------------------------------------------- */
 
 static void put_time(char *out, size_t room, double seconds)
 {
@@ -152,8 +151,7 @@ static void on_progress(cli_display *d, const vel_event *e)
         plain_line(d, e, new_phase);
 }
 
-/* ---- messages
- * --------------------------------------------------------------------------------------- */
+/* ---- messages -------------------------------------------------------------------------------- */
 
 static void on_log(cli_display *d, const vel_event *e)
 {

@@ -37,8 +37,7 @@ static void put_wrapped(FILE *out, const char *text, int at, int indent, int wid
     fputc('\n', out);
 }
 
-/* ---- the program
- * ----------------------------------------------------------------------------------- */
+/* ---- the program ----------------------------------------------------------------------------- */
 
 void vel_cli_help(FILE *out)
 {
@@ -87,8 +86,7 @@ int vel_cli_help_command_line(cli *c, int n, char **words)
     return CLI_OK;
 }
 
-/* ---- a command
- * -------------------------------------------------------------------------------------- */
+/* ---- a command ------------------------------------------------------------------------------- */
 
 static const char *value_word(const vel_param_info *info)
 {

@@ -50,8 +50,7 @@ const cli_command *vel_cli_find(const char *name)
     return NULL;
 }
 
-/* ---- signals
- * --------------------------------------------------------------------------------------- */
+/* ---- signals --------------------------------------------------------------------------------- */
 
 static vel_ctx *volatile signal_ctx; /* a handler has no argument of its own */
 static volatile sig_atomic_t signals_seen;
@@ -77,8 +76,7 @@ static void watch_signals(vel_ctx *ctx)
     signal(SIGPIPE, SIG_DFL);
 }
 
-/* ---- the command
- * ----------------------------------------------------------------------------------- */
+/* ---- the command ----------------------------------------------------------------------------- */
 
 /* --device is a setting like others, but the context wants it as well. */
 static const char *device_of(int n, char **words)

@@ -14,8 +14,7 @@ typedef struct setting {
     const char *name, *value;
 } setting;
 
-/* ---- events
- * ------------------------------------------------------------------------------------------ */
+/* ---- events ---------------------------------------------------------------------------------- */
 
 typedef struct watcher { /* what on_event remembers from one event to the next */
     double first_loss, last_loss;
@@ -57,8 +56,7 @@ static void on_event(void *user, const vel_event *e)
     }
 }
 
-/* ---- commands
- * ---------------------------------------------------------------------------------------- */
+/* ---- commands -------------------------------------------------------------------------------- */
 
 typedef vel_status (*command_fn)(vel_ctx *ctx, const vel_params *p);
 

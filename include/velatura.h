@@ -54,7 +54,7 @@ typedef struct vel_image {
     uint8_t *pixels;   /* owned; vel_image_finish frees it */
 } vel_image;
 
-/* ---- events ------------------------------------------------------------------------------ */
+/* ---- events ---------------------------------------------------------------------------------- */
 
 typedef enum vel_event_kind {
     VEL_EVENT_LOG,      /* text; level 1 error, 2 once a run, 3 once a phase, 4 a step, 5 a node */
@@ -77,7 +77,7 @@ typedef struct vel_event {
 
 typedef void (*vel_event_fn)(void *user, const vel_event *event);
 
-/* ---- contexts ---------------------------------------------------------------------------- */
+/* ---- contexts -------------------------------------------------------------------------------- */
 
 /* device: "cpu", "cuda", "cuda:1"; NULL picks the best there is. It is opened by the first call
  * that computes, which also tells of a device that is not there. NULL when memory is short. */
@@ -96,7 +96,7 @@ VEL_API const char *vel_version(void);                  /* "0.1.0" */
 
 VEL_API void vel_image_finish(vel_image *image); /* frees the pixels, not the struct */
 
-/* ---- settings ---------------------------------------------------------------------------- */
+/* ---- settings -------------------------------------------------------------------------------- */
 
 /* command: "train", "generate", "grid", "score", "bench", "checkpoint", "adapter". Owned, with all
  * settings at their defaults; NULL with an error in ctx when the command is unknown or memory is
@@ -131,7 +131,7 @@ VEL_API bool vel_params_describe(const char *command, int i, vel_param_info *out
  */
 VEL_API bool vel_params_find(const char *command, const char *name, vel_param_info *out);
 
-/* ---- command lines of other trainers ------------------------------------------------------- */
+/* ---- command lines of other trainers --------------------------------------------------------- */
 
 /* Is word the beginning of such a line: accelerate, python, or a script's name? */
 VEL_API bool vel_params_is_foreign(const char *word);
@@ -156,7 +156,7 @@ typedef struct vel_flag_info {
 /* The i-th flag of the script-th script; false past either end. */
 VEL_API bool vel_script_describe(int script, int i, vel_flag_info *out);
 
-/* ---- the work ---------------------------------------------------------------------------- */
+/* ---- the work -------------------------------------------------------------------------------- */
 
 /* p: settings of the function's own command. Each runs to its end in the calling thread. Besides
  * VEL_NO_MEMORY: VEL_NOT_FOUND, VEL_BAD_FILE, VEL_BAD_GRAPH and VEL_UNSUPPORTED for models,

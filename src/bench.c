@@ -87,8 +87,7 @@ vel_status vel_bench_time(vel_bench_state *b, const char *what, run_fn run, void
 
 static vel_status profile(bench *b, vel_plan *plan, run_fn run, void *user);
 
-/* ---- a training step
- * --------------------------------------------------------------------------------- */
+/* ---- a training step ------------------------------------------------------------------------- */
 
 typedef struct step_bench {
     bench *b;
@@ -376,8 +375,7 @@ static vel_status bench_step(bench *b)
     return st;
 }
 
-/* ---- parts of a model
- * ---------------------------------------------------------------------------------- */
+/* ---- parts of a model ------------------------------------------------------------------------ */
 
 typedef struct part_bench {
     bench *b;
@@ -455,8 +453,7 @@ static vel_status bench_part(bench *b, run_fn run)
     return st;
 }
 
-/* ---- ceilings
- * --------------------------------------------------------------------------------------------- */
+/* ---- ceilings -------------------------------------------------------------------------------- */
 
 typedef struct ceiling_trial {
     vel_op op;
@@ -499,8 +496,7 @@ static vel_status profile(bench *b, vel_plan *plan, run_fn run, void *user)
     return vel_plan_profile_text(b->ctx, plan, &ceilings, b->out);
 }
 
-/* ---- the command
- * -------------------------------------------------------------------------------------------- */
+/* ---- the command ----------------------------------------------------------------------------- */
 
 vel_status vel_bench_run(vel_ctx *ctx, const vel_bench_options *o, vel_text *out)
 {

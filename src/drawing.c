@@ -33,8 +33,7 @@ static char *part_of(vel_arena *a, const char *s, size_t n)
     return copy;
 }
 
-/* ---- adapters
- * --------------------------------------------------------------------------------------- */
+/* ---- adapters -------------------------------------------------------------------------------- */
 
 /* A file first, then the file with its usual ending, then a folder. NULL: none of them. */
 static const char *existing(vel_arena *a, const char *folder, const char *name)
@@ -168,8 +167,7 @@ static vel_status read_loras(vel_drawing *d, const char *list)
     return VEL_OK;
 }
 
-/* ---- prompts
- * ---------------------------------------------------------------------------------------- */
+/* ---- prompts --------------------------------------------------------------------------------- */
 
 /* Takes <lora:name:0.8> out of text, in place, and notes the strengths in w. */
 static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
@@ -248,8 +246,7 @@ static vel_status read_prompt_file(vel_drawing *d, const char *path)
                : vel_fail(d->ctx, VEL_BAD_FILE, "%s: holds no prompt; write one a line", path);
 }
 
-/* ---- life
- * ------------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 /* 32 bits, as the web programs have them; the clock and the process make it. */
 static int64_t random_seed(void)
@@ -366,8 +363,7 @@ int vel_drawing_batch(const vel_drawing *d)
     return width * height <= AUTO_BATCH_SIDE * AUTO_BATCH_SIDE ? AUTO_BATCH : 1;
 }
 
-/* ---- what is written into pictures
- * ------------------------------------------------------------------- */
+/* ---- what is written into pictures ----------------------------------------------------------- */
 
 /* Our sampler names as A1111 shows them. */
 typedef struct shown_name {

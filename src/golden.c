@@ -8,8 +8,7 @@
 
 #include "golden.h"
 
-/* ---- prompts
- * ----------------------------------------------------------------------------------------- */
+/* ---- prompts --------------------------------------------------------------------------------- */
 
 typedef struct prompts {
     json_t *json;
@@ -46,8 +45,7 @@ static vel_text_info text_info(golden *k)
     return text[0];
 }
 
-/* ---- text.safetensors
- * ---------------------------------------------------------------------------------- */
+/* ---- text.safetensors ------------------------------------------------------------------------ */
 
 static vel_status run_text(golden *k, const prompts *p, const int32_t *ids, vel_text_info info)
 {
@@ -100,8 +98,7 @@ static vel_status check_text(golden *k)
     return st;
 }
 
-/* ---- unet.safetensors
- * ------------------------------------------------------------------------------------ */
+/* ---- unet.safetensors ------------------------------------------------------------------------ */
 
 /* One evaluation with gradients to its inputs where the file has grad_out (first is true). */
 static vel_status run_unet(golden *k, const char *sample_name, const char *out_name, bool first)
@@ -170,8 +167,7 @@ static vel_status check_unet(golden *k)
                : VEL_OK;
 }
 
-/* ---- vae.safetensors
- * ---------------------------------------------------------------------------------------- */
+/* ---- vae.safetensors ------------------------------------------------------------------------- */
 
 static vel_status check_vae(golden *k)
 {
@@ -203,8 +199,7 @@ static vel_status check_vae(golden *k)
     return st;
 }
 
-/* ---- samplers.safetensors
- * -------------------------------------------------------------------------------------- */
+/* ---- samplers.safetensors -------------------------------------------------------------------- */
 
 static void check_timesteps(golden *k, const char *sampler, int steps)
 {
@@ -301,8 +296,7 @@ static vel_status check_samplers(golden *k)
     return st;
 }
 
-/* ---- train_*.safetensors
- * ------------------------------------------------------------------------------------------ */
+/* ---- train_*.safetensors --------------------------------------------------------------------- */
 
 typedef struct lesson { /* train_data.safetensors: six batches */
     float *latent[16], *noise[16], *time[16], *context;
@@ -660,8 +654,7 @@ static vel_status check_train(golden *k)
     return st;
 }
 
-/* ---- losses.safetensors
- * ---------------------------------------------------------------------------------------------- */
+/* ---- losses.safetensors ---------------------------------------------------------------------- */
 
 /* The gradient of mean(per_sample_mse) to the token embedding, with the context computed from ids.
  */
@@ -781,9 +774,7 @@ static vel_status check_losses(golden *k)
     return st;
 }
 
-/* ---- the folder
- * ----------------------------------------------------------------------------------------------------------
- */
+/* ---- the folder ------------------------------------------------------------------------------ */
 
 static const struct {
     const char *pattern; /* of the file's name */

@@ -2,8 +2,7 @@
  * layouts, and the line of each comparison. */
 #include "golden.h"
 
-/* ---- comparing
- * ------------------------------------------------------------------------------------- */
+/* ---- comparing ------------------------------------------------------------------------------- */
 
 void vel_golden_line(golden *k, const char *value, double max_abs, double rms, double tolerance,
                      bool ok)

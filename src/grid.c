@@ -134,8 +134,7 @@ static vel_status draw_column(grid *g, int column)
     return st;
 }
 
-/* ---- the files
- * --------------------------------------------------------------------------------------- */
+/* ---- the files ------------------------------------------------------------------------------- */
 
 static void add_quoted(vel_text *t, const char *s)
 {

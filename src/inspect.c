@@ -64,8 +64,7 @@ void vel_inspect_metadata(const vel_safetensors *sf, vel_text *out)
     }
 }
 
-/* ---- any safetensors file
- * ----------------------------------------------------------------------------- */
+/* ---- any safetensors file -------------------------------------------------------------------- */
 
 static void add_tensor(vel_text *out, const vel_file_tensor *t)
 {
@@ -105,8 +104,7 @@ static vel_status inspect_file(vel_ctx *ctx, const char *path, vel_text *out)
     return st;
 }
 
-/* ---- model folders
- * --------------------------------------------------------------------------------------- */
+/* ---- model folders --------------------------------------------------------------------------- */
 
 /* A file of weights: name, values, types, size. */
 static vel_status add_weights_file(vel_ctx *ctx, const char *folder, const char *name,

@@ -80,8 +80,7 @@ bool vel_inspect_is_adapter(const vel_safetensors *sf)
     return false;
 }
 
-/* ---- collecting
- * ------------------------------------------------------------------------------------------ */
+/* ---- collecting ------------------------------------------------------------------------------ */
 
 static int by_stem(const void *a, const void *b)
 {
@@ -150,8 +149,7 @@ static vel_status collect(summary *s)
     return VEL_OK;
 }
 
-/* ---- strength and size
- * ------------------------------------------------------------------------------------ */
+/* ---- strength and size ----------------------------------------------------------------------- */
 
 /* What stands beside the tensors: PEFT's adapter_config.json, or diffusers' entry in the metadata.
  */
@@ -342,8 +340,7 @@ static vel_status measure_module(summary *s, module *m)
     return st;
 }
 
-/* ---- the text
- * ---------------------------------------------------------------------------------------------- */
+/* ---- the text -------------------------------------------------------------------------------- */
 
 static bool has_lengths(const module *m)
 {

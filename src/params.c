@@ -20,8 +20,7 @@ static const struct {
     {"adapter", vel_adapter_rows, "what,input,second"},
 };
 
-/* ---- finding and setting
- * --------------------------------------------------------------------------- */
+/* ---- finding and setting --------------------------------------------------------------------- */
 
 static int find_command(const char *name)
 {
@@ -147,8 +146,7 @@ static vel_status set_row(vel_params *p, const vel_option_row *r, const char *va
     return VEL_OK;
 }
 
-/* ---- the public face
- * --------------------------------------------------------------------------------- */
+/* ---- the public face ------------------------------------------------------------------------- */
 
 vel_params *vel_params_create(vel_ctx *ctx, const char *command)
 {

@@ -39,8 +39,7 @@ typedef struct distances {
     double squared, edge, colours;
 } distances;
 
-/* ---- measures
- * ---------------------------------------------------------------------------------------- */
+/* ---- measures -------------------------------------------------------------------------------- */
 
 static vel_status shrink(vel_ctx *ctx, const vel_image *image, float *out)
 {
@@ -87,8 +86,7 @@ static double colour_distance(const histogram *a, const histogram *b)
     return sum / 3;
 }
 
-/* ---- the folder
- * ---------------------------------------------------------------------------------------- */
+/* ---- the folder ------------------------------------------------------------------------------ */
 
 static vel_status add_line(score *s, const char *list, int number, const char *line, size_t n)
 {
@@ -155,8 +153,7 @@ static vel_status read_truths(score *s)
     return VEL_OK;
 }
 
-/* ---- drawing and measuring
- * ------------------------------------------------------------------------------- */
+/* ---- drawing and measuring ------------------------------------------------------------------- */
 
 /* SAVE/<name of the true picture>.png; in a folder of its own for every round but the first. */
 static vel_status save(score *s, int i, int round, const vel_image *image, uint64_t seed)

@@ -9,8 +9,7 @@
 
 #define UNET "unet/diffusion_pytorch_model.safetensors"
 
-/* ---- made files
- * --------------------------------------------------------------------------------------- */
+/* ---- made files ------------------------------------------------------------------------------ */
 
 /* Replaces a file of a copied model in <folder>/MODEL, which are links. */
 static void replace(vel_test *t, const char *model, const char *file, const void *bytes, size_t n)
@@ -77,8 +76,7 @@ static void put(vel_test *t, const char *name, const void *bytes, size_t n)
     CHECK_OK(vel_write_file(t->ctx, path, bytes, n));
 }
 
-/* ---- asking the program
- * --------------------------------------------------------------------------------- */
+/* ---- asking the program ---------------------------------------------------------------------- */
 
 /* Trains with the model and further settings: refused, each text said, nothing left in or of
  * $D/out. */

@@ -8,8 +8,7 @@
 
 #include <stdlib.h>
 
-/* ---- one node, run alone
- * ------------------------------------------------------------------------------ */
+/* ---- one node, run alone --------------------------------------------------------------------- */
 
 typedef struct bench {
     vel_test *t;
@@ -246,8 +245,7 @@ static double *room(bench *b, int64_t n)
     return vel_alloc(b->t->ctx, (size_t)n * sizeof(double));
 }
 
-/* ---- attention
- * ------------------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------- */
 
 typedef struct attention_case {
     int64_t batch, queries, keys, heads, d, bias_rows;
@@ -444,8 +442,7 @@ TEST(gpu_attention_grad_f16)
     on_gpu_in(t, check_attention_grad, VEL_F16, VEL_F16);
 }
 
-/* ---- group norm
- * -------------------------------------------------------------------------------------------- */
+/* ---- group norm ------------------------------------------------------------------------------ */
 
 enum { GN_N = 2, GN_PLACES = 700, GN_WIDTH = 72, GN_GROUPS = 6 };
 
@@ -585,8 +582,7 @@ TEST(gpu_group_norm_grad)
     on_gpu(t, check_group_norm_grad_w);
 }
 
-/* ---- activations far from zero, NaN
- * -------------------------------------------------------------------------- */
+/* ---- activations far from zero, NaN ---------------------------------------------------------- */
 
 static void check_extremes(bench *b)
 {
@@ -618,8 +614,7 @@ TEST(gpu_extremes)
     on_gpu(t, check_extremes);
 }
 
-/* ---- the optimizer
- * ------------------------------------------------------------------------------------------- */
+/* ---- the optimizer --------------------------------------------------------------------------- */
 
 enum { ADAM_N = 40000, ADAM_SPLIT = 12345 };
 

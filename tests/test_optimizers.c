@@ -230,9 +230,7 @@ TEST(optimizers_dynamic_map)
     vel_safetensors_close(sf);
 }
 
-/* ---- state
- * ------------------------------------------------------------------------------------------------
- */
+/* ---- state ----------------------------------------------------------------------------------- */
 
 /* A saved state, loaded into another engine, goes on as the first does, byte for byte. */
 TEST(optimizers_go_on_from_a_state)
@@ -381,8 +379,7 @@ TEST(optimizers_round_stochastically)
     vel_free(t->ctx, b);
 }
 
-/* ---- names and settings
- * ------------------------------------------------------------------------------------------- */
+/* ---- names and settings ---------------------------------------------------------------------- */
 
 TEST(optimizers_settings)
 {

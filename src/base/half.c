@@ -43,8 +43,7 @@ vel_f16 vel_f32_f16(float f)
     return (vel_f16)(sign | kept);
 }
 
-/* ---- bulk: the same values without branches, so that they become vector code ------------------
- */
+/* ---- bulk: the same values without branches, so that they become vector code ----------------- */
 
 /* The exponent is moved into float32's place and put right by a product with 2^112, which is exact,
  * also for subnormals; infinity and NaN get their exponent back. */

@@ -5,7 +5,7 @@
 
 #include "data/data.h"
 
-/* ---- captions (captions.c) ------------------------------------------------------------------ */
+/* ---- captions (captions.c) ------------------------------------------------------------------- */
 
 typedef struct vel_caption {
     const char *text; /* in the arena; NULL when there is no caption file, "" when it is empty */
@@ -30,8 +30,7 @@ size_t vel_bom_bytes(const char *bytes, size_t n);
 /* Length of a path without its ending: "a/b.c.png" gives that of "a/b.c". */
 size_t vel_stem_length(const char *path);
 
-/* ---- lists of pictures (metadata.c) -----------------------------------------------------------
- */
+/* ---- lists of pictures (metadata.c) ---------------------------------------------------------- */
 
 typedef struct vel_listed {
     const char *file;    /* inside the folder of the list; in the arena */
@@ -44,8 +43,7 @@ vel_status vel_metadata_parse(vel_ctx *ctx, const char *path, const char *bytes,
                               const vel_data_options *o, vel_arena *a, vel_listed **rows,
                               int *n_rows);
 
-/* ---- buckets (buckets.c) ------------------------------------------------------------------------
- */
+/* ---- buckets (buckets.c) --------------------------------------------------------------------- */
 
 typedef struct vel_size {
     int width, height;
@@ -68,8 +66,7 @@ void vel_bucket_choose(const vel_bucket_table *table, vel_size picture, vel_size
                        vel_size *scaled);
 int vel_size_compare(vel_size a, vel_size b); /* by width, then height */
 
-/* ---- pictures shown in another way each time (augment.c) --------------------------------------
- */
+/* ---- pictures shown in another way each time (augment.c) ------------------------------------- */
 
 /* Hues turned by so many steps of 2 degrees; values to the power of gamma; in place, [pixels, 3].
  */
@@ -93,8 +90,7 @@ typedef struct vel_face_crop {
 /* To which size the picture is scaled, and where the bucket begins in it; u in 0..1. */
 void vel_face_window(const vel_face_crop *c, const double u[5], vel_size *scaled, int *x, int *y);
 
-/* ---- the inside of a dataset (dataset.c; read by dataset_describe.c and epoch.c)
- * ------------------- */
+/* ---- the inside of a dataset (dataset.c; read by dataset_describe.c and epoch.c) ------------- */
 
 typedef struct vel_dataset_inner {
     vel_dataset shown;        /* first: a vel_dataset * of ours is a vel_dataset_inner * */
@@ -109,7 +105,7 @@ typedef struct vel_dataset_inner {
     bool class_captions;      /* the folder's words stand in for captions that are missing */
 } vel_dataset_inner;
 
-/* ---- regularisation (regular.c) ------------------------------------------------------------- */
+/* ---- regularisation (regular.c) -------------------------------------------------------------- */
 
 /* Of kohya's: how often each picture of the class is shown, and what of them is left out. After the
  * held-out pictures are chosen. */

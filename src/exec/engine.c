@@ -100,8 +100,7 @@ bool vel_engine_computes(vel_engine *e, vel_dtype t)
                                 : t == vel_engine_best_compute(e);
 }
 
-/* ---- frozen weights
- * ------------------------------------------------------------------------------ */
+/* ---- frozen weights -------------------------------------------------------------------------- */
 
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user)
 {
@@ -420,8 +419,7 @@ vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kern
     return VEL_OK;
 }
 
-/* ---- trainable values
- * ------------------------------------------------------------------------------ */
+/* ---- trainable values ------------------------------------------------------------------------ */
 
 const vel_trainable *vel_engine_find_trainable(const vel_engine *e, const char *path)
 {
@@ -599,8 +597,7 @@ double vel_engine_gradient_norm(vel_engine *e)
     return sqrt(e->backend->sum_squares(e->device, e->grad, e->trainable_count));
 }
 
-/* ---- arena
- * -------------------------------------------------------------------------------------------- */
+/* ---- arena ----------------------------------------------------------------------------------- */
 
 int64_t vel_engine_arena_bytes(const vel_engine *e)
 {

@@ -27,7 +27,7 @@ void vel_engine_keep_recordings(vel_engine *e, int most);
 vel_dtype vel_engine_best_compute(vel_engine *e);
 bool vel_engine_computes(vel_engine *e, vel_dtype t); /* whether the device is fast in t */
 
-/* ---- frozen weights ------------------------------------------------------------------------- */
+/* ---- frozen weights -------------------------------------------------------------------------- */
 
 typedef struct vel_source_tensor {
     vel_shape shape;
@@ -146,8 +146,7 @@ enum { VEL_OPTIMIZER_NUMBERS = 6 };
 vel_optimizer_number *vel_engine_optimizer_numbers(vel_engine *e);   /* to read and to set */
 double vel_engine_optimizer_number(vel_engine *e, const char *name); /* NaN: no such */
 
-/* ---- plans --------------------------------------------------------------------------------------
- */
+/* ---- plans ----------------------------------------------------------------------------------- */
 
 enum { VEL_LEVEL_AUTO = -1 };
 typedef struct vel_plan_options {
@@ -215,8 +214,7 @@ double vel_node_bytes(const vel_graph *g, int32_t id);
  * NULL when there is none. Runs the plan again, node by node. */
 const char *vel_plan_first_bad(vel_plan *p);
 
-/* ---- the meaning, in numbers (reference.c): tests, and the truth for goldens -------------------
- */
+/* ---- the meaning, in numbers (reference.c): tests, and the truth for goldens ----------------- */
 
 /* Evaluates every output of g in float64 with the ops' own meanings. leaf fills a leaf's values. */
 typedef vel_status (*vel_leaf_fn)(void *user, const vel_node *leaf, double *values, int64_t n);

@@ -48,8 +48,7 @@ struct vel_plan {
     vel_waiting waiting; /* of steps of training */
 };
 
-/* ---- the pipeline
- * ----------------------------------------------------------------------------------- */
+/* ---- the pipeline ---------------------------------------------------------------------------- */
 
 typedef vel_status (*pass_fn)(const vel_graph *g, const vel_plan_options *o, vel_graph **out);
 
@@ -122,8 +121,7 @@ static vel_status put_steady_first(vel_graph **g, const vel_plan_options *o)
     return VEL_OK;
 }
 
-/* ---- kernels
- * ---------------------------------------------------------------------------------------- */
+/* ---- kernels --------------------------------------------------------------------------------- */
 
 static void release_kernels(vel_plan *p)
 {
@@ -260,8 +258,7 @@ static vel_status choose_kernels(vel_plan *p, const vel_plan_options *o)
     return vel_fail(p->engine->ctx, VEL_BUG, "lowering did not end");
 }
 
-/* ---- memory
- * ------------------------------------------------------------------------------------------ */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 static int64_t query_scratch(void *user, int32_t id)
 {
@@ -406,8 +403,7 @@ static vel_status apply_level(vel_plan *p, const vel_plan_options *o)
     return VEL_OK;
 }
 
-/* ---- launches
- * ------------------------------------------------------------------------------------------ */
+/* ---- launches -------------------------------------------------------------------------------- */
 
 static void *address_of(const vel_plan *p, vel_ref r)
 {
@@ -526,8 +522,7 @@ static vel_status bind(vel_plan *p)
     return VEL_OK;
 }
 
-/* ---- making and ending
- * --------------------------------------------------------------------------------- */
+/* ---- making and ending ----------------------------------------------------------------------- */
 
 static vel_status make_plan(vel_plan *p, const vel_plan_options *o)
 {
@@ -598,8 +593,7 @@ void vel_plan_destroy(vel_plan *p)
     vel_free(p->engine->ctx, p);
 }
 
-/* ---- running
- * --------------------------------------------------------------------------------------------- */
+/* ---- running --------------------------------------------------------------------------------- */
 
 static int32_t find_input(const vel_plan *p, const char *name)
 {
@@ -972,9 +966,7 @@ const char *vel_plan_first_bad(vel_plan *p)
     return NULL;
 }
 
-/* ---- profile
- * -----------------------------------------------------------------------------------------------
- */
+/* ---- profile --------------------------------------------------------------------------------- */
 
 void vel_plan_profile(vel_plan *p, bool on)
 {

@@ -7,8 +7,7 @@
 enum { SMALLEST_8BIT = 4096, STATE_ALIGN = 64 };
 enum { NUMBER_T, NUMBER_D, NUMBER_D_MAX, NUMBER_D_NUMERATOR, NUMBER_WEIGHT_SUM, NUMBER_LR_MAX };
 
-/* ---- rules
- * --------------------------------------------------------------------------------------------- */
+/* ---- rules ----------------------------------------------------------------------------------- */
 
 typedef struct rule_row {
     const char *name;
@@ -51,8 +50,7 @@ vel_status vel_engine_set_optimizer(vel_engine *e, const vel_optimizer *o)
     return VEL_OK;
 }
 
-/* ---- state: which vectors, and where
- * ---------------------------------------------------------------------------- */
+/* ---- state: which vectors, and where --------------------------------------------------------- */
 
 static vel_segment segment_of(const vel_trainable *t)
 {
@@ -225,9 +223,7 @@ double vel_engine_optimizer_number(vel_engine *e, const char *name)
     return NAN;
 }
 
-/* ---- one step
- * ------------------------------------------------------------------------------------------------
- */
+/* ---- one step -------------------------------------------------------------------------------- */
 
 static vel_status on_host(vel_engine *e, const vel_update *u)
 {

@@ -8,7 +8,7 @@
 
 #include "base/base.h"
 
-/* ---- safetensors (safetensors.c) ---------------------------------------------------------- */
+/* ---- safetensors (safetensors.c) ------------------------------------------------------------- */
 
 typedef enum vel_file_type {
     VEL_FILE_F64,
@@ -149,7 +149,7 @@ bool vel_words_is_bundled(const char *key);
  * leave: a pointer of git-lfs, a web page, a hub's refusal. NULL: it does not. Static. */
 const char *vel_download_problem(const uint8_t *bytes, size_t n);
 
-/* ---- JSON (json.c, over jansson) ------------------------------------------------------------ */
+/* ---- JSON (json.c, over jansson) ------------------------------------------------------------- */
 
 /* At most 64 MiB, depth-limited; the error names file, line and what is wrong. json_decref. */
 vel_status vel_json_load(vel_ctx *ctx, const char *path, json_t **out);
@@ -221,7 +221,7 @@ vel_status vel_image_text(vel_ctx *ctx, vel_image *dst, int x, int y, int width,
                           const char *text);
 vel_status vel_image_text_height(vel_ctx *ctx, int width, int size, const char *text, int *height);
 
-/* ---- regular expressions (pattern.c) -------------------------------------------------------- */
+/* ---- regular expressions (pattern.c) --------------------------------------------------------- */
 
 typedef struct vel_pattern vel_pattern;
 /* VEL_BAD_VALUE with the place where the text is no regular expression (PCRE2's). */

@@ -90,8 +90,7 @@ int64_t vel_shape_rows(vel_shape s)
     return n;
 }
 
-/* ---- the graph ---------------------------------------------------------------------------------
- */
+/* ---- the graph ------------------------------------------------------------------------------- */
 
 static vel_node *new_node(vel_graph *g)
 {
@@ -254,8 +253,7 @@ vel_ref vel_copy_node(vel_graph *dst, const vel_node *n, const vel_ref *in)
     return (vel_ref){dst->n - 1, 0};
 }
 
-/* ---- scopes
- * -------------------------------------------------------------------------------------- */
+/* ---- scopes ---------------------------------------------------------------------------------- */
 
 static void push(vel_graph *g, int32_t layer, const char *format, va_list ap)
 {
@@ -310,8 +308,7 @@ void vel_graph_place(vel_graph *g, const char *path, int32_t layer, bool backwar
     g->placed_backward = backward;
 }
 
-/* ---- outputs
- * -------------------------------------------------------------------------------------- */
+/* ---- outputs --------------------------------------------------------------------------------- */
 
 void vel_output(vel_graph *g, const char *name, vel_ref r)
 {
@@ -364,8 +361,7 @@ vel_ref vel_output_find(const vel_graph *g, const char *name)
     return (vel_ref){0};
 }
 
-/* ---- printing
- * --------------------------------------------------------------------------------------- */
+/* ---- printing -------------------------------------------------------------------------------- */
 
 static void print_attributes(const vel_node *n, vel_text *out)
 {
@@ -448,8 +444,7 @@ void vel_graph_print(const vel_graph *g, vel_text *out)
                       g->outputs[i].ref.out);
 }
 
-/* ---- leaves: the only nodes whose type the builder states
- * ----------------------------------------- */
+/* ---- leaves: the only nodes whose type the builder states ------------------------------------ */
 
 static vel_ref leaf(vel_graph *g, vel_op op, const char *name, vel_dtype dtype, vel_shape s)
 {

@@ -93,7 +93,7 @@ typedef struct vel_node {
     bool backward;    /* made by the gradient pass */
 } vel_node;
 
-/* ---- making and reading graphs (graph.c) -------------------------------------------------- */
+/* ---- making and reading graphs (graph.c) ----------------------------------------------------- */
 
 vel_graph *vel_graph_create(vel_ctx *ctx);
 void vel_graph_destroy(vel_graph *g);
@@ -135,7 +135,7 @@ vel_ref vel_output_find(const vel_graph *g, const char *name); /* {0} when absen
  */
 void vel_graph_print(const vel_graph *g, vel_text *out);
 
-/* ---- builders (build.c): read like the paper ------------------------------------------------ */
+/* ---- builders (build.c): read like the paper ------------------------------------------------- */
 
 /* Leaves. name is joined to the scope for weight and param; an input's name is its own. */
 vel_ref vel_input(vel_graph *g, const char *name, vel_dtype dtype, vel_shape s);
@@ -196,8 +196,7 @@ vel_ref vel_rope(vel_graph *g, vel_ref x, vel_ref table, int heads, bool half);
 vel_ref vel_head_norm(vel_graph *g, vel_ref x, vel_ref w, vel_ref table, int heads, double eps);
 vel_ref vel_mse(vel_graph *g, vel_ref pred, vel_ref target, vel_ref weight);
 
-/* ---- the op table (implemented by src/ops) ----------------------------------------------------
- */
+/* ---- the op table (implemented by src/ops) --------------------------------------------------- */
 
 /* A reference tensor: float64 values, row-major. */
 typedef struct vel_ref_tensor {

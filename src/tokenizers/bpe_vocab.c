@@ -116,7 +116,7 @@ static void drop_sources(sources *src)
     vel_free(src->ctx, src->pieces.items);
 }
 
-/* ---- vocabulary and merges ------------------------------------------------------------------ */
+/* ---- vocabulary and merges ------------------------------------------------------------------- */
 
 static vel_status read_vocab(vel_tokenizer *t, const char *path, json_t *vocab)
 {

@@ -7,8 +7,7 @@
 
 #include "train/session.h"
 
-/* ---- pictures
- * -------------------------------------------------------------------------------------- */
+/* ---- pictures -------------------------------------------------------------------------------- */
 
 static char *latent_key(train_session *s, int sample, int flipped, const char *content)
 {
@@ -98,8 +97,7 @@ static vel_status kept_moments(train_session *s, int sample, int flipped, const 
     return st;
 }
 
-/* ---- captions
- * ---------------------------------------------------------------------------------------- */
+/* ---- captions -------------------------------------------------------------------------------- */
 
 /* Of a text among the captions, to which it is added when it is new. */
 static int caption_index(train_session *s, const char *text)
@@ -513,8 +511,7 @@ void vel_feed_end(train_session *s)
     vel_cache_close(s->text_cache);
 }
 
-/* ---- batches
- * ------------------------------------------------------------------------------------------- */
+/* ---- batches --------------------------------------------------------------------------------- */
 
 static void put_caption(train_session *s, train_batch *t, int slot, int caption)
 {

@@ -5,8 +5,7 @@
 
 #include <stdlib.h>
 
-/* ---- settings
- * -------------------------------------------------------------------------------------------- */
+/* ---- settings -------------------------------------------------------------------------------- */
 
 typedef enum arg_type { ARG_NUMBER, ARG_WHOLE, ARG_FLAG, ARG_PAIR, ARG_NOTHING } arg_type;
 
@@ -52,8 +51,7 @@ static const struct arg_row {
 };
 #undef AT
 
-/* ---- optimizers
- * ------------------------------------------------------------------------------------------- */
+/* ---- optimizers ------------------------------------------------------------------------------ */
 
 #define ADAMW "betas,eps,weight_decay,foreach,fused,capturable,differentiable"
 #define BNB "betas,eps,weight_decay,is_paged"
@@ -151,8 +149,7 @@ static const struct {
     {"adam", "AdamW"},
 };
 
-/* ---- reading
- * ---------------------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 static bool listed(const char *list, const char *name)
 {

@@ -108,8 +108,7 @@ typedef struct page {
 
 enum { X, LOSS, SMOOTH, VALIDATION, RATE, TEXT_RATE, NORM, NONE = -1 };
 
-/* ---- escaping
- * ------------------------------------------------------------------------------------- */
+/* ---- escaping -------------------------------------------------------------------------------- */
 
 /* In text and between double quotes. Control characters mean nothing on a page and are left out. */
 static void add_text(page *p, const char *s)
@@ -156,9 +155,7 @@ static vel_status add_image(page *p, const vel_image *image, int side, const cha
     return st;
 }
 
-/* ---- head
- * ---------------------------------------------------------------------------------------------------
- */
+/* ---- head ------------------------------------------------------------------------------------ */
 
 static void add_duration(vel_text *out, double seconds)
 {
@@ -296,9 +293,7 @@ static void add_head(page *p)
     add_tiles(p);
 }
 
-/* ---- pictures
- * -------------------------------------------------------------------------------------------------
- */
+/* ---- pictures -------------------------------------------------------------------------------- */
 
 static const char *step_words(int64_t step, char out[48])
 {
@@ -386,9 +381,7 @@ static vel_status add_way(page *p)
     return VEL_OK;
 }
 
-/* ---- curves
- * ----------------------------------------------------------------------------------------------------
- */
+/* ---- curves ---------------------------------------------------------------------------------- */
 
 static vel_status make_columns(page *p)
 {
@@ -461,9 +454,7 @@ static void add_curves(page *p)
     vel_text_add(&p->out, "</div></section>\n");
 }
 
-/* ---- words
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- words ----------------------------------------------------------------------------------- */
 
 static void add_plan(page *p)
 {

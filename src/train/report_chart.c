@@ -83,8 +83,7 @@ static double place(const range *r, double v)
     return VEL_MAX(0.0, VEL_MIN(at, 1.0));
 }
 
-/* ---- the parts of a figure
- * ------------------------------------------------------------------------------ */
+/* ---- the parts of a figure ------------------------------------------------------------------- */
 
 static void add_point(vel_text *out, const range *x, const range *y, double at, double value,
                       bool *pen_down)
