@@ -174,6 +174,14 @@ __device__ __forceinline__ float warp_sum(float x)
     return lanes_sum<32>(x);
 }
 
+__device__ __forceinline__ double warp_sum_double(double x)
+{
+#pragma unroll
+    for (int step = 16; step; step >>= 1)
+        x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
 __device__ __forceinline__ float larger(float a, float b) /* NaN wins */
 {
     return a > b || a != a ? a : b;
@@ -199,6 +207,19 @@ static __device__ __forceinline__ float block_sum(float x)
     __syncthreads();
     x = (int)(threadIdx.x & 31) < warps ? part[threadIdx.x & 31] : 0;
     return warp_sum(x);
+}
+
+/* The same in float64, apart: one template for both changes the code of softmax and of these. */
+static __device__ __forceinline__ double block_sum_double(double x)
+{
+    __shared__ double part[32];
+    x = warp_sum_double(x);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        part[threadIdx.x >> 5] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x & 31] : 0;
+    return warp_sum_double(x);
 }
 
 static __device__ __forceinline__ float block_max(float x)

@@ -8,27 +8,6 @@
 enum { CHUNK_THREADS = 256, TENSOR_THREADS = 1024, WARPS = TENSOR_THREADS / 32 };
 enum { SMALL_MATRIX = 64 }; /* values of one that a thread takes whole: a convolution's 3 x 3 */
 
-__device__ static double warp_sum_double(double x)
-{
-#pragma unroll
-    for (int step = 16; step; step >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
-/* Over the whole block; every thread gets the result. */
-__device__ static double block_sum_double(double x)
-{
-    __shared__ double part[32];
-    x = warp_sum_double(x);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0)
-        part[threadIdx.x >> 5] = x;
-    __syncthreads();
-    x = threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x & 31] : 0;
-    return warp_sum_double(x);
-}
-
 __device__ static float *state_of(const vel_cu_update &u, const vel_cu_segment &s, int k)
 {
     return s.state[k] < 0 ? NULL : (float *)((char *)u.state + s.state[k]);

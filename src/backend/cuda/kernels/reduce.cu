@@ -264,21 +264,6 @@ extern "C" void vel_cu_channel_sums(cudaStream_t s, int type, const void *x, con
 
 enum { SQUARE_BLOCKS = 512 };
 
-__device__ static double block_sum_double(double x)
-{
-    __shared__ double part[32];
-    for (int step = 16; step; step >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0)
-        part[threadIdx.x >> 5] = x;
-    __syncthreads();
-    x = (int)(threadIdx.x & 31) < (int)(blockDim.x >> 5) ? part[threadIdx.x & 31] : 0;
-    for (int step = 16; step; step >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
 /* A thread's float32 sums stay short; then float64. */
 __global__ void __launch_bounds__(THREADS)
     sum_squares_kernel(const float *x, int64_t n, double *parts)
