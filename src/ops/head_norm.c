@@ -18,21 +18,11 @@ static vel_shape stats_of(vel_shape x, int heads)
 /* What both ops ask of x, w and the table. */
 static bool inputs_ok(vel_graph *g, const vel_node *n, int heads, double eps)
 {
-    if (!vel_inputs_ok(g, n))
+    if (!vel_inputs_ok(g, n) || !vel_heads_of_pairs(g, n, heads, 2))
         return false;
-    vel_shape x = vel_shape_at(g, n->in[0]), table = vel_shape_at(g, n->in[2]);
-    char text[96];
-    if (x.rank != 3)
-        return vel_bad(g, n, "x must be [B, T, heads * d], is %s", vel_shape_text(x, text));
-    if (heads < 1 || x.dim[2] % (2 * (int64_t)heads))
-        return vel_bad(g, n, "width %" PRId64 " cannot be split into %d heads of pairs", x.dim[2],
-                       heads);
     if (!(eps >= 0))
         return vel_bad(g, n, "eps must not be negative, is %g", eps);
-    bool shared = table.rank == 3 && table.dim[0] == 1;
-    vel_shape wanted = VEL_SHAPE(shared ? 1 : x.dim[0], x.dim[1], x.dim[2] / heads);
-    return vel_input_is(g, n, 1, "weight", VEL_SHAPE(x.dim[2] / heads)) &&
-           (!n->in[2].id || vel_input_is(g, n, 2, "table", wanted));
+    return vel_input_is(g, n, 1, "weight", VEL_SHAPE(vel_shape_at(g, n->in[0]).dim[2] / heads));
 }
 
 /* ---- head_norm ------------------------------------------------------------------------------- */

@@ -40,6 +40,12 @@ bool vel_act_known(vel_graph *g, const vel_node *n, int kind);
 double vel_act_value(int kind, double x);
 double vel_act_slope(int kind, double x);
 
+/* ---- places (rope.c) ------------------------------------------------------------------------- */
+
+/* Input 0 is [B, T, heads * d] with even d, and input i, where there is one, a table of angles for
+ * it: [B or 1, T, d]. */
+bool vel_heads_of_pairs(vel_graph *g, const vel_node *n, int heads, int i);
+
 /* ---- gradients (vjp.c) ----------------------------------------------------------------------- */
 
 /* A new node with r's value: inside a lowering it stands for one use of r, so that a gradient taken

@@ -26,12 +26,9 @@ const vel_opdef vel_op_range = {.shape = range_shape, .lower = range_lower};
 
 /* ---- rope ------------------------------------------------------------------------------------ */
 
-static bool rope_shape(vel_graph *g, vel_node *n)
+bool vel_heads_of_pairs(vel_graph *g, const vel_node *n, int heads, int i)
 {
-    if (!vel_inputs_ok(g, n))
-        return false;
-    vel_shape x = vel_shape_at(g, n->in[0]), table = vel_shape_at(g, n->in[1]);
-    int heads = n->a.rope.heads;
+    vel_shape x = vel_shape_at(g, n->in[0]), table = vel_shape_at(g, n->in[i]);
     char text[96];
     if (x.rank != 3)
         return vel_bad(g, n, "x must be [B, T, heads * d], is %s", vel_shape_text(x, text));
@@ -40,7 +37,13 @@ static bool rope_shape(vel_graph *g, vel_node *n)
                        heads);
     bool shared = table.rank == 3 && table.dim[0] == 1;
     vel_shape wanted = VEL_SHAPE(shared ? 1 : x.dim[0], x.dim[1], x.dim[2] / heads);
-    return vel_input_is(g, n, 1, "table", wanted) && vel_op_gives(g, n, 0, VEL_F32, x);
+    return !n->in[i].id || vel_input_is(g, n, i, "table", wanted);
+}
+
+static bool rope_shape(vel_graph *g, vel_node *n)
+{
+    return vel_inputs_ok(g, n) && vel_heads_of_pairs(g, n, n->a.rope.heads, 1) &&
+           vel_op_gives(g, n, 0, VEL_F32, vel_shape_at(g, n->in[0]));
 }
 
 /* (a, b) becomes (a cos - b sin, b cos + a sin). */
