@@ -151,10 +151,7 @@ static bool inputs_fit(vel_graph *g, const vel_flux_config *c, vel_ref latent,
                        const vel_condition *condition)
 {
     int64_t n = vel_shape_at(g, latent).dim[0];
-    if (!nn_latent_fits(g, latent, c->channels, 2) ||
-        !nn_context_fits(g, condition->context, n, c->context) ||
-        !nn_pooled_fits(g, condition->pooled, n, c->pooled) ||
-        !nn_mask_fits(g, condition->mask, condition->context))
+    if (!nn_inputs_fit(g, latent, condition, c->channels, 2, c->context, c->pooled))
         return false;
     if (c->guidance && !vel_shape_equal(vel_shape_at(g, condition->extra), VEL_SHAPE(n, 1))) {
         nn_bad(g, "no guidance [%" PRId64 ", 1], which this model takes", n);

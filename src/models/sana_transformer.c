@@ -98,19 +98,10 @@ static vel_ref block(vel_graph *g, const vel_sana_config *c, vel_ref x, vel_shap
     return vel_gated_add(g, x, nn_share(g, m, 5, 6), h);
 }
 
-static bool inputs_fit(vel_graph *g, const vel_sana_config *c, vel_ref latent,
-                       const vel_condition *condition)
-{
-    int64_t n = vel_shape_at(g, latent).dim[0];
-    return nn_latent_fits(g, latent, c->channels, c->patch) &&
-           nn_context_fits(g, condition->context, n, c->context) &&
-           nn_mask_fits(g, condition->mask, condition->context);
-}
-
 vel_ref vel_sana_build(vel_graph *g, const vel_sana_config *c, vel_ref latent, vel_ref time,
                        const vel_condition *condition)
 {
-    if (!inputs_fit(g, c, latent, condition))
+    if (!nn_inputs_fit(g, latent, condition, c->channels, c->patch, c->context, 0))
         return (vel_ref){0};
     vel_shape image = vel_shape_at(g, latent);
     vel_ref bias = {0};

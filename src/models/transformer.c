@@ -150,3 +150,13 @@ bool nn_mask_fits(vel_graph *g, vel_ref mask, vel_ref context)
            text.dim[1]);
     return false;
 }
+
+bool nn_inputs_fit(vel_graph *g, vel_ref latent, const vel_condition *c, int channels, int patch,
+                   int context, int pooled)
+{
+    int64_t n = vel_shape_at(g, latent).dim[0];
+    return nn_latent_fits(g, latent, channels, patch) &&
+           nn_context_fits(g, c->context, n, context) &&
+           (!pooled || nn_pooled_fits(g, c->pooled, n, pooled)) &&
+           nn_mask_fits(g, c->mask, c->context);
+}

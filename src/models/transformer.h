@@ -48,5 +48,8 @@ bool nn_latent_fits(vel_graph *g, vel_ref latent, int channels, int patch);
 bool nn_context_fits(vel_graph *g, vel_ref context, int64_t n, int width);
 bool nn_mask_fits(vel_graph *g, vel_ref mask, vel_ref context); /* also {0} */
 bool nn_pooled_fits(vel_graph *g, vel_ref pooled, int64_t n, int width);
+/* All of these; the widths are the states' and the pooled text's (0: none is taken). */
+bool nn_inputs_fit(vel_graph *g, vel_ref latent, const vel_condition *c, int channels, int patch,
+                   int context, int pooled);
 
 #endif
