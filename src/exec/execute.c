@@ -429,6 +429,15 @@ static void *address_of(const vel_plan *p, vel_ref r)
     return NULL; /* a weight: filled by load_weights */
 }
 
+/* The fetch that brings input i of a node from the host, or -1. */
+static int32_t fetch_of_input(const vel_plan *p, int32_t id, int i)
+{
+    const vel_node *n = vel_node_at(p->g, id), *leaf = vel_weight_behind(p->g, n->in[i]);
+    bool direct = vel_at(p->g, n->in[i])->op == VEL_OP_weight;
+    return leaf ? vel_fetch_of(&p->fetches, leaf, direct ? p->kernels[id].layout[i] : NULL, id)
+                : -1;
+}
+
 static vel_status load_weights(vel_plan *p)
 {
     VEL_TRY(vel_pools_open(p->engine, p->uses, p->n_uses));
@@ -444,7 +453,7 @@ static vel_status load_weights(vel_plan *p)
                 continue;
             const vel_kernel *k = direct->op == VEL_OP_weight ? &p->kernels[id] : NULL;
             VEL_TRY(vel_engine_weight(p->engine, leaf, k, n, l->in_type, i, &l->in[i]));
-            int32_t f = vel_fetch_of(&p->fetches, leaf, k ? k->layout[i] : NULL, id);
+            int32_t f = fetch_of_input(p, id, i);
             if (f >= 0) {
                 p->fetches.each[f].host = l->in[i];
                 l->in[i] = NULL; /* bound with the working memory */
@@ -498,14 +507,10 @@ static vel_status bind(vel_plan *p)
             continue;
         vel_launch *l = &p->launches[id];
         for (int i = 0; i < n->n_in; i++) {
-            const vel_node *leaf = vel_weight_behind(p->g, n->in[i]);
-            bool direct = vel_at(p->g, n->in[i])->op == VEL_OP_weight;
-            int32_t f =
-                leaf ? vel_fetch_of(&p->fetches, leaf, direct ? p->kernels[id].layout[i] : NULL, id)
-                     : -1;
+            int32_t f = fetch_of_input(p, id, i);
             if (f >= 0)
                 l->in[i] = (char *)p->engine->arena + p->fetches.blocks[f].offset;
-            else if (!leaf)
+            else if (!vel_weight_behind(p->g, n->in[i]))
                 l->in[i] = address_of(p, n->in[i]);
         }
         for (int o = 0; o < n->n_out; o++)
