@@ -656,10 +656,9 @@ static vel_status check_train(golden *k)
 
 /* ---- losses.safetensors ---------------------------------------------------------------------- */
 
-/* The gradient of mean(per_sample_mse) to the token embedding, with the context computed from ids.
- */
-static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *ids,
-                                     vel_text_info info)
+/* The gradient "grad" of mean(per_sample_mse) to the token embedding, with the context computed
+ * from ids. */
+static vel_status plan_embedding_gradient(golden *k, const lesson *l, int length, vel_plan **out)
 {
     const vel_family *family = vel_model_family(k->model);
     const vel_config *config = vel_model_config(k->model);
@@ -668,7 +667,7 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
         return VEL_NO_MEMORY;
     int64_t n = l->d[0];
     vel_shape latent = VEL_SHAPE(n, l->d[2], l->d[3], l->d[1]);
-    vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, info.length));
+    vel_ref in = vel_input(g, "ids", VEL_I32, VEL_SHAPE(n, length));
     vel_text_input texts = {.ids = in};
     vel_condition condition = family->encode_text(g, config, 0, &texts, 1);
     vel_ref x = vel_input(g, "x", VEL_F32, latent),
@@ -683,8 +682,15 @@ static vel_status embedding_gradient(golden *k, const lesson *l, const int32_t *
             table = (vel_ref){id, 0};
     vel_vjp(g, &loss, &one, 1, &table, &grad, 1);
     vel_output(g, "grad", grad);
+    return vel_golden_plan(k, g, false, out);
+}
+
+static vel_status check_embedding_gradient(golden *k, const lesson *l, const int32_t *ids,
+                                           vel_text_info info)
+{
     vel_plan *plan;
-    VEL_TRY(vel_golden_plan(k, g, false, &plan));
+    VEL_TRY(plan_embedding_gradient(k, l, info.length, &plan));
+    int64_t n = l->d[0];
     const vel_file_tensor *rows_tensor = NULL;
     float *rows = vel_golden_load(k, "embedding_grad_rows", 0, &rows_tensor);
     int64_t all = (int64_t)info.vocabulary * info.width, each = l->d[1] * l->d[2] * l->d[3];
@@ -767,7 +773,7 @@ static vel_status check_losses(golden *k)
     if (st == VEL_OK)
         st = ids ? encode_ids(k, &p, info.length, ids) : VEL_NO_MEMORY;
     if (st == VEL_OK)
-        st = embedding_gradient(k, &l, ids, info);
+        st = check_embedding_gradient(k, &l, ids, info);
     vel_free(k->ctx, ids);
     json_decref(p.json);
     free_lesson(k, &l);
