@@ -15,6 +15,8 @@ enum {
     LEAST_ROWS = 192,       /* of a block: the weight is read again for each block */
     MOST_SPAN = 32,         /* steps */
     MOST_CHUNK = 10,        /* steps: 2 KB of weight each, in the first cache */
+    WHOLE_DEPTH = 40,       /* steps: up to here both operands from the second cache cost less than
+                             * sums that wait, unless squares are turned */
     STREAM_BYTES = 4 << 20, /* results from which on they go past the caches */
     PANELS_AT_ONCE = 24,    /* whose sums fit: then their squares are turned in one go */
     TASKS_EACH = 6,         /* tasks for each thread, so that none waits long at the end */
@@ -82,7 +84,8 @@ static void cut(vel_tiles *t)
         cut_rows(t);
     else
         cut_images(t);
-    t->chunk = even_size(t->span, MOST_CHUNK, 1);
+    bool whole = t->direct && !t->turned && t->all_steps <= WHOLE_DEPTH;
+    t->chunk = whole ? t->span : even_size(t->span, MOST_CHUNK, 1);
     t->blocks = pieces(t->images, t->block_images) * pieces(t->out_height, t->block_rows);
     t->strips = pieces(vel_tiles_positions(t, t->block_rows), TILES_SIDE);
     int64_t of_panel = t->block_images * t->strips * TILES_SQUARE * 4;

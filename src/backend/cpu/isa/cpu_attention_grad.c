@@ -6,23 +6,30 @@
  * pairs for bfloat16) is the right operand of dq^T = k^T ds. So each product is read in the form in
  * which the pointwise step wrote it.
  *
- * Caches: a group of GROUP_TILES tiles of keys, with their gradients, stays in the second cache
+ * Caches: a group of GROUP_KEYS keys, with their gradients, stays in the second cache
  * while all queries pass by once, a block at a time. A block meets each tile in strips of
  * STRIP_KEYS keys: scores and dp of a strip stay in the first cache, p and ds of a tile in the
- * second.
+ * second. In AMX tiles a block is WIDE_BLOCK queries: strips take it in parts of QUERY_BLOCK, and
+ * the products over queries (dv, dk) go through all of it before their sums go back to memory.
  *
  * An item is a head (of batch * heads) and a chunk of its keys; one thread does it whole. dq of the
  * chunks is added in order at the end. With enough heads there is one chunk, so the result depends
  * on the number of threads only through the number of chunks. */
 #include "backend/cpu/isa/attention.h"
 
-enum { STRIP_KEYS = 32, QUERY_BLOCK = 64, MOST_KEYS = 128, GROUP_TILES = 8 };
+enum {
+    STRIP_KEYS = 32,
+    QUERY_BLOCK = 64,
+    WIDE_BLOCK = 256, /* queries; and keys of a tile, in AMX tiles */
+    GROUP_KEYS = 1024 /* half as many in float32 */
+};
 
 typedef struct backward {
     attention_shape s;
     int64_t heads, queries_padded, chunks;
     int64_t key_tile, tiles;                     /* keys in a tile, tiles of a head */
     int64_t group;                               /* most keys in a group */
+    int64_t block;                               /* queries that meet a tile at once */
     int64_t rows_d;                              /* d padded to rows of a product */
     int64_t across_bytes, down_bytes, dq_floats; /* of one head */
     float *partial; /* [heads][chunks][rows_d][queries_padded], with several chunks */
@@ -32,13 +39,13 @@ typedef struct item_space {     /* of one thread */
     void *q_across, *do_across; /* B: queries are columns, depth d */
     void *q_down, *do_down;     /* B: d is columns, queries are depth */
     float *lse, *dot;           /* [queries_padded]; lse in powers of two */
-    void *k, *v;       /* A: [group][depth]; a group of tiles has key_tile * GROUP_TILES keys */
-    void *k_t;         /* A: [rows_d][group] */
-    float *score, *dp; /* [STRIP_KEYS][QUERY_BLOCK] */
-    void *p, *ds;      /* A: [key_tile][QUERY_BLOCK] */
-    void *ds_across;   /* B: queries are columns, keys are depth; is ds in float32 */
-    float *dk, *dv;    /* [group][width] */
-    float *dq;         /* [rows_d][queries_padded]; NULL with several chunks */
+    void *k, *v;                /* A: [group][depth]; a group has GROUP_KEYS keys at most */
+    void *k_t;                  /* A: [rows_d][group] */
+    float *score, *dp;          /* [STRIP_KEYS][QUERY_BLOCK] */
+    void *p, *ds;               /* A: [key_tile][block] */
+    void *ds_across;            /* B: queries are columns, keys are depth; is ds in float32 */
+    float *dk, *dv;             /* [group][width] */
+    float *dq;                  /* [rows_d][queries_padded]; NULL with several chunks */
 } item_space;
 
 static backward backward_of(const vel_cpu_job *job)
@@ -49,9 +56,12 @@ static backward backward_of(const vel_cpu_job *job)
     const attention_shape *s = &b.s;
     b.heads = s->batch * s->heads;
     b.queries_padded = padded(s->queries, STRIP_KEYS);
-    b.key_tile = VEL_MIN(padded(s->keys, STRIP_KEYS), s->half ? MOST_KEYS : MOST_KEYS / 2);
+    int64_t most = WIDE_BLOCK / (s->amx ? 1 : s->half ? 2 : 4);
+    int64_t group = s->half ? GROUP_KEYS : GROUP_KEYS / 2;
+    b.key_tile = VEL_MIN(padded(s->keys, STRIP_KEYS), most);
     b.tiles = (s->keys + b.key_tile - 1) / b.key_tile;
-    b.group = b.key_tile * VEL_MIN(b.tiles, GROUP_TILES);
+    b.group = b.key_tile * VEL_MIN(b.tiles, group / most);
+    b.block = s->amx ? VEL_MIN(b.queries_padded, WIDE_BLOCK) : QUERY_BLOCK;
     b.rows_d = padded(s->d, ROW_GRAIN);
     b.across_bytes = b.queries_padded * s->depth * s->size;
     b.down_bytes = b.queries_padded * s->width * s->size;
@@ -78,9 +88,9 @@ static item_space space_of(const backward *b, char *base, size_t *used)
     w.k_t = carve(base, used, b->rows_d * b->group * s->size);
     w.score = carve(base, used, STRIP_KEYS * QUERY_BLOCK * 4);
     w.dp = carve(base, used, STRIP_KEYS * QUERY_BLOCK * 4);
-    w.p = carve(base, used, b->key_tile * QUERY_BLOCK * s->size);
-    w.ds = carve(base, used, b->key_tile * QUERY_BLOCK * s->size);
-    w.ds_across = s->half ? carve(base, used, b->key_tile * QUERY_BLOCK * 2) : w.ds;
+    w.p = carve(base, used, b->key_tile * b->block * s->size);
+    w.ds = carve(base, used, b->key_tile * b->block * s->size);
+    w.ds_across = s->half ? carve(base, used, b->key_tile * b->block * 2) : w.ds;
     w.dk = carve(base, used, b->group * s->width * 4);
     w.dv = carve(base, used, b->group * s->width * 4);
     w.dq = b->chunks == 1 ? carve(base, used, b->dq_floats * 4) : NULL;
@@ -151,8 +161,10 @@ static void prepare_group(const backward *b, const vel_launch *l, const item_spa
 /* ---- one tile of keys against one block of queries
  * -------------------------------------------------- */
 
-typedef struct strip { /* rows first .. first+rows-1 of the tile, keys key .. of the head */
-    int64_t first, rows, key, query, columns;
+/* Rows first .. first+rows-1 of the tile, keys key .. of the head; queries query .. of the head,
+ * from `column` of the block on. */
+typedef struct strip {
+    int64_t first, rows, key, query, column, columns;
     const float *bias;
 } strip;
 
@@ -183,8 +195,9 @@ static void pointwise_full(const backward *b, const item_space *w, const strip *
 {
     for (int64_t r = 0; r < t->rows; r++) {
         const float *score = w->score + r * QUERY_BLOCK, *dp = w->dp + r * QUERY_BLOCK;
-        float *p = (float *)w->p + (t->first + r) * QUERY_BLOCK;
-        float *ds = (float *)w->ds + (t->first + r) * QUERY_BLOCK, plus = row_bias(&b->s, t, r);
+        float *p = (float *)w->p + (t->first + r) * b->block + t->column;
+        float *ds = (float *)w->ds + (t->first + r) * b->block + t->column;
+        float plus = row_bias(&b->s, t, r);
         for (int64_t i = 0; i < t->columns; i += VL) {
             vf vp, vds;
             p_and_ds(&b->s, w, vload(score + i), vload(dp + i), plus, t->key + r, t->query + i, &vp,
@@ -203,9 +216,9 @@ static void pointwise_half(const backward *b, const item_space *w, const strip *
 {
     for (int64_t r = 0; r < t->rows; r += 2) {
         const float *score = w->score + r * QUERY_BLOCK, *dp = w->dp + r * QUERY_BLOCK;
-        uint16_t *p = (uint16_t *)w->p + (t->first + r) * QUERY_BLOCK;
-        uint16_t *ds = (uint16_t *)w->ds + (t->first + r) * QUERY_BLOCK;
-        uint16_t *across = (uint16_t *)w->ds_across + (t->first + r) * VL;
+        uint16_t *p = (uint16_t *)w->p + (t->first + r) * b->block + t->column;
+        uint16_t *ds = (uint16_t *)w->ds + (t->first + r) * b->block + t->column;
+        uint16_t *across = (uint16_t *)w->ds_across + t->column * b->key_tile + (t->first + r) * VL;
         for (int64_t i = 0; i < t->columns; i += 2 * VL) {
             __m512i pairs[2];
             for (int64_t row = 0; row < 2; row++) {
@@ -216,9 +229,9 @@ static void pointwise_half(const backward *b, const item_space *w, const strip *
                     p_and_ds(&b->s, w, vload(score + at), vload(dp + at), plus, t->key + r + row,
                              t->query + i + k * VL, &vp[k], &vds[k], true);
                 }
-                vput_two(p, row * QUERY_BLOCK + i, true, vp[0], vp[1]);
+                vput_two(p, row * b->block + i, true, vp[0], vp[1]);
                 pairs[row] = (__m512i)_mm512_cvtne2ps_pbh((__m512)vds[1], (__m512)vds[0]);
-                _mm512_storeu_si512(ds + row * QUERY_BLOCK + i, pairs[row]);
+                _mm512_storeu_si512(ds + row * b->block + i, pairs[row]);
             }
             uint16_t *to = across + i * b->key_tile;
             _mm512_storeu_si512(to, _mm512_unpacklo_epi16(pairs[0], pairs[1]));
@@ -270,13 +283,21 @@ static void tile_step(const backward *b, const item_space *w, const float *bias,
 {
     const attention_shape *s = &b->s;
     int64_t n = b->queries_padded, down = query * VL * s->size;
-    for (int64_t first = 0; first < rows; first += STRIP_KEYS)
-        strip_step(b, w, &(strip){first, STRIP_KEYS, key + row + first, query, columns, bias},
-                   row + first);
+    for (int64_t column = 0; column < columns; column += QUERY_BLOCK)
+        for (int64_t first = 0; first < rows; first += STRIP_KEYS) {
+            strip t = {.first = first,
+                       .rows = STRIP_KEYS,
+                       .key = key + row + first,
+                       .query = query + column,
+                       .column = column,
+                       .columns = VEL_MIN(columns - column, QUERY_BLOCK),
+                       .bias = bias};
+            strip_step(b, w, &t, row + first);
+        }
     vel_operands g = {.c = w->dv + row * s->width,
                       .ldc = s->width,
                       .a = w->p,
-                      .lda = QUERY_BLOCK,
+                      .lda = b->block,
                       .b = (char *)w->do_down + down,
                       .b_panel = n * VL,
                       .b_row = VL,
@@ -295,7 +316,7 @@ static void tile_step(const backward *b, const item_space *w, const float *bias,
                       .lda = b->group,
                       .b = w->ds_across,
                       .b_panel = s->half ? b->key_tile * VL : VL,
-                      .b_row = QUERY_BLOCK,
+                      .b_row = b->block,
                       .rows = b->rows_d,
                       .panels = columns / VL,
                       .depth = rows,
@@ -354,11 +375,11 @@ static void run_item(const backward *b, const vel_launch *l, const item_space *w
     for (int64_t key = first; key < last; key += b->group) {
         int64_t rows = VEL_MIN(b->group, last - key), rows_padded = padded(rows, STRIP_KEYS);
         prepare_group(b, l, w, head, key, rows, rows_padded);
-        for (int64_t query = 0; query < b->queries_padded; query += QUERY_BLOCK)
+        for (int64_t query = 0; query < b->queries_padded; query += b->block)
             for (int64_t row = 0; row < rows_padded; row += b->key_tile)
-                if (!s->causal || query + QUERY_BLOCK > key + row)
+                if (!s->causal || query + b->block > key + row)
                     tile_step(b, w, bias, dq, key, row, VEL_MIN(b->key_tile, rows_padded - row),
-                              query, VEL_MIN(QUERY_BLOCK, b->queries_padded - query));
+                              query, VEL_MIN(b->block, b->queries_padded - query));
         write_rows(s, l->out[1], s->keys, head, key, rows, w->dk, s->scale);
         write_rows(s, l->out[2], s->keys, head, key, rows, w->dv, 1.0f);
     }
