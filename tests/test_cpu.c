@@ -262,6 +262,7 @@ static const attention_case attention_cases[] = {
     {2, 70, 100, 2, 40, 0, false, 1},   {2, 130, 330, 2, 96, 2, false, 2},
     {1, 200, 300, 1, 112, 1, false, 1}, {2, 150, 270, 2, 64, 1, false, 3},
     {1, 50, 400, 1, 40, 0, false, 12}, /* so sharp that rows must be scaled again on the way */
+    {1, 333, 530, 1, 40, 0, true, 2},  /* more than a block of queries, and of keys */
 };
 
 /* Large scores lose digits in any float32 exp. */

@@ -10,6 +10,7 @@
 
 enum {
     BLOCK_BYTES = 1 << 20,  /* of the left operand in the second cache (2 MB on these processors) */
+    WHOLE_BYTES = 5 << 18,  /* the same of whole rows that lie as they came */
     SUM_BYTES = 1 << 20,    /* of sums that wait for the next span of the depth */
     TURN_BYTES = 1 << 19,   /* of sums that wait for the next chunk of neighbouring panels */
     LEAST_ROWS = 192,       /* of a block: the weight is read again for each block */
@@ -36,6 +37,8 @@ static void cut_rows(vel_tiles *t)
     if (fit < VEL_MIN(t->out_height, LEAST_ROWS)) {
         t->span = even_size(t->all_steps, MOST_SPAN, 1);
         fit = BLOCK_BYTES / 2 / (t->span * TILES_SIDE * 2); /* sums are as large */
+    } else {
+        fit = WHOLE_BYTES / row;
     }
     t->block_images = 1;
     t->block_rows = even_size(t->out_height, fit, TILES_SIDE);
