@@ -23,7 +23,7 @@ static char *model_with(vel_test *t, const char *name, place_fn place)
     char *copy = vel_test_text(t, "cp -rL " SD3 " \"$D/%s\" && chmod -R u+w \"$D/%s\"", name, name);
     CHECK(program_shell(t, copy, &r) && r.status == 0);
     vel_free(t->ctx, copy);
-    char *folder = vel_test_path(t, name), *path = vel_path_join(t->ctx, folder, table_file);
+    char *folder = vel_test_path(t, name), *path = vel_test_text(t, "%s/%s", folder, table_file);
     vel_safetensors *sf = NULL;
     static float table[TABLE * TABLE * WIDTH], other[TABLE * TABLE * WIDTH];
     static vel_save_tensor all[128];
