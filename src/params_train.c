@@ -157,7 +157,9 @@ const vel_option_row vel_train_rows[] = {
          "new words without initializer_token begin as noise of the table's deviation, and each "
          "step draws them to it, as diffusers' advanced scripts do"),
     FLAG("words_by_encoder", NULL, words_by_encoder, "no", "method",
-         "in the file a word goes by its text encoder, clip_l or clip_g, where there is one, too"),
+         "in the file a word goes by its text encoder, such as clip_l, where there is one, too"),
+    FLAG("words_in_t5", NULL, words_in_t5, "no", "method",
+         "T5 learns new words too, beside CLIP (SD 3, FLUX.1), as with diffusers' --enable_t5_ti"),
     TEXT("words_name", NULL, words_name, NULL, "method",
          "first part of the name of the words' file beside an adapter; default: NAME_emb"),
     FLOAT("text_encoder_share", NULL, text_encoder_share, "1", 0, 1, "method",

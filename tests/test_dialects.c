@@ -329,7 +329,11 @@ TEST(dialects_advanced)
              "train_text_encoder=yes text_encoder_share=0.3 placeholder_token=");
     is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder",
                "exclude");
-    is_refused(t, PIVOT("train_dreambooth_lora_flux_advanced.py") "--enable_t5_ti", "T5 learns no");
+    comes_to(t, PIVOT("train_dreambooth_lora_flux_advanced.py") "--enable_t5_ti",
+             "placeholder_token=<s0><s1> words_in_t5=yes");
+    comes_to(t, PIVOT("train_dreambooth_lora_flux_advanced.py"), "words_in_t5=no");
+    comes_to(t, LARGE("train_dreambooth_lora_flux_advanced.py") "--enable_t5_ti",
+             "words_in_t5=no placeholder_token=");
     is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction A,B",
                "one word");
 }

@@ -681,5 +681,23 @@ TEST(scripts_train_dreambooth_lora_flux_advanced)
                               "--max_sequence_length 32 --guidance_scale 1 --max_train_steps 2",
         (const char *const[]){"words: <s0>, 1 vector each", "is learned and stays", NULL});
     check_count(t, "out/out_emb.safetensors", "clip_l", 1);
+    check_count(t, "out/out_emb.safetensors", "t5", 0);
     check_count(t, "out/pytorch_lora_weights.safetensors", "text_encoder", 0);
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_flux_advanced.py",
+                  "flux-dev") "--instance_data_dir "
+                              "\"$D/train/1_x\" --instance_prompt \"a photo of TOK\" --rank 2 "
+                              "--train_text_encoder_ti --enable_t5_ti --output_dir \"$D/t5\" "
+                              "--max_sequence_length 32 --guidance_scale 1 --max_train_steps 2",
+        (const char *const[]){"2 vectors each in text_encoder and text_encoder_2", NULL});
+    check_count(t, "t5/t5_emb.safetensors", "", 2);
+    check_count(t, "t5/t5_emb.safetensors", "clip_l", 1);
+    check_count(t, "t5/t5_emb.safetensors", "t5", 1);
+    program_expect(
+        t,
+        "generate --model " MODEL("flux-dev") "--embedding \"<s0><s1>=$D/t5/t5_emb.safetensors\" "
+                                              "--prompt \"a <s0><s1>\" --steps 1 --width 64 "
+                                              "--height 64 --max_sequence_length 32 --output "
+                                              "\"$D/x.png\"",
+        0, (const char *const[]){"word: <s0><s1> (2 vectors)\n", NULL});
 }

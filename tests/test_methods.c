@@ -483,7 +483,7 @@ TEST(methods_word_files)
     REQUIRE_OK(vel_words_read(t->ctx, path, true, &words, &n)); /* none is bundled */
     CHECK(n == 0);
     vel_words_free(t->ctx, words, n);
-    /* Not words: too many rows, and T5's. */
+    /* Not words: too many rows, and what an encoder makes of a word. */
     vel_save_tensor odd = {.name = "x", .type = VEL_FILE_F32, .rank = 2, .dim = {0, 4}};
     static const int64_t zeros[4096] = {0};
     odd.dim[0] = 2048;
@@ -493,5 +493,10 @@ TEST(methods_word_files)
     odd.dim[0] = 1;
     odd.name = "t5xxl";
     REQUIRE_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
-    CHECK(vel_words_read(t->ctx, path, false, &words, &n) == VEL_UNSUPPORTED);
+    REQUIRE_OK(vel_words_read(t->ctx, path, false, &words, &n)); /* T5's, by ComfyUI's name */
+    CHECK(n == 1 && strcmp(words[0].name, "my-cat") == 0 && strcmp(words[0].encoder, "t5") == 0);
+    vel_words_free(t->ctx, words, n);
+    odd.name = "bundle_emb.<one>.t5_out";
+    REQUIRE_OK(vel_safetensors_save(t->ctx, path, &odd, 1, NULL));
+    CHECK(vel_words_read(t->ctx, path, true, &words, &n) == VEL_UNSUPPORTED);
 }

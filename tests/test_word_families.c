@@ -1,7 +1,11 @@
-/* test_word_families.c: learned words where a model has several text encoders (SDXL): trained in
- * each, saved and read in the form that other programs have, and files that are for one of them. */
+/* test_word_families.c: learned words where a model has several text encoders (SDXL, SD 3, FLUX.1):
+ * trained in each, T5 too, saved and read in the form that other programs have, and files that are
+ * for one of them. */
+#include "adapters/adapters.h"
+#include "exec/exec.h"
 #include "formats/formats.h"
 #include "program.h"
+#include "sample/sample.h"
 
 #define SDXL "--model tests/golden/families/sdxl/model "
 #define TEACH                                                                                      \
@@ -206,4 +210,197 @@ TEST(word_families_pool_at_the_end)
                  (size_t)one.width * (size_t)one.height * (size_t)one.channels) == 0);
     vel_image_finish(&one);
     vel_image_finish(&two);
+}
+
+/* ---- T5 ---- */
+
+typedef struct golden_words { /* tools/golden/t5_words.py */
+    vel_safetensors *file;
+    const char *text;
+    float *clip, *t5; /* [2, width] */
+} golden_words;
+
+static float *golden(vel_test *t, const golden_words *w, const char *name)
+{
+    const vel_file_tensor *v = vel_safetensors_find(w->file, name);
+    float *out = vel_test_alloc(t, (size_t)(v ? v->count : 1) * sizeof *out);
+    CHECK_MSG(v, "no %s", name);
+    if (v)
+        vel_file_tensor_floats(v, 0, v->count, out);
+    return out;
+}
+
+static void open_golden(vel_test *t, golden_words *w)
+{
+    REQUIRE_OK(vel_safetensors_open(t->ctx, "tests/golden/t5_words.safetensors", &w->file));
+    w->text = vel_safetensors_meta(w->file, "text");
+    w->clip = golden(t, w, "clip_l");
+    w->t5 = golden(t, w, "t5");
+    REQUIRE(w->text);
+}
+
+static void close_golden(vel_test *t, golden_words *w)
+{
+    vel_safetensors_close(w->file);
+    vel_free(t->ctx, w->clip);
+    vel_free(t->ctx, w->t5);
+}
+
+/* A model that has learned the golden file's words for T5, number k, or for CLIP. */
+static vel_model *taught(vel_test *t, const golden_words *w, const char *family, int k)
+{
+    const vel_model_options o = {
+        .device = "cpu", .precision = "no", .clip_skip = 1, .text_length = 32};
+    char *path = vel_test_text(t, "tests/golden/families/%s/model", family);
+    vel_model *m = NULL;
+    REQUIRE_OK(vel_model_open(t->ctx, path, &o, &m));
+    vel_free(t->ctx, path);
+    CHECK_OK(vel_model_add_word(m, k, "<s0><s1>", 2, k ? w->t5 : w->clip));
+    return m;
+}
+
+static double error_of(const float *got, const float *wanted, int64_t n)
+{
+    double difference = 0, size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        difference += pow((double)got[i] - (double)wanted[i], 2);
+        size += pow((double)wanted[i], 2);
+    }
+    return sqrt(difference / size);
+}
+
+/* What a text with the word becomes, as after diffusers' load_textual_inversion. */
+TEST(word_families_t5_states_are_diffusers)
+{
+    static const struct {
+        const char *family;
+        int text;
+        const char *name;
+        bool pooled;
+    } rows[] = {{"flux-dev", 0, "flux-dev.text_encoder.pooled", true},
+                {"flux-dev", 1, "flux-dev.text_encoder_2.context", false},
+                {"sd3", 2, "sd3.text_encoder_3.context", false}};
+    golden_words w;
+    open_golden(t, &w);
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        vel_model *m = taught(t, &w, rows[i].family, rows[i].text);
+        const vel_text_states *s = &vel_model_states(m)[rows[i].text];
+        int64_t states = (int64_t)s->length * s->width, n = rows[i].pooled ? s->pooled : states;
+        float *got = vel_test_alloc(t, sizeof *got * (size_t)vel_text_values(s));
+        float *wanted = golden(t, &w, rows[i].name);
+        CHECK_OK(vel_model_encode_by(m, rows[i].text, &w.text, 1, false, got));
+        double error = error_of(got + (rows[i].pooled ? states : 0), wanted, n);
+        CHECK_MSG(error < 1e-5, "%s: relative error %g", rows[i].name, error);
+        vel_free(t->ctx, got);
+        vel_free(t->ctx, wanted);
+        vel_model_close(m);
+    }
+    close_golden(t, &w);
+}
+
+/* The rows' gradient, as PyTorch has it through T5. */
+TEST(word_families_t5_gradient_is_pytorchs)
+{
+    enum { LENGTH = 32, WIDTH = 48, T5 = 1 };
+    golden_words w;
+    open_golden(t, &w);
+    vel_model *m = taught(t, &w, "flux-dev", T5);
+    const vel_family *family = vel_model_family(m);
+    vel_words words = *vel_model_words(m);
+    const vel_trained what = {.words = &words};
+    words.trained = true;
+    int32_t *ids = vel_test_alloc(t, sizeof *ids * (size_t)vel_model_ids(m));
+    float *probe = golden(t, &w, "probe"), *wanted = golden(t, &w, "grad"), got[2 * WIDTH];
+    vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
+    const vel_text_input in = {.ids = vel_input(g, "ids_2", VEL_I32, VEL_SHAPE(1, LENGTH))};
+    vel_ref states = family->encode_text(g, vel_model_config(m), T5, &in, 1).context;
+    vel_ref loss = vel_mul(g, states, vel_input(g, "probe", VEL_F32, VEL_SHAPE(1, LENGTH, WIDTH)));
+    vel_output(g, "loss", vel_reshape(g, vel_sum(g, loss, 7), VEL_SHAPE(1)));
+    REQUIRE_OK(vel_apply_trained(&g, &what));
+    vel_engine *e = vel_model_engine(m);
+    REQUIRE_OK(vel_engine_add_trainables(e, g));
+    REQUIRE(vel_engine_trainables(e) == 1 && vel_engine_trainable_at(e, 0)->count == 2 * WIDTH);
+    vel_engine_write_trainables(e, 'v', 0, 2 * WIDTH, w.t5);
+    vel_plan *plan = NULL;
+    REQUIRE_OK(
+        vel_plan_create(e, g, &(vel_plan_options){.compute = VEL_F32, .gradient = true}, &plan));
+    REQUIRE_OK(vel_model_tokenize(m, w.text, ids, NULL));
+    REQUIRE_OK(vel_model_set_ids(m, plan, ids, NULL, 1));
+    REQUIRE_OK(vel_plan_set(plan, "probe", probe, LENGTH * WIDTH * sizeof *probe));
+    REQUIRE_OK(vel_plan_run(plan));
+    vel_engine_read_trainables(e, 'g', 0, 2 * WIDTH, got);
+    CHECK_MSG(error_of(got, wanted, 2 * WIDTH) < 1e-5, "relative error %g",
+              error_of(got, wanted, 2 * WIDTH));
+    vel_plan_destroy(plan);
+    vel_free(t->ctx, ids);
+    vel_free(t->ctx, probe);
+    vel_free(t->ctx, wanted);
+    vel_model_close(m);
+    close_golden(t, &w);
+}
+
+#define OF(family) "--model tests/golden/families/" family "/model "
+#define TEACH_T5(family)                                                                           \
+    "train " OF(family) "--data \"$D/pictures\" --resolution 64 --learning_rate 0.05 --device "    \
+                        "cpu --mixed_precision no --seed 1 --output_name a --save_precision "      \
+                        "float --sample_steps 2 "                                                  \
+                        "--max_sequence_length 32 --placeholder_token '<cat>' "                    \
+                        "--initializer_token cat --num_vectors 2 "                                 \
+                        "--words_in_t5 "
+#define T5_WORD(family) TEACH_T5(family) "--method textual_inversion "
+
+/* T5 learns beside CLIP, also after a stop; the file brings back all that was learned; without the
+ * setting CLIP learns alone; there must be a T5. */
+TEST(word_families_t5_learns)
+{
+    if (!runs(t, T5_WORD("flux-dev") "--steps 4 --sample_every 4 --sample_prompts 'a <cat>' "
+                                     "--output_dir \"$D/whole\"") ||
+        !runs(t, T5_WORD("flux-dev") "--steps 2 --output_dir \"$D/half\"") ||
+        !runs(t, T5_WORD("flux-dev") "--steps 4 --resume latest --output_dir \"$D/half\"") ||
+        !runs(t, T5_WORD("flux-dev") "--steps 1 --sample_every 1 --sample_prompts 'a <cat>' "
+                                     "--embedding_weights \"$D/whole/a.safetensors\" "
+                                     "--output_dir \"$D/more\"") ||
+        !runs(t, T5_WORD("sd3") "--steps 1 --output_dir \"$D/sd3\"") ||
+        !runs(t, T5_WORD("flux-dev") "--steps 2 --words_in_t5 no --output_dir \"$D/clip\""))
+        return;
+    CHECK(tensors_in(t, "whole/a.safetensors") == 2);
+    check_rows(t, "whole/a.safetensors", "clip_l", 2, 32);
+    check_rows(t, "whole/a.safetensors", "t5", 2, 48);
+    check_rows(t, "sd3/a.safetensors", "clip_g", 2, 28);
+    check_rows(t, "sd3/a.safetensors", "t5", 2, 48);
+    check_rows(t, "clip/a.safetensors", "<cat>", 2, 32);
+    CHECK(program_same_files(t, "whole/a.safetensors", "half/a.safetensors"));
+    CHECK(moved(t, "more/a.safetensors", "whole/a.safetensors", "clip_l"));
+    CHECK(moved(t, "more/a.safetensors", "whole/a.safetensors", "t5"));
+    CHECK(!program_same_files(t, "whole/" SHEET(0), "whole/" SHEET(4)));
+    CHECK(program_same_files(t, "whole/" SHEET(4), "more/" SHEET(0)));
+    EXPECT(WORD "--words_in_t5 --steps 1 --output_dir \"$D/no\"", 1,
+           "--words_in_t5: ", "has no T5");
+}
+
+/* Beside an adapter in both programs' names; ComfyUI's name for T5; a file for T5 alone. */
+TEST(word_families_t5_files)
+{
+    static float values[48] = {1};
+    char name[] = "<x>";
+    const vel_word t5 = {name, 1, 48, values, "t5"}, comfy = {name, 1, 48, values, "t5xxl"},
+                   none = {name, 1, 48, values, "clip_g"};
+#define DRAW_FLUX                                                                                  \
+    "generate " OF("flux-dev") "--steps 1 --width 64 --height 64 --precision no --device cpu "     \
+                               "--output \"$D/p.png\" --prompt 'a <x> <cat>' "
+    write_words(t, "t5.safetensors", &t5, 1, "diffusers");
+    write_words(t, "comfy.safetensors", &comfy, 1, "diffusers");
+    write_words(t, "none.safetensors", &none, 1, "diffusers");
+    EXPECT(DRAW_FLUX "--embedding \"$D/t5.safetensors\"", 0,
+           "word: <x> (1 vector), for text_encoder_2; not for text_encoder: it is read there as");
+    EXPECT(DRAW_FLUX "--embedding \"$D/comfy.safetensors\"", 0,
+           "word: <x> (1 vector), for text_encoder_2;");
+    EXPECT(DRAW_FLUX "--embedding \"$D/none.safetensors\"", 1, "has vectors for clip_g");
+    if (!runs(t, TEACH_T5("flux-dev") "--instance_prompt 'a <cat>' --rank 2 --steps 1 "
+                                      "--save_format kohya --output_dir \"$D/one\""))
+        return;
+    check_rows(t, "one/a.safetensors", "bundle_emb.<cat>.clip_l", 2, 32);
+    check_rows(t, "one/a.safetensors", "bundle_emb.<cat>.t5", 2, 48);
+    EXPECT(DRAW_FLUX "--lora \"$D/one/a.safetensors\"", 0, "word: <cat> (2 vectors)");
 }

@@ -337,6 +337,8 @@ static vel_status pivot_rules(vel_line *l)
     VEL_TRY(vel_line_set(l, "token_abstraction", "words_spread", "yes"));
     VEL_TRY(vel_line_set(l, "token_abstraction", "words_by_encoder", "yes"));
     VEL_TRY(vel_line_set(l, "token_abstraction", "learnable_property", "captions"));
+    if (vel_line_on(l, "enable_t5_ti"))
+        VEL_TRY(vel_line_set(l, "enable_t5_ti", "words_in_t5", "yes"));
     if (concept)
         VEL_TRY(vel_line_set(l, "initializer_concept", "initializer_token", "%s", concept));
     if (vel_line_given(l, "caption_column"))

@@ -122,16 +122,17 @@ typedef struct vel_word {
     int n, width;  /* vectors, and values in each */
     float *values; /* [n, width] */
     /* Which text encoder's they are, where a file says so or has to: "clip_l" or "clip_g" of SDXL
-     * and SD 3; NULL: the only one's. A word has one entry for each. */
+     * and SD 3, "t5" of SD 3 and FLUX.1; NULL: the only one's. A word has one entry for each. */
     const char *encoder;
 } vel_word;
 /* A file of any dialect, a pickle too. bundled: only the words beside an adapter's tensors, of
  * which there may be none. vel_words_free. */
 vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word **out, int *n);
 void vel_words_free(vel_ctx *ctx, vel_word *words, int n);
-/* "clip_l" -> 0, the first text encoder, "clip_g" -> 1; and back. NULL, -1: none. */
-int vel_words_encoder(const char *name);
-const char *vel_words_encoder_name(int k);
+/* What vel_word.encoder is for the name of a text encoder in a file; NULL: it is none. */
+const char *vel_words_encoder(const char *name);
+const char *vel_words_clip(int k); /* of a model's CLIP encoder k: 0, 1; NULL past them */
+#define vel_words_t5 "t5"
 /* Whether entry i is the first of its word; how many words the n entries are. */
 bool vel_words_is_first(const vel_word *words, int i);
 int vel_words_names(const vel_word *words, int n);

@@ -7,9 +7,10 @@
  *               A1111 read them, bundle_emb.WORD.clip_l as OneTrainer writes them; ai-toolkit puts
  *               kohya's emb_params there
  *
- * A word for two text encoders has an entry for each: {"clip_l": [n, 768], "clip_g": [n, 1280]} in
- * all programs, beside an adapter bundle_emb.WORD.clip_l and .clip_g. The file's name is the word,
- * unless the metadata has its "name". */
+ * A word for several text encoders has an entry for each: {"clip_l": [n, 768], "clip_g": [n, 1280]}
+ * in all programs, beside an adapter bundle_emb.WORD.clip_l and .clip_g. T5's is "t5" in diffusers'
+ * scripts and OneTrainer, "t5xxl" in ComfyUI. The file's name is the word, unless the metadata has
+ * its "name". */
 #include "formats/formats.h"
 
 enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
@@ -17,20 +18,23 @@ enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
 static const char bundle[] = "bundle_emb.", param[] = "string_to_param",
                   rows_of_kohya[] = "emb_params";
 /* What follows the word in a bundle's key. */
-static const char *const bundle_ends[] = {".string_to_param", ".clip_l", ".clip_g"};
-static const char *const encoders[] = {"clip_l", "clip_g"};
+static const char *const bundle_ends[] = {".string_to_param", ".clip_l", ".clip_g", ".t5"};
+static const struct {
+    const char *name, *other; /* as we write it; as some programs do, or NULL */
+} encoders[] = {{"clip_l", NULL}, {"clip_g", NULL}, {vel_words_t5, "t5xxl"}};
 
-int vel_words_encoder(const char *name)
+const char *vel_words_encoder(const char *name)
 {
     for (int k = 0; k < VEL_COUNT(encoders); k++)
-        if (strcmp(name, encoders[k]) == 0)
-            return k;
-    return -1;
+        if (strcmp(name, encoders[k].name) == 0 ||
+            (encoders[k].other && strcmp(name, encoders[k].other) == 0))
+            return encoders[k].name;
+    return NULL;
 }
 
-const char *vel_words_encoder_name(int k)
+const char *vel_words_clip(int k)
 {
-    return k >= 0 && k < VEL_COUNT(encoders) ? encoders[k] : NULL;
+    return k == 0 || k == 1 ? encoders[k].name : NULL;
 }
 
 bool vel_words_is_first(const vel_word *words, int i)
@@ -53,7 +57,7 @@ int vel_words_names(const vel_word *words, int n)
 static const char *encoder_of(const char *key)
 {
     const char *last = vel_has_prefix(key, bundle) ? strrchr(key, '.') + 1 : key;
-    return vel_words_encoder_name(vel_words_encoder(last));
+    return vel_words_encoder(last);
 }
 
 void vel_words_free(vel_ctx *ctx, vel_word *words, int n)
@@ -99,11 +103,7 @@ static vel_status read_word(vel_ctx *ctx, const vel_safetensors *sf, const vel_f
                             vel_word *out)
 {
     const char *path = vel_safetensors_path(sf);
-    if (strcmp(t->name, "t5xxl") == 0)
-        return vel_fail(ctx, VEL_UNSUPPORTED,
-                        "%s: holds '%s': a word for T5, which is not supported; CLIP's are", path,
-                        t->name);
-    if (vel_has_prefix(t->name, bundle) && vel_glob("*.clip_l_out,*.clip_g_out", t->name))
+    if (vel_has_prefix(t->name, bundle) && vel_glob("*.clip_l_out,*.clip_g_out,*.t5_out", t->name))
         return vel_fail(ctx, VEL_UNSUPPORTED,
                         "%s: holds '%s': a word as the text encoder's output, which is not "
                         "supported; train it with the word as its input",

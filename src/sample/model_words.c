@@ -1,16 +1,17 @@
 /* model_words.c: learned words on a loaded model. The tokenizer of a text encoder gives a word's
  * vectors ids behind its own; their values lie apart from the encoder's table, so that its rows
  * stay as they are. Where such an id stands in a text, the table is asked for some row of its own
- * and the mask takes the word's instead (adapters/thaw.c). Each of SDXL's two encoders, and each
- * CLIP of SD 3, has rows of its own for a word. */
+ * and the mask takes the word's instead (adapters/thaw.c). Each of a model's CLIP encoders and T5
+ * has rows of its own for a word; language models have none. */
 #include <strings.h>
 
 #include "sample/model.h"
 
 _Static_assert((int)VEL_WORD_TABLES >= (int)VEL_MAX_TEXTS, "a table for each text encoder");
 
-/* As CLIP's table is named in a part; other kinds of encoders have other names. */
-static const char table_name[] = "text_model.embeddings.token_embedding.weight";
+/* As CLIP's table is named in a part, and T5's. */
+static const char clip_table[] = "text_model.embeddings.token_embedding.weight";
+static const char t5_table[] = "shared.weight";
 static const char rows_name[] = "words";
 
 static const char *const id_names[VEL_MAX_TEXTS] = {"word_ids", "word_ids_2", "word_ids_3"};
@@ -21,15 +22,25 @@ static char *path_in(vel_model *m, int k, const char *name)
     return vel_arena_strf(m->arena, "%s.%s", m->texts[k].part, name);
 }
 
+static char *table_of(vel_model *m, int k)
+{
+    return path_in(m, k, m->texts[k].large ? t5_table : clip_table);
+}
+
 unsigned vel_model_word_texts(vel_model *m)
 {
     unsigned out = 0;
     for (int k = 0; k < m->n_texts; k++) {
-        char *table = path_in(m, k, table_name);
+        char *table = table_of(m, k);
         bool there = !m->texts[k].absent && m->tokenizers[k] && table && vel_model_tensor(m, table);
         out |= (unsigned)there << k;
     }
     return out;
+}
+
+const char *vel_model_word_name(const vel_model *m, int k)
+{
+    return m->texts[k].large ? vel_words_t5 : vel_words_clip(k);
 }
 
 static void read_rows(void *user, int64_t first, int64_t n, float *out)
@@ -58,7 +69,7 @@ vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, cons
     int known = vel_tokenizer_size(m->tokenizers[k]), rows = t->n, width = m->texts[k].width;
     if (!rows)
         m->first_word[k] = known;
-    const char *table = t->table ? t->table : path_in(m, k, table_name),
+    const char *table = t->table ? t->table : table_of(m, k),
                *path = t->path ? t->path : path_in(m, k, rows_name);
     if (!table || !path)
         return VEL_NO_MEMORY;
@@ -76,15 +87,27 @@ vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, cons
 
 /* ---- words of a file ---- */
 
-/* Which text encoder a file's vectors are for: the one that it names (clip_l the first, clip_g the
- * second), else the first one of their width. -1: none of this model's. */
+/* Which of the model's text encoders a file names; -1: none of them. */
+static int named_encoder(vel_model *m, const char *encoder)
+{
+    unsigned texts = vel_model_word_texts(m);
+    for (int k = 0; k < m->n_texts; k++)
+        if ((texts >> k & 1) && strcmp(vel_model_word_name(m, k), encoder) == 0)
+            return k;
+    return -1;
+}
+
+/* Which text encoder a file's vectors are for: the one that it names, else the first one of their
+ * width. -1: none of this model's. */
 static int encoder_of(vel_model *m, const vel_word *word)
 {
     unsigned texts = vel_model_word_texts(m);
-    int named = word->encoder ? vel_words_encoder(word->encoder) : -1;
+    int named = word->encoder ? named_encoder(m, word->encoder) : -1;
+    if (word->encoder)
+        return named >= 0 && m->texts[named].width == word->width ? named : -1;
     for (int k = 0; k < m->n_texts; k++)
-        if ((texts >> k & 1) && (named >= 0 ? named == k : m->texts[k].width == word->width))
-            return m->texts[k].width == word->width ? k : -1;
+        if ((texts >> k & 1) && m->texts[k].width == word->width)
+            return k;
     return -1;
 }
 
@@ -94,20 +117,21 @@ static vel_status check_encoder(vel_model *m, const char *path, const vel_word *
     unsigned texts = vel_model_word_texts(m);
     if (encoder_of(m, word) >= 0)
         return VEL_OK;
-    int k = word->encoder ? vel_words_encoder(word->encoder) : 0;
+    int k = word->encoder ? named_encoder(m, word->encoder) : 0;
     if (!texts)
         return vel_fail(m->ctx, VEL_UNSUPPORTED,
-                        "%s: %s has no text encoder that takes learned words: they are CLIP's",
+                        "%s: %s has no text encoder that takes learned words: they are CLIP's and "
+                        "T5's",
                         path, m->family->title);
-    if (word->encoder && !(texts >> k & 1))
+    if (k < 0)
         return vel_fail(m->ctx, VEL_UNSUPPORTED,
                         "%s: '%s' has vectors for %s, a text encoder that %s does not have: it was "
-                        "made for SDXL or another model of several encoders",
+                        "made for another model",
                         path, name, word->encoder, m->family->title);
     return vel_fail(m->ctx, VEL_BAD_FILE,
                     "%s: '%s' has vectors of %d values, the text encoder of %d: it was made "
                     "for another model",
-                    path, name, word->width, m->texts[texts >> k & 1 ? k : 0].width);
+                    path, name, word->width, m->texts[k].width);
 }
 
 /* Encoders that have no vectors of the word read it as it is spelled, as in diffusers. */
@@ -188,7 +212,7 @@ vel_status vel_model_embedding(vel_model *m, int k, int32_t id, float *out)
 {
     float *table = NULL;
     int64_t n = 0;
-    char *path = path_in(m, k, table_name);
+    char *path = table_of(m, k);
     size_t width = (size_t)m->texts[k].width;
     if (!path)
         return VEL_NO_MEMORY;
@@ -204,7 +228,7 @@ vel_status vel_model_embedding_spread(vel_model *m, int k, double *out)
 {
     float *table = NULL;
     int64_t n = 0;
-    char *path = path_in(m, k, table_name);
+    char *path = table_of(m, k);
     if (!path)
         return VEL_NO_MEMORY;
     VEL_TRY(vel_model_read_weight(m, path, &table, &n));

@@ -202,8 +202,11 @@ vel_status vel_model_set_adapter(vel_model *m, const char *name, double weight);
 void vel_model_remove_adapters(vel_model *m);
 /* Adds an adapter's change to the model's weights for good, in float32, before any plan is made. */
 vel_status vel_model_merge_adapter(vel_model *m, const char *path, double weight);
-/* Learned words (model_words.c). The text encoders that can have them, a bit each: CLIP's. */
+/* Learned words (model_words.c). The text encoders that can have them, a bit each: CLIP's and T5.
+ */
 unsigned vel_model_word_texts(vel_model *m);
+/* How files name text encoder k of those: "clip_l", "clip_g", "t5". */
+const char *vel_model_word_name(const vel_model *m, int k);
 /* n vectors of text encoder k's width under a word, which prompts may hold from then on.
  * VEL_BAD_VALUE: the word is taken, empty, or has blanks. */
 vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, const float *values);

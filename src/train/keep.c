@@ -598,7 +598,7 @@ static vel_status export_words(train_session *s, const char *path, const char *f
     int n;
     VEL_TRY(vel_words_trained(s, &words, &n));
     for (int i = 0; i < n && s->o->words_by_encoder; i++)
-        words[i].encoder = words[i].encoder ? words[i].encoder : vel_words_encoder_name(0);
+        words[i].encoder = words[i].encoder ? words[i].encoder : vel_words_clip(0);
     bool apart = s->o->words_apart && n && words[0].encoder && strcmp(form, "diffusers") == 0;
     vel_status st = apart ? export_apart(s, path, words, n, meta)
                           : vel_words_write(s->ctx, path, words, n, form,

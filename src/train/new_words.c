@@ -108,7 +108,7 @@ static vel_status start_from(train_session *s, int k, const char *word, int n, f
 /* The name that text encoder k's vectors have in a file; NULL where it is the only one. */
 static const char *encoder_name(const train_session *s, int k)
 {
-    return s->word_texts == 1u << k ? NULL : vel_words_encoder_name(k);
+    return s->word_texts == 1u << k ? NULL : vel_model_word_name(s->model, k);
 }
 
 /* The entry of a word, or of a file's only word, for text encoder k. */
@@ -236,19 +236,37 @@ static vel_status read_spreads(train_session *s)
     return VEL_OK;
 }
 
+/* Which text encoders learn the words: CLIP's, and T5 where that is asked for. */
+static vel_status choose_encoders(train_session *s)
+{
+    bool t5 = false;
+    s->word_texts = vel_model_word_texts(s->model);
+    for (int k = 0; k < vel_model_texts(s->model); k++) {
+        if (!(s->word_texts >> k & 1) || !vel_model_text(s->model, k)->large)
+            continue;
+        t5 = true;
+        if (!s->o->words_in_t5)
+            s->word_texts &= ~(1u << k);
+    }
+    if (s->o->words_in_t5 && !t5)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED, "--words_in_t5: %s has no T5 here beside CLIP",
+                        vel_model_family(s->model)->title);
+    if (!s->word_texts)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--placeholder_token: %s has no text encoder that learns words: they are "
+                        "CLIP's and T5's",
+                        vel_model_family(s->model)->title);
+    s->texts |= s->word_texts;
+    return VEL_OK;
+}
+
 vel_status vel_words_prepare(train_session *s)
 {
     const vel_train_options *o = s->o;
     s->word_names = vel_arena_alloc(s->arena, MOST_WORDS * sizeof *s->word_names);
     if (!s->word_names)
         return VEL_NO_MEMORY;
-    s->word_texts = vel_model_word_texts(s->model);
-    if (!s->word_texts)
-        return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                        "--placeholder_token: %s has no text encoder that learns words: they are "
-                        "CLIP's",
-                        vel_model_family(s->model)->title);
-    s->texts |= s->word_texts;
+    VEL_TRY(choose_encoders(s));
     VEL_TRY(read_spreads(s));
     for (int i = 0; i < MOST_WORDS; i++) {
         const char *word = item_of(s->arena, o->placeholder_token, i);

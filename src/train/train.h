@@ -122,7 +122,7 @@ typedef struct vel_train_options {
     const char *also_kohya_name, *words_name;
     bool scaled_places;
     double place_cut_rate;
-    bool words_spread, words_by_encoder;
+    bool words_spread, words_by_encoder, words_in_t5;
     double text_encoder_share;
     bool words_apart;      /* a file of words for each text encoder */
     bool save_pipeline;    /* at the end the model with its new words in output_dir */
