@@ -180,6 +180,25 @@ TEST(word_families_files_for_one_encoder)
            1, "no text encoder that learns words");
 }
 
+/* Words that nothing brought are named; a learned one may be of several <...>. */
+TEST(word_families_unknown_words_are_named)
+{
+    static program_result r;
+    static float values[32] = {1};
+    char name[] = "<s0><s1>";
+    const vel_word word = {name, 1, 32, values, "clip_l"};
+    write_words(t, "l.safetensors", &word, 1, "diffusers");
+    if (!program_run(t,
+                     DRAW "--prompt 'a <s0><s1> <y> <s0>' --embedding \"$D/l.safetensors\" "
+                          "--output \"$D/p.png\"",
+                     &r))
+        return;
+    const char *first = strstr(r.text, "<s0> is no word");
+    CHECK_MSG(r.status == 0 && strstr(r.text, "<y> is no word"), "%s", r.text);
+    CHECK_MSG(first && !strstr(first + 1, "<s0> is no word"), "%s", r.text); /* the lone one */
+    CHECK_MSG(!strstr(r.text, "<s1> is no word"), "%s", r.text);
+}
+
 /* What is pooled is the end's, whatever the config says of it: the word's id is larger. */
 TEST(word_families_pool_at_the_end)
 {

@@ -293,11 +293,28 @@ static bool knows_word(vel_model *m, const char *word, bool *split)
     return false;
 }
 
+/* The length of the longest learned word that stands there, which may be of several <...>. */
+static size_t learned_word(vel_model *m, const char *at)
+{
+    size_t longest = 0;
+    for (int k = 0; k < m->n_texts; k++)
+        for (int i = 0; i < m->words.of[k].n; i++) {
+            const char *word = vel_tokenizer_piece(m->tokenizers[k], m->first_word[k] + i);
+            if (word && vel_has_prefix(at, word))
+                longest = VEL_MAX(longest, strlen(word));
+        }
+    return longest;
+}
+
 void vel_model_warn_unknown_words(vel_model *m, const char *prompt)
 {
     for (const char *at = strchr(prompt, '<'); at; at = strchr(at + 1, '<')) {
-        size_t n = angled_word(at);
+        size_t learned = learned_word(m, at), n = angled_word(at);
         char word[128];
+        if (learned) {
+            at += learned - 1;
+            continue;
+        }
         if (!n || n >= sizeof word)
             continue;
         snprintf(word, sizeof word, "%.*s", (int)n, at);
