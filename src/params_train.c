@@ -79,7 +79,9 @@ const vel_option_row vel_train_rows[] = {
     TEXT("trigger_word", NULL, captions.trigger, NULL, "captions",
          "stands for [trigger]; put first where a caption does not have it"),
     TEXT("caption_swap", NULL, captions.swap, NULL, "captions",
-         "WORD=OTHER: the first becomes the second wherever it stands, such as TOK=<s0><s1>"),
+         "WORD=OTHER: the first becomes the second wherever it stands, such as TOK=<s0><s1>; "
+         "several "
+         "with commas"),
     CHOICE("caption_style", NULL, captions.style, "tags", "tags,text,auto", "captions",
            "text: captions are left whole; auto: those whose parts are longer than tags"),
     INT("token_warmup_min", NULL, captions.warmup_min, "1", 0, 255, "captions",
@@ -157,7 +159,8 @@ const vel_option_row vel_train_rows[] = {
          "new words without initializer_token begin as noise of the table's deviation, and each "
          "step draws them to it, as diffusers' advanced scripts do"),
     FLAG("words_by_encoder", NULL, words_by_encoder, "no", "method",
-         "in the file a word goes by its text encoder, such as clip_l, where there is one, too"),
+         "in the file words go by their text encoder, such as clip_l, where there is one, too; "
+         "several lie behind each other"),
     FLAG("words_in_t5", NULL, words_in_t5, "no", "method",
          "T5 learns new words too, beside CLIP (SD 3, FLUX.1), as with diffusers' --enable_t5_ti"),
     TEXT("words_name", NULL, words_name, NULL, "method",

@@ -33,6 +33,8 @@ TEST(caption_rules_that_are_not_random)
         {{.trigger = "sks"}, "asks a cat", "sks, asks a cat"}, /* not a word of its own */
         {{.trigger = "sks"}, "a [trigger] cat", "a sks cat"},
         {{.swap = "TOK=<s0><s1>"}, "a TOK, by TOK", "a <s0><s1>, by <s0><s1>"},
+        {{.swap = "A=<s0>,B=<s1>"}, "A, by B", "<s0>, by <s1>"},
+        {{.swap = "A=x, y,B="}, "A B", "x, y "},
         {{.secondary_separator = ";;;"}, "a;;;b, c", "a,b, c"},
         {{.keep_separator = "|||"},
          "one, two ||| three,, four ||| five",

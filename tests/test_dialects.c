@@ -334,8 +334,20 @@ TEST(dialects_advanced)
     comes_to(t, PIVOT("train_dreambooth_lora_flux_advanced.py"), "words_in_t5=no");
     comes_to(t, LARGE("train_dreambooth_lora_flux_advanced.py") "--enable_t5_ti",
              "words_in_t5=no placeholder_token=");
-    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction A,B",
-               "one word");
+    comes_to(t,
+             PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction TOK,thing "
+                                                             "--validation_prompt thing+TOK",
+             "placeholder_token=<s0><s1>,<s2><s3> num_vectors=2 instance_prompt=<s0><s1>,<s2><s3> "
+             "sample_prompts=<s2><s3>+<s0><s1> caption_swap=");
+    comes_to(t,
+             PIVOT("train_dreambooth_lora_flux_advanced.py") "--token_abstraction A,B,C "
+                                                             "--num_new_tokens_per_abstraction 1 "
+                                                             "--caption_column text",
+             "placeholder_token=<s0>,<s1>,<s2> caption_swap=A=<s0>,B=<s1>,C=<s2>");
+    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction A,A",
+               "'A,A'; a word such as TOK");
+    is_refused(t, PIVOT("train_dreambooth_lora_sdxl_advanced.py") "--token_abstraction A,,B",
+               "'A,,B'");
 }
 
 /* Blocks of the U-Net: names behind their first part, wherever in a path; the counts of modules are

@@ -640,6 +640,36 @@ TEST(scripts_train_dreambooth_lora_sdxl_advanced)
         0, (const char *const[]){"x.png", NULL});
 }
 
+/* Two words: rows of one tensor, in the script's order, and two words again when they are read. */
+TEST(scripts_several_new_words)
+{
+    run(t,
+        DIFFUSERS("train_dreambooth_lora_sdxl_advanced.py",
+                  "sdxl") "--instance_data_dir \"$D/train/1_x\" --instance_prompt \"TOK by ART\" "
+                          "--train_text_encoder_ti --token_abstraction \"TOK, ART\" --rank 2",
+        (const char *const[]){"words: <s0><s1> <s2><s3>, 2 vectors each", NULL});
+    vel_word *words = NULL;
+    int n = 0;
+    REQUIRE_OK(
+        vel_words_read(t->ctx, vel_test_in(t, "out/out_emb.safetensors"), false, &words, &n));
+    CHECK_MSG(n == 4 && vel_words_names(words, n) == 2, "%d words", n);
+    for (int i = 0; i < n; i++)
+        CHECK(words[i].n == 2 && strcmp(words[i].name, i % 2 ? "<s2><s3>" : "<s0><s1>") == 0);
+    vel_safetensors *file = NULL;
+    REQUIRE_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "out/out_emb.safetensors"), &file));
+    const vel_file_tensor *rows = vel_safetensors_find(file, "clip_l");
+    CHECK(vel_safetensors_count(file) == 2 && rows && rows->dim[0] == 4);
+    float value = NAN; /* the second word's first */
+    if (rows)
+        vel_file_tensor_floats(rows, 2 * rows->dim[1], 1, &value);
+    bool found = false;
+    for (int i = 0; i < n; i++)
+        found |= i % 2 && strcmp(words[i].encoder, "clip_l") == 0 && words[i].values[0] == value;
+    CHECK(found);
+    vel_safetensors_close(file);
+    vel_words_free(t->ctx, words, n);
+}
+
 /* As many modules as the script's own functions and PEFT choose on the same U-Net; a block that is
  * not there is refused by both. */
 TEST(scripts_unet_blocks)

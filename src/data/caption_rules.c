@@ -265,16 +265,42 @@ static void insert_trigger(caption_use *u)
     take(u);
 }
 
-/* "TOK=<s0>" */
-static void swap_word(caption_use *u)
+/* Where "TOK=<s0>" ends: at a comma behind which there is another of the kind. */
+static const char *swap_end(const char *at)
 {
-    const char *equals = strchr(u->r->swap, '=');
-    char *word = equals ? vel_strf(u->ctx, "%.*s", (int)(equals - u->r->swap), u->r->swap) : NULL;
-    if (word)
-        replace_all(u, word, equals + 1);
-    else
-        u->a.failed = true;
-    vel_free(u->ctx, word);
+    const char *comma = strchr(at, ',');
+    while (comma && !memchr(comma + 1, '=', strcspn(comma + 1, ",")))
+        comma = strchr(comma + 1, ',');
+    return comma ? comma : at + strlen(at);
+}
+
+/* One after the other, each in what those before it left. */
+static void swap_words(caption_use *u)
+{
+    for (const char *at = u->r->swap, *end; *at; at = end + (*end == ',')) {
+        end = swap_end(at);
+        size_t n = strcspn(at, "=");
+        char *word = vel_strf(u->ctx, "%.*s", (int)n, at);
+        char *other = vel_strf(u->ctx, "%.*s", (int)(end - at - (ptrdiff_t)n - 1), at + n + 1);
+        if (word && other)
+            replace_all(u, word, other);
+        else
+            u->a.failed = true;
+        vel_free(u->ctx, word);
+        vel_free(u->ctx, other);
+    }
+}
+
+bool vel_caption_has_swapped(const char *swap, const char *caption)
+{
+    for (const char *at = swap, *end; at && *at; at = end + (*end == ',')) {
+        size_t n = strcspn(at, "=");
+        end = swap_end(at);
+        for (const char *c = caption; n && *c; c++)
+            if (strncmp(c, at, n) == 0)
+                return true;
+    }
+    return false;
 }
 
 bool vel_caption_varies(const vel_caption_rules *r)
@@ -292,9 +318,14 @@ vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r)
     if (given(r->trigger) && strchr(r->trigger, ','))
         return vel_fail(ctx, VEL_BAD_VALUE, "--trigger_word: '%s' is more than one word or phrase",
                         r->trigger);
-    if (given(r->swap) && (!strchr(r->swap, '=') || r->swap[0] == '='))
-        return vel_fail(ctx, VEL_BAD_VALUE,
-                        "--caption_swap: '%s' is not WORD=OTHER, such as TOK=<s0><s1>", r->swap);
+    for (const char *at = r->swap, *end; at && *at; at = end + (*end == ',')) {
+        end = swap_end(at);
+        if (*at == '=' || !memchr(at, '=', (size_t)(end - at)))
+            return vel_fail(ctx, VEL_BAD_VALUE,
+                            "--caption_swap: '%s' is not WORD=OTHER, such as TOK=<s0><s1>, or "
+                            "several with commas",
+                            r->swap);
+    }
     return VEL_OK;
 }
 
@@ -316,7 +347,7 @@ vel_status vel_caption_use(vel_ctx *ctx, const vel_caption_rules *r, const char 
     if (given(r->trigger))
         replace_all(&u, "[trigger]", r->trigger);
     if (given(r->swap))
-        swap_word(&u);
+        swap_words(&u);
     vel_status st = arrange_tags(&u);
     insert_trigger(&u);
     if (given(r->secondary_separator))

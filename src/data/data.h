@@ -12,7 +12,7 @@
 typedef struct vel_caption_rules {
     const char *prefix, *suffix;
     const char *trigger;   /* stands for "[trigger]", and is put first where a caption lacks it */
-    const char *swap;      /* "TOK=<s0>": the first becomes the second, wherever it stands */
+    const char *swap;      /* "TOK=<s0>,A=<s1>": each first becomes its second, anywhere */
     const char *style;     /* "tags"; "text": left whole; "auto": tags where parts are short */
     const char *separator; /* of tags; NULL: "," */
     const char *secondary_separator; /* becomes the separator after all else */
@@ -27,6 +27,8 @@ typedef struct vel_caption_rules {
 /* Does a caption differ from one time to the next? */
 bool vel_caption_varies(const vel_caption_rules *r);
 vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r);
+/* Whether a caption has a word that vel_caption_rules.swap (NULL: none) makes another. */
+bool vel_caption_has_swapped(const char *swap, const char *caption);
 /* The caption as it is learned this time: random from (seed, stream); warm: 0..1, the share of the
  * token warm-up that is over. *out is vel_free'd by the caller. */
 vel_status vel_caption_use(vel_ctx *ctx, const vel_caption_rules *r, const char *caption,

@@ -243,7 +243,8 @@ const vel_dialect_row vel_diffusers_rows[] = {
     RULE(ADVANCED, "train_text_encoder_ti", KIND_SWITCH, NULL,
          "placeholder_token, words_spread: a new word is learned beside the adapter"),
     RULE(ADVANCED, "token_abstraction", KIND_TEXT, "TOK",
-         "one word; it becomes <s0><s1> in the prompts, and caption_swap in captions"),
+         "a word, or several with commas; they become <s0><s1>, <s2><s3> in the prompts, and "
+         "caption_swap in captions"),
     RULE(ADVANCED_SDXL | ADVANCED_SD15, "num_new_tokens_per_abstraction", KIND_INT, "2",
          "num_vectors"),
     RULE(ADVANCED_FLUX, "num_new_tokens_per_abstraction", KIND_INT, NULL,

@@ -299,40 +299,95 @@ static vel_status adapter_rules(vel_line *l)
     return vel_line_set(l, "output_dir", "save_precision", "float");
 }
 
-/* A flag's text with a word become another, into a setting; nothing where it is not given. */
-static vel_status swap_in(vel_line *l, const char *flag, const char *setting, const char *word,
-                          const char *other)
+enum { MOST_NEW = 16, LONGEST_NEW = 512 };
+
+/* The words of --token_abstraction, and the tokens that each becomes: <s0><s1>, <s2><s3>. */
+typedef struct new_words {
+    char *word[MOST_NEW], token[MOST_NEW][LONGEST_NEW];
+    int n;
+} new_words;
+
+/* A flag's text with the words become tokens, one after the other, into a setting; nothing where it
+ * is not given. */
+static vel_status swap_in(vel_line *l, const char *flag, const char *setting, const new_words *w)
 {
     const char *text = vel_line_value(l, flag), *at;
-    vel_text t;
-    if (!text)
-        return VEL_OK;
-    vel_text_init(&t, l->ctx);
-    for (; (at = strstr(text, word)); text = at + strlen(word))
-        vel_text_addf(&t, "%.*s%s", (int)(at - text), text, other);
-    vel_text_add(&t, text);
-    vel_status st = t.failed ? VEL_NO_MEMORY : vel_line_set(l, flag, setting, "%s", t.s ? t.s : "");
-    vel_text_finish(&t);
-    return st;
+    for (int i = 0; text && i < w->n; i++) {
+        vel_text t;
+        vel_text_init(&t, l->ctx);
+        for (; (at = strstr(text, w->word[i])); text = at + strlen(w->word[i]))
+            vel_text_addf(&t, "%.*s%s", (int)(at - text), text, w->token[i]);
+        vel_text_add(&t, text);
+        text = t.failed ? NULL : vel_arena_strdup(l->arena, t.s ? t.s : "");
+        vel_text_finish(&t);
+        if (!text)
+            return VEL_NO_MEMORY;
+    }
+    return text ? vel_line_set(l, flag, setting, "%s", text) : VEL_OK;
 }
 
-/* The advanced scripts' new word: TOK of the prompts and captions is <s0><s1>..., a word of so many
- * vectors here, of which each is a token there. */
+/* Between commas; the scripts but FLUX.1's take out all blanks, that one those at commas. */
+static vel_status read_new_words(vel_line *l, int vectors, new_words *w)
+{
+    const char *list = vel_line_value(l, "token_abstraction");
+    bool all = l->script->bit != ADVANCED_FLUX;
+    for (const char *at = list; at; at = strchr(at, ',')) {
+        at += *at == ',';
+        char *word = vel_arena_strf(l->arena, "%.*s", (int)strcspn(at, ","), at), *to = word;
+        if (!word)
+            return VEL_NO_MEMORY;
+        for (char *c = word; *c; c++) {
+            bool first = to == word, last = c[strspn(c, " \t\r\n")] == 0;
+            if (!isspace((unsigned char)*c) || !(all || first || last))
+                *to++ = *c;
+        }
+        *to = 0;
+        bool twice = false;
+        for (int i = 0; i < w->n; i++)
+            twice |= strcmp(w->word[i], word) == 0;
+        if (!*word || strchr(word, '=') || twice || w->n == MOST_NEW)
+            return vel_line_refuse(l, "token_abstraction",
+                                   "'%s'; a word such as TOK is, or up to %d different ones with "
+                                   "commas",
+                                   list, MOST_NEW);
+        char *token = w->token[w->n];
+        token[0] = 0;
+        for (int i = 0; i < vectors; i++)
+            snprintf(token + strlen(token), LONGEST_NEW - strlen(token), "<s%d>",
+                     w->n * vectors + i);
+        w->word[w->n++] = word;
+    }
+    return VEL_OK;
+}
+
+/* The advanced scripts' new words: TOK of the prompts and captions is <s0><s1>..., a word of so
+ * many vectors here, of which each is a token there. */
 static vel_status pivot_rules(vel_line *l)
 {
-    const char *word = vel_line_value(l, "token_abstraction");
     const char *number = vel_line_value(l, "num_new_tokens_per_abstraction");
     const char *concept = vel_line_value(l, "initializer_concept");
     int n = number ? atoi(number) : 2;
-    char token[1024] = "", swap[1200];
-    if (!*word || strpbrk(word, ", ="))
-        return vel_line_refuse(l, "token_abstraction", "'%s'; one word such as TOK is", word);
+    new_words w = {.n = 0};
     if (n < 1 || n > 64)
         return vel_line_refuse(l, "num_new_tokens_per_abstraction", "%d; 1 to 64 are", n);
-    for (int i = 0; i < n; i++)
-        snprintf(token + strlen(token), sizeof token - strlen(token), "<s%d>", i);
-    snprintf(swap, sizeof swap, "%s=%s", word, token);
-    VEL_TRY(vel_line_set(l, "token_abstraction", "placeholder_token", "%s", token));
+    VEL_TRY(read_new_words(l, n, &w));
+    vel_text tokens, swap;
+    vel_text_init(&tokens, l->ctx);
+    vel_text_init(&swap, l->ctx);
+    for (int i = 0; i < w.n; i++) {
+        vel_text_addf(&tokens, "%s%s", i ? "," : "", w.token[i]);
+        vel_text_addf(&swap, "%s%s=%s", i ? "," : "", w.word[i], w.token[i]);
+    }
+    vel_status st = tokens.failed || swap.failed
+                        ? VEL_NO_MEMORY
+                        : vel_line_set(l, "token_abstraction", "placeholder_token", "%s", tokens.s);
+    if (!st && vel_line_given(l, "caption_column"))
+        st = vel_line_set(l, "token_abstraction", "caption_swap", "%s", swap.s);
+    else if (!st)
+        st = swap_in(l, "instance_prompt", "instance_prompt", &w);
+    vel_text_finish(&tokens);
+    vel_text_finish(&swap);
+    VEL_TRY(st);
     VEL_TRY(vel_line_set(l, "token_abstraction", "num_vectors", "%d", n));
     VEL_TRY(vel_line_set(l, "token_abstraction", "words_spread", "yes"));
     VEL_TRY(vel_line_set(l, "token_abstraction", "words_by_encoder", "yes"));
@@ -341,12 +396,8 @@ static vel_status pivot_rules(vel_line *l)
         VEL_TRY(vel_line_set(l, "enable_t5_ti", "words_in_t5", "yes"));
     if (concept)
         VEL_TRY(vel_line_set(l, "initializer_concept", "initializer_token", "%s", concept));
-    if (vel_line_given(l, "caption_column"))
-        VEL_TRY(vel_line_set(l, "token_abstraction", "caption_swap", "%s", swap));
-    else
-        VEL_TRY(swap_in(l, "instance_prompt", "instance_prompt", word, token));
-    VEL_TRY(swap_in(l, "class_prompt", "class_prompt", word, token));
-    return swap_in(l, "validation_prompt", "sample_prompts", word, token);
+    VEL_TRY(swap_in(l, "class_prompt", "class_prompt", &w));
+    return swap_in(l, "validation_prompt", "sample_prompts", &w);
 }
 
 /* OUTPUT_DIR's own name, which the advanced scripts give to files in it. */

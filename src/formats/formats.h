@@ -129,6 +129,8 @@ typedef struct vel_word {
  * which there may be none. vel_words_free. */
 vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word **out, int *n);
 void vel_words_free(vel_ctx *ctx, vel_word *words, int n);
+/* All words of a text encoder as one entry, "A B", behind each other; of vel_words_read's kind. */
+vel_status vel_words_join(vel_ctx *ctx, vel_word *words, int *n);
 /* What vel_word.encoder is for the name of a text encoder in a file; NULL: it is none. */
 const char *vel_words_encoder(const char *name);
 const char *vel_words_clip(int k); /* of a model's CLIP encoder k: 0, 1; NULL past them */

@@ -10,7 +10,8 @@
  * A word for several text encoders has an entry for each: {"clip_l": [n, 768], "clip_g": [n, 1280]}
  * in all programs, beside an adapter bundle_emb.WORD.clip_l and .clip_g. T5's is "t5" in diffusers'
  * scripts and OneTrainer, "t5xxl" in ComfyUI. The file's name is the word, unless the metadata has
- * its "name". */
+ * its "name"; "A B" there are two words, of half of the rows each: so is it where several words
+ * lie in one tensor, as in the files of diffusers' advanced scripts. */
 #include "formats/formats.h"
 
 enum { MOST_ROWS = 1024, MOST_WORDS = 256 };
@@ -142,6 +143,43 @@ static bool is_word(const vel_safetensors *sf, const char *key, bool bundled)
     return true;
 }
 
+/* "A B" of n rows, as the metadata list them: A of the first n / 2, B of the rest. What does not go
+ * up stays one. */
+static vel_status split_words(vel_ctx *ctx, const char *listed, vel_word **words, int *n)
+{
+    for (int i = 0; listed && i < *n; i++) {
+        vel_word *w = &(*words)[i];
+        char *blank = w->encoder && vel_has_prefix(listed, w->name) ? strrchr(w->name, ' ') : NULL;
+        int parts = 1;
+        for (const char *c = w->name; blank && *c; c++)
+            parts += *c == ' ';
+        if (!blank || w->n % parts || blank == w->name || !blank[1] || *n >= MOST_WORDS)
+            continue;
+        int each = w->n / parts;
+        size_t last = (size_t)each * (size_t)w->width;
+        vel_word part = {.n = each, .width = w->width, .encoder = w->encoder};
+        part.name = vel_strdup(ctx, blank + 1);
+        part.values = vel_alloc(ctx, last * sizeof *part.values);
+        vel_status st =
+            part.name && part.values ? vel_grow(ctx, words, (size_t)*n + 1) : VEL_NO_MEMORY;
+        if (st) {
+            vel_free(ctx, part.name);
+            vel_free(ctx, part.values);
+            return st;
+        }
+        w = &(*words)[i];
+        memcpy(part.values, w->values + (size_t)(w->n - each) * (size_t)w->width,
+               last * sizeof *part.values);
+        w->n -= each;
+        *strrchr(w->name, ' ') = 0;
+        memmove(*words + i + 2, *words + i + 1, (size_t)(*n - i - 1) * sizeof **words);
+        (*words)[i + 1] = part;
+        ++*n;
+        i -= parts > 2; /* what is left may be several */
+    }
+    return VEL_OK;
+}
+
 vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word **out, int *n)
 {
     vel_safetensors *sf;
@@ -166,13 +204,46 @@ vel_status vel_words_read(vel_ctx *ctx, const char *path, bool bundled, vel_word
         if (is_word(sf, t->name, bundled))
             st = read_word(ctx, sf, t, &words[at++]);
     }
+    if (!st && !bundled)
+        st = split_words(ctx, vel_safetensors_meta(sf, "name"), &words, &at);
     vel_safetensors_close(sf);
     if (st) {
         vel_words_free(ctx, words, at);
         return st;
     }
     *out = words;
-    *n = found;
+    *n = at;
+    return VEL_OK;
+}
+
+vel_status vel_words_join(vel_ctx *ctx, vel_word *words, int *n)
+{
+    for (int i = 0; i < *n; i++)
+        for (int j = i + 1; j < *n; j++) {
+            vel_word *a = &words[i], *b = &words[j];
+            if (!a->encoder || !b->encoder || strcmp(a->encoder, b->encoder) != 0)
+                continue;
+            size_t own = (size_t)a->n * (size_t)a->width, more = (size_t)b->n * (size_t)b->width;
+            char *name = vel_strf(ctx, "%s %s", a->name, b->name);
+            float *values = vel_alloc(ctx, (own + more) * sizeof *values);
+            if (!name || !values) {
+                vel_free(ctx, name);
+                vel_free(ctx, values);
+                return VEL_NO_MEMORY;
+            }
+            memcpy(values, a->values, own * sizeof *values);
+            memcpy(values + own, b->values, more * sizeof *values);
+            vel_free(ctx, a->name);
+            vel_free(ctx, a->values);
+            vel_free(ctx, b->name);
+            vel_free(ctx, b->values);
+            a->name = name;
+            a->values = values;
+            a->n += b->n;
+            memmove(b, b + 1, (size_t)(*n - j - 1) * sizeof *b);
+            --*n;
+            --j;
+        }
     return VEL_OK;
 }
 

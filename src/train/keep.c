@@ -600,9 +600,11 @@ static vel_status export_words(train_session *s, const char *path, const char *f
     for (int i = 0; i < n && s->o->words_by_encoder; i++)
         words[i].encoder = words[i].encoder ? words[i].encoder : vel_words_clip(0);
     bool apart = s->o->words_apart && n && words[0].encoder && strcmp(form, "diffusers") == 0;
-    vel_status st = apart ? export_apart(s, path, words, n, meta)
-                          : vel_words_write(s->ctx, path, words, n, form,
-                                            precision_of(s->o->save_precision), meta);
+    vel_status st = s->o->words_by_encoder ? vel_words_join(s->ctx, words, &n) : VEL_OK;
+    if (!st)
+        st = apart ? export_apart(s, path, words, n, meta)
+                   : vel_words_write(s->ctx, path, words, n, form,
+                                     precision_of(s->o->save_precision), meta);
     vel_words_free(s->ctx, words, n);
     return st;
 }

@@ -203,14 +203,11 @@ static vel_status add_word(train_session *s, int i)
 /* Where no template is asked for, the words must stand in the captions. */
 static vel_status check_captions(train_session *s)
 {
-    const char *swap = s->o->captions.swap, *equals = swap ? strchr(swap, '=') : NULL;
-    char *word = equals ? vel_arena_strf(s->arena, "%.*s", (int)(equals - swap), swap) : NULL;
     int without = 0;
     for (int i = 0; i < s->data->n; i++) {
-        bool found = false;
+        bool found = vel_caption_has_swapped(s->o->captions.swap, s->data->samples[i].caption);
         for (int k = 0; k < s->n_words; k++)
             found |= strstr(s->data->samples[i].caption, s->word_names[k]) != NULL;
-        found |= word && strstr(s->data->samples[i].caption, word);
         without += !found;
     }
     if (without == s->data->n)
