@@ -637,7 +637,7 @@ TEST(train_fit_chooses_the_cheapest_way_that_fits)
     CHECK(said && sscanf(said, "the smallest that this run fits in is %lf MiB", &least) == 1);
     CHECK(least > 0 && most > least);
     snprintf(size, sizeof size, "%.1fMiB", most - 0.2);
-    CHECK(strstr(fit(t, size, VEL_OK), "some is computed again (level "));
+    CHECK_SAYS(fit(t, size, VEL_OK), "some is computed again (level ");
     snprintf(size, sizeof size, "%.1fMiB", least); /* what it names, fits */
     said = fit(t, size, VEL_OK);
     CHECK_SAYS(said, "one after the other", " batches a step");

@@ -151,9 +151,6 @@ typedef struct vel_backend {
      * float32 keep everything: frozen weights of 16 bits are as small there, and time is dearer. */
     int64_t roomy, small;
     bool float32_whole;
-    /* What recomputing left with one reader is fused as well: a GEGLU goes into its product where
-     * the backward part has a product of its own. */
-    bool fuses_copies;
     /* Bytes of the device that the driver and the libraries have taken when it is open, and will
      * take for a recording of so many kernels, whose memory was kept apart or not. NULL: none. */
     int64_t (*overhead)(vel_device *d, int64_t kernels, bool apart);

@@ -330,8 +330,7 @@ static vel_status measure_level(vel_engine *e, const vel_graph *g, int level, in
 {
     vel_plan probe = {.engine = e, .backend = &vel_backend_null, .dry = true};
     probe.arena = vel_arena_create(e->ctx);
-    bool fuse = e->backend->fuses_copies;
-    vel_status st = probe.arena ? vel_pass_recompute(g, level, fuse, &probe.g) : VEL_NO_MEMORY;
+    vel_status st = probe.arena ? vel_pass_remat(g, level, &probe.g) : VEL_NO_MEMORY;
     if (st == VEL_OK) {
         bool *refused;
         int n_refused;
@@ -398,7 +397,7 @@ static vel_status apply_level(vel_plan *p, const vel_plan_options *o)
     if (!o->gradient)
         return VEL_OK;
     vel_graph *g;
-    VEL_TRY(vel_pass_recompute(p->g, p->level, p->engine->backend->fuses_copies, &g));
+    VEL_TRY(vel_pass_remat(p->g, p->level, &g));
     vel_graph_destroy(p->g);
     p->g = g;
     return VEL_OK;

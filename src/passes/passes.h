@@ -37,8 +37,6 @@ bool vel_quant_leaf(const char *path, size_t *base, int *kind, bool *scales);
  * vel_remat_whole_layers on whole layers whose inputs are kept; higher levels group layers, up to
  * vel_remat_levels, the smallest memory. */
 vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out);
-/* The same, and with fuse what now has one reader goes into its product (vel_pass_fuse). */
-vel_status vel_pass_recompute(const vel_graph *g, int level, bool fuse, vel_graph **out);
 int vel_remat_levels(const vel_graph *g);
 int vel_remat_whole_layers(void);
 

@@ -253,14 +253,3 @@ vel_status vel_pass_remat(const vel_graph *g, int level, vel_graph **out)
     }
     return vel_copier_end(&m.c, out);
 }
-
-vel_status vel_pass_recompute(const vel_graph *g, int level, bool fuse, vel_graph **out)
-{
-    vel_graph *again;
-    if (!fuse)
-        return vel_pass_remat(g, level, out);
-    VEL_TRY(vel_pass_remat(g, level, &again));
-    vel_status st = vel_pass_fuse(again, out);
-    vel_graph_destroy(again);
-    return st;
-}

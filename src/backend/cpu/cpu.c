@@ -288,7 +288,6 @@ const vel_backend vel_backend_cpu = {
     .roomy = (int64_t)190 << 20, /* SD 1.5 at 512 x 512: 3 to 7 % of the time for 155 MiB */
     .small = (int64_t)600 << 20,
     .float32_whole = true, /* SD 1.5 with AVX2: 13 % of the time for 600 MiB, 45 % of PyTorch's */
-    .fuses_copies = true,
     .alloc = cpu_alloc,
     .free = cpu_free,
     .write = cpu_copy,
