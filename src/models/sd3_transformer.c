@@ -177,16 +177,17 @@ static vel_ref scaled_places(vel_graph *g, const vel_sd3_config *c, int64_t h, i
 static vel_ref table_places(vel_graph *g, const vel_sd3_config *c, int64_t h, int64_t w,
                             vel_ref rows)
 {
-    int64_t most = c->places, top = (most - h) / 2, left = (most - w) / 2;
-    vel_ref table = vel_weight(g, "pos_embed", VEL_SHAPE(1, most * most, c->width));
-    if (h > most || w > most)
+    grid all = grid_for(c, h, w);
+    int64_t side = all.side, top = all.first[0], left = all.first[1];
+    vel_ref table = vel_weight(g, "pos_embed", VEL_SHAPE(1, side * side, c->width));
+    if (h > side || w > side)
         nn_bad(g, "%" PRId64 " x %" PRId64 " patches; the model has places for %d x %d", h, w,
                c->places, c->places);
     if (rows.id) {
-        table = vel_embed(g, vel_reshape(g, table, VEL_SHAPE(most * most, c->width)), rows);
+        table = vel_embed(g, vel_reshape(g, table, VEL_SHAPE(side * side, c->width)), rows);
         return vel_reshape(g, table, VEL_SHAPE(1, h, w, c->width));
     }
-    table = vel_reshape(g, table, VEL_SHAPE(1, most, most, c->width));
+    table = vel_reshape(g, table, VEL_SHAPE(1, side, side, c->width));
     table = vel_slice(g, table, 1, top, top + h);
     return vel_slice(g, table, 2, left, left + w);
 }
@@ -208,9 +209,7 @@ vel_ref vel_sd3_build(vel_graph *g, const vel_sd3_config *c, vel_ref latent, vel
                       const vel_condition *condition)
 {
     vel_shape image = vel_shape_at(g, latent);
-    if (!nn_latent_fits(g, latent, c->channels, c->patch) ||
-        !nn_context_fits(g, condition->context, image.dim[0], c->context) ||
-        !nn_pooled_fits(g, condition->pooled, image.dim[0], c->pooled))
+    if (!nn_inputs_fit(g, latent, condition, c->channels, c->patch, c->context, c->pooled))
         return (vel_ref){0};
     nn_streams x = {.image = patch_embedding(g, c, latent, condition->places)};
     vel_scope(g, "time_text_embed");
