@@ -246,10 +246,11 @@ typedef struct vel_folder {
     char *path, *temporary;
 } vel_folder;
 vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path);
-/* Puts what was filled into the folder that path lies in, entry by entry, instead. */
-vel_status vel_folder_spread(vel_folder *f);
 vel_status vel_folder_commit(vel_folder *f); /* ends f, whatever it returns */
-void vel_folder_discard(vel_folder *f);      /* ends f; nothing is left; fine after commit */
+/* The same where filling ended with st and is discarded if it failed; of a path "X/." what was
+ * filled is put into X, entry by entry, instead. */
+vel_status vel_folder_end(vel_folder *f, vel_status st);
+void vel_folder_discard(vel_folder *f); /* ends f; nothing is left; fine after commit */
 /* A file or a folder with all that is in it; fine when there is none. Links are not followed. */
 vel_status vel_remove_tree(vel_ctx *ctx, const char *path);
 /* to becomes another name of from's bytes (links are resolved), or a copy: of a file under 1 MiB,

@@ -131,7 +131,7 @@ vel_status vel_folder_commit(vel_folder *f)
     return st;
 }
 
-vel_status vel_folder_spread(vel_folder *f)
+static vel_status spread(vel_folder *f)
 {
     vel_ctx *ctx = f->ctx;
     const char *slash = strrchr(f->path, '/');
@@ -165,4 +165,12 @@ void vel_folder_discard(vel_folder *f)
     vel_free(f->ctx, f->temporary);
     vel_free(f->ctx, f->path);
     *f = (vel_folder){0};
+}
+
+vel_status vel_folder_end(vel_folder *f, vel_status st)
+{
+    if (st == VEL_OK)
+        return vel_has_suffix(f->path, "/.") ? spread(f) : vel_folder_commit(f);
+    vel_folder_discard(f);
+    return st;
 }

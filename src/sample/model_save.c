@@ -229,9 +229,5 @@ vel_status vel_model_save(vel_model *m, const char *path, const vel_new_weight *
     }
     vel_folder f;
     VEL_TRY(vel_folder_begin(m->ctx, &f, path));
-    vel_status st = vel_model_save_folder(m, f.temporary, news, n, how->type);
-    if (st == VEL_OK)
-        return vel_has_suffix(path, "/.") ? vel_folder_spread(&f) : vel_folder_commit(&f);
-    vel_folder_discard(&f);
-    return st;
+    return vel_folder_end(&f, vel_model_save_folder(m, f.temporary, news, n, how->type));
 }

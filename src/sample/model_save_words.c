@@ -179,9 +179,5 @@ vel_status vel_model_save_words(vel_model *m, const char *path,
         return vel_fail(m->ctx, VEL_UNSUPPORTED, "%s: is a single file, and words go with a folder",
                         m->folder);
     VEL_TRY(vel_folder_begin(m->ctx, &f, path));
-    vel_status st = save_into(m, f.temporary, rows, how);
-    if (st == VEL_OK)
-        return vel_has_suffix(path, "/.") ? vel_folder_spread(&f) : vel_folder_commit(&f);
-    vel_folder_discard(&f);
-    return st;
+    return vel_folder_end(&f, save_into(m, f.temporary, rows, how));
 }
