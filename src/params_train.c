@@ -80,8 +80,7 @@ const vel_option_row vel_train_rows[] = {
          "stands for [trigger]; put first where a caption does not have it"),
     TEXT("caption_swap", NULL, captions.swap, NULL, "captions",
          "WORD=OTHER: the first becomes the second wherever it stands, such as TOK=<s0><s1>; "
-         "several "
-         "with commas"),
+         "several with commas"),
     CHOICE("caption_style", NULL, captions.style, "tags", "tags,text,auto", "captions",
            "text: captions are left whole; auto: those whose parts are longer than tags"),
     INT("token_warmup_min", NULL, captions.warmup_min, "1", 0, 255, "captions",
@@ -379,8 +378,7 @@ const vel_option_row vel_train_rows[] = {
          "model's table; samples are drawn so, too"),
     FLOAT("pos_emb_random_crop_rate", NULL, place_cut_rate, "0", 0, 1, "flow",
           "SD 3: share of the batches whose places are cut from the grid anywhere instead of from "
-          "its "
-          "middle"),
+          "its middle"),
     FLAG("precondition_outputs", NULL, flow.precondition_outputs, "no", "flow",
          "measure the picture that the prediction means, not the velocity"),
     INT("max_token_length", NULL, max_token_length, "0", 0, 750, "captions",

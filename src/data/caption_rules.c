@@ -265,23 +265,40 @@ static void insert_trigger(caption_use *u)
     take(u);
 }
 
-/* Where "TOK=<s0>" ends: at a comma behind which there is another of the kind. */
-static const char *swap_end(const char *at)
+/* "TOK=<s0>" of a list; without a '=' it has no other. */
+typedef struct swap {
+    const char *word, *other;
+    int length, other_length;
+} swap;
+
+/* The next of the list, which *at goes past; a comma ends it behind which there is another of the
+ * kind. False: there is none. */
+static bool next_swap(const char **at, swap *out)
 {
-    const char *comma = strchr(at, ',');
-    while (comma && !memchr(comma + 1, '=', strcspn(comma + 1, ",")))
-        comma = strchr(comma + 1, ',');
-    return comma ? comma : at + strlen(at);
+    const char *word = *at;
+    if (!word || !*word)
+        return false;
+    const char *end = strchr(word, ',');
+    while (end && !memchr(end + 1, '=', strcspn(end + 1, ",")))
+        end = strchr(end + 1, ',');
+    *at = end ? end + 1 : word + strlen(word);
+    end = end ? end : *at;
+    const char *equals = memchr(word, '=', (size_t)(end - word));
+    *out = (swap){.word = word, .length = (int)((equals ? equals : end) - word)};
+    if (equals) {
+        out->other = equals + 1;
+        out->other_length = (int)(end - out->other);
+    }
+    return true;
 }
 
 /* One after the other, each in what those before it left. */
 static void swap_words(caption_use *u)
 {
-    for (const char *at = u->r->swap, *end; *at; at = end + (*end == ',')) {
-        end = swap_end(at);
-        size_t n = strcspn(at, "=");
-        char *word = vel_strf(u->ctx, "%.*s", (int)n, at);
-        char *other = vel_strf(u->ctx, "%.*s", (int)(end - at - (ptrdiff_t)n - 1), at + n + 1);
+    swap s;
+    for (const char *at = u->r->swap; next_swap(&at, &s);) {
+        char *word = vel_strf(u->ctx, "%.*s", s.length, s.word);
+        char *other = vel_strf(u->ctx, "%.*s", s.other_length, s.other);
         if (word && other)
             replace_all(u, word, other);
         else
@@ -291,15 +308,13 @@ static void swap_words(caption_use *u)
     }
 }
 
-bool vel_caption_has_swapped(const char *swap, const char *caption)
+bool vel_caption_has_swapped(const char *list, const char *caption)
 {
-    for (const char *at = swap, *end; at && *at; at = end + (*end == ',')) {
-        size_t n = strcspn(at, "=");
-        end = swap_end(at);
-        for (const char *c = caption; n && *c; c++)
-            if (strncmp(c, at, n) == 0)
+    swap s;
+    while (next_swap(&list, &s))
+        for (const char *c = caption; s.length && *c; c++)
+            if (strncmp(c, s.word, (size_t)s.length) == 0)
                 return true;
-    }
     return false;
 }
 
@@ -318,14 +333,13 @@ vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r)
     if (given(r->trigger) && strchr(r->trigger, ','))
         return vel_fail(ctx, VEL_BAD_VALUE, "--trigger_word: '%s' is more than one word or phrase",
                         r->trigger);
-    for (const char *at = r->swap, *end; at && *at; at = end + (*end == ',')) {
-        end = swap_end(at);
-        if (*at == '=' || !memchr(at, '=', (size_t)(end - at)))
+    swap one;
+    for (const char *at = r->swap; next_swap(&at, &one);)
+        if (!one.other || !one.length)
             return vel_fail(ctx, VEL_BAD_VALUE,
                             "--caption_swap: '%s' is not WORD=OTHER, such as TOK=<s0><s1>, or "
                             "several with commas",
                             r->swap);
-    }
     return VEL_OK;
 }
 
