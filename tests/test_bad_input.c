@@ -64,9 +64,7 @@ static void change_tensor(vel_test *t, const char *model, const char *name, bool
 
 static void pictures(vel_test *t, int n)
 {
-    char path[4200];
-    snprintf(path, sizeof path, "%s/pictures", t->folder);
-    program_copy_pictures(t, path, n);
+    program_copy_pictures(t, vel_test_in(t, "pictures"), n);
 }
 
 static void put(vel_test *t, const char *name, const void *bytes, size_t n)

@@ -13,9 +13,7 @@ static int times_said(const char *text, const char *what)
 TEST(compare_images_runs)
 {
     static program_result r;
-    char folder[4200];
-    snprintf(folder, sizeof folder, "%s/p", t->folder);
-    program_copy_pictures(t, folder, 3);
+    program_copy_pictures(t, vel_test_in(t, "p"), 3);
     program_make_small(t, vel_test_in(t, "model"));
     if (!program_shell(
             t,
@@ -37,9 +35,7 @@ TEST(compare_images_runs)
 TEST(compare_images_shares)
 {
     static program_result r;
-    char folder[4200];
-    snprintf(folder, sizeof folder, "%s/aawxbc", t->folder);
-    program_copy_pictures(t, folder, 3);
+    program_copy_pictures(t, vel_test_in(t, "aawxbc"), 3);
     program_make_small(t, vel_test_in(t, "model"));
     if (!program_shell(
             t,

@@ -15,9 +15,7 @@ static const char config_text[] =
 
 static void place(vel_test *t, const char *name, int n)
 {
-    char folder[4200];
-    snprintf(folder, sizeof folder, "%s/%s", t->folder, name);
-    program_copy_pictures(t, folder, n);
+    program_copy_pictures(t, vel_test_in(t, name), n);
 }
 
 static const char *write_config(vel_test *t, const char *name, const char *text)

@@ -37,9 +37,7 @@ static bool same_pixels(vel_test *t, const char *a, const char *b)
 
 static void copy_pictures(vel_test *t)
 {
-    char *folder = vel_test_path(t, "pictures");
-    program_copy_pictures(t, folder, 2);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "pictures"), 2);
 }
 
 #define DRAW                                                                                       \

@@ -128,9 +128,7 @@ TEST(guidance_that_is_not_used_is_said)
 TEST(guidance_of_samples)
 {
     program_result r;
-    char *folder = vel_test_text(t, "%s/p", t->folder);
-    program_copy_pictures(t, folder, 1);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "p"), 1);
     if (!program_shell(
             t,
             "echo 'a cat --n old --l 3 --g 2 --s 1' >\"$D/lines.txt\"; T='train " FLUX "--steps 1 "
@@ -152,9 +150,7 @@ TEST(guidance_of_samples)
 TEST(samples_take_as_few_steps_as_their_family)
 {
     program_result r;
-    char *folder = vel_test_text(t, "%s/p", t->folder);
-    program_copy_pictures(t, folder, 1);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "p"), 1);
     if (!program_shell(
             t,
             "for S in '' '--sample_steps 4' '--sample_steps 3'; do \"$V\" train --device "
@@ -174,9 +170,7 @@ TEST(samples_take_as_few_steps_as_their_family)
 TEST(guidance_of_samples_is_that_of_pictures)
 {
     program_result r;
-    char *folder = vel_test_text(t, "%s/p", t->folder);
-    program_copy_pictures(t, folder, 1);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "p"), 1);
     if (!program_shell(
             t,
             "t() { F=$1 O=$2; shift 2; \"$V\" train --model tests/golden/families/$F/model "

@@ -218,9 +218,7 @@ static double moved(vel_test *t, const vel_safetensors *file, const char *module
 TEST(module_rules_run)
 {
     static program_result r;
-    char *folder = vel_test_path(t, "p");
-    program_copy_pictures(t, folder, 1);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "p"), 1);
     if (!program_shell(t,
                        "$V " RUN "--output_name a >/dev/null && $V " RUN
                        "--output_name b --module_lr '*.attn1.*=x0.5,/attn2_to_k/=3e-2' && $V " RUN

@@ -203,9 +203,7 @@ TEST(places_are_cut_anywhere_alike)
 /* The same seed cuts the same, also after a stop; another family has no places to cut. */
 TEST(places_cut_resumed_equal_uninterrupted)
 {
-    char *folder = vel_test_path(t, "pictures");
-    program_copy_pictures(t, folder, 2);
-    vel_free(t->ctx, folder);
+    program_copy_pictures(t, vel_test_in(t, "pictures"), 2);
     EXPECT(OF_SD3 "--steps 3 --output_dir \"$D/plain\"", 0, "");
     EXPECT(OF_SD3 "--steps 3 --pos_emb_random_crop_rate 0.7 --output_dir \"$D/whole\"", 0, "");
     EXPECT(OF_SD3 "--steps 1 --pos_emb_random_crop_rate 0.7 --output_dir \"$D/parts\"", 0, "");

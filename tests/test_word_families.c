@@ -19,10 +19,8 @@
 static bool runs(vel_test *t, const char *words)
 {
     static program_result r;
-    char *folder = vel_test_path(t, "pictures");
-    if (!vel_is_folder(folder))
-        program_copy_pictures(t, folder, 2);
-    vel_free(t->ctx, folder);
+    if (!vel_is_folder(vel_test_in(t, "pictures")))
+        program_copy_pictures(t, vel_test_in(t, "pictures"), 2);
     if (!program_run(t, words, &r))
         return false;
     CHECK_MSG(r.status == 0, "velatura %s: status %d: %s", words, r.status, r.text);
