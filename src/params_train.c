@@ -260,6 +260,8 @@ const vel_option_row vel_train_rows[] = {
           "-1: the optimizer's own, 1e-8 for AdamW"),
     FLOAT("adam_weight_decay", "weight_decay", weight_decay, "-1", -1, 10, "optimizer",
           "-1: the optimizer's own, 0.01 for AdamW"),
+    FLOAT("text_encoder_weight_decay", NULL, text_weight_decay, "-1", -1, 10, "optimizer",
+          "of the text encoder and new words; -1: as the rest"),
     CHOICE("trained_precision", NULL, trained_precision, "float", "float,bf16", "optimizer",
            "bf16: trained values stay on bfloat16's grid, rounded stochastically"),
     CHOICE("loss_scaling", NULL, loss_scaling, "auto", "auto,yes,no", "optimizer",

@@ -305,6 +305,36 @@ TEST(dialects_whole_models)
              "train_text_encoder=no save_format=kohya");
 }
 
+/* Each script gives the text encoders' part its own weight decay, or the advanced ones the rest's
+ * where they are told none; with Prodigy the one rate is all parts'. */
+TEST(dialects_weight_decay_of_text)
+{
+    comes_to(t, LARGE("train_dreambooth_lora_sdxl.py") "--train_text_encoder",
+             "adam_weight_decay=1e-4 text_encoder_weight_decay=1e-03 text_encoder_lr=5e-6");
+    comes_to(t, LARGE("train_dreambooth_lora_sdxl.py"), "text_encoder_weight_decay=-1");
+    comes_to(t,
+             LARGE("train_dreambooth_sd3.py") "--train_text_encoder "
+                                              "--adam_weight_decay_text_encoder 0",
+             "text_encoder_weight_decay=0");
+    comes_to(t, LARGE("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder",
+             "text_encoder_weight_decay=-1");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_sd15_advanced.py") "--train_text_encoder_ti "
+                                                             "--adam_weight_decay_text_encoder 0.5",
+             "text_encoder_weight_decay=0.5");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_flux_advanced.py") "--train_text_encoder "
+                                                             "--adam_weight_decay_text_encoder 0",
+             "text_encoder_weight_decay=-1");
+    comes_to(t,
+             LARGE("train_dreambooth_lora_flux.py") "--train_text_encoder --optimizer prodigy "
+                                                    "--learning_rate 1",
+             "learning_rate=1 text_encoder_lr=0 text_encoder_weight_decay=1e-03");
+    comes_to(t, LARGE("train_dreambooth_lora_flux.py") "--adam_weight_decay_text_encoder 0.5",
+             "text_encoder_weight_decay=-1");
+    CHECK(strstr(said, "--adam_weight_decay_text_encoder changes nothing"));
+}
+
 #define PIVOT(script) LARGE(script) "--instance_prompt TOK,thing --train_text_encoder_ti "
 
 TEST(dialects_advanced)
@@ -322,7 +352,8 @@ TEST(dialects_advanced)
     comes_to(t,
              PIVOT("train_dreambooth_lora_flux_advanced.py") "--train_transformer_frac 0 "
                                                              "--output_dir o",
-             "method=textual_inversion output_name=o_emb text_encoder_share=1 also_kohya=no");
+             "method=textual_inversion output_name=o_emb text_encoder_share=1 also_kohya=no "
+             "embedding_lr=5e-6 text_encoder_weight_decay=1e-03");
     comes_to(t,
              LARGE("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder "
                                                              "--train_text_encoder_frac 0.3",

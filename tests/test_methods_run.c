@@ -97,6 +97,41 @@ TEST(methods_log_each_rate)
     CHECK(log_holds(t, "one/a.log.jsonl", "\"lr\": 0.0005, \"grad_norm\""));
 }
 
+/* After one step from zeros in up, down has no gradient: it is (1 - rate * decay) as long. */
+TEST(methods_text_encoders_decay_on_their_own)
+{
+#define DECAYS                                                                                     \
+    "targets=*mid_block* steps=1 train_text_encoder=yes learning_rate=0.125 "                      \
+    "lr_scheduler=constant "                                                                       \
+    "save_precision=float weight_decay=0.25 "
+    CHECK_OK(train(t, "one", DECAYS));
+    CHECK(!strstr(said, "weight decay: "));
+    CHECK_OK(train(t, "own", DECAYS "text_encoder_weight_decay=2"));
+    CHECK_SAYS(said, "weight decay: 0.25, of text encoders and new words 2");
+    vel_safetensors *one = NULL, *own = NULL;
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "one/a.safetensors"), &one));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "own/a.safetensors"), &own));
+    int of_text = 0, n = one && own ? vel_safetensors_count(one) : 0;
+    for (int i = 0; i < n; i++) {
+        const vel_file_tensor *x = vel_safetensors_at(one, i);
+        const vel_file_tensor *y = vel_safetensors_find(own, x->name);
+        float a = 0, b = 0;
+        REQUIRE(y);
+        vel_file_tensor_floats(x, 0, 1, &a);
+        vel_file_tensor_floats(y, 0, 1, &b);
+        bool text = vel_has_prefix(x->name, "lora_te"), down = strstr(x->name, "down");
+        double want = (double)a * (text && down ? (1 - 0.125 * 2) / (1 - 0.125 * 0.25) : 1);
+        CHECK_MSG(fabs((double)b - want) <= 1e-6 * fabs(want), "%s: %g, not %g", x->name, (double)b,
+                  want);
+        of_text += text && down;
+    }
+    CHECK(of_text > 0 && of_text < n / 3);
+    vel_safetensors_close(one);
+    vel_safetensors_close(own);
+    CHECK(train(t, "one", DECAYS "steps=2 resume=latest text_encoder_weight_decay=2") != VEL_OK);
+#undef DECAYS
+}
+
 TEST(methods_full_resumed_equals_uninterrupted)
 {
     CHECK_OK(train(t, "whole", "method=full steps=3 use_ema=yes train_text_encoder=yes" SOME));

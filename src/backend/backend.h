@@ -30,7 +30,7 @@ typedef struct vel_launch {
     void *scratch;
 } vel_launch;
 
-/* ---- the optimizer: one call for one step over all trainable values -----------------------------
+/* ---- the optimizer: a call for one step over trainable values of one weight decay ---------------
  *
  * Values and gradients are flat float32 vectors; a segment is one trainable tensor in them. State
  * is one block of bytes that exec owns and saves: each segment's state vectors lie in it, in the

@@ -101,6 +101,39 @@ static vel_status loss_rules(vel_line *l)
 
 /* ---- larger families ---- */
 
+static bool text_is_trained(const vel_line *l)
+{
+    return vel_line_on(l, "train_text_encoder") || vel_line_on(l, "train_text_encoder_ti");
+}
+
+/* A word is learned and no adapter. */
+static bool word_alone(const vel_line *l)
+{
+    return vel_line_on(l, "train_text_encoder_ti") &&
+           vel_line_number(l, "train_transformer_frac", 1) == 0;
+}
+
+/* Rate and weight decay of what is learned in the text encoders. With Prodigy the scripts take
+ * --learning_rate for all, which 0 means here. */
+static vel_status text_rules(vel_line *l, bool prodigy)
+{
+    const char *rate_flag = "text_encoder_lr", *decay_flag = "adam_weight_decay_text_encoder";
+    const char *rate = prodigy ? "0" : vel_line_value(l, rate_flag);
+    const char *decay = vel_line_value(l, decay_flag);
+    if (!text_is_trained(l)) {
+        if (vel_line_given(l, decay_flag))
+            vel_line_say(l, "--%s changes nothing: no text encoder is trained", decay_flag);
+        return VEL_OK;
+    }
+    VEL_TRY(vel_line_set(l, rate_flag, "text_encoder_lr", "%s", rate));
+    if (word_alone(l))
+        VEL_TRY(vel_line_set(l, rate_flag, "embedding_lr", "%s", rate));
+    bool as_rest = (l->script->bit & ADVANCED) && vel_line_number(l, decay_flag, 0) == 0;
+    if (!decay || as_rest)
+        return VEL_OK;
+    return vel_line_set(l, decay_flag, "text_encoder_weight_decay", "%s", decay);
+}
+
 /* Prodigy's own arguments, which stand in the script's flags. */
 static vel_status prodigy_rules(vel_line *l)
 {
@@ -223,14 +256,14 @@ static vel_status family_rules(vel_line *l)
     const char *optimizer = vel_line_value(l, "optimizer");
     if (!(l->script->bit & DREAMBOOTH_LARGE))
         return VEL_OK;
-    if (optimizer && (strcmp(optimizer, "prodigy") == 0 || strcmp(optimizer, "Prodigy") == 0))
+    bool prodigy =
+        optimizer && (strcmp(optimizer, "prodigy") == 0 || strcmp(optimizer, "Prodigy") == 0);
+    if (prodigy)
         VEL_TRY(prodigy_rules(l));
     else if (optimizer && strcmp(optimizer, "AdamW") != 0 && strcmp(optimizer, "adamw") != 0 &&
              strcmp(optimizer, "adamW") != 0)
         return vel_line_refuse(l, "optimizer", "%s; AdamW and prodigy are", optimizer);
-    if (vel_line_given(l, "adam_weight_decay_text_encoder"))
-        return vel_line_refuse(l, "adam_weight_decay_text_encoder",
-                               "one decay goes for all: --adam_weight_decay");
+    VEL_TRY(text_rules(l, prodigy));
     VEL_TRY(unet_block_rules(l));
     return layer_rules(l);
 }

@@ -46,8 +46,8 @@ struct vel_engine {
     vel_optimizer optimizer;
     vel_optimizer_number numbers[VEL_OPTIMIZER_NUMBERS];
     vel_segment *segments; /* [n_segments], of trainables in their order */
-    float *rates;
-    double *rates_told; /* the same before they were rounded, for the log */
+    float *rates, *decays; /* weight decay: the same from step to step */
+    double *rates_told;    /* the same before they were rounded, for the log */
     double (*sums)[2];
     int n_segments;
     void *state; /* device */

@@ -112,6 +112,8 @@ typedef struct vel_optimizer {
     bool scale_parameter, relative_step, warmup_init;
     bool round_bf16; /* values are kept on bfloat16's grid, rounded stochastically */
     uint64_t seed;
+    const char *own_prefix; /* trainables whose path begins so have a weight decay of their own; */
+    double own_decay;       /* NULL: none has */
 } vel_optimizer;
 /* Before the first step. */
 vel_status vel_engine_set_optimizer(vel_engine *e, const vel_optimizer *o);

@@ -147,10 +147,14 @@ static vel_status need_state(vel_engine *e)
         return VEL_OK;
     VEL_TRY(vel_grow(e->ctx, &e->segments, (size_t)n));
     VEL_TRY(vel_grow(e->ctx, &e->rates, (size_t)n));
+    VEL_TRY(vel_grow(e->ctx, &e->decays, (size_t)n));
     VEL_TRY(vel_grow(e->ctx, &e->rates_told, (size_t)n));
     VEL_TRY(vel_grow(e->ctx, &e->sums, (size_t)n));
     int64_t bytes = e->state_bytes;
     for (int i = old; i < n; i++) {
+        const char *own = e->optimizer.own_prefix;
+        bool is_own = own && vel_has_prefix(e->trainables[i].path, own);
+        e->decays[i] = (float)(is_own ? e->optimizer.own_decay : e->optimizer.weight_decay);
         e->segments[i] = segment_of(&e->trainables[i]);
         place_states(e, &e->segments[i], &bytes);
     }
@@ -168,6 +172,7 @@ void vel_engine_free_optimizer(vel_engine *e)
 {
     vel_free(e->ctx, e->segments);
     vel_free(e->ctx, e->rates);
+    vel_free(e->ctx, e->decays);
     vel_free(e->ctx, e->rates_told);
     vel_free(e->ctx, e->sums);
     e->backend->free(e->device, e->state);
@@ -259,10 +264,24 @@ static vel_status on_host(vel_engine *e, const vel_update *u)
     return st;
 }
 
+/* A call for each run of tensors with the same weight decay: one or two, as text encoders stand
+ * together. */
 static vel_status run_update(vel_engine *e, const vel_update *u)
 {
-    vel_status st = e->backend->update(e->device, u);
-    return st == VEL_UNSUPPORTED ? on_host(e, u) : st;
+    for (int i = 0, n; i < u->n; i += n) {
+        vel_update part = *u;
+        bool coupled = u->rule == VEL_UPDATE_PRODIGY && e->optimizer.coupled_decay;
+        for (n = 1; i + n < u->n && e->decays[i + n] == e->decays[i];)
+            n++;
+        part.segments = u->segments + i;
+        part.rate = u->rate + i;
+        part.sums = u->sums + i;
+        part.n = n;
+        *(coupled ? &part.coupled_decay : &part.weight_decay) = e->decays[i];
+        vel_status st = e->backend->update(e->device, &part);
+        VEL_TRY(st == VEL_UNSUPPORTED ? on_host(e, &part) : st);
+    }
+    return VEL_OK;
 }
 
 /* Defazio et al. 2024: the average that is looked at moves by weight / sum of weights. */
@@ -307,8 +326,6 @@ static vel_status prodigy(vel_engine *e, vel_update *u, double t)
     u->correction1 = (float)bias;
     u->beta3 = (float)beta3;
     u->safeguard = o->safeguard_warmup;
-    u->coupled_decay = o->coupled_decay ? (float)o->weight_decay : 0;
-    u->weight_decay = o->coupled_decay ? 0 : (float)o->weight_decay;
     VEL_TRY(run_update(e, u));
     double sum = *numerator * beta3, distance = 0;
     for (int i = 0; i < u->n; i++) {
@@ -358,7 +375,6 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
                     .one_minus_beta2 = (float)(1 - o->beta2),
                     .eps = (float)o->eps,
                     .eps2 = (float)o->eps2,
-                    .weight_decay = (float)o->weight_decay,
                     .correction1 = (float)(1 - pow(o->beta1, t)),
                     .correction2 = (float)(1 - pow(o->beta2, t)),
                     .dampening = (float)o->dampening,

@@ -361,5 +361,12 @@ vel_status vel_optimizer_choose(vel_ctx *ctx, const vel_optimizer_wish *wish,
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "--optimizer_args: warmup_init=True needs relative_step=True");
     describe(row, out);
+    if (!isnan(wish->text_weight_decay)) {
+        size_t at = strlen(out->text);
+        o->own_prefix = "text_encoder";
+        o->own_decay = wish->text_weight_decay;
+        snprintf(out->text + at, sizeof out->text - at, ",text_encoder_weight_decay=%g",
+                 o->own_decay);
+    }
     return VEL_OK;
 }

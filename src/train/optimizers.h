@@ -19,6 +19,7 @@ typedef struct vel_optimizer_choice {
 typedef struct vel_optimizer_wish {
     const char *name, *args;
     double beta1, beta2, eps, weight_decay; /* NAN: the optimizer's own default */
+    double text_weight_decay;               /* of text encoders; NAN: as the rest */
 } vel_optimizer_wish;
 vel_status vel_optimizer_choose(vel_ctx *ctx, const vel_optimizer_wish *wish,
                                 vel_optimizer_choice *out);

@@ -482,6 +482,9 @@ static vel_status describe_plan(train_session *s)
                   vel_model_compute(s->model) == VEL_F32   ? "float32"
                   : vel_model_compute(s->model) == VEL_F16 ? "float16 with float32 masters"
                                                            : "bfloat16 with float32 masters");
+    if (s->optimizer.settings.own_prefix)
+        vel_text_addf(&t, "weight decay: %g, of text encoders and new words %g\n",
+                      s->optimizer.settings.weight_decay, s->optimizer.settings.own_decay);
     if (s->scaler.scale > 0)
         vel_text_addf(&t, "loss scaling: from %g; steps that overflow are skipped\n",
                       s->scaler.scale);
@@ -790,7 +793,8 @@ static vel_status choose_optimizer(train_session *s)
                                o->beta1 < 0 ? NAN : o->beta1,
                                o->beta2 < 0 ? NAN : o->beta2,
                                o->eps < 0 ? NAN : o->eps,
-                               o->weight_decay < 0 ? NAN : o->weight_decay};
+                               o->weight_decay < 0 ? NAN : o->weight_decay,
+                               o->text_weight_decay < 0 ? NAN : o->text_weight_decay};
     VEL_TRY(vel_optimizer_choose(s->ctx, &wish, &s->optimizer));
     vel_optimizer *c = &s->optimizer.settings;
     c->seed = (uint64_t)o->seed;

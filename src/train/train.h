@@ -85,6 +85,7 @@ typedef struct vel_train_options {
     const char *optimizer, *optimizer_args;
     bool use_8bit_adam;
     double beta1, beta2, eps, weight_decay; /* below 0: the optimizer's own */
+    double text_weight_decay;               /* of text encoders and words; below 0: weight_decay */
     double max_grad_norm;
     const char *lr_scheduler;
     double lr_warmup; /* steps, or a share of all when below 1 */

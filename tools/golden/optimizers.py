@@ -4,7 +4,7 @@ Each case runs the peer's own class in float32 on the CPU for some steps on the 
 transformers' Adafactor, and bitsandbytes, prodigyopt, schedulefree and lion-pytorch. First values and
 gradients come from a hash of their place, written here and in the test, so that the file holds results only:
 CASE/value.TENSOR, CASE/STATE.TENSOR, and in the metadata a JSON list of the cases (name, arguments as on
-the command line, rate, steps, numbers).
+the command line, rate, steps, numbers; own: a tensor whose weight decay differs, in a group of its own).
 
 usage: optimizers.py [OUTPUT]     (with bitsandbytes, prodigyopt, schedulefree, lion-pytorch installed)
 """
@@ -54,12 +54,16 @@ def gradient(shape, tensor, step):
     return ((hashed(n, 100 + 10 * step + tensor) + hashed(n, 50 + tensor)) * size).reshape(shape)
 
 
-def case(name, make, args="", lr=1e-3, steps=5, shapes=SHAPES, states=(), numbers=(), adam=False):
+def case(name, make, args="", lr=1e-3, steps=5, shapes=SHAPES, states=(), numbers=(), own=None):
     parameters = {
         key: torch.nn.Parameter(hashed(int(numpy.prod(shape)), i).reshape(shape))
         for i, (key, shape) in enumerate(shapes.items())
     }
-    optimizer = make(list(parameters.values()), lr)
+    groups = list(parameters.values())
+    if own:
+        apart = {"params": [parameters[own[0]]], "weight_decay": own[1]}
+        groups = [{"params": [p for key, p in parameters.items() if key != own[0]]}, apart]
+    optimizer = make(groups, lr)
     if hasattr(optimizer, "train"):
         optimizer.train()
     for step in range(steps):
@@ -83,6 +87,8 @@ def case(name, make, args="", lr=1e-3, steps=5, shapes=SHAPES, states=(), number
             tensors[f"{label}/shown.{key}"] = p.detach().clone()
     found = {ours: optimizer.param_groups[0][theirs] for ours, theirs in numbers}
     cases.append({"name": name, "args": args, "lr": lr, "steps": steps, "numbers": found})
+    if own:
+        cases[-1]["own"] = {"tensor": own[0], "weight_decay": own[1]}
 
 
 MOMENTS = (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"))
@@ -134,6 +140,10 @@ case("adafactor",
                              relative_step=False),
      "eps=(1e-20,0.9) clip_threshold=0.5 decay_rate=-0.6 beta1=0.8 weight_decay=0.2 relative_step=False",
      lr=0.01, states=FACTORS)
+case("AdamW", lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.1), "weight_decay=0.1", lr=0.1,
+     own=("vector", 0.6))
+case("prodigy", lambda p, lr: prodigyopt.Prodigy(p, lr, weight_decay=0.1, decouple=False, d0=1e-2),
+     "weight_decay=0.1 decouple=False d0=1e-2", lr=0.5, steps=8, numbers=D, own=("vector", 0.6))
 
 for is_signed, name in ((True, "signed"), (False, "unsigned")):
     tensors[f"map.{name}"] = bitsandbytes.functional.create_dynamic_map(is_signed)
