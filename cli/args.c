@@ -133,24 +133,24 @@ static int take_setting(cli *c, vel_params *p, int n, char **words)
     return taken;
 }
 
-/* The i-th of comma separated names; false past the last. */
-static bool name_at(const char *list, int i, char out[64])
+bool vel_cli_next_name(const char **rest, char name[64])
 {
-    const char *at = list;
-    for (; at && i > 0; i--)
-        at = (at = strchr(at, ',')) ? at + 1 : NULL;
-    if (!at)
+    if (!*rest || !**rest)
         return false;
-    snprintf(out, 64, "%.*s", (int)strcspn(at, ","), at);
+    size_t n = strcspn(*rest, ",");
+    snprintf(name, 64, "%.*s", (int)n, *rest);
+    *rest += n + ((*rest)[n] == ',');
     return true;
 }
 
 /* A word without a name: for the settings that take those, in their order. */
 static int take_word(cli *c, vel_params *p, const char *word, int *used)
 {
+    const char *rest = c->command->positional;
     char name[64];
-    if (word[0] == '-' || !name_at(c->command->positional, *used, name))
-        return refuse_word(c, word);
+    for (int i = 0; i <= *used; i++)
+        if (word[0] == '-' || !vel_cli_next_name(&rest, name))
+            return refuse_word(c, word);
     ++*used;
     if (vel_params_set(p, name, word) == VEL_OK)
         return 1;

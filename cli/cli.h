@@ -45,7 +45,10 @@ typedef struct cli_command {
 extern const cli_command vel_cli_commands[]; /* ends with {0} */
 const cli_command *vel_cli_find(const char *name);
 
-/* args.c: options of the program itself (--help, --quiet, --log-level N) are taken out first.
+/* args.c: the next of names between commas, which *rest goes past; false, where it is NULL or at
+ * its end, behind the last. */
+bool vel_cli_next_name(const char **rest, char name[64]);
+/* Options of the program itself (--help, --quiet, --log-level N) are taken out first.
  * Returns the number of words left; -1 after a message. */
 int vel_cli_take_globals(cli *c, int n, char **words, bool *help);
 /* Settings from words; NULL after a message. */

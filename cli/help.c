@@ -105,11 +105,9 @@ static size_t add_list(char *text, size_t room, size_t n, const char *before, co
                        const char *after)
 {
     const char *comma = before[strlen(before) - 1] == '-' ? ", --" : ", ", *lead = before;
-    for (const char *at = list; *at && n < room; lead = comma) {
-        size_t length = strcspn(at, ",");
-        n += (size_t)snprintf(text + n, room - n, "%s%.*s", lead, (int)length, at);
-        at += length + (at[length] == ',');
-    }
+    char name[64];
+    for (; n < room && vel_cli_next_name(&list, name); lead = comma)
+        n += (size_t)snprintf(text + n, room - n, "%s%s", lead, name);
     return n < room ? n + (size_t)snprintf(text + n, room - n, "%s", after) : n;
 }
 

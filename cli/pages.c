@@ -21,13 +21,10 @@ static void put_roff(FILE *out, const char *text)
 /* "a,b" with room to break lines between. */
 static void put_roff_list(FILE *out, const char *list)
 {
-    for (const char *at = list; *at;) {
-        char word[64];
-        int n = (int)strcspn(at, ",");
-        snprintf(word, sizeof word, "%.*s", n, at);
-        put_roff(out, word);
-        at += n + (at[n] == ',');
-        fputs(*at ? ", " : "", out);
+    char name[64];
+    while (vel_cli_next_name(&list, name)) {
+        put_roff(out, name);
+        fputs(*list ? ", " : "", out);
     }
 }
 

@@ -10,10 +10,10 @@ enum { SHOWN = 10 };
 
 /* ---- files and modules ---- */
 
-/* "style.safetensors:0.8" of a list's first n characters; the path is owned. */
-static char *split_entry(vel_ctx *ctx, const char *text, size_t n, double *weight)
+/* "style.safetensors:0.8", an item of a list; the path is owned. */
+static char *split_entry(vel_ctx *ctx, vel_span item, double *weight)
 {
-    char *path = vel_strf(ctx, "%.*s", (int)n, text), *end;
+    char *path = vel_strndup(ctx, item.s, item.n), *end;
     char *colon = path ? strrchr(path, ':') : NULL;
     double given = colon ? strtod(colon + 1, &end) : 1;
     *weight = 1;
@@ -24,13 +24,13 @@ static char *split_entry(vel_ctx *ctx, const char *text, size_t n, double *weigh
     return path;
 }
 
-static vel_status add_entry(vel_hub *h, vel_hub_list *list, const char *text, size_t n)
+static vel_status add_entry(vel_hub *h, vel_hub_list *list, vel_span item)
 {
     if (list->n == VEL_COUNT(list->at))
         return vel_fail(h->ctx, VEL_BAD_VALUE, "adapter: more than %d files at once", list->n);
     struct vel_hub_entry *e = &list->at[list->n++];
     *e = (struct vel_hub_entry){.weight = 1};
-    e->path = split_entry(h->ctx, text, n, &e->weight);
+    e->path = split_entry(h->ctx, item, &e->weight);
     if (!e->path)
         return VEL_NO_MEMORY;
     return vel_adapter_file_read(h->ctx, e->path, h->known, h->n_known, &e->file);
@@ -40,12 +40,10 @@ vel_status vel_hub_list_read(vel_hub *h, const char *text, vel_hub_list *list)
 {
     *list = (vel_hub_list){.n = 0};
     vel_status st = VEL_OK;
-    for (const char *at = text; *at && !st;) {
-        size_t n = strcspn(at, ",");
-        if (n)
-            st = add_entry(h, list, at, n);
-        at += n + (at[n] != 0);
-    }
+    vel_span item;
+    while (!st && vel_next_item(&text, ",", &item))
+        if (item.n)
+            st = add_entry(h, list, item);
     if (!st && !list->n)
         st = vel_fail(h->ctx, VEL_BAD_VALUE, "adapter: no file is named");
     if (st)
@@ -435,9 +433,12 @@ static const struct action *find_action(const char *name)
 static vel_status guess_model(vel_hub *h)
 {
     double weight;
+    const char *rest = h->o->input;
+    vel_span first = {0};
     vel_text tried;
     vel_text_init(&tried, h->ctx);
-    char *path = split_entry(h->ctx, h->o->input, strcspn(h->o->input, ","), &weight);
+    vel_next_item(&rest, ",", &first);
+    char *path = split_entry(h->ctx, first, &weight);
     vel_status st = path ? VEL_NOT_FOUND : VEL_NO_MEMORY;
     for (int i = 0; path && st && vel_known_model_at(i); i++) {
         vel_adapter_file *f = NULL;

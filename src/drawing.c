@@ -25,14 +25,6 @@ const char *vel_drawing_base_name(const char *path)
     return slash ? slash + 1 : path;
 }
 
-static char *part_of(vel_arena *a, const char *s, size_t n)
-{
-    char *copy = vel_arena_alloc(a, n + 1);
-    if (copy)
-        memcpy(copy, s, n);
-    return copy;
-}
-
 /* ---- adapters -------------------------------------------------------------------------------- */
 
 /* A file first, then the file with its usual ending, then a folder. NULL: none of them. */
@@ -49,7 +41,7 @@ static const char *existing(vel_arena *a, const char *folder, const char *name)
 static const char *folder_of(vel_arena *a, const char *path)
 {
     const char *slash = strrchr(path, '/');
-    return slash ? part_of(a, path, (size_t)VEL_MAX(slash - path, 1)) : ".";
+    return slash ? vel_arena_strndup(a, path, (size_t)VEL_MAX(slash - path, 1)) : ".";
 }
 
 /* As given, else beside the files of --lora. */
@@ -114,10 +106,9 @@ static vel_status want_adapter(vel_drawing *d, const char *name, int *index)
 }
 
 /* "name:0.8" or "name": the last colon counts when a number follows it. */
-static vel_status split_strength(vel_drawing *d, const char *text, size_t n, const char **name,
-                                 double *weight)
+static vel_status split_strength(vel_drawing *d, vel_span text, const char **name, double *weight)
 {
-    char *copy = part_of(d->arena, text, n);
+    char *copy = vel_arena_strndup(d->arena, text.s, text.n);
     if (!copy)
         return VEL_NO_MEMORY;
     char *colon = strrchr(copy, ':'), *end;
@@ -133,19 +124,18 @@ static vel_status split_strength(vel_drawing *d, const char *text, size_t n, con
     }
     *name = copy;
     return copy[0] ? VEL_OK
-                   : vel_fail(d->ctx, VEL_BAD_VALUE, "adapter '%.*s': has no name", (int)n, text);
+                   : vel_fail(d->ctx, VEL_BAD_VALUE, "adapter '%.*s': has no name", (int)text.n,
+                              text.s);
 }
 
-static vel_status add_lora(vel_drawing *d, const char *text, size_t n)
+static vel_status add_lora(vel_drawing *d, vel_span item)
 {
     const char *name;
     double weight;
     int index;
-    while (n && text[0] == ' ') {
-        text++;
-        n--;
-    }
-    VEL_TRY(split_strength(d, text, n, &name, &weight));
+    for (; item.n && item.s[0] == ' '; item.n--)
+        item.s++;
+    VEL_TRY(split_strength(d, item, &name, &weight));
     VEL_TRY(want_adapter(d, name, &index));
     d->adapters[index].weight = weight;
     d->adapters[index].everywhere = true;
@@ -158,12 +148,10 @@ static vel_status read_loras(vel_drawing *d, const char *list)
     if (!list || !list[0])
         return VEL_OK;
     if (vel_is_file(list))
-        return add_lora(d, list, strlen(list));
-    for (const char *at = list; *at;) {
-        size_t n = strcspn(at, ",");
-        VEL_TRY(add_lora(d, at, n));
-        at += n + (at[n] == ',');
-    }
+        return add_lora(d, (vel_span){.s = list, .n = strlen(list)});
+    vel_span item;
+    while (vel_next_item(&list, ",", &item))
+        VEL_TRY(add_lora(d, item));
     return VEL_OK;
 }
 
@@ -178,8 +166,9 @@ static vel_status take_tags(vel_drawing *d, char *text, double *w, bool *given)
         const char *name;
         double weight;
         int index;
-        char *inside = tag + sizeof opening - 1;
-        VEL_TRY(split_strength(d, inside, (size_t)(end - inside), &name, &weight));
+        vel_span inside = {.s = tag + sizeof opening - 1};
+        inside.n = (size_t)(end - inside.s);
+        VEL_TRY(split_strength(d, inside, &name, &weight));
         VEL_TRY(want_adapter(d, name, &index));
         w[index] = weight;
         given[index] = true;
@@ -278,16 +267,15 @@ vel_status vel_drawing_init(vel_ctx *ctx, vel_drawing *d, const vel_generate_opt
 /* --embedding: files, each with another name for its word before an equals sign, if wanted. */
 static vel_status load_words(vel_drawing *d)
 {
-    for (const char *at = d->o->embedding; at && *at;) {
-        size_t n = strcspn(at, ",");
-        char *item = part_of(d->arena, at, n), *path = item, *name = NULL;
-        at += n + (at[n] == ',');
-        if (!item)
+    vel_span item;
+    for (const char *rest = d->o->embedding; vel_next_item(&rest, ",", &item);) {
+        char *path = vel_arena_strndup(d->arena, item.s, item.n), *name = NULL;
+        if (!path)
             return VEL_NO_MEMORY;
-        char *equals = vel_is_file(item) ? NULL : strchr(item, '=');
+        char *equals = vel_is_file(path) ? NULL : strchr(path, '=');
         if (equals) {
             *equals = 0;
-            name = item;
+            name = path;
             path = equals + 1;
         }
         VEL_TRY(vel_model_add_words(d->model, path, name));

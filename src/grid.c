@@ -21,18 +21,18 @@ static vel_status read_numbers(vel_ctx *ctx, const char *name, const char *list,
                                int *n)
 {
     *n = 0;
-    for (const char *at = list; *at;) {
+    vel_span item;
+    for (const char *rest = list; vel_next_item(&rest, ",", &item);) {
         char *end;
-        double x = strtod(at, &end);
-        while (*end == ' ')
-            end++;
-        if (end == at || (*end && *end != ',') || !isfinite(x))
+        double x = strtod(item.s, &end);
+        bool number = end != item.s;
+        end += strspn(end, " ");
+        if (!number || end != item.s + item.n || !isfinite(x))
             return vel_fail(ctx, VEL_BAD_VALUE, "--%s: '%s' is not a list of numbers such as 1,2,3",
                             name, list);
         if (*n == MOST_VALUES)
             return vel_fail(ctx, VEL_BAD_VALUE, "--%s: more than %d values", name, MOST_VALUES);
         out[(*n)++] = x;
-        at = end + (*end == ',');
     }
     return *n ? VEL_OK : vel_fail(ctx, VEL_BAD_VALUE, "--%s: is empty", name);
 }

@@ -100,14 +100,14 @@ static bool is_choice(const vel_option_row *r, const char *value)
 {
     if (vel_list_has(r->choices, value))
         return true;
-    for (const char *at = r->endings; at && *at;) {
-        size_t size = strcspn(at, ","), n = strlen(value);
+    vel_span ending;
+    for (const char *rest = r->endings; vel_next_item(&rest, ",", &ending);) {
+        size_t n = strlen(value), stem = n - ending.n;
         char name[64];
-        if (n > size && n - size < sizeof name && strncmp(value + n - size, at, size) == 0) {
-            snprintf(name, sizeof name, "%.*s", (int)(n - size), value);
+        if (n > ending.n && stem < sizeof name && strncmp(value + stem, ending.s, ending.n) == 0) {
+            snprintf(name, sizeof name, "%.*s", (int)stem, value);
             return vel_list_has(r->choices, name);
         }
-        at += size + (at[size] == ',');
     }
     return false;
 }

@@ -88,10 +88,10 @@ static double colour_distance(const histogram *a, const histogram *b)
 
 /* ---- the folder ------------------------------------------------------------------------------ */
 
-static vel_status add_line(score *s, const char *list, int number, const char *line, size_t n)
+static vel_status add_line(score *s, const char *list, int number, vel_span line)
 {
     json_error_t error;
-    json_t *row = json_loadb(line, n, 0, &error);
+    json_t *row = json_loadb(line.s, line.n, 0, &error);
     const char *file = vel_json_string(row, "file", NULL),
                *prompt = vel_json_string(row, "prompt", NULL);
     vel_status st = VEL_OK;
@@ -123,12 +123,11 @@ static vel_status read_list(score *s)
     VEL_TRY(vel_read_file(s->d.ctx, list, LIST_LIMIT, &text, &n));
     vel_status st = VEL_OK;
     int number = 1;
-    for (const char *line = text; st == VEL_OK && *line; number++) {
-        size_t length = strcspn(line, "\n");
-        if (line[strspn(line, " \t\r\n")] && strspn(line, " \t\r") < length)
-            st = add_line(s, list, number, line, length);
-        line += length + (line[length] == '\n');
-    }
+    vel_span line;
+    const char *rest = text;
+    for (; st == VEL_OK && vel_next_item(&rest, "\n", &line); number++)
+        if (strspn(line.s, " \t\r") < line.n)
+            st = add_line(s, list, number, line);
     vel_free(s->d.ctx, text);
     if (st == VEL_OK && s->n == 0)
         st = vel_fail(s->d.ctx, VEL_BAD_FILE, "%s: lists no picture", list);

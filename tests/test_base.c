@@ -227,6 +227,46 @@ TEST(text_grows)
     CHECK(x.s == NULL && x.n == 0);
 }
 
+/* The items, each in brackets. */
+static void check_items(vel_test *t, bool (*next)(const char **, const char *, vel_span *),
+                        const char *list, const char *separators, const char *expected)
+{
+    char got[64] = "";
+    vel_span item;
+    for (const char *rest = list; next(&rest, separators, &item);) {
+        size_t n = strlen(got);
+        snprintf(got + n, sizeof got - n, "[%.*s]", (int)item.n, item.s);
+    }
+    CHECK_MSG(strcmp(got, expected) == 0, "'%s': %s, expected %s", list ? list : "", got, expected);
+}
+
+TEST(lists_are_walked)
+{
+    static const struct {
+        const char *list, *separators, *items, *parts; /* that end, that are separated */
+    } rows[] = {
+        {NULL, ",", "", ""},
+        {"", ",", "", "[]"},
+        {"a", ",", "[a]", "[a]"},
+        {"a,bc", ",", "[a][bc]", "[a][bc]"},
+        {"a,,b", ",", "[a][][b]", "[a][][b]"},
+        {",a", ",", "[][a]", "[][a]"},
+        {"a,", ",", "[a]", "[a][]"},
+        {",", ",", "[]", "[][]"},
+        {" a , b ", ",", "[ a ][ b ]", "[ a ][ b ]"},
+        {"a,b c", ", ", "[a][b][c]", "[a][b][c]"},
+        {"a, b", ", ", "[a][][b]", "[a][][b]"},
+        {"one\ntwo,2\n", "\n", "[one][two,2]", "[one][two,2][]"},
+    };
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        check_items(t, vel_next_item, rows[i].list, rows[i].separators, rows[i].items);
+        check_items(t, vel_next_part, rows[i].list, rows[i].separators, rows[i].parts);
+    }
+    CHECK(vel_list_has("lora,loha", "loha") && vel_list_has("lora,loha", "lora"));
+    CHECK(!vel_list_has("lora,loha", "lo") && !vel_list_has("lora", "lora,"));
+    CHECK(!vel_list_has(NULL, "lora") && !vel_list_has("", ""));
+}
+
 TEST(globs)
 {
     static const struct {

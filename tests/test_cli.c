@@ -148,11 +148,10 @@ check_each(vel_test *t, const char *command, const vel_param_info *info, const c
            void (*check)(vel_test *, const char *, const vel_param_info *, const char *))
 {
     char name[128];
-    for (const char *at = list; at && *at;) {
-        size_t n = strcspn(at, ",");
-        snprintf(name, sizeof name, "%.*s", (int)n, at);
+    vel_span item;
+    while (vel_next_item(&list, ",", &item)) {
+        snprintf(name, sizeof name, "%.*s", (int)item.n, item.s);
         check(t, command, info, name);
-        at += n + (at[n] == ',');
     }
 }
 

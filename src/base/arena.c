@@ -90,8 +90,12 @@ void *vel_arena_alloc(vel_arena *a, size_t bytes)
 
 char *vel_arena_strdup(vel_arena *a, const char *s)
 {
-    size_t n = strlen(s) + 1;
-    char *copy = vel_arena_alloc(a, n);
+    return vel_arena_strndup(a, s, strlen(s));
+}
+
+char *vel_arena_strndup(vel_arena *a, const char *s, size_t n)
+{
+    char *copy = vel_arena_alloc(a, n + 1); /* zeroed */
     return copy ? memcpy(copy, s, n) : NULL;
 }
 

@@ -78,6 +78,7 @@ vel_status vel_grow_array(vel_ctx *ctx, void *array, size_t n, size_t size); /* 
  * gone. For what the caller of the public interface frees. Returns p. */
 void *vel_hand_out(void *p);
 char *vel_strdup(vel_ctx *ctx, const char *s);
+char *vel_strndup(vel_ctx *ctx, const char *s, size_t n);               /* of n bytes at s */
 char *vel_strf(vel_ctx *ctx, const char *format, ...) VEL_PRINTF(2, 3); /* owned; vel_free */
 
 /* Stores the message and returns status. The first words name the file or setting at fault, the
@@ -140,6 +141,7 @@ vel_arena *vel_arena_create(vel_ctx *ctx);
 void vel_arena_destroy(vel_arena *a);
 void *vel_arena_alloc(vel_arena *a, size_t bytes); /* zeroed; NULL when memory is short */
 char *vel_arena_strdup(vel_arena *a, const char *s);
+char *vel_arena_strndup(vel_arena *a, const char *s, size_t n);
 char *vel_arena_strf(vel_arena *a, const char *format, ...) VEL_PRINTF(2, 3);
 size_t vel_arena_bytes(const vel_arena *a);
 
@@ -158,12 +160,28 @@ void vel_text_add_bytes(vel_text *t, const void *bytes, size_t n);
 void vel_text_add_base64(vel_text *t, const uint8_t *bytes, size_t n);
 void vel_text_finish(vel_text *t);
 
+/* A part of a longer text, in place: no NUL stands behind it. Blanks around it belong to it. */
+typedef struct vel_span {
+    const char *s;
+    size_t n;
+} vel_span;
+/* Walks a list whose items end at one of the separators, or with the text:
+ *
+ *     vel_span item;
+ *     for (const char *rest = list; vel_next_item(&rest, ",", &item);)
+ *
+ * Items may be empty, but behind the last separator there is none: "a,,b," gives "a", "", "b", and
+ * "" nothing. *rest, which goes past the item, may be NULL. */
+bool vel_next_item(const char **rest, const char *separators, vel_span *item);
+/* The same where separators stand between items, as Python's split has it: behind the last one is
+ * the last item, "a,,b," gives "a", "", "b", "", and "" one empty item. */
+bool vel_next_part(const char **rest, const char *separators, vel_span *part);
+/* Is name one of the items of list, which commas separate? list may be NULL. */
+bool vel_list_has(const char *list, const char *name);
 /* '*' matches any run, '?' one character; several patterns may be joined with ','. */
 bool vel_glob(const char *patterns, const char *text);
 bool vel_has_prefix(const char *s, const char *prefix);
 bool vel_has_suffix(const char *s, const char *suffix); /* ASCII case is ignored */
-/* Is name one of the words of list, which commas separate? list may be NULL. */
-bool vel_list_has(const char *list, const char *name);
 int vel_edit_distance(const char *a, const char *b);
 
 /* "Did you mean": the three names nearest to a wanted one, within six edits. A name that holds the

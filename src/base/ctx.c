@@ -257,8 +257,12 @@ void *vel_hand_out(void *p)
 
 char *vel_strdup(vel_ctx *ctx, const char *s)
 {
-    size_t n = strlen(s) + 1;
-    char *copy = vel_alloc(ctx, n);
+    return vel_strndup(ctx, s, strlen(s));
+}
+
+char *vel_strndup(vel_ctx *ctx, const char *s, size_t n)
+{
+    char *copy = vel_alloc(ctx, n + 1); /* zeroed */
     return copy ? memcpy(copy, s, n) : NULL;
 }
 

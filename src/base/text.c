@@ -72,6 +72,33 @@ void vel_text_finish(vel_text *t)
     *t = (vel_text){.ctx = t->ctx};
 }
 
+/* ---- lists ---- */
+
+bool vel_next_part(const char **rest, const char *separators, vel_span *part)
+{
+    if (!*rest)
+        return false;
+    *part = (vel_span){.s = *rest, .n = strcspn(*rest, separators)};
+    const char *end = part->s + part->n;
+    *rest = *end ? end + 1 : NULL;
+    return true;
+}
+
+bool vel_next_item(const char **rest, const char *separators, vel_span *item)
+{
+    return *rest && **rest && vel_next_part(rest, separators, item);
+}
+
+bool vel_list_has(const char *list, const char *name)
+{
+    size_t n = strlen(name);
+    vel_span item;
+    while (vel_next_item(&list, ",", &item))
+        if (item.n == n && strncmp(item.s, name, n) == 0)
+            return true;
+    return false;
+}
+
 /* ---- matching ---- */
 
 /* One pattern [p, end) against text. On a mismatch the last '*' takes one character more; earlier
@@ -100,32 +127,16 @@ static bool glob_one(const char *p, const char *end, const char *text)
 
 bool vel_glob(const char *patterns, const char *text)
 {
-    for (const char *p = patterns; p; p = *p ? p + 1 : NULL) {
-        const char *end = p + strcspn(p, ",");
-        if (glob_one(p, end, text))
+    vel_span pattern;
+    while (vel_next_part(&patterns, ",", &pattern))
+        if (glob_one(pattern.s, pattern.s + pattern.n, text))
             return true;
-        p = end;
-        if (!*p)
-            break;
-    }
     return false;
 }
 
 bool vel_has_prefix(const char *s, const char *prefix)
 {
     return strncmp(s, prefix, strlen(prefix)) == 0;
-}
-
-bool vel_list_has(const char *list, const char *name)
-{
-    size_t n = strlen(name);
-    for (const char *at = list; at && *at;) {
-        size_t length = strcspn(at, ",");
-        if (length == n && strncmp(at, name, n) == 0)
-            return true;
-        at += length + (at[length] == ',');
-    }
-    return false;
 }
 
 bool vel_has_suffix(const char *s, const char *suffix)

@@ -495,13 +495,11 @@ static char *join_tags(vel_ctx *ctx, const vel_caption_rules *r, const char *cap
     const char *blank = strcmp(separator, ",") == 0 ? " " : "";
     vel_text t;
     vel_text_init(&t, ctx);
-    for (const char *line = caption; *line && (t.n == 0 || r->wildcard);) {
-        size_t n = strcspn(line, "\n");
-        if (strspn(line, " \t\r") < n)
-            vel_text_addf(&t, "%s%.*s%s%s%s", t.n ? "\n" : "", (int)n, line, *tags ? separator : "",
-                          *tags ? blank : "", tags);
-        line += n + (line[n] == '\n');
-    }
+    vel_span line;
+    while ((t.n == 0 || r->wildcard) && vel_next_item(&caption, "\n", &line))
+        if (strspn(line.s, " \t\r") < line.n)
+            vel_text_addf(&t, "%s%.*s%s%s%s", t.n ? "\n" : "", (int)line.n, line.s,
+                          *tags ? separator : "", *tags ? blank : "", tags);
     if (t.n == 0)
         vel_text_add(&t, tags);
     char *out = t.failed ? NULL : vel_strdup(ctx, t.s ? t.s : "");

@@ -27,13 +27,10 @@ static bool stays_inside(const char *file)
 {
     if (*file == '/' || *file == 0)
         return false;
-    for (const char *part = file; *part;) {
-        size_t length = strcspn(part, "/");
-        if (length == 2 && part[0] == '.' && part[1] == '.')
+    vel_span part;
+    while (vel_next_part(&file, "/", &part))
+        if (part.n == 2 && strncmp(part.s, "..", 2) == 0)
             return false;
-        part += length;
-        part += *part == '/';
-    }
     return true;
 }
 

@@ -29,16 +29,16 @@ static vel_status add_numbers(vel_line *l, const char *key, const char *list, co
         vel_text_addf(out, ",%s*", start);
     if (!*list || strcmp(list, "all") == 0 || strcmp(list, "none") == 0)
         return VEL_OK;
-    for (const char *at = list; at; at = strchr(at, ',')) {
-        at += *at == ',';
+    vel_span item;
+    for (const char *rest = list; vel_next_part(&rest, ",", &item);) {
         char *end;
-        long first = strtol(at, &end, 10), last = first;
-        bool number = end != at;
+        long first = strtol(item.s, &end, 10), last = first;
+        bool number = end != item.s;
         end += strspn(end, " ");
         if (number && *end == '-')
             last = strtol(end + 1, &end, 10);
         end += strspn(end, " ");
-        if (!number || (*end && *end != ',') || first < 0 || last < first || last >= MOST)
+        if (!number || end != item.s + item.n || first < 0 || last < first || last >= MOST)
             return vel_fail(l->ctx, VEL_BAD_VALUE,
                             "%s: --network_args %s=%s: numbers of blocks such as 0,2,5-8, all or "
                             "none are meant",

@@ -301,17 +301,17 @@ static void add_rule(vel_text *t, const char *regex, const char *value)
 static vel_status add_expressions(vel_line *l, const char *key, vel_text *t)
 {
     const char *text = vel_rule_pair(l, "network_args", key);
-    for (const char *at = text; at && *at;) {
-        size_t n = strcspn(at, ","), equals = strcspn(at, "=");
-        if (equals >= n)
+    vel_span item;
+    for (const char *rest = text; vel_next_item(&rest, ",", &item);) {
+        char *regex = vel_arena_strndup(l->arena, item.s, item.n);
+        char *equals = regex ? strchr(regex, '=') : NULL;
+        if (!regex)
+            return VEL_NO_MEMORY;
+        if (!equals)
             return vel_line_refuse(l, "network_args", "%s=%s; REGEX=VALUE between commas are", key,
                                    text);
-        char *pair = vel_arena_strf(l->arena, "%.*s", (int)n, at);
-        if (!pair)
-            return VEL_NO_MEMORY;
-        pair[equals] = 0;
-        add_rule(t, pair, pair + equals + 1);
-        at += n + (at[n] == ',');
+        *equals = 0;
+        add_rule(t, regex, equals + 1);
     }
     return VEL_OK;
 }

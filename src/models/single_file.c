@@ -91,16 +91,14 @@ static vel_status find_family(reading *r)
 /* Is one of the style's probes there? Which one tells how the names go on. */
 static bool probe(vel_key_found *f)
 {
-    const char *at = f->style->probes;
-    for (int i = 0; *at; i++) {
-        size_t n = strcspn(at, ",");
-        if (vel_key_find(f, "%.*s", (int)n, at)) {
+    const char *rest = f->style->probes;
+    vel_span name;
+    for (int i = 0; vel_next_item(&rest, ",", &name); i++)
+        if (vel_key_find(f, "%.*s", (int)name.n, name.s)) {
             f->bare = i > 0;
             f->folder = vel_key_find(f, "encoder.down_blocks.0.resnets.0.conv1.weight") != NULL;
             return true;
         }
-        at += n + (at[n] != 0);
-    }
     return false;
 }
 

@@ -47,15 +47,15 @@ vel_status vel_draw_guide(vel_model *m, double guidance, double further, vel_dra
 /* "7,8,9": a bit each. */
 static vel_status read_layers(vel_ctx *ctx, const char *list, uint64_t *out)
 {
-    for (const char *at = list; at && *at;) {
+    vel_span item;
+    for (const char *rest = list; vel_next_item(&rest, ",", &item);) {
         char *end;
-        long layer = strtol(at, &end, 10);
-        if (end == at || (*end && *end != ',') || layer < 0 || layer > 63)
+        long layer = strtol(item.s, &end, 10);
+        if (end == item.s || end != item.s + item.n || layer < 0 || layer > 63)
             return vel_fail(ctx, VEL_BAD_VALUE,
                             "skip_guidance_layers: '%s' is not a list of layers such as 7,8,9",
                             list);
         *out |= (uint64_t)1 << layer;
-        at = end + (*end == ',');
     }
     return VEL_OK;
 }

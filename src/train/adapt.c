@@ -157,20 +157,19 @@ vel_status vel_train_merge_base(vel_model *m, const char *files, const char *mul
     vel_ctx *ctx = vel_model_ctx(m);
     const char *between = strchr(files, ',') ? "," : " ";
     vel_status st = VEL_OK;
-    while (*files && !st) {
-        size_t n = strcspn(files, between);
-        char *end = NULL, *path = vel_strf(ctx, "%.*s", (int)n, files);
+    vel_span file;
+    while (!st && vel_next_item(&files, between, &file)) {
+        char *end = NULL, *path = vel_strndup(ctx, file.s, file.n);
         double by = multipliers && *multipliers ? strtod(multipliers, &end) : 1;
         if (end && (end == multipliers || !isfinite(by) || !strchr(", ", *end)))
             st = vel_fail(ctx, VEL_BAD_VALUE,
                           "--base_weights_multiplier: '%s' is no list of numbers", multipliers);
         if (!path)
             st = VEL_NO_MEMORY;
-        if (!st && n)
+        if (!st && file.n)
             st = vel_model_merge_adapter(m, path, by);
         vel_free(ctx, path);
         multipliers = end ? end + strspn(end, ", ") : multipliers;
-        files += n + (files[n] != 0);
     }
     return st;
 }

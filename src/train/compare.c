@@ -22,13 +22,13 @@ typedef struct comparison {
 
 static vel_status read_counts(comparison *c)
 {
-    const char *at = c->o->compare_images;
-    while (*at) {
+    vel_span item;
+    for (const char *rest = c->o->compare_images; vel_next_item(&rest, ",", &item);) {
         char *end;
-        long n = strtol(at, &end, 10);
+        long n = strtol(item.s, &end, 10);
+        bool whole = end != item.s && end == item.s + item.n;
         bool grows = c->n == 0 || n > c->pictures[c->n - 1];
-        if (end == at || n < 1 || n > 1000000 || !grows || c->n == MOST_RUNS ||
-            (*end && *end != ','))
+        if (!whole || n < 1 || n > 1000000 || !grows || c->n == MOST_RUNS)
             return vel_fail(c->ctx, VEL_BAD_VALUE,
                             "--compare_images: '%s' is no list of growing numbers, such as 5,15,25",
                             c->o->compare_images);
@@ -37,7 +37,6 @@ static vel_status read_counts(comparison *c)
         c->name[c->n] = vel_arena_strf(c->arena, "%s-%ld", stem, n);
         if (!c->name[c->n++])
             return VEL_NO_MEMORY;
-        at = *end ? end + 1 : end;
     }
     return VEL_OK;
 }

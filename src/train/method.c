@@ -42,14 +42,13 @@ static bool add_counted(train_session *s, int block, const char *row, const char
                         vel_text *globs)
 {
     const char *blocks = vel_model_family(s->model)->counted_blocks;
-    for (const char *at = row; *at;) {
-        size_t n = strcspn(at, ",");
+    vel_span name;
+    while (vel_next_item(&row, ",", &name)) {
         char path[256];
-        snprintf(path, sizeof path, "%s%d.%.*s.%s", blocks, block, (int)n, at, ending);
+        snprintf(path, sizeof path, "%s%d.%.*s.%s", blocks, block, (int)name.n, name.s, ending);
         if (!vel_model_tensor(s->model, path))
             return false;
         vel_text_addf(globs, "%s%s", globs->n ? "," : "", path);
-        at += n + (at[n] == ',');
     }
     return true;
 }

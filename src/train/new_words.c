@@ -71,12 +71,10 @@ bool vel_words_in_sentences(const vel_train_options *o)
 /* The i-th of a comma separated list, in the arena; NULL past its end. */
 static char *item_of(vel_arena *a, const char *list, int i)
 {
-    for (const char *at = list; at && *at; i--) {
-        size_t n = strcspn(at, ",");
+    vel_span item;
+    for (; vel_next_item(&list, ",", &item); i--)
         if (i == 0)
-            return vel_arena_strf(a, "%.*s", (int)n, at);
-        at += n + (at[n] == ',');
-    }
+            return vel_arena_strndup(a, item.s, item.n);
     return NULL;
 }
 

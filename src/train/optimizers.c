@@ -151,18 +151,6 @@ static const struct {
 
 /* ---- reading --------------------------------------------------------------------------------- */
 
-static bool listed(const char *list, const char *name)
-{
-    size_t n = strlen(name);
-    for (const char *at = list; *at;) {
-        size_t length = strcspn(at, ",");
-        if (length == n && strncmp(at, name, n) == 0)
-            return true;
-        at += length + (at[length] == ',');
-    }
-    return false;
-}
-
 /* Lower case without '_' and '-'. */
 static void plain_name(const char *name, char *out, size_t room)
 {
@@ -179,7 +167,7 @@ static vel_status find_row(vel_ctx *ctx, const char *name, const struct optimize
     plain_name(name, plain, sizeof plain);
     for (int i = 0; i < VEL_COUNT(rows); i++) {
         plain_name(rows[i].name, own, sizeof own);
-        if (strcmp(own, plain) == 0 || listed(rows[i].spellings, plain)) {
+        if (strcmp(own, plain) == 0 || vel_list_has(rows[i].spellings, plain)) {
             *out = &rows[i];
             return VEL_OK;
         }
@@ -202,7 +190,7 @@ static const char *arg_name(const struct arg_row *a)
 static const struct arg_row *find_arg(const struct optimizer_row *row, const char *name)
 {
     for (int i = 0; i < VEL_COUNT(args); i++)
-        if (strcmp(arg_name(&args[i]), name) == 0 && listed(row->args, args[i].key))
+        if (strcmp(arg_name(&args[i]), name) == 0 && vel_list_has(row->args, args[i].key))
             return &args[i];
     return NULL;
 }
@@ -311,7 +299,7 @@ static void describe(const struct optimizer_row *row, vel_optimizer_choice *c)
     c->text[0] = 0;
     for (int i = 0; i < VEL_COUNT(args); i++) {
         const struct arg_row *a = &args[i];
-        if (!listed(row->args, a->key) || a->type == ARG_NOTHING || at + 1 >= sizeof c->text)
+        if (!vel_list_has(row->args, a->key) || a->type == ARG_NOTHING || at + 1 >= sizeof c->text)
             continue;
         const char *field = (const char *)&c->settings + a->offset;
         const char *second = (const char *)&c->settings + a->second;
@@ -346,11 +334,11 @@ vel_status vel_optimizer_choose(vel_ctx *ctx, const vel_optimizer_wish *wish,
         (vel_optimizer_choice){.settings = row->defaults, .name = row->name, .title = row->title};
     vel_optimizer *o = &out->settings;
     take(&o->weight_decay, wish->weight_decay);
-    if (listed(row->args, "betas")) {
+    if (vel_list_has(row->args, "betas")) {
         take(&o->beta1, wish->beta1);
         take(&o->beta2, wish->beta2);
     }
-    if (listed(row->args, "eps"))
+    if (vel_list_has(row->args, "eps"))
         take(&o->eps, wish->eps);
     if (wish->args)
         VEL_TRY(read_args(ctx, row, wish->args, o));

@@ -53,17 +53,15 @@ static vel_status add_entry(void *user, const vel_draw_entry *e)
 
 static vel_status add_lines(train_session *s, const char *text)
 {
-    for (const char *line = text; *line;) {
-        size_t length = strcspn(line, "\n"), shown = length;
-        while (shown && (line[shown - 1] == '\r' || line[shown - 1] == ' '))
-            shown--;
-        char *copy = vel_arena_alloc(s->arena, shown + 1);
+    vel_span line;
+    while (vel_next_item(&text, "\n", &line)) {
+        while (line.n && (line.s[line.n - 1] == '\r' || line.s[line.n - 1] == ' '))
+            line.n--;
+        char *copy = vel_arena_strndup(s->arena, line.s, line.n);
         if (!copy)
             return VEL_NO_MEMORY;
-        memcpy(copy, line, shown);
-        if (shown)
+        if (line.n)
             VEL_TRY(add_prompt(s, copy, NULL));
-        line += length + (line[length] == '\n');
     }
     return VEL_OK;
 }
