@@ -166,6 +166,9 @@ const vel_option_row vel_train_rows[] = {
          "first part of the name of the words' file beside an adapter; default: NAME_emb"),
     FLOAT("text_encoder_share", NULL, text_encoder_share, "1", 0, 1, "method",
           "share of the epochs after which text encoder and new words stay; 1: never"),
+    FLOAT("denoiser_share", NULL, denoiser_share, "1", 0, 1, "method",
+          "share of the epochs after which the denoiser's part stays and text encoder or words go "
+          "on; 1: never"),
     INT("stop_text_encoder_training", NULL, stop_text_encoder_training, "0", -1, 100000000,
         "method", "steps after which text encoder and new words stay; 0: never"),
     CHOICE("network", "network_type,algo", network, "lora", "lora,locon,loha,lokr", "adapter",

@@ -354,6 +354,16 @@ TEST(dialects_advanced)
                                                              "--output_dir o",
              "method=textual_inversion output_name=o_emb text_encoder_share=1 also_kohya=no "
              "embedding_lr=5e-6 text_encoder_weight_decay=1e-03");
+    CHECK(strstr(said, "the word is learned to the end"));
+#define FLUX_SHARE(share)                                                                          \
+    PIVOT("train_dreambooth_lora_flux_advanced.py") "--train_transformer_frac " share
+    comes_to(t, FLUX_SHARE("0.25"), "denoiser_share=0.25 text_encoder_share=1 method=adapter");
+    comes_to(t, FLUX_SHARE("0.25 --train_text_encoder_ti_frac 1"), "denoiser_share=0.25");
+    is_refused(t, FLUX_SHARE("0.25 --train_text_encoder_ti_frac 0.5"), "_ti_frac 1");
+    is_refused(t, FLUX_SHARE("1.25"), "1.25");
+    is_refused(t, LARGE("train_dreambooth_lora_flux_advanced.py") "--train_transformer_frac 0.5",
+               "--train_text_encoder_ti");
+#undef FLUX_SHARE
     comes_to(t,
              LARGE("train_dreambooth_lora_sdxl_advanced.py") "--train_text_encoder "
                                                              "--train_text_encoder_frac 0.3",

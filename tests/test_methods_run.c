@@ -475,6 +475,39 @@ TEST(methods_pivotal_run)
         CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)"), "%s", r.text);
 }
 
+/* The other way about: the denoiser's part stays, the text encoder's and the words go on. */
+TEST(methods_denoiser_stays)
+{
+    CHECK_OK(train(t, "whole", "steps=4 denoiser_share=0.5 " PIVOTAL));
+    CHECK_SAYS(said, "step 2: the denoiser's part is learned");
+    CHECK(log_holds(t, "whole/a.log.jsonl", "\"step\": 3, ") &&
+          log_holds(t, "whole/a.log.jsonl", "\"lr\": 0, "));
+    CHECK_OK(train(t, "half", "steps=4 save_every=3 keep_last=0 denoiser_share=0.5 " PIVOTAL));
+    CHECK(unlink(vel_test_in(t, "half/a-step00000004.state")) == 0);
+    CHECK_OK(train(t, "half", "steps=4 denoiser_share=0.5 resume=latest overwrite=yes " PIVOTAL));
+    CHECK(program_same_files(t, "whole/a.safetensors", "half/a.safetensors"));
+    CHECK_OK(train(t, "two", "steps=2 " PIVOTAL));
+    vel_safetensors *a = NULL, *b = NULL;
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "whole/a.safetensors"), &a));
+    CHECK_OK(vel_safetensors_open(t->ctx, vel_test_in(t, "two/a.safetensors"), &b));
+    int stayed = 0, moved = 0;
+    for (int i = 0; a && b && i < vel_safetensors_count(a); i++) {
+        const vel_file_tensor *x = vel_safetensors_at(a, i), *y = vel_safetensors_at(b, i);
+        bool same = x->count == y->count && memcmp(x->data, y->data, (size_t)x->count * 4) == 0;
+        if (x->count == 1) /* an alpha */
+            continue;
+        CHECK_MSG(same == vel_has_prefix(x->name, "lora_unet_"), "%s", x->name);
+        stayed += same;
+        moved += !same;
+    }
+    CHECK(stayed > 0 && moved > 0);
+    vel_safetensors_close(a);
+    vel_safetensors_close(b);
+    CHECK(train(t, "no", "steps=4 denoiser_share=0.5") == VEL_BAD_VALUE);
+    CHECK(train(t, "no", "steps=4 denoiser_share=0.5 text_encoder_share=0.5 " PIVOTAL) ==
+          VEL_BAD_VALUE);
+}
+
 /* As diffusers' advanced scripts: a word that begins as noise, is drawn to the table's deviation
  * and stays after half of the run; resumed it is the same, byte for byte. */
 TEST(methods_words_of_the_tables_spread)

@@ -257,7 +257,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
     RULE(ADVANCED, "train_text_encoder_ti_frac", KIND_FLOAT, "0.5", "text_encoder_share"),
     RULE(ADVANCED, "train_text_encoder_frac", KIND_FLOAT, "1.0", "text_encoder_share"),
     RULE(ADVANCED_FLUX, "train_transformer_frac", KIND_FLOAT, "1.0",
-         "1; 0: the word alone is learned"),
+         "denoiser_share, of --train_text_encoder_ti; 0: the word alone is learned"),
     RULE(ADVANCED_FLUX, "enable_t5_ti", KIND_SWITCH, NULL,
          "words_in_t5: T5 learns the word, too; alone it changes nothing, as there"),
     IDLE(ADVANCED_SDXL, "clip_skip", KIND_INT, NULL,

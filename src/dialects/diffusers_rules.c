@@ -443,38 +443,50 @@ static const char *folder_name(vel_line *l)
     return slash && slash[1] ? slash + 1 : path;
 }
 
+/* After which share of the epochs the text encoder's part stays, and that of the denoiser; only one
+ * of them may. */
+static vel_status share_rules(vel_line *l)
+{
+    bool words = vel_line_on(l, "train_text_encoder_ti");
+    const char *text = words ? "train_text_encoder_ti_frac" : "train_text_encoder_frac";
+    const char *denoiser = "train_transformer_frac";
+    if (!words && !vel_line_on(l, "train_text_encoder") && vel_line_number(l, denoiser, 1) == 1)
+        return VEL_OK;
+    if (vel_line_number(l, denoiser, 1) == 1)
+        return vel_line_set(l, text, "text_encoder_share", "%s", vel_line_value(l, text));
+    if (!words)
+        return vel_line_refuse(l, denoiser, "less than 1 wants --train_text_encoder_ti");
+    if (vel_line_given(l, text) && vel_line_number(l, text, 1) != 1)
+        return vel_line_refuse(l, denoiser, "less than 1 wants --%s 1", text);
+    vel_line_say(l, "--%s: the word is learned to the end, as with --%s 1", denoiser, text);
+    VEL_TRY(vel_line_set(l, denoiser, "text_encoder_share", "1"));
+    if (word_alone(l))
+        return vel_line_set(l, denoiser, "method", "textual_inversion");
+    return vel_line_set(l, denoiser, "denoiser_share", "%s", vel_line_value(l, denoiser));
+}
+
 static vel_status advanced_rules(vel_line *l)
 {
     bool words = vel_line_on(l, "train_text_encoder_ti"),
          text = vel_line_on(l, "train_text_encoder");
-    double transformer = vel_line_number(l, "train_transformer_frac", 1);
     const char *name = folder_name(l);
-    const char *share = words ? "train_text_encoder_ti_frac" : "train_text_encoder_frac";
     if (!name)
         return VEL_NO_MEMORY;
     if (words && text)
         return vel_fail(l->ctx, VEL_BAD_VALUE,
                         "%s: --train_text_encoder and --train_text_encoder_ti exclude each other",
                         l->script->name);
-    if (transformer != 1 && !(words && transformer == 0))
-        return vel_line_refuse(l, "train_transformer_frac",
-                               "1 is, and 0 with --train_text_encoder_ti");
     VEL_TRY(adapter_rules(l));
     if (l->script->bit != ADVANCED_FLUX) {
         VEL_TRY(vel_line_set(l, "output_dir", "also_kohya", "yes"));
         VEL_TRY(vel_line_set(l, "output_dir", "also_kohya_name", "%s", name));
     }
-    if (words || text)
-        VEL_TRY(vel_line_set(l, share, "text_encoder_share", "%s", vel_line_value(l, share)));
+    VEL_TRY(share_rules(l));
     if (!words)
         return VEL_OK;
     VEL_TRY(pivot_rules(l));
-    if (transformer == 0) {
-        VEL_TRY(vel_line_set(l, "output_dir", "output_name", "%s_emb", name));
-        VEL_TRY(vel_line_set(l, "train_transformer_frac", "text_encoder_share", "1"));
-        return vel_line_set(l, "train_transformer_frac", "method", "textual_inversion");
-    }
-    return vel_line_set(l, "output_dir", "words_name", "%s_emb", name);
+    return vel_line_set(l, "output_dir", word_alone(l) ? "output_name" : "words_name", "%s_emb",
+                        name);
 }
 
 static vel_status kind_rules(vel_line *l)

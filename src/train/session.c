@@ -339,6 +339,16 @@ static vel_status register_trainables(train_session *s)
 /* ---- the plan, in words
  * ---------------------------------------------------------------------------------- */
 
+/* The steps of a share of the epochs: whole ones, as the scripts count; of few, steps. 0: all. */
+static int64_t steps_of_share(const train_session *s, double share)
+{
+    int64_t epochs = (s->steps + s->steps_per_epoch - 1) / s->steps_per_epoch;
+    int64_t whole = (int64_t)(share * (double)epochs);
+    return share >= 1 ? 0
+           : whole    ? whole * s->steps_per_epoch
+                      : VEL_MAX(1, (int64_t)(share * (double)s->steps));
+}
+
 static vel_status count_steps(train_session *s)
 {
     vel_epoch *first;
@@ -348,12 +358,15 @@ static vel_status count_steps(train_session *s)
     s->steps_per_epoch = (s->batches_per_epoch + s->o->accumulation - 1) / s->o->accumulation;
     s->steps = s->o->epochs > 0 ? s->o->epochs * s->steps_per_epoch : s->o->steps;
     s->stop_text = s->o->stop_text_encoder_training;
-    if (s->o->text_encoder_share < 1) { /* whole epochs, as the scripts count; of few, steps */
-        int64_t epochs = (s->steps + s->steps_per_epoch - 1) / s->steps_per_epoch;
-        int64_t whole = (int64_t)(s->o->text_encoder_share * (double)epochs);
-        s->stop_text = whole ? whole * s->steps_per_epoch
-                             : VEL_MAX(1, (int64_t)(s->o->text_encoder_share * (double)s->steps));
-    }
+    if (s->o->text_encoder_share < 1)
+        s->stop_text = steps_of_share(s, s->o->text_encoder_share);
+    s->stop_denoiser = steps_of_share(s, s->o->denoiser_share);
+    bool text_stays = !s->texts || (s->stop_text > 0 && s->stop_text < s->steps);
+    if (s->stop_denoiser && text_stays)
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--denoiser_share: nothing would learn after step %" PRId64
+                        "; text encoder or words must, to the end",
+                        s->stop_denoiser);
     s->initial_step = s->o->initial_step > 0
                           ? s->o->initial_step
                           : VEL_MAX(0, s->o->initial_epoch - 1) * s->steps_per_epoch;
@@ -526,7 +539,7 @@ static double rate_of(void *user, int i)
     const vel_trainable *t = vel_engine_trainable_at(vel_model_engine(s->model), i);
     bool text = vel_has_prefix(t->path, "text_encoder");
     bool word = vel_words_are_at(s, t->path);
-    if (text && s->text_frozen)
+    if (text ? s->text_frozen : s->denoiser_frozen)
         return 0;
     double peak =
         text ? (o->text_lr > 0 ? o->text_lr : o->lr) : (o->unet_lr > 0 ? o->unet_lr : o->lr);
@@ -666,6 +679,16 @@ static void rest_parts(train_session *s)
         vel_feed_rest_text(s, k);
 }
 
+/* From now on the denoiser's part learns at rate 0. Its gradient is computed on, and counts where
+ * gradients are clipped, as in diffusers' script. */
+static void freeze_denoiser(train_session *s)
+{
+    if (!s->denoiser_frozen)
+        vel_log(s->ctx, 2, "step %" PRId64 ": the denoiser's part is learned and stays as it is",
+                s->step);
+    s->denoiser_frozen = true;
+}
+
 /* From now on the text encoder and new words stay as they are: their states are computed once and
  * the steps go without them. */
 static vel_status freeze_text(train_session *s)
@@ -732,6 +755,8 @@ static vel_status step_until_done(train_session *s)
         double start = vel_now(), waited = s->feed_wait, loss = NAN, norm = NAN;
         if (s->stop_text > 0 && s->step >= s->stop_text)
             VEL_TRY(freeze_text(s));
+        if (s->stop_denoiser > 0 && s->step >= s->stop_denoiser)
+            freeze_denoiser(s);
         VEL_TRY(one_step(s, &loss, &norm));
         s->step++;
         if (isfinite(loss)) /* it is not where the step was skipped */

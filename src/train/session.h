@@ -85,6 +85,7 @@ typedef struct train_session {
     int n_words;
     double *word_spread;                 /* [text encoder] deviation of its table; NULL: none */
     int64_t stop_text;                   /* steps after which text encoder and words stay; 0 */
+    int64_t stop_denoiser;               /* and the denoiser's part */
     unsigned word_texts;                 /* text encoders that learn them, a bit each */
     const char *property;                /* learnable_property, resolved */
     unsigned texts;                      /* bit k: text encoder k runs in each step */
@@ -93,6 +94,7 @@ typedef struct train_session {
     unsigned drops;                      /* bit k: encoder k ever does */
     bool captions_vary;                  /* some are made for their step */
     bool text_frozen;                    /* it was trained until stop_text_encoder_training */
+    bool denoiser_frozen;
     vel_trained stepped; /* what the steps train: less than trained once the text is frozen */
     vel_adaption stepped_adaption;
     vel_thaw stepped_thaw;

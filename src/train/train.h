@@ -124,8 +124,8 @@ typedef struct vel_train_options {
     bool scaled_places;
     double place_cut_rate;
     bool words_spread, words_by_encoder, words_in_t5;
-    double text_encoder_share;
-    bool words_apart;      /* a file of words for each text encoder */
+    double text_encoder_share, denoiser_share; /* of the epochs, in which they learn */
+    bool words_apart;                          /* a file of words for each text encoder */
     bool save_pipeline;    /* at the end the model with its new words in output_dir */
     const char *thumbnail; /* a file or "data:..."; NULL: none */
     const char *metadata;  /* of all metadata_... settings; they are read from the settings */
