@@ -155,9 +155,9 @@ typedef struct vel_family {
     /* The parts in the single file that sd-scripts writes of a model it trained, between commas;
      * a denoiser alone has no prefix there. NULL: all of them. */
     const char *trained_file;
-    /* What sd-scripts' num_last_block_to_freeze counts: the modules of the picture's side of a
-     * block, in the order of its parameters; names between commas are one module there. {0} ends.
-     * counted_blocks: what stands before a block's number. NULL: nothing. */
+    /* What sd-scripts' num_last_block_to_freeze counts in each of the skippable layers: the modules
+     * of the picture's side, in the order of its parameters; names between commas are one module
+     * there. NULL ends. counted_blocks: what stands before a layer's number. NULL: nothing. */
     const char *counted_blocks, *const *counted;
     bool hides_words; /* the denoiser takes a mask where an encoder is asked to read with one */
     bool even_sigmas; /* its pipeline asks the scheduler for levels from 1 to 1 / steps */
@@ -173,7 +173,7 @@ typedef struct vel_family {
     int (*texts)(const vel_config *c, vel_text_info *out);
     /* What each of them makes, when encoder k keeps length[k] tokens; out[VEL_MAX_TEXTS]. */
     void (*states)(const vel_config *c, const int *length, vel_text_states *out);
-    /* Layers of the denoiser that a condition may leave out; NULL: none. At most 64. */
+    /* Layers of the denoiser, the first 64 of which a condition may leave out; NULL: none. */
     int (*skippable)(const vel_config *c);
     /* NULL: classifier-free guidance, 7.5, 30 steps. */
     void (*guidance)(const vel_config *c, vel_guidance_info *out);

@@ -58,8 +58,7 @@ static vel_status choose_staying(train_session *s)
 {
     static const char *const endings[] = {"weight", "bias"};
     const vel_family *family = vel_model_family(s->model);
-    int left = s->o->freeze_last, block = 0, rows = 0;
-    char path[256];
+    int left = s->o->freeze_last, rows = 0;
     if (!left)
         return VEL_OK;
     if (!family->counted)
@@ -69,13 +68,9 @@ static vel_status choose_staying(train_session *s)
                         vel_model_folder(s->model), family->title);
     while (family->counted[rows])
         rows++;
-    do
-        snprintf(path, sizeof path, "%s%d.%s.weight", family->counted_blocks, block++,
-                 family->counted[rows - 1]);
-    while (vel_model_tensor(s->model, path));
     vel_text t;
     vel_text_init(&t, s->ctx);
-    for (block -= 2; block >= 0 && left; block--)
+    for (int block = family->skippable(vel_model_config(s->model)) - 1; block >= 0 && left; block--)
         for (int i = 2 * rows - 1; i >= 0 && left; i--)
             left -= add_counted(s, block, family->counted[i / 2], endings[i % 2], &t);
     vel_log(s->ctx, 2, "--freeze_last: %d tensors of the blocks stay as they are",
