@@ -452,10 +452,9 @@ static vel_status save_whole_folder(saving *s)
     VEL_TRY(vel_folder_begin(s->ctx, &f, path));
     s->path = f.temporary;
     vel_status st = save_folder(s);
-    if (st == VEL_OK)
-        return vel_folder_commit(&f);
-    vel_folder_discard(&f);
-    return vel_fail_in(s->ctx, st, "%s: not written", path);
+    if (st)
+        vel_fail_in(s->ctx, st, "%s: not written", path);
+    return vel_folder_end(&f, st);
 }
 
 static bool same_place(const char *a, const char *b)
