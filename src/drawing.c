@@ -546,7 +546,7 @@ vel_status vel_drawing_check_output(vel_ctx *ctx, const char *path)
         return vel_fail(ctx, VEL_BAD_VALUE, "%s: is a folder", path);
     const char *slash = strrchr(path, '/');
     if (slash && slash != path) {
-        char *folder = vel_strf(ctx, "%.*s", (int)(slash - path), path);
+        char *folder = vel_strndup(ctx, path, (size_t)(slash - path));
         vel_status st = folder ? vel_make_folder(ctx, folder) : VEL_NO_MEMORY;
         vel_free(ctx, folder);
         VEL_TRY(st);

@@ -54,8 +54,7 @@ static vel_status choose_target(vel_drawing *d, int64_t total, target *t)
     if (named && !t->path) {
         const char *name = vel_drawing_base_name(output), *dot = strrchr(name, '.');
         size_t folder = (size_t)(name - output);
-        t->folder =
-            folder ? vel_arena_strf(d->arena, "%.*s", (int)folder - (folder > 1), output) : ".";
+        t->folder = folder ? vel_arena_strndup(d->arena, output, folder - (folder > 1)) : ".";
         t->stem = vel_arena_strf(d->arena, "%.*s-", (int)(dot - name), name);
         t->ending = vel_arena_strdup(d->arena, dot);
     }

@@ -352,7 +352,7 @@ static vel_status coded_weight(vel_engine *e, const vel_node *leaf, size_t base,
 {
     weight_entry *w = find_weight(e, leaf->path, leaf->out[0].dtype, NULL);
     if (!w) {
-        char *path = vel_strf(e->ctx, "%.*s", (int)base, leaf->path);
+        char *path = vel_strndup(e->ctx, leaf->path, base);
         if (!path)
             return VEL_NO_MEMORY;
         vel_status st = load_coded(e, path, kind);

@@ -77,7 +77,7 @@ static vel_status add_pool(vel_engine *e, const char *path, int64_t bytes)
     if (!p)
         return VEL_NO_MEMORY;
     vel_status st = e->backend->alloc(e->device, (size_t)bytes, (void **)&p->bytes);
-    if (!st && !(p->part = vel_strf(e->ctx, "%.*s", (int)part_length(path), path))) {
+    if (!st && !(p->part = vel_strndup(e->ctx, path, part_length(path)))) {
         e->backend->free(e->device, p->bytes);
         st = VEL_NO_MEMORY;
     }

@@ -80,7 +80,7 @@ static char *stem_of(vel_ctx *ctx, const char *path)
 {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     const char *dot = strrchr(name, '.');
-    return vel_strf(ctx, "%.*s", (int)(dot && dot > name ? dot - name : (int)strlen(name)), name);
+    return vel_strndup(ctx, name, dot && dot > name ? (size_t)(dot - name) : strlen(name));
 }
 
 /* Which word the tensor is of; NULL without memory. */
@@ -89,7 +89,7 @@ static char *word_of(vel_ctx *ctx, const vel_safetensors *sf, const char *key)
     for (int i = 0; i < VEL_COUNT(bundle_ends) && vel_has_prefix(key, bundle); i++) {
         const char *name = key + sizeof bundle - 1, *end = strstr(name, bundle_ends[i]);
         if (end)
-            return vel_strf(ctx, "%.*s", (int)(end - name), name);
+            return vel_strndup(ctx, name, (size_t)(end - name));
     }
     if (vel_has_prefix(key, param) || encoder_of(key)) {
         const char *name = vel_safetensors_meta(sf, "name");

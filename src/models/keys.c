@@ -393,7 +393,7 @@ bool vel_checkpoint_module(const vel_checkpoint_names *names, vel_arena *a, cons
     const char *name = vel_arena_strf(a, "%s%s", dot + 1, leaf);
     if (!name || !find_ours(names, a, part, name, out) || !vel_has_suffix(out->theirs, leaf))
         return false;
-    out->theirs = vel_arena_strf(a, "%.*s", (int)(strlen(out->theirs) - strlen(leaf)), out->theirs);
+    out->theirs = vel_arena_strndup(a, out->theirs, strlen(out->theirs) - strlen(leaf));
     return out->theirs != NULL;
 }
 

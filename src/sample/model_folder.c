@@ -241,7 +241,7 @@ vel_status vel_model_find_tokenizer(vel_model *m, int k, const char *named, char
                                 named, tokenizer, m->n_texts == 1 ? " or itself" : "");
     }
     const char *slash = strrchr(file, '/'), *root = getenv("VELATURA_MODEL_ROOT");
-    folder = slash ? vel_strf(ctx, "%.*s", (int)(slash - file), file) : vel_strdup(ctx, ".");
+    folder = slash ? vel_strndup(ctx, file, (size_t)(slash - file)) : vel_strdup(ctx, ".");
     bool found = folder && take_tokenizer(ctx, folder, tokenizer, k == 0, out);
     vel_free(ctx, folder);
     if (!found && root && root[0])

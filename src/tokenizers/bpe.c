@@ -104,7 +104,7 @@ vel_status vel_bpe_add(vel_tokenizer *t, const char *name, int32_t id, int32_t n
     size_t n = normal ? text.n : strlen(name);
     if (st || n == 0)
         goto done;
-    const char *copy = vel_arena_strf(t->arena, "%.*s", (int)n, normal ? text.s : name);
+    const char *copy = vel_arena_strndup(t->arena, normal ? text.s : name, n);
     const char *name_copy = normal ? vel_arena_strdup(t->arena, name) : copy;
     bpe_added *added = copy && name_copy ? added_place(t, name) : NULL;
     if (!added) {

@@ -114,7 +114,7 @@ static vel_status listed(vel_ctx *ctx, const parse *p, vel_weighted_text **out, 
         for (next = i + 1; next < p->n && p->weight[next] == p->weight[i];)
             next++;
         size_t begin = i < p->n ? p->begin[i] : 0, end = next < p->n ? p->begin[next] : p->n_text;
-        char *text = vel_strf(ctx, "%.*s", (int)(end - begin), p->text + begin);
+        char *text = vel_strndup(ctx, p->text + begin, end - begin);
         if (!text) {
             vel_weighted_texts_free(ctx, list, *n);
             return VEL_NO_MEMORY;

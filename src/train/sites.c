@@ -51,7 +51,7 @@ static bool read_value(const char *text, bool rank, vel_site_value *out)
 static vel_status read_rule(vel_ctx *ctx, vel_arena *a, const char *name, bool rank,
                             const char *text, size_t n, vel_site_rules *r)
 {
-    char *rule = vel_arena_strf(a, "%.*s", (int)n, text);
+    char *rule = vel_arena_strndup(a, text, n);
     if (!rule)
         return VEL_NO_MEMORY;
     char *equals = strrchr(rule, '=');
@@ -66,7 +66,7 @@ static vel_status read_rule(vel_ctx *ctx, vel_arena *a, const char *name, bool r
     if (*rule == '/') {
         if (equals < rule + 2 || equals[-1] != '/')
             return vel_fail(ctx, VEL_BAD_VALUE, "--%s: '%s' does not end with '/'", name, rule);
-        char *regex = vel_arena_strf(a, "%.*s", (int)(equals - rule - 2), rule + 1);
+        char *regex = vel_arena_strndup(a, rule + 1, (size_t)(equals - rule - 2));
         r->by_name = true;
         vel_status st = regex ? vel_pattern_create(ctx, regex, &r->rule[i].regex) : VEL_NO_MEMORY;
         return st ? vel_fail_in(ctx, st, "--%s", name) : VEL_OK;
