@@ -163,6 +163,12 @@ TEST(dialects_other_methods)
              "method=full learning_rate=5e-6 with_prior_preservation=yes class_data_dir=c "
              "class_prompt=q num_class_images=100 train_text_encoder=yes noise_offset=0.1 "
              "min_snr_gamma=5 output_dir=dreambooth-model");
+#define SHOWN                                                                                      \
+    "train_dreambooth.py --pretrained_model_name_or_path m --instance_data_dir d "                 \
+    "--instance_prompt p --validation_prompt q "
+    comes_to(t, SHOWN, "sample_sampler=dpmpp_2m sample_prompts=q sample_every=100");
+    comes_to(t, SHOWN "--validation_scheduler DDPMScheduler", "sample_sampler=ddpm");
+#undef SHOWN
     comes_to(
         t,
         "train_text_to_image.py --pretrained_model_name_or_path m --train_data_dir d --use_ema "

@@ -390,6 +390,8 @@ TEST(models_noise_config)
          VEL_PREDICTS_NOISE, 0.012},
         {"{\"_class_name\": \"LCMScheduler\", \"original_inference_steps\": 50}", "lcm", "leading",
          VEL_PREDICTS_NOISE, 0.012},
+        {"{\"_class_name\": \"DDPMScheduler\", \"variance_type\": \"fixed_small_log\"}", "ddpm",
+         "leading", VEL_PREDICTS_NOISE, 0.02},
         {"{\"_class_name\": \"TCDScheduler\"}", "tcd", "leading", VEL_PREDICTS_NOISE, 0.012},
     };
     vel_noise_config c;
@@ -410,6 +412,8 @@ TEST(models_noise_config)
         {"{\"_class_name\": \"LCMScheduler\", \"original_inference_steps\": 0}",
          "original_inference_steps"},
         {"{\"_class_name\": \"DDIMScheduler\", \"thresholding\": true}", "thresholding"},
+        {"{\"_class_name\": \"DDPMScheduler\", \"variance_type\": \"learned_range\"}",
+         "learned_range"},
         {"{\"_class_name\": \"DDIMScheduler\", \"beta_schedule\": \"sigmoid\"}", "sigmoid"},
         {"{\"_class_name\": \"DDIMScheduler\", \"beta_end\": 2}", "beta_end"},
         {"{\"_class_name\": \"UniPCMultistepScheduler\", \"solver_type\": \"bh1\"}", "solver_type"},

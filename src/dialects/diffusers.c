@@ -164,8 +164,7 @@ const vel_dialect_row vel_diffusers_rows[] = {
     REFUSED(DB_SMALL, "validation_images", KIND_TEXTS, NULL,
             "it is for models that enlarge pictures, which are not offered"),
     RULE(DREAMBOOTH, "validation_scheduler", KIND_TEXT, "DPMSolverMultistepScheduler",
-         "sample_sampler: dpmpp_2m or ddim with --sample_eta 1",
-         "DPMSolverMultistepScheduler,DDPMScheduler"),
+         "sample_sampler: dpmpp_2m or ddpm", "DPMSolverMultistepScheduler,DDPMScheduler"),
     /* adapters */
     SET(LORA, "rank", KIND_INT, "4", "rank"),
     SET(DB_LORA, "lora_dropout", KIND_FLOAT, "0.0", "dropout"),

@@ -294,12 +294,9 @@ static vel_status sample_rules(vel_line *l)
         return VEL_OK;
     if (count && vel_line_has(l, "sample_count"))
         VEL_TRY(vel_line_set(l, "num_validation_images", "sample_count", "%s", count));
-    if (scheduler && strcmp(scheduler, "DDPMScheduler") == 0)
-        return vel_line_refuse(l, "validation_scheduler",
-                               "DDPMScheduler; --sample_sampler names "
-                               "those that are");
     if (scheduler)
-        VEL_TRY(vel_line_set(l, "validation_scheduler", "sample_sampler", "dpmpp_2m"));
+        VEL_TRY(vel_line_set(l, "validation_scheduler", "sample_sampler",
+                             strcmp(scheduler, "DDPMScheduler") == 0 ? "ddpm" : "dpmpp_2m"));
     if (!epochs)
         return vel_line_set(l, "validation_steps", "sample_every", "%s",
                             vel_line_value(l, "validation_steps"));

@@ -230,10 +230,15 @@ static const struct {
     const char *sampler;
     vel_expected setting;
 } solvers_expected[] = {
-    {"dpmpp_2m", {"solver_type", "midpoint"}}, {"dpmpp_2m", {"lower_order_final", "true"}},
-    {"dpmpp_2s", {"solver_type", "midpoint"}}, {"dpmpp_2s", {"algorithm_type", "dpmsolver++"}},
-    {"dpmpp_2s", {"solver_order", "1|2"}},     {"unipc", {"solver_type", "bh2"}},
-    {"unipc", {"lower_order_final", "true"}},  {"deis", {"solver_type", "logrho"}},
+    {"ddpm", {"variance_type", "fixed_small|fixed_small_log"}}, /* the root of one is the other */
+    {"dpmpp_2m", {"solver_type", "midpoint"}},
+    {"dpmpp_2m", {"lower_order_final", "true"}},
+    {"dpmpp_2s", {"solver_type", "midpoint"}},
+    {"dpmpp_2s", {"algorithm_type", "dpmsolver++"}},
+    {"dpmpp_2s", {"solver_order", "1|2"}},
+    {"unipc", {"solver_type", "bh2"}},
+    {"unipc", {"lower_order_final", "true"}},
+    {"deis", {"solver_type", "logrho"}},
     {"deis", {"lower_order_final", "true"}},
 };
 static const char *const predictions[] = {"epsilon", "v_prediction", "sample",

@@ -133,6 +133,7 @@ def cases():
         yield "ddim", "noise", "leading", steps, "alpha_one"
     for prediction in PREDICTIONS:
         yield "ddim", prediction, "leading", 10, "clip"
+        yield "ddpm", prediction, "leading", 10, "clip"
         yield "heun", prediction, "leading", 10, "clip"
         yield "ddim", prediction, "leading", 10, "eta"
     yield "pndm", "noise", "leading", 7, "runge_kutta"
