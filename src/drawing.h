@@ -55,6 +55,5 @@ vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *
  */
 vel_status vel_drawing_check_output(vel_ctx *ctx, const char *path);
 bool vel_drawing_is_picture_name(const char *path); /* by its ending */
-const char *vel_drawing_base_name(const char *path);
 
 #endif
