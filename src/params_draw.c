@@ -33,10 +33,11 @@
              "what to avoid, for the second text encoder; without it: as the first"),              \
         TEXT("negative_3", "negative_prompt_3", at negative_3, NULL, "picture",                    \
              "what to avoid, for the third text encoder"),                                         \
-        INT("max_token_length", NULL, at max_token_length, "0", 0, 750, "picture",                 \
+        INT("max_token_length", NULL, at max_token_length, "0", 0, VEL_MOST_TOKENS, "picture",     \
             "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of "  \
             "75 as it needs: 150, 225; 0: one, and the rest is left out"),                         \
-        INT("max_sequence_length", NULL, at max_sequence_length, "0", 0, 4096, "picture",          \
+        INT("max_sequence_length", NULL, at max_sequence_length, "0", 0, VEL_MOST_SEQUENCE,        \
+            "picture",                                                                             \
             "tokens of a prompt, for text encoders without a length of their own (T5, Gemma-2); "  \
             "0: the model's"),                                                                     \
         READING_ROWS(at, "picture"),                                                               \

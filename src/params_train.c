@@ -386,7 +386,7 @@ const vel_option_row vel_train_rows[] = {
           "its middle"),
     FLAG("precondition_outputs", NULL, flow.precondition_outputs, "no", "flow",
          "measure the picture that the prediction means, not the velocity"),
-    INT("max_token_length", NULL, max_token_length, "0", 0, 750, "captions",
+    INT("max_token_length", NULL, max_token_length, "0", 0, VEL_MOST_TOKENS, "captions",
         "tokens of a caption for Stable Diffusion 1.x, 2.x and XL, read in pieces of 75: 150, 225; "
         "0: one piece"),
     FLAG("weighted_captions", NULL, weighted_captions, "no", "captions",
@@ -401,7 +401,7 @@ const vel_option_row vel_train_rows[] = {
           "of the second text encoder"),
     FLOAT("text_encoder_3_dropout", NULL, text_3_dropout, "0", 0, 1, "captions",
           "of the third text encoder"),
-    INT("max_sequence_length", NULL, max_sequence_length, "0", 0, 4096, "flow",
+    INT("max_sequence_length", NULL, max_sequence_length, "0", 0, VEL_MOST_SEQUENCE, "flow",
         "tokens of a caption, for text encoders without a length of their own; 0: the model's"),
     READING_ROWS(, "flow"),
     FLAG("gradient_checkpointing", NULL, gradient_checkpointing, "no", "run",
@@ -482,7 +482,8 @@ const vel_option_row vel_train_rows[] = {
     CHOICE("sample_timestep_spacing", NULL, sample_spacing, NULL, VEL_SPACINGS, "samples",
            "as --timestep_spacing of velatura generate"),
     TEXT("sample_negative", NULL, sample_negative, NULL, "samples", "negative prompt"),
-    INT("sample_max_token_length", NULL, sample_max_token_length, "0", 0, 750, "samples",
+    INT("sample_max_token_length", NULL, sample_max_token_length, "0", 0, VEL_MOST_TOKENS,
+        "samples",
         "tokens of a prompt for Stable Diffusion 1.x, 2.x and XL, read in as many pieces of 75 as "
         "it "
         "needs; 0: as max_token_length"),

@@ -117,6 +117,10 @@ TEST(cli_unwritable_output)
     EXPECT(words, 1, "a-file");
     snprintf(words, sizeof words, "train --model x --data y --output_dir '%s/out'", path);
     EXPECT(words, 1, "a-file");
+    snprintf(words, sizeof words,
+             "generate x --model $M --steps 1 --width 64 --height 64 --output '%s/a.bmp'",
+             t->folder); /* no folder of that name */
+    EXPECT(words, 1, "a.bmp: pictures are written as .png, .jpg or .webp");
 }
 
 /* ---- the option table
@@ -322,6 +326,9 @@ TEST(inspect_lists_other_tensors)
     snprintf(path, sizeof path, "%s/broken.safetensors", t->folder);
     CHECK_OK(vel_write_file(t->ctx, path, "not safetensors", 15));
     CHECK(vel_inspect(t->ctx, path, &text) == VEL_BAD_FILE && !text);
+    char number[32];
+    CHECK(strcmp(vel_inspect_number(3188736, number), "3,188,736") == 0);
+    CHECK(strcmp(vel_inspect_number(12, number), "12") == 0);
 }
 
 /* ---- the report

@@ -489,6 +489,17 @@ TEST(long_captions_are_learned_frozen_and_trained)
     }
 }
 
+/* What is advised can be given. */
+TEST(long_captions_beyond_the_most)
+{
+    program_result r;
+    place_long_caption(t);
+    program_shell(t, "cd \"$D/train/1_x\" && yes fox | head -900 | tr '\\n' ' ' >>\"$(ls *.txt)\"",
+                  &r);
+    EXPECT(SDXL_STEP "--network_train_unet_only" STEP, 0,
+           "; --max_token_length 750 is the most that can be read");
+}
+
 /* A new word in the second piece is learned. */
 TEST(long_captions_teach_new_words)
 {

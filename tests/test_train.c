@@ -21,6 +21,8 @@ enum { MOST_STEPS = 64 };
 typedef struct watch { /* what the events of a run said */
     vel_test *t;
     int64_t interrupt_at; /* the step at whose loss to interrupt; 0 never */
+    int interrupt_sheet;  /* the sheet of samples within which to interrupt; 0 never */
+    int sheets;
     int64_t steps;
     double loss[MOST_STEPS], lr[MOST_STEPS], validation[MOST_STEPS];
     char log[PROGRAM_SAID];
@@ -30,6 +32,11 @@ static void on_event(void *user, const vel_event *e)
 {
     watch *w = user;
     program_hear(w->log, e);
+    if (e->kind == VEL_EVENT_PROGRESS && strcmp(e->text, "drawing samples") == 0) {
+        if (w->sheets + 1 == w->interrupt_sheet)
+            vel_ctx_interrupt(w->t->ctx);
+        w->sheets += e->done == e->total;
+    }
     if (e->kind != VEL_EVENT_METRIC || e->done < 1 || e->done > MOST_STEPS)
         return;
     double *list = strcmp(e->text, "loss") == 0              ? w->loss
@@ -50,8 +57,7 @@ static vel_status train(vel_test *t, watch *w, const char *out, const char *sett
     vel_params *p = program_train_settings(t, out, settings);
     if (!p)
         return VEL_NO_MEMORY;
-    int64_t interrupt_at = w->interrupt_at;
-    *w = (watch){.t = t, .interrupt_at = interrupt_at};
+    *w = (watch){.t = t, .interrupt_at = w->interrupt_at, .interrupt_sheet = w->interrupt_sheet};
     vel_ctx_on_event(t->ctx, on_event, w);
     vel_status st = vel_train(t->ctx, p);
     vel_ctx_on_event(t->ctx, NULL, NULL);
@@ -415,7 +421,8 @@ TEST(train_refuses_to_resume_with_other_settings)
     CHECK(train(t, &w, "out", "steps=2") == VEL_BAD_VALUE && says(t, "exists") &&
           says(t, "--overwrite"));
     CHECK(train(t, &w, "out", "steps=2 rank=8 resume=latest") == VEL_BAD_VALUE &&
-          says(t, "other settings"));
+          says(t, "other settings") && says(t, "--rank: saved with 4, now 8") &&
+          !says(t, "--alpha"));
     CHECK(train(t, &w, "out", "steps=2 resume=out/none.state") == VEL_NOT_FOUND &&
           says(t, "none.state"));
     CHECK_OK(train(t, &w, "out", "steps=1 overwrite=yes"));
@@ -438,6 +445,28 @@ TEST(train_interrupted_saves_and_goes_on)
     CHECK_OK(train(t, &w, "out", "steps=4 resume=latest"));
     CHECK(program_same_files(t, "whole/a.safetensors", "out/a.safetensors"));
     CHECK_NAMES("out", ".part", "");
+}
+
+/* Samples are what a run stands at for a minute: the steps before them are not lost. */
+TEST(train_interrupted_at_its_samples_saves)
+{
+    static watch w;
+    static const char settings[] =
+        "steps=3 sample_prompts=a~cat sample_every=2 sample_steps=4 sample_batch_size=1";
+    CHECK_OK(train(t, &w, "whole", settings));
+    CHECK(w.sheets == 3);
+    w.interrupt_sheet = 2; /* of step 2 */
+    CHECK(train(t, &w, "out", settings) == VEL_INTERRUPTED && says(t, "after step 2 of 3"));
+    CHECK_NAMES("out", ".state", "a-step00000002.state");
+    w.interrupt_sheet = 0;
+    char resumed[256];
+    snprintf(resumed, sizeof resumed, "%s resume=latest", settings);
+    CHECK_OK(train(t, &w, "out", resumed));
+    CHECK(w.steps == 3 && w.loss[1] == 0);
+    CHECK(program_same_files(t, "whole/a.safetensors", "out/a.safetensors"));
+    w.interrupt_sheet = 3; /* after the last step */
+    CHECK(train(t, &w, "end", settings) == VEL_INTERRUPTED && says(t, "result saved"));
+    CHECK(program_same_files(t, "whole/a.safetensors", "end/a.safetensors"));
 }
 
 /* A run of the program in the background, into <folder>/OUT. */

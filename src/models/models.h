@@ -10,6 +10,8 @@
 #include "graph/graph.h"
 
 enum { VEL_MAX_PARTS = 8, VEL_MAX_TEXTS = 3, VEL_MAX_EXTRA = 8 };
+/* Of a text: read in pieces of 75, and by encoders without a length of their own. */
+enum { VEL_MOST_TOKENS = 750, VEL_MOST_SEQUENCE = 4096 };
 
 /* What a denoiser is conditioned on; a family uses what it knows, the others stay {0}. */
 typedef struct vel_condition {
@@ -223,8 +225,7 @@ bool vel_family_may_lack(const vel_family *f, const char *part);
 /* families.def: FAMILY(sd). The one whose pipeline it is; NULL with the message when none does.
  */
 const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, const char *file);
-const vel_family *vel_family_at(int i);               /* NULL past the last */
-const vel_family *vel_family_named(const char *name); /* NULL: there is none */
+const vel_family *vel_family_at(int i);
 vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *scheduler, const char *file,
                                  vel_noise_config *out);
 /* scheduler_config.json of flow matching (flow_config.c): is it, and what it says. */

@@ -281,6 +281,13 @@ static vel_status add_loss(train_session *s, int k, int sample, lost *l)
     return VEL_OK;
 }
 
+static void name_remedy(vel_text *line, const char *setting, int tokens, int most)
+{
+    bool all = tokens <= most;
+    vel_text_addf(line, "; %s %d %s", setting, all ? tokens : most,
+                  all ? "reads all of it" : "is the most that can be read");
+}
+
 static void say_losses(train_session *s, int k, const lost *l)
 {
     const vel_text_info *t = vel_model_text(s->model, k);
@@ -298,10 +305,10 @@ static void say_losses(train_session *s, int k, const lost *l)
                   s->samples[l->sample].image, l->tokens, (int)shown, words,
                   shown < n ? "..." : "");
     if (t->long_texts)
-        vel_text_addf(&line, "; --max_token_length %d reads all of it",
-                      (inner * pieces + l->tokens + inner - 1) / inner * inner);
+        name_remedy(&line, "--max_token_length",
+                    (inner * pieces + l->tokens + inner - 1) / inner * inner, VEL_MOST_TOKENS);
     else if (!t->fixed)
-        vel_text_addf(&line, "; --max_sequence_length %d reads all of it", t->length + l->tokens);
+        name_remedy(&line, "--max_sequence_length", t->length + l->tokens, VEL_MOST_SEQUENCE);
     vel_log(s->ctx, 2, "%s", line.s ? line.s : "");
     vel_text_finish(&line);
 }
@@ -684,17 +691,25 @@ vel_status vel_feed_validate(train_session *s, double *loss)
 {
     double sum[64] = {0}, all = 0; /* by timestep */
     int pictures = 0, times = s->o->validation_times;
+    vel_progress progress;
+    vel_progress_begin(&progress, s->ctx, "measuring held-out pictures", s->data->n_held_out);
+    bool shown = false; /* not where it is done within two seconds */
     for (int i = 0; i < s->data->n; i++) {
         float losses[VALIDATION_BATCH];
         if (!s->data->samples[i].held_out)
             continue;
         for (int first = 0; first < times; first += VALIDATION_BATCH) {
             int n = VEL_MIN(VALIDATION_BATCH, times - first);
+            if (s->ctx->interrupted)
+                return vel_fail(s->ctx, VEL_INTERRUPTED, "measuring was interrupted");
             VEL_TRY(measure(s, i, first, n, losses));
             for (int k = 0; k < n; k++)
                 sum[first + k] += losses[k];
         }
         pictures++;
+        shown = shown || vel_now() - progress.started > 2;
+        if (shown)
+            vel_progress_at(&progress, pictures, NAN);
     }
     for (int k = 0; k < times && pictures; k++) {
         vel_log(s->ctx, 4, "held-out pictures at timestep %d: loss %.6f",

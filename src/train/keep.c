@@ -9,7 +9,10 @@
  *     OUTPUT_DIR/checkpoint-100/                  instead of both, with --save_layout checkpoints:
  *                                                 the result under its name, and the state
  *     OUTPUT_DIR/NAME.log.jsonl                   a line a step */
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include "train/session.h"
@@ -147,11 +150,37 @@ static vel_status read_thumbnail(train_session *s)
     return s->thumbnail ? VEL_OK : VEL_NO_MEMORY;
 }
 
+/* A run holds a lock on its log, which ends with the process: two runs of one name in one folder
+ * would remove and replace each other's saves. Where there are no locks nothing is refused. */
+static vel_status lock_log(train_session *s, int file)
+{
+    if (flock(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "%s: is written by another run at this moment; wait for its end, or "
+                        "choose another --output_dir or --output_name",
+                        s->log_path);
+    return VEL_OK;
+}
+
+static vel_status check_log_is_free(train_session *s)
+{
+    s->log_path = vel_keep_path(s, ".log.jsonl");
+    if (!s->log_path)
+        return VEL_NO_MEMORY;
+    int file = open(s->log_path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) /* there is none yet */
+        return VEL_OK;
+    vel_status st = lock_log(s, file);
+    close(file);
+    return st;
+}
+
 vel_status vel_keep_check_folder(train_session *s)
 {
     VEL_TRY(read_thumbnail(s));
     s->made_folder = !vel_is_folder(s->o->output_dir);
     VEL_TRY(vel_make_folder(s->ctx, s->o->output_dir));
+    VEL_TRY(check_log_is_free(s));
     vel_remove_leftovers(s->ctx, s->o->output_dir);
     char *probe = vel_keep_path(s, ".write-test"), *result = vel_keep_result(s);
     if (!probe || !result)
@@ -169,6 +198,21 @@ vel_status vel_keep_check_folder(train_session *s)
                         "%s exists: add --resume latest to go on from its last state, "
                         "--overwrite to replace it, or choose another --output_name",
                         result);
+    return VEL_OK;
+}
+
+vel_status vel_keep_check_space(train_session *s)
+{
+    int64_t need = vel_state_bytes(vel_model_engine(s->model));
+    int64_t space = vel_free_space(s->o->output_dir);
+    char *result = vel_keep_result(s), needed[32], there[32];
+    if (!result)
+        return VEL_NO_MEMORY;
+    if (space >= 0 && space < need)
+        return vel_fail(s->ctx, VEL_IO,
+                        "%s: a save of this run needs %s, but the disk has only %s left; free "
+                        "some space, or choose another --output_dir",
+                        result, vel_bytes_text(need, needed), vel_bytes_text(space, there));
     return VEL_OK;
 }
 
@@ -238,9 +282,7 @@ vel_status vel_keep_open_log(train_session *s)
 {
     if (s->log)
         return VEL_OK;
-    s->log_path = vel_keep_path(s, ".log.jsonl");
-    if (!s->log_path)
-        return VEL_NO_MEMORY;
+    VEL_TRY(check_log_is_free(s));
     if (s->first_step > 0)
         read_old_points(s);
     vel_writer w; /* whole or not at all: a full disk must not cost the steps that were logged */
@@ -252,7 +294,7 @@ vel_status vel_keep_open_log(train_session *s)
     if (!s->log)
         return vel_fail(s->ctx, VEL_IO, "%s: cannot be written; choose another --output_dir",
                         s->log_path);
-    return VEL_OK;
+    return lock_log(s, fileno(s->log));
 }
 
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p)
@@ -315,7 +357,8 @@ static void put_model(train_session *s, json_t *meta)
     vel_prediction predicts = vel_model_schedule(s->model)->config.prediction;
     vel_model_names n;
     vel_model_family(s->model)->names(vel_model_config(s->model), predicts, &n);
-    put(meta, "ss_sd_model_name", "%s", vel_file_name(vel_model_folder(s->model)));
+    const char *folder = vel_model_folder(s->model), *name = strrchr(folder, '/');
+    put(meta, "ss_sd_model_name", "%s", name ? name + 1 : folder);
     put(meta, "ss_v2", "%s", n.v2 ? "True" : "False");
     put(meta, "ss_base_model_version", "%s", n.version);
     put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
@@ -560,7 +603,7 @@ static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adap
 static vel_status export_apart(train_session *s, const char *path, const vel_word *words, int n,
                                json_t *meta)
 {
-    const char *file_name = vel_file_name(path);
+    const char *slash = strrchr(path, '/'), *file_name = slash ? slash + 1 : path;
     size_t stem = vel_has_prefix(file_name, name_of(s)) /* "-steps-100" comes behind the number */
                       ? (size_t)(file_name - path) + strlen(name_of(s))
                       : strlen(path) - strlen(".safetensors");
@@ -621,10 +664,10 @@ static vel_status export_adapter(train_session *s, const char *path, json_t *met
     if (!s->n_words || bundle)
         return VEL_OK;
     int stem = (int)(strlen(path) - strlen(".safetensors"));
-    int folder = (int)(vel_file_name(path) - path);
-    const char *name = s->o->words_name;
-    char *beside = name ? vel_arena_strf(s->arena, "%.*s%s.safetensors", folder, path, name)
-                        : vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
+    const char *slash = strrchr(path, '/'), *name = s->o->words_name;
+    char *beside =
+        name ? vel_arena_strf(s->arena, "%.*s/%s.safetensors", (int)(slash - path), path, name)
+             : vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
     return beside ? export_words(s, beside, "diffusers", meta) : VEL_NO_MEMORY;
 }
 
@@ -798,7 +841,7 @@ static vel_status find_latest(train_session *s, char **out)
  * pickle in the order of its own parameters. */
 static vel_status resume_foreign(train_session *s, const char *folder)
 {
-    const char *name = vel_file_name(folder);
+    const char *slash = strrchr(folder, '/'), *name = slash ? slash + 1 : folder;
     if (checkpoint_of(name) < 0)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "--resume: %s has no %s; a folder of another trainer is named checkpoint-N",
@@ -834,7 +877,8 @@ vel_status vel_keep_resume(train_session *s)
             return VEL_OK;
         }
     } else { /* the scripts look for a checkpoint's last name in the output folder */
-        path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, vel_file_name(from));
+        const char *slash = strrchr(from, '/');
+        path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, slash ? slash + 1 : from);
         if (path && !(in_checkpoints(s) && vel_is_folder(path)))
             path = vel_arena_strdup(s->arena, from);
     }

@@ -422,9 +422,19 @@ static void describe_trainables(train_session *s, vel_text *t)
     for (int k = 0; k < vel_model_texts(s->model); k++)
         if (s->texts >> k & 1)
             all += vel_model_part_values(s->model, vel_model_text(s->model, k)->part);
-    char a[32], b[32];
-    vel_text_addf(t, "trainable params: %s || all params: %s || trainable%%: %.4f\n",
-                  vel_count_text(trained, a), vel_count_text(all, b),
+    char a[32], b[32], *out[] = {a, b};
+    int64_t numbers[] = {trained, all};
+    for (int k = 0; k < 2; k++) { /* 3,188,736 */
+        char digits[32];
+        int n = snprintf(digits, sizeof digits, "%" PRId64, numbers[k]), at = 0;
+        for (int i = 0; i < n; i++) {
+            if (i && (n - i) % 3 == 0)
+                out[k][at++] = ',';
+            out[k][at++] = digits[i];
+        }
+        out[k][at] = 0;
+    }
+    vel_text_addf(t, "trainable params: %s || all params: %s || trainable%%: %.4f\n", a, b,
                   100.0 * (double)trained / (double)all);
     int text = 0;
     for (int i = 0; i < s->n_sites; i++)
@@ -716,12 +726,32 @@ static vel_status draw_samples(train_session *s)
         vel_trainer_forget_plans(s->trainer);
     rest_parts(s);
     VEL_TRY(vel_engine_evaluate(e, true));
-    VEL_TRY(vel_look_draw(s));
-    if (s->n_prompts)
+    vel_status st = vel_look_draw(s);
+    if (st == VEL_OK && s->n_prompts)
         vel_phases_note(s, "after the samples");
     if (tight)
         vel_model_forget_plans(s->model);
-    return vel_engine_evaluate(e, false);
+    rest_parts(s);
+    vel_status back = vel_engine_evaluate(e, false);
+    return st ? st : back;
+}
+
+/* An interruption is no failure here: the step that was done is saved first. */
+static vel_status measure_held_out(train_session *s, double *loss)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    VEL_TRY(vel_engine_evaluate(e, true));
+    vel_status st = vel_feed_validate(s, loss), back = vel_engine_evaluate(e, false);
+    return st && st != VEL_INTERRUPTED ? st : back;
+}
+
+static vel_status save_and_stop(train_session *s)
+{
+    VEL_TRY(vel_keep_save(s, false));
+    return vel_fail(s->ctx, VEL_INTERRUPTED,
+                    "stopped after step %" PRId64 " of %" PRId64 " and saved: go on "
+                    "with --resume latest",
+                    s->step, s->steps);
 }
 
 /* The last step's rate of the first trainable in the text encoder or outside it; NaN: there is
@@ -766,27 +796,20 @@ static vel_status step_until_done(train_session *s)
             p.lr = vel_engine_rate(e, 0);
             p.text_lr = NAN;
         }
-        if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs)) {
-            VEL_TRY(vel_engine_evaluate(e, true));
-            VEL_TRY(vel_feed_validate(s, &p.validation));
-            VEL_TRY(vel_engine_evaluate(e, false));
-        }
+        if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs))
+            VEL_TRY(measure_held_out(s, &p.validation));
         VEL_TRY(vel_keep_point(s, &p));
         vel_progress_at(&progress, s->step, smooth);
         bool end = s->step == s->steps;
         if (!end && due(s, o->save_every, o->save_every_n_epochs))
             VEL_TRY(vel_keep_save(s, false));
-        if (!end && due(s, o->sample_every, o->sample_every_n_epochs)) {
-            VEL_TRY(draw_samples(s));
-            rest_parts(s);
+        if (!end && !s->ctx->interrupted && due(s, o->sample_every, o->sample_every_n_epochs)) {
+            vel_status st = draw_samples(s);
+            if (st && st != VEL_INTERRUPTED)
+                return st;
         }
-        if (s->ctx->interrupted && !end) {
-            VEL_TRY(vel_keep_save(s, false));
-            return vel_fail(s->ctx, VEL_INTERRUPTED,
-                            "stopped after step %" PRId64 " of %" PRId64 " and saved: go on "
-                            "with --resume latest",
-                            s->step, s->steps);
-        }
+        if (s->ctx->interrupted && !end)
+            return save_and_stop(s);
     }
     if (s->scaler.skips)
         vel_log(s->ctx, 2, "%" PRId64 " steps of %" PRId64 " were skipped; the loss scale is %g",
@@ -882,13 +905,18 @@ static vel_status run_session(train_session *s, vel_train_options *own)
     VEL_TRY(vel_method_first_values(s));
     vel_model_set_trained(s->model, &s->trained);
     VEL_TRY(vel_keep_resume(s));
+    VEL_TRY(vel_keep_check_space(s));
     VEL_TRY(round_first_values(s));
     VEL_TRY(vel_feed_prepare(s));
     s->step = s->first_step;
     VEL_TRY(draw_samples(s));
-    rest_parts(s);
     VEL_TRY(step_until_done(s));
-    VEL_TRY(draw_samples(s));
+    vel_status st = draw_samples(s);
+    if (st == VEL_INTERRUPTED)
+        return vel_fail(s->ctx, st,
+                        "stopped after the last step, with the result saved: --resume latest "
+                        "draws its samples and the report");
+    VEL_TRY(st);
     vel_phases_tell(s);
     return vel_look_report(s);
 }

@@ -270,6 +270,7 @@ vel_status vel_keep_check_folder(train_session *s);
 vel_status vel_keep_open_log(train_session *s); /* unless it is open */
 vel_status vel_keep_point(train_session *s, const vel_curve_point *p);
 vel_status vel_keep_save(train_session *s, bool last);
+vel_status vel_keep_check_space(train_session *s);   /* is there room for one save */
 vel_status vel_keep_resume(train_session *s);        /* sets first_step where there is a state */
 const char *vel_keep_ending(const train_session *s); /* of the result: ".safetensors", "" */
 char *vel_keep_result(train_session *s);             /* where the result goes */

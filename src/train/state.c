@@ -85,6 +85,12 @@ static vel_status gather(state_file *f)
     return VEL_OK;
 }
 
+int64_t vel_state_bytes(vel_engine *e)
+{
+    int64_t values = vel_engine_trainable_count(e) * (int64_t)sizeof(float);
+    return (vel_engine_has_average(e) ? 2 : 1) * values + vel_engine_state_bytes(e);
+}
+
 /* With every bit. */
 static void put_number(json_t *meta, const char *of, const char *what, double value)
 {
@@ -194,6 +200,39 @@ static vel_status load_tensors(vel_engine *e, vel_safetensors *sf, vel_loss_scal
     return VEL_OK;
 }
 
+static const char *value_of(const json_t *settings, const char *key)
+{
+    const char *value = json_string_value(json_object_get(settings, key));
+    return value ? value : "not set";
+}
+
+/* Names the settings in which two digests differ. */
+static vel_status refuse_settings(vel_ctx *ctx, const char *path, const char *saved,
+                                  const char *digest)
+{
+    json_t *before = json_loads(saved, 0, NULL), *now = json_loads(digest, 0, NULL);
+    json_t *both = before && now ? json_copy(now) : NULL;
+    const char *key;
+    json_t *value;
+    vel_text text;
+    vel_text_init(&text, ctx);
+    json_object_update_missing(both, before);
+    json_object_foreach (both, key, value)
+        if (!json_equal(json_object_get(before, key), json_object_get(now, key)))
+            vel_text_addf(&text, "\n  --%s: saved with %s, now %s", key, value_of(before, key),
+                          value_of(now, key));
+    vel_status st = text.failed ? VEL_NO_MEMORY
+                                : vel_fail(ctx, VEL_BAD_VALUE,
+                                           "%s: was saved with other settings: resume with the "
+                                           "same, or start anew in another --output_dir%s",
+                                           path, text.s ? text.s : "");
+    vel_text_finish(&text);
+    json_decref(both);
+    json_decref(before);
+    json_decref(now);
+    return st;
+}
+
 vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
                           int64_t *step, vel_loss_scaler *scaler)
 {
@@ -205,10 +244,7 @@ vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const c
     if (!format || strcmp(format, state_format) != 0 || !at || !settings)
         st = vel_fail(ctx, VEL_BAD_FILE, "%s: not a saved training state", path);
     else if (strcmp(settings, digest) != 0)
-        st = vel_fail(ctx, VEL_BAD_VALUE,
-                      "%s: was saved with other settings:\n  saved: %s\n  now:   %s\n"
-                      "resume with the same, or start anew in another --output_dir",
-                      path, settings, digest);
+        st = refuse_settings(ctx, path, settings, digest);
     else
         st = load_tensors(e, sf, scaler);
     if (st == VEL_OK)

@@ -372,6 +372,7 @@ vel_status vel_norm_limit_apply(vel_norm_limit *l);
  * that must be equal on resume. */
 vel_status vel_state_save(vel_ctx *ctx, vel_engine *e, const char *path, int64_t step,
                           const char *digest, const vel_loss_scaler *scaler);
+int64_t vel_state_bytes(vel_engine *e); /* of such a file, about; known before the first step */
 vel_status vel_state_load(vel_ctx *ctx, vel_engine *e, const char *path, const char *digest,
                           int64_t *step, vel_loss_scaler *scaler);
 /* The trained values as an adapter file; words (which are taken) lie in it where the dialect has
