@@ -151,6 +151,9 @@ const vel_option_row vel_train_rows[] = {
          "file of an earlier run that new words start from"),
     FLOAT("embedding_lr", NULL, embedding_lr, "0", 0, 10, "method",
           "of new words; 0: text_encoder_lr, or learning_rate"),
+    FLAG("words_pickled", NULL, words_pickled, "no", "method",
+         "the file of words is NAME.bin, as torch.save writes it, for programs that read no "
+         "safetensors"),
     FLAG("words_apart", NULL, words_apart, "no", "method",
          "words of a model with two CLIP encoders: a file for each of them, NAME and NAME_2, as "
          "textual_inversion_sdxl.py leaves them, instead of one"),

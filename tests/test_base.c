@@ -499,6 +499,7 @@ TEST(hashes)
     for (int i = 0; i < VEL_COUNT(rows); i++)
         CHECK(vel_hash64(rows[i].text, strlen(rows[i].text), 0) == rows[i].hash);
     CHECK(vel_hash64("abc", 3, 1) != rows[2].hash);
+    CHECK(vel_crc32("123456789", 9) == 0xcbf43926u && vel_crc32("", 0) == 0);
     char hex[65];
     vel_sha256 *h = vel_sha256_create(t->ctx);
     if (!h)

@@ -141,10 +141,10 @@ TEST(dialects_other_methods)
              "textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
              "--placeholder_token <x> --initializer_token cat --save_as_full_pipeline",
              "save_pipeline=yes output_name=learned_embeds");
-    is_refused(t,
-               "textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
-               "--placeholder_token <x> --initializer_token cat --no_safe_serialization",
-               "leave it away: learned_embeds.safetensors");
+    comes_to(t,
+             "textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
+             "--placeholder_token <x> --initializer_token cat --no_safe_serialization",
+             "words_pickled=yes output_name=learned_embeds");
     comes_to(t,
              "train_textual_inversion.py --pretrained_model_name_or_path m --train_data_dir d "
              "--resolution 512 --token_string <x> --init_word cat --num_vectors_per_token 3 "

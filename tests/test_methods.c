@@ -483,6 +483,14 @@ TEST(methods_word_files)
     REQUIRE_OK(vel_words_read(t->ctx, path, true, &words, &n)); /* none is bundled */
     CHECK(n == 0);
     vel_words_free(t->ctx, words, n);
+    char pickled[4200];
+    snprintf(pickled, sizeof pickled, "%s/a.bin", t->folder);
+    REQUIRE_OK(vel_words_write(t->ctx, pickled, word, 1, "diffusers", VEL_FILE_F16, NULL));
+    check_word_file(t, pickled, "<one>", 2, 3, 6);
+    word[0].encoder = vel_words_clip(0);
+    CHECK(vel_words_write(t->ctx, pickled, word, 1, "diffusers", VEL_FILE_F16, NULL) ==
+          VEL_UNSUPPORTED);
+    word[0].encoder = NULL;
     /* Not words: too many rows, and what an encoder makes of a word. */
     vel_save_tensor odd = {.name = "x", .type = VEL_FILE_F32, .rank = 2, .dim = {0, 4}};
     static const int64_t zeros[4096] = {0};

@@ -386,6 +386,37 @@ static void state_decoder(vel_test *t)
     json_decref(config);
 }
 
+/* In the file that torch.save would have written the word is the same. */
+TEST(methods_words_pickled)
+{
+    static program_result r;
+    vel_word *plain = NULL, *pickled = NULL;
+    int n[2] = {0};
+    CHECK_OK(train(t, "plain", "method=textual_inversion steps=2 save_precision=float " WORDS));
+    CHECK_OK(train(t, "bin",
+                   "method=textual_inversion steps=2 save_precision=float words_pickled=yes "
+                   "save_every=1 keep_last=1 " WORDS));
+    CHECK(!vel_is_file(vel_test_in(t, "bin/a.safetensors")));
+    CHECK(vel_is_file(vel_test_in(t, "bin/a-step00000001.bin")));
+    REQUIRE_OK(vel_words_read(t->ctx, vel_test_in(t, "plain/a.safetensors"), false, &plain, &n[0]));
+    REQUIRE_OK(vel_words_read(t->ctx, vel_test_in(t, "bin/a.bin"), false, &pickled, &n[1]));
+    CHECK(n[0] == 1 && n[1] == 1 && strcmp(plain[0].name, pickled[0].name) == 0 &&
+          plain[0].n == 2 && pickled[0].n == 2 && plain[0].width == pickled[0].width &&
+          memcmp(plain[0].values, pickled[0].values, 2 * (size_t)plain[0].width * sizeof(float)) ==
+              0);
+    vel_words_free(t->ctx, plain, n[0]);
+    vel_words_free(t->ctx, pickled, n[1]);
+    if (program_shell(t,
+                      "$V generate --model $D/model --steps 1 --width 64 --height 64 "
+                      "--output $D/p.png --prompt 'a <my-cat>' --embedding $D/bin/a.bin",
+                      &r))
+        CHECK_MSG(r.status == 0 && strstr(r.text, "word: <my-cat> (2 vectors)"), "%s", r.text);
+    CHECK(train(t, "no", "steps=1 words_pickled=yes") == VEL_UNSUPPORTED);
+    CHECK(train(t, "no",
+                "method=textual_inversion steps=1 words_pickled=yes save_format=kohya " WORDS) ==
+          VEL_UNSUPPORTED);
+}
+
 /* The whole model with the word in it: a picture is the one that the word's file gives, also where
  * the word is written in other letters. */
 TEST(methods_words_pipeline)

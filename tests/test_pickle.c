@@ -50,6 +50,43 @@ TEST(pickle_reads_what_torch_saves)
     compare_files(t, GOLDEN "model.ckpt", GOLDEN "truth-ckpt.safetensors");
 }
 
+/* ---- what is written as it does ---- */
+
+TEST(pickle_written_is_read_again)
+{
+    static const float values[] = {1, -2.5f, 0.125f, 65504, 3, 1e-3f};
+    static const vel_save_tensor tensors[] = {
+        {.name = "<my-cat>", .type = VEL_FILE_F32, .rank = 2, .dim = {2, 3}, .data = values},
+        {.name = "\xc3\xbc", .type = VEL_FILE_F16, .rank = 1, .dim = {6}, .data = values},
+        {.name = "b", .type = VEL_FILE_BF16, .rank = 3, .dim = {1, 2, 3}, .data = values}};
+    char *path = vel_test_path(t, "a.bin"), *truth = vel_test_path(t, "a.safetensors");
+    char *bytes = NULL;
+    size_t n = 0, aligned = 0;
+    REQUIRE(path && truth);
+    REQUIRE_OK(vel_pickle_save(t->ctx, path, tensors, VEL_COUNT(tensors)));
+    REQUIRE_OK(vel_safetensors_save(t->ctx, truth, tensors, VEL_COUNT(tensors), NULL));
+    compare_files(t, path, truth);
+    REQUIRE_OK(vel_read_file(t->ctx, path, 1 << 20, &bytes, &n));
+    for (size_t i = 0; i + sizeof values <= n; i += 64)
+        aligned += memcmp(bytes + i, values, sizeof values) == 0;
+    CHECK(aligned == 1);
+    vel_free(t->ctx, bytes);
+    /* Refused, and what was there stays. */
+    float bad[] = {1, 1e6f};
+    vel_save_tensor one = {.name = "x", .type = VEL_FILE_F16, .rank = 1, .dim = {2}, .data = bad};
+    CHECK(vel_pickle_save(t->ctx, path, &one, 1) == VEL_DIVERGED);
+    one.type = VEL_FILE_F32;
+    bad[0] = NAN;
+    CHECK(vel_pickle_save(t->ctx, path, &one, 1) == VEL_DIVERGED);
+    one.dim[0] = (int64_t)1 << 40;
+    CHECK(vel_pickle_save(t->ctx, path, &one, 1) == VEL_UNSUPPORTED);
+    one.dim[0] = (int64_t)1 << 62;
+    CHECK(vel_pickle_save(t->ctx, path, &one, 1) == VEL_BUG);
+    compare_files(t, path, truth);
+    vel_free(t->ctx, path);
+    vel_free(t->ctx, truth);
+}
+
 TEST(pickle_facts_are_metadata)
 {
     vel_safetensors *sf = NULL;

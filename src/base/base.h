@@ -278,6 +278,7 @@ vel_status vel_link_or_copy(vel_ctx *ctx, const char *from, const char *to);
 /* ---- hashes (hash.c) ------------------------------------------------------------------------- */
 
 uint64_t vel_hash64(const void *bytes, size_t n, uint64_t seed); /* fast, not cryptographic */
+uint32_t vel_crc32(const void *bytes, size_t n); /* of zip and PNG; bit by bit: for short ones */
 typedef struct vel_sha256 vel_sha256;
 vel_sha256 *vel_sha256_create(vel_ctx *ctx);
 void vel_sha256_add(vel_sha256 *h, const void *bytes, size_t n);

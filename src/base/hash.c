@@ -72,6 +72,20 @@ uint64_t vel_hash64(const void *bytes, size_t n, uint64_t seed)
     return h ^ h >> 32;
 }
 
+/* ---- CRC-32 ---- */
+
+uint32_t vel_crc32(const void *bytes, size_t n)
+{
+    const uint8_t *p = bytes;
+    uint32_t crc = 0xffffffffu;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= p[i];
+        for (int k = 0; k < 8; k++)
+            crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0);
+    }
+    return ~crc;
+}
+
 /* ---- SHA-256 ---- */
 
 struct vel_sha256 {

@@ -274,10 +274,6 @@ static vel_status save_rules(vel_line *l)
 {
     const char *limit = vel_line_value(l, "checkpoints_total_limit");
     const char *every = l->script->bit & TEXTUAL_INVERSIONS ? "save_steps" : "checkpointing_steps";
-    if (vel_line_on(l, "no_safe_serialization"))
-        return vel_line_refuse(l, "no_safe_serialization",
-                               "leave it away: learned_embeds.safetensors is written, which "
-                               "diffusers loads as it loads .bin, and which cannot run code");
     VEL_TRY(vel_line_set(l, every, "save_every", "%s", vel_line_value(l, every)));
     VEL_TRY(vel_line_set(l, every, "save_layout", "checkpoints"));
     return vel_line_set(l, "checkpoints_total_limit", "keep_last", "%s", limit ? limit : "0");

@@ -112,6 +112,9 @@ typedef struct vel_save_tensor {
 vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
                                 int n, const json_t *metadata);
 
+/* The same tensors as torch.save writes a dictionary of them, whole or not at all: F32, F16 and
+ * BF16 with data alone, below 1 GiB. */
+vel_status vel_pickle_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors, int n);
 /* How many threads call fill at most; omp_get_thread_num() of each is less. */
 int vel_save_threads(void);
 
@@ -139,7 +142,8 @@ const char *vel_words_clip(int k); /* of a model's CLIP encoder k: 0, 1; NULL pa
 bool vel_words_is_first(const vel_word *words, int i);
 int vel_words_names(const vel_word *words, int n);
 /* form: "diffusers" (which A1111 and ComfyUI read too, by the file's name) or "kohya", which is for
- * one word. */
+ * one word. A path that ends in .bin or .pt becomes a pickle, which has no metadata, and so is for
+ * words of one text encoder. */
 vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words, int n,
                            const char *form, vel_file_type type, const json_t *metadata);
 /* A word's key beside an adapter's tensors, in the arena. */

@@ -27,18 +27,6 @@ static void add_big_endian(vel_text *out, uint32_t v)
         out, (uint8_t[]){(uint8_t)(v >> 24), (uint8_t)(v >> 16), (uint8_t)(v >> 8), (uint8_t)v}, 4);
 }
 
-/* CRC-32 bit by bit: texts are short. */
-static uint32_t crc_of(const uint8_t *p, size_t n)
-{
-    uint32_t crc = 0xffffffffu;
-    for (size_t i = 0; i < n; i++) {
-        crc ^= p[i];
-        for (int k = 0; k < 8; k++)
-            crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0);
-    }
-    return ~crc;
-}
-
 /* ---- writing ---- */
 
 static bool is_ascii(const char *s)
@@ -60,7 +48,7 @@ static void add_entry(vel_text *out, const char *key, const char *value)
         vel_text_add_bytes(out, "\0\0\0", 4);
     vel_text_add(out, value);
     if (!out->failed)
-        add_big_endian(out, crc_of((const uint8_t *)out->s + start + 4, length + 4));
+        add_big_endian(out, vel_crc32(out->s + start + 4, length + 4));
 }
 
 vel_status vel_png_add_text(vel_text *out, const void *png, size_t size, const char *const *pairs,

@@ -264,6 +264,13 @@ vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words
 {
     bool kohya = strcmp(form, "kohya") == 0;
     int names = vel_words_names(words, n);
+    bool pickled = vel_has_suffix(path, ".bin") || vel_has_suffix(path, ".pt");
+    for (int i = 0; i < n && pickled; i++)
+        if (words[i].encoder)
+            return vel_fail(ctx, VEL_UNSUPPORTED,
+                            "%s: words of several text encoders go to a file that ends in "
+                            ".safetensors",
+                            path);
     if (kohya && names != 1)
         return vel_fail(ctx, VEL_BAD_VALUE,
                         "%s: kohya's form holds one word a file, not %d: use --save_format "
@@ -288,7 +295,8 @@ vel_status vel_words_write(vel_ctx *ctx, const char *path, const vel_word *words
         json_object_set_new(said, "name", json_string(words[0].name)))
         st = VEL_NO_MEMORY;
     if (!st)
-        st = vel_safetensors_save(ctx, path, tensors, n, said);
+        st = pickled ? vel_pickle_save(ctx, path, tensors, n)
+                     : vel_safetensors_save(ctx, path, tensors, n, said);
     json_decref(said);
     vel_arena_destroy(a);
     return st;

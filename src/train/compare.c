@@ -124,7 +124,7 @@ static vel_status put_page(comparison *c, const char *path, bool sheet)
         vel_text_addf(&t, "<tr><td>%d</td><td>%" PRId64 "</td>", r->pictures, r->steps);
         add_number(&t, r->loss);
         add_number(&t, r->validation);
-        const char *endings[] = {".safetensors", "-report.html"};
+        const char *endings[] = {c->o->words_pickled ? ".bin" : ".safetensors", "-report.html"};
         for (int k = 0; k < VEL_COUNT(endings); k++) {
             vel_text_add(&t, "<td><a href=\"");
             add_escaped(&t, c->name[i]);

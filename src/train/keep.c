@@ -40,7 +40,7 @@ char *vel_keep_result(train_session *s)
 const char *vel_keep_ending(const train_session *s)
 {
     bool file = !vel_method_is_full(s->o) || strcmp(s->o->save_format, "kohya") == 0;
-    return file ? ".safetensors" : "";
+    return !file ? "" : s->o->words_pickled ? ".bin" : ".safetensors";
 }
 
 #define STEP_MARK "-step"
@@ -51,7 +51,7 @@ const char *vel_keep_ending(const train_session *s)
  * shows, where it writes, how it computes the same numbers. All others must be equal. */
 static const char may_differ[] =
     "variant,device,memory,data_threads,gradient_checkpointing,cache_to_disk,steps,epochs,resume,"
-    "overwrite,words_apart,words_by_encoder,words_name,also_kohya*,"
+    "overwrite,words_apart,words_pickled,words_by_encoder,words_name,also_kohya*,"
     "dry_run,compare_images,output_dir,output_name,save_*,keep_last,comment,no_metadata,metadata_*,"
     "sample_*,"
     "validation_every,validate_every_n_epochs,validation_times";
@@ -606,7 +606,7 @@ static vel_status export_apart(train_session *s, const char *path, const vel_wor
     const char *slash = strrchr(path, '/'), *file_name = slash ? slash + 1 : path;
     size_t stem = vel_has_prefix(file_name, name_of(s)) /* "-steps-100" comes behind the number */
                       ? (size_t)(file_name - path) + strlen(name_of(s))
-                      : strlen(path) - strlen(".safetensors");
+                      : (size_t)(strrchr(path, '.') - path);
     vel_word *own = vel_arena_alloc(s->arena, (size_t)n * sizeof *own);
     vel_status st = own ? VEL_OK : VEL_NO_MEMORY;
     const char *seen[VEL_MAX_TEXTS];

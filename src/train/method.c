@@ -92,6 +92,10 @@ static vel_status choose(train_session *s)
                         "--save_pipeline: %s is a single file; `velatura checkpoint convert` makes "
                         "a folder of it, which can be trained and written",
                         vel_model_folder(s->model));
+    if (o->words_pickled && (!vel_method_is_words(o) || strcmp(o->save_format, "kohya") == 0))
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--words_pickled: is for --method textual_inversion with --save_format "
+                        "diffusers");
     if (vel_method_is_full(o) && vel_words_wanted(o))
         return vel_fail(
             s->ctx, VEL_UNSUPPORTED,
@@ -126,6 +130,11 @@ static vel_status choose(train_session *s)
     VEL_TRY(vel_train_texts(s->model, o, &s->texts));
     if (vel_words_wanted(o))
         VEL_TRY(vel_words_prepare(s));
+    bool several = o->words_by_encoder || (s->word_texts & (s->word_texts - 1) && !o->words_apart);
+    if (o->words_pickled && several)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--words_pickled: a .bin is one text encoder's; --words_apart yes leaves "
+                        "a file for each");
     if (vel_method_is_words(o))
         return s->n_words ? VEL_OK
                           : vel_fail(s->ctx, VEL_BAD_VALUE,

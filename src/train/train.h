@@ -125,6 +125,7 @@ typedef struct vel_train_options {
     double place_cut_rate;
     bool words_spread, words_by_encoder, words_in_t5;
     double text_encoder_share, denoiser_share; /* of the epochs, in which they learn */
+    bool words_pickled;                        /* their file is .bin, as torch.save writes it */
     bool words_apart;                          /* a file of words for each text encoder */
     bool save_pipeline;    /* at the end the model with its new words in output_dir */
     const char *thumbnail; /* a file or "data:..."; NULL: none */
