@@ -74,14 +74,6 @@ bool vel_hub_is_product(const vel_adapter_module *m)
            !vel_adapter_module_has_dora(m);
 }
 
-const vel_adapter_module *vel_hub_find(const vel_adapter_file *f, const char *path)
-{
-    for (int i = 0; i < f->n; i++)
-        if (strcmp(f->modules[i].path, path) == 0)
-            return &f->modules[i];
-    return NULL;
-}
-
 vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char *leaf, float **out,
                           int64_t *n)
 {
@@ -348,7 +340,7 @@ static vel_status compare_files(vel_hub *h, const vel_adapter_file *a, const vel
     vel_progress_begin(&progress, h->ctx, "comparing", a->n + b->n);
     for (int i = 0; i < a->n + b->n && !st; i++) {
         const vel_adapter_module *m = i < a->n ? &a->modules[i] : &b->modules[i - a->n];
-        const vel_adapter_module *other = vel_hub_find(i < a->n ? b : a, m->path);
+        const vel_adapter_module *other = vel_adapter_file_module(i < a->n ? b : a, m->path);
         if (i < a->n)
             st = compare_modules(h, m, other, rows, n);
         else if (!other) /* else it was met among a's */

@@ -47,8 +47,6 @@ vel_status vel_hub_weight(vel_hub *h, vel_model *m, const char *path, const char
 /* Writes f as the settings say. */
 vel_status vel_hub_write(vel_hub *h, const vel_adapter_file *f, const char *path,
                          const json_t *metadata);
-/* A module of a file at path; NULL: none. */
-const vel_adapter_module *vel_hub_find(const vel_adapter_file *f, const char *path);
 /* An empty adapter that modules are put into; vel_adapter_file_destroy. */
 vel_status vel_hub_new_file(vel_hub *h, int room, vel_adapter_file **out);
 

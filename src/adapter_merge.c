@@ -142,7 +142,7 @@ static bool add(void *user, const char *path, const vel_file_tensor *t, int64_t 
     if (!split(path, module, &bias))
         return false;
     for (int i = 0; i < g->list.n && !*status; i++) {
-        const vel_adapter_module *m = vel_hub_find(g->list.at[i].file, module);
+        const vel_adapter_module *m = vel_adapter_file_module(g->list.at[i].file, module);
         if (!m || !has_leaf(m, bias))
             continue;
         any = true;

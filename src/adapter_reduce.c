@@ -151,7 +151,7 @@ static vel_status collect_from_files(work *w, job *j)
     const vel_adapter_module *modules[VEL_COUNT(w->list.at)] = {NULL};
     bool product = true, any = false;
     for (int i = 0; i < w->list.n; i++) {
-        const vel_adapter_module *m = vel_hub_find(w->list.at[i].file, j->known->path);
+        const vel_adapter_module *m = vel_adapter_file_module(w->list.at[i].file, j->known->path);
         if (!m)
             continue;
         VEL_TRY(add_rest(w->h->ctx, m, w->list.at[i].weight, j->rest));

@@ -32,12 +32,6 @@ bool vel_drawing_is_other_picture(const char *path)
     return ends_with_one(path, other_endings, VEL_COUNT(other_endings)) && !vel_is_folder(path);
 }
 
-const char *vel_drawing_base_name(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 /* ---- adapters -------------------------------------------------------------------------------- */
 
 /* A file first, then the file with its usual ending, then a folder. NULL: none of them. */
@@ -82,7 +76,7 @@ static bool name_taken(const vel_drawing *d, const char *name)
 
 static const char *adapter_name(vel_drawing *d, const char *path)
 {
-    char *name = vel_arena_strdup(d->arena, vel_drawing_base_name(path));
+    char *name = vel_arena_strdup(d->arena, vel_file_name(path));
     if (name && vel_has_suffix(name, ".safetensors"))
         name[strlen(name) - strlen(".safetensors")] = 0;
     const char *unique = name;
@@ -442,8 +436,8 @@ static const char *model_name(vel_drawing *d)
     char *path = vel_arena_strdup(d->arena, d->o->model);
     for (size_t n = path ? strlen(path) : 0; n > 1 && path[n - 1] == '/'; n--)
         path[n - 1] = 0;
-    const char *name = path ? vel_drawing_base_name(path) : "";
-    return name[0] && name[0] != '.' ? name : vel_drawing_base_name(vel_model_folder(d->model));
+    const char *name = path ? vel_file_name(path) : "";
+    return name[0] && name[0] != '.' ? name : vel_file_name(vel_model_folder(d->model));
 }
 
 static void add_parameters(vel_drawing *d, vel_text *t, const vel_image *image,
@@ -479,8 +473,8 @@ static json_t *adapters_json(const vel_drawing *d, const vel_drawing_prompt *p)
     for (int i = 0; i < d->n_adapters; i++)
         if (p->weights[i] != 0)
             json_array_append_new(list, json_pack("{s:s, s:f}", "file",
-                                                  vel_drawing_base_name(d->adapters[i].path),
-                                                  "weight", p->weights[i]));
+                                                  vel_file_name(d->adapters[i].path), "weight",
+                                                  p->weights[i]));
     return list;
 }
 

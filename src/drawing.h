@@ -56,6 +56,5 @@ vel_status vel_drawing_write(vel_drawing *d, const char *path, const vel_image *
 vel_status vel_drawing_check_output(vel_ctx *ctx, const char *path);
 bool vel_drawing_is_picture_name(const char *path);  /* by its ending */
 bool vel_drawing_is_other_picture(const char *path); /* of a kind that is not written; no folder */
-const char *vel_drawing_base_name(const char *path);
 
 #endif

@@ -54,7 +54,7 @@ static vel_status choose_target(vel_drawing *d, int64_t total, target *t)
     if (vel_drawing_is_other_picture(output))
         return vel_drawing_check_output(d->ctx, output);
     if (named && !t->path) {
-        const char *name = vel_drawing_base_name(output), *dot = strrchr(name, '.');
+        const char *name = vel_file_name(output), *dot = strrchr(name, '.');
         size_t folder = (size_t)(name - output);
         t->folder = folder ? vel_arena_strndup(d->arena, output, folder - (folder > 1)) : ".";
         t->stem = vel_arena_strf(d->arena, "%.*s-", (int)(dot - name), name);

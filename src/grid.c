@@ -155,7 +155,7 @@ static vel_status write_table(grid *g, const char *path)
             add_quoted(&t, row_prompt(g, r));
             vel_text_addf(&t, ",%" PRId64 ",", row_seed(g, r));
             if (c)
-                add_quoted(&t, vel_drawing_base_name(g->d.adapters[column_adapter(g, c)].path));
+                add_quoted(&t, vel_file_name(g->d.adapters[column_adapter(g, c)].path));
             vel_text_addf(&t, ",%g\n", column_weight(g, c));
         }
     vel_status st = t.failed ? VEL_NO_MEMORY : vel_write_file(g->d.ctx, path, t.s, t.n);

@@ -5,19 +5,6 @@
 
 enum { METADATA_SHOWN = 160 };
 
-const char *vel_inspect_number(int64_t n, char out[32])
-{
-    char digits[32];
-    int length = snprintf(digits, sizeof digits, "%" PRId64, n), at = 0;
-    for (int i = 0; i < length; i++) {
-        if (i && (length - i) % 3 == 0)
-            out[at++] = ',';
-        out[at++] = digits[i];
-    }
-    out[at] = 0;
-    return out;
-}
-
 void vel_inspect_sum(const vel_safetensors *sf, vel_text *types, int64_t *values, int64_t *bytes)
 {
     int64_t of_type[VEL_FILE_TYPES] = {0};
@@ -84,7 +71,7 @@ static vel_status inspect_tensors(vel_ctx *ctx, const vel_safetensors *sf, vel_t
     vel_text_init(&types, ctx);
     vel_inspect_sum(sf, &types, &values, &bytes);
     vel_text_addf(out, "%s: %d tensors, %s values in %s, %s\n", vel_safetensors_path(sf),
-                  vel_safetensors_count(sf), vel_inspect_number(values, a),
+                  vel_safetensors_count(sf), vel_count_text(values, a),
                   types.s ? types.s : "no type", vel_bytes_text(bytes, b));
     vel_text_finish(&types);
     vel_inspect_metadata(sf, out);
@@ -120,7 +107,7 @@ static vel_status add_weights_file(vel_ctx *ctx, const char *folder, const char 
     if (st == VEL_OK) {
         vel_inspect_sum(sf, &types, &values, &bytes);
         vel_text_addf(out, "    %-42s %4d tensors, %s values in %s, %s\n", name,
-                      vel_safetensors_count(sf), vel_inspect_number(values, a),
+                      vel_safetensors_count(sf), vel_count_text(values, a),
                       types.s ? types.s : "no type", vel_bytes_text(bytes, b));
     }
     vel_text_finish(&types);

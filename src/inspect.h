@@ -4,8 +4,6 @@
 
 #include "params.h"
 
-/* "3,188,736" */
-const char *vel_inspect_number(int64_t n, char out[32]);
 /* Is it an adapter by the names of its tensors? */
 bool vel_inspect_is_adapter(const vel_safetensors *sf);
 vel_status vel_inspect_adapter(vel_ctx *ctx, const vel_safetensors *sf, vel_text *out);

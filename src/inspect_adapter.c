@@ -157,9 +157,8 @@ static void read_config(summary *s)
 {
     const char *text = vel_safetensors_meta(s->sf, "lora_adapter_metadata"),
                *path = vel_safetensors_path(s->sf);
-    const char *slash = strrchr(path, '/');
     char *beside = vel_arena_strf(s->arena, "%.*sadapter_config.json",
-                                  slash ? (int)(slash + 1 - path) : 0, path);
+                                  (int)(vel_file_name(path) - path), path);
     if (text)
         s->config = json_loads(text, 0, NULL);
     else if (beside && vel_is_file(beside) && vel_json_load(s->ctx, beside, &s->config))
@@ -454,7 +453,7 @@ static void add_head(summary *s, vel_text *out)
     add_kinds(s, out);
     vel_text_addf(out, ", %s\n", dialect_of(s));
     add_parts(s, out);
-    vel_text_addf(out, "\nvalues      %s in %s, %s\n", vel_inspect_number(values, a),
+    vel_text_addf(out, "\nvalues      %s in %s, %s\n", vel_count_text(values, a),
                   types.s ? types.s : "no type", vel_bytes_text(bytes, b));
     vel_text_finish(&types);
     add_range(s, out, "rank        ", rank_of);

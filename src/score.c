@@ -157,8 +157,8 @@ static vel_status read_truths(score *s)
 /* SAVE/<name of the true picture>.png; in a folder of its own for every round but the first. */
 static vel_status save(score *s, int i, int round, const vel_image *image, uint64_t seed)
 {
-    const char *file = vel_drawing_base_name(s->truths[i].file), *dot = strrchr(file, '.');
-    int stem = dot ? (int)(dot - file) : (int)strlen(file);
+    const char *file = vel_file_name(s->truths[i].file);
+    int stem = (int)vel_stem_length(file);
     char *path = vel_arena_strf(s->d.arena, "%s/%.*s%s%.0d.png", s->o->save, stem, file,
                                 round ? "-" : "", round ? round + 1 : 0);
     return path ? vel_drawing_write(&s->d, path, image, &s->d.prompts[i], seed) : VEL_NO_MEMORY;

@@ -351,14 +351,6 @@ static void write_spelled(vel_test *t, const vel_adapter_file *f, const struct s
     end_file(t, &w, path);
 }
 
-static const vel_adapter_module *module_at(const vel_adapter_file *f, const char *path)
-{
-    for (int i = 0; i < f->n; i++)
-        if (strcmp(f->modules[i].path, path) == 0)
-            return &f->modules[i];
-    return NULL;
-}
-
 static bool same_module(const vel_adapter_module *a, const vel_adapter_module *b)
 {
     bool same = b && a->rank == b->rank && a->alpha == b->alpha && strcmp(a->kind, b->kind) == 0;
@@ -474,8 +466,8 @@ TEST(adapter_dialects_of_other_programs)
             CHECK_MSG(st == VEL_OK && read->n == f.n, "%s, %s: %s", spellings[s].program,
                       kinds[k].title, st ? vel_ctx_error(t->ctx) : "modules are missing");
             for (int i = 0; i < f.n && !st; i++)
-                CHECK_MSG(same_module(&modules[i], module_at(read, modules[i].path)), "%s, %s: %s",
-                          spellings[s].program, kinds[k].title, modules[i].path);
+                CHECK_MSG(same_module(&modules[i], vel_adapter_file_module(read, modules[i].path)),
+                          "%s, %s: %s", spellings[s].program, kinds[k].title, modules[i].path);
             vel_adapter_file_destroy(read);
             if (k == 0)
                 check_equal(t, ours, theirs, spellings[s].program, kinds[k].title);

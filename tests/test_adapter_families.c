@@ -215,14 +215,6 @@ static bool same_change(const vel_adapter_module *a, const vel_adapter_module *b
            (!dora || memcmp(x->v, y->v, sizeof *x->v * (size_t)any->weight_dim[0]) == 0);
 }
 
-static const vel_adapter_module *module_at(const vel_adapter_file *f, const char *path)
-{
-    for (int i = 0; i < f->n; i++)
-        if (strcmp(f->modules[i].path, path) == 0)
-            return &f->modules[i];
-    return NULL;
-}
-
 /* ---- one adapter of a family, there and back ---- */
 
 typedef struct ground {
@@ -309,10 +301,10 @@ static void there_and_back(const ground *g, const struct kind *k, const char *di
     CHECK_MSG(!st || refused, "%s, %s, %s: %s", g->family->name, dialect, k->title,
               vel_ctx_error(t->ctx));
     for (int i = 0; i < f.n && back; i++)
-        CHECK_MSG(same_change(&f.modules[i], module_at(back, f.modules[i].path)),
+        CHECK_MSG(same_change(&f.modules[i], vel_adapter_file_module(back, f.modules[i].path)),
                   "%s, %s, %s: %s differs", g->family->name, dialect, k->title, f.modules[i].path);
     for (int i = 0; back && i < back->n; i++)
-        if (!module_at(&f, back->modules[i].path))
+        if (!vel_adapter_file_module(&f, back->modules[i].path))
             CHECK_MSG(same_change(NULL, &back->modules[i]), "%s, %s, %s: %s was added",
                       g->family->name, dialect, k->title, back->modules[i].path);
     vel_adapter_file_destroy(back);

@@ -310,6 +310,10 @@ TEST(small_string_questions)
     vel_nearest_look(&near, "seed");
     CHECK(!vel_nearest_text(&near, "--").s[0]);
     char text[32];
+    CHECK(strcmp(vel_count_text(3188736, text), "3,188,736") == 0);
+    CHECK(strcmp(vel_count_text(12, text), "12") == 0);
+    CHECK(strcmp(vel_count_text(-999, text), "-999") == 0);
+    CHECK(strcmp(vel_count_text(INT64_MIN, text), "-9,223,372,036,854,775,808") == 0);
     CHECK(strcmp(vel_bytes_text(512, text), "512 B") == 0);
     CHECK(strcmp(vel_bytes_text((int64_t)3435973837, text), "3.2 GiB") == 0);
 }
@@ -456,6 +460,21 @@ TEST(folders)
         char *joined = vel_path_join(t->ctx, joins[i][0], joins[i][1]);
         CHECK(joined && strcmp(joined, joins[i][2]) == 0);
         vel_free(t->ctx, joined);
+    }
+}
+
+TEST(names_of_files)
+{
+    static const struct {
+        const char *path, *name, *stem;
+    } rows[] = {
+        {"a/b.c.png", "b.c.png", "a/b.c"},     {"b", "b", "b"},      {"a.b/c", "c", "a.b/c"},
+        {"a/.hidden", ".hidden", "a/.hidden"}, {"a.d/", "", "a.d/"}, {"", "", ""},
+    };
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        const char *path = rows[i].path;
+        CHECK_MSG(strcmp(vel_file_name(path), rows[i].name) == 0, "'%s'", path);
+        CHECK_MSG(vel_stem_length(path) == strlen(rows[i].stem), "'%s'", path);
     }
 }
 

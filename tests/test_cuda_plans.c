@@ -156,9 +156,7 @@ static bool open_known(vel_test *t, const char *family, planned *m)
     REQUIRE(k);
     const json_t *configs[VEL_COUNT(files)] = {NULL};
     *m = (planned){.arena = vel_arena_create(t->ctx)};
-    for (int i = 0; (m->family = vel_family_at(i)); i++)
-        if (strcmp(m->family->name, k->family) == 0)
-            break;
+    m->family = vel_family_named(k->family);
     REQUIRE(m->arena && m->family);
     for (int i = 0; i < VEL_COUNT(files); i++)
         configs[i] = k->configs[i] ? json_loads(k->configs[i], 0, NULL) : NULL;

@@ -52,9 +52,7 @@ static int list_tensors(vel_test *t, vel_arena *a, tensor *out)
     vel_flux_build(g, &c, vel_input(g, "x", VEL_F32, VEL_SHAPE(1, 4, 4, c.channels)),
                    vel_input(g, "t", VEL_F32, VEL_SHAPE(1)), &how);
     REQUIRE_OK(vel_graph_check(g));
-    for (int i = 0; vel_family_at(i); i++)
-        if (strcmp(vel_family_at(i)->name, "flux") == 0)
-            REQUIRE_OK(vel_checkpoint_names_make(t->ctx, a, vel_family_at(i), configs, &names));
+    REQUIRE_OK(vel_checkpoint_names_make(t->ctx, a, vel_family_named("flux"), configs, &names));
     for (int32_t id = 1; id < vel_graph_size(g) && n < MOST; id++) {
         static const char prefix[] = "model.diffusion_model.";
         const vel_node *node = vel_node_at(g, id);

@@ -11,14 +11,6 @@
 
 #define FAMILIES "tests/golden/families/"
 
-static const vel_family *family_named(const char *name)
-{
-    int i = 0;
-    while (vel_family_at(i) && strcmp(vel_family_at(i)->name, name) != 0)
-        i++;
-    return vel_family_at(i);
-}
-
 /* ---- names ---- */
 
 /* Sizes of the published models, with two or three blocks: what tools/golden/single_names.py had.
@@ -63,7 +55,7 @@ TEST(single_names_are_diffusers)
     REQUIRE(a);
     REQUIRE_OK(vel_json_load(t->ctx, "tests/golden/single_names.json", &golden));
     for (int i = 0; i < VEL_COUNT(recorded); i++) {
-        const vel_family *f = family_named(recorded[i].family);
+        const vel_family *f = vel_family_named(recorded[i].family);
         json_t *config = json_loads(recorded[i].transformer, 0, NULL);
         const json_t *configs[VEL_CHECKPOINT_PARTS] = {config};
         const vel_checkpoint_names *names = NULL;
@@ -191,7 +183,7 @@ static vel_safetensors *file_without_values(vel_test *t, vel_arena *a, int row, 
     static const uint8_t nothing[8];
     vel_graph *g = vel_graph_create(t->ctx);
     const json_t *configs[VEL_CHECKPOINT_PARTS] = {json};
-    const vel_family *f = family_named(published[row].family);
+    const vel_family *f = vel_family_named(published[row].family);
     const vel_checkpoint_names *names = NULL;
     vel_safetensors *out = NULL;
     int n = 0;
@@ -319,7 +311,7 @@ static void check_single(vel_test *t, int i, const char *single)
     vel_model *a = NULL, *b = NULL;
     REQUIRE_OK(open_weights(t, folder, &a));
     REQUIRE_OK(open_weights(t, single, &b));
-    CHECK(vel_model_family(b) == family_named(models[i].family));
+    CHECK(vel_model_family(b) == vel_family_named(models[i].family));
     check_same_weights(t, a, b, models[i].name);
     const vel_noise_config *x = &vel_model_schedule(a)->config, *y = &vel_model_schedule(b)->config;
     CHECK(x->prediction == y->prediction && x->flow.shift == y->flow.shift &&

@@ -366,19 +366,11 @@ TEST(transformers_autoencoder_dc)
     check_autoencoder(t, "sana", build_dc);
 }
 
-static const vel_family *family_named(const char *name)
-{
-    for (int i = 0; vel_family_at(i); i++)
-        if (strcmp(vel_family_at(i)->name, name) == 0)
-            return vel_family_at(i);
-    return NULL;
-}
-
 /* With an instruction before it, a prompt keeps the first state and the last ones; a mask alike. */
 TEST(transformers_sana_keeps_both_ends)
 {
     enum { LENGTH = 9, KEEP = 7, PARTS = 3 };
-    const vel_family *f = family_named("sana");
+    const vel_family *f = vel_family_named("sana");
     json_t *configs[PARTS] = {NULL};
     char path[256];
     vel_arena *a = vel_arena_create(t->ctx);

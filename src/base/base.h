@@ -204,6 +204,7 @@ bool vel_utf8_valid(const char *s, size_t n);
  * must not steer the terminal that a message is read on. */
 void vel_make_printable(char *s);
 const char *vel_bytes_text(int64_t bytes, char out[32]); /* "3.2 GiB" */
+const char *vel_count_text(int64_t n, char out[32]);     /* "3,188,736" */
 
 /* ---- files (file.c) -------------------------------------------------------------------------- */
 
@@ -248,6 +249,11 @@ bool vel_is_file(const char *path);
 bool vel_is_folder(const char *path);
 int64_t vel_file_size(const char *path);                         /* -1 when there is none */
 char *vel_path_join(vel_ctx *ctx, const char *a, const char *b); /* owned */
+/* The last name of a path, in it: "c.png" of "a/b/c.png", "" of "a/". What stands before it is the
+ * folder with its slash. */
+const char *vel_file_name(const char *path);
+/* Length of a path without its ending: "a/b.c.png" gives that of "a/b.c"; ".png" has none. */
+size_t vel_stem_length(const char *path);
 /* Names in a folder, sorted bytewise, without "." and ".."; free with vel_names_free. */
 vel_status vel_list_folder(vel_ctx *ctx, const char *path, char ***names, int *n);
 void vel_names_free(vel_ctx *ctx, char **names, int n);

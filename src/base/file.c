@@ -187,19 +187,13 @@ vel_status vel_read_file(vel_ctx *ctx, const char *path, size_t limit, char **ou
 
 /* ---- writing ---- */
 
-/* Length of the folder part of a path with its last slash; 0 when there is none. */
-static int folder_length(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    return slash ? (int)(slash - path) + 1 : 0;
-}
-
 /* A new file beside path; the mode follows the umask, which mkstemp() would not. */
 static vel_status create_temporary(vel_writer *w)
 {
+    int folder = (int)(vel_file_name(w->path) - w->path);
     for (int i = 0; i < TEMPORARY_TRIES; i++) {
-        w->temporary = vel_strf(w->ctx, "%.*s.velatura-%ld-%d.part", folder_length(w->path),
-                                w->path, (long)getpid(), i);
+        w->temporary =
+            vel_strf(w->ctx, "%.*s.velatura-%ld-%d.part", folder, w->path, (long)getpid(), i);
         if (!w->temporary)
             return VEL_NO_MEMORY;
         int fd = open(w->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
@@ -303,7 +297,7 @@ vel_status vel_writer_start(vel_writer *w)
 static void sync_folder(const char *path)
 {
     char folder[4096];
-    int n = folder_length(path);
+    int n = (int)(vel_file_name(path) - path);
     if (n >= (int)sizeof folder)
         return;
     snprintf(folder, sizeof folder, "%.*s", n ? n : 1, n ? path : ".");
@@ -419,6 +413,18 @@ int64_t vel_file_size(const char *path)
 {
     struct stat st;
     return stat(path, &st) == 0 && S_ISREG(st.st_mode) ? (int64_t)st.st_size : -1;
+}
+
+const char *vel_file_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+size_t vel_stem_length(const char *path)
+{
+    const char *name = vel_file_name(path), *dot = strrchr(name, '.');
+    return dot && dot > name ? (size_t)(dot - path) : strlen(path);
 }
 
 char *vel_path_join(vel_ctx *ctx, const char *a, const char *b)

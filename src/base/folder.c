@@ -76,10 +76,9 @@ vel_status vel_folder_begin(vel_ctx *ctx, vel_folder *f, const char *path)
         return VEL_NO_MEMORY;
     for (size_t n = strlen(path); n > 1 && f->path[n - 1] == '/'; n--)
         f->path[n - 1] = 0;
-    const char *slash = strrchr(f->path, '/');
-    int stem = slash ? (int)(slash - f->path) + 1 : 0;
-    f->temporary =
-        vel_strf(ctx, "%.*s.velatura-%ld-%s.part", stem, f->path, (long)getpid(), f->path + stem);
+    const char *name = vel_file_name(f->path);
+    f->temporary = vel_strf(ctx, "%.*s.velatura-%ld-%s.part", (int)(name - f->path), f->path,
+                            (long)getpid(), name);
     vel_status st = f->temporary ? VEL_OK : VEL_NO_MEMORY;
     if (st == VEL_OK)
         st = vel_remove_tree(ctx, f->temporary);
@@ -134,8 +133,7 @@ vel_status vel_folder_commit(vel_folder *f)
 static vel_status spread(vel_folder *f)
 {
     vel_ctx *ctx = f->ctx;
-    const char *slash = strrchr(f->path, '/');
-    int stem = slash ? (int)(slash - f->path) + 1 : 0;
+    int stem = (int)(vel_file_name(f->path) - f->path);
     char **names;
     int n;
     vel_status st = vel_list_folder(ctx, f->temporary, &names, &n);

@@ -244,6 +244,19 @@ bool vel_utf8_valid(const char *s, size_t n)
     return true;
 }
 
+const char *vel_count_text(int64_t n, char out[32])
+{
+    char digits[32];
+    int length = snprintf(digits, sizeof digits, "%" PRId64, n), at = 0, sign = n < 0;
+    for (int i = 0; i < length; i++) {
+        if (i > sign && (length - i) % 3 == 0)
+            out[at++] = ',';
+        out[at++] = digits[i];
+    }
+    out[at] = 0;
+    return out;
+}
+
 const char *vel_bytes_text(int64_t bytes, char out[32])
 {
     static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};

@@ -98,7 +98,7 @@ static int whole_number(const char *text, size_t n)
 
 size_t vel_face_in_name(const char *path, vel_face *out)
 {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const char *name = vel_file_name(path);
     size_t n = vel_stem_length(name);
     int numbers[4];
     for (int i = 3; i >= 0; i--) {

@@ -20,14 +20,6 @@ const char *vel_caption_ending(const vel_data_options *o, int i)
     return i < n ? usual_endings[i] : NULL;
 }
 
-size_t vel_stem_length(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    const char *name = slash ? slash + 1 : path;
-    const char *dot = strrchr(name, '.');
-    return dot && dot > name ? (size_t)(dot - path) : strlen(path);
-}
-
 size_t vel_bom_bytes(const char *bytes, size_t n)
 {
     return n >= 3 && memcmp(bytes, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;

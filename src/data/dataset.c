@@ -280,12 +280,6 @@ static int repeats_of(const char *name, const char **words)
     return (int)n;
 }
 
-static const char *base_name(const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 static void set_layout(vel_dataset_inner *d, const char *layout)
 {
     snprintf(d->shown.layout, sizeof d->shown.layout, "%s%s", layout,
@@ -384,7 +378,7 @@ static vel_status add_rows(vel_dataset_inner *d, const char *folder, const vel_l
 static vel_status add_listed(vel_dataset_inner *d, const char *folder, const char *list)
 {
     vel_ctx *ctx = d->shown.ctx;
-    snprintf(d->shown.layout, sizeof d->shown.layout, "imagefolder with %s", base_name(list));
+    snprintf(d->shown.layout, sizeof d->shown.layout, "imagefolder with %s", vel_file_name(list));
     char *bytes;
     size_t size;
     VEL_TRY(vel_read_file(ctx, list, LARGEST_LIST, &bytes, &size));
@@ -627,7 +621,7 @@ static vel_status check_found(vel_dataset_inner *d)
                         "%s: no usable picture in it; %d skipped, the first one: %s %s", o->folder,
                         shown->n_skipped, shown->skipped[0].path, shown->skipped[0].why);
     bool none = shown->missing_captions == shown->n && !d->class_captions;
-    if (none && repeats_of(base_name(o->folder), &words))
+    if (none && repeats_of(vel_file_name(o->folder), &words))
         return vel_fail(shown->ctx, VEL_BAD_FILE,
                         "%s: no captions; if '%s' is the caption, give the folder above this one",
                         o->folder, words);
@@ -645,7 +639,7 @@ static vel_status check_found(vel_dataset_inner *d)
  * files nor another number of repeats move it. */
 static double place_of(const vel_sample *s)
 {
-    const char *name = base_name(s->image);
+    const char *name = vel_file_name(s->image);
     return (double)(vel_hash64(name, vel_stem_length(name), 0) >> 11) * 0x1p-53;
 }
 

@@ -392,7 +392,7 @@ static vel_status find_mask(const vel_dataset *d, const char *picture, const cha
                             char **out)
 {
     static const char *const endings[] = {"png", "jpg", "jpeg", "webp", "bmp", "PNG", "JPG"};
-    const char *slash = strrchr(picture, '/'), *name = slash ? slash + 1 : picture;
+    const char *name = vel_file_name(picture);
     int stem = (int)vel_stem_length(name);
     for (int i = 0; i < VEL_COUNT(endings); i++) {
         char *path = vel_strf(d->ctx, "%s/%.*s.%s", folder, stem, name, endings[i]);

@@ -27,8 +27,6 @@ const char *vel_caption_ending(const vel_data_options *o, int i);
 vel_status vel_check_utf8(vel_ctx *ctx, const char *path, const char *bytes, size_t n);
 /* Bytes of a leading byte order mark: 3 or 0. */
 size_t vel_bom_bytes(const char *bytes, size_t n);
-/* Length of a path without its ending: "a/b.c.png" gives that of "a/b.c". */
-size_t vel_stem_length(const char *path);
 
 /* ---- lists of pictures (metadata.c) ---------------------------------------------------------- */
 

@@ -174,7 +174,7 @@ static const struct {
 
 static vel_status not_a_script(vel_line *l, const char *word)
 {
-    const char *slash = strrchr(word, '/'), *name = slash ? slash + 1 : word;
+    const char *name = vel_file_name(word);
     vel_nearest nearest = vel_nearest_to(name);
     for (int i = 0; i < VEL_COUNT(others); i++)
         if (vel_glob(others[i].names, name))
@@ -226,8 +226,7 @@ static vel_status skip_python(vel_line *l, int n, const char *const *words, int 
 
 vel_status vel_launcher_skip(vel_line *l, int n, const char *const *words, int *at)
 {
-    const char *slash = n ? strrchr(words[0], '/') : NULL;
-    const char *first = n ? (slash ? slash + 1 : words[0]) : "";
+    const char *first = n ? vel_file_name(words[0]) : "";
     if (vel_has_prefix(first, "python") && !vel_has_suffix(first, ".py"))
         return skip_python(l, n, words, at);
     if (strcmp(first, "accelerate-launch") == 0)

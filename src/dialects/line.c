@@ -85,7 +85,7 @@ const vel_script vel_scripts[] = {
 
 const vel_script *vel_script_find(const char *path)
 {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const char *name = vel_file_name(path);
     for (const vel_script *s = vel_scripts; s->name; s++)
         if (strcmp(s->name, name) == 0)
             return s;
@@ -483,7 +483,7 @@ static vel_status read_line(vel_line *l, int n, const char *const *words)
 
 bool vel_params_is_foreign(const char *word)
 {
-    const char *slash = strrchr(word, '/'), *name = slash ? slash + 1 : word;
+    const char *name = vel_file_name(word);
     return vel_has_prefix(name, "accelerate") || vel_has_prefix(name, "python") ||
            vel_has_suffix(name, ".py");
 }

@@ -120,10 +120,8 @@ static vel_status find_in_folder(vel_ctx *ctx, const char *folder, char **out)
 /* adapter_config.json beside the file; NULL when there is none. */
 static vel_status read_neighbour(reading *r)
 {
-    const char *slash = strrchr(r->file, '/');
-    char *path = slash
-                     ? vel_strf(r->ctx, "%.*s/adapter_config.json", (int)(slash - r->file), r->file)
-                     : vel_strdup(r->ctx, "adapter_config.json");
+    char *path = vel_strf(r->ctx, "%.*sadapter_config.json",
+                          (int)(vel_file_name(r->file) - r->file), r->file);
     if (!path)
         return VEL_NO_MEMORY;
     vel_status st = vel_is_file(path) ? vel_json_load(r->ctx, path, &r->config) : VEL_OK;
@@ -636,6 +634,14 @@ void vel_adapter_module_finish(vel_ctx *ctx, vel_adapter_module *m)
     for (int i = 0; i < VEL_ADAPTER_LEAVES; i++)
         vel_free(ctx, m->leaf[i].v);
     *m = (vel_adapter_module){0};
+}
+
+const vel_adapter_module *vel_adapter_file_module(const vel_adapter_file *f, const char *path)
+{
+    for (int i = 0; i < f->n; i++)
+        if (strcmp(f->modules[i].path, path) == 0)
+            return &f->modules[i];
+    return NULL;
 }
 
 void vel_adapter_file_destroy(vel_adapter_file *f)

@@ -64,6 +64,8 @@ vel_status vel_adapter_file_find(vel_ctx *ctx, const char *path, char **out); /*
 vel_status vel_adapter_file_read(vel_ctx *ctx, const char *path, const vel_known_module *known,
                                  int n_known, vel_adapter_file **out);
 void vel_adapter_file_destroy(vel_adapter_file *f);
+/* The module of a path of the model; NULL: the file has none. */
+const vel_adapter_module *vel_adapter_file_module(const vel_adapter_file *f, const char *path);
 void vel_adapter_module_finish(vel_ctx *ctx, vel_adapter_module *m); /* frees what m holds */
 int64_t vel_adapter_tensor_count(const vel_adapter_tensor *t);       /* values; 0: there is none */
 bool vel_adapter_module_has_dora(const vel_adapter_module *m);

@@ -289,9 +289,8 @@ static vel_status hash_file(const writing *w, const char *path, char whole[65], 
 static vel_status add_hashes(const writing *w, json_t *metadata)
 {
     char whole[65], legacy[65];
-    const char *slash = strrchr(w->path, '/');
     char *hidden = vel_arena_strf(w->arena, "%.*s.velatura-%ld-hashed.part",
-                                  slash ? (int)(slash - w->path) + 1 : 0, w->path, (long)getpid());
+                                  (int)(vel_file_name(w->path) - w->path), w->path, (long)getpid());
     json_t *ours = json_object(), *value;
     const char *key;
     int failed = ours == NULL || !hidden;

@@ -201,8 +201,8 @@ static vel_status find_pickle(reading *r, const entry **out)
 {
     static const char file[] = "data.pkl";
     for (int64_t i = 0; i < r->n_entries; i++) {
-        const char *name = r->entries[i].name, *slash = strrchr(name, '/');
-        size_t n = slash ? (size_t)(slash + 1 - name) : 0;
+        const char *name = r->entries[i].name;
+        size_t n = (size_t)(vel_file_name(name) - name);
         if (strcmp(name + n, file) == 0 && n < sizeof r->root) {
             memcpy(r->root, name, n);
             r->root[n] = 0;

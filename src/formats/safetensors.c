@@ -620,8 +620,7 @@ vel_status vel_safetensors_open_part(vel_ctx *ctx, const char *folder, const cha
             if (status == VEL_NOT_FOUND) /* a shard is missing: no reason to look further */
                 status = VEL_BAD_FILE;
         } else {
-            const char *slash = strrchr(path, '/');
-            vel_text_addf(&tried, "%s%s", tried.n ? ", " : "", slash ? slash + 1 : path);
+            vel_text_addf(&tried, "%s%s", tried.n ? ", " : "", vel_file_name(path));
         }
         vel_free(ctx, path);
     }

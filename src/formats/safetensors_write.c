@@ -445,7 +445,6 @@ static vel_status write_entries(vel_writer *w, const char *path, const save_entr
 {
     vel_progress progress;
     char phase[300];
-    const char *slash = strrchr(path, '/');
     int64_t at = bytes;
     bool shown = bytes >= LARGE_BYTES;
     stream s = {.w = w,
@@ -463,7 +462,7 @@ static vel_status write_entries(vel_writer *w, const char *path, const save_entr
         s.place[i] = at -= bytes_of(&entries[i]);
     for (int i = 0; i < n; i++)
         s.first_makes_all |= entries[i].tensor->read && !entries[i].tensor->read_anywhere;
-    snprintf(phase, sizeof phase, "writing %.200s", slash ? slash + 1 : path);
+    snprintf(phase, sizeof phase, "writing %.200s", vel_file_name(path));
     if (shown) {
         vel_writer_past_cache(w);
         vel_progress_begin(&progress, w->ctx, phase, bytes >> 20);

@@ -78,9 +78,8 @@ bool vel_words_is_bundled(const char *key)
 /* "folder/cat.pt" -> "cat" */
 static char *stem_of(vel_ctx *ctx, const char *path)
 {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    const char *dot = strrchr(name, '.');
-    return vel_strndup(ctx, name, dot && dot > name ? (size_t)(dot - name) : strlen(name));
+    const char *name = vel_file_name(path);
+    return vel_strndup(ctx, name, vel_stem_length(name));
 }
 
 /* Which word the tensor is of; NULL without memory. */

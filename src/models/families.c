@@ -13,6 +13,14 @@ const vel_family *vel_family_at(int i)
     return i >= 0 && i < VEL_COUNT(families) ? families[i] : NULL;
 }
 
+const vel_family *vel_family_named(const char *name)
+{
+    for (int i = 0; i < VEL_COUNT(families); i++)
+        if (strcmp(families[i]->name, name) == 0)
+            return families[i];
+    return NULL;
+}
+
 const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, const char *file)
 {
     char known[512] = "";

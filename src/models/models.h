@@ -225,7 +225,8 @@ bool vel_family_may_lack(const vel_family *f, const char *part);
 /* families.def: FAMILY(sd). The one whose pipeline it is; NULL with the message when none does.
  */
 const vel_family *vel_family_detect(vel_ctx *ctx, const json_t *model_index, const char *file);
-const vel_family *vel_family_at(int i);
+const vel_family *vel_family_at(int i);               /* NULL past the last */
+const vel_family *vel_family_named(const char *name); /* NULL: there is none */
 vel_status vel_noise_config_read(vel_ctx *ctx, const json_t *scheduler, const char *file,
                                  vel_noise_config *out);
 /* scheduler_config.json of flow matching (flow_config.c): is it, and what it says. */

@@ -52,14 +52,6 @@ static const struct {
 };
 static const char *const denoisers[] = {"model.diffusion_model.", ""};
 
-static const vel_family *family_named(const char *name)
-{
-    int i = 0;
-    while (vel_family_at(i) && strcmp(vel_family_at(i)->name, name) != 0)
-        i++;
-    return vel_family_at(i);
-}
-
 static vel_status find_family(reading *r)
 {
     const char *path = vel_safetensors_path(r->file);
@@ -74,7 +66,7 @@ static vel_status find_family(reading *r)
                                 "%s: is %s; single files of Stable Diffusion 1.x, 2.x, XL, 3 and "
                                 "3.5, FLUX.1 and Lumina-Image 2.0 are read",
                                 path, marks[i].what);
-            r->family = family_named(marks[i].family);
+            r->family = vel_family_named(marks[i].family);
             while (r->family->parts[r->n])
                 r->n++;
             return VEL_OK;

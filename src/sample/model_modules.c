@@ -118,9 +118,7 @@ static vel_status read_known(vel_model *m, const vel_known_model *known)
 {
     const json_t *configs[VEL_MAX_PARTS] = {0};
     const char *files[VEL_MAX_PARTS];
-    for (int i = 0; vel_family_at(i) && !m->family; i++)
-        if (strcmp(vel_family_at(i)->name, known->family) == 0)
-            m->family = vel_family_at(i);
+    m->family = vel_family_named(known->family);
     if (!m->family || !(m->folder = vel_strdup(m->ctx, known->title)))
         return VEL_NO_MEMORY;
     for (int i = 0; m->family->parts[i]; i++) {

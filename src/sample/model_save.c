@@ -42,7 +42,7 @@ vel_status vel_model_copy_files(vel_ctx *ctx, const char *from, const char *to, 
  * reader looks for first. */
 static char *plain_name(vel_ctx *ctx, const char *path)
 {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const char *name = vel_file_name(path);
     return vel_strf(ctx, "%.*s.safetensors", (int)strcspn(name, "."), name);
 }
 

@@ -74,19 +74,6 @@ vel_status vel_charsmap_apply(const way_charsmap *m, const char *s, size_t n, bp
 
 /* ---- reading --------------------------------------------------------------------------------- */
 
-static bool is_utf8(const char *s, size_t n)
-{
-    for (size_t at = 0; at < n;) {
-        int32_t c;
-        utf8proc_ssize_t step =
-            utf8proc_iterate((const utf8proc_uint8_t *)s + at, (utf8proc_ssize_t)(n - at), &c);
-        if (step <= 0)
-            return false;
-        at += (size_t)step;
-    }
-    return true;
-}
-
 /* Every leaf points to the beginning of a character. */
 static bool leaves_are_good(const way_charsmap *m)
 {
@@ -120,7 +107,7 @@ vel_status vel_charsmap_read(vel_tokenizer *t, const char *path, const char *byt
                      (uint32_t)u[6 + 4 * i] << 16 | (uint32_t)u[7 + 4 * i] << 24;
     memcpy(m.texts, bytes + 4 + size, m.n_texts);
     m.texts[m.n_texts] = 0;
-    if (!is_utf8(m.texts, m.n_texts) || !leaves_are_good(&m))
+    if (!vel_utf8_valid(m.texts, m.n_texts) || !leaves_are_good(&m))
         return vel_fail(t->ctx, VEL_BAD_FILE, "%s: precompiled_charsmap: its texts are not UTF-8",
                         path);
     t->way.map = m;

@@ -3,14 +3,6 @@
  */
 #include "train/train.h"
 
-static const vel_adapter_module *module_at(const vel_adapter_file *f, const char *path)
-{
-    for (int i = 0; i < f->n; i++)
-        if (strcmp(f->modules[i].path, path) == 0)
-            return &f->modules[i];
-    return NULL;
-}
-
 vel_status vel_train_take_shapes(vel_model *m, const char *path, vel_adapter_site *sites, int *n)
 {
     vel_ctx *ctx = vel_model_ctx(m);
@@ -19,7 +11,7 @@ vel_status vel_train_take_shapes(vel_model *m, const char *path, vel_adapter_sit
     VEL_TRY(vel_model_read_adapter(m, path, &f));
     vel_status st = VEL_OK;
     for (int i = 0; i < *n && !st; i++) {
-        const vel_adapter_module *module = module_at(f, sites[i].path);
+        const vel_adapter_module *module = vel_adapter_file_module(f, sites[i].path);
         vel_adapter_site theirs;
         if (!module)
             continue;
@@ -127,7 +119,7 @@ vel_status vel_train_warm_start(vel_model *m, const char *path, const vel_adapte
     VEL_TRY(vel_model_read_adapter(m, path, &f));
     vel_status st = VEL_OK;
     for (int i = 0; i < n && !st; i++) {
-        const vel_adapter_module *module = module_at(f, sites[i].path);
+        const vel_adapter_module *module = vel_adapter_file_module(f, sites[i].path);
         found += module != NULL;
         if (module)
             st = check_shapes(ctx, path, &sites[i], module);
@@ -136,7 +128,7 @@ vel_status vel_train_warm_start(vel_model *m, const char *path, const vel_adapte
         const vel_trainable *t = vel_engine_trainable_at(e, i);
         vel_adapter_leaf leaf;
         const vel_adapter_site *site = vel_adapter_site_find(sites, n, t->path, &leaf);
-        const vel_adapter_module *module = site ? module_at(f, site->path) : NULL;
+        const vel_adapter_module *module = site ? vel_adapter_file_module(f, site->path) : NULL;
         if (module)
             st = take_leaf(m, site, leaf, module, t);
     }

@@ -357,8 +357,7 @@ static void put_model(train_session *s, json_t *meta)
     vel_prediction predicts = vel_model_schedule(s->model)->config.prediction;
     vel_model_names n;
     vel_model_family(s->model)->names(vel_model_config(s->model), predicts, &n);
-    const char *folder = vel_model_folder(s->model), *name = strrchr(folder, '/');
-    put(meta, "ss_sd_model_name", "%s", name ? name + 1 : folder);
+    put(meta, "ss_sd_model_name", "%s", vel_file_name(vel_model_folder(s->model)));
     put(meta, "ss_v2", "%s", n.v2 ? "True" : "False");
     put(meta, "ss_base_model_version", "%s", n.version);
     put(meta, "ss_clip_skip", "%s", s->o->clip_skip > 1 ? "2" : "None");
@@ -603,7 +602,7 @@ static const char words_ending[] = "_emb.safetensors"; /* beside diffusers' adap
 static vel_status export_apart(train_session *s, const char *path, const vel_word *words, int n,
                                json_t *meta)
 {
-    const char *slash = strrchr(path, '/'), *file_name = slash ? slash + 1 : path;
+    const char *file_name = vel_file_name(path);
     size_t stem = vel_has_prefix(file_name, name_of(s)) /* "-steps-100" comes behind the number */
                       ? (size_t)(file_name - path) + strlen(name_of(s))
                       : (size_t)(strrchr(path, '.') - path);
@@ -664,10 +663,10 @@ static vel_status export_adapter(train_session *s, const char *path, json_t *met
     if (!s->n_words || bundle)
         return VEL_OK;
     int stem = (int)(strlen(path) - strlen(".safetensors"));
-    const char *slash = strrchr(path, '/'), *name = s->o->words_name;
-    char *beside =
-        name ? vel_arena_strf(s->arena, "%.*s/%s.safetensors", (int)(slash - path), path, name)
-             : vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
+    int folder = (int)(vel_file_name(path) - path);
+    const char *name = s->o->words_name;
+    char *beside = name ? vel_arena_strf(s->arena, "%.*s%s.safetensors", folder, path, name)
+                        : vel_arena_strf(s->arena, "%.*s%s", stem, path, words_ending);
     return beside ? export_words(s, beside, "diffusers", meta) : VEL_NO_MEMORY;
 }
 
@@ -841,7 +840,7 @@ static vel_status find_latest(train_session *s, char **out)
  * pickle in the order of its own parameters. */
 static vel_status resume_foreign(train_session *s, const char *folder)
 {
-    const char *slash = strrchr(folder, '/'), *name = slash ? slash + 1 : folder;
+    const char *name = vel_file_name(folder);
     if (checkpoint_of(name) < 0)
         return vel_fail(s->ctx, VEL_BAD_VALUE,
                         "--resume: %s has no %s; a folder of another trainer is named checkpoint-N",
@@ -877,8 +876,7 @@ vel_status vel_keep_resume(train_session *s)
             return VEL_OK;
         }
     } else { /* the scripts look for a checkpoint's last name in the output folder */
-        const char *slash = strrchr(from, '/');
-        path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, slash ? slash + 1 : from);
+        path = vel_arena_strf(s->arena, "%s/%s", s->o->output_dir, vel_file_name(from));
         if (path && !(in_checkpoints(s) && vel_is_folder(path)))
             path = vel_arena_strdup(s->arena, from);
     }

@@ -422,19 +422,9 @@ static void describe_trainables(train_session *s, vel_text *t)
     for (int k = 0; k < vel_model_texts(s->model); k++)
         if (s->texts >> k & 1)
             all += vel_model_part_values(s->model, vel_model_text(s->model, k)->part);
-    char a[32], b[32], *out[] = {a, b};
-    int64_t numbers[] = {trained, all};
-    for (int k = 0; k < 2; k++) { /* 3,188,736 */
-        char digits[32];
-        int n = snprintf(digits, sizeof digits, "%" PRId64, numbers[k]), at = 0;
-        for (int i = 0; i < n; i++) {
-            if (i && (n - i) % 3 == 0)
-                out[k][at++] = ',';
-            out[k][at++] = digits[i];
-        }
-        out[k][at] = 0;
-    }
-    vel_text_addf(t, "trainable params: %s || all params: %s || trainable%%: %.4f\n", a, b,
+    char a[32], b[32];
+    vel_text_addf(t, "trainable params: %s || all params: %s || trainable%%: %.4f\n",
+                  vel_count_text(trained, a), vel_count_text(all, b),
                   100.0 * (double)trained / (double)all);
     int text = 0;
     for (int i = 0; i < s->n_sites; i++)
