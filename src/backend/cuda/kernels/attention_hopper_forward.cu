@@ -66,15 +66,19 @@ template <int STEPS, int GROUPS> struct places {
     }
 };
 
+/* A stage's keys (0) and values (1) are copied by one lane and left by one of each warp. A bias
+ * comes with the keys, written and read by all lanes: each of them arrives for itself. */
 template <int STEPS, int GROUPS>
-__device__ __forceinline__ void make_barriers(const places<STEPS, GROUPS> &at)
+__device__ __forceinline__ void make_barriers(const places<STEPS, GROUPS> &at, bool bias)
 {
     typedef form<STEPS, GROUPS> H;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2 * H::STAGES; i++) {
-            barrier_init(at.full(0, i), 1);
-            barrier_init(at.empty(0, i), 4 * GROUPS);
-        }
+        for (int stage = 0; stage < H::STAGES; stage++)
+            for (int which = 0; which < 2; which++) {
+                bool each = bias && which == 0;
+                barrier_init(at.full(stage, which), each ? 32 : 1);
+                barrier_init(at.empty(stage, which), each ? 128 * GROUPS : 4 * GROUPS);
+            }
         barrier_init(at.loaded(), 1);
         barriers_made();
     }
@@ -90,7 +94,6 @@ __device__ __forceinline__ void copy_bias(uint32_t to, const float *bias, int fi
         float add = first + i < keys ? bias[first + i] * log2e : -INFINITY;
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + i * 4), "f"(add) : "memory");
     }
-    __syncwarp();
 }
 
 template <int STEPS, int GROUPS>
@@ -115,12 +118,26 @@ __device__ __forceinline__ void copy_tiles(const places<STEPS, GROUPS> &at, cons
                 barrier_expect(at.full(stage, which), H::OTHER);
                 copy_tile<H::BLOCKS>(at.tile(stage, which), which ? &w.v : &w.k,
                                      at.full(stage, which), TILE, head, j * TILE, item);
+            } else if (bias && which == 0) {
+                barrier_arrive(at.full(stage, which));
             }
         }
     }
 }
 
 /* ---- the groups that multiply ---- */
+
+/* A warp needs the keys of a stage no more, and its bias, if there is one. */
+template <bool BIAS> __device__ __forceinline__ void leave_keys(uint32_t empty)
+{
+    if constexpr (BIAS) {
+        barrier_arrive(empty);
+    } else {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0)
+            barrier_arrive(empty);
+    }
+}
 
 /* Scores become exponents of two where a bias is added; else that is left to the scale. Keys behind
  * `seen` are hidden. */
@@ -216,9 +233,7 @@ __device__ __forceinline__ void attend(const places<STEPS, GROUPS> &at, const fo
     products_wait<0>();
     pin(s);
     mask<BIAS>(s, at.bias(0), w.scale, w.keys);
-    __syncwarp();
-    if (lane == 0)
-        barrier_arrive(at.empty(0, 0));
+    leave_keys<BIAS>(at.empty(0, 0));
     soften(s, top, sum, over, scale);
     pack_result<T, TILE>(p, s);
     pin(p);
@@ -237,9 +252,7 @@ __device__ __forceinline__ void attend(const places<STEPS, GROUPS> &at, const fo
         products_wait<1>();
         pin(s);
         mask<BIAS>(s, at.bias(stage), w.scale, w.keys - j * TILE);
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(at.empty(stage, 0));
+        leave_keys<BIAS>(at.empty(stage, 0));
         soften(s, top, sum, over, scale);
         products_wait<0>();
         pin(o);
@@ -289,7 +302,7 @@ __global__ void __launch_bounds__(form<STEPS, GROUPS>::THREADS, 1)
     extern __shared__ char memory[];
     places<STEPS, GROUPS> at(memory);
     int first = blockIdx.x * form<STEPS, GROUPS>::ROWS;
-    make_barriers(at);
+    make_barriers(at, w.bias != NULL);
     if (threadIdx.x >= 128 * GROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < 128 * GROUPS + 32)
