@@ -86,8 +86,9 @@ void vel_cu_rope(cudaStream_t s, int type, const void *x, const float *table, vo
 typedef struct vel_cu_quant {
     float value[256];
     float step;
-    int per_byte; /* 1 or 2; the first of two is the high half */
-    int64_t block, count;
+    int per_byte;         /* 1 or 2; the first of two is the high half; blocks of 64 then */
+    int numbers;          /* codes of 8 bits are their values, with a sign; value is not read */
+    int64_t block, count; /* codes end with a whole word of 32 bits */
     /* Where scales are codes of 8 bits: the byte of codes that they begin at (0: they are not),
      * what they stand for, and the place of their mean in scales, behind one of each 256 of them.
      */

@@ -278,12 +278,11 @@ static void run_dequant(const own_job *j)
     bool nf4 = vel_quant_is_nf4(kind);
     vel_cu_quant c = {.step = kind == VEL_QUANT_INT8 ? vel_int8_step : 1,
                       .per_byte = nf4 ? 2 : 1,
+                      .numbers = kind == VEL_QUANT_INT8,
                       .block = vel_quant_block(kind, columns),
                       .count = out_count(j)};
     for (int i = 0; i < 256; i++)
-        c.value[i] = nf4                      ? vel_nf4_values[i % 16]
-                     : kind == VEL_QUANT_INT8 ? (float)(int8_t)i
-                                              : vel_fp8_value((uint8_t)i);
+        c.value[i] = nf4 ? vel_nf4_values[i % 16] : vel_fp8_value((uint8_t)i);
     if (kind == VEL_QUANT_NF4_DOUBLE) {
         memcpy(c.scale_value, vel_quant_scale_map(), sizeof c.scale_value);
         c.scale_codes = vel_quant_scale_codes(rows, columns);

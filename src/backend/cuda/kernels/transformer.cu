@@ -47,6 +47,11 @@ extern "C" void vel_cu_rope(cudaStream_t s, int type, const void *x, const float
 
 /* ---- frozen weights of 4 or 8 bits as values again (base/quantise.h) ---- */
 
+/* What a kind of codes is made of: two of 4 bits in a byte, numbers of 8 bits with a sign, or 8
+ * bits whose values a table has. */
+enum quant_form { NIBBLES, NUMBERS, TABLE };
+enum { QUANT_VALUES = 8, QUANT_TURNS = 4 }; /* of a thread at once; so many times */
+
 __device__ __forceinline__ float scale_of(const uint8_t *codes, const float *scales,
                                           const vel_cu_quant &c, const float *map, int64_t b)
 {
@@ -55,56 +60,87 @@ __device__ __forceinline__ float scale_of(const uint8_t *codes, const float *sca
     return __fadd_rn(__fmul_rn(map[codes[c.scale_codes + b]], scales[b >> 8]), scales[c.mean]);
 }
 
-/* Each thread makes the values of one word of codes: PER is 8 where they have 4 bits, else 4. The
- * tables are read by index, which shared memory is quick at. */
-template <typename T, int PER>
+/* The codes of values at .. at + 7: 4 or 8 bytes. All codes together are whole words of 4. */
+template <int FORM>
+__device__ __forceinline__ uint64_t load_codes(const uint8_t *codes, int64_t at, int64_t count)
+{
+    if (FORM == NIBBLES)
+        return ((const uint32_t *)codes)[at / 8];
+    return at + 4 >= count ? *(const uint32_t *)(codes + at) : *(const uint64_t *)(codes + at);
+}
+
+template <int FORM>
+__device__ __forceinline__ float code_value(const float *value, uint64_t word, int k)
+{
+    if (FORM == NIBBLES)
+        return value[word >> (8 * (k / 2) + (k % 2 ? 0 : 4)) & 15];
+    unsigned byte = (unsigned)(word >> 8 * k) & 255;
+    return FORM == NUMBERS ? (float)(int8_t)byte : value[byte];
+}
+
+/* A row is a block of 8-bit codes, and 8 values may lie in several rows. Most weights have fewer
+ * than 2^32 values, and a division of 32 bits is a fifth of one of 64. */
+__device__ __forceinline__ int64_t block_of(const vel_cu_quant &c, int64_t at)
+{
+    return c.count >> 32 ? at / c.block : (uint32_t)at / (uint32_t)c.block;
+}
+
+template <typename T, int FORM>
 __global__ void __launch_bounds__(THREADS)
     dequant_kernel(const uint8_t *codes, const float *scales, vel_cu_quant c, T *out)
 {
-    __shared__ float value[256], map[256];
-    for (int i = threadIdx.x; i < 256; i += THREADS) {
-        value[i] = c.value[i];
-        map[i] = c.scale_value[i];
-    }
+    __shared__ float value[FORM == NIBBLES ? 16 : 256], map[FORM == NIBBLES ? 256 : 1];
+    if (FORM == TABLE || (FORM == NIBBLES && threadIdx.x < 16))
+        value[threadIdx.x] = c.value[threadIdx.x];
+    if (FORM == NIBBLES && c.scale_codes)
+        map[threadIdx.x] = c.scale_value[threadIdx.x];
     __syncthreads();
-    int64_t at = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * PER;
-    if (at >= c.count)
-        return;
-    uint32_t word = ((const uint32_t *)codes)[at / PER];
-    bool one_block = c.block % PER == 0;
-    float scale = scale_of(codes, scales, c, map, at / c.block);
-    alignas(16) T v[PER];
+    int64_t first = ((int64_t)blockIdx.x * QUANT_TURNS * THREADS + threadIdx.x) * QUANT_VALUES;
+    uint64_t word[QUANT_TURNS];
 #pragma unroll
-    for (int k = 0; k < PER; k++) {
-        unsigned byte = word >> 8 * (PER == 8 ? k / 2 : k) & 255;
-        unsigned code = PER == 4 ? byte : k % 2 ? byte & 15 : byte >> 4;
-        if (!one_block && k && at + k < c.count)
-            scale = scale_of(codes, scales, c, map, (at + k) / c.block);
-        v[k] = from_float<T>(value[code] * scale * c.step);
-    }
-    if (at + PER <= c.count) {
-#pragma unroll
-        for (int k = 0; k < (int)(sizeof v / sizeof(uint2)); k++)
-            ((uint2 *)(out + at))[k] = ((const uint2 *)v)[k];
-        return;
+    for (int turn = 0; turn < QUANT_TURNS; turn++) {
+        int64_t at = first + turn * THREADS * QUANT_VALUES;
+        word[turn] = at < c.count ? load_codes<FORM>(codes, at, c.count) : 0;
     }
 #pragma unroll
-    for (int k = 0; k < PER; k++)
-        if (at + k < c.count)
-            out[at + k] = v[k];
+    for (int turn = 0; turn < QUANT_TURNS; turn++) {
+        int64_t at = first + turn * THREADS * QUANT_VALUES;
+        if (at >= c.count)
+            return;
+        int64_t block = FORM == NIBBLES ? at >> 6 : block_of(c, at), end = (block + 1) * c.block;
+        float scale = scale_of(codes, scales, c, map, block), v[QUANT_VALUES];
+#pragma unroll
+        for (int k = 0; k < QUANT_VALUES; k++) {
+            if (FORM != NIBBLES && at + k == end && end < c.count) {
+                scale = scales[++block];
+                end += c.block;
+            }
+            v[k] = code_value<FORM>(value, word[turn], k) * scale * c.step;
+        }
+        if (at + QUANT_VALUES <= c.count)
+            store<T, QUANT_VALUES>(out + at, v);
+        else
+#pragma unroll
+            for (int k = 0; k < QUANT_VALUES; k++)
+                if (at + k < c.count)
+                    out[at + k] = from_float<T>(v[k]);
+    }
 }
 
 extern "C" void vel_cu_dequant(cudaStream_t s, int type, const void *codes, const float *scales,
                                const vel_cu_quant *c, void *out)
 {
-    int per = 4 * c->per_byte;
-    unsigned blocks = blocks_for((c->count + per - 1) / per, THREADS);
-    if (per == 8)
-        VEL_CU_EACH_TYPE(type, dequant_kernel<T, 8>
-                         <<<blocks, THREADS, 0, s>>>((const uint8_t *)codes, scales, *c, (T *)out));
+    unsigned blocks = blocks_for(c->count, QUANT_TURNS * THREADS * QUANT_VALUES);
+#define DEQUANT(form)                                                                              \
+    VEL_CU_EACH_TYPE(type, dequant_kernel<T, form>                                                 \
+                     <<<blocks, THREADS, 0, s>>>((const uint8_t *)codes, scales, *c, (T *)out))
+    if (c->per_byte == 2)
+        DEQUANT(NIBBLES);
+    else if (c->numbers)
+        DEQUANT(NUMBERS);
     else
-        VEL_CU_EACH_TYPE(type, dequant_kernel<T, 4>
-                         <<<blocks, THREADS, 0, s>>>((const uint8_t *)codes, scales, *c, (T *)out));
+        DEQUANT(TABLE);
+#undef DEQUANT
 }
 
 /* ---- RMS norm: LANES lanes of a warp share a row ---- */
