@@ -187,10 +187,11 @@ static json_t *kept_metadata(const vel_adapter_file *f, const json_t *given)
     return all;
 }
 
-/* What is written is safetensors, and readers go by the name's end. */
+/* What is written is safetensors, words apart, and readers go by the name's end. */
 static vel_status check_output(vel_hub *h, const char *path)
 {
-    if (vel_glob("*.pt,*.pth,*.bin,*.ckpt", path))
+    bool words = strcmp(h->o->what, "embedding") == 0 && vel_glob("*.pt,*.bin", path);
+    if (vel_glob("*.pt,*.pth,*.bin,*.ckpt", path) && !words)
         return vel_fail(h->ctx, VEL_UNSUPPORTED,
                         "%s: pickles are read, not written; name a .safetensors file", path);
     if (!h->o->overwrite && (vel_is_file(path) || vel_is_folder(path)))

@@ -566,13 +566,19 @@ TEST(adapter_hub_converts_words)
     float rows[2 * 8];
     fill_random(rows, VEL_COUNT(rows), 3);
     vel_safetensors *sf = NULL;
-    char *a = vel_test_path(t, "sks.safetensors"), *b = vel_test_path(t, "b.safetensors");
+    char *a = vel_test_path(t, "sks.safetensors"), *b = vel_test_path(t, "b.safetensors"),
+         *pickle = vel_test_path(t, "b.bin");
     const vel_save_tensor word = {
         .name = "<sks>", .type = VEL_FILE_F32, .rank = 2, .dim = {2, 8}, .data = rows};
     REQUIRE_OK(vel_safetensors_save(t->ctx, a, &word, 1, NULL));
     REQUIRE_OK(run(t, "embedding", a, b, NULL, (const char *const[]){"format", "kohya", NULL}));
     REQUIRE_OK(vel_safetensors_open(t->ctx, b, &sf));
     const vel_file_tensor *kept = sf ? vel_safetensors_find(sf, "emb_params") : NULL;
+    REQUIRE(kept && kept->count == VEL_COUNT(rows) && memcmp(kept->data, rows, sizeof rows) == 0);
+    vel_safetensors_close(sf);
+    REQUIRE_OK(RUN("embedding", a, pickle, NULL, "format", "diffusers", NULL));
+    REQUIRE_OK(vel_safetensors_open(t->ctx, pickle, &sf));
+    kept = sf ? vel_safetensors_find(sf, "<sks>") : NULL;
     REQUIRE(kept && kept->count == VEL_COUNT(rows) && memcmp(kept->data, rows, sizeof rows) == 0);
     vel_safetensors_close(sf);
     CHECK(run(t, "embedding", a, b, NULL, (const char *const[]){NULL}) == VEL_BAD_VALUE);
@@ -582,6 +588,7 @@ TEST(adapter_hub_converts_words)
         .name = "", .type = VEL_FILE_F32, .rank = 2, .dim = {2, 8}, .data = rows};
     REQUIRE_OK(vel_safetensors_save(t->ctx, a, &nameless, 1, NULL));
     CHECK(RUN("embedding", a, b, NULL, NULL) == VEL_BAD_FILE);
+    vel_free(t->ctx, pickle);
     vel_free(t->ctx, a);
     vel_free(t->ctx, b);
 }
