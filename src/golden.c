@@ -103,15 +103,14 @@ static vel_status check_text(golden *k)
 /* One evaluation with gradients to its inputs where the file has grad_out (first is true). */
 static vel_status run_unet(golden *k, const char *sample_name, const char *out_name, bool first)
 {
-    int64_t d[4];
+    int64_t d[4] = {0, vel_model_latent(k->model)->channels};
     vel_text_info info = text_info(k);
-    float *x = vel_golden_load_nhwc(k, sample_name, d),
-          *time = vel_golden_load(k, "timestep", 0, NULL),
-          *context = vel_golden_load(k, "context", 0, NULL);
-    int64_t probe_dim[4];
-    float *probe = first ? vel_golden_load_nhwc(k, "grad_out", probe_dim) : NULL;
+    float *x = vel_golden_load_nhwc(k, sample_name, d);
     int64_t count = x ? d[0] * d[1] * d[2] * d[3] : 0,
             states = x ? d[0] * info.length * info.width : 0;
+    float *time = x ? vel_golden_load(k, "timestep", d[0], NULL) : NULL,
+          *context = time ? vel_golden_load(k, "context", states, NULL) : NULL;
+    float *probe = context && first ? vel_golden_load_nhwc(k, "grad_out", d) : NULL;
     float *got = vel_alloc(k->ctx, (size_t)VEL_MAX(count, states) * sizeof *got);
     vel_graph *g = vel_graph_create(k->ctx);
     vel_plan *plan = NULL;
@@ -171,10 +170,15 @@ static vel_status check_unet(golden *k)
 
 static vel_status check_vae(golden *k)
 {
-    int64_t z_dim[4], d[4];
-    float *z = vel_golden_load_nhwc(k, "z", z_dim), *want = vel_golden_load_nhwc(k, "image", d);
-    if (!z || !want)
+    const vel_latent_info *info = vel_model_latent(k->model);
+    int64_t z_dim[4] = {0, info->channels};
+    float *z = vel_golden_load_nhwc(k, "z", z_dim);
+    int64_t d[4] = {z_dim[0], 3, z_dim[2] * info->down, z_dim[3] * info->down};
+    float *want = z ? vel_golden_load_nhwc(k, "image", d) : NULL;
+    if (!want) {
+        vel_free(k->ctx, z);
         return VEL_BAD_FILE;
+    }
     int64_t pixels = d[0] * d[1] * d[2] * d[3], latents = z_dim[0] * z_dim[1] * z_dim[2] * z_dim[3];
     float *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
     float *moments = vel_alloc(k->ctx, (size_t)(2 * latents) * sizeof *moments);
@@ -285,11 +289,14 @@ static vel_status check_samplers(golden *k)
     vel_status st = path ? vel_json_load(k->ctx, path, &how) : VEL_NO_MEMORY;
     vel_free(k->ctx, path);
     const vel_file_tensor *t = NULL;
+    int64_t d[4] = {1, vel_model_latent(k->model)->channels};
     float *noise = st == VEL_OK ? vel_golden_load(k, "noise", 0, &t) : NULL;
-    for (int i = 0; noise && i < vel_safetensors_count(k->file) && st == VEL_OK; i++) {
+    if (st == VEL_OK && !(noise && t->rank == 4 && vel_golden_fits(k, "noise", t->dim, d)))
+        st = VEL_BAD_FILE;
+    for (int i = 0; i < vel_safetensors_count(k->file) && st == VEL_OK; i++) {
         const char *name = vel_safetensors_at(k->file, i)->name;
         if (strcmp(name, "noise") != 0 && !strchr(name, '.'))
-            st = check_sampler(k, name, how, noise, t->dim);
+            st = check_sampler(k, name, how, noise, d);
     }
     vel_free(k->ctx, noise);
     json_decref(how);
@@ -298,9 +305,11 @@ static vel_status check_samplers(golden *k)
 
 /* ---- train_*.safetensors --------------------------------------------------------------------- */
 
-typedef struct lesson { /* train_data.safetensors: six batches */
-    float *latent[16], *noise[16], *time[16], *context;
-    int64_t d[4];
+enum { MOST_STEPS = 16, MOST_BATCH = 64 };
+
+typedef struct lesson { /* train_data.safetensors: a batch each step; six of them */
+    float *latent[MOST_STEPS], *noise[MOST_STEPS], *time[MOST_STEPS], *context;
+    int64_t d[4]; /* of each batch, NCHW; d[0] is MOST_BATCH at most */
     int n;
 } lesson;
 
@@ -312,25 +321,48 @@ static vel_status open_other(golden *k, const char *name, vel_safetensors **out)
     return st;
 }
 
+/* The i-th batch, if there is one: of the sizes of the first. */
+static vel_status load_batch(golden *k, lesson *l, int i, bool *there)
+{
+    const vel_schedule *schedule = vel_model_schedule(k->model);
+    char name[32];
+    snprintf(name, sizeof name, "latents.%d", i);
+    *there = vel_safetensors_find(k->file, name) != NULL;
+    if (!*there)
+        return VEL_OK;
+    l->latent[i] = vel_golden_load_nhwc(k, name, l->d);
+    snprintf(name, sizeof name, "noise.%d", i);
+    l->noise[i] = l->latent[i] ? vel_golden_load_nhwc(k, name, l->d) : NULL;
+    snprintf(name, sizeof name, "timesteps.%d", i);
+    l->time[i] = l->noise[i] ? vel_golden_load(k, name, l->d[0], NULL) : NULL;
+    for (int b = 0; l->time[i] && b < l->d[0]; b++)
+        if (!(l->time[i][b] >= 0 && l->time[i][b] < schedule->n))
+            return vel_fail(k->ctx, VEL_BAD_FILE, "%s: %s: %g is no timestep below %d",
+                            vel_safetensors_path(k->file), name, l->time[i][b], schedule->n);
+    return l->time[i] ? VEL_OK : VEL_BAD_FILE;
+}
+
+static vel_status load_batches(golden *k, lesson *l)
+{
+    bool there = true;
+    l->d[1] = vel_model_latent(k->model)->channels;
+    for (l->n = 0; there && l->n < MOST_STEPS; l->n += there)
+        VEL_TRY(load_batch(k, l, l->n, &there));
+    if (!l->n || l->d[0] > MOST_BATCH)
+        return vel_fail(k->ctx, VEL_BAD_FILE, "%s: has %d batches of %" PRId64 ", not of 1 to %d",
+                        vel_safetensors_path(k->file), l->n, l->d[0], MOST_BATCH);
+    l->context = vel_golden_load(k, "context", l->d[0] * vel_model_text_values(k->model), NULL);
+    return l->context ? VEL_OK : VEL_BAD_FILE;
+}
+
 static vel_status load_lesson(golden *k, lesson *l)
 {
     vel_safetensors *mine = k->file;
     VEL_TRY(open_other(k, "train_data.safetensors", &k->file));
-    l->context = vel_golden_load(k, "context", 0, NULL);
-    for (l->n = 0; l->n < VEL_COUNT(l->latent); l->n++) {
-        char name[32];
-        snprintf(name, sizeof name, "latents.%d", l->n);
-        if (!vel_safetensors_find(k->file, name))
-            break;
-        l->latent[l->n] = vel_golden_load_nhwc(k, name, l->d);
-        snprintf(name, sizeof name, "noise.%d", l->n);
-        l->noise[l->n] = vel_golden_load_nhwc(k, name, l->d);
-        snprintf(name, sizeof name, "timesteps.%d", l->n);
-        l->time[l->n] = vel_golden_load(k, name, l->d[0], NULL);
-    }
+    vel_status st = load_batches(k, l);
     vel_safetensors_close(k->file);
     k->file = mine;
-    return l->n && l->context && l->latent[0] && l->noise[0] && l->time[0] ? VEL_OK : VEL_BAD_FILE;
+    return st;
 }
 
 static void free_lesson(golden *k, lesson *l)
@@ -478,11 +510,8 @@ static double lesson_rate(void *user, int i)
 
 static vel_status learn(golden *k, const lesson *l, vel_trainer *trainer)
 {
-    int32_t time[64];
-    float weight[64], losses[16];
-    if (l->d[0] > VEL_COUNT(time))
-        return vel_fail(k->ctx, VEL_BAD_FILE, "train_data: batches of more than %d",
-                        VEL_COUNT(time));
+    int32_t time[MOST_BATCH];
+    float weight[MOST_BATCH], losses[MOST_STEPS];
     vel_optimizer adamw = {
         .rule = "adamw", .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.01};
     VEL_TRY(vel_engine_set_optimizer(vel_model_engine(k->model), &adamw));
@@ -698,8 +727,12 @@ static vel_status check_embedding_gradient(golden *k, const lesson *l, const int
           *noisy = vel_alloc(k->ctx, (size_t)(n * each) * sizeof *noisy);
     float *some =
         rows ? vel_alloc(k->ctx, (size_t)(rows_tensor->count * info.width) * sizeof *some) : NULL;
-    float ones[64], times[64];
-    vel_status st = whole && noisy && some && n <= VEL_COUNT(ones) ? VEL_OK : VEL_BAD_FILE;
+    float ones[MOST_BATCH], times[MOST_BATCH];
+    vel_status st = whole && noisy && some ? VEL_OK : VEL_BAD_FILE;
+    for (int64_t i = 0; !st && i < rows_tensor->count; i++)
+        if (!(rows[i] >= 0 && rows[i] < info.vocabulary))
+            st = vel_fail(k->ctx, VEL_BAD_FILE, "%s: embedding_grad_rows: %g is no token below %d",
+                          vel_safetensors_path(k->file), rows[i], info.vocabulary);
     for (int64_t b = 0; b < n && st == VEL_OK; b++) {
         double a = vel_model_schedule(k->model)->alphas_cumprod[(int)l->time[0][b]];
         ones[b] = 1;
@@ -734,8 +767,8 @@ static vel_status check_loss_values(golden *k, const lesson *l)
     vel_trainer_options o = {.compute = VEL_F32, .clip_skip = 1};
     vel_trainer *trainer;
     VEL_TRY(vel_trainer_create(k->model, &o, &trainer));
-    int32_t time[64];
-    float weight[64], each[64], snr[64];
+    int32_t time[MOST_BATCH];
+    float weight[MOST_BATCH], each[MOST_BATCH], snr[MOST_BATCH];
     vel_batch b = batch_of(l, 0, time, weight);
     double loss;
     vel_status st = vel_trainer_run(trainer, &b, false, &loss, each);
@@ -770,6 +803,9 @@ static vel_status check_losses(golden *k)
     if (st == VEL_OK)
         st = load_prompts(k, &p);
     int32_t *ids = vel_alloc(k->ctx, (size_t)VEL_MAX(1, p.n * info.length) * sizeof *ids);
+    if (st == VEL_OK && p.n < l.d[0])
+        st = vel_fail(k->ctx, VEL_BAD_FILE, "%s/prompts.json: has %d texts, a batch %" PRId64,
+                      k->folder, p.n, l.d[0]);
     if (st == VEL_OK)
         st = ids ? encode_ids(k, &p, info.length, ids) : VEL_NO_MEMORY;
     if (st == VEL_OK)

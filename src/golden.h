@@ -35,8 +35,11 @@ void vel_golden_check(golden *k, const char *name, const float *got, int64_t n, 
 /* [n, c, h, w] to [n, h, w, c], and back. */
 void vel_golden_to_nhwc(const float *in, int64_t n, int64_t c, int64_t pixels, float *out);
 void vel_golden_to_nchw(const float *in, int64_t n, int64_t c, int64_t pixels, float *out);
-/* A reference picture or latent [n, c, h, w], as [n, h, w, c]; dims in d. */
+/* A reference picture or latent [n, c, h, w] of the file, as [n, h, w, c]; owned. d: the sizes it
+ * must have, 0 where any will do; then those it has. NULL with the message. */
 float *vel_golden_load_nhwc(golden *k, const char *name, int64_t d[4]);
+/* Whether got are such sizes, by the same rule, which then are in d; false with the message. */
+bool vel_golden_fits(golden *k, const char *name, const int64_t got[4], int64_t d[4]);
 void vel_golden_check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4],
                            double tolerance);
 vel_status vel_golden_plan(golden *k, vel_graph *g, bool gradient, vel_plan **plan);

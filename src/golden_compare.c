@@ -28,7 +28,6 @@ void vel_golden_compare(golden *k, const char *value, const float *got, const fl
     vel_golden_line(k, value, largest, rms, tolerance, finite && rms < tolerance);
 }
 
-/* A tensor of the file as floats; count must agree unless it is 0. NULL with the message. */
 float *vel_golden_load(golden *k, const char *name, int64_t count, const vel_file_tensor **tensor)
 {
     const vel_file_tensor *t = vel_safetensors_find(k->file, name);
@@ -72,16 +71,32 @@ void vel_golden_to_nchw(const float *in, int64_t n, int64_t c, int64_t pixels, f
                 out[(b * c + i) * pixels + p] = in[(b * pixels + p) * c + i];
 }
 
-/* A reference picture or latent [n, c, h, w], as [n, h, w, c]; dims in d. */
+bool vel_golden_fits(golden *k, const char *name, const int64_t got[4], int64_t d[4])
+{
+    enum { MOST = 1 << 16 }; /* of each size: pixels of a side fit in an int */
+    for (int i = 0; i < 4; i++)
+        if (got[i] < 1 || got[i] > MOST || (d[i] && d[i] != got[i])) {
+            vel_fail(k->ctx, VEL_BAD_FILE,
+                     "%s: tensor '%s' has other sizes [n, c, h, w] than the model or its "
+                     "neighbours: size %d is %" PRId64,
+                     vel_safetensors_path(k->file), name, i, got[i]);
+            return false;
+        }
+    memcpy(d, got, 4 * sizeof *d);
+    return true;
+}
+
 float *vel_golden_load_nhwc(golden *k, const char *name, int64_t d[4])
 {
     const vel_file_tensor *t;
     float *raw = vel_golden_load(k, name, 0, &t);
-    if (!raw || t->rank != 4) {
+    if (raw && t->rank != 4)
+        vel_fail(k->ctx, VEL_BAD_FILE, "%s: tensor '%s' has not the four sizes [n, c, h, w]",
+                 vel_safetensors_path(k->file), name);
+    if (!raw || t->rank != 4 || !vel_golden_fits(k, name, t->dim, d)) {
         vel_free(k->ctx, raw);
         return NULL;
     }
-    memcpy(d, t->dim, 4 * sizeof *d);
     float *out = vel_alloc(k->ctx, (size_t)t->count * sizeof *out);
     if (out)
         vel_golden_to_nhwc(raw, d[0], d[1], d[2] * d[3], out);
@@ -94,10 +109,12 @@ void vel_golden_check_nhwc(golden *k, const char *name, const float *got, const 
 {
     int64_t n = d[0] * d[1] * d[2] * d[3];
     float *turned = vel_alloc(k->ctx, (size_t)n * sizeof *turned);
-    if (!turned)
-        return;
-    vel_golden_to_nchw(got, d[0], d[1], d[2] * d[3], turned);
-    vel_golden_check(k, name, turned, n, tolerance);
+    if (turned) {
+        vel_golden_to_nchw(got, d[0], d[1], d[2] * d[3], turned);
+        vel_golden_check(k, name, turned, n, tolerance);
+    } else {
+        vel_golden_line(k, name, NAN, NAN, tolerance, false);
+    }
     vel_free(k->ctx, turned);
 }
 

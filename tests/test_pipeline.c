@@ -133,6 +133,85 @@ TEST(model_comparisons_and_timings_are_interrupted)
     vel_text_finish(&out);
 }
 
+static void keep_log(void *user, const vel_event *event)
+{
+    if (event->kind == VEL_EVENT_LOG && event->level == 1)
+        vel_text_add(user, event->text);
+}
+
+/* What is compared is read as far as the model's sizes go: a file with less, more or other values
+ * is refused before that. */
+TEST(reference_files_of_other_sizes_are_refused)
+{
+    static const float zeros[128 * 4 * 4], far[1] = {1e9f};
+    static const struct {
+        const char *file, *says;
+        vel_save_tensor tensors[4];
+    } rows[] = {
+        {"unet",
+         "'timestep'",
+         {{"sample", VEL_FILE_F32, 4, {2, 4, 2, 2}, zeros},
+          {"timestep", VEL_FILE_F32, 1, {1}, zeros}}},
+        {"unet",
+         "'context'",
+         {{"sample", VEL_FILE_F32, 4, {1, 4, 2, 2}, zeros},
+          {"timestep", VEL_FILE_F32, 1, {1}, zeros},
+          {"context", VEL_FILE_F32, 1, {3}, zeros}}},
+        {"unet", "'sample'", {{"sample", VEL_FILE_F32, 4, {1, 3, 2, 2}, zeros}}},
+        {"unet", "'sample'", {{"sample", VEL_FILE_F32, 4, {0, 4, 1 << 20, 2}, zeros}}},
+        {"vae",
+         "'image'",
+         {{"z", VEL_FILE_F32, 4, {1, 4, 2, 2}, zeros},
+          {"image", VEL_FILE_F32, 4, {1, 3, 2, 2}, zeros}}},
+        {"samplers",
+         "'noise'",
+         {{"noise", VEL_FILE_F32, 4, {1, 2, 2, 2}, zeros}, {"ddim", VEL_FILE_F32, 1, {1}, zeros}}},
+        {"samplers", "other sizes", {{"noise", VEL_FILE_F32, 4, {2, 4, 2, 2}, zeros}}},
+        {"train_data",
+         "batches of 128",
+         {{"latents.0", VEL_FILE_F32, 4, {128, 4, 2, 2}, zeros},
+          {"noise.0", VEL_FILE_F32, 4, {128, 4, 2, 2}, zeros},
+          {"timesteps.0", VEL_FILE_F32, 1, {128}, zeros}}},
+        {"train_data",
+         "no timestep",
+         {{"latents.0", VEL_FILE_F32, 4, {1, 4, 2, 2}, zeros},
+          {"noise.0", VEL_FILE_F32, 4, {1, 4, 2, 2}, zeros},
+          {"timesteps.0", VEL_FILE_F32, 1, {1}, far}}},
+        {"train_data",
+         "'noise.0'",
+         {{"latents.0", VEL_FILE_F32, 4, {1, 4, 2, 2}, zeros},
+          {"noise.0", VEL_FILE_F32, 4, {1, 4, 1, 2}, zeros}}},
+        {"golden",
+         "'vae.picture'",
+         {{"vae.latent", VEL_FILE_F32, 4, {1, 4, 2, 2}, zeros},
+          {"vae.picture", VEL_FILE_F32, 4, {1, 3, 2, 2}, zeros}}},
+    };
+    REQUIRE_OK(vel_write_file(t->ctx, vel_test_in(t, "samplers.json"), "{}", 2));
+    for (int i = 0; i < VEL_COUNT(rows); i++) {
+        bool lesson = strcmp(rows[i].file, "train_data") == 0; /* another file asks for it */
+        char *path = vel_test_text(t, "%s/%s.safetensors", t->folder, rows[i].file),
+             *asks = vel_test_text(t, "%s/losses.safetensors", t->folder);
+        int n = 0, passed = 0, failed = 0;
+        while (n < 4 && rows[i].tensors[n].name)
+            n++;
+        CHECK_OK(vel_safetensors_save(t->ctx, path, rows[i].tensors, n, NULL));
+        if (lesson)
+            CHECK_OK(vel_safetensors_save(t->ctx, asks, NULL, 0, NULL));
+        vel_text log;
+        vel_text_init(&log, t->ctx);
+        vel_ctx_on_event(t->ctx, keep_log, &log);
+        CHECK_OK(vel_golden_run(t->ctx, model_folder, t->folder, &passed, &failed));
+        vel_ctx_on_event(t->ctx, NULL, NULL);
+        CHECK_MSG(passed == 0 && failed > 0 && log.s && strstr(log.s, rows[i].says),
+                  "row %d: %d passed, %d failed: %s", i, passed, failed, log.s);
+        vel_text_finish(&log);
+        CHECK_OK(vel_remove_tree(t->ctx, path));
+        CHECK_OK(vel_remove_tree(t->ctx, asks));
+        vel_free(t->ctx, path);
+        vel_free(t->ctx, asks);
+    }
+}
+
 TEST(model_folders_that_do_not_open)
 {
     vel_model *m = NULL;
