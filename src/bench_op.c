@@ -217,7 +217,10 @@ static vel_status check_op(vel_bench_state *b, op_bench *p)
         size += truth.v[i] * truth.v[i];
     }
     double rms = sqrt(error / fmax(size, 1e-300));
-    bool bf16 = vel_type_of(planned, vel_output_find(planned, "out")).dtype == VEL_BF16;
+    const vel_node *made = vel_at(planned, vel_output_find(planned, "out"));
+    bool bf16 = made->out[0].dtype == VEL_BF16; /* or a float32 sum of rounded values */
+    for (int i = 0; i < made->n_in; i++)
+        bf16 = bf16 || (made->in[i].id && vel_type_of(planned, made->in[i]).dtype == VEL_BF16);
     if (st == VEL_OK && !(rms < (bf16 ? 0x1p-7 : 1e-5)))
         st =
             vel_fail(b->ctx, VEL_BUG, "bench: %s is off by %.2e (relative RMS) from its definition",
