@@ -19,22 +19,45 @@ VEL_INLINE vf only(vf v, int64_t n)
 /* ---- layer norm
  * --------------------------------------------------------------------------------------- */
 
+/* Four sums side by side: one would wait for itself with each vector. */
+VEL_INLINE float row_sum(const void *x, int64_t at, int64_t width, bool half)
+{
+    vf sum[4] = {{0}};
+    int64_t c = 0;
+    for (; c + 4 * VL <= width; c += 4 * VL)
+        for (int i = 0; i < 4; i++)
+            sum[i] += vget(x, at + c + i * VL, half);
+    for (; c < width; c += VL)
+        sum[0] += vget_part(x, at + c, width - c, half);
+    return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+/* Of the distances from the mean. */
+VEL_INLINE float row_squares(const void *x, int64_t at, int64_t width, float mean, bool half)
+{
+    vf sum[4] = {{0}};
+    int64_t c = 0;
+    for (; c + 4 * VL <= width; c += 4 * VL)
+        for (int i = 0; i < 4; i++) {
+            vf d = vget(x, at + c + i * VL, half) - mean;
+            sum[i] += d * d;
+        }
+    for (; c < width; c += VL) {
+        vf d = only(vget_part(x, at + c, width - c, half) - mean, width - c);
+        sum[0] += d * d;
+    }
+    return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 VEL_INLINE void layer_norm_rows(const void *x, const float *w, const float *b, double eps,
                                 int64_t width, void *y, float *stats, int64_t begin, int64_t end,
                                 bool half)
 {
     for (int64_t r = begin; r < end; r++) {
         int64_t at = r * width;
-        vf acc = {0};
-        for (int64_t c = 0; c < width; c += VL)
-            acc += vget_part(x, at + c, width - c, half);
-        float mean = vsum(acc) / (float)width;
-        acc = vset(0.0f);
-        for (int64_t c = 0; c < width; c += VL) {
-            vf d = only(vget_part(x, at + c, width - c, half) - mean, width - c);
-            acc += d * d;
-        }
-        float scale = (float)(1 / sqrt(vsum(acc) / (double)width + eps));
+        float mean = row_sum(x, at, width, half) / (float)width;
+        double squares = row_squares(x, at, width, mean, half);
+        float scale = (float)(1 / sqrt(squares / (double)width + eps));
         stats[2 * r] = mean;
         stats[2 * r + 1] = scale;
         for (int64_t c = 0; c < width; c += VL) {
