@@ -500,6 +500,17 @@ static const trial tile_trials[] = {
      .a.conv2d_grad_x = {1, {1, 0, 0, 0}, 6, 9}},
 };
 
+/* Weight gradients of low rank, either way round: rows, ranks and columns that fill no tile, parts
+ * of rows, more rows than a block, more columns than a span. */
+static const trial thin_trials[] = {
+    {"down", VEL_OP_linear_grad_w, {S2(560, 192), S2(560, 32)}},
+    {"up", VEL_OP_linear_grad_w, {S2(560, 32), S2(560, 192)}},
+    {"down, ends", VEL_OP_linear_grad_w, {S2(133, 77), S2(133, 21)}},
+    {"up, ends", VEL_OP_linear_grad_w, {S2(65, 53), S2(65, 331)}},
+    {"down, spans", VEL_OP_linear_grad_w, {S2(129, 2600), S2(129, 4)}},
+    {"up, spans", VEL_OP_linear_grad_w, {S2(40, 17), S2(40, 2600)}},
+};
+
 /* Gradients that oneDNN computes as forward convolutions with the weight turned round. */
 static const trial turned_trials[] = {
     {"turned",
@@ -599,6 +610,9 @@ TEST(tiles_agree_with_the_meaning)
     for (int i = 0; i < VEL_COUNT(tile_trials) && d->amx; i++)
         CHECK_MSG(try_trial(t, d, vel_cpu_tiles_impls, &tile_trials[i], VEL_BF16, true),
                   "%s (%s) is refused", vel_op_name(tile_trials[i].op), tile_trials[i].what);
+    for (int i = 0; i < VEL_COUNT(thin_trials); i++)
+        CHECK_MSG(try_trial(t, d, vel_cpu_thin_impls, &thin_trials[i], VEL_BF16, false) == d->amx,
+                  "%s", thin_trials[i].what);
     for (int i = 0; i < VEL_COUNT(turned_trials); i++)
         try_trial(t, d, vel_cpu_onednn_impls, &turned_trials[i], VEL_BF16, true);
     CHECK(d->amx ? taken > 20 : !taken);

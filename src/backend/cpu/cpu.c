@@ -213,6 +213,8 @@ static vel_status cpu_prepare(vel_device *d, const vel_graph *g, int32_t id, vel
     const vel_node *n = vel_node_at(g, id);
     vel_status st = first_row(d, vel_cpu_tiles_impls, g, n, out);
     if (st == VEL_UNSUPPORTED)
+        st = first_row(d, vel_cpu_thin_impls, g, n, out);
+    if (st == VEL_UNSUPPORTED)
         st = first_row(d, vel_cpu_float_impls, g, n, out);
     if (st == VEL_UNSUPPORTED && !is_off("VELATURA_ONEDNN"))
         st = first_row(d, vel_cpu_onednn_impls, g, n, out);

@@ -42,6 +42,7 @@ typedef struct vel_cpu_impl {
 
 /* Lists end with a row whose run is NULL; asked in this order. */
 extern const vel_cpu_impl vel_cpu_tiles_impls[];  /* tiles.c */
+extern const vel_cpu_impl vel_cpu_thin_impls[];   /* thin.c */
 extern const vel_cpu_impl vel_cpu_float_impls[];  /* float_product.c */
 extern const vel_cpu_impl vel_cpu_onednn_impls[]; /* onednn.c */
 extern const vel_cpu_impl vel_cpu_own_impls[];    /* own.c: through the isa table */

@@ -10,6 +10,7 @@
 #define VEL_CPU_KERNELS_H
 
 #include "backend/cpu/float_product.h"
+#include "backend/cpu/thin.h"
 #include "backend/cpu/tiles.h"
 
 typedef struct vel_cpu_job {
@@ -51,6 +52,10 @@ typedef struct vel_cpu_kernels {
     /* A packed weight of oneDNN's convolutions, turned round for their gradient. */
     void (*turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
                         uint16_t *to, int threads);
+    /* Sums over rows of narrow (bfloat16 [rows, narrow]) times wide ([rows, wide]), where there is
+     * AMX. */
+    void (*thin)(const vel_thin *t, const uint16_t *narrow, const uint16_t *wide, float *out,
+                 void *scratch);
     int lanes, micro_rows; /* of a vector of float32; positions that float_product sums at once */
     void (*float_product)(const vel_float_product *p, const vel_float_data *d);
     void (*winograd)(const vel_float_product *p, const vel_float_data *d);
@@ -149,6 +154,8 @@ void VEL_ISA_NAME(tiles_pack)(const uint16_t *plain, int64_t outputs, int64_t in
                               uint16_t *packed, int threads);
 void VEL_ISA_NAME(turn_weight)(const uint16_t *from, int64_t outputs, int64_t inputs, int64_t taps,
                                uint16_t *to, int threads);
+void VEL_ISA_NAME(thin)(const vel_thin *t, const uint16_t *narrow, const uint16_t *wide, float *out,
+                        void *scratch);
 void VEL_ISA_NAME(float_product)(const vel_float_product *p, const vel_float_data *d);
 void VEL_ISA_NAME(winograd)(const vel_float_product *p, const vel_float_data *d);
 bool VEL_ISA_NAME(float_pack)(const vel_float_product *p, const void *plain, bool half,

@@ -24,5 +24,6 @@ const vel_cpu_kernels VEL_ISA_NAME(kernels) = {
     .tiles = VEL_ISA_NAME(tiles),
     .tiles_pack = VEL_ISA_NAME(tiles_pack),
     .turn_weight = VEL_ISA_NAME(turn_weight),
+    .thin = VEL_ISA_NAME(thin),
 #endif
 };
