@@ -3,11 +3,17 @@
 
 typedef vel_status (*command_fn)(vel_ctx *ctx, const vel_params *p);
 
-static vel_status checked(vel_ctx *ctx, const vel_params *p, command_fn run)
+/* What an earlier call said, and that it was interrupted, is over. */
+static void begin(vel_ctx *ctx)
 {
     ctx->error[0] = 0;
     ctx->interrupted = 0;
-    VEL_TRY(vel_params_check(p));
+}
+
+static vel_status checked(vel_ctx *ctx, const vel_params *p, const char *command, command_fn run)
+{
+    begin(ctx);
+    VEL_TRY(vel_params_check(p, command));
     return run(ctx, p);
 }
 
@@ -35,22 +41,22 @@ static vel_status run_score(vel_ctx *ctx, const vel_params *p)
 
 vel_status vel_train(vel_ctx *ctx, const vel_params *p)
 {
-    return checked(ctx, p, run_train);
+    return checked(ctx, p, "train", run_train);
 }
 
 vel_status vel_generate(vel_ctx *ctx, const vel_params *p)
 {
-    return checked(ctx, p, run_generate);
+    return checked(ctx, p, "generate", run_generate);
 }
 
 vel_status vel_grid(vel_ctx *ctx, const vel_params *p)
 {
-    return checked(ctx, p, run_grid);
+    return checked(ctx, p, "grid", run_grid);
 }
 
 vel_status vel_score(vel_ctx *ctx, const vel_params *p)
 {
-    return checked(ctx, p, run_score);
+    return checked(ctx, p, "score", run_score);
 }
 
 /* The text's owner is the caller, who may free it after the context is gone. */
@@ -78,6 +84,7 @@ void vel_text_free(char *text)
 vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text)
 {
     vel_text t;
+    begin(ctx);
     vel_text_init(&t, ctx);
     return hand_out(&t, vel_inspect_run(ctx, path, &t), text);
 }
@@ -85,11 +92,13 @@ vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text)
 typedef vel_status (*telling_fn)(vel_ctx *ctx, const vel_params *p, vel_text *out);
 
 /* A command whose result is a text. */
-static vel_status tell(vel_ctx *ctx, const vel_params *p, telling_fn run, char **text)
+static vel_status tell(vel_ctx *ctx, const vel_params *p, const char *command, telling_fn run,
+                       char **text)
 {
     vel_text t;
+    begin(ctx);
     vel_text_init(&t, ctx);
-    vel_status st = vel_params_check(p);
+    vel_status st = vel_params_check(p, command);
     if (st == VEL_OK)
         st = run(ctx, p, &t);
     return hand_out(&t, st, text);
@@ -112,22 +121,23 @@ static vel_status tell_adapter(vel_ctx *ctx, const vel_params *p, vel_text *out)
 
 vel_status vel_bench(vel_ctx *ctx, const vel_params *p, char **text)
 {
-    return tell(ctx, p, tell_bench, text);
+    return tell(ctx, p, "bench", tell_bench, text);
 }
 
 vel_status vel_checkpoint_command(vel_ctx *ctx, const vel_params *p, char **text)
 {
-    return tell(ctx, p, tell_checkpoint, text);
+    return tell(ctx, p, "checkpoint", tell_checkpoint, text);
 }
 
 vel_status vel_adapter_command(vel_ctx *ctx, const vel_params *p, char **text)
 {
-    return tell(ctx, p, tell_adapter, text);
+    return tell(ctx, p, "adapter", tell_adapter, text);
 }
 
 vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder, int *passed,
                             int *failed)
 {
+    begin(ctx);
     *passed = *failed = 0;
     return vel_golden_run(ctx, model, folder, passed, failed);
 }

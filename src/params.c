@@ -319,8 +319,11 @@ static vel_status check_output_name(const vel_params *p)
     return VEL_OK;
 }
 
-vel_status vel_params_check(const vel_params *p)
+vel_status vel_params_check(const vel_params *p, const char *command)
 {
+    if (strcmp(commands[p->command].name, command) != 0)
+        return vel_fail(p->ctx, VEL_BAD_VALUE, "these are settings of %s, not of %s",
+                        commands[p->command].name, command);
     const char *required = commands[p->command].required;
     for (const vel_option_row *r = commands[p->command].rows; r->name; r++)
         if (vel_list_has(required, r->name) && !vel_params_get(p, r->name))

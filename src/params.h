@@ -86,7 +86,7 @@ struct vel_params {
 };
 
 /* Checks of a command's settings together (a rule over two options), before it starts. */
-vel_status vel_params_check(const vel_params *p);
+vel_status vel_params_check(const vel_params *p, const char *command);
 
 vel_status vel_generate_run(vel_ctx *ctx, const vel_generate_options *o);
 vel_status vel_grid_run(vel_ctx *ctx, const vel_grid_options *o);

@@ -145,3 +145,41 @@ TEST(api_example_trains_and_draws)
     if (program_shell(t, "\"$(dirname \"$V\")/tiny\" \"$D/none\" \"$D/p\" \"$D/out\" 1", &r))
         CHECK_MSG(r.status == 1 && strstr(r.text, "none"), "%d: %s", r.status, r.text);
 }
+
+/* Settings of another command are refused by each function, and an interruption is over when its
+ * call is. */
+TEST(api_calls_stand_alone)
+{
+    static vel_status (*const work[])(vel_ctx *, const vel_params *) = {vel_train, vel_generate,
+                                                                        vel_grid, vel_score};
+    static vel_status (*const telling[])(vel_ctx *, const vel_params *, char **) = {
+        vel_bench, vel_checkpoint_command, vel_adapter_command};
+    static const char *const other[] = {"generate", "train"};
+    for (int k = 0; k < 2; k++) {
+        char *text = NULL;
+        vel_params *p = vel_params_create(t->ctx, other[k]);
+        REQUIRE(p);
+        vel_params_set(p, "model", "models/emoji-sd");
+        vel_params_set(p, "data", "examples/flat-style");
+        for (int i = 0; i < VEL_COUNT(work); i++)
+            if (i != 1 - k)
+                CHECK(work[i](t->ctx, p) == VEL_BAD_VALUE &&
+                      strstr(vel_ctx_error(t->ctx), "these are settings of"));
+        for (int i = 0; i < VEL_COUNT(telling); i++)
+            CHECK(telling[i](t->ctx, p, &text) == VEL_BAD_VALUE && !text &&
+                  strstr(vel_ctx_error(t->ctx), "these are settings of"));
+        vel_params_destroy(p);
+    }
+    vel_ctx_interrupt(t->ctx); /* of a call that is over */
+    vel_params *p = vel_params_create(t->ctx, "bench");
+    REQUIRE(p);
+    char *text = NULL;
+    vel_params_set(p, "what", "vae_decode");
+    vel_params_set(p, "model", "models/emoji-sd");
+    vel_params_set(p, "width", "64");
+    vel_params_set(p, "height", "64");
+    vel_params_set(p, "repeats", "1");
+    CHECK_OK(vel_bench(t->ctx, p, &text));
+    vel_text_free(text);
+    vel_params_destroy(p);
+}

@@ -130,7 +130,8 @@ static vel_status check_flow(train_session *s)
     if (!wrong)
         return VEL_OK;
     return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                    "--%s: is for models that learn a flow, which %s does not", wrong, o->model);
+                    "--%s: is for models that learn a flow, which %s (%s) does not", wrong,
+                    o->model, vel_model_family(s->model)->title);
 }
 
 static vel_status make_trainer(train_session *s);
