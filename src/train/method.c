@@ -80,66 +80,70 @@ static vel_status choose_staying(train_session *s)
     return s->thaw.stays ? VEL_OK : VEL_NO_MEMORY;
 }
 
-static vel_status choose(train_session *s)
+/* --save_pipeline writes the folder of a model anew, with words that alone were learned. */
+static vel_status check_pipeline(const train_session *s)
 {
-    const vel_train_options *o = s->o;
-    if (o->save_pipeline && !vel_method_is_words(o))
+    if (!s->o->save_pipeline)
+        return VEL_OK;
+    if (!vel_method_is_words(s->o))
         return vel_fail(s->ctx, VEL_UNSUPPORTED,
                         "--save_pipeline: is for --method textual_inversion; --method full writes "
                         "the whole model, and `velatura adapter merge` one with an adapter in it");
-    if (o->save_pipeline && !vel_is_folder(vel_model_folder(s->model)))
+    if (!vel_is_folder(vel_model_folder(s->model)))
         return vel_fail(s->ctx, VEL_UNSUPPORTED,
                         "--save_pipeline: %s is a single file; `velatura checkpoint convert` makes "
                         "a folder of it, which can be trained and written",
                         vel_model_folder(s->model));
-    if (o->words_pickled && (!vel_method_is_words(o) || strcmp(o->save_format, "kohya") == 0))
+    return VEL_OK;
+}
+
+/* Can the model be written as a single file, where one is wanted? Asked now, not when the run is at
+ * its end. */
+static vel_status check_single(train_session *s)
+{
+    const vel_family *family = vel_model_family(s->model);
+    if (!vel_keep_ending(s)[0])
+        return VEL_OK;
+    vel_status st = vel_model_check_single(s->model);
+    if (st)
+        return vel_fail_in(s->ctx, st, "--save_format kohya: use diffusers");
+    if (strcmp(s->o->save_parts, "denoiser") == 0 && !family->trained_file)
         return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                        "--words_pickled: is for --method textual_inversion with --save_format "
-                        "diffusers");
-    if (vel_method_is_full(o) && vel_words_wanted(o))
+                        "--save_parts denoiser: single files of %s hold the whole model; leave it "
+                        "away",
+                        family->title);
+    return VEL_OK;
+}
+
+/* --method full: the model's own weights. */
+static vel_status choose_weights(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    int n = 0;
+    if (vel_words_wanted(o))
         return vel_fail(
             s->ctx, VEL_UNSUPPORTED,
             "--placeholder_token: new words are learned alone or beside an adapter, not "
             "with --method full");
-    if (vel_method_is_full(o)) {
-        int n = 0;
-        if (vel_keep_ending(s)[0]) { /* now, not when the run is at its end */
-            vel_status st = vel_model_check_single(s->model);
-            if (st)
-                return vel_fail_in(s->ctx, st, "--save_format kohya: use diffusers");
-            if (strcmp(o->save_parts, "denoiser") == 0 && !vel_model_family(s->model)->trained_file)
-                return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                                "--save_parts denoiser: single files of %s hold the whole model; "
-                                "leave it away",
-                                vel_model_family(s->model)->title);
-        }
-        if (o->stop_text_encoder_training >= 0)
-            VEL_TRY(vel_train_texts(s->model, o, &s->texts));
-        if (o->train_unet)
-            s->thaw.parts[n++] = vel_model_family(s->model)->denoiser;
-        for (int k = 0; k < vel_model_texts(s->model); k++)
-            if (s->texts >> k & 1)
-                s->thaw.parts[n++] = vel_model_text(s->model, k)->part;
-        s->thaw.patterns = o->weights;
-        VEL_TRY(choose_staying(s));
-        s->trained.thaw = &s->thaw;
-        return n ? VEL_OK
-                 : vel_fail(s->ctx, VEL_BAD_VALUE,
-                            "nothing is trained: neither the denoiser nor the text encoder");
-    }
-    VEL_TRY(vel_train_texts(s->model, o, &s->texts));
-    if (vel_words_wanted(o))
-        VEL_TRY(vel_words_prepare(s));
-    bool several = o->words_by_encoder || (s->word_texts & (s->word_texts - 1) && !o->words_apart);
-    if (o->words_pickled && several)
-        return vel_fail(s->ctx, VEL_UNSUPPORTED,
-                        "--words_pickled: a .bin is one text encoder's; --words_apart yes leaves "
-                        "a file for each");
-    if (vel_method_is_words(o))
-        return s->n_words ? VEL_OK
-                          : vel_fail(s->ctx, VEL_BAD_VALUE,
-                                     "--method textual_inversion: give --placeholder_token, the "
-                                     "new word");
+    VEL_TRY(check_single(s));
+    if (o->stop_text_encoder_training >= 0)
+        VEL_TRY(vel_train_texts(s->model, o, &s->texts));
+    if (o->train_unet)
+        s->thaw.parts[n++] = vel_model_family(s->model)->denoiser;
+    for (int k = 0; k < vel_model_texts(s->model); k++)
+        if (s->texts >> k & 1)
+            s->thaw.parts[n++] = vel_model_text(s->model, k)->part;
+    s->thaw.patterns = o->weights;
+    VEL_TRY(choose_staying(s));
+    s->trained.thaw = &s->thaw;
+    return n ? VEL_OK
+             : vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "nothing is trained: neither the denoiser nor the text encoder");
+}
+
+static vel_status choose_sites(train_session *s)
+{
+    const vel_train_options *o = s->o;
     VEL_TRY(vel_train_sites(s->ctx, s->arena, s->model, o, &s->sites, &s->n_sites));
     if (o->dim_from_weights && !o->network_weights)
         return vel_fail(s->ctx, VEL_BAD_VALUE, "--dim_from_weights: wants --network_weights");
@@ -149,6 +153,40 @@ static vel_status choose(train_session *s)
     s->trained.adaptions = &s->adaption;
     s->trained.n_adaptions = 1;
     return VEL_OK;
+}
+
+/* New words alone or beside an adapter. */
+static vel_status choose_words(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    if (vel_words_wanted(o))
+        VEL_TRY(vel_words_prepare(s));
+    bool several = o->words_by_encoder || (s->word_texts & (s->word_texts - 1) && !o->words_apart);
+    if (o->words_pickled && several)
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--words_pickled: a .bin is one text encoder's; --words_apart yes leaves "
+                        "a file for each");
+    if (!vel_method_is_words(o))
+        return VEL_OK;
+    return s->n_words ? VEL_OK
+                      : vel_fail(s->ctx, VEL_BAD_VALUE,
+                                 "--method textual_inversion: give --placeholder_token, the new "
+                                 "word");
+}
+
+static vel_status choose(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    VEL_TRY(check_pipeline(s));
+    if (o->words_pickled && (!vel_method_is_words(o) || strcmp(o->save_format, "kohya") == 0))
+        return vel_fail(s->ctx, VEL_UNSUPPORTED,
+                        "--words_pickled: is for --method textual_inversion with --save_format "
+                        "diffusers");
+    if (vel_method_is_full(o))
+        return choose_weights(s);
+    VEL_TRY(vel_train_texts(s->model, o, &s->texts));
+    VEL_TRY(choose_words(s));
+    return vel_method_is_words(o) ? VEL_OK : choose_sites(s);
 }
 
 vel_status vel_method_prepare(train_session *s)
