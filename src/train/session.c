@@ -169,6 +169,23 @@ static vel_status take_dropouts(train_session *s)
     return VEL_OK;
 }
 
+/* Whether the loss is masked. */
+static vel_status take_masks(train_session *s)
+{
+    bool alpha = false, masks = false;
+    for (int i = 0; i < s->data->n; i++) {
+        const vel_data_how *how = vel_sample_how(s->data, i);
+        alpha |= how->alpha_mask;
+        masks |= how->masks && *how->masks;
+    }
+    if (s->o->masked_loss && !alpha && !masks)
+        return vel_fail(s->ctx, VEL_BAD_VALUE,
+                        "--masked_loss: needs masks: --conditioning_data_dir FOLDER with a picture "
+                        "of the same name for each, or --alpha_mask");
+    s->masks = alpha || s->o->masked_loss;
+    return VEL_OK;
+}
+
 /* --enable_scaled_pos_embed: a latent's side for each resolution of the data, of the same area. */
 static void take_sides(const train_session *s, int *sides)
 {
@@ -215,17 +232,7 @@ static vel_status open_model(train_session *s)
     VEL_TRY(vel_model_open(s->ctx, o->model, &m, &s->model));
     VEL_TRY(check_flow(s));
     VEL_TRY(vel_objective_check(s->ctx, &o->objective, vel_model_schedule(s->model)));
-    bool alpha = false, masks = false;
-    for (int i = 0; i < s->data->n; i++) {
-        const vel_data_how *how = vel_sample_how(s->data, i);
-        alpha |= how->alpha_mask;
-        masks |= how->masks && *how->masks;
-    }
-    if (o->masked_loss && !alpha && !masks)
-        return vel_fail(s->ctx, VEL_BAD_VALUE,
-                        "--masked_loss: needs masks: --conditioning_data_dir FOLDER with a picture "
-                        "of the same name for each, or --alpha_mask");
-    s->masks = alpha || o->masked_loss;
+    VEL_TRY(take_masks(s));
     s->state = vel_model_text_values(s->model);
     s->n_ids = vel_model_ids(s->model);
     s->n_extra = vel_model_extra_count(s->model);
@@ -756,51 +763,67 @@ static double first_rate(train_session *s, bool text)
     return NAN;
 }
 
+/* One optimizer step, and the point of the curves that it makes; the held-out loss is NaN. */
+static vel_status next_step(train_session *s, vel_curve_point *p)
+{
+    vel_engine *e = vel_model_engine(s->model);
+    double start = vel_now(), waited = s->feed_wait, loss = NAN, norm = NAN;
+    if (s->stop_text > 0 && s->step >= s->stop_text)
+        VEL_TRY(freeze_text(s));
+    if (s->stop_denoiser > 0 && s->step >= s->stop_denoiser)
+        freeze_denoiser(s);
+    VEL_TRY(one_step(s, &loss, &norm));
+    s->step++;
+    *p = (vel_curve_point){.step = s->step,
+                           .loss = loss,
+                           .lr = first_rate(s, false),
+                           .text_lr = first_rate(s, true),
+                           .grad_norm = norm,
+                           .seconds = vel_now() - start,
+                           .validation = NAN,
+                           .d = vel_engine_optimizer_number(e, "d"),
+                           .scale = s->scaler.scale,
+                           .feed_wait = s->feed_wait - waited};
+    if (isnan(p->lr) || p->lr == p->text_lr) { /* one rate is enough to tell */
+        p->lr = vel_engine_rate(e, 0);
+        p->text_lr = NAN;
+    }
+    return VEL_OK;
+}
+
+/* What is due behind a step that is not the last: the state and the result are kept, samples drawn.
+ */
+static vel_status keep_and_look(train_session *s)
+{
+    const vel_train_options *o = s->o;
+    if (due(s, o->save_every, o->save_every_n_epochs))
+        VEL_TRY(vel_keep_save(s, false));
+    if (!s->ctx->interrupted && due(s, o->sample_every, o->sample_every_n_epochs)) {
+        vel_status st = draw_samples(s);
+        if (st && st != VEL_INTERRUPTED)
+            return st;
+    }
+    return s->ctx->interrupted ? save_and_stop(s) : VEL_OK;
+}
+
 static vel_status step_until_done(train_session *s)
 {
     const vel_train_options *o = s->o;
+    const double new_share = 0.05; /* of a loss in the running mean that progress shows */
     vel_progress progress;
     vel_progress_begin(&progress, s->ctx, "training", s->steps);
     double smooth = NAN;
     for (s->step = s->first_step; s->step < s->steps;) {
-        double start = vel_now(), waited = s->feed_wait, loss = NAN, norm = NAN;
-        if (s->stop_text > 0 && s->step >= s->stop_text)
-            VEL_TRY(freeze_text(s));
-        if (s->stop_denoiser > 0 && s->step >= s->stop_denoiser)
-            freeze_denoiser(s);
-        VEL_TRY(one_step(s, &loss, &norm));
-        s->step++;
-        if (isfinite(loss)) /* it is not where the step was skipped */
-            smooth = isfinite(smooth) ? 0.95 * smooth + 0.05 * loss : loss;
-        vel_engine *e = vel_model_engine(s->model);
-        vel_curve_point p = {.step = s->step,
-                             .loss = loss,
-                             .lr = first_rate(s, false),
-                             .text_lr = first_rate(s, true),
-                             .grad_norm = norm,
-                             .seconds = vel_now() - start,
-                             .validation = NAN,
-                             .d = vel_engine_optimizer_number(e, "d"),
-                             .scale = s->scaler.scale,
-                             .feed_wait = s->feed_wait - waited};
-        if (isnan(p.lr) || p.lr == p.text_lr) { /* one rate is enough to tell */
-            p.lr = vel_engine_rate(e, 0);
-            p.text_lr = NAN;
-        }
+        vel_curve_point p;
+        VEL_TRY(next_step(s, &p));
+        if (isfinite(p.loss)) /* it is not where the step was skipped */
+            smooth = isfinite(smooth) ? (1 - new_share) * smooth + new_share * p.loss : p.loss;
         if (s->data->n_held_out && due(s, o->validation_every, o->validate_every_n_epochs))
             VEL_TRY(measure_held_out(s, &p.validation));
         VEL_TRY(vel_keep_point(s, &p));
         vel_progress_at(&progress, s->step, smooth);
-        bool end = s->step == s->steps;
-        if (!end && due(s, o->save_every, o->save_every_n_epochs))
-            VEL_TRY(vel_keep_save(s, false));
-        if (!end && !s->ctx->interrupted && due(s, o->sample_every, o->sample_every_n_epochs)) {
-            vel_status st = draw_samples(s);
-            if (st && st != VEL_INTERRUPTED)
-                return st;
-        }
-        if (s->ctx->interrupted && !end)
-            return save_and_stop(s);
+        if (s->step < s->steps)
+            VEL_TRY(keep_and_look(s));
     }
     if (s->scaler.skips)
         vel_log(s->ctx, 2, "%" PRId64 " steps of %" PRId64 " were skipped; the loss scale is %g",
