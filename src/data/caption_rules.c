@@ -165,52 +165,67 @@ static int warm_tags(const caption_use *u, int n)
     return VEL_MAX(0, VEL_MIN(n, (int)more + u->r->warmup_min));
 }
 
+/* A caption's tags: [0, fixed) come first, [fixed, end) may be shuffled and dropped, [end, n) come
+ * last. flexible: where the caption's own separator says that the second ones begin; NULL: the
+ * first keep_tokens are fixed. At most `most` tags. */
+typedef struct cut_tags {
+    tag *tags;
+    int fixed, end, n;
+} cut_tags;
+
+static void cut_into_tags(const vel_caption_rules *r, const char *text, const char *flexible,
+                          int most, cut_tags *c)
+{
+    const char *separator = given(r->separator) ? r->separator : ",";
+    tag *tags = c->tags;
+    if (!flexible) {
+        c->n = c->end = split_tags(text, strlen(text), separator, tags, most);
+        c->fixed = VEL_MIN(c->n, r->keep_tokens);
+        return;
+    }
+    size_t width = strlen(r->keep_separator);
+    c->fixed = split_tags(text, (size_t)(flexible - text), separator, tags, most);
+    flexible += width;
+    const char *last = strstr(flexible, r->keep_separator);
+    size_t length = last ? (size_t)(last - flexible) : strlen(flexible);
+    c->end = c->fixed + split_tags(flexible, length, separator, tags + c->fixed, most - c->fixed);
+    c->n = c->end;
+    if (last) {
+        last += width;
+        c->n += split_tags(last, strlen(last), separator, tags + c->end, most - c->end);
+    }
+}
+
 static vel_status arrange_tags(caption_use *u)
 {
     const vel_caption_rules *r = u->r;
-    const char *separator = given(r->separator) ? r->separator : ",";
-    const char *text = u->a.s ? u->a.s : "",
-               *keep = given(r->keep_separator) ? r->keep_separator : NULL;
-    const char *flexible = keep ? strstr(text, keep) : NULL, *last = NULL;
+    const char *text = u->a.s ? u->a.s : "";
+    const char *flexible = given(r->keep_separator) ? strstr(text, r->keep_separator) : NULL;
     if (!flexible && !r->shuffle && r->tag_dropout <= 0 && u->step >= 1)
         return VEL_OK;
     int most = VEL_MAX(1, (int)strlen(text)); /* a tag has a letter */
-    tag *tags = vel_alloc(u->ctx, 2 * (size_t)most * sizeof *tags), *moved;
+    tag *tags = vel_alloc(u->ctx, 2 * (size_t)most * sizeof *tags);
     int32_t *order = vel_alloc(u->ctx, (size_t)most * sizeof *order);
     if (!tags || !order) {
         vel_free(u->ctx, tags);
         vel_free(u->ctx, order);
         return VEL_NO_MEMORY;
     }
-    moved = tags + most;
-    int n = 0, fixed, end;
-    if (flexible) { /* fixed ||| flexible ||| fixed */
-        fixed = split_tags(text, (size_t)(flexible - text), separator, tags, most);
-        flexible += strlen(keep);
-        last = strstr(flexible, keep);
-        size_t length = last ? (size_t)(last - flexible) : strlen(flexible);
-        end = fixed + split_tags(flexible, length, separator, tags + fixed, most - fixed);
-        n = end;
-        if (last) {
-            last += strlen(keep);
-            n += split_tags(last, strlen(last), separator, tags + n, most - n);
-        }
-    } else {
-        n = end = split_tags(text, strlen(text), separator, tags, most);
-        fixed = VEL_MIN(n, r->keep_tokens);
-    }
-    if (flexible || are_tags(r, tags, n)) {
-        int seen = warm_tags(u, end - fixed);
+    tag *moved = tags + most;
+    cut_tags c = {.tags = tags};
+    cut_into_tags(r, text, flexible, most, &c);
+    if (flexible || are_tags(r, tags, c.n)) {
+        int seen = warm_tags(u, c.end - c.fixed);
         for (int32_t i = 0; i < seen; i++)
             order[i] = i;
         if (r->shuffle)
             vel_random_shuffle(u->seed, vel_hash64(&u->stream, sizeof u->stream, USE_SHUFFLE),
                                order, seen);
         for (int i = 0; i < seen; i++)
-            moved[i] = tags[fixed + order[i]];
-        add_tags(u, tags, fixed, false);
+            moved[i] = tags[c.fixed + order[i]];
+        add_tags(u, tags, c.fixed, false);
         add_tags(u, moved, seen, r->tag_dropout > 0);
-        add_tags(u, tags + end, n - end, false);
+        add_tags(u, tags + c.end, c.n - c.end, false);
         take(u);
     }
     vel_free(u->ctx, tags);
