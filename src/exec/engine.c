@@ -368,6 +368,24 @@ static vel_status coded_weight(vel_engine *e, const vel_node *leaf, size_t base,
     return VEL_OK;
 }
 
+/* Puts w's values, plain, where it has its room: as they are, or packed as kernel k wants input i
+ * of reader. What stays with the host is packed by the device on its way. */
+static vel_status place_weight(vel_engine *e, const weight_entry *w, const void *plain,
+                               const vel_kernel *k, const vel_node *reader, const vel_type *in_type,
+                               int i)
+{
+    void *to = w->host ? e->packing : w->data;
+    if (w->layout)
+        VEL_TRY(e->backend->pack(e->device, k, reader, in_type, i, plain, to));
+    else if (!w->host)
+        e->backend->write(e->device, to, plain, w->bytes);
+    if (w->host && w->layout)
+        e->backend->read(e->device, w->data, to, w->bytes);
+    else if (w->host)
+        memcpy(w->data, plain, w->bytes);
+    return VEL_OK;
+}
+
 vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kernel *k,
                              const vel_node *reader, const vel_type *in_type, int i, void **data)
 {
@@ -398,15 +416,8 @@ vel_status vel_engine_weight(vel_engine *e, const vel_node *leaf, const vel_kern
     w->host = vel_engine_streams(e, leaf->path, (int64_t)bytes);
     if (st == VEL_OK)
         st = room_for(e, w);
-    void *to = w->host ? e->packing : w->data;
-    if (st == VEL_OK && layout)
-        st = e->backend->pack(e->device, k, reader, in_type, i, plain, to);
-    else if (st == VEL_OK && !w->host)
-        e->backend->write(e->device, to, plain, bytes);
-    if (st == VEL_OK && w->host && layout)
-        e->backend->read(e->device, w->data, to, bytes);
-    else if (st == VEL_OK && w->host)
-        memcpy(w->data, plain, bytes);
+    if (st == VEL_OK)
+        st = place_weight(e, w, plain, k, reader, in_type, i);
     vel_free(e->ctx, plain);
     if (st) {
         free_weight(e, w);

@@ -134,45 +134,54 @@ static vel_file_type type_of(const saving *s, const vel_file_tensor *t)
     return s->o->keep_type ? VEL_FILE_F32 : s->o->type;
 }
 
+/* Begins the tensor `name` with the shape of its first piece t, and says where its values come
+ * from: the mapped file, or read_pieces. */
+static void begin_tensor(saving *s, const char *name, const char *path, const vel_file_tensor *t,
+                         const vel_checkpoint_key *key, source *from, vel_save_tensor *out)
+{
+    vel_key_change change = key ? key->change : VEL_KEY_AS_IS;
+    *from = (source){.s = s, .change = change};
+    *out = (vel_save_tensor){
+        .name = name, .type = type_of(s, t), .rank = t->rank, .may_stop = s->o->may_stop};
+    memcpy(out->dim, t->dim, sizeof out->dim);
+    for (; change == VEL_KEY_IMAGE && out->rank < 4; out->rank++)
+        out->dim[out->rank] = 1;
+    if (change == VEL_KEY_TRANSPOSED && t->rank == 2) {
+        out->dim[0] = t->dim[1];
+        out->dim[1] = t->dim[0];
+    }
+    from->rows = out->rank ? out->dim[0] : 1;
+    from->columns = from->rows ? t->count / from->rows : 0;
+    bool as_is = out->type == t->type && (!key || key->slots == 1) && !t->copied &&
+                 change <= VEL_KEY_IMAGE && t->order == VEL_ORDER_PLAIN &&
+                 !is_replaced(s, path, t) && !is_added_to(s, path, t);
+    if (as_is || !is_real(out->type)) {
+        out->raw = as_is;
+        out->data = t->data;
+    } else {
+        out->read = read_pieces;
+        out->read_anywhere = true;
+        out->user = from;
+    }
+}
+
 /* Adds piece t of the tensor `name`; pieces of one tensor come in the order of their rows. */
 static vel_status add_piece(saving *s, const char *name, const char *path, const vel_file_tensor *t,
                             const vel_checkpoint_key *key)
 {
-    int slot = key ? key->slot : 0, slots = key ? key->slots : 1;
-    vel_key_change change = key ? key->change : VEL_KEY_AS_IS;
-    bool whole = change > VEL_KEY_IMAGE; /* is needed before one value can be written */
-    source *from = slot ? s->sources + s->n - 1 : s->sources + s->n;
-    vel_save_tensor *out = s->tensors + (from - s->sources);
-    if (slot && (strcmp(out->name, name) != 0 || from->n != slot))
+    int slot = key ? key->slot : 0;
+    bool whole = key && key->change > VEL_KEY_IMAGE; /* is needed before one value can be written */
+    int at = slot ? s->n - 1 : s->n;
+    if (slot && (at < 0 || strcmp(s->tensors[at].name, name) != 0 || s->sources[at].n != slot))
         return vel_fail(s->ctx, VEL_BAD_FILE, "%s: %s lacks a neighbour, with which it is joined",
                         vel_model_folder(s->m), path);
-    if (!slot) {
-        s->n++;
-        *from = (source){.s = s, .change = change};
-        *out = (vel_save_tensor){
-            .name = name, .type = type_of(s, t), .rank = t->rank, .may_stop = s->o->may_stop};
-        memcpy(out->dim, t->dim, sizeof out->dim);
-        for (; change == VEL_KEY_IMAGE && out->rank < 4; out->rank++)
-            out->dim[out->rank] = 1;
-        if (change == VEL_KEY_TRANSPOSED && t->rank == 2) {
-            out->dim[0] = t->dim[1];
-            out->dim[1] = t->dim[0];
-        }
-        from->rows = out->rank ? out->dim[0] : 1;
-        from->columns = from->rows ? t->count / from->rows : 0;
-        bool as_is = out->type == t->type && slots == 1 && !t->copied && !whole &&
-                     t->order == VEL_ORDER_PLAIN && !is_replaced(s, path, t) &&
-                     !is_added_to(s, path, t);
-        if (as_is || !is_real(out->type)) {
-            out->raw = as_is;
-            out->data = t->data;
-        } else {
-            out->read = read_pieces;
-            out->read_anywhere = true;
-            out->user = from;
-        }
-    } else {
+    source *from = &s->sources[at];
+    vel_save_tensor *out = &s->tensors[at];
+    if (slot) {
         out->dim[0] += t->dim[0];
+    } else {
+        s->n++;
+        begin_tensor(s, name, path, t, key, from, out);
     }
     if (out->read && is_added_to(s, path, t))
         out->add = add_pieces;
