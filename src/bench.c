@@ -265,6 +265,43 @@ static float *bench_extra(bench *b, vel_arena *arena)
     return out;
 }
 
+/* What the step is given: noise where pictures and their states would be. */
+static vel_status make_batch(step_bench *s, vel_arena *arena, int h, int w)
+{
+    bench *b = s->b;
+    int n = b->o->batch, n_ids = vel_model_ids(b->model);
+    int64_t count = (int64_t)n * h * w * vel_model_latent(b->model)->channels;
+    int64_t states = n * vel_model_text_values(b->model);
+    float *latent = vel_arena_alloc(arena, (size_t)count * sizeof *latent),
+          *noise = vel_arena_alloc(arena, (size_t)count * sizeof *noise),
+          *context = vel_arena_alloc(arena, (size_t)states * sizeof *context),
+          *weight = vel_arena_alloc(arena, (size_t)n * sizeof *weight),
+          *extra = bench_extra(b, arena);
+    int32_t *time = vel_arena_alloc(arena, (size_t)n * sizeof *time),
+            *ids = vel_arena_alloc(arena, (size_t)n * (size_t)n_ids * sizeof *ids);
+    if (!latent || !noise || !context || !weight || !time || !ids || !extra)
+        return VEL_NO_MEMORY;
+    vel_random_normal(7, 1, 0, latent, count);
+    vel_random_normal(7, 2, 0, noise, count);
+    fill_states(b, context, n);
+    for (int i = 0; i < n; i++) {
+        weight[i] = 1;
+        time[i] = 100 + 200 * i % 800;
+        ids[i * n_ids + 1] = s->word;
+    }
+    s->batch = (vel_batch){.n = n / s->parts,
+                           .h = h,
+                           .w = w,
+                           .latent = latent,
+                           .noise = noise,
+                           .timestep = time,
+                           .context = context,
+                           .ids = ids,
+                           .extra = extra,
+                           .weight = weight};
+    return VEL_OK;
+}
+
 static vel_status prepare_step(step_bench *s, vel_arena *arena)
 {
     bench *b = s->b;
@@ -286,36 +323,7 @@ static vel_status prepare_step(step_bench *s, vel_arena *arena)
     VEL_TRY(vel_trainer_register(s->trainer, o->batch, h, w));
     VEL_TRY(plan_memory(s, h, w));
     VEL_TRY(first_values(s, &what));
-    int64_t count = (int64_t)o->batch * h * w * vel_model_latent(b->model)->channels;
-    int64_t states = o->batch * vel_model_text_values(b->model);
-    float *latent = vel_arena_alloc(arena, (size_t)count * 4),
-          *noise = vel_arena_alloc(arena, (size_t)count * 4);
-    float *context = vel_arena_alloc(arena, (size_t)states * 4),
-          *weight = vel_arena_alloc(arena, (size_t)o->batch * 4);
-    float *extra = bench_extra(b, arena);
-    int32_t *time = vel_arena_alloc(arena, (size_t)o->batch * 4);
-    int32_t *ids = vel_arena_alloc(arena, (size_t)(o->batch * vel_model_ids(b->model)) * 4);
-    if (!latent || !noise || !context || !weight || !time || !ids || !extra)
-        return VEL_NO_MEMORY;
-    vel_random_normal(7, 1, 0, latent, count);
-    vel_random_normal(7, 2, 0, noise, count);
-    fill_states(b, context, o->batch);
-    for (int i = 0; i < o->batch; i++) {
-        weight[i] = 1;
-        time[i] = 100 + 200 * i % 800;
-        ids[i * vel_model_ids(b->model) + 1] = s->word;
-    }
-    s->batch = (vel_batch){.n = o->batch / s->parts,
-                           .h = h,
-                           .w = w,
-                           .latent = latent,
-                           .noise = noise,
-                           .timestep = time,
-                           .context = context,
-                           .ids = ids,
-                           .extra = extra,
-                           .weight = weight};
-    return VEL_OK;
+    return make_batch(s, arena, h, w);
 }
 
 /* What this process has of the device at a time; nothing on a processor. */

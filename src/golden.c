@@ -229,17 +229,49 @@ static void check_timesteps(golden *k, const char *sampler, int steps)
     vel_sampler_destroy(s);
 }
 
+/* The file's picture of what a sampler ended with: -1 to 1, or 0 to 1 where nothing is below 0. */
+static vel_status check_sampler_image(golden *k, const char *name, const float *latent,
+                                      const int64_t d[4])
+{
+    const vel_latent_info *info = vel_model_latent(k->model);
+    const vel_file_tensor *t = vel_safetensors_find(k->file, name);
+    int64_t count = d[1] * d[2] * d[3];
+    const int64_t image_dim[4] = {1, 3, d[2] * info->down, d[3] * info->down};
+    int64_t pixels = 3 * image_dim[2] * image_dim[3];
+    float lowest = 0, *z = vel_alloc(k->ctx, (size_t)count * sizeof *z),
+          *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
+    vel_status st = z && image ? VEL_OK : VEL_NO_MEMORY;
+    if (st == VEL_OK) {
+        vel_golden_to_nhwc(latent, 1, d[1], d[2] * d[3], z);
+        for (int64_t i = 0; i < count; i++)
+            z[i] = (float)(z[i] / info->scale + info->shift);
+        st = vel_model_decode(k->model, z, 1, (int)d[2], (int)d[3], image);
+    }
+    for (int64_t i = 0; i < t->count; i++) {
+        float v;
+        vel_file_tensor_floats(t, i, 1, &v);
+        lowest = fminf(lowest, v);
+    }
+    for (int64_t i = 0; st == VEL_OK && lowest >= 0 && i < pixels; i++)
+        image[i] = fmaxf(0, fminf(1, image[i] / 2 + 0.5f));
+    if (st == VEL_OK)
+        vel_golden_check_nhwc(k, name, image, image_dim, VEL_GOLDEN_TOLERANCE_END);
+    vel_free(k->ctx, z);
+    vel_free(k->ctx, image);
+    return st;
+}
+
+/* noise [1, c, h, w], whose sizes are d: where the sampler named by a tensor of the file begins. */
 static vel_status check_sampler(golden *k, const char *sampler, const json_t *how,
                                 const float *noise, const int64_t d[4])
 {
     const vel_latent_info *info = vel_model_latent(k->model);
     int64_t count = d[1] * d[2] * d[3];
-    int width = (int)d[3] * info->down, height = (int)d[2] * info->down;
     vel_draw draw = {.prompt = vel_json_string(how, "prompt", ""),
                      .negative = vel_json_string(how, "negative", ""),
                      .guidance = vel_json_number(how, "cfg", 7.5),
-                     .width = width,
-                     .height = height,
+                     .width = (int)d[3] * info->down,
+                     .height = (int)d[2] * info->down,
                      .steps = (int)vel_json_int(how, "steps", 20),
                      .sampler = sampler,
                      .spacing = "own",
@@ -254,30 +286,8 @@ static vel_status check_sampler(golden *k, const char *sampler, const json_t *ho
     vel_image_finish(&picture);
     char name[96];
     snprintf(name, sizeof name, "%s.image", sampler);
-    if (st == VEL_OK && vel_safetensors_find(k->file, name)) {
-        int64_t image_dim[4] = {1, 3, height, width}, pixels = (int64_t)3 * height * width;
-        float *z = vel_alloc(k->ctx, (size_t)count * sizeof *z),
-              *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
-        if (z && image) {
-            vel_golden_to_nhwc(latent, 1, d[1], d[2] * d[3], z);
-            for (int64_t i = 0; i < count; i++)
-                z[i] = (float)(z[i] / info->scale + info->shift);
-            st = vel_model_decode(k->model, z, 1, (int)d[2], (int)d[3], image);
-            const vel_file_tensor *t = vel_safetensors_find(k->file, name);
-            float lowest = 0;
-            for (int64_t i = 0; i < t->count; i++) {
-                float v;
-                vel_file_tensor_floats(t, i, 1, &v);
-                lowest = fminf(lowest, v);
-            }
-            for (int64_t i = 0; lowest >= 0 && i < pixels; i++) /* stored as 0..1 */
-                image[i] = fmaxf(0, fminf(1, image[i] / 2 + 0.5f));
-            if (st == VEL_OK)
-                vel_golden_check_nhwc(k, name, image, image_dim, VEL_GOLDEN_TOLERANCE_END);
-        }
-        vel_free(k->ctx, z);
-        vel_free(k->ctx, image);
-    }
+    if (st == VEL_OK && vel_safetensors_find(k->file, name))
+        st = check_sampler_image(k, name, latent, d);
     vel_free(k->ctx, latent);
     return st;
 }
