@@ -676,6 +676,64 @@ TEST(plans_make_changes_of_weights_again)
               "4 layers take %" PRId64 " bytes, 8 %" PRId64, bytes[0], bytes[1]);
 }
 
+/* ---- gates ---- */
+
+static bool find_wide(void *user, const char *path, vel_source_tensor *out)
+{
+    int64_t width = *(const int64_t *)user;
+    bool in = strstr(path, "in") != NULL;
+    *out = (vel_source_tensor){.shape = in ? VEL_SHAPE(2 * width, width) : VEL_SHAPE(width, width),
+                               .file = "test",
+                               .read = read_ramp};
+    return true;
+}
+
+/* Trained products before layers with a GEGLU each. */
+static vel_graph *gated_layers(vel_test *t, int64_t width)
+{
+    vel_graph *g = vel_graph_create(t->ctx);
+    REQUIRE(g);
+    vel_ref x = vel_input(g, "x", VEL_F32, VEL_SHAPE(32, width)), first = x, none = {0};
+    for (int i = 0; i < 2; i++) {
+        vel_scope(g, "layer%d", i);
+        x = vel_linear_op(g, x, vel_param(g, "trained", VEL_SHAPE(width, width)), none, none, 0);
+        vel_ref both = vel_weight(g, "in", VEL_SHAPE(2 * width, width));
+        vel_ref gated = vel_geglu(g, vel_linear_op(g, x, both, none, none, 0));
+        x = vel_linear_op(g, gated, vel_weight(g, "out", VEL_SHAPE(width, width)), none, x, 0);
+        vel_end(g);
+    }
+    vel_output(g, "loss", vel_mse(g, x, first, vel_fill(g, VEL_SHAPE(32), 1)));
+    return g;
+}
+
+/* A GEGLU goes into its product where the backward part makes that again and the device has a
+ * kernel for both (AMX, large weights). Where it has none, the product is still made twice. */
+TEST(plans_gate_products_that_are_made_again)
+{
+    for (int large = 0; large < 2; large++) {
+        int64_t width = large ? 640 : 32;
+        vel_engine *e = NULL;
+        vel_plan *p = NULL;
+        REQUIRE_OK(vel_engine_create(t->ctx, "cpu", &e));
+        bool taken = large && strstr(e->backend->describe(e->device), "AMX");
+        REQUIRE_OK(vel_engine_add_source(e, find_wide, &width));
+        vel_graph *g = gated_layers(t, width);
+        REQUIRE_OK(vel_engine_add_trainables(e, g));
+        vel_plan_options o = {.compute = VEL_BF16, .gradient = true, .level = 4};
+        REQUIRE_OK(vel_plan_create(e, g, &o, &p));
+        int gated = 0, again = 0;
+        for (int32_t id = 1; id < vel_graph_size(vel_plan_graph(p)); id++) {
+            const vel_node *n = vel_node_at(vel_plan_graph(p), id);
+            gated += n->op == VEL_OP_linear_geglu;
+            again += n->op == VEL_OP_linear && n->backward &&
+                     vel_shape_last(n->out[0].shape) == 2 * width;
+        }
+        CHECK_MSG(gated == (taken ? 2 : 0) && again == 2, "%d gated, %d made again", gated, again);
+        vel_plan_destroy(p);
+        vel_engine_destroy(e);
+    }
+}
+
 /* Two values that are joined one behind the other are made where their join lies: it needs no
  * memory of its own. One of them may be read again later (late), and what writes in place over the
  * join leaves it alone. apart: the parts lie in turns, so that the join is a copy. */

@@ -160,6 +160,10 @@ const vel_node *vel_weight_behind(const vel_graph *g, vel_ref r);
 const vel_node *vel_weight_read(const vel_graph *g, const vel_kernel *kernels, int32_t id, int i,
                                 weight_use *use);
 
+/* ---- fuse_copies.c: g with GEGLUs in products that the backward part makes again, where the
+ * device has a kernel for all of them ---- */
+vel_status vel_fuse_copies(const vel_engine *e, vel_graph **g);
+
 /* ---- cost.c, estimate.c: seconds on paper, of a node and of a run ---- */
 double vel_node_estimate(const vel_graph *g, int32_t id, const vel_rates *r);
 double vel_estimate_run(const vel_graph *g, const bool *prepared, const vel_layout *layout,

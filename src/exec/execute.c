@@ -400,7 +400,7 @@ static vel_status apply_level(vel_plan *p, const vel_plan_options *o)
     VEL_TRY(vel_pass_remat(p->g, p->level, &g));
     vel_graph_destroy(p->g);
     p->g = g;
-    return VEL_OK;
+    return p->level ? vel_fuse_copies(p->engine, &p->g) : VEL_OK;
 }
 
 /* ---- launches -------------------------------------------------------------------------------- */
