@@ -716,18 +716,29 @@ TEST(scripts_train_dreambooth_lora_flux_advanced)
     run(t,
         DIFFUSERS("train_dreambooth_lora_flux_advanced.py",
                   "flux-dev") "--instance_data_dir "
-                              "\"$D/train/1_x\" --instance_prompt \"a photo of TOK\" --rank 2 "
+                              "\"$D/train/1_x\" --instance_prompt \"a photo of TOK by ART\" "
                               "--train_text_encoder_ti --enable_t5_ti --output_dir \"$D/t5\" "
+                              "--token_abstraction \"TOK, ART\" --rank 2 "
+                              "--train_text_encoder_ti_frac 1 --train_transformer_frac 0.5 "
                               "--max_sequence_length 32 --guidance_scale 1 --max_train_steps 2",
-        (const char *const[]){"2 vectors each in text_encoder and text_encoder_2", NULL});
+        (const char *const[]){
+            "words: <s0><s1> <s2><s3>, 2 vectors each in text_encoder and text_encoder_2",
+            "step 1: the denoiser's part is learned", "weight decay: 0.0001, ", NULL});
     check_count(t, "t5/t5_emb.safetensors", "", 2);
     check_count(t, "t5/t5_emb.safetensors", "clip_l", 1);
     check_count(t, "t5/t5_emb.safetensors", "t5", 1);
     program_expect(
         t,
-        "generate --model " MODEL("flux-dev") "--embedding \"<s0><s1>=$D/t5/t5_emb.safetensors\" "
-                                              "--prompt \"a <s0><s1>\" --steps 1 --width 64 "
+        "generate --model " MODEL("flux-dev") "--embedding \"$D/t5/t5_emb.safetensors\" "
+                                              "--prompt \"a <s2><s3>\" --steps 1 --width 64 "
                                               "--height 64 --max_sequence_length 32 --output "
                                               "\"$D/x.png\"",
-        0, (const char *const[]){"word: <s0><s1> (2 vectors)\n", NULL});
+        0,
+        (const char *const[]){"word: <s0><s1> (2 vectors)\n", "word: <s2><s3> (2 vectors)\n",
+                              NULL});
+    vel_word *words = NULL;
+    int n = 0;
+    REQUIRE_OK(vel_words_read(t->ctx, vel_test_in(t, "t5/t5_emb.safetensors"), false, &words, &n));
+    CHECK_MSG(n == 4 && vel_words_names(words, n) == 2, "%d words", n);
+    vel_words_free(t->ctx, words, n);
 }

@@ -315,6 +315,72 @@ TEST(word_families_t5_states_are_diffusers)
     close_golden(t, &w);
 }
 
+/* The table's deviation is that of its own rows, learned words or not; a row is read alone. */
+TEST(word_families_t5_table)
+{
+    enum { T5 = 1 };
+    golden_words w;
+    open_golden(t, &w);
+    vel_model *m = taught(t, &w, "flux-dev", 0);
+    float *table = NULL;
+    int64_t n = 0, width = vel_model_text(m, T5)->width;
+    double spread = 0, more = 0;
+    REQUIRE_OK(vel_model_read_weight(m, "text_encoder_2.shared.weight", &table, &n));
+    float *row = vel_test_alloc(t, (size_t)width * sizeof *row);
+    REQUIRE_OK(vel_model_embedding_spread(m, T5, &spread));
+    CHECK(spread > 0 && spread == vel_spread(table, n));
+    CHECK_OK(vel_model_add_word(m, T5, "<s0><s1>", 2, w.t5));
+    CHECK(vel_model_embedding_spread(m, T5, &more) == VEL_OK && more == spread);
+    REQUIRE_OK(vel_model_embedding(m, T5, 7, row));
+    CHECK(memcmp(row, table + 7 * width, (size_t)width * sizeof *row) == 0);
+    CHECK(vel_model_embedding(m, T5, (int32_t)(n / width), row) == VEL_BUG);
+    vel_free(t->ctx, row);
+    vel_free(t->ctx, table);
+    vel_model_close(m);
+    close_golden(t, &w);
+}
+
+/* Two words in one text, apart, side by side and beside letters: in CLIP and in T5. */
+TEST(word_families_t5_several_words)
+{
+    static const char *const names[] = {"clip_l", "t5"};
+    golden_words w;
+    open_golden(t, &w);
+    const char *texts = vel_safetensors_meta(w.file, "several");
+    const vel_model_options o = {
+        .device = "cpu", .precision = "no", .clip_skip = 1, .text_length = 32};
+    vel_model *m = NULL;
+    REQUIRE(texts);
+    REQUIRE_OK(vel_model_open(t->ctx, "tests/golden/families/flux-dev/model", &o, &m));
+    for (int k = 0; k < 2; k++) {
+        char name[64];
+        const vel_text_states *s = &vel_model_states(m)[k];
+        int64_t states = (int64_t)s->length * s->width, n = k ? states : s->pooled;
+        snprintf(name, sizeof name, "several.%s", names[k]);
+        float *rows = golden(t, &w, name);
+        int width = vel_model_text(m, k)->width, text = 0;
+        REQUIRE_OK(vel_model_add_word(m, k, "<s0><s1>", 2, rows));
+        REQUIRE_OK(vel_model_add_word(m, k, "<s2><s3>", 2, rows + (int64_t)2 * width));
+        snprintf(name, sizeof name, "several.%s.states", names[k]);
+        float *wanted = golden(t, &w, name);
+        float *got = vel_test_alloc(t, sizeof *got * (size_t)vel_text_values(s));
+        for (const char *at = texts; at; at = strchr(at, '\n') ? strchr(at, '\n') + 1 : NULL) {
+            char *one = vel_test_text(t, "%.*s", (int)strcspn(at, "\n"), at);
+            const char *list[] = {one};
+            CHECK_OK(vel_model_encode_by(m, k, list, 1, false, got));
+            double error = error_of(got + (k ? 0 : states), wanted + text++ * n, n);
+            CHECK_MSG(error < 1e-5, "%s, '%s': relative error %g", names[k], one, error);
+            vel_free(t->ctx, one);
+        }
+        CHECK(text == 4);
+        vel_free(t->ctx, rows);
+        vel_free(t->ctx, wanted);
+        vel_free(t->ctx, got);
+    }
+    vel_model_close(m);
+    close_golden(t, &w);
+}
+
 /* The rows' gradient, as PyTorch has it through T5. */
 TEST(word_families_t5_gradient_is_pytorchs)
 {

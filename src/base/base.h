@@ -343,6 +343,9 @@ void vel_floats_f16(const float *from, vel_f16 *out, int64_t n);
 bool vel_all_finite(const float *x, int64_t n);
 /* torch.std: the standard deviation, by n - 1; 0 of fewer than two. */
 double vel_spread(const float *x, int64_t n);
+/* The same of values that are read in pieces, twice: first .. first+n-1 as float32. */
+typedef void vel_read_floats_fn(void *user, int64_t first, int64_t n, float *out);
+double vel_spread_of(vel_read_floats_fn *read, void *user, int64_t n);
 bool vel_f16_all_finite(const vel_f16 *x, int64_t n);
 bool vel_bf16_all_finite(const vel_bf16 *x, int64_t n);
 

@@ -106,14 +106,33 @@ VEL_EACH_WIDTH void vel_floats_f16(const float *from, vel_f16 *out, int64_t n)
     }
 }
 
+double vel_spread_of(vel_read_floats_fn *read, void *user, int64_t n)
+{
+    enum { PIECE = 4096 };
+    float x[PIECE];
+    double sum = 0, squares = 0, mean = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t at = 0; at < n; at += PIECE) {
+            int64_t here = VEL_MIN((int64_t)PIECE, n - at);
+            read(user, at, here, x);
+            for (int64_t i = 0; i < here && pass == 0; i++)
+                sum += (double)x[i];
+            for (int64_t i = 0; i < here && pass == 1; i++)
+                squares += ((double)x[i] - mean) * ((double)x[i] - mean);
+        }
+        mean = sum / (double)VEL_MAX(n, 1);
+    }
+    return n > 1 ? sqrt(squares / (double)(n - 1)) : 0;
+}
+
+static void read_from(void *user, int64_t first, int64_t n, float *out)
+{
+    memcpy(out, (const float *)user + first, (size_t)n * sizeof *out);
+}
+
 double vel_spread(const float *x, int64_t n)
 {
-    double mean = 0, squares = 0;
-    for (int64_t i = 0; i < n; i++)
-        mean += (double)x[i] / (double)VEL_MAX(n, 1);
-    for (int64_t i = 0; i < n; i++)
-        squares += ((double)x[i] - mean) * ((double)x[i] - mean);
-    return n > 1 ? sqrt(squares / (double)(n - 1)) : 0;
+    return vel_spread_of(read_from, (void *)x, n);
 }
 
 VEL_EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)

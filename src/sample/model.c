@@ -75,12 +75,18 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     return t && describe_tensor(part, t, out);
 }
 
+vel_status vel_model_find_weight(vel_model *m, const char *path, vel_source_tensor *out)
+{
+    if (find_weight(m, path, out))
+        return VEL_OK;
+    return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no tensor '%s'",
+                    out->file ? out->file : m->folder, path);
+}
+
 vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count)
 {
     vel_source_tensor t = {0};
-    if (!find_weight(m, path, &t))
-        return vel_fail(m->ctx, VEL_NOT_FOUND, "%s: has no tensor '%s'",
-                        t.file ? t.file : m->folder, path);
+    VEL_TRY(vel_model_find_weight(m, path, &t));
     *count = vel_shape_count(t.shape);
     *out = vel_alloc(m->ctx, (size_t)*count * sizeof **out);
     if (!*out)

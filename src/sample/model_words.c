@@ -210,30 +210,29 @@ const vel_words *vel_model_words(const vel_model *m)
 
 vel_status vel_model_embedding(vel_model *m, int k, int32_t id, float *out)
 {
-    float *table = NULL;
-    int64_t n = 0;
+    vel_source_tensor table = {0};
     char *path = table_of(m, k);
-    size_t width = (size_t)m->texts[k].width;
+    int64_t width = m->texts[k].width;
     if (!path)
         return VEL_NO_MEMORY;
-    VEL_TRY(vel_model_read_weight(m, path, &table, &n));
-    bool there = id >= 0 && (int64_t)(id + 1) * (int64_t)width <= n;
-    if (there)
-        memcpy(out, table + (size_t)id * width, width * sizeof *out);
-    vel_free(m->ctx, table);
-    return there ? VEL_OK : vel_fail(m->ctx, VEL_BUG, "the table has no row %d", id);
+    VEL_TRY(vel_model_find_weight(m, path, &table));
+    if (id < 0 || (id + 1) * width > vel_shape_count(table.shape))
+        return vel_fail(m->ctx, VEL_BUG, "the table has no row %d", id);
+    table.read(table.user, id * width, width, out);
+    return VEL_OK;
 }
 
+/* Rows beyond the tokenizer's ids, as T5's table has, do not count: diffusers' scripts cut them off
+ * when they add theirs. */
 vel_status vel_model_embedding_spread(vel_model *m, int k, double *out)
 {
-    float *table = NULL;
-    int64_t n = 0;
+    vel_source_tensor table = {0};
     char *path = table_of(m, k);
     if (!path)
         return VEL_NO_MEMORY;
-    VEL_TRY(vel_model_read_weight(m, path, &table, &n));
-    *out = vel_spread(table, n);
-    vel_free(m->ctx, table);
+    VEL_TRY(vel_model_find_weight(m, path, &table));
+    int64_t known = vel_tokenizer_size(m->tokenizers[k]) * (int64_t)m->texts[k].width;
+    *out = vel_spread_of(table.read, table.user, VEL_MIN(known, vel_shape_count(table.shape)));
     return VEL_OK;
 }
 

@@ -214,7 +214,7 @@ vel_status vel_model_add_word(vel_model *m, int k, const char *word, int n, cons
 vel_status vel_model_add_words(vel_model *m, const char *path, const char *name);
 /* The row of text encoder k's table for an id of its tokenizer's own: out [width]. */
 vel_status vel_model_embedding(vel_model *m, int k, int32_t id, float *out);
-/* The standard deviation of all its values. */
+/* The standard deviation of all its values, in the rows that the tokenizer has ids for. */
 vel_status vel_model_embedding_spread(vel_model *m, int k, double *out);
 /* How graphs get the words; NULL: there are none. */
 struct vel_words;
@@ -254,7 +254,9 @@ vel_status vel_adapter_strip_create(vel_engine *e, const vel_adapter_module *m, 
                                     double strength, vel_adapter_strip **out);
 vel_status vel_adapter_strip_make(vel_adapter_strip *r, int64_t *first, float *out);
 void vel_adapter_strip_destroy(vel_adapter_strip *r);
-/* A weight of the model's files ("unet.conv_in.weight") as float32; *out is owned. */
+/* A weight of the model's files ("unet.conv_in.weight"), to be read in pieces; VEL_NOT_FOUND. */
+vel_status vel_model_find_weight(vel_model *m, const char *path, vel_source_tensor *out);
+/* The same as float32; *out is owned. */
 vel_status vel_model_read_weight(vel_model *m, const char *path, float **out, int64_t *count);
 
 /* ---- text (model_text.c, model_tokens.c) ---- */

@@ -5,7 +5,9 @@
 From the small models in tests/golden/families, with random vectors for <s0> and <s1> as the file of diffusers'
 train_dreambooth_lora_flux_advanced.py --enable_t5_ti has them (clip_l, t5), loaded by diffusers' own
 load_textual_inversion (FLUX.1's; SD 3's pipeline has none): token ids, T5's states of FLUX.1 and SD 3 and what FLUX.1's CLIP pools, and the gradient of
-sum(states * probe) with respect to T5's two rows of FLUX.1.
+sum(states * probe) with respect to T5's two rows of FLUX.1. Then two words, <s0><s1> and <s2><s3>, as
+--token_abstraction "A, B" has them: "several.clip_l" and "several.t5", of the texts in the metadata "several" FLUX.1's
+pooled states and T5's.
 """
 import os
 import sys
@@ -58,6 +60,20 @@ out["probe"] = torch.randn(states.shape, generator=generator)
 out["flux-dev.text_encoder_2.context"] = states.detach()
 out["grad"] = table.grad[first : first + 2].clone()
 
+SEVERAL = ["<s0><s1> by <s2><s3>", "A <s2><s3><s0><s1>, <s0><s1>.", "<s2><s3> <s0><s1>", "a<s2><s3>b"]
+flux = load(FluxPipeline, "flux-dev")
+for number, key, length in (("", "clip_l", 77), ("_2", "t5", LENGTH)):
+    encoder, tokenizer = getattr(flux, "text_encoder" + number), getattr(flux, "tokenizer" + number)
+    rows = torch.randn(4, out[key].shape[1], generator=generator) * out[key].std()
+    words = [f"<s{i}>" for i in range(4)]
+    flux.load_textual_inversion(rows, token=words, text_encoder=encoder, tokenizer=tokenizer)
+    ids = tokenizer(SEVERAL, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = encoder(ids)
+    out[f"several.{key}"] = rows
+    out[f"several.{key}.states"] = states.pooler_output if key == "clip_l" else states[0]
+
 path = sys.argv[1] if len(sys.argv) > 1 else f"{HERE}/t5_words.safetensors"
-save_file({k: v.contiguous() for k, v in out.items()}, path, metadata={"text": TEXT, "torch": torch.__version__})
+save_file({k: v.contiguous() for k, v in out.items()}, path, metadata={
+    "text": TEXT, "several": "\n".join(SEVERAL), "torch": torch.__version__})
 print(path, {k: tuple(v.shape) for k, v in out.items()})
