@@ -79,8 +79,9 @@ typedef void (*vel_event_fn)(void *user, const vel_event *event);
 
 /* ---- contexts -------------------------------------------------------------------------------- */
 
-/* device: "cpu", "cuda", "cuda:1"; NULL picks the best there is. It is opened by the first call
- * that computes, which also tells of a device that is not there. NULL when memory is short. */
+/* device: "cpu", "cuda", "cuda:1"; NULL picks the best there is; the setting device of a command
+ * stands above it. It is opened by the first call that computes, which also tells of a device that
+ * is not there. NULL when memory is short. */
 VEL_API vel_ctx *vel_ctx_create(const char *device);
 VEL_API void vel_ctx_destroy(vel_ctx *ctx);
 /* What the last call that failed said; "" where none did. Borrowed, until the next call on ctx. */

@@ -183,3 +183,25 @@ TEST(api_calls_stand_alone)
     vel_text_free(text);
     vel_params_destroy(p);
 }
+
+/* The context's device is the one that is used, unless a setting names another. */
+TEST(api_contexts_have_a_device)
+{
+    char *text = NULL;
+    vel_flag_info flag;
+    vel_ctx *ctx = vel_ctx_create("abacus");
+    REQUIRE(ctx);
+    vel_params *p = vel_params_create(ctx, "bench");
+    CHECK(p);
+    if (p && !vel_params_set(p, "what", "add") && !vel_params_set(p, "shapes", "2x8,2x8")) {
+        CHECK(vel_bench(ctx, p, &text) == VEL_BAD_VALUE && !text);
+        CHECK_MSG(strstr(vel_ctx_error(ctx), "abacus"), "%s", vel_ctx_error(ctx));
+        vel_params_set(p, "device", "cpu");
+        vel_status st = vel_bench(ctx, p, &text);
+        CHECK_MSG(st == VEL_OK, "%s", vel_ctx_error(ctx));
+        vel_text_free(text);
+    }
+    vel_params_destroy(p);
+    vel_ctx_destroy(ctx);
+    CHECK(vel_script_describe(0, 0, &flag) && !vel_script_describe(0, -1, &flag));
+}

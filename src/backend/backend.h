@@ -217,7 +217,8 @@ static inline vel_status vel_backend_sync(const vel_backend *b, vel_device *d)
     return b->sync ? b->sync(d) : VEL_OK;
 }
 
-/* Opens a device by name: NULL, "" and "auto" are the best there is, "cpu", "cuda", "cuda:1". */
+/* Opens a device by name: "auto" is the best there is; "cpu", "cuda", "cuda:1"; NULL and "" are the
+ * one that the context was made with. */
 vel_status vel_backend_find(vel_ctx *ctx, const char *device, const vel_backend **backend,
                             vel_device **out);
 

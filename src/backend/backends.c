@@ -129,7 +129,9 @@ static vel_status open_best(vel_ctx *ctx, const vel_backend **backend, vel_devic
 vel_status vel_backend_find(vel_ctx *ctx, const char *device, const vel_backend **backend,
                             vel_device **out)
 {
-    if (!device || !*device || strcmp(device, "auto") == 0)
+    if (!device || !*device)
+        device = ctx->device;
+    if (strcmp(device, "auto") == 0)
         return open_best(ctx, backend, out);
     for (int i = 0; i < VEL_COUNT(rows); i++)
         if (names(device, rows[i].name))

@@ -512,7 +512,7 @@ bool vel_script_describe(int script, int i, vel_flag_info *out)
     static const char *const kinds[] = {"switch", "text",  "int",   "float",
                                         "steps",  "texts", "floats"};
     static const char *const fates[] = {"set", "rule", "idle", "refused"};
-    if (script < 0 || script >= VEL_COUNT(vel_scripts) - 1)
+    if (script < 0 || script >= VEL_COUNT(vel_scripts) - 1 || i < 0)
         return false;
     const vel_script *s = &vel_scripts[script];
     for (const vel_dialect_row *r = s->rows; r->flag; r++) {

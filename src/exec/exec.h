@@ -9,7 +9,8 @@
 typedef struct vel_engine vel_engine;
 typedef struct vel_plan vel_plan;
 
-vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out); /* NULL: best */
+/* device: NULL is the context's. */
+vel_status vel_engine_create(vel_ctx *ctx, const char *device, vel_engine **out);
 void vel_engine_destroy(vel_engine *e); /* after its plans */
 vel_ctx *vel_engine_ctx(vel_engine *e);
 const char *vel_engine_describe(vel_engine *e);
