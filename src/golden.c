@@ -100,7 +100,8 @@ static vel_status check_text(golden *k)
 
 /* ---- unet.safetensors ------------------------------------------------------------------------ */
 
-/* One evaluation with gradients to its inputs where the file has grad_out (first is true). */
+/* One evaluation with gradients to its inputs where the file has grad_out (first is true). A sample
+ * of another size shares timesteps and context with the first, and has fewer pictures. */
 static vel_status run_unet(golden *k, const char *sample_name, const char *out_name, bool first)
 {
     int64_t d[4] = {0, vel_model_latent(k->model)->channels};
@@ -108,8 +109,8 @@ static vel_status run_unet(golden *k, const char *sample_name, const char *out_n
     float *x = vel_golden_load_nhwc(k, sample_name, d);
     int64_t count = x ? d[0] * d[1] * d[2] * d[3] : 0,
             states = x ? d[0] * info.length * info.width : 0;
-    float *time = x ? vel_golden_load(k, "timestep", d[0], NULL) : NULL,
-          *context = time ? vel_golden_load(k, "context", states, NULL) : NULL;
+    float *time = x ? vel_golden_load_rows(k, "timestep", d[0]) : NULL,
+          *context = time ? vel_golden_load_rows(k, "context", states) : NULL;
     float *probe = context && first ? vel_golden_load_nhwc(k, "grad_out", d) : NULL;
     float *got = vel_alloc(k->ctx, (size_t)VEL_MAX(count, states) * sizeof *got);
     vel_graph *g = vel_graph_create(k->ctx);

@@ -31,6 +31,8 @@ void vel_golden_compare(golden *k, const char *value, const float *got, const fl
                         int64_t n, double tolerance);
 /* A tensor of the file as floats, owned; count must agree unless it is 0. NULL with the message. */
 float *vel_golden_load(golden *k, const char *name, int64_t count, const vel_file_tensor **tensor);
+/* The same of a tensor whose first count values are wanted: it may have more. */
+float *vel_golden_load_rows(golden *k, const char *name, int64_t count);
 void vel_golden_check(golden *k, const char *name, const float *got, int64_t n, double tolerance);
 /* [n, c, h, w] to [n, h, w, c], and back. */
 void vel_golden_to_nhwc(const float *in, int64_t n, int64_t c, int64_t pixels, float *out);
