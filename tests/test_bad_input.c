@@ -239,3 +239,29 @@ TEST(bad_input_adapters)
     if (program_shell(t, "ls $D/a.png", &r))
         CHECK(r.status != 0);
 }
+
+/* Files that go to another setting: which, is said. */
+TEST(bad_adapters_that_are_something_else)
+{
+    static const struct {
+        const char *tensor, *said;
+    } cases[] = {
+        {"clip_l",
+         "other.safetensors: is no adapter but a file of learned words, which --embedding"},
+        {"<cat>", "learned words"},
+        {"exp_avg.unet.mid_block.lora_down.weight", "the state of a training, which --resume"},
+        {"model.diffusion_model.out.0.weight", "a whole model, which --model"},
+        {"model.diffusion_model.none.lora_up.weight", "have no place in this model"},
+        {"unet.weight", "have no place in this model"},
+    };
+    static const float values[4];
+    char path[4200];
+    snprintf(path, sizeof path, "%s/other.safetensors", t->folder);
+    for (int i = 0; i < VEL_COUNT(cases); i++) {
+        vel_save_tensor tensor = {cases[i].tensor, VEL_FILE_F32, 2, {2, 2}, values};
+        CHECK_OK(vel_safetensors_save(t->ctx, path, &tensor, 1, NULL));
+        EXPECT("generate x --model $M --steps 1 --width 64 --height 64 --output $D/a.png --lora "
+               "$D/other.safetensors",
+               1, cases[i].said);
+    }
+}

@@ -309,10 +309,30 @@ static const char *kind_of(const char *tensor)
     return NULL;
 }
 
+/* What a file is of which no tensor has a place, by the name of one; NULL: any other. */
+static const char *other_use(const char *tensor)
+{
+    static const struct {
+        const char *names, *use;
+    } uses[] = {
+        {"exp_avg*,value.*,average.*", "the state of a training, which --resume reads"},
+        {"*lora*,*hada*,*lokr*,*.alpha", NULL},
+        {"model.diffusion_model.*,cond_stage_model.*,first_stage_model.*,conditioner.*",
+         "a whole model, which --model reads"},
+        {"*.*", NULL},
+        {"clip_l,clip_g,t5,t5xxl,emb_params,<*>",
+         "a file of learned words, which --embedding reads"},
+    };
+    for (int i = 0; i < VEL_COUNT(uses); i++)
+        if (vel_glob(uses[i].names, tensor))
+            return uses[i].use;
+    return NULL;
+}
+
 static vel_status place_tensors(reading *r, const vel_adapter_names *names)
 {
     int unknown = 0, total = vel_safetensors_count(r->sf);
-    const char *kind = NULL;
+    const char *kind = NULL, *use = NULL;
     vel_text list;
     vel_text_init(&list, r->ctx);
     vel_status st = VEL_OK;
@@ -324,6 +344,7 @@ static vel_status place_tensors(reading *r, const vel_adapter_names *names)
         const vel_adapter_stem *stem = vel_adapter_names_find(names, t->name, &role);
         if (!stem) {
             kind = kind ? kind : kind_of(t->name);
+            use = use ? use : other_use(t->name);
             list_first(&list, unknown++, t->name);
             continue;
         }
@@ -342,6 +363,8 @@ static vel_status place_tensors(reading *r, const vel_adapter_names *names)
         st = vel_fail(r->ctx, VEL_UNSUPPORTED,
                       "%s: is %s, which is not supported; tensors without a place: %s", r->file,
                       kind, list.s ? list.s : "");
+    else if (!st && use && unknown == total)
+        st = vel_fail(r->ctx, VEL_BAD_FILE, "%s: is no adapter but %s", r->file, use);
     else if (!st && unknown)
         st = vel_fail(r->ctx, VEL_BAD_GRAPH,
                       "%s: %d of its %d tensors have no place in this model; was the "
