@@ -38,7 +38,7 @@ cuda|cublas|cudnn|nccl              src/backend/cuda
 vips/|gio/                          src/formats
 glib                                src/formats src/base
 jansson                             src/formats
-pcre2                               src/formats src/tokenizers
+pcre2                               src/formats
 utf8proc                            src/tokenizers
 '
 

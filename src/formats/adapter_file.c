@@ -6,14 +6,12 @@
  * beside the tensors (PEFT's adapter_config.json, diffusers' "lora_adapter_metadata"), else it is
  * the rank. A LoKr of two whole factors shows no rank: its strength is 1, as LyCORIS has it, unless
  * PEFT's config says both. */
-#define PCRE2_CODE_UNIT_WIDTH 8
 #include "formats/adapter_join.h"
 #include "formats/adapter_names.h"
 
-#include <pcre2.h>
 #include <stdlib.h>
 
-enum { SHOWN = 10, PATTERN_EFFORT = 100000 };
+enum { SHOWN = 10 };
 static const size_t largest_config = (size_t)16 << 20;
 
 /* Files that a folder's adapter may be called, in order. */
@@ -240,25 +238,8 @@ static vel_status check_config(const reading *r, const char *path)
 bool vel_adapter_pattern_matches(const char *key, const char *module)
 {
     char pattern[512];
-    int code, n = snprintf(pattern, sizeof pattern, "^(.*\\.)?(%s)$", key);
-    PCRE2_SIZE at;
-    if (n >= (int)sizeof pattern)
-        return false;
-    pcre2_code *compiled =
-        pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, 0, &code, &at, NULL);
-    if (!compiled)
-        return false;
-    pcre2_match_context *limits = pcre2_match_context_create(NULL);
-    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
-    bool found = false;
-    if (limits && match) {
-        pcre2_set_match_limit(limits, PATTERN_EFFORT); /* the pattern may be hostile */
-        found = pcre2_match(compiled, (PCRE2_SPTR)module, strlen(module), 0, 0, match, limits) >= 0;
-    }
-    pcre2_match_data_free(match);
-    pcre2_match_context_free(limits);
-    pcre2_code_free(compiled);
-    return found;
+    int n = snprintf(pattern, sizeof pattern, "^(.*\\.)?(%s)$", key);
+    return n < (int)sizeof pattern && vel_pattern_once(pattern, module);
 }
 
 /* The entry of patterns for a module, else otherwise. */

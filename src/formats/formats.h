@@ -236,5 +236,7 @@ vel_status vel_pattern_create(vel_ctx *ctx, const char *text, vel_pattern **out)
 void vel_pattern_destroy(vel_pattern *p);
 /* Is it found anywhere in the subject? Within bounded effort: what takes more is not. */
 bool vel_pattern_finds(const vel_pattern *p, const char *subject);
+/* The same of a text that is asked for once; what is no regular expression is found nowhere. */
+bool vel_pattern_once(const char *text, const char *subject);
 
 #endif
