@@ -599,11 +599,13 @@ static double stated(const json_t *config, const char *patterns, const char *pat
 /* The site's rank and alpha: PEFT's config, or LyCORIS' tensor. */
 static void read_strength(golden *k, const json_t *config, vel_adapter_site *s)
 {
+    enum { MOST_RANK = 1 << 16 };
     const char *key = strcmp(s->kind->name, "lora") == 0 ? "lora_alpha" : "alpha";
     char name[512];
     bool whole = s->rank == 0; /* a LoKr of two whole factors */
+    double rank = stated(config, "rank_pattern", s->path, vel_json_number(config, "r", 1));
     if (whole)
-        s->rank = (int)stated(config, "rank_pattern", s->path, vel_json_number(config, "r", 1));
+        s->rank = (int)VEL_MAX(1, VEL_MIN(rank, MOST_RANK));
     s->alpha = stated(config, "alpha_pattern", s->path, vel_json_number(config, key, s->rank));
     if (vel_json_bool(config, "use_rslora", false))
         s->alpha *= sqrt((double)s->rank);
