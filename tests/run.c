@@ -92,6 +92,17 @@ void *vel_test_alloc(vel_test *t, size_t bytes)
     return out;
 }
 
+double vel_test_error(const float *got, const float *wanted, int64_t n)
+{
+    double difference = 0, size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = (double)got[i] - (double)wanted[i];
+        difference += d * d;
+        size += (double)wanted[i] * (double)wanted[i];
+    }
+    return sqrt(difference / size);
+}
+
 char *vel_test_text(vel_test *t, const char *format, ...)
 {
     va_list args, again;

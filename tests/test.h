@@ -36,6 +36,9 @@ void vel_test_fail(vel_test *t, const char *file, int line, const char *format, 
 void vel_test_says(vel_test *t, const char *file, int line, const char *text,
                    const char *const *parts);
 
+/* Root mean square of the difference over that of the wanted values; NaN where there are none. */
+double vel_test_error(const float *got, const float *wanted, int64_t n);
+
 /* Allocations of the test's own, freed by vel_free: never those that are made to fail. */
 void *vel_test_alloc(vel_test *t, size_t bytes); /* zeroed */
 char *vel_test_text(vel_test *t, const char *format, ...) VEL_PRINTF(2, 3);

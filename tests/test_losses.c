@@ -133,13 +133,9 @@ static void compare(lesson *l, const case_row *row, const float *got, int n, con
                     const float *want, double tolerance)
 {
     vel_test *t = l->t;
-    double error = 0, size = 0;
-    for (int i = 0; i < n; i++) {
-        error += pow((double)got[i] - (double)want[i], 2);
-        size += pow((double)want[i], 2);
-    }
-    CHECK_MSG(sqrt(error / size) < tolerance, "%s: %s differs by %g (%g, not %g)", row->name, what,
-              sqrt(error / size), (double)got[0], (double)want[0]);
+    double error = vel_test_error(got, want, n);
+    CHECK_MSG(error < tolerance, "%s: %s differs by %g (%g, not %g)", row->name, what, error,
+              (double)got[0], (double)want[0]);
 }
 
 static void check_case(lesson *l, const case_row *row)

@@ -16,17 +16,6 @@ static vel_model *open_model(vel_test *t)
     return m;
 }
 
-static double relative_rms(const float *got, const float *wanted, int64_t n)
-{
-    double error = 0, size = 0;
-    for (int64_t i = 0; i < n; i++) {
-        double d = (double)got[i] - (double)wanted[i];
-        error += d * d;
-        size += (double)wanted[i] * (double)wanted[i];
-    }
-    return sqrt(error / size);
-}
-
 static const char prompt[] = "a grinning face in noto style";
 
 /* Values, NCHW from -1 to 1, that are more than one off the 8-bit picture. */
@@ -55,7 +44,7 @@ TEST(pipeline_gives_the_picture_of_diffusers)
     const vel_draw draw = {
         .prompt = prompt, .guidance = 4, .steps = 12, .sampler = "ddim", .noise = noise};
     CHECK_OK(vel_model_draw(m, &draw, 1, 1, NULL, &image, got));
-    double error = relative_rms(got, wanted, LATENT);
+    double error = vel_test_error(got, wanted, LATENT);
     CHECK_MSG(error < 1e-3, "relative RMS of the latent %.3g", error);
     CHECK(image.width == 256 && image.height == 256);
     if (image.width == 256 && image.height == 256) {
@@ -84,9 +73,9 @@ TEST(pipeline_batches_change_nothing)
     CHECK_OK(vel_model_draw(m, draws, 3, 2, NULL, NULL, latents));
     CHECK_OK(vel_model_draw(m, draws + 1, 1, 1, NULL, NULL, latents + 3 * LATENT));
     CHECK_OK(vel_model_draw(m, draws + 2, 1, 1, NULL, NULL, latents + 4 * LATENT));
-    CHECK(relative_rms(latents + 3 * LATENT, latents + LATENT, LATENT) < 1e-4);
-    CHECK(relative_rms(latents + 4 * LATENT, latents + 2 * LATENT, LATENT) < 1e-4);
-    CHECK(relative_rms(latents + LATENT, latents, LATENT) > 0.1);
+    CHECK(vel_test_error(latents + 3 * LATENT, latents + LATENT, LATENT) < 1e-4);
+    CHECK(vel_test_error(latents + 4 * LATENT, latents + 2 * LATENT, LATENT) < 1e-4);
+    CHECK(vel_test_error(latents + LATENT, latents, LATENT) > 0.1);
     vel_model_close(m);
 }
 

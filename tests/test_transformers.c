@@ -129,20 +129,14 @@ static void check_values(vel_test *t, part *p, vel_graph *g, vel_dtype compute, 
         const char *name = vel_output_name(vel_plan_graph(plan), i);
         const vel_file_tensor *v = vel_safetensors_find(p->golden, name);
         float *values = v ? vel_alloc(t->ctx, 2 * (size_t)v->count * sizeof *values) : NULL;
-        double difference = 0, size = 0;
         if (!values) {
             CHECK_MSG(false, "no golden value %s", name);
             continue;
         }
         REQUIRE_OK(vel_plan_get(plan, name, values, v->count));
         vel_file_tensor_floats(v, 0, v->count, values + v->count);
-        for (int64_t j = 0; j < v->count; j++) {
-            double wanted = values[v->count + j];
-            difference += (values[j] - wanted) * (values[j] - wanted);
-            size += wanted * wanted;
-        }
-        CHECK_MSG(sqrt(difference / size) < limit, "%s: relative error %g", name,
-                  sqrt(difference / size));
+        double error = vel_test_error(values, values + v->count, v->count);
+        CHECK_MSG(error < limit, "%s: relative error %g", name, error);
         vel_free(t->ctx, values);
     }
     vel_plan_destroy(plan);

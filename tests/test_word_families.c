@@ -276,16 +276,6 @@ static vel_model *taught(vel_test *t, const golden_words *w, const char *family,
     return m;
 }
 
-static double error_of(const float *got, const float *wanted, int64_t n)
-{
-    double difference = 0, size = 0;
-    for (int64_t i = 0; i < n; i++) {
-        difference += pow((double)got[i] - (double)wanted[i], 2);
-        size += pow((double)wanted[i], 2);
-    }
-    return sqrt(difference / size);
-}
-
 /* What a text with the word becomes, as after diffusers' load_textual_inversion. */
 TEST(word_families_t5_states_are_diffusers)
 {
@@ -306,7 +296,7 @@ TEST(word_families_t5_states_are_diffusers)
         float *got = vel_test_alloc(t, sizeof *got * (size_t)vel_text_values(s));
         float *wanted = golden(t, &w, rows[i].name);
         CHECK_OK(vel_model_encode_by(m, rows[i].text, &w.text, 1, false, got));
-        double error = error_of(got + (rows[i].pooled ? states : 0), wanted, n);
+        double error = vel_test_error(got + (rows[i].pooled ? states : 0), wanted, n);
         CHECK_MSG(error < 1e-5, "%s: relative error %g", rows[i].name, error);
         vel_free(t->ctx, got);
         vel_free(t->ctx, wanted);
@@ -368,7 +358,7 @@ TEST(word_families_t5_several_words)
             char *one = vel_test_text(t, "%.*s", (int)strcspn(at, "\n"), at);
             const char *list[] = {one};
             CHECK_OK(vel_model_encode_by(m, k, list, 1, false, got));
-            double error = error_of(got + (k ? 0 : states), wanted + text++ * n, n);
+            double error = vel_test_error(got + (k ? 0 : states), wanted + text++ * n, n);
             CHECK_MSG(error < 1e-5, "%s, '%s': relative error %g", names[k], one, error);
             vel_free(t->ctx, one);
         }
@@ -413,8 +403,8 @@ TEST(word_families_t5_gradient_is_pytorchs)
     REQUIRE_OK(vel_plan_set(plan, "probe", probe, LENGTH * WIDTH * sizeof *probe));
     REQUIRE_OK(vel_plan_run(plan));
     vel_engine_read_trainables(e, 'g', 0, 2 * WIDTH, got);
-    CHECK_MSG(error_of(got, wanted, 2 * WIDTH) < 1e-5, "relative error %g",
-              error_of(got, wanted, 2 * WIDTH));
+    CHECK_MSG(vel_test_error(got, wanted, 2 * WIDTH) < 1e-5, "relative error %g",
+              vel_test_error(got, wanted, 2 * WIDTH));
     vel_plan_destroy(plan);
     vel_free(t->ctx, ids);
     vel_free(t->ctx, probe);
