@@ -67,10 +67,11 @@ typedef struct vel_event {
     vel_event_kind kind;
     int level;           /* LOG */
     const char *text;    /* LOG: the message; PROGRESS: the phase; METRIC: the name; IMAGE: path */
-    int64_t done, total; /* PROGRESS: units; METRIC: done is the step; IMAGE: done counts from 1 */
+    int64_t done, total; /* PROGRESS: units; METRIC: done is the step; IMAGE: done counts from 1, or
+                            is the step that a training's samples are of */
     double value;        /* METRIC; PROGRESS: last loss where there is one, else NaN */
-    double seconds, eta; /* PROGRESS */
-    double rate;         /* PROGRESS: units a second */
+    double seconds, eta; /* PROGRESS: since the phase began, and left; eta is 0 while unknown */
+    double rate;         /* PROGRESS: units a second; 0 while unknown */
     int64_t memory;      /* PROGRESS: resident bytes of the process, 0 if unknown */
     const vel_image *image; /* IMAGE; borrowed */
 } vel_event;
@@ -176,8 +177,8 @@ VEL_API vel_status vel_grid(vel_ctx *ctx, const vel_params *p);
 VEL_API vel_status vel_score(vel_ctx *ctx, const vel_params *p);
 /* Describes a model folder, checkpoint or adapter. */
 VEL_API vel_status vel_inspect(vel_ctx *ctx, const char *path, char **text);
-/* Runs every reference file of a folder against a model; *passed and *failed count values. VEL_OK
- * where values failed: look at *failed. */
+/* Runs every reference file of a folder against a model; *passed and *failed count values, on
+ * failure those until then. VEL_OK where values or whole files failed: look at *failed. */
 VEL_API vel_status vel_check_golden(vel_ctx *ctx, const char *model, const char *folder,
                                     int *passed, int *failed);
 /* Checks and times one op, one part of a model or one training step. */

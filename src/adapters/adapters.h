@@ -134,9 +134,8 @@ typedef struct vel_trained {
 vel_status vel_apply_trained(vel_graph **g, const vel_trained *what);
 
 /* Presets of targets, as glob patterns over the path: "attn" (to_q, to_k, to_v, to_out.0),
- * "attn+mlp"
- * (+ feed-forward and projections: kohya's default), "all" (+ 3x3 convolutions), "conv" (those
- * alone), and text_encoder's. NULL when there is none of that name. */
+ * "attn+mlp" (+ feed-forward and projections: kohya's default), "all" (+ 3x3 convolutions), "conv"
+ * (those alone), and text_encoder's. NULL when there is none of that name. */
 const char *vel_adapter_preset(const char *name, bool text_encoder);
 
 #endif

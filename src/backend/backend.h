@@ -61,8 +61,8 @@ typedef struct vel_launch {
  *     q = g g + eps;  v = beta2 v + (1 - beta2) q;  u = g / sqrt(v), or for matrices
  *     row = beta2 row + (1 - beta2) mean of q over cols;  col the same over rows
  *     u = g / sqrt(row / mean(row)) / sqrt(col);  u = u lr2 / max(1, rms(u) / clip_threshold)
- *     m = beta1 m + (1 - beta1) u (where there is m; u is m then);  p = p (1 - weight_decay lr2) -
- * u
+ *     m = beta1 m + (1 - beta1) u (where there is m; u is m then)
+ *     p = p (1 - weight_decay lr2) - u
  *
  * Eight-bit states (ADAMW, LION, SGD, where the segment says so) are those of bitsandbytes: a code
  * for each value, an index into vel_dynamic_map (signed for m, unsigned for v), and behind the

@@ -283,7 +283,7 @@ vel_status vel_link_or_copy(vel_ctx *ctx, const char *from, const char *to);
 
 /* ---- hashes (hash.c) ------------------------------------------------------------------------- */
 
-uint64_t vel_hash64(const void *bytes, size_t n, uint64_t seed); /* fast, not cryptographic */
+uint64_t vel_hash64(const void *bytes, size_t n, uint64_t seed); /* XXH64: not cryptographic */
 uint32_t vel_crc32(const void *bytes, size_t n); /* of zip and PNG; bit by bit: for short ones */
 typedef struct vel_sha256 vel_sha256;
 vel_sha256 *vel_sha256_create(vel_ctx *ctx);
@@ -296,6 +296,7 @@ void vel_sha256_end(vel_sha256 *h, char hex[65]); /* destroys h */
  * resumed run draws what an uninterrupted one draws, with any number of threads. */
 uint64_t vel_random_u64(uint64_t seed, uint64_t stream, uint64_t counter);
 double vel_random_uniform(uint64_t seed, uint64_t stream, uint64_t counter); /* [0, 1) */
+/* N(0, 1) by Box and Muller's transform of pairs. */
 void vel_random_normal(uint64_t seed, uint64_t stream, uint64_t counter, float *out, int64_t n);
 void vel_random_fill_uniform(uint64_t seed, uint64_t stream, float lo, float hi, float *out,
                              int64_t n);

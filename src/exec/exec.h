@@ -41,9 +41,8 @@ typedef struct vel_source_tensor {
     vel_dtype dtype;
     const void *data;
 } vel_source_tensor;
-/* Where values come from: looks a path up; false when it has no such tensor. Sources are asked in
- * the order they were added. */
-/* false: it has none; out->file may then say where it should be. */
+/* Where values come from: looks a path up. Sources are asked in the order they were added. false:
+ * it has no such tensor; out->file may then say where it should be. */
 typedef bool (*vel_source_fn)(void *user, const char *path, vel_source_tensor *out);
 vel_status vel_engine_add_source(vel_engine *e, vel_source_fn find, void *user);
 void vel_engine_remove_source(vel_engine *e, vel_source_fn find, void *user);
@@ -124,8 +123,8 @@ vel_status vel_engine_update(vel_engine *e, double grad_scale, double (*lr)(void
                              void *user);
 double vel_engine_rate(const vel_engine *e, int i); /* of trainable i in the last step */
 /* Values to look at and to save, where they are not the ones that are trained (the average where
- * one is kept, else those of schedule_free): on
- * shows them, off brings back the trained ones, bit for bit. The gradient is lost. */
+ * one is kept, else those of schedule_free): on shows them, off brings back the trained ones, bit
+ * for bit. The gradient is lost. */
 vel_status vel_engine_evaluate(vel_engine *e, bool on);
 int64_t vel_engine_state_bytes(vel_engine *e); /* of the optimizer; known before the first step */
 
@@ -153,7 +152,7 @@ double vel_engine_optimizer_number(vel_engine *e, const char *name); /* NaN: no 
 
 enum { VEL_LEVEL_AUTO = -1 };
 typedef struct vel_plan_options {
-    vel_dtype compute;       /* VEL_F32 or VEL_BF16 */
+    vel_dtype compute;       /* VEL_F32, VEL_BF16 or VEL_F16 */
     bool gradient;           /* differentiate output "loss" first */
     int64_t memory_budget;   /* bytes of working memory to stay under by recomputing; 0: no limit */
     bool smallest;           /* recompute as much as there is: the smallest working memory */

@@ -1,6 +1,7 @@
-/* formats.h: files that the ecosystem shares: safetensors (read, mapped; write), JSON, images.
- * Every file is hostile until parsed: bounds are checked, sizes capped, and a refusal names the
- * file, the value and the remedy. Knows no graph. */
+/* formats.h: files that the ecosystem shares: tensors (safetensors, GGUF, torch.save's; read
+ * mapped, written whole), learned words, JSON, TOML, images; and regular expressions that files
+ * state. Every file is hostile until parsed: bounds are checked, sizes capped, and a refusal names
+ * the file, the value and the remedy. Knows no graph. */
 #ifndef VEL_FORMATS_H
 #define VEL_FORMATS_H
 
@@ -111,12 +112,11 @@ typedef struct vel_save_tensor {
  * Python writer's. */
 vel_status vel_safetensors_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors,
                                 int n, const json_t *metadata);
-
+/* How many threads call fill at most; omp_get_thread_num() of each is less. */
+int vel_save_threads(void);
 /* The same tensors as torch.save writes a dictionary of them, whole or not at all: F32, F16 and
  * BF16 with data alone, below 1 GiB. */
 vel_status vel_pickle_save(vel_ctx *ctx, const char *path, const vel_save_tensor *tensors, int n);
-/* How many threads call fill at most; omp_get_thread_num() of each is less. */
-int vel_save_threads(void);
 
 /* ---- learned words (words.c) ----------------------------------------------------------------- */
 

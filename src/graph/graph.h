@@ -137,6 +137,9 @@ void vel_graph_print(const vel_graph *g, vel_text *out);
 
 /* ---- builders (build.c): read like the paper ------------------------------------------------- */
 
+/* What each means, with the shapes it takes and gives, is the last column of ops.def. axes: a bit
+ * for each axis; those stay, with size 1. */
+
 /* Leaves. name is joined to the scope for weight and param; an input's name is its own. */
 vel_ref vel_input(vel_graph *g, const char *name, vel_dtype dtype, vel_shape s);
 vel_ref vel_weight(vel_graph *g, const char *name, vel_shape s);
@@ -209,7 +212,7 @@ typedef struct vel_case {      /* one test of an op: shapes of its inputs and it
     vel_shape in[VEL_CASE_IN]; /* rank 0: the optional input is left out */
     vel_attr a;
     /* Values of inputs are random in [-1, 1] except: positive_in bit i makes input i positive;
-     * int_in bit i makes input i integers below int_max; from_forward: see ops.h. */
+     * int_in bit i makes input i integers below int_max. */
     unsigned positive_in, int_in;
     int int_max;
 } vel_case;

@@ -1,5 +1,5 @@
 /* passes.h: functions from graph to graph, and the memory planner. They know no model, no adapter
- * and no device. Order: grad, (simplify,) cast, fuse, remat, plan (exec/exec.c holds the table). */
+ * and no device. exec/execute.c holds their order. */
 #ifndef VEL_PASSES_H
 #define VEL_PASSES_H
 
