@@ -414,6 +414,8 @@ TEST(dialects_unet_blocks)
     CHECK(strstr(said, "--use_blora stands above --lora_unet_blocks"));
     comes_to(t, BLOCKS "--lora_unet_blocks mid_block", "targets=*.to_?,*.to_out.0");
     CHECK(strstr(said, "'mid_block' names no block"));
+    comes_to(t, BLOCKS "--lora_unet_blocks ,unet.mid_block",
+             "targets=*.to_?,*.to_out.0,*mid_block*to_?,*mid_block*to_out.0");
     is_refused(t, BLOCKS "--lora_unet_blocks unet.up_blocks.*", "'unet.up_blocks.*'");
 #undef BLOCKS
 }

@@ -195,22 +195,23 @@ static vel_status layer_rules(vel_line *l)
 /* Attention layers of the U-Net whose path, behind its first part, holds the rest of a name behind
  * its own first part: what train_dreambooth_lora_sdxl_advanced.py looks for. A name without a '.'
  * has no rest, which every path holds. */
-static vel_status add_unet_block(vel_line *l, const char *name, size_t n, vel_text *out)
+static vel_status add_unet_block(vel_line *l, vel_span name, vel_text *out)
 {
     static const char processor[] = ".processor"; /* the script's names end so */
     static const char *const layers[] = {"to_?", "to_out.0"};
-    const char *dot = memchr(name, '.', n), *rest = dot ? dot + 1 : name + n;
-    size_t length = (size_t)(name + n - rest), ending = sizeof processor - 1;
+    const char *dot = memchr(name.s, '.', name.n), *end = name.s + name.n;
+    const char *rest = dot ? dot + 1 : end;
+    size_t length = (size_t)(end - rest), ending = sizeof processor - 1;
     if (memchr(rest, '*', length) || memchr(rest, '?', length))
         return vel_line_refuse(l, "lora_unet_blocks",
                                "'%.*s'; names of blocks such as unet.up_blocks.0.attentions.0 are, "
                                "and patterns with --targets",
-                               (int)n, name);
+                               (int)name.n, name.s);
     if (length == 0)
         vel_line_say(l,
                      "--lora_unet_blocks: '%.*s' names no block behind a '.', so attention in all "
                      "blocks is trained, as in the script",
-                     (int)n, name);
+                     (int)name.n, name.s);
     if (length >= ending && memcmp(rest + length - ending, processor, ending) == 0)
         length -= ending;
     for (int i = 0; i < VEL_COUNT(layers); i++)
@@ -241,10 +242,10 @@ static vel_status unet_block_rules(vel_line *l)
     vel_text t;
     vel_text_init(&t, l->ctx);
     vel_status st = VEL_OK;
-    for (const char *at = names; at && !st; at = strchr(at, ',')) {
-        at += at != names;
-        st = add_unet_block(l, at, strcspn(at, ","), &t);
-    }
+    const char *rest = names;
+    vel_span name;
+    while (!st && vel_next_part(&rest, ",", &name))
+        st = add_unet_block(l, name, &t);
     if (!st)
         st = t.failed ? VEL_NO_MEMORY : vel_line_set(l, flag, "targets", "%s", t.s);
     vel_text_finish(&t);
@@ -357,9 +358,9 @@ static vel_status read_new_words(vel_line *l, int vectors, new_words *w)
 {
     const char *list = vel_line_value(l, "token_abstraction");
     bool all = l->script->bit != ADVANCED_FLUX;
-    for (const char *at = list; at; at = strchr(at, ',')) {
-        at += *at == ',';
-        char *word = vel_arena_strf(l->arena, "%.*s", (int)strcspn(at, ","), at), *to = word;
+    vel_span item;
+    for (const char *rest = list; vel_next_part(&rest, ",", &item);) {
+        char *word = vel_arena_strndup(l->arena, item.s, item.n), *to = word;
         if (!word)
             return VEL_NO_MEMORY;
         for (char *c = word; *c; c++) {
