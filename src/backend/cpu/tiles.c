@@ -66,7 +66,7 @@ static void cut_groups(vel_tiles *t)
     t->group = pieces(t->panels, VEL_MIN(wanted, t->panels));
     int64_t of_panel = vel_tiles_sums(t) * 4;
     if (t->span < t->all_steps)
-        t->group = VEL_MIN(t->group, VEL_MAX(SUM_BYTES / of_panel, 1));
+        t->group = even_size(t->panels, VEL_MIN(t->group, VEL_MAX(SUM_BYTES / of_panel, 1)), 1);
     t->groups = pieces(t->panels, t->group);
     t->sums = 2 * TILES_SQUARE * 4;
     if (t->chunk < t->all_steps || t->gated)
