@@ -219,11 +219,14 @@ static vel_status block_ranks(vel_line *l, const counting *c, const double *weig
     return VEL_OK;
 }
 
-static vel_status set_rules(vel_line *l, const char *flag, const char *setting, vel_text *t)
+/* Ends t: what making it came to, or the setting that it is, where there is one. */
+static vel_status set_rules(vel_line *l, vel_status st, const char *flag, const char *setting,
+                            vel_text *t)
 {
-    vel_status st = t->failed ? VEL_NO_MEMORY
-                    : t->n    ? vel_line_set(l, flag, setting, "%s", t->s)
-                              : VEL_OK;
+    if (!st && t->failed)
+        st = VEL_NO_MEMORY;
+    if (!st && t->n)
+        st = vel_line_set(l, flag, setting, "%s", t->s);
     vel_text_finish(t);
     return st;
 }
@@ -250,19 +253,14 @@ static vel_status block_rules(vel_line *l)
         VEL_TRY(read_weights(l, weights[i], sizes[i], i != 1, threshold, weight + at));
     vel_text t;
     vel_text_init(&t, l->ctx);
-    vel_status st = block_ranks(l, c, weight, &t);
-    if (st) {
-        vel_text_finish(&t);
-        return st;
-    }
-    VEL_TRY(set_rules(l, "network_args", "module_rank", &t));
+    VEL_TRY(set_rules(l, block_ranks(l, c, weight, &t), "network_args", "module_rank", &t));
     vel_text_init(&t, l->ctx);
     for (int i = 0; i < c->n; i++) {
         values[i] = text[i];
         snprintf(text[i], sizeof text[i], "x%.10g", weight[i] == 0 ? 1 : weight[i]);
     }
     add_rules(&t, c, values, false, "x1");
-    return set_rules(l, "network_args", "module_lr", &t);
+    return set_rules(l, VEL_OK, "network_args", "module_lr", &t);
 }
 
 /* ---- networks of larger families ---- */
@@ -331,19 +329,9 @@ static vel_status expression_rules(vel_line *l)
 {
     vel_text t;
     vel_text_init(&t, l->ctx);
-    vel_status st = rank_rules(l, &t);
-    if (st) {
-        vel_text_finish(&t);
-        return st;
-    }
-    VEL_TRY(set_rules(l, "network_args", "module_rank", &t));
+    VEL_TRY(set_rules(l, rank_rules(l, &t), "network_args", "module_rank", &t));
     vel_text_init(&t, l->ctx);
-    st = add_expressions(l, "network_reg_lrs", &t);
-    if (st) {
-        vel_text_finish(&t);
-        return st;
-    }
-    return set_rules(l, "network_args", "module_lr", &t);
+    return set_rules(l, add_expressions(l, "network_reg_lrs", &t), "network_args", "module_lr", &t);
 }
 
 /* A key of another family's network would change nothing there either; here it is refused. */
@@ -387,5 +375,5 @@ vel_status vel_kohya_block_lr(vel_line *l)
     vel_text t;
     vel_text_init(&t, l->ctx);
     add_rules(&t, &xl, values, false, "");
-    return set_rules(l, "block_lr", "module_lr", &t);
+    return set_rules(l, VEL_OK, "block_lr", "module_lr", &t);
 }
