@@ -465,7 +465,8 @@ TEST(train_interrupted_at_its_samples_saves)
     CHECK(w.steps == 3 && w.loss[1] == 0);
     CHECK(program_same_files(t, "whole/a.safetensors", "out/a.safetensors"));
     w.interrupt_sheet = 3; /* after the last step */
-    CHECK(train(t, &w, "end", settings) == VEL_INTERRUPTED && says(t, "result saved"));
+    CHECK(train(t, &w, "end/", settings) == VEL_INTERRUPTED && says(t, "result saved"));
+    CHECK_MSG(strstr(w.log, "end/a.safetensors"), "%s", w.log);
     CHECK(program_same_files(t, "whole/a.safetensors", "end/a.safetensors"));
 }
 

@@ -963,7 +963,11 @@ vel_status vel_train_run(vel_ctx *ctx, const vel_train_options *o, const json_t 
     train_session s = {
         .result = result, .ctx = ctx, .o = &own, .settings = settings, .started = vel_now()};
     s.arena = vel_arena_create(ctx);
-    vel_status st = s.arena ? run_session(&s, &own) : VEL_NO_MEMORY;
+    size_t n = strlen(o->output_dir);
+    while (n > 1 && o->output_dir[n - 1] == '/') /* "out/" is "out" in what is told */
+        n--;
+    own.output_dir = s.arena ? vel_arena_strndup(s.arena, o->output_dir, n) : NULL;
+    vel_status st = own.output_dir ? run_session(&s, &own) : VEL_NO_MEMORY;
     finish_session(&s);
     if (st && s.made_folder)
         rmdir(o->output_dir); /* goes only when it is empty */
