@@ -254,6 +254,15 @@ TEST(families_run_rates_of_text_encoders)
                    "train --model tests/golden/families/sdxl/model --data \"$D/pictures\" "
                    "--train_text_encoder --text_encoders 3 --dry_run",
                    1, (const char *const[]){"--text_encoders: '3'", "numbers up to 2", NULL});
+    program_expect(t,
+                   "train --model tests/golden/families/sdxl/model --data \"$D/pictures\" "
+                   "--train_text_encoder --text_encoders 2,x --dry_run",
+                   1, (const char *const[]){"--text_encoders: 'x'", "Stable Diffusion XL", NULL});
+    program_expect(t,
+                   "sdxl_train_network.py --pretrained_model_name_or_path models/emoji-sd "
+                   "--train_data_dir \"$D/pictures\" --network_module networks.lora "
+                   "--output_dir \"$D/sdxl\" --resolution 64 --dry_run",
+                   1, (const char *const[]){"--text_encoders: '2'", "Stable Diffusion", NULL});
 }
 
 /* ---- models that are not whole ---- */

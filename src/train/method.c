@@ -12,27 +12,54 @@ bool vel_method_is_words(const vel_train_options *o)
     return strcmp(o->method, "textual_inversion") == 0;
 }
 
+static bool is_one_of(vel_span word, int texts, int *number)
+{
+    *number = 0;
+    for (size_t i = 0; i < word.n && *number <= texts; i++)
+        *number = word.s[i] >= '0' && word.s[i] <= '9' ? 10 * *number + word.s[i] - '0' : texts + 1;
+    return *number >= 1 && *number <= texts;
+}
+
+/* Numbers of text encoders: each must be one that is there. */
+static vel_status named_texts(vel_model *m, const char *which, unsigned *out)
+{
+    vel_span word;
+    int k, texts = vel_model_texts(m);
+    *out = 0;
+    for (const char *rest = which; vel_next_item(&rest, ",", &word);) {
+        if (!is_one_of(word, texts, &k))
+            return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE,
+                            "--text_encoders: '%.*s' is none of the text encoders of %s, which is "
+                            "%s: auto, all, llm, or numbers up to %d",
+                            (int)word.n, word.s, vel_model_folder(m), vel_model_family(m)->title,
+                            texts);
+        const vel_text_info *text = vel_model_text(m, k - 1);
+        if (text->absent)
+            return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE, "--text_encoders %s: %s has no %s",
+                            which, vel_model_folder(m), text->part);
+        *out |= 1u << (k - 1);
+    }
+    return VEL_OK;
+}
+
 vel_status vel_train_texts(vel_model *m, const vel_train_options *o, unsigned *out)
 {
-    const char *which = o->text_encoders ? o->text_encoders : "auto";
+    const char *which = o->text_encoders && *o->text_encoders ? o->text_encoders : "auto";
     bool automatic = strcmp(which, "auto") == 0, all = strcmp(which, "all") == 0;
     bool llm = strcmp(which, "llm") == 0;
     *out = 0;
+    if (!automatic && !all && !llm)
+        VEL_TRY(named_texts(m, which, out));
     for (int k = 0; k < vel_model_texts(m); k++) {
         const vel_text_info *text = vel_model_text(m, k);
-        char number[16];
-        snprintf(number, sizeof number, "%d", k + 1);
-        bool named = vel_list_has(which, number);
-        if (named && text->absent)
-            return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE, "--text_encoders %s: %s has no %s",
-                            which, vel_model_folder(m), text->part);
-        if (!text->absent && (named || all || (automatic && !text->large) || (llm && text->llm)))
+        if (!text->absent && (all || (automatic && !text->large) || (llm && text->llm)))
             *out |= 1u << k;
     }
     if (!*out && !llm)
-        return vel_fail(vel_model_ctx(m), VEL_BAD_VALUE,
-                        "--text_encoders: '%s' is not auto, all, llm, or numbers up to %d", which,
-                        vel_model_texts(m));
+        return vel_fail(
+            vel_model_ctx(m), VEL_BAD_VALUE,
+            "--text_encoders %s: %s has none that is trained unless its number is given", which,
+            vel_model_folder(m));
     *out = o->train_text_encoder ? *out : 0;
     return VEL_OK;
 }
