@@ -112,6 +112,23 @@ static bool is_choice(const vel_option_row *r, const char *value)
     return false;
 }
 
+static vel_status refuse_choice(vel_params *p, const vel_option_row *r, const char *value)
+{
+    vel_nearest nearest = vel_nearest_to(value);
+    vel_span choice;
+    vel_arena *a = vel_arena_create(p->ctx);
+    for (const char *rest = r->choices; a && vel_next_item(&rest, ",", &choice);) {
+        const char *name = vel_arena_strndup(a, choice.s, choice.n);
+        if (name)
+            vel_nearest_look(&nearest, name);
+    }
+    vel_status st = vel_fail(p->ctx, VEL_BAD_VALUE, "--%s: '%s' is not one of %s%s%s%s", r->name,
+                             value, r->choices, r->endings ? "; endings: " : "",
+                             r->endings ? r->endings : "", vel_nearest_text(&nearest, "").s);
+    vel_arena_destroy(a);
+    return st;
+}
+
 static vel_status set_row(vel_params *p, const vel_option_row *r, const char *value)
 {
     void *field = (char *)&p->o + r->offset;
@@ -129,9 +146,7 @@ static vel_status set_row(vel_params *p, const vel_option_row *r, const char *va
         break;
     case OPT_CHOICE:
         if (!is_choice(r, value))
-            return vel_fail(p->ctx, VEL_BAD_VALUE, "--%s: '%s' is not one of %s%s%s", r->name,
-                            value, r->choices, r->endings ? "; endings: " : "",
-                            r->endings ? r->endings : "");
+            return refuse_choice(p, r, value);
         VEL_TRY(keep_text(p, value, field));
         break;
     case OPT_TEXT:

@@ -212,6 +212,7 @@ TEST(params_refuse)
         {"batch", "99999999999", "--batch"},
         {"sample_sampler", "euler_gamma", "endings: _karras"},
         {"sample_sampler", "_beta", "ddim"},
+        {"sample_sampler", "dpmp_2m", "the nearest: dpmpp_2m"},
     };
     vel_params *p = vel_params_create(t->ctx, "train");
     CHECK(p);

@@ -84,7 +84,8 @@ static void describe_counts(const vel_dataset *d, vel_text *out)
     add_clean(out, d->options.folder);
     vel_text_addf(out, "\n  layout    %s\n  pictures  %d", d->layout, d->n);
     if (d->n_held_out)
-        vel_text_addf(out, ": %d for training, %d held out", d->n_train, d->n_held_out);
+        vel_text_addf(out, ": %d for training, %d held out by their names", d->n_train,
+                      d->n_held_out);
     if (least == most)
         vel_text_addf(out, "; each %d time%s", most, plural(most));
     else

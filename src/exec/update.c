@@ -4,6 +4,8 @@
  * are in backend.h. */
 #include "exec/engine.h"
 
+_Static_assert((int)VEL_MOST_STATES == VEL_MAX_STATES, "what exec tells is what a backend has");
+
 enum { SMALLEST_8BIT = 4096, STATE_ALIGN = 64 };
 enum { NUMBER_T, NUMBER_D, NUMBER_D_MAX, NUMBER_D_NUMERATOR, NUMBER_WEIGHT_SUM, NUMBER_LR_MAX };
 
