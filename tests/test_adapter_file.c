@@ -572,7 +572,7 @@ TEST(adapter_file_peft_folder)
     static const char *const configs[] = {
         "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 3, \"rank_pattern\": {\"to_out.0\": "
         "2},"
-        " \"alpha_pattern\": {\"attn\\\\d.to_out.0\": 7, \"o_q\": 9, \"((((\": 1}, \"use_rslora\": "
+        " \"alpha_pattern\": {\"attn\\\\d.to_out.0\": 7, \"o_q\": 9}, \"use_rslora\": "
         "false}",
         "{\"peft_type\": \"LORA\", \"lora_alpha\": 3, \"use_rslora\": true}",
     };
@@ -611,6 +611,7 @@ TEST(adapter_file_refuses_peft_configs)
         {VEL_BAD_FILE, "{\"r\": 2, \"lora_alpha\": \"8\"}",
          "\"lora_alpha\" of its config is not a number"},
         {VEL_BAD_FILE, "{\"alpha_pattern\": {\"to_q\": \"8\"}}", "\"alpha_pattern\" of its config"},
+        {VEL_BAD_FILE, "{\"alpha_pattern\": {\"to_q\": 8, \"((((\": 1}}", "'((((' is no regular"},
         {VEL_BAD_FILE, "{\"rank_pattern\": [8]}", "\"rank_pattern\" of its config"},
         {VEL_BAD_FILE, "{\"use_rslora\": 1}", "\"use_rslora\" of its config"},
         {VEL_BAD_FILE, "{\"lora_alpha\": 1e300}", "alpha"},

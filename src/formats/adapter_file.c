@@ -45,6 +45,8 @@ static const struct {
 /* Initialisations that also change the base model. */
 static const char *const changed_base[] = {"pissa*", "olora", "loftq", "corda", "lora_ga"};
 
+enum { LONGEST_PATTERN = 500 }; /* of a module's path */
+
 /* Settings of PEFT that we read, by type; another type is no reason to take the default. */
 static const struct {
     const char *key;
@@ -197,6 +199,27 @@ static bool are_numbers(json_t *object)
     return json_is_object(object);
 }
 
+/* Keys of patterns: expressions, as PEFT reads them. One that matches nothing because it is none
+ * would leave modules at the wrong strength. */
+static vel_status check_patterns(const reading *r, const char *name, json_t *patterns)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach (patterns, key, value) {
+        vel_pattern *pattern = NULL;
+        vel_status st = strlen(key) > LONGEST_PATTERN ? VEL_BAD_VALUE
+                                                      : vel_pattern_create(r->ctx, key, &pattern);
+        vel_pattern_destroy(pattern);
+        if (st == VEL_BAD_VALUE)
+            return vel_fail(r->ctx, VEL_BAD_FILE,
+                            "%s: in the \"%s\" of its config '%.80s' is no regular expression, or "
+                            "has more than %d letters",
+                            r->file, name, key, LONGEST_PATTERN);
+        VEL_TRY(st);
+    }
+    return VEL_OK;
+}
+
 static vel_status check_types(const reading *r, const char *path)
 {
     static const char *const wanted[] = {"a number", "true or false", "numbers by name"};
@@ -209,6 +232,8 @@ static vel_status check_types(const reading *r, const char *path)
         if (value && !json_is_null(value) && !good)
             return vel_fail(r->ctx, VEL_BAD_FILE, "%s: the \"%s\" of its config is not %s", r->file,
                             peft_read[i].key, wanted[type]);
+        if (type == NUMBERS)
+            VEL_TRY(check_patterns(r, peft_read[i].key, value));
     }
     return VEL_OK;
 }
@@ -237,7 +262,7 @@ static vel_status check_config(const reading *r, const char *path)
 
 bool vel_adapter_pattern_matches(const char *key, const char *module)
 {
-    char pattern[512];
+    char pattern[LONGEST_PATTERN + 16];
     int n = snprintf(pattern, sizeof pattern, "^(.*\\.)?(%s)$", key);
     return n < (int)sizeof pattern && vel_pattern_once(pattern, module);
 }
@@ -542,11 +567,15 @@ static vel_status read_modules(const reading *r, int n_used, vel_adapter_file *f
     f->modules = vel_alloc(r->ctx, (size_t)n_used * sizeof *f->modules);
     if (!f->modules)
         return VEL_NO_MEMORY;
+    const char *last = "";
     for (int m = 0; m < r->n_known; m++) {
+        const char *path = r->known[m].path;
         if (!r->parts[m].kind)
             continue;
         f->n++; /* counted first, so that a half-read module is freed too */
-        VEL_TRY(check_config(r, r->known[m].path));
+        if (strncmp(last, path, vel_adapter_part(path) + 1) != 0) /* each part has its settings */
+            VEL_TRY(check_config(r, path));
+        last = path;
         VEL_TRY(read_module(r, m, &f->modules[f->n - 1]));
     }
     say_alpha_of_zero(r, f);
