@@ -105,11 +105,6 @@ static vel_status run_op(void *user)
     return vel_plan_wait(p->plan);
 }
 
-static void read_values(void *user, int64_t first, int64_t n, float *out)
-{
-    memcpy(out, (const float *)user + first, (size_t)n * sizeof *out);
-}
-
 /* Weights of products are frozen leaves, so that they are packed as they are in a model. */
 static bool find_weight(void *user, const char *path, vel_source_tensor *out)
 {
@@ -118,7 +113,7 @@ static bool find_weight(void *user, const char *path, vel_source_tensor *out)
     if (i < 0 || i >= p->n)
         return false;
     *out = (vel_source_tensor){
-        .shape = p->shapes[i], .file = "bench", .user = p->values[i], .read = read_values};
+        .shape = p->shapes[i], .file = "bench", .user = p->values[i], .read = vel_read_floats};
     return true;
 }
 

@@ -346,6 +346,7 @@ bool vel_all_finite(const float *x, int64_t n);
 double vel_spread(const float *x, int64_t n);
 /* The same of values that are read in pieces, twice: first .. first+n-1 as float32. */
 typedef void vel_read_floats_fn(void *user, int64_t first, int64_t n, float *out);
+void vel_read_floats(void *user, int64_t first, int64_t n, float *out); /* user: all of them */
 double vel_spread_of(vel_read_floats_fn *read, void *user, int64_t n);
 bool vel_f16_all_finite(const vel_f16 *x, int64_t n);
 bool vel_bf16_all_finite(const vel_bf16 *x, int64_t n);

@@ -125,14 +125,14 @@ double vel_spread_of(vel_read_floats_fn *read, void *user, int64_t n)
     return n > 1 ? sqrt(squares / (double)(n - 1)) : 0;
 }
 
-static void read_from(void *user, int64_t first, int64_t n, float *out)
+void vel_read_floats(void *user, int64_t first, int64_t n, float *out)
 {
     memcpy(out, (const float *)user + first, (size_t)n * sizeof *out);
 }
 
 double vel_spread(const float *x, int64_t n)
 {
-    return vel_spread_of(read_from, (void *)x, n);
+    return vel_spread_of(vel_read_floats, (void *)x, n);
 }
 
 VEL_EACH_WIDTH bool vel_all_finite(const float *x, int64_t n)

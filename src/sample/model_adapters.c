@@ -135,11 +135,6 @@ void vel_model_set_trained(vel_model *m, const struct vel_trained *what)
 
 /* ---- leaves for the engine ---- */
 
-static void read_leaf(void *user, int64_t first, int64_t n, float *out)
-{
-    memcpy(out, (const float *)user + first, sizeof *out * (size_t)n);
-}
-
 static bool find_leaf(const model_adapter *a, const char *path, vel_source_tensor *out)
 {
     vel_adapter_leaf leaf;
@@ -149,7 +144,7 @@ static bool find_leaf(const model_adapter *a, const char *path, vel_source_tenso
     *out = (vel_source_tensor){.shape = site->leaf[leaf],
                                .file = a->file->path,
                                .user = a->file->modules[site - a->sites].leaf[leaf].v,
-                               .read = read_leaf,
+                               .read = vel_read_floats,
                                .dtype = VEL_F32};
     return true;
 }

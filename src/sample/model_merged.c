@@ -11,11 +11,6 @@ static merged_weight *find(const vel_model *m, const char *path)
     return NULL;
 }
 
-static void read_merged(void *user, int64_t first, int64_t n, float *out)
-{
-    memcpy(out, (const float *)user + first, (size_t)n * sizeof *out);
-}
-
 bool vel_model_find_merged(const vel_model *m, const char *path, vel_source_tensor *out)
 {
     const merged_weight *w = find(m, path);
@@ -23,7 +18,7 @@ bool vel_model_find_merged(const vel_model *m, const char *path, vel_source_tens
         *out = (vel_source_tensor){.shape = w->shape,
                                    .file = "the merged weights",
                                    .user = w->v,
-                                   .read = read_merged,
+                                   .read = vel_read_floats,
                                    .dtype = VEL_F32};
     return w != NULL;
 }

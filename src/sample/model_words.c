@@ -43,11 +43,6 @@ const char *vel_model_word_name(const vel_model *m, int k)
     return m->texts[k].large ? vel_words_t5 : vel_words_clip(k);
 }
 
-static void read_rows(void *user, int64_t first, int64_t n, float *out)
-{
-    memcpy(out, (const float *)user + first, (size_t)n * sizeof *out);
-}
-
 bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor *out)
 {
     for (int k = 0; k < m->n_texts; k++) {
@@ -56,7 +51,7 @@ bool vel_model_find_word_rows(vel_model *m, const char *path, vel_source_tensor 
         *out = (vel_source_tensor){.shape = VEL_SHAPE(m->words.of[k].n, m->texts[k].width),
                                    .file = "learned words",
                                    .user = m->word_rows[k],
-                                   .read = read_rows,
+                                   .read = vel_read_floats,
                                    .dtype = VEL_F32};
         return true;
     }
