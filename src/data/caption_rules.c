@@ -282,8 +282,7 @@ static void insert_trigger(caption_use *u)
 
 /* "TOK=<s0>" of a list; without a '=' it has no other. */
 typedef struct swap {
-    const char *word, *other;
-    int length, other_length;
+    vel_span word, other;
 } swap;
 
 /* The next of the list, which *at goes past; a comma ends it behind which there is another of the
@@ -299,11 +298,9 @@ static bool next_swap(const char **at, swap *out)
     *at = end ? end + 1 : word + strlen(word);
     end = end ? end : *at;
     const char *equals = memchr(word, '=', (size_t)(end - word));
-    *out = (swap){.word = word, .length = (int)((equals ? equals : end) - word)};
-    if (equals) {
-        out->other = equals + 1;
-        out->other_length = (int)(end - out->other);
-    }
+    *out = (swap){.word = {word, (size_t)((equals ? equals : end) - word)}};
+    if (equals)
+        out->other = (vel_span){equals + 1, (size_t)(end - equals - 1)};
     return true;
 }
 
@@ -312,8 +309,8 @@ static void swap_words(caption_use *u)
 {
     swap s;
     for (const char *at = u->r->swap; next_swap(&at, &s);) {
-        char *word = vel_strf(u->ctx, "%.*s", s.length, s.word);
-        char *other = vel_strf(u->ctx, "%.*s", s.other_length, s.other);
+        char *word = vel_strndup(u->ctx, s.word.s, s.word.n);
+        char *other = word && s.other.s ? vel_strndup(u->ctx, s.other.s, s.other.n) : NULL;
         if (word && other)
             replace_all(u, word, other);
         else
@@ -327,8 +324,8 @@ bool vel_caption_has_swapped(const char *list, const char *caption)
 {
     swap s;
     while (next_swap(&list, &s))
-        for (const char *c = caption; s.length && *c; c++)
-            if (strncmp(c, s.word, (size_t)s.length) == 0)
+        for (const char *c = caption; s.word.n && *c; c++)
+            if (strncmp(c, s.word.s, s.word.n) == 0)
                 return true;
     return false;
 }
@@ -350,7 +347,7 @@ vel_status vel_caption_check(vel_ctx *ctx, const vel_caption_rules *r)
                         r->trigger);
     swap one;
     for (const char *at = r->swap; next_swap(&at, &one);)
-        if (!one.other || !one.length)
+        if (!one.other.s || !one.word.n)
             return vel_fail(ctx, VEL_BAD_VALUE,
                             "--caption_swap: '%s' is not WORD=OTHER, such as TOK=<s0><s1>, or "
                             "several with commas",
