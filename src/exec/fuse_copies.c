@@ -4,35 +4,44 @@
  */
 #include "exec/engine.h"
 
-/* How many products of g have a GEGLU; 0 where the backend does not take all of them. */
-static vel_status count_gated(const vel_engine *e, const vel_graph *g, int *count)
+static bool is_gated(const vel_graph *g, int32_t id)
 {
-    *count = 0;
-    for (int32_t id = 1; id < vel_graph_size(g); id++) {
+    return vel_node_at(g, id)->op == VEL_OP_linear_geglu;
+}
+
+static int count_gated(const vel_graph *g)
+{
+    int count = 0;
+    for (int32_t id = 1; id < vel_graph_size(g); id++)
+        count += is_gated(g, id);
+    return count;
+}
+
+/* Has the backend a kernel for each product of g with a GEGLU? */
+static vel_status takes_gated(const vel_engine *e, const vel_graph *g, bool *takes)
+{
+    vel_status st = VEL_OK;
+    for (int32_t id = 1; id < vel_graph_size(g) && st == VEL_OK; id++) {
         vel_kernel k = {.inplace = -1};
-        if (vel_node_at(g, id)->op != VEL_OP_linear_geglu)
+        if (!is_gated(g, id))
             continue;
-        vel_status st = e->backend->prepare(e->device, g, id, &k);
-        if (st == VEL_UNSUPPORTED) {
-            *count = 0;
-            return VEL_OK;
-        }
-        VEL_TRY(st);
-        e->backend->release(e->device, &k);
-        ++*count;
+        st = e->backend->prepare(e->device, g, id, &k);
+        if (st == VEL_OK)
+            e->backend->release(e->device, &k);
     }
-    return VEL_OK;
+    *takes = st == VEL_OK;
+    return st == VEL_UNSUPPORTED ? VEL_OK : st;
 }
 
 vel_status vel_fuse_copies(const vel_engine *e, vel_graph **g)
 {
     vel_graph *fused;
-    int before, after = 0;
+    bool better = false;
     VEL_TRY(vel_pass_fuse(*g, &fused));
-    vel_status st = count_gated(e, *g, &before);
-    if (st == VEL_OK)
-        st = count_gated(e, fused, &after);
-    if (st == VEL_OK && after > before) {
+    vel_status st = VEL_OK;
+    if (count_gated(fused) > count_gated(*g))
+        st = takes_gated(e, fused, &better);
+    if (better) {
         vel_graph *plain = *g;
         *g = fused;
         fused = plain;
