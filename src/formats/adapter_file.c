@@ -11,7 +11,7 @@
 
 #include <stdlib.h>
 
-enum { SHOWN = 10 };
+enum { SHOWN = 10, PATTERN_ROOM = 512 };
 static const size_t largest_config = (size_t)16 << 20;
 
 /* Files that a folder's adapter may be called, in order. */
@@ -44,8 +44,6 @@ static const struct {
 };
 /* Initialisations that also change the base model. */
 static const char *const changed_base[] = {"pissa*", "olora", "loftq", "corda", "lora_ga"};
-
-enum { LONGEST_PATTERN = 500 }; /* of a module's path */
 
 /* Settings of PEFT that we read, by type; another type is no reason to take the default. */
 static const struct {
@@ -199,6 +197,12 @@ static bool are_numbers(json_t *object)
     return json_is_object(object);
 }
 
+/* PEFT's expression for a key of rank_pattern or alpha_pattern; false where it is too long. */
+static bool whole_pattern(const char *key, char out[PATTERN_ROOM])
+{
+    return snprintf(out, PATTERN_ROOM, "^(.*\\.)?(%s)$", key) < PATTERN_ROOM;
+}
+
 /* Keys of patterns: expressions, as PEFT reads them. One that matches nothing because it is none
  * would leave modules at the wrong strength. */
 static vel_status check_patterns(const reading *r, const char *name, json_t *patterns)
@@ -207,14 +211,15 @@ static vel_status check_patterns(const reading *r, const char *name, json_t *pat
     json_t *value;
     json_object_foreach (patterns, key, value) {
         vel_pattern *pattern = NULL;
-        vel_status st = strlen(key) > LONGEST_PATTERN ? VEL_BAD_VALUE
-                                                      : vel_pattern_create(r->ctx, key, &pattern);
+        char whole[PATTERN_ROOM];
+        vel_status st =
+            whole_pattern(key, whole) ? vel_pattern_create(r->ctx, whole, &pattern) : VEL_BAD_VALUE;
         vel_pattern_destroy(pattern);
         if (st == VEL_BAD_VALUE)
             return vel_fail(r->ctx, VEL_BAD_FILE,
                             "%s: in the \"%s\" of its config '%.80s' is no regular expression, or "
-                            "has more than %d letters",
-                            r->file, name, key, LONGEST_PATTERN);
+                            "is too long",
+                            r->file, name, key);
         VEL_TRY(st);
     }
     return VEL_OK;
@@ -262,9 +267,8 @@ static vel_status check_config(const reading *r, const char *path)
 
 bool vel_adapter_pattern_matches(const char *key, const char *module)
 {
-    char pattern[LONGEST_PATTERN + 16];
-    int n = snprintf(pattern, sizeof pattern, "^(.*\\.)?(%s)$", key);
-    return n < (int)sizeof pattern && vel_pattern_once(pattern, module);
+    char whole[PATTERN_ROOM];
+    return whole_pattern(key, whole) && vel_pattern_once(whole, module);
 }
 
 /* The entry of patterns for a module, else otherwise. */
