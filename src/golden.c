@@ -171,15 +171,9 @@ static vel_status check_unet(golden *k)
 
 static vel_status check_vae(golden *k)
 {
-    const vel_latent_info *info = vel_model_latent(k->model);
-    int64_t z_dim[4] = {0, info->channels};
-    float *z = vel_golden_load_nhwc(k, "z", z_dim);
-    int64_t d[4] = {z_dim[0], 3, z_dim[2] * info->down, z_dim[3] * info->down};
-    float *want = z ? vel_golden_load_nhwc(k, "image", d) : NULL;
-    if (!want) {
-        vel_free(k->ctx, z);
-        return VEL_BAD_FILE;
-    }
+    int64_t z_dim[4], d[4];
+    float *z, *want;
+    VEL_TRY(vel_golden_load_pair(k, "z", "image", z_dim, &z, d, &want));
     int64_t pixels = d[0] * d[1] * d[2] * d[3], latents = z_dim[0] * z_dim[1] * z_dim[2] * z_dim[3];
     float *image = vel_alloc(k->ctx, (size_t)pixels * sizeof *image);
     float *moments = vel_alloc(k->ctx, (size_t)(2 * latents) * sizeof *moments);

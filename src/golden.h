@@ -40,6 +40,9 @@ void vel_golden_to_nchw(const float *in, int64_t n, int64_t c, int64_t pixels, f
 /* A reference picture or latent [n, c, h, w] of the file, as [n, h, w, c]; owned. d: the sizes it
  * must have, 0 where any will do; then those it has. NULL with the message. */
 float *vel_golden_load_nhwc(golden *k, const char *name, int64_t d[4]);
+/* A latent of the file and the picture that the model's autoencoder makes of it, the same way. */
+vel_status vel_golden_load_pair(golden *k, const char *latent, const char *picture, int64_t z[4],
+                                float **latents, int64_t d[4], float **pixels);
 /* Whether got are such sizes, by the same rule, which then are in d; false with the message. */
 bool vel_golden_fits(golden *k, const char *name, const int64_t got[4], int64_t d[4]);
 void vel_golden_check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4],

@@ -116,6 +116,20 @@ float *vel_golden_load_nhwc(golden *k, const char *name, int64_t d[4])
     return out;
 }
 
+vel_status vel_golden_load_pair(golden *k, const char *latent, const char *picture, int64_t z[4],
+                                float **latents, int64_t d[4], float **pixels)
+{
+    const vel_latent_info *info = vel_model_latent(k->model);
+    memcpy(z, (const int64_t[4]){0, info->channels}, 4 * sizeof *z);
+    *latents = vel_golden_load_nhwc(k, latent, z);
+    memcpy(d, (const int64_t[4]){z[0], 3, z[2] * info->down, z[3] * info->down}, 4 * sizeof *d);
+    *pixels = *latents ? vel_golden_load_nhwc(k, picture, d) : NULL;
+    if (*pixels)
+        return VEL_OK;
+    vel_free(k->ctx, *latents);
+    return VEL_BAD_FILE;
+}
+
 void vel_golden_check_nhwc(golden *k, const char *name, const float *got, const int64_t d[4],
                            double tolerance)
 {

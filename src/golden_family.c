@@ -377,15 +377,9 @@ static vel_status check_denoiser(golden *k)
 
 static vel_status check_autoencoder(golden *k)
 {
-    const vel_latent_info *info = vel_model_latent(k->model);
-    int64_t z[4] = {0, info->channels};
-    float *latent = vel_golden_load_nhwc(k, "vae.latent", z);
-    int64_t d[4] = {z[0], 3, z[2] * info->down, z[3] * info->down};
-    float *picture = latent ? vel_golden_load_nhwc(k, "vae.picture", d) : NULL;
-    if (!picture) {
-        vel_free(k->ctx, latent);
-        return VEL_BAD_FILE;
-    }
+    int64_t z[4], d[4];
+    float *latent, *picture;
+    VEL_TRY(vel_golden_load_pair(k, "vae.latent", "vae.picture", z, &latent, d, &picture));
     int64_t c = z[1], places = z[0] * z[2] * z[3], pixels = d[0] * d[1] * d[2] * d[3];
     float *moments = vel_alloc(k->ctx, (size_t)(places * 2 * c) * sizeof *moments);
     float *mean = vel_alloc(k->ctx, (size_t)(places * c) * sizeof *mean);

@@ -255,8 +255,7 @@ TEST(bad_adapters_that_are_something_else)
         {"unet.weight", "have no place in this model"},
     };
     static const float values[4];
-    char path[4200];
-    snprintf(path, sizeof path, "%s/other.safetensors", t->folder);
+    const char *path = vel_test_in(t, "other.safetensors");
     for (int i = 0; i < VEL_COUNT(cases); i++) {
         vel_save_tensor tensor = {cases[i].tensor, VEL_FILE_F32, 2, {2, 2}, values};
         CHECK_OK(vel_safetensors_save(t->ctx, path, &tensor, 1, NULL));
